@@ -1,0 +1,9 @@
+"""RegionSpot: recognise any region of a picture by name.
+
+`regionspot.pipeline` runs frozen backbones over pictures once, `regionspot.cache` keeps what they said,
+`regionspot.fusion` trains the small head on it, `regionspot.evaluation` puts it all together again.
+"""
+
+from importlib.metadata import version
+
+__version__ = version("regionspot")

@@ -1,0 +1,171 @@
+"""What is to be extracted from one dataset split: pictures and their regions, as columns.
+
+A split may hold ten million boxes, so nothing here is a list of dicts: every field is one numpy array, and the
+regions of picture `row` are the slice `offsets[row]:offsets[row + 1]` of the region columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regionspot.cache.errors import InputError
+
+NO_CATEGORY = -1  # category index of a region whose class is unknown, e.g. a detector's proposal
+
+
+@dataclass(frozen=True)
+class Category:
+    """One class of a dataset, in the dataset's own order.
+
+    `frequency` is LVIS's r/c/f (rare, common, frequent); what a dataset does not state is None or empty.
+    """
+
+    id: int
+    name: str
+    synset: str | None = None
+    frequency: str | None = None
+    synonyms: tuple[str, ...] = ()
+    definition: str | None = None
+
+
+@dataclass(frozen=True)
+class Ragged:
+    """A list of category indices for every picture; that of `row` is `values[offsets[row]:offsets[row + 1]]`."""
+
+    offsets: NDArray[np.int64]  # (N + 1,)
+    values: NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """One dataset split: N pictures, M regions.
+
+    image_ids       int64   (N,)      the dataset's id (OpenImages: its 16 hex digits read as a signed 64-bit number)
+    paths           string  (N,)      relative to the photo folder, with forward slashes (numpy StringDType)
+    heights, widths int32   (N,)      pixels of the original picture, as the annotations state them
+    offsets         int64   (N + 1,)  regions of row n are offsets[n]:offsets[n + 1]
+    boxes_xyxy      float32 (M, 4)    x1, y1, x2, y2 in pixels of the original picture, clipped to it
+    category_index  int32   (M,)      position in `categories`, NO_CATEGORY where unknown
+    annotation_ids  int64   (M,)      the dataset's id of the region, -1 where it has none
+    scores          float32 (M,)      a detector's score of its own box; None for ground truth
+    categories                        ordered; an index into this tuple is what the cache stores
+    negatives, not_exhaustive         LVIS's federated lists per picture, as category indices; None elsewhere
+    source                            JSON-able: {"files": {annotation file name: its SHA-256}}
+    report                            what reading dropped or found odd, counts by reason; no part of the digest
+
+    Raises InputError where the columns do not fit each other.
+    """
+
+    dataset: str
+    split: str
+    image_ids: NDArray[np.int64]
+    paths: NDArray[Any]
+    heights: NDArray[np.int32]
+    widths: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    boxes_xyxy: NDArray[np.float32]
+    category_index: NDArray[np.int32]
+    annotation_ids: NDArray[np.int64]
+    categories: tuple[Category, ...]
+    scores: NDArray[np.float32] | None = None
+    negatives: Ragged | None = None
+    not_exhaustive: Ragged | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    report: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        pictures, regions = len(self.image_ids), len(self.boxes_xyxy)
+        lengths = {
+            "paths": (len(self.paths), pictures),
+            "heights": (len(self.heights), pictures),
+            "widths": (len(self.widths), pictures),
+            "offsets": (len(self.offsets), pictures + 1),
+            "category_index": (len(self.category_index), regions),
+            "annotation_ids": (len(self.annotation_ids), regions),
+            "scores": (regions if self.scores is None else len(self.scores), regions),
+        }
+        for name, (found, expected) in lengths.items():
+            if found != expected:
+                raise InputError(
+                    f"manifest {self.dataset}/{self.split}: {name} has {found} entries, expected {expected}"
+                )
+        if self.offsets[0] != 0 or self.offsets[-1] != regions or (np.diff(self.offsets) < 0).any():
+            raise InputError(
+                f"manifest {self.dataset}/{self.split}: offsets must rise from 0 to {regions}, the number of boxes"
+            )
+        if regions and not -1 <= self.category_index.min() <= self.category_index.max() < len(self.categories):
+            raise InputError(
+                f"manifest {self.dataset}/{self.split}: category_index leaves 0..{len(self.categories) - 1}"
+            )
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @property
+    def region_count(self) -> NDArray[np.int64]:
+        """int64 (N,): number of regions of each picture."""
+        return np.diff(self.offsets)
+
+    def regions(self, row: int) -> slice:
+        """The slice of the region columns that holds the regions of picture `row`."""
+        return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
+
+    def row_of(self, image_id: int) -> int:
+        """The row of a picture. Raises InputError when the split does not hold it."""
+        found = np.flatnonzero(self.image_ids == image_id)
+        if not len(found):
+            raise InputError(f"{self.dataset}/{self.split} holds no picture with id {image_id}")
+        return int(found[0])
+
+    def select(self, rows: NDArray[np.int64]) -> Manifest:
+        """The same split cut to the pictures at `rows`, in that order; categories stay whole."""
+        offsets, pick = _take(self.offsets, rows)
+        return Manifest(
+            dataset=self.dataset,
+            split=self.split,
+            image_ids=self.image_ids[rows],
+            paths=self.paths[rows],
+            heights=self.heights[rows],
+            widths=self.widths[rows],
+            offsets=offsets,
+            boxes_xyxy=self.boxes_xyxy[pick],
+            category_index=self.category_index[pick],
+            annotation_ids=self.annotation_ids[pick],
+            categories=self.categories,
+            scores=None if self.scores is None else self.scores[pick],
+            negatives=_select_ragged(self.negatives, rows),
+            not_exhaustive=_select_ragged(self.not_exhaustive, rows),
+            source=self.source,
+            report=self.report,
+        )
+
+    def digest(self) -> str:
+        """SHA-256 over everything that decides what extraction computes: pictures, boxes, classes, in order."""
+        digest = hashlib.sha256()
+        for column in (self.image_ids, self.heights, self.widths, self.offsets, self.boxes_xyxy, self.category_index):
+            digest.update(np.ascontiguousarray(column).tobytes())
+        digest.update(np.ascontiguousarray(self.annotation_ids).tobytes())
+        if self.scores is not None:
+            digest.update(np.ascontiguousarray(self.scores).tobytes())
+        digest.update("\0".join(self.paths.tolist()).encode())
+        digest.update(repr([(category.id, category.name) for category in self.categories]).encode())
+        return digest.hexdigest()
+
+
+def _take(offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Offsets of the ragged rows taken, and where each of their values stood before."""
+    counts = np.diff(offsets)[rows]
+    taken = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return taken, np.arange(taken[-1]) + np.repeat(offsets[rows] - taken[:-1], counts)
+
+
+def _select_ragged(ragged: Ragged | None, rows: NDArray[np.int64]) -> Ragged | None:
+    if ragged is None:
+        return None
+    offsets, pick = _take(ragged.offsets, rows)
+    return Ragged(offsets, ragged.values[pick])
