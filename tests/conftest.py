@@ -1,7 +1,10 @@
 """Shared fixtures. `../shared` holds golden values and real photos; where it is not, the tests that use it skip."""
 
+import math
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,3 +38,31 @@ def home(tmp_path, monkeypatch) -> Path:
     """An empty REGIONSPOT_HOME, so that no test sees weights or vocabularies of the machine it runs on."""
     monkeypatch.setenv("REGIONSPOT_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+def _from_formula(
+    state_dict: dict[str, torch.Tensor], prefix: str, gain: float, untouched: tuple[str, ...] = ()
+) -> dict[str, torch.Tensor]:
+    """Every float tensor drawn from its own name, as ../shared/golden/README.md defines; integer ones stay."""
+    filled = {}
+    for name, tensor in state_dict.items():
+        if not tensor.is_floating_point() or name in untouched:
+            filled[name] = tensor.clone()
+            continue
+        shape = tuple(tensor.shape)
+        rng = np.random.RandomState(zlib.crc32((prefix + name).encode()))
+        value = np.asarray(rng.standard_normal(shape)).astype(np.float32)
+        if len(shape) >= 2:
+            value = value * np.float32(gain / math.sqrt(math.prod(shape[1:])))
+        elif ("norm" in name or "ln_" in name) and name.endswith("weight"):
+            value = 1 + np.float32(0.1) * value
+        else:
+            value = np.float32(0.02) * value
+        filled[name] = torch.from_numpy(np.asarray(value, dtype=np.float32)).reshape(shape)
+    return filled
+
+
+@pytest.fixture(scope="session")
+def from_formula():
+    """`from_formula(state_dict, prefix, gain)`: the same names and shapes with the golden weights' values."""
+    return _from_formula
