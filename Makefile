@@ -1,0 +1,71 @@
+# RegionSpot. `make` lists the targets. VENV= names another place for the environment.
+
+VENV     ?= .venv
+PYTHON   ?= python3
+DATASET  ?= o365
+SPLIT    ?= train
+PRESET   ?= bl
+BOXES    ?= gt
+DATA     ?= data/$(DATASET)
+CACHE    ?= features/$(DATASET)_$(SPLIT)_$(PRESET).zarr
+OUT      ?= runs/$(PRESET)
+WEIGHTS  ?=
+ARGS     ?=
+DEMO_OUT ?= build/demo
+
+# A matched pair: torchvision's operators exist only beside the torch it was built for.
+TORCH ?= torch==2.15.0 torchvision==0.29.2
+
+READY := $(VENV)/.ready
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@echo
+	@echo "  DATASET= SPLIT= DATA= CACHE= PRESET=bb|bl|bl336 BOXES=gt|<proposals.json> WEIGHTS= OUT= ARGS="
+
+setup: $(READY) ## make the environment and install everything, torch and torchvision pinned
+
+# uv keeps one copy of torch's 5 GB for any number of clones; it is installed into the environment where it is missing.
+$(READY): pyproject.toml
+	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
+	@command -v uv >/dev/null || $(VENV)/bin/python -m pip install --quiet uv
+	uv pip install --quiet --python $(VENV)/bin/python $(TORCH) -e ".[dev]"
+	@touch $@
+
+demo: $(READY) ## the main job, small and real: a toy world, extract, train, evaluate; tables and pictures in build/demo
+	regionspot demo $(DEMO_OUT) $(ARGS)
+
+extract: $(READY) ## backbones over DATASET= once, into CACHE=; goes on where it stopped
+	regionspot extract $(DATASET) --split $(SPLIT) --data "$(DATA)" --cache "$(CACHE)" --preset $(PRESET) --boxes "$(BOXES)" $(WEIGHTS_ARG) $(ARGS)
+
+train: $(READY) ## train the head from CACHE= into OUT=
+	regionspot train --cache "$(CACHE)" --preset $(PRESET) --out "$(OUT)" $(WEIGHTS_ARG) $(ARGS)
+
+eval-lvis: $(READY) ## LVIS AP of the head in OUT=, end to end from the photos in DATA=
+	regionspot eval-lvis --checkpoint "$(OUT)/head.safetensors" --data "$(DATA)" --boxes "$(BOXES)" $(WEIGHTS_ARG) $(ARGS)
+
+toy-backbones: $(READY) ## train the toy world's SAM and CLIP again (under an hour on 2 cores)
+	python -m regionspot.pipeline.toy_training $(ARGS)
+
+test: $(READY) ## the tests, in parallel
+	python -m pytest -n auto --dist worksteal $(ARGS)
+
+lint: $(READY) ## ruff: style and format
+	ruff check .
+	ruff format --check .
+
+# Type checkers read folders, not installs: they see the packages under their installed name through links.
+typecheck: $(READY) ## mypy, strict
+	@mkdir -p build/typing/regionspot
+	@for name in __init__.py cli.py pipeline cache fusion evaluation; do ln -sfn ../../../$$name build/typing/regionspot/$$name; done
+	mypy
+
+check: lint typecheck test ## everything that must be green before a commit
+
+clean: ## remove what the targets above made, but not the environment
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache
