@@ -1,0 +1,92 @@
+"""The fusion head: what a region is, read out of a picture's feature map by its location token.
+
+The only trained part of RegionSpot. Submodules carry the authors' names, so that a state dict of theirs is one of
+ours and the other way round; `nn.TransformerDecoder` with post-norm layers gives exactly these names and numbers.
+
+Legend: B pictures, R regions (padded), C location token, T feature map tokens, D width, E text embedding, V classes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from regionspot.cache.errors import InputError
+
+LOGIT_SCALE = 100.0  # exp of CLIP's trained logit_scale, at its ceiling in all of OpenAI's models
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadConfig:
+    """Shapes of a head. The first three are given by the frozen backbones, the others are the head's own choice.
+
+    Raises InputError where `width` cannot be cut into `heads` equal pieces.
+    """
+
+    token_dim: int = 256  # width of SAM's mask decoder (segment_anything/build_sam.py)
+    width: int  # of the feature map, before CLIP's projection
+    text_dim: int
+    layers: int = 3
+    heads: int = 8
+    ffn: int = 2048
+    dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        if self.width % self.heads:
+            raise InputError(f"head: width {self.width} of the feature map is no multiple of its {self.heads} heads")
+
+
+# CLIP ViT-B/16 is 768 wide and ViT-L/14 1024, with text embeddings of 512 and 768 (Radford et al. 2021, table 20).
+HEADS = {
+    "bb": HeadConfig(width=768, text_dim=512),
+    "bl": HeadConfig(width=1024, text_dim=768),
+    "bl336": HeadConfig(width=1024, text_dim=768),
+}
+
+
+class FusionHead(nn.Module):
+    """Location tokens and a feature map to one vector a region in the text encoder's space."""
+
+    def __init__(self, config: HeadConfig) -> None:
+        super().__init__()
+        self.config = config
+        layer = nn.TransformerDecoderLayer(config.width, config.heads, config.ffn, config.dropout, batch_first=True)
+        self.to_clip = nn.Linear(config.token_dim, config.width)
+        self.decoder = nn.TransformerDecoder(layer, config.layers, norm=nn.LayerNorm(config.width))
+        self.projector = nn.Linear(config.width, config.text_dim)
+
+    def forward(self, tokens: Tensor, region_mask: Tensor | None, feature_map: Tensor) -> Tensor:
+        """Semantic vectors (B, R, E), not normalised.
+
+        tokens       (B, R, C)  location tokens, any float dtype
+        region_mask  (B, R)     bool, True where a region is; None: all are. A vector past a picture's regions means
+                                nothing, but is finite
+        feature_map  (B, T, D)  any float dtype
+        """
+        dtype = self.to_clip.weight.dtype
+        queries = self.to_clip(tokens.to(dtype))
+        decoded = self.decoder(queries, feature_map.to(dtype), tgt_key_padding_mask=_padding(region_mask))
+        semantic: Tensor = self.projector(decoded)
+        return semantic
+
+
+def similarity_logits(semantic: Tensor, text: Tensor, scale: float = LOGIT_SCALE) -> Tensor:
+    """Scaled cosines (..., V) of regions (..., E) and L2-normalised class embeddings (V, E), in float32.
+
+    Never under autocast: one step of bfloat16 near 100 is 0.5, more than what tells two classes apart.
+    """
+    with torch.autocast(semantic.device.type, enabled=False):
+        semantic = semantic.float()
+        # The authors' guard against a zero vector; part of their numbers.
+        unit = semantic / (semantic.norm(dim=-1, keepdim=True) + 1e-7)
+        return scale * unit @ text.float().T
+
+
+def _padding(region_mask: Tensor | None) -> Tensor | None:
+    """True where attention must not look. A picture without regions looks at its padding: a softmax over nothing
+    is NaN, and NaN times a weight of zero is still NaN."""
+    if region_mask is None:
+        return None
+    return ~region_mask & region_mask.any(dim=1, keepdim=True)

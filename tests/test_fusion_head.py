@@ -1,0 +1,105 @@
+"""The fusion head and its loss: shapes, padding, precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from regionspot.cache.errors import InputError
+from regionspot.fusion.head import HEADS, FusionHead, HeadConfig, similarity_logits
+from regionspot.fusion.losses import focal_loss, region_loss
+
+SMALL = HeadConfig(token_dim=12, width=16, text_dim=8, layers=2, heads=4, ffn=24)
+
+
+@pytest.fixture
+def head():
+    torch.manual_seed(0)
+    return FusionHead(SMALL).eval()
+
+
+def unit(*shape: int) -> torch.Tensor:
+    return F.normalize(torch.randn(*shape), dim=-1)
+
+
+@pytest.mark.parametrize(("preset", "count"), [("bb", 24_226_304), ("bl", 38_853_376), ("bl336", 38_853_376)])
+def test_each_preset_has_the_published_number_of_parameters(preset, count):
+    with torch.device("meta"):
+        head = FusionHead(HEADS[preset])
+    assert sum(parameter.numel() for parameter in head.parameters()) == count
+
+
+def test_a_width_that_the_heads_do_not_divide_is_refused():
+    with pytest.raises(InputError, match="width 100 .* 8 heads"):
+        HeadConfig(width=100, text_dim=8)
+
+
+def test_padding_rows_change_nothing_for_the_regions(head):
+    tokens, feature_map = torch.randn(1, 3, 12), torch.randn(1, 5, 16)
+    padded = torch.cat([tokens, torch.full((1, 4, 12), 50.0)], dim=1)
+    mask = torch.tensor([[True] * 3 + [False] * 4])
+    torch.testing.assert_close(head(padded, mask, feature_map)[:, :3], head(tokens, None, feature_map))
+
+
+def test_a_picture_without_regions_gives_neither_nan_nor_gradients_of_nan(head):
+    mask = torch.tensor([[True, True], [False, False]])
+    semantic = head(torch.randn(2, 2, 12), mask, torch.randn(2, 5, 16))
+    loss = region_loss(semantic, unit(3, 8), torch.tensor([[0, 2], [-1, -1]]))
+    loss.backward()
+    assert torch.isfinite(semantic).all()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
+
+
+def test_half_precision_features_go_through_a_float32_head(head):
+    tokens, feature_map = torch.randn(2, 3, 12).half(), torch.randn(2, 5, 16).half()
+    semantic = head(tokens, None, feature_map)
+    torch.testing.assert_close(semantic, head(tokens.float(), None, feature_map.float()))
+    assert semantic.dtype == torch.float32
+
+
+def test_logits_stay_float32_under_autocast():
+    semantic, text = torch.randn(4, 8), unit(5, 8)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = similarity_logits(semantic.bfloat16().float(), text)
+    torch.testing.assert_close(logits, 100 * F.normalize(semantic.bfloat16().float(), dim=-1) @ text.T)
+
+
+def test_focal_loss_equals_its_definition():
+    logits, categories = 3 * torch.randn(6, 9, dtype=torch.float64), torch.randint(0, 9, (6,))
+    target = F.one_hot(categories, 9).double()
+    right_share = logits.sigmoid() * target + (1 - logits.sigmoid()) * (1 - target)
+    weight = 0.25 * target + 0.75 * (1 - target)
+    expected = (-weight * (1 - right_share) ** 2 * right_share.log()).sum(dim=1)
+    torch.testing.assert_close(focal_loss(logits, categories), expected)
+
+
+def test_focal_loss_is_finite_at_the_largest_logits():
+    logits = torch.tensor([[100.0, -100.0], [-100.0, 100.0]], requires_grad=True)
+    loss = focal_loss(logits, torch.tensor([1, 1]))
+    loss.sum().backward()
+    assert loss.tolist() == pytest.approx([0.75 * 100 + 0.25 * 100, 0.0], abs=1e-3)
+    assert torch.isfinite(logits.grad).all()
+
+
+def test_regions_of_unknown_class_are_no_part_of_the_loss():
+    semantic, text = torch.randn(2, 3, 8), unit(5, 8)
+    categories = torch.tensor([[1, -1, 4], [2, -1, -1]])
+    expected = region_loss(semantic[:1, [0, 2]], text, torch.tensor([[1, 4]])) + region_loss(
+        semantic[1:, :1], text, torch.tensor([[2]])
+    )
+    torch.testing.assert_close(region_loss(semantic, text, categories), expected)
+
+
+def test_each_picture_weighs_the_same_however_many_regions_it_has():
+    """The authors repeat regions to fill a picture up; that must be the same as not repeating them."""
+    semantic, text = torch.randn(1, 2, 8), unit(5, 8)
+    once = region_loss(semantic, text, torch.tensor([[0, 3]]))
+    repeated = region_loss(semantic.repeat(1, 4, 1), text, torch.tensor([[0, 3] * 4]))
+    torch.testing.assert_close(once, repeated)
+
+
+def test_a_batch_without_any_known_region_costs_nothing():
+    semantic = torch.randn(2, 3, 8, requires_grad=True)
+    loss = region_loss(semantic, unit(5, 8), torch.full((2, 3), -1))
+    loss.backward()
+    assert loss.item() == 0
+    assert not semantic.grad.any()
