@@ -29,7 +29,7 @@ def test_each_preset_has_the_published_number_of_parameters(preset, count):
 
 
 def test_a_width_that_the_heads_do_not_divide_is_refused():
-    with pytest.raises(InputError, match="width 100 .* 8 heads"):
+    with pytest.raises(InputError, match=r"width 100 .* 8 heads"):
         HeadConfig(width=100, text_dim=8)
 
 

@@ -1,0 +1,56 @@
+"""Prompt templates: the sentences that a class name is put into before the text encoder reads it.
+
+The authors take the template list of the X-Decoder family of projects for training and evaluation alike: the bare
+name with a full stop, then OpenAI's 80 templates for ImageNet (openai/CLIP, Prompt_Engineering_for_ImageNet.ipynb).
+That is the set `reference`. A mean does not know an order, so only membership counts. `imagenet` is the 80 alone.
+`plain` costs one prompt a name instead of 81.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from regionspot.cache.errors import InputError
+
+SLOT = "{}"
+
+
+class _TemplateSets(Mapping[str, tuple[str, ...]]):
+    """Filled on use: importing open_clip, where the 80 are kept, takes seconds that most commands need not spend."""
+
+    _NAMES = ("reference", "imagenet", "plain")
+
+    def __getitem__(self, name: str) -> tuple[str, ...]:
+        if name == "plain":
+            return ("{}.",)
+        if name == "imagenet":
+            return _openai_imagenet()
+        if name == "reference":
+            return ("{}.", *_openai_imagenet())
+        raise KeyError(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._NAMES)
+
+    def __len__(self) -> int:
+        return len(self._NAMES)
+
+
+TEMPLATES: Mapping[str, tuple[str, ...]] = _TemplateSets()
+
+
+def template_set(name: str) -> tuple[str, ...]:
+    """The templates of the set `name`, each with one `{}` for the class name.
+
+    Raises InputError, naming the sets there are, for another name.
+    """
+    try:
+        return TEMPLATES[name]
+    except KeyError:
+        raise InputError(f"templates {name!r}: expected one of {', '.join(TEMPLATES)}") from None
+
+
+def _openai_imagenet() -> tuple[str, ...]:
+    from open_clip import OPENAI_IMAGENET_TEMPLATES
+
+    return tuple(template(SLOT) for template in OPENAI_IMAGENET_TEMPLATES)

@@ -1,0 +1,177 @@
+"""Vocabularies: class names, the templates they are put into, and one text embedding a class.
+
+A class's embedding is the mean of the text encoder's raw outputs over the templates, normalised once at the end, as
+the authors do; averaging normalised embeddings, as CLIP's own notebook does, gives other numbers. V3Det with 81
+templates is a million prompts, so a vocabulary is stored under a digest of all that decides its numbers and is never
+computed twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from regionspot.cache.errors import InputError, WeightsError
+from regionspot.cache.progress import Progress
+from regionspot.fusion.templates import SLOT
+from regionspot.fusion.tensor_file import read_tensor_file, write_tensor_file
+
+log = logging.getLogger(__name__)
+
+# Bounds the memory of one call. Large enough that sorting by length inside the encoder leaves little padding.
+PROMPTS_PER_CALL = 8192
+
+
+class TextEncoder(Protocol):
+    """What a vocabulary needs of a text encoder."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def weights_sha256(self) -> str: ...
+
+    def embed_prompts(self, prompts: list[str], /) -> Tensor:
+        """float32 (P, text_dim), not normalised. Raises InputError for a prompt longer than its context."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Vocabulary:
+    """Classes that regions can be given, in the order of their indices.
+
+    names       verbatim, `_` and `(...)` kept; the same name may stand twice, as in V3Det
+    templates   each with `{}` where the name goes
+    embeddings  float32 (V, text_dim), L2-normalised
+    digest      SHA-256 over names, templates and the text encoder's name and weights
+    """
+
+    names: tuple[str, ...]
+    templates: tuple[str, ...]
+    embeddings: Tensor
+    digest: str
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+
+def vocabulary_folder() -> Path:
+    """Where vocabularies are kept: `$REGIONSPOT_HOME/vocabularies`, by default under ~/.cache/regionspot."""
+    home = os.environ.get("REGIONSPOT_HOME")
+    return (Path(home) if home else Path.home() / ".cache" / "regionspot") / "vocabularies"
+
+
+def build_vocabulary(
+    names: Sequence[str], templates: Sequence[str], encoder: TextEncoder, store: Path | None = None
+) -> Vocabulary:
+    """The vocabulary of `names`, from `store` (default `vocabulary_folder()`) or computed and put there.
+
+    A store that cannot be written costs a warning, not the work done.
+
+    Raises InputError for an empty list, an empty name, a template without `{}` or one given twice.
+    """
+    names, templates = tuple(names), tuple(templates)
+    _check(names, templates)
+    digest = vocabulary_digest(names, templates, encoder)
+    path = (store or vocabulary_folder()) / f"{digest}.safetensors"
+    embeddings = _stored(path, digest)
+    if embeddings is None:
+        embeddings = _embed(names, templates, encoder)
+        _store(path, digest, names, templates, embeddings, encoder)
+    return Vocabulary(names, templates, embeddings, digest)
+
+
+def vocabulary_digest(names: Sequence[str], templates: Sequence[str], encoder: TextEncoder) -> str:
+    """What a vocabulary is stored under."""
+    parts: list[Any] = [list(names), list(templates), encoder.name, encoder.weights_sha256]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _check(names: tuple[str, ...], templates: tuple[str, ...]) -> None:
+    if not names:
+        raise InputError("vocabulary: there are no names; give at least one class")
+    for position, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f"vocabulary: name {position + 1} of {len(names)} is {name!r}, expected a word or more")
+    if not templates:
+        raise InputError(f"vocabulary: there are no templates; give at least one, such as '{SLOT}.'")
+    for template in templates:
+        if SLOT not in template:
+            raise InputError(f"vocabulary: template {template!r} has no '{SLOT}' where the name goes")
+        if templates.count(template) > 1:
+            raise InputError(f"vocabulary: template {template!r} is given twice, so it would count double")
+
+
+def _embed(names: tuple[str, ...], templates: tuple[str, ...], encoder: TextEncoder) -> Tensor:
+    """float32 (V, text_dim), normalised; a name that stands twice is read once."""
+    unique = list(dict.fromkeys(names))
+    progress = Progress(len(unique) * len(templates), "prompts")
+    means = []
+    for part in _parts(unique, max(1, PROMPTS_PER_CALL // len(templates))):
+        prompts = [template.replace(SLOT, name) for name in part for template in templates]
+        embedded = encoder.embed_prompts(prompts).detach().float().cpu()
+        means.append(embedded.view(len(part), len(templates), -1).mean(dim=1))
+        progress.step(len(prompts))
+    embeddings = F.normalize(torch.cat(means), dim=-1)
+    if not torch.isfinite(embeddings).all():
+        raise WeightsError(f"{encoder.name}: its text embeddings are not finite; these weights cannot be used")
+    position = {name: index for index, name in enumerate(unique)}
+    return embeddings[[position[name] for name in names]]
+
+
+def _parts(names: list[str], size: int) -> Iterator[list[str]]:
+    for first in range(0, len(names), size):
+        yield names[first : first + size]
+
+
+def _stored(path: Path, digest: str) -> Tensor | None:
+    """The embeddings kept under `path`; None where there are none, or where the file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        tensors, document = read_tensor_file(path)
+        embeddings = tensors["embeddings"]
+        intact = document is not None and document["digest"] == digest and document["sha256"] == _sha256(embeddings)
+    except (WeightsError, KeyError):
+        intact = False
+    if not intact:
+        log.warning("%s: is damaged, so this vocabulary is computed again", path)
+        return None
+    return embeddings
+
+
+def _store(
+    path: Path,
+    digest: str,
+    names: tuple[str, ...],
+    templates: tuple[str, ...],
+    embeddings: Tensor,
+    encoder: TextEncoder,
+) -> None:
+    document = {
+        "digest": digest,
+        "sha256": _sha256(embeddings),
+        "names": names,
+        "templates": templates,
+        "encoder": encoder.name,
+        "encoder_sha256": encoder.weights_sha256,
+    }
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensor_file(path, {"embeddings": embeddings}, document)
+    except OSError as error:
+        log.warning("%s: cannot be written (%s); this vocabulary will be computed again next time", path, error)
+
+
+def _sha256(embeddings: Tensor) -> str:
+    return hashlib.sha256(embeddings.contiguous().numpy().tobytes()).hexdigest()

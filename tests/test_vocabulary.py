@@ -1,0 +1,150 @@
+"""Vocabularies: what is computed from which prompts, what is kept, what is refused."""
+
+import hashlib
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from regionspot.cache.errors import InputError, WeightsError
+from regionspot.fusion.templates import TEMPLATES, template_set
+from regionspot.fusion.vocabulary import PROMPTS_PER_CALL, build_vocabulary, vocabulary_folder
+
+
+class LetterEncoder:
+    """A text encoder that knows no words: each prompt's embedding is drawn from its own bytes. Counts what it reads."""
+
+    name = "letters"
+    weights_sha256 = "0" * 64
+
+    def __init__(self):
+        self.prompts = []
+
+    def embed_prompts(self, prompts):
+        self.prompts += prompts
+        return torch.stack([self.embed(prompt) for prompt in prompts])
+
+    @staticmethod
+    def embed(prompt):
+        seed = int.from_bytes(hashlib.sha256(prompt.encode()).digest()[:4])
+        return 3 * torch.randn(6, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture
+def encoder():
+    return LetterEncoder()
+
+
+def test_an_embedding_is_the_normalised_mean_of_unnormalised_ones(home, encoder):
+    templates = ("{}.", "a photo of a {}.", "many {}.")
+    vocabulary = build_vocabulary(["dog", "red umbrella"], templates, encoder)
+    mean = torch.stack([encoder.embed(template.replace("{}", "red umbrella")) for template in templates]).mean(dim=0)
+    torch.testing.assert_close(vocabulary.embeddings[1], F.normalize(mean, dim=0))
+    assert vocabulary.embeddings.dtype == torch.float32
+
+
+def test_names_reach_the_encoder_verbatim(home, encoder):
+    build_vocabulary(["aerosol_can", "barge (boat)", "{curly}"], ["a {}."], encoder)
+    assert encoder.prompts == ["a aerosol_can.", "a barge (boat).", "a {curly}."]
+
+
+def test_a_name_that_stands_twice_is_read_once_and_keeps_both_places(home, encoder):
+    vocabulary = build_vocabulary(["crane", "dog", "crane"], ["{}."], encoder)
+    assert encoder.prompts == ["crane.", "dog."]
+    assert torch.equal(vocabulary.embeddings[0], vocabulary.embeddings[2])
+    assert len(vocabulary) == 3
+
+
+def test_a_vocabulary_is_never_computed_twice(home, encoder):
+    first = build_vocabulary(["dog", "cat"], ["{}."], encoder)
+    again = build_vocabulary(["dog", "cat"], ["{}."], encoder)
+    assert encoder.prompts == ["dog.", "cat."]
+    assert torch.equal(first.embeddings, again.embeddings)
+    assert [path.stem for path in vocabulary_folder().iterdir()] == [first.digest]
+    assert vocabulary_folder().parent == home
+
+
+def test_names_order_templates_and_weights_each_make_another_vocabulary(tmp_path, encoder):
+    other = LetterEncoder()
+    other.weights_sha256 = "1" * 64
+    built = [
+        build_vocabulary(["dog", "cat"], ["{}."], encoder, tmp_path),
+        build_vocabulary(["cat", "dog"], ["{}."], encoder, tmp_path),
+        build_vocabulary(["dog", "cat"], ["a {}."], encoder, tmp_path),
+        build_vocabulary(["dog", "cat"], ["{}."], other, tmp_path),
+    ]
+    assert len({vocabulary.digest for vocabulary in built}) == 4
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + b"\xff"])
+def test_a_damaged_file_is_computed_again_and_mended(tmp_path, encoder, damage, caplog):
+    first = build_vocabulary(["dog", "cat"], ["{}."], encoder, tmp_path)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(damage(path.read_bytes()))
+    again = build_vocabulary(["dog", "cat"], ["{}."], encoder, tmp_path)
+    assert torch.equal(first.embeddings, again.embeddings)
+    assert "damaged" in caplog.text
+    build_vocabulary(["dog", "cat"], ["{}."], encoder, tmp_path)
+    assert len(encoder.prompts) == 4
+
+
+def test_a_store_that_cannot_be_written_costs_a_warning_only(tmp_path, encoder, caplog):
+    (tmp_path / "file").write_text("in the way")
+    vocabulary = build_vocabulary(["dog"], ["{}."], encoder, tmp_path / "file" / "store")
+    assert len(vocabulary) == 1
+    assert "cannot be written" in caplog.text
+
+
+def test_many_names_are_embedded_in_bounded_parts(tmp_path):
+    class Counting(LetterEncoder):
+        def embed_prompts(self, prompts):
+            self.prompts.append(len(prompts))
+            return torch.stack([torch.full((2,), float(len(prompt))) for prompt in prompts])
+
+    encoder = Counting()
+    build_vocabulary([f"name {i}" for i in range(5000)], ["{}.", "a {}.", "the {}."], encoder, tmp_path)
+    assert sum(encoder.prompts) == 15_000
+    assert max(encoder.prompts) <= PROMPTS_PER_CALL
+
+
+@pytest.mark.parametrize(
+    ("names", "templates", "message"),
+    [
+        ([], ["{}."], "no names"),
+        (["dog", " "], ["{}."], "name 2 of 2"),
+        (["dog"], [], "no templates"),
+        (["dog"], ["a photo"], "'a photo' has no '{}'"),
+        (["dog"], ["{}.", "{}."], "given twice"),
+    ],
+)
+def test_what_cannot_be_a_vocabulary_is_refused_in_one_line(tmp_path, encoder, names, templates, message):
+    with pytest.raises(InputError) as error:
+        build_vocabulary(names, templates, encoder, tmp_path)
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_embeddings_that_are_not_finite_are_refused_and_not_kept(tmp_path, encoder):
+    encoder.embed_prompts = lambda prompts: torch.full((len(prompts), 4), float("nan"))
+    with pytest.raises(WeightsError, match="not finite"):
+        build_vocabulary(["dog"], ["{}."], encoder, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_reference_templates_are_the_plain_one_and_openais_eighty():
+    assert len(TEMPLATES["imagenet"]) == 80
+    assert set(TEMPLATES["reference"]) == {"{}.", *TEMPLATES["imagenet"]}
+    assert all(template.count("{}") == 1 for template in TEMPLATES["reference"])
+    assert "itap of my {}." in TEMPLATES["imagenet"]
+
+
+def test_an_unknown_template_set_is_refused_with_the_ones_there_are():
+    with pytest.raises(InputError, match="reference, imagenet, plain"):
+        template_set("fancy")
+
+
+def test_fusion_imports_without_open_clip():
+    code = "import sys, regionspot.fusion, regionspot.fusion.vocabulary; print('open_clip' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
