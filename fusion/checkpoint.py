@@ -1,0 +1,186 @@
+"""Trained heads on disk: ours, and the files that the authors released.
+
+Ours is a safetensors file of the head alone, with what it was trained on in its header. A released file is a
+pickled `{"model": {...}}` in which the head stands behind `model.` among SAM's and CLIP's weights; it states neither
+its preset nor its vocabulary, so the preset is told from the shapes where they allow it. It is opened by torch's
+restricted unpickler, which builds tensors and refuses everything else.
+"""
+
+from __future__ import annotations
+
+import logging
+import pickle
+import zipfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from regionspot.cache.errors import InputError, WeightsError
+from regionspot.fusion.head import HEADS, FusionHead, HeadConfig
+from regionspot.fusion.tensor_file import read_tensor_file, write_tensor_file
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1
+KIND = "fusion head"
+SUBMODULES = ("to_clip.", "decoder.", "projector.")
+RELEASED_PREFIX = "model."
+
+
+@dataclass(frozen=True)
+class HeadInfo:
+    """What a head was trained on. Everything but `preset` is empty for a file that the authors released.
+
+    preset             name of the pair of backbones ("bl"); None where training was given none
+    localizer, encoder names of the feature sets it was trained on
+    weights_sha256     of the backbones: {feature set name: hex}
+    caches             one record a cache: its dataset, its manifest's digest, its share of the batches
+    vocabularies       digests, one a cache
+    templates          of those vocabularies, so that evaluation can put its names into the same sentences
+    step               iterations done
+    """
+
+    preset: str | None = None
+    localizer: str | None = None
+    encoder: str | None = None
+    weights_sha256: dict[str, str] = field(default_factory=dict)
+    caches: tuple[dict[str, Any], ...] = ()
+    vocabularies: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    step: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A head in evaluation mode on the CPU. `ignored` counts a released file's other tensors by their module."""
+
+    head: FusionHead
+    info: HeadInfo
+    ignored: dict[str, int] = field(default_factory=dict)
+
+
+def save_checkpoint(path: Path, head: FusionHead, info: HeadInfo) -> None:
+    """Write the head, whole or not at all. Raises OSError where the place cannot be written."""
+    document = {"kind": KIND, "format": FORMAT, "head": asdict(head.config), "info": asdict(info)}
+    write_tensor_file(path, head.state_dict(), document)
+
+
+def load_checkpoint(path: Path, preset: str | None = None) -> Checkpoint:
+    """Open a head of ours or of the authors.
+
+    `preset` ("bb", "bl", "bl336") says which of the authors' models a released file is; it is needed where the shapes
+    fit two of them. Given for a file that states its own, the two must agree.
+
+    Raises WeightsError for a file that is missing, is no such checkpoint, may not be opened safely or does not fit;
+    InputError for a preset that is unknown or missing.
+    """
+    if preset is not None and preset not in HEADS:
+        raise InputError(f"preset {preset!r}: expected one of {', '.join(HEADS)}")
+    if not path.is_file():
+        raise WeightsError(f"{path}: there is no such checkpoint file")
+    return _load_released(path, preset) if _is_pickle(path) else _load_ours(path, preset)
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether torch wrote it: a ZIP archive, or in old files a bare pickle (protocol 2 opens with 0x80)."""
+    with path.open("rb") as file:
+        return file.read(4).startswith((b"PK", b"\x80"))
+
+
+def _load_ours(path: Path, preset: str | None) -> Checkpoint:
+    tensors, document = read_tensor_file(path)
+    if document is None or document.get("kind") != KIND:
+        raise WeightsError(f"{path}: is a safetensors file, but no head that `regionspot train` wrote")
+    if document.get("format") != FORMAT:
+        raise WeightsError(
+            f"{path}: has format {document.get('format')}, this version reads {FORMAT}; use the version that wrote it"
+        )
+    try:
+        config = HeadConfig(**document["head"])
+        stated = dict(document["info"])
+        info = HeadInfo(**{key: tuple(value) if isinstance(value, list) else value for key, value in stated.items()})
+    except (KeyError, TypeError, ValueError) as error:
+        raise WeightsError(f"{path}: its header is incomplete ({error})") from None
+    if preset is not None and info.preset not in (None, preset):
+        raise InputError(f"{path}: was trained as preset {info.preset}, but {preset} was asked for")
+    return Checkpoint(_build(path, config, tensors), info)
+
+
+def _load_released(path: Path, preset: str | None) -> Checkpoint:
+    state, ignored = _split(path, _unpickle(path))
+    shapes = _config_of(path, state)
+    fitting = [name for name, config in HEADS.items() if config == shapes]
+    if preset is None and len(fitting) > 1:
+        raise InputError(f"{path}: has the shapes of {' and of '.join(fitting)}; say which with --preset")
+    if not fitting or (preset is not None and preset not in fitting):
+        wanted = HEADS[preset] if preset else None
+        raise WeightsError(f"{path}: its head is {shapes}, which is not {wanted or 'any of ' + ', '.join(HEADS)}")
+    if ignored:
+        log.info("%s: not needed and left out: %s", path, ", ".join(f"{n} tensors of {m}" for m, n in ignored.items()))
+    return Checkpoint(_build(path, shapes, state), HeadInfo(preset=preset or fitting[0]), ignored)
+
+
+def _unpickle(path: Path) -> Mapping[str, Any]:
+    """The state dict of a released file. Mapped where that is possible, as most of its gigabytes are not needed."""
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise WeightsError(f"{path}: holds more than tensors, so it could run code, and is not opened") from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise WeightsError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+    state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else None
+    if not isinstance(state, Mapping):
+        raise WeightsError(f"{path}: holds a {type(loaded).__name__}, expected a checkpoint {{'model': state dict}}")
+    return state
+
+
+def _split(path: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """The head's own tensors under our names, in float32, and how many there were of every other module."""
+    ours, others = {}, Counter[str]()
+    for key, value in state.items():
+        name = str(key).removeprefix(RELEASED_PREFIX)
+        if name.startswith(SUBMODULES) and isinstance(value, Tensor):
+            # A copy: what torch mapped would change with the file.
+            ours[name] = value.to(torch.float32, copy=True)
+        else:
+            others[name.split(".")[0]] += 1
+    if not ours:
+        raise WeightsError(f"{path}: holds no fusion head (no tensor named model.to_clip, model.decoder, ...)")
+    return ours, dict(others)
+
+
+def _config_of(path: Path, state: Mapping[str, Tensor]) -> HeadConfig:
+    """The head that has these shapes. The number of attention heads leaves no trace in them: the authors' 8."""
+    try:
+        width, token_dim = state["to_clip.weight"].shape
+        layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("decoder.layers."))
+        return HeadConfig(
+            token_dim=token_dim,
+            width=width,
+            text_dim=state["projector.weight"].shape[0],
+            layers=layers,
+            ffn=state["decoder.layers.0.linear1.weight"].shape[0],
+        )
+    except (KeyError, ValueError, IndexError) as error:
+        raise WeightsError(f"{path}: its fusion head is incomplete ({error})") from None
+
+
+def _build(path: Path, config: HeadConfig, state: Mapping[str, Tensor]) -> FusionHead:
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+        head = FusionHead(config)
+    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    for name in expected.keys() | found.keys():
+        if expected.get(name) != found.get(name):
+            raise WeightsError(
+                f"{path}: {name} has shape {found.get(name, 'none: it is missing')}, "
+                f"expected {expected.get(name, 'no such tensor')}"
+            )
+    head.load_state_dict(dict(state), assign=True)
+    return head.requires_grad_(True).eval()

@@ -1,0 +1,158 @@
+"""Checkpoints: ours and the authors' files, and what is refused."""
+
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from regionspot.cache.errors import InputError, WeightsError
+from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint, save_checkpoint
+from regionspot.fusion.head import HEADS, FusionHead, HeadConfig
+
+SMALL = HeadConfig(token_dim=12, width=16, text_dim=8, layers=2, heads=4, ffn=24)
+INFO = HeadInfo(
+    preset="toy",
+    localizer="toy_sam",
+    encoder="toy_clip",
+    weights_sha256={"toy_sam": "a" * 64, "toy_clip": "b" * 64},
+    caches=({"dataset": "toy", "share": 1.0},),
+    vocabularies=("c" * 64,),
+    templates=("{}.", "a {}."),
+    step=7,
+)
+
+
+@pytest.fixture
+def head():
+    return FusionHead(SMALL).eval()
+
+
+def released(preset: str, extra: dict | None = None) -> dict:
+    """A state dict as the authors' trainer writes it, all zeros."""
+    with torch.device("meta"):
+        names = FusionHead(HEADS[preset]).state_dict()
+    state = {f"model.{name}": torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in names.items()}
+    return {
+        "model": {**state, "model.sam.x.weight": torch.zeros(2), "model.clip_model.y": torch.ones(3)} | (extra or {})
+    }
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_a_head_comes_back_with_its_numbers_and_what_it_was_trained_on(tmp_path, head):
+    save_checkpoint(tmp_path / "head.safetensors", head, INFO)
+    loaded = load_checkpoint(tmp_path / "head.safetensors")
+    assert loaded.info == INFO
+    assert loaded.head.config == SMALL
+    assert not loaded.head.training
+    inputs = torch.randn(1, 3, 12), None, torch.randn(1, 5, 16)
+    assert torch.equal(loaded.head(*inputs), head(*inputs))
+
+
+def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path, head, monkeypatch):
+    path = tmp_path / "head.safetensors"
+    save_checkpoint(path, head, INFO)
+    before = path.read_bytes()
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(path, head, HeadInfo())
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["head.safetensors"]
+
+
+def test_a_released_file_loads_and_says_what_it_left_out(tmp_path):
+    path = tmp_path / "regionspot_bb.pth"
+    torch.save(released("bb", {"model.to_clip.bias": torch.arange(768.0)}), path)
+    loaded = load_checkpoint(path)
+    assert loaded.info.preset == "bb"
+    assert loaded.ignored == {"sam": 1, "clip_model": 1}
+    assert loaded.head.to_clip.bias[5] == 5
+    assert {parameter.dtype for parameter in loaded.head.parameters()} == {torch.float32}
+
+
+def test_a_released_file_of_two_possible_presets_asks_which(tmp_path):
+    path = tmp_path / "regionspot_bl.pth"
+    torch.save(released("bl"), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(InputError) as error:
+        load_checkpoint(path)
+    assert "bl and of bl336; say which with --preset" in one_line(error)
+    assert load_checkpoint(path, preset="bl336").info.preset == "bl336"
+    with pytest.raises(WeightsError, match="width=1024"):
+        load_checkpoint(path, preset="bb")
+
+
+class Code:
+    def __reduce__(self):
+        return (print, ("code from a checkpoint ran",))
+
+
+def write_code(path):
+    torch.save({"model": {"model.to_clip.weight": Code()}}, path)
+
+
+def write_bare_code(path):
+    path.write_bytes(pickle.dumps(Code(), protocol=2))
+
+
+def write_half(path):
+    torch.save({"model": {"model.to_clip.weight": torch.zeros(2000)}}, path)
+    path.write_bytes(path.read_bytes()[:4000])
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_code, "could run code"),
+        (write_bare_code, "could run code"),
+        (write_half, "cannot be read"),
+        (lambda path: path.write_text("{}"), "cannot be read"),
+        (lambda path: torch.save([1, 2], path), "holds a list"),
+        (lambda path: torch.save({"model": {"sam.x": torch.zeros(1)}}, path), "holds no fusion head"),
+        (lambda path: torch.save({"model": {"model.to_clip.weight": torch.zeros(8, 4)}}, path), "incomplete"),
+        (lambda path: save_file({"x": torch.zeros(1)}, path), "no head that `regionspot train` wrote"),
+        (lambda path: None, "no such checkpoint file"),
+    ],
+)
+def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, capsys, write, message):
+    path = tmp_path / "given.pth"
+    write(path)
+    with pytest.raises(WeightsError) as error:
+        load_checkpoint(path)
+    assert message in one_line(error)
+    assert str(path) in one_line(error)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_tensor_of_another_shape_is_named(tmp_path):
+    path = tmp_path / "odd.pth"
+    torch.save(released("bb", {"model.decoder.norm.bias": torch.zeros(5)}), path)
+    with pytest.raises(WeightsError, match=r"decoder.norm.bias has shape \(5,\), expected \(768,\)"):
+        load_checkpoint(path)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    path, state = tmp_path / "odd.pth", released("bb")
+    del state["model"]["model.decoder.layers.1.norm2.bias"]
+    torch.save(state, path)
+    with pytest.raises(WeightsError, match=r"decoder.layers.1.norm2.bias has shape none"):
+        load_checkpoint(path)
+
+
+def test_another_preset_than_the_file_states_is_refused(tmp_path, head):
+    save_checkpoint(tmp_path / "head.safetensors", head, INFO)
+    with pytest.raises(InputError, match="trained as preset toy, but bl was asked for"):
+        load_checkpoint(tmp_path / "head.safetensors", preset="bl")
+
+
+def test_an_unknown_preset_is_refused_with_the_ones_there_are(tmp_path):
+    with pytest.raises(InputError, match="bb, bl, bl336"):
+        load_checkpoint(tmp_path / "any.pth", preset="xl")
