@@ -1,0 +1,151 @@
+"""The semantic encoder: CLIP's map of a picture, and its embeddings of prompts and of whole pictures.
+
+The map is taken before the last layer norm and the projection, where it still says what lies where; `project` does
+the rest for whoever wants CLIP's own space.
+"""
+
+# B pictures, T map tokens (class token first, then patches row by row), D map width, P prompts, p pixels
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from regionspot.cache.errors import InputError
+from regionspot.pipeline.backbones import BuiltClip, Tokenizer, build_clip, encoder_name
+from regionspot.pipeline.dtypes import autocast, check_dtype
+from regionspot.pipeline.preprocess import CLIP_RESIZE, clip_input
+from regionspot.pipeline.weights import load_weights
+
+PROMPT_BATCH = 256
+
+
+class SemanticEncoder:
+    """A frozen CLIP. Made by `load_encoder`.
+
+    name            registry name, which is also that of the feature set in a cache
+    pixels          side of the square that a picture is squeezed into
+    map_shape       (T, D)
+    text_dim        width of the space that prompts and projected pictures share
+    logit_scale     what CLIP multiplies cosines by (about 100)
+    provenance      what decides the maps' values, JSON-able
+    weights_sha256  of the file that holds both towers; "random:SEED" for drawn weights
+    """
+
+    def __init__(self, name: str, clip: BuiltClip, provenance: dict[str, Any], device: str, dtype: str) -> None:
+        self.name = name
+        self.provenance = provenance
+        self.weights_sha256: str = provenance["weights_sha256"]
+        self.device = torch.device(device)
+        self._clip = clip.model.to(self.device).eval().requires_grad_(False)
+        self._tokenizer: Tokenizer = clip.tokenizer
+        self._normalisation = (tuple(clip.mean), tuple(clip.std))
+        self._dtype = dtype
+        self.pixels: int = self._clip.visual.image_size[0]
+        self.map_shape: tuple[int, int] = tuple(self._clip.visual.positional_embedding.shape)
+        self.text_dim: int = self._clip.visual.proj.shape[1]
+        self.logit_scale = float(self._clip.logit_scale.exp())
+        taught = self._clip.token_embedding.weight.any(dim=1)
+        # Only the toy CLIP has words that were never taught, rows of zeros in its word table.
+        self._taught = None if taught.all() else frozenset(taught.nonzero()[:, 0].tolist())
+
+    def preprocess(self, photo: Image.Image) -> Tensor:
+        """float32 (3, p, p), normalised."""
+        return clip_input(photo, self.pixels, *self._normalisation)
+
+    @torch.no_grad()
+    def encode(self, batch: Tensor) -> Tensor:
+        """float32 (B, T, D): the feature maps of preprocessed pictures (B, 3, p, p)."""
+        with autocast(self.device, self._dtype):
+            found = self._clip.visual.forward_intermediates(
+                batch.to(self.device), indices=1, output_fmt="NLC", output_extra_tokens=True, intermediates_only=True
+            )
+        parts = [found["image_intermediates_prefix"][0], found["image_intermediates"][0]]
+        return torch.cat(parts, dim=1).float()
+
+    @torch.no_grad()
+    def project(self, feature_map: Tensor) -> Tensor:
+        """float32 (..., D) -> (..., text_dim): the last layer norm and the projection, token by token."""
+        visual = self._clip.visual
+        projected: Tensor = visual.ln_post(feature_map.to(self.device).float()) @ visual.proj
+        return projected
+
+    def embed_images(self, batch: Tensor) -> Tensor:
+        """float32 (B, text_dim): CLIP's embedding of whole preprocessed pictures, not normalised."""
+        return self.project(self.encode(batch)[:, 0])
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """float32 (P, text_dim): CLIP's embeddings of the prompts, in their order, not normalised.
+
+        Computed in batches of about equal length, each cut behind its longest prompt: the text tower is causal, so
+        what would follow a prompt's end cannot change it. A class name in a template has 8 tokens of the 77.
+
+        Raises InputError for a prompt that does not fit the tower's length, start and end included, and for one with
+        words that the toy encoder was never taught.
+        """
+        ids = [self._ids(prompt) for prompt in prompts]
+        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        found = torch.empty(len(ids), self.text_dim, device=self.device)
+        for start in range(0, len(order), PROMPT_BATCH):
+            rows = order[start : start + PROMPT_BATCH]
+            found[rows] = self._embed_ids([ids[row] for row in rows])
+        return found
+
+    def _ids(self, prompt: str) -> list[int]:
+        ids = [self._tokenizer.sot_token_id, *self._tokenizer.encode(prompt), self._tokenizer.eot_token_id]
+        if len(ids) > self._clip.context_length:
+            raise InputError(
+                f"prompt {prompt!r}: has {len(ids)} tokens with start and end, {self.name} reads "
+                f"{self._clip.context_length}; shorten it"
+            )
+        if self._taught is not None and not self._taught.issuperset(ids):
+            from regionspot.pipeline.toy_backbones import unknown_words
+
+            words = ", ".join(unknown_words(prompt, self._taught))
+            raise InputError(f"prompt {prompt!r}: {self.name} was never taught {words}; name what its world holds")
+        return ids
+
+    def _embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """What open_clip's CLIP.encode_text computes, on sequences as long as the longest of these."""
+        clip, lengths = self._clip, [len(row) for row in ids]
+        longest = max(lengths)
+        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)
+        values = clip.token_embedding(padded) + clip.positional_embedding[:longest]
+        values = clip.ln_final(clip.transformer(values, attn_mask=clip.attn_mask[:longest, :longest]))
+        ends = values[torch.arange(len(ids)), torch.tensor(lengths) - 1]
+        embedded: Tensor = ends @ clip.text_projection
+        return embedded
+
+
+def load_encoder(name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32") -> SemanticEncoder:
+    """A semantic encoder of `backbones.ENCODERS`, or "open_clip:MODEL:TAG", with its weights.
+
+    `weights` is a source that `load_weights` knows. `dtype` is what the image tower computes in (float32, bfloat16,
+    float16); prompts and projections are always computed in float32.
+
+    Raises InputError for an unknown name or dtype, WeightsError for weights that cannot be had or do not fit.
+    """
+    check_dtype(dtype)
+    name = encoder_name(name)
+    clip = build_clip(name)
+    loaded = load_weights(name, weights, clip.model.state_dict(), clip.official, clip.unpack)
+    clip.model.load_state_dict(loaded.state_dict)
+    pixels = clip.model.visual.image_size[0]
+    provenance = {
+        "model": name,
+        "weights_sha256": loaded.sha256,
+        "weights_origin": loaded.origin,
+        "input_pixels": pixels,
+        "resize": CLIP_RESIZE.format(pixels=pixels),
+        "mean": list(clip.mean),
+        "std": list(clip.std),
+        "dtype": dtype,
+        "versions": {package: version(package) for package in ("torch", "open_clip_torch", "regionspot")},
+    }
+    return SemanticEncoder(name, clip, provenance, device, dtype)

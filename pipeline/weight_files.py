@@ -1,0 +1,115 @@
+"""Reading a file of weights that somebody else made, without running anything in it.
+
+A pickle may hold code, so pickles are read with torch's `weights_only` reader, which builds tensors and plain
+containers and refuses all else. A TorchScript archive is a program by nature and has no such reader: it is opened
+only when its SHA-256 is that of a file known beforehand (OpenAI's CLIP comes in no other form).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from regionspot.cache.errors import WeightsError
+
+StateDict = dict[str, Tensor]
+
+# Where training programs keep the state dict in a checkpoint that holds more (open_clip, segment-anything's users).
+NESTED_UNDER = ("state_dict", "model")
+SHOWN_NAMES = 3  # of each kind, in the message about a state dict that does not fit
+
+
+def read_state_dict(path: Path, trusted: Collection[str] = ()) -> tuple[StateDict, str]:
+    """The tensors of a weights file by name, and the file's SHA-256 as hex.
+
+    Reads safetensors, torch.save files (a state dict, or a checkpoint that holds one) and, where its SHA-256 is
+    one of `trusted`, a TorchScript archive. Raises WeightsError for anything else.
+    """
+    try:
+        with path.open("rb") as file:
+            # One handle for both: a file swapped between hashing and reading cannot slip through.
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(0)
+            return _read(path, file, sha256, trusted), sha256
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read ({error.strerror or error}); give a weights file") from None
+
+
+def _read(path: Path, file: BinaryIO, sha256: str, trusted: Collection[str]) -> StateDict:
+    if _holds_torchscript(file) and sha256 not in trusted:
+        expected = " or ".join(sorted(trusted)) or "that of an official file"
+        raise WeightsError(
+            f"{path}: is a TorchScript archive, which holds a program, with SHA-256 {sha256}; "
+            f"only {expected} is opened: fetch the official file again, or save its state dict as safetensors"
+        )
+    try:
+        if _holds_safetensors(file):
+            return load_file(path)
+        if _holds_torchscript(file):
+            return dict(torch.jit.load(file, map_location="cpu").state_dict())  # type: ignore[no-untyped-call]
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # both libraries pass on whatever the bytes trip over: pickle, zip, end of file, unicode, ...
+        raise WeightsError(
+            f"{path}: is damaged, or holds more than tensors (code in a pickle is never run); "
+            "expected a state dict saved by torch.save or as safetensors"
+        ) from None
+    return _tensors_of(path, content)
+
+
+def _holds_safetensors(file: BinaryIO) -> bool:
+    """Whether it opens as the format does: a header's length in 8 bytes, then the header, which is a JSON object."""
+    start = file.read(9)
+    file.seek(0)
+    return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**27
+
+
+def _holds_torchscript(file: BinaryIO) -> bool:
+    """Whether it is a zip with the constants of a compiled program, which torch.save never writes."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except zipfile.BadZipFile:
+        return False
+    finally:
+        file.seek(0)
+
+
+def _tensors_of(path: Path, content: Any) -> StateDict:
+    """The state dict in what torch.load gave, out of a checkpoint's nesting and DataParallel's `module.`"""
+    for key in NESTED_UNDER:
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise WeightsError(f"{path}: holds {type(content).__name__}, expected a state dict: tensors by name")
+    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def check_fit(path: Path, model: str, found: StateDict, expected: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError unless `found` has exactly the names and shapes of `expected`, the model's state dict."""
+    reshaped = [
+        f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        for name in expected
+        if name in found and found[name].shape != expected[name].shape
+    ]
+    wrong = {
+        "missing": [name for name in expected if name not in found],
+        "not part of it": [name for name in found if name not in expected],
+        "of another shape": reshaped,
+    }
+    parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in wrong.items() if names]
+    if parts:
+        raise WeightsError(
+            f"{path}: does not fit {model}: of its {len(expected)} tensors {', '.join(parts)}; "
+            f"give the weights of {model}"
+        )
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")

@@ -1,0 +1,221 @@
+"""Where the frozen models' weights come from, and the proof of which ones they are.
+
+Every loaded state dict carries its SHA-256 and its origin, which end up in a cache's provenance: features of other
+weights must never be mixed. The origin does not name a path, so the same file found elsewhere is the same origin.
+Weights drawn at random exist for benchmarks; they have to be asked for by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import os
+import time
+import urllib.error
+import urllib.request
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from regionspot.cache.errors import WeightsError
+from regionspot.pipeline.weight_files import StateDict, check_fit, read_state_dict
+
+log = logging.getLogger(__name__)
+
+RANDOM = "random:"
+CHUNK_BYTES = 2**20
+PROGRESS_SECONDS = 5.0
+TIMEOUT_SECONDS = 30.0
+# OpenAI's archives hold these numbers among the tensors (openai/CLIP, clip/model.py: build_model drops them).
+NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
+
+
+@dataclass(frozen=True)
+class OfficialFile:
+    """A file that its authors publish. `sha256` is None where they state none; it is then only recorded."""
+
+    file: str
+    url: str
+    sha256: str | None
+
+
+def _sam(file: str, sha256: str) -> OfficialFile:
+    return OfficialFile(file, f"https://dl.fbaipublicfiles.com/segment_anything/{file}", sha256)
+
+
+def _clip(file: str, sha256: str) -> OfficialFile:
+    return OfficialFile(file, f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}", sha256)
+
+
+# URLs: facebookresearch/segment-anything, README.md; openai/CLIP, clip/clip.py, whose URLs hold the SHA-256.
+OFFICIAL = {
+    "sam_vit_b": _sam("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
+    "sam_vit_l": _sam("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
+    "sam_vit_h": _sam("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+    "clip_vit_b_16": _clip("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "clip_vit_l_14": _clip("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "clip_vit_l_14_336": _clip("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+}
+# Trained by this project on its toy world; they ship inside the package.
+IN_PACKAGE = {name: Path(__file__).with_name(f"{name}.safetensors") for name in ("toy_sam", "toy_clip")}
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """Weights that fit their model, and what they are.
+
+    state_dict  on the CPU, with exactly the model's names and shapes, in the file's own dtype
+    sha256      of the file, as hex; "random:SEED" for weights that were drawn
+    origin      "official", "package", "file" or "random:SEED"
+    """
+
+    state_dict: StateDict
+    sha256: str
+    origin: str
+
+
+def weights_folder() -> Path:
+    """Where official files are kept: `$REGIONSPOT_HOME/weights`, by default under ~/.cache/regionspot."""
+    home = os.environ.get("REGIONSPOT_HOME")
+    return (Path(home) if home else Path.home() / ".cache" / "regionspot") / "weights"
+
+
+def load_weights(
+    name: str,
+    source: str | None,
+    expected: Mapping[str, Tensor],
+    official: OfficialFile | None = None,
+    unpack: Callable[[StateDict], StateDict] = dict,
+) -> LoadedWeights:
+    """The weights of the backbone `name`, checked against `expected`, the state dict of the built model.
+
+    `source` is None (the official file, fetched into `weights_folder()` once, or the package's own for a toy
+    backbone), a file, a folder that holds the official file under its own name, or "random:SEED".
+    `official` says what is official for a backbone that is not in OFFICIAL, `unpack` makes the model's state dict of
+    what a file holds where the two differ.
+
+    Raises WeightsError when there is no such file, when an official one has other bytes, when it may not be
+    opened safely, or when it does not fit the model.
+    """
+    if source is not None and source.startswith(RANDOM):
+        return LoadedWeights(draw_weights(_seed(source), expected), source, source)
+    official = official or OFFICIAL.get(name)
+    path = _find(name, source, official)
+    known = {official.sha256} if official and official.sha256 else set()
+    state_dict, sha256 = read_state_dict(path, known)
+    if source is None and known and sha256 not in known:
+        raise WeightsError(
+            f"{path}: its SHA-256 is {sha256}, the official file's is {official.sha256 if official else ''}; "
+            "delete it and run this again"
+        )
+    weights = unpack({key: tensor for key, tensor in state_dict.items() if key not in NOT_WEIGHTS})
+    check_fit(path, name, weights, expected)
+    return LoadedWeights(weights, sha256, _origin(name, path, sha256 in known))
+
+
+def _origin(name: str, path: Path, is_official: bool) -> str:
+    if is_official:
+        return "official"
+    return "package" if path == IN_PACKAGE.get(name) else "file"
+
+
+def _find(name: str, source: str | None, official: OfficialFile | None) -> Path:
+    """The file that `source` means."""
+    packaged = IN_PACKAGE.get(name)
+    if source is None and packaged:
+        return packaged
+    if source is None and official:
+        return _official_path(official)
+    if source is None:
+        raise WeightsError(f"{name}: no official weights are known; give a weights file or random:SEED")
+    path = Path(source).expanduser()
+    if not path.is_dir():
+        return path
+    file = packaged.name if packaged else official.file if official else None
+    if file is None or not (path / file).is_file():
+        raise WeightsError(f"{path}: this folder does not hold {file or f'weights known as those of {name}'}")
+    return path / file
+
+
+def _seed(source: str) -> int:
+    seed = source.removeprefix(RANDOM)
+    if not seed.isdecimal():
+        raise WeightsError(f"weights {source!r}: expected a whole number after {RANDOM!r}, as in random:0")
+    return int(seed)
+
+
+def draw_weights(seed: int, expected: Mapping[str, Tensor]) -> StateDict:
+    """Weights of the right sizes that depend on nothing but the seed and each tensor's own name and shape.
+
+    Layers keep about the scale of their input, so activations neither vanish nor overflow in float16.
+    """
+    with ThreadPoolExecutor() as pool:
+        drawn = pool.map(lambda name: _draw(seed, name, expected[name].shape), expected)
+        return dict(zip(expected, drawn, strict=True))
+
+
+def _draw(seed: int, name: str, shape: torch.Size) -> Tensor:
+    # A generator of its own for each tensor: the global one stays as it was, and order does not matter.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
+    value = torch.empty(shape).normal_(generator=generator)
+    if name.endswith("gaussian_matrix"):
+        return value  # SAM's Fourier frequencies have deviation 1 (segment_anything/modeling/prompt_encoder.py)
+    if len(shape) >= 2:
+        return value.mul_(0.7 / math.sqrt(math.prod(shape[1:])))
+    return value.mul_(0.02).add_(1.0 if len(shape) == 1 and name.endswith("weight") else 0.0)
+
+
+def _official_path(official: OfficialFile) -> Path:
+    """The official file in the weights folder, fetched there unless it is there already."""
+    path = weights_folder() / official.file
+    if path.is_file():
+        return path
+    try:
+        _download(official, path)
+    except OSError as error:  # urllib's errors, timeouts and a folder that may not be written are all OSErrors
+        reason = getattr(error, "reason", None) or error.strerror or error
+        raise WeightsError(
+            f"{official.file} is not in {path.parent} and could not be downloaded ({reason}); "
+            f"fetch {official.url} and put it at {path}"
+        ) from None
+    return path
+
+
+def _download(official: OfficialFile, path: Path) -> None:
+    """Fetch into a file beside `path` that takes its name only once its SHA-256 is right."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    log.info("downloading %s to %s", official.url, path)
+    try:
+        sha256 = _stream(official, partial)
+        if official.sha256 not in (None, sha256):
+            raise WeightsError(
+                f"{official.url}: what came has SHA-256 {sha256}, expected {official.sha256}; "
+                f"fetch it another way and put it at {path}"
+            )
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _stream(official: OfficialFile, partial: Path) -> str:
+    """Write the body of the answer to `partial`; its SHA-256 as hex."""
+    digest, done, told = hashlib.sha256(), 0, time.monotonic()
+    with urllib.request.urlopen(official.url, timeout=TIMEOUT_SECONDS) as answer, partial.open("wb") as file:
+        total = int(answer.headers.get("Content-Length") or 0)
+        while chunk := answer.read(CHUNK_BYTES):
+            file.write(chunk)
+            digest.update(chunk)
+            done += len(chunk)
+            if time.monotonic() - told > PROGRESS_SECONDS:
+                told = time.monotonic()
+                log.info("%s  %d/%d MB", official.file, done // 10**6, total // 10**6)
+        if done < total:
+            raise urllib.error.URLError(f"the connection ended after {done} of {total} bytes")
+    return digest.hexdigest()
