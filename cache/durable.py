@@ -1,0 +1,143 @@
+"""Files that appear under their name whole or not at all, and are still there after a power cut.
+
+A file is written beside its place as `<name>.<host>-<pid>.partial`, flushed, renamed, and its folder flushed: without
+the first flush a rename can survive a power cut that the bytes did not, without the second the rename itself is lost.
+The host and process in the name tell a later run whether the writer is still alive.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+
+# No dots or dashes, so that the end of a partial file's name can be taken apart again.
+_HOST = re.sub(r"\W", "_", socket.gethostname())
+_PARTIAL = re.compile(r"\.(?P<host>\w+)-(?P<pid>\d+)\.partial$")
+_ABANDONED_SECONDS = 86_400  # a day without a write: no part takes that long, on any machine
+
+
+class DurableFile:
+    """A file being written. `finish` puts its bytes on disk, `publish` gives it its name, `discard` gives it up."""
+
+    def __init__(self, final: Path) -> None:
+        self.final = final
+        self.partial = partial_path(final)
+        self._fd = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+
+    def write(self, data: Any) -> None:
+        """Append the bytes of any contiguous buffer. A write may take only a part of them, so it is asked again."""
+        left = memoryview(data).cast("B")
+        while left:
+            left = left[os.write(self._fd, left) :]
+
+    def finish(self) -> None:
+        os.fsync(self._fd)
+        self._close()
+
+    def publish(self) -> None:
+        os.replace(self.partial, self.final)
+        sync_folder(self.final.parent)
+
+    def discard(self) -> None:
+        """Remove what was written so far; does nothing once the file is published."""
+        self._close()
+        self.partial.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def write_file(final: Path, data: bytes) -> None:
+    """Write a small file whole or not at all."""
+    file = DurableFile(final)
+    try:
+        file.write(data)
+        file.finish()
+        file.publish()
+    except BaseException:
+        file.discard()
+        raise
+
+
+def to_json(document: dict[str, Any]) -> bytes:
+    """The document as people read it, in one stable form: equal documents give equal bytes."""
+    return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def seal(document: dict[str, Any]) -> dict[str, Any]:
+    """The document with the crc32c of its own content in it."""
+    return {**document, "crc32c": _content_crc(document)}
+
+
+def is_sealed(document: Any) -> bool:
+    """Whether a document still is what `seal` made of it."""
+    return isinstance(document, dict) and document.get("crc32c") == _content_crc(document)
+
+
+def _content_crc(document: dict[str, Any]) -> int:
+    content = {key: value for key, value in document.items() if key != "crc32c"}
+    return int(google_crc32c.value(to_json(content)))
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's list of names."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_tree(folder: Path) -> None:
+    """Flush every file and folder under `folder`, for what other libraries wrote without flushing."""
+    for root, _, names in os.walk(folder):
+        for name in names:
+            sync_folder(Path(root, name))  # the same call: a file's descriptor flushes the file
+        sync_folder(Path(root))
+
+
+def partial_path(final: Path) -> Path:
+    """Where this process writes what shall become `final`."""
+    return final.with_name(f"{final.name}.{_HOST}-{os.getpid()}.partial")
+
+
+def remove_abandoned(folder: Path, prefix: str = "") -> None:
+    """Remove partial files and folders under `folder`, not below it, whose writer is gone; leave those of living ones.
+
+    A writer of this machine is asked for by its process id. One of another machine cannot be, so what it left
+    counts as abandoned only after a day without a change.
+    """
+    for path in folder.glob(f"{prefix}*.partial"):
+        if _is_abandoned(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _is_abandoned(path: Path) -> bool:
+    name = _PARTIAL.search(path.name)
+    if name is None:
+        return False  # not ours
+    try:
+        idle = time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return False  # renamed or removed meanwhile
+    return idle > _ABANDONED_SECONDS or (name["host"] == _HOST and not _is_alive(int(name["pid"])))
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True  # another user's process
+    return True

@@ -1,0 +1,178 @@
+"""What a cache holds, in types: its feature sets, the features of one picture, and where a part's files lie.
+
+Everything on disk follows from the numbers of `Geometry`, which are known before extraction begins; so every
+array has its final shape at once and no two parts ever share a file.
+
+    features/clip_vit_l_14/feature_map   (N, 257, 1024)   a shard is a part, an inner chunk one picture
+    features/clip_vit_l_14/crc32c        (N,)             of each inner chunk
+    features/sam_vit_b/token             (P, CAP, 256)    a shard is a part, an inner chunk 64 regions
+    features/sam_vit_b/crc32c            (P, CAP / 64)    of each inner chunk
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regionspot.cache.errors import InputError
+
+SCHEMA_VERSION = 1
+TOKEN_CHUNK = 64  # regions in one inner chunk: 32 KB of 256 float16, so small parts cost little and reads stay few
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_ARRAY_NAMES = {"map": "feature_map", "token": "token"}
+_DTYPES = ("float16", "float32")
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """One backbone's output over all pictures (`map`: one record a picture) or all regions (`token`: one row a region).
+
+    name        folder under features/: letters, digits, `_`, `-` and `.`
+    shape       of one record: (T, D) of a map, class token first; (C,) of a token
+    dtype       as stored: float16 or float32
+    provenance  JSON-able, all that decides the numbers: model, weights sha256, input size, resize rule. Its
+                `versions` are kept but never refused: another torch gives the same features up to rounding
+
+    Raises InputError for a name, shape, dtype or provenance that cannot be stored.
+    """
+
+    name: str
+    kind: Literal["map", "token"]
+    shape: tuple[int, ...]
+    dtype: str = "float16"
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise InputError(f"feature set {self.name!r}: a name is letters, digits, '_', '-' and '.'")
+        if self.kind not in _ARRAY_NAMES:
+            raise InputError(f"feature set {self.name}: kind is {self.kind!r}, expected 'map' or 'token'")
+        if len(self.shape) != (2 if self.kind == "map" else 1) or min(self.shape) < 1:
+            raise InputError(
+                f"feature set {self.name}: shape is {self.shape}, expected (T, D) of a map, (C,) of a token"
+            )
+        if self.dtype not in _DTYPES:
+            raise InputError(f"feature set {self.name}: dtype is {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
+        object.__setattr__(self, "provenance", self._as_json())
+
+    def _as_json(self) -> Any:
+        """The provenance as it will come back from disk, so that the two compare equal."""
+        try:
+            return json.loads(json.dumps(self.provenance, allow_nan=False))
+        except (TypeError, ValueError) as error:
+            raise InputError(f"feature set {self.name}: provenance cannot be stored as JSON: {error}") from None
+
+    @property
+    def array(self) -> str:
+        """The array's path inside the cache."""
+        return f"features/{self.name}/{_ARRAY_NAMES[self.kind]}"
+
+    @property
+    def checksums(self) -> str:
+        """Path of the array that holds the crc32c of every inner chunk."""
+        return f"features/{self.name}/crc32c"
+
+    @property
+    def stored(self) -> np.dtype[Any]:
+        """The dtype on disk: little-endian, as the bytes codec says."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def record_shape(self) -> tuple[int, ...]:
+        """Shape of one inner chunk without its leading 1: one picture's map, or TOKEN_CHUNK rows of tokens."""
+        return self.shape if self.kind == "map" else (TOKEN_CHUNK, *self.shape)
+
+    @property
+    def record_bytes(self) -> int:
+        return math.prod(self.record_shape) * self.stored.itemsize
+
+
+@dataclass
+class PictureFeatures:
+    """What the backbones said about the picture at `row`.
+
+    features[map set]    floating (T, D)
+    features[token set]  floating (regions of the picture, C), in the manifest's order
+    failure              why the picture could not be read; its features are then left out
+    """
+
+    row: int
+    features: dict[str, NDArray[Any]]
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A picture that could not be read when its part was extracted. `path` is relative to the photo folder."""
+
+    row: int
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The three numbers that place every record.
+
+    pictures   N, rows of the manifest
+    part_size  S, pictures of one part; the last part may have fewer
+    capacity   CAP, the largest part's region count rounded up to a whole number of token chunks, at least one
+    """
+
+    pictures: int
+    part_size: int
+    capacity: int
+
+    @classmethod
+    def of(cls, offsets: NDArray[np.int64], part_size: int) -> Geometry:
+        """The geometry of a manifest, from the (N + 1,) offsets of its regions."""
+        pictures = len(offsets) - 1
+        part_size = min(part_size, pictures)
+        firsts = np.append(np.arange(0, pictures, part_size), pictures)
+        largest = int(np.diff(offsets[firsts]).max())
+        return cls(pictures, part_size, max(1, math.ceil(largest / TOKEN_CHUNK)) * TOKEN_CHUNK)
+
+    @property
+    def n_parts(self) -> int:
+        return math.ceil(self.pictures / self.part_size)
+
+    def rows(self, part: int) -> range:
+        """Rows of the manifest that make up a part. Raises InputError when there is no such part."""
+        if not 0 <= part < self.n_parts:
+            raise InputError(f"there is no part {part}: this cache has parts 0 to {self.n_parts - 1}")
+        first = part * self.part_size
+        return range(first, min(first + self.part_size, self.pictures))
+
+    def slots(self, feature_set: FeatureSet) -> int:
+        """Inner chunks of one shard."""
+        return self.part_size if feature_set.kind == "map" else self.capacity // TOKEN_CHUNK
+
+    def array_shape(self, feature_set: FeatureSet) -> tuple[int, ...]:
+        lead = (self.pictures,) if feature_set.kind == "map" else (self.n_parts, self.capacity)
+        return (*lead, *feature_set.shape)
+
+    def shard_shape(self, feature_set: FeatureSet) -> tuple[int, ...]:
+        lead = (self.part_size,) if feature_set.kind == "map" else (1, self.capacity)
+        return (*lead, *feature_set.shape)
+
+
+def shard_file(feature_set: FeatureSet, part: int) -> str:
+    """Path inside the cache of a part's shard: Zarr's default chunk key with `.`, so a part takes no folder."""
+    return f"{feature_set.array}/c.{part}.0.0"
+
+
+def checksum_file(feature_set: FeatureSet, part: int) -> str:
+    """Path inside the cache of the checksums of a part's inner chunks."""
+    return f"{feature_set.checksums}/c.{part}" + ("" if feature_set.kind == "map" else ".0")
+
+
+def record_file(name: str, part: int) -> str:
+    """Path inside the cache of the record that says a part of a feature set is written."""
+    return f"parts/{name}/{part:05d}.json"
