@@ -1,1 +1,44 @@
-"""The embedding store: its layout, writing, reading and integrity. Knows nothing of SAM or CLIP."""
+"""The embedding store: its layout, writing, reading and integrity. Knows nothing of SAM or CLIP.
+
+    cache = FeatureCache.open("o365_train.zarr")
+    batch = cache.read(cache.valid_rows()[:64])      # numpy: tokens, feature_map, region_mask, categories, ...
+
+Importing it needs neither torch nor zarr; opening a cache imports zarr.
+"""
+
+from regionspot.cache.batch import Batch
+from regionspot.cache.errors import (
+    CacheError,
+    CorruptPartError,
+    InputError,
+    NotACacheError,
+    NotExtractedError,
+    ProvenanceMismatchError,
+    RegionSpotError,
+    SchemaVersionError,
+)
+from regionspot.cache.manifest import NO_CATEGORY, Category, Manifest, Ragged
+from regionspot.cache.records import PartRecord
+from regionspot.cache.schema import Failure, FeatureSet, PictureFeatures
+from regionspot.cache.store import FeatureCache
+
+__all__ = [
+    "NO_CATEGORY",
+    "Batch",
+    "CacheError",
+    "Category",
+    "CorruptPartError",
+    "Failure",
+    "FeatureCache",
+    "FeatureSet",
+    "InputError",
+    "Manifest",
+    "NotACacheError",
+    "NotExtractedError",
+    "PartRecord",
+    "PictureFeatures",
+    "ProvenanceMismatchError",
+    "Ragged",
+    "RegionSpotError",
+    "SchemaVersionError",
+]

@@ -1,0 +1,206 @@
+"""The words in a cache's `zarr.json`: what it was made from and what it may be used with.
+
+They lie under two attributes of the root group, so that any Zarr tool can read them and add its own beside:
+
+    regionspot_schema   1
+    regionspot          dataset, split, counts, manifest digest and source, categories, feature sets with
+                        provenance, and the crc32c of all that
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from regionspot.cache.durable import is_sealed, seal, to_json, write_file
+from regionspot.cache.errors import InputError, NotACacheError, ProvenanceMismatchError, SchemaVersionError
+from regionspot.cache.manifest import Category, Manifest
+from regionspot.cache.schema import SCHEMA_VERSION, FeatureSet, Geometry
+
+_UNNAMED: tuple[Any, ...] = (None, (), [])  # what a category does not state is not written
+
+
+@dataclass(frozen=True)
+class Header:
+    """All that is known of a cache before an array of it is opened."""
+
+    dataset: str
+    split: str
+    regions: int
+    geometry: Geometry
+    digest: str
+    source: dict[str, Any]
+    report: dict[str, int]
+    categories: tuple[Category, ...]
+    feature_sets: dict[str, FeatureSet]
+
+    @classmethod
+    def of(cls, manifest: Manifest, feature_sets: Iterable[FeatureSet], part_size: int) -> Header:
+        if not len(manifest):
+            raise InputError(
+                f"manifest {manifest.dataset}/{manifest.split} holds no picture: there is nothing to cache"
+            )
+        if part_size < 1:
+            raise InputError(f"part_size is {part_size}, expected at least 1 picture")
+        return cls(
+            dataset=manifest.dataset,
+            split=manifest.split,
+            regions=len(manifest.boxes_xyxy),
+            geometry=Geometry.of(manifest.offsets, part_size),
+            digest=manifest.digest(),
+            source=manifest.source,
+            report=manifest.report,
+            categories=manifest.categories,
+            feature_sets=by_name(feature_sets),
+        )
+
+    def adding(self, feature_sets: Iterable[FeatureSet]) -> Header:
+        return replace(self, feature_sets={**self.feature_sets, **by_name(feature_sets)})
+
+    def save(self, cache: Path) -> None:
+        """Write the attributes into the group's zarr.json, whole or not at all."""
+        document = json.loads((cache / "zarr.json").read_bytes())
+        document["attributes"] |= {"regionspot_schema": SCHEMA_VERSION, "regionspot": seal(self._to_json())}
+        write_file(cache / "zarr.json", to_json(document))
+
+    def _to_json(self) -> dict[str, Any]:
+        return {
+            "dataset": self.dataset,
+            "split": self.split,
+            "pictures": self.geometry.pictures,
+            "regions": self.regions,
+            "part_size": self.geometry.part_size,
+            "capacity": self.geometry.capacity,
+            "manifest": {"digest": self.digest, "source": self.source, "report": self.report},
+            "categories": [_category_to_json(category) for category in self.categories],
+            "feature_sets": [asdict(feature_set) for feature_set in self.feature_sets.values()],
+        }
+
+
+def load_header(cache: Path) -> Header:
+    """Read what a cache says of itself.
+
+    Raises NotACacheError when the folder is missing, something else or damaged, SchemaVersionError when another
+    version of this package wrote it.
+    """
+    attributes = _attributes(cache)
+    version = attributes.get("regionspot_schema")
+    if version is None:
+        raise NotACacheError(f"{cache}: is a Zarr group of something else, not a feature cache; give another folder")
+    if version != SCHEMA_VERSION:
+        raise SchemaVersionError(
+            f"{cache}: has schema version {version}, this regionspot reads version {SCHEMA_VERSION}; "
+            "use the version that wrote it, or extract into another folder"
+        )
+    words = attributes.get("regionspot")
+    if not isinstance(words, dict) or not is_sealed(words):
+        raise NotACacheError(
+            f"{cache}/zarr.json: does not match its own checksum, it was damaged or edited; "
+            "put back the file as it was written"
+        )
+    return _from_json(words)
+
+
+def _attributes(cache: Path) -> dict[str, Any]:
+    try:
+        attributes = json.loads((cache / "zarr.json").read_bytes())["attributes"]
+    except FileNotFoundError:
+        what = "holds no zarr.json, so it is no feature cache; give another folder"
+        missing = "no such cache; `regionspot extract` makes one"
+        raise NotACacheError(f"{cache}: {what if cache.exists() else missing}") from None
+    except NotADirectoryError:
+        raise NotACacheError(f"{cache}: is a file, not a feature cache; give another folder") from None
+    except OSError as error:
+        raise NotACacheError(f"{cache}/zarr.json: cannot be read: {error.strerror}; mend its permissions") from None
+    except (ValueError, KeyError, TypeError):
+        raise NotACacheError(f"{cache}/zarr.json: is not a Zarr v3 group's metadata; give another folder") from None
+    return attributes if isinstance(attributes, dict) else {}
+
+
+def _from_json(words: dict[str, Any]) -> Header:
+    return Header(
+        dataset=words["dataset"],
+        split=words["split"],
+        regions=words["regions"],
+        geometry=Geometry(words["pictures"], words["part_size"], words["capacity"]),
+        digest=words["manifest"]["digest"],
+        source=words["manifest"]["source"],
+        report=words["manifest"]["report"],
+        categories=tuple(_category_from_json(category) for category in words["categories"]),
+        feature_sets=by_name(
+            FeatureSet(**{**entry, "shape": tuple(entry["shape"])}) for entry in words["feature_sets"]
+        ),
+    )
+
+
+def _category_to_json(category: Category) -> dict[str, Any]:
+    return {key: value for key, value in asdict(category).items() if value not in _UNNAMED}
+
+
+def _category_from_json(words: dict[str, Any]) -> Category:
+    return Category(**{**words, "synonyms": tuple(words.get("synonyms", ()))})
+
+
+def by_name(feature_sets: Iterable[FeatureSet]) -> dict[str, FeatureSet]:
+    """Feature sets by name. Raises InputError where two have the same."""
+    named: dict[str, FeatureSet] = {}
+    for feature_set in feature_sets:
+        if feature_set.name in named:
+            raise InputError(f"feature set {feature_set.name} is given twice; give each one name of its own")
+        named[feature_set.name] = feature_set
+    return named
+
+
+def require_same_manifest(cache: Path, stored: Header, asked: Header) -> None:
+    """Raises ProvenanceMismatchError, saying what differs, when a cache was made from other pictures or boxes."""
+    if stored.digest == asked.digest:
+        return
+    differences = [
+        f"{name} {was!r}, not {now!r}"
+        for name, was, now in (
+            ("dataset", stored.dataset, asked.dataset),
+            ("split", stored.split, asked.split),
+            ("pictures", stored.geometry.pictures, asked.geometry.pictures),
+            ("regions", stored.regions, asked.regions),
+            ("categories", len(stored.categories), len(asked.categories)),
+        )
+        if was != now
+    ]
+    raise ProvenanceMismatchError(
+        f"{cache}: was made from other annotations than asked for: it holds "
+        f"{', '.join(differences) or 'other boxes, sizes, paths, ids or class names in the same numbers'}; "
+        "give the annotations that it was made from, or another cache folder"
+    )
+
+
+def require_same_features(cache: Path, stored: FeatureSet, asked: FeatureSet) -> list[str]:
+    """Software versions that differ, as text, when all that decides the numbers is equal.
+
+    Raises ProvenanceMismatchError naming the first field that differs, what is stored and what was asked for.
+    """
+    was, now = _flat(stored), _flat(asked)
+    differing = [name for name in sorted(was | now) if was.get(name) != now.get(name)]
+    told = [f"{name} is {was.get(name)!r}, asked for {now.get(name)!r}" for name in differing]
+    refused = [text for name, text in zip(differing, told, strict=True) if not name.startswith("provenance.versions")]
+    if refused:
+        raise ProvenanceMismatchError(
+            f"{cache}: feature set {stored.name} was made otherwise than asked for: {'; '.join(refused)}; "
+            "ask for the same, or give another cache folder"
+        )
+    return told
+
+
+def _flat(feature_set: FeatureSet) -> dict[str, Any]:
+    """Every field of a feature set under its dotted name."""
+
+    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping) and value:
+            for key, inner in value.items():
+                yield from walk(f"{prefix}.{key}" if prefix else key, inner)
+        else:
+            yield prefix, value
+
+    return dict(walk("", asdict(feature_set)))

@@ -1,0 +1,130 @@
+"""Writing one part: every feature set's shard and checksums, streamed, and last the record that makes it count.
+
+    features/<set>/<array>/c.42.0.0    records, one after another, and their index
+    features/<set>/crc32c/c.42         crc32c of each record
+    parts/<set>/00042.json             sizes, counts, failures; written last
+
+A run killed at any point leaves at most partial files and shards without a record. Both are written again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from regionspot.cache.errors import CacheError, InputError
+from regionspot.cache.manifest import Manifest
+from regionspot.cache.records import PartRecord
+from regionspot.cache.schema import Failure, FeatureSet, Geometry, PictureFeatures, record_file
+from regionspot.cache.set_writers import MapWriter, SetWriter, TokenWriter
+
+
+class PartWriter:
+    """Takes the pictures of one part in order and writes all given feature sets of it. Use it in a `with`.
+
+    Leaving the block without `commit` removes what was written. Raises InputError for features that are not the
+    picture's, and CacheError when the disk refuses them.
+    """
+
+    def __init__(
+        self, cache: Path, manifest: Manifest, geometry: Geometry, part: int, sets: Sequence[FeatureSet]
+    ) -> None:
+        self._cache, self._manifest, self._part = cache, manifest, part
+        self._rows = geometry.rows(part)
+        self._done = 0
+        self._failures: list[Failure] = []
+        self._started = time.monotonic()
+        self._writers: list[SetWriter] = []
+        try:
+            with self._disk_errors():
+                for feature_set in sets:
+                    writer = MapWriter if feature_set.kind == "map" else TokenWriter
+                    self._writers.append(writer(cache, feature_set, geometry, part))
+        except BaseException:
+            self._discard()
+            raise
+
+    def append(self, picture: PictureFeatures) -> None:
+        """Write the next picture's features."""
+        row = self._rows.start + self._done
+        if picture.row != row or row not in self._rows:
+            raise InputError(
+                f"{self._cache}: part {self._part} holds rows {self._rows.start} to {self._rows.stop - 1} "
+                f"in order; got row {picture.row} after {self._done} pictures"
+            )
+        regions = int(self._manifest.offsets[row + 1] - self._manifest.offsets[row])
+        if picture.failure is not None:
+            self._failures.append(Failure(row, str(self._manifest.paths[row]), picture.failure))
+        for writer in self._writers:
+            with self._disk_errors():
+                if picture.failure is None:
+                    writer.append(row, regions, _of_set(picture, writer.feature_set))
+                else:
+                    writer.skip(regions)
+        self._done += 1
+
+    def commit(self, worker: str) -> PartRecord:
+        """Put everything on disk under its name, and the record of each feature set last."""
+        if self._done != len(self._rows):
+            raise InputError(
+                f"{self._cache}: part {self._part} has {len(self._rows)} pictures, got only {self._done}; "
+                "give one PictureFeatures for each, with `failure` set where it could not be read"
+            )
+        offsets = self._manifest.offsets
+        record = PartRecord(
+            part=self._part,
+            first_row=self._rows.start,
+            pictures=len(self._rows),
+            regions=int(offsets[self._rows.stop] - offsets[self._rows.start]),
+            files={},
+            failures=tuple(self._failures),
+            worker=worker,
+            seconds=0.0,
+        )
+        with self._disk_errors():
+            files = [writer.publish() for writer in self._writers]
+            record = replace(record, seconds=round(time.monotonic() - self._started, 3))
+            # Last on purpose: a part counts as done once its record exists, so a run killed between two
+            # files finds it missing and writes it again.
+            for writer, sizes in zip(self._writers, files, strict=True):
+                replace(record, files=sizes).save(self._cache / record_file(writer.feature_set.name, self._part))
+        return replace(record, files={path: size for sizes in files for path, size in sizes.items()})
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
+        for writer in self._writers:
+            writer.discard()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """What the disk refuses, in one line. Errors of the caller's own iterator never pass through here."""
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(
+                f"{self._cache}: part {self._part} could not be written: {error.strerror}; the finished parts are "
+                "safe: mend the disk and run the same `regionspot extract` again"
+            ) from error
+
+
+def _of_set(picture: PictureFeatures, feature_set: FeatureSet) -> NDArray[Any]:
+    if feature_set.name not in picture.features:
+        raise InputError(
+            f"row {picture.row}: no features of {feature_set.name}, only of {sorted(picture.features) or 'nothing'}; "
+            "give them, or say in `failure` why there are none"
+        )
+    return picture.features[feature_set.name]

@@ -1,0 +1,302 @@
+"""The feature cache: one Zarr group, one shard a part, one inner chunk a picture.
+
+A picture's record lies in one piece, so it is read with one request. A part is the only unit that is ever written, so a
+killed run leaves whole parts or none.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from regionspot.cache.batch import Batch
+from regionspot.cache.durable import remove_abandoned
+from regionspot.cache.errors import CacheError, InputError, NotACacheError
+from regionspot.cache.header import (
+    Header,
+    by_name,
+    load_header,
+    require_same_features,
+    require_same_manifest,
+)
+from regionspot.cache.manifest import Category, Manifest
+from regionspot.cache.parts import PartWriter
+from regionspot.cache.reader import Check, FeatureReader
+from regionspot.cache.records import PartRecord
+from regionspot.cache.schema import Failure, FeatureSet, PictureFeatures, record_file
+
+log = logging.getLogger(__name__)
+
+Mode = Literal["r", "a"]
+
+
+class FeatureCache:
+    """Features of one dataset split; `len(cache)` is its number of pictures.
+
+    path          the folder
+    manifest      pictures and regions, as they were given when the cache was made
+    categories    what a category index stands for
+    feature_sets  by name
+    part_size     pictures of a part; n_parts is the number of parts
+    """
+
+    def __init__(self, path: Path, header: Header, manifest: Manifest, mode: Mode, check: Check) -> None:
+        self.path, self.manifest, self.mode, self.check = path, manifest, mode, check
+        self._adopt(header)
+
+    def _adopt(self, header: Header) -> None:
+        self._header, self._geometry = header, header.geometry
+        self.categories: tuple[Category, ...] = header.categories
+        self.feature_sets: dict[str, FeatureSet] = header.feature_sets
+        self._readers = {
+            name: FeatureReader(self.path, feature_set, self.manifest, self._geometry, self.check)
+            for name, feature_set in header.feature_sets.items()
+        }
+
+    @classmethod
+    def create(
+        cls, path: str | Path, manifest: Manifest, feature_sets: Iterable[FeatureSet], part_size: int = 512
+    ) -> FeatureCache:
+        """Make an empty cache for a manifest and open it for extraction.
+
+        Raises CacheError when `path` exists or cannot be written; nothing of it is left then.
+        """
+        from regionspot.cache.layout import create_cache  # zarr takes a second to import
+
+        path = Path(path)
+        header = Header.of(manifest, feature_sets, part_size)
+        create_cache(path, manifest, header)
+        return cls.open(path, "a")
+
+    @classmethod
+    def open(cls, path: str | Path, mode: Mode = "r", check: Check = "first") -> FeatureCache:
+        """Open a cache: "r" to read, which never writes; "a" to extract into.
+
+        check   when to compare a record with its checksum: "first" (the first time this process reads it),
+                "always" or "never"
+
+        Raises NotACacheError, SchemaVersionError, and CacheError when "a" is asked for without permission to write.
+        """
+        from regionspot.cache.columns import load_manifest  # zarr takes a second to import
+
+        path = Path(path)
+        if mode not in ("r", "a") or check not in ("first", "always", "never"):
+            raise InputError(f"{path}: mode is {mode!r} and check {check!r}, expected r|a and first|always|never")
+        header = load_header(path)
+        _require_arrays(path, header)
+        if mode == "a":
+            _prepare_for_writing(path, header)
+        return cls(path, header, load_manifest(path, header), mode, check)
+
+    @classmethod
+    def open_or_create(
+        cls, path: str | Path, manifest: Manifest, feature_sets: Iterable[FeatureSet], part_size: int = 512
+    ) -> FeatureCache:
+        """Go on with a cache, or make it. Feature sets that it does not hold yet are added and touch nothing else.
+
+        An existing cache keeps its own part size. Raises ProvenanceMismatchError, saying what differs, when it was
+        made from other annotations or backbones than asked for.
+        """
+        path, asked = Path(path), Header.of(manifest, feature_sets, part_size)
+        if not path.exists():
+            return cls.create(path, manifest, asked.feature_sets.values(), part_size)
+        stored = load_header(path)
+        require_same_manifest(path, stored, asked)
+        for name in stored.feature_sets.keys() & asked.feature_sets.keys():
+            for difference in require_same_features(path, stored.feature_sets[name], asked.feature_sets[name]):
+                log.warning("%s: going on with other software for %s: %s", path, name, difference)
+        cache = cls.open(path, "a")
+        cache._add(asked.feature_sets[name] for name in asked.feature_sets if name not in stored.feature_sets)
+        return cache
+
+    def _add(self, feature_sets: Iterable[FeatureSet]) -> None:
+        new = by_name(feature_sets)
+        if not new:
+            return
+        from regionspot.cache.layout import add_feature_set  # zarr takes a second to import
+
+        try:
+            for feature_set in new.values():
+                add_feature_set(self.path, feature_set, self._geometry)
+            header = self._header.adding(new.values())
+            header.save(self.path)
+        except OSError as error:
+            raise CacheError(
+                f"{self.path}: feature sets {', '.join(new)} could not be added: {error.strerror}; "
+                "the cache is as it was: mend the disk and run this again"
+            ) from error
+        self._adopt(header)
+
+    def __len__(self) -> int:
+        return self._geometry.pictures
+
+    def __repr__(self) -> str:
+        return (
+            f"FeatureCache({str(self.path)!r}, {len(self)} pictures, {', '.join(self.feature_sets) or 'no features'})"
+        )
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # A worker process opens the folder anew instead of being sent a manifest of gigabytes.
+        return FeatureCache.open, (self.path, self.mode, self.check)
+
+    @property
+    def part_size(self) -> int:
+        return self._geometry.part_size
+
+    @property
+    def n_parts(self) -> int:
+        return self._geometry.n_parts
+
+    def part_rows(self, part: int) -> range:
+        """Rows of the manifest that make up a part."""
+        return self._geometry.rows(part)
+
+    def missing_sets(self, part: int, feature_sets: Sequence[str] | None = None) -> list[str]:
+        """Those of the feature sets (default: all) of which this part is not written yet."""
+        self.part_rows(part)  # refuses a part that is none
+        return [name for name in self._names(feature_sets) if not (self.path / record_file(name, part)).exists()]
+
+    def pending_parts(self, feature_sets: Sequence[str] | None = None) -> list[int]:
+        """Parts of which at least one of the feature sets (default: all) is not written yet."""
+        done = [self._written_parts(name) for name in self._names(feature_sets)]
+        return [part for part in range(self.n_parts) if not all(part in parts for parts in done)]
+
+    def write_part(
+        self,
+        part: int,
+        pictures: Iterable[PictureFeatures],
+        feature_sets: Sequence[str] | None = None,
+        worker: str = "",
+    ) -> PartRecord:
+        """Write those of the feature sets (default: all) that this part lacks, from its pictures in row order.
+
+        `pictures` is consumed one by one, so memory does not grow with the part. Features of sets that are written
+        already are left aside. Whatever is raised, also by the iterator, leaves this part unwritten and others as
+        they are.
+
+        Raises InputError for features that do not fit the picture, CacheError when the disk refuses them or the part
+        is written already.
+        """
+        if self.mode != "a":
+            raise CacheError(f"{self.path}: is open for reading; open it with mode 'a' to write a part")
+        missing = self.missing_sets(part, feature_sets)
+        if not missing:
+            raise CacheError(f"{self.path}: part {part} is written already; write only pending_parts()")
+        sets = [self.feature_sets[name] for name in missing]
+        with PartWriter(self.path, self.manifest, self._geometry, part, sets) as writer:
+            for picture in pictures:
+                writer.append(picture)
+            return writer.commit(worker)
+
+    def valid_rows(self, feature_sets: Sequence[str] | None = None) -> NDArray[np.int64]:
+        """int64, rising: rows written in all of the feature sets (default: all), without pictures that failed."""
+        names = self._names(feature_sets)
+        valid = np.full(len(self), bool(names))
+        for name in names:
+            written = np.zeros(len(self), dtype=bool)
+            for part in self._written_parts(name):
+                written[self.part_rows(part)] = True
+                written[[failure.row for failure in self._readers[name].record(part).failures]] = False
+            valid &= written
+        return np.flatnonzero(valid)
+
+    def failures(self) -> list[Failure]:
+        """Pictures that could not be read, by row, once each however many feature sets lack them."""
+        found = {
+            failure.row: failure
+            for name, reader in self._readers.items()
+            for part in self._written_parts(name)
+            for failure in reader.record(part).failures
+        }
+        return [found[row] for row in sorted(found)]
+
+    def read(
+        self, rows: ArrayLike, *, map_set: str | None = None, token_set: str | None = None, out: Batch | None = None
+    ) -> Batch:
+        """Read the pictures at `rows`, in that order and as often as they are named, into one padded batch.
+
+        map_set, token_set   feature sets to read (default: the only one of that kind, none where there is none)
+        out                  a batch whose memory is used again; it is changed and returned, so what was read into it
+                             before is gone
+
+        Raises InputError for rows that do not exist, NotExtractedError for a row whose part is not committed or whose
+        picture could not be read, CorruptPartError for one whose bytes do not match their checksum.
+        """
+        maps, tokens = self._only_set("map", map_set), self._only_set("token", token_set)
+        wanted = self._checked_rows(rows)
+        batch = Batch() if out is None else out
+        batch.fill_regions(self.manifest, wanted)
+        batch.shape_features(tokens, maps)
+        if maps is not None:
+            read_map = self._readers[maps.name].read_map
+            for place, row in enumerate(wanted.tolist()):
+                read_map(row, batch.feature_map[place])
+        if tokens is not None:
+            read_tokens = self._readers[tokens.name].read_tokens
+            counts = batch.region_mask.sum(axis=1).tolist()
+            for place, (row, count) in enumerate(zip(wanted.tolist(), counts, strict=True)):
+                read_tokens(row, batch.tokens[place, :count])
+                batch.tokens[place, count:] = 0
+        return batch
+
+    def _checked_rows(self, rows: ArrayLike) -> NDArray[np.int64]:
+        wanted = np.asarray(rows)
+        if wanted.ndim != 1 or (wanted.size and not np.issubdtype(wanted.dtype, np.integer)):
+            raise InputError(
+                f"{self.path}: rows are {wanted.dtype} of shape {wanted.shape}, expected a list of integers"
+            )
+        outside = wanted[(wanted < 0) | (wanted >= len(self))]
+        if len(outside):
+            raise InputError(f"{self.path}: there is no row {outside[0]}: this cache has rows 0 to {len(self) - 1}")
+        return wanted.astype(np.int64)
+
+    def _only_set(self, kind: str, name: str | None) -> FeatureSet | None:
+        of_kind = {each.name: each for each in self.feature_sets.values() if each.kind == kind}
+        if name is None and len(of_kind) <= 1:
+            return next(iter(of_kind.values()), None)
+        if name not in of_kind:
+            asked = f"{name!r} is none of them" if name else "say which one"
+            raise InputError(f"{self.path}: {kind} feature sets are {', '.join(of_kind) or 'none'}; {asked}")
+        return of_kind[name]
+
+    def _names(self, feature_sets: Sequence[str] | None) -> list[str]:
+        names = list(self.feature_sets) if feature_sets is None else list(feature_sets)
+        for name in names:
+            if name not in self.feature_sets:
+                held = ", ".join(self.feature_sets) or "none"
+                raise InputError(f"{self.path}: there is no feature set {name!r}; it has {held}")
+        return names
+
+    def _written_parts(self, name: str) -> set[int]:
+        # Listed anew each time: other processes may be writing parts just now.
+        with os.scandir(self.path / "parts" / name) as entries:
+            stems = (entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".json"))
+            return {int(stem) for stem in stems if stem.isdigit() and int(stem) < self.n_parts}
+
+
+def _require_arrays(path: Path, header: Header) -> None:
+    """Raises NotACacheError when a folder that the header speaks of is not there."""
+    for feature_set in header.feature_sets.values():
+        for needed in (
+            f"{feature_set.array}/zarr.json",
+            f"{feature_set.checksums}/zarr.json",
+            f"parts/{feature_set.name}",
+        ):
+            if not (path / needed).exists():
+                raise NotACacheError(f"{path}: {needed} is missing; restore the folder, or extract into another one")
+
+
+def _prepare_for_writing(path: Path, header: Header) -> None:
+    if not os.access(path, os.W_OK | os.X_OK):
+        raise CacheError(f"{path}: no permission to write; change it, or open the cache for reading")
+    folders = [path, path / "features"]
+    for feature_set in header.feature_sets.values():
+        folders += [path / feature_set.array, path / feature_set.checksums, path / "parts" / feature_set.name]
+    for folder in folders:
+        remove_abandoned(folder)

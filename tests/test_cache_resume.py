@@ -1,0 +1,262 @@
+"""Writers killed by SIGKILL at any moment: what was committed stays, and the bytes come out equal in the end."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures, durable
+
+PICTURES, PART_SIZE = 16, 4
+MAPS = FeatureSet("clip", "map", (5, 8))
+TOKENS = FeatureSet("sam", "token", (6,))
+MORE = FeatureSet("dino", "map", (2, 2))
+SYSTEM_CALLS = ("open", "write", "fsync", "close", "replace", "rename")
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    counts = np.random.default_rng(0).integers(0, 50, PICTURES)
+    regions = int(counts.sum())
+    return Manifest(
+        dataset="toy",
+        split="train",
+        image_ids=np.arange(PICTURES) + 100,
+        paths=np.array([f"{row}.jpg" for row in range(PICTURES)], dtype=np.dtypes.StringDType()),
+        heights=np.full(PICTURES, 480, np.int32),
+        widths=np.full(PICTURES, 640, np.int32),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        boxes_xyxy=np.zeros((regions, 4), np.float32),
+        category_index=np.zeros(regions, np.int32),
+        annotation_ids=np.arange(regions),
+        categories=(Category(1, "star"),),
+    )
+
+
+def features_of(manifest, row):
+    if row == 6:
+        return PictureFeatures(row, {}, "truncated JPEG")
+    rng = np.random.default_rng(row)
+    tokens = rng.standard_normal((int(manifest.region_count[row]), 6))
+    return PictureFeatures(row, {"clip": rng.standard_normal((5, 8)), "sam": tokens, "dino": rng.random((2, 2))})
+
+
+def extract(path, manifest, sets=(MAPS, TOKENS), seconds_a_picture=0.0):
+    """What `regionspot extract` does: go on with the cache, write what is missing."""
+
+    def pictures(part):
+        for row in cache.part_rows(part):
+            time.sleep(seconds_a_picture)
+            yield features_of(manifest, row)
+
+    cache = FeatureCache.open_or_create(path, manifest, sets, PART_SIZE)
+    names = [feature_set.name for feature_set in sets]
+    for part in cache.pending_parts(names):
+        cache.write_part(part, pictures(part), names)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory, manifest):
+    """Folder of an empty cache and of one whose extraction nobody disturbed."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    FeatureCache.create(folder / "empty", manifest, [MAPS, TOKENS], PART_SIZE)
+    shutil.copytree(folder / "empty", folder / "full")
+    extract(folder / "full", manifest)
+    return folder
+
+
+def killed(function, after_seconds=None, at_call=None):
+    """Run `function` in a process of its own and SIGKILL it: after a time, or at its n-th call to the system.
+
+    Returns whether it was killed before it ended by itself.
+    """
+    pid = os.fork()
+    if not pid:
+        try:
+            if at_call is not None:
+                _die_at(at_call)
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    if after_seconds is not None:
+        time.sleep(after_seconds)
+        os.kill(pid, signal.SIGKILL)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
+    return os.WIFSIGNALED(status)
+
+
+def _die_at(call):
+    left = [call]
+
+    def counted(real):
+        def instead(*args, **kwargs):
+            left[0] -= 1
+            if not left[0]:
+                if real is os_write:
+                    os_write(args[0], args[1][: len(args[1]) // 2])  # and in the middle of a write
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return instead
+
+    os_write = os.write
+    for name in SYSTEM_CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def content(folder: Path):
+    """Every file's bytes; of the part records all but who wrote them and how long that took."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name.startswith("parts/") and path.suffix == ".json":
+            record = json.loads(path.read_bytes())
+            found[name] = {key: value for key, value in record.items() if key not in ("seconds", "crc32c")}
+        elif path.is_file():
+            found[name] = path.read_bytes()
+    return found
+
+
+def require_committed_parts_whole(path, manifest):
+    """Every part that says it is written reads equal to what the backbones said."""
+    cache = FeatureCache.open(path, check="always")
+    rows = cache.valid_rows()
+    committed = {
+        row for part in range(cache.n_parts) if part not in cache.pending_parts() for row in cache.part_rows(part)
+    }
+    assert set(rows.tolist()) == committed - {6}
+    batch = cache.read(rows)
+    for place, row in enumerate(rows.tolist()):
+        features, count = features_of(manifest, row).features, manifest.region_count[row]
+        np.testing.assert_array_equal(batch.feature_map[place], features["clip"].astype(np.float16))
+        np.testing.assert_array_equal(batch.tokens[place, :count], features["sam"].astype(np.float16))
+    return cache
+
+
+def test_a_part_killed_at_any_call_to_the_system_is_whole_or_missing(undisturbed, manifest, tmp_path):
+    expected, path, calls = content(undisturbed / "full"), tmp_path / "c.zarr", 0
+    empty = FeatureCache.open(shutil.copytree(undisturbed / "empty", path), "a")
+    pictures = [features_of(manifest, row) for row in empty.part_rows(1)]
+    while killed(lambda: empty.write_part(1, pictures), at_call=calls + 1):
+        calls += 1
+        cache = require_committed_parts_whole(path, manifest) if calls % 7 == 0 else empty
+        if 1 in cache.pending_parts():
+            empty.write_part(1, pictures)
+        for name, value in content(path).items():
+            assert name.endswith(".partial") or value == expected[name]
+        for record in (path / "parts").glob("*/00001.json"):
+            record.unlink()
+    assert calls > 40  # of a part: two sets, two files and a record each, all opened, written, flushed and renamed
+
+
+def test_runs_killed_at_random_moments_end_with_the_bytes_of_an_undisturbed_run(undisturbed, manifest, tmp_path):
+    rng, path, kills = random.Random(0), tmp_path / "c.zarr", 0
+    shutil.copytree(undisturbed / "empty", path)
+    while FeatureCache.open(path).pending_parts():
+        started = time.monotonic()
+        kills += killed(lambda: extract(path, manifest, seconds_a_picture=0.005), after_seconds=rng.uniform(0.05, 0.2))
+        require_committed_parts_whole(path, manifest)
+        assert time.monotonic() - started < 10
+        assert kills < 100
+    FeatureCache.open(path, "a")
+    assert kills
+    assert content(path) == content(undisturbed / "full")
+
+
+def test_several_writers_killed_at_random_moments_leave_a_cache_that_can_be_finished(undisturbed, manifest, tmp_path):
+    rng, path = random.Random(1), tmp_path / "c.zarr"
+    shutil.copytree(undisturbed / "empty", path)
+    cache = FeatureCache.open(path, "a")
+
+    def write(part):
+        cache.write_part(part, (time.sleep(0.003) or features_of(manifest, row) for row in cache.part_rows(part)))
+
+    for _ in range(3):
+        pids = []
+        for part in cache.pending_parts():
+            pids.append(os.fork())
+            if not pids[-1]:
+                write(part)
+                os._exit(0)
+        time.sleep(rng.uniform(0, 0.06))
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        require_committed_parts_whole(path, manifest)
+    extract(path, manifest)
+    assert content(path) == content(undisturbed / "full")
+
+
+def test_a_cache_killed_while_it_is_made_is_whole_or_not_there(undisturbed, manifest, tmp_path):
+    expected, path, made = content(undisturbed / "empty"), tmp_path / "c.zarr", []
+    for at_call in (1, 5, 40, 70, 90, 100, 110, 10_000):
+        killed(lambda: FeatureCache.create(path, manifest, [MAPS, TOKENS], PART_SIZE), at_call=at_call)
+        made.append(path.exists())
+        if path.exists():
+            assert content(path) == expected
+            shutil.rmtree(path)
+    assert made[0] is False
+    assert made[-1] is True
+    FeatureCache.create(path, manifest, [MAPS], PART_SIZE)
+    assert [left.name for left in tmp_path.iterdir()] == ["c.zarr"]
+
+
+def test_a_run_killed_while_it_adds_a_feature_set_leaves_the_others_as_they_are(undisturbed, manifest, tmp_path):
+    path, before = tmp_path / "c.zarr", content(undisturbed / "full")
+    shutil.copytree(undisturbed / "full", path)
+    at_call, seen = 1, set()
+    while killed(lambda: FeatureCache.open_or_create(path, manifest, [MORE]), at_call=at_call):
+        at_call += 3
+        cache = require_sets_as_before(path, before)
+        seen.add(len(cache.feature_sets))
+        if len(cache.feature_sets) == 3:
+            shutil.rmtree(path)
+            shutil.copytree(undisturbed / "full", path)
+    assert seen == {2, 3}
+    extract(path, manifest, (MORE,))
+    cache = require_sets_as_before(path, before)
+    assert cache.pending_parts() == []
+    assert cache.read([3], map_set="dino").feature_map.shape == (1, 2, 2)
+    assert not [left for left in content(path) if "partial" in left]
+
+
+def require_sets_as_before(path, before):
+    now = content(path)
+    assert {name for name in before if now[name] != before[name]} <= {"zarr.json"}
+    cache = FeatureCache.open(path)
+    assert cache.pending_parts(["clip", "sam"]) == []
+    return cache
+
+
+def test_only_what_dead_writers_left_is_removed(undisturbed, tmp_path, monkeypatch):
+    path = shutil.copytree(undisturbed / "full", tmp_path / "c.zarr")
+    dead = os.fork()
+    if not dead:
+        os._exit(0)
+    os.waitpid(dead, 0)
+    folder = path / MAPS.array
+    ours = durable.partial_path(folder / "c.1.0.0").name
+    of = {
+        "living": ours,
+        "dead": ours.replace(str(os.getpid()), str(dead)),
+        "elsewhere": "c.1.0.0.otherhost-1.partial",
+        "elsewhere, long ago": "c.2.0.0.otherhost-1.partial",
+        "living, long ago": "c.3" + ours.removeprefix("c.1"),
+        "somebody's own": "notes.partial",
+    }
+    for name in of.values():
+        (folder / name).write_bytes(b"x")
+    for name in ("elsewhere, long ago", "living, long ago"):
+        os.utime(folder / of[name], (time.time() - 2 * 86_400,) * 2)
+    FeatureCache.open(path)
+    assert len(list(folder.glob("*.partial"))) == len(of)
+    FeatureCache.open(path, "a")
+    assert {left.name for left in folder.glob("*.partial")} == {of["living"], of["elsewhere"], of["somebody's own"]}
