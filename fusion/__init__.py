@@ -1,1 +1,30 @@
 """The fusion head, its losses and vocabularies, and its training from a cache. Never opens a picture."""
+
+from regionspot.fusion.checkpoint import Checkpoint, HeadInfo, load_checkpoint, save_checkpoint
+from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig
+from regionspot.fusion.head import HEADS, FusionHead, HeadConfig, similarity_logits
+from regionspot.fusion.losses import focal_loss, region_loss
+from regionspot.fusion.templates import TEMPLATES, template_set
+from regionspot.fusion.train import TrainResult, train
+from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
+
+__all__ = [
+    "HEADS",
+    "TEMPLATES",
+    "TRAIN_PRESETS",
+    "Checkpoint",
+    "FusionHead",
+    "HeadConfig",
+    "HeadInfo",
+    "TrainConfig",
+    "TrainResult",
+    "Vocabulary",
+    "build_vocabulary",
+    "focal_loss",
+    "load_checkpoint",
+    "region_loss",
+    "save_checkpoint",
+    "similarity_logits",
+    "template_set",
+    "train",
+]

@@ -102,13 +102,17 @@ def _load_ours(path: Path, preset: str | None) -> Checkpoint:
         )
     try:
         config = HeadConfig(**document["head"])
-        stated = dict(document["info"])
-        info = HeadInfo(**{key: tuple(value) if isinstance(value, list) else value for key, value in stated.items()})
-    except (KeyError, TypeError, ValueError) as error:
+        stated: dict[str, Any] = {name: _as_tuple(value) for name, value in document["info"].items()}
+        info = HeadInfo(**stated)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: its header is incomplete ({error})") from None
     if preset is not None and info.preset not in (None, preset):
         raise InputError(f"{path}: was trained as preset {info.preset}, but {preset} was asked for")
     return Checkpoint(_build(path, config, tensors), info)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _load_released(path: Path, preset: str | None) -> Checkpoint:

@@ -43,6 +43,8 @@ HEADS = {
     "bb": HeadConfig(width=768, text_dim=512),
     "bl": HeadConfig(width=1024, text_dim=768),
     "bl336": HeadConfig(width=1024, text_dim=768),
+    # The toy backbones: 24 numbers a head suffice for their 192.
+    "toy": HeadConfig(token_dim=128, width=192, text_dim=128, layers=2, ffn=512, dropout=0.0),
 }
 
 
@@ -81,7 +83,8 @@ def similarity_logits(semantic: Tensor, text: Tensor, scale: float = LOGIT_SCALE
         semantic = semantic.float()
         # The authors' guard against a zero vector; part of their numbers.
         unit = semantic / (semantic.norm(dim=-1, keepdim=True) + 1e-7)
-        return scale * unit @ text.float().T
+        logits: Tensor = scale * unit @ text.float().T
+    return logits
 
 
 def _padding(region_mask: Tensor | None) -> Tensor | None:

@@ -50,16 +50,18 @@ class TextEncoder(Protocol):
 class Vocabulary:
     """Classes that regions can be given, in the order of their indices.
 
-    names       verbatim, `_` and `(...)` kept; the same name may stand twice, as in V3Det
-    templates   each with `{}` where the name goes
-    embeddings  float32 (V, text_dim), L2-normalised
-    digest      SHA-256 over names, templates and the text encoder's name and weights
+    names           verbatim, `_` and `(...)` kept; the same name may stand twice, as in V3Det
+    templates       each with `{}` where the name goes
+    embeddings      float32 (V, text_dim), L2-normalised
+    digest          SHA-256 over names, templates and the text encoder's name and weights
+    encoder_sha256  of the text encoder's weights; empty where the embeddings came from elsewhere
     """
 
     names: tuple[str, ...]
     templates: tuple[str, ...]
     embeddings: Tensor
     digest: str
+    encoder_sha256: str = ""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -88,7 +90,7 @@ def build_vocabulary(
     if embeddings is None:
         embeddings = _embed(names, templates, encoder)
         _store(path, digest, names, templates, embeddings, encoder)
-    return Vocabulary(names, templates, embeddings, digest)
+    return Vocabulary(names, templates, embeddings, digest, encoder.weights_sha256)
 
 
 def vocabulary_digest(names: Sequence[str], templates: Sequence[str], encoder: TextEncoder) -> str:

@@ -1,0 +1,94 @@
+"""Which pictures make up which batch, and reading them one batch ahead.
+
+A batch follows from the seed and the step alone: a run that was stopped goes on with the very batches that it would
+have had, without reading those before. Within a cache the pictures of one epoch after another, each epoch shuffled
+anew, form one endless row that is cut into batches, so none is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regionspot.cache.batch import Batch
+from regionspot.cache.errors import InputError
+from regionspot.fusion.sources import Source
+
+# Fractional part of the golden ratio: its multiples modulo 1 fill every stretch of [0, 1) more evenly than random
+# numbers do, so the caches' ratios hold over short stretches of a run too.
+GOLDEN = 0.6180339887498949
+
+
+class BatchPlan:
+    """For every step the source it reads from and the positions in that source's rows.
+
+    sizes       usable rows of each source
+    ratios      share of the batches that each source gives, in any unit; default: by its size
+    """
+
+    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int, ratios: Sequence[float] | None = None) -> None:
+        self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
+        weights = np.asarray(sizes if ratios is None else ratios, dtype=np.float64)
+        if weights.shape != (len(sizes),) or not (np.isfinite(weights).all() and (weights > 0).all()):
+            raise InputError(f"ratios {list(weights)}: expected {len(sizes)} numbers above 0, one a cache")
+        self.shares = weights / weights.sum()
+        # Two epochs a source are alive at once, where a batch spans the end of one.
+        self._order = lru_cache(maxsize=2 * len(sizes))(self._shuffle)
+
+    def steps(self, first: int, last: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
+        """(source, positions) of the steps first to last - 1."""
+        sources = self._sources(last)
+        done = np.bincount(sources[:first], minlength=len(self.sizes))
+        for source in sources[first:].tolist():
+            yield source, self._positions(source, int(done[source]))
+            done[source] += 1
+
+    def _sources(self, steps: int) -> NDArray[np.int64]:
+        edges = np.cumsum(self.shares)[:-1]
+        return np.searchsorted(edges, np.arange(steps) * GOLDEN % 1.0, side="right").astype(np.int64)
+
+    def _positions(self, source: int, batch: int) -> NDArray[np.int64]:
+        epochs, places = np.divmod(batch * self.batch_size + np.arange(self.batch_size), self.sizes[source])
+        orders = [self._order(source, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
+        return np.concatenate(orders)
+
+    def _shuffle(self, source: int, epoch: int) -> NDArray[np.int64]:
+        return np.random.default_rng([self.seed, source, epoch]).permutation(self.sizes[source])
+
+
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """The batch of one step. Its memory is used again once the next one is asked for."""
+
+    step: int
+    source: int
+    batch: Batch
+
+
+def read_ahead(sources: Sequence[Source], plan: BatchPlan, first: int, last: int) -> Iterator[Planned]:
+    """The batches of steps first to last - 1, the next one being read by a thread meanwhile.
+
+    Two batches take turns: one is in the caller's hands while the other is filled. Raises what reading raised, at the
+    step whose batch could not be read.
+    """
+
+    def read(step: int, source: int, positions: NDArray[np.int64]) -> Planned:
+        rows = sources[source].rows[positions]
+        return Planned(step, source, sources[source].read(rows, turns[step % 2]))
+
+    turns = (Batch(), Batch())
+    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
+        pending = None
+        for step, (source, positions) in enumerate(plan.steps(first, last), start=first):
+            # Taken before the next read is asked for: that one goes into the memory that the caller just let go of.
+            ready = pending.result() if pending else None
+            pending = pool.submit(read, step, source, positions)
+            if ready:
+                yield ready
+        if pending:
+            yield pending.result()

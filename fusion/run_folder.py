@@ -1,0 +1,121 @@
+"""The folder of one training run, and going on with it.
+
+    run.json               what the run is: its configuration, and which caches and vocabularies it learns from
+    metrics.jsonl          one line an interval
+    last.state.safetensors head, optimizer and step of the last checkpoint; all that going on needs
+    head.safetensors       the head at the same step, for evaluation
+    curves.png             drawn at the end
+
+A folder is one run for ever: going on with another configuration or other caches is refused, for the result would be
+neither run's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.optim import Optimizer
+
+from regionspot.cache.durable import to_json, write_file
+from regionspot.cache.errors import InputError, WeightsError
+from regionspot.fusion.head import FusionHead
+from regionspot.fusion.tensor_file import read_tensor_file, write_tensor_file
+
+KIND = "training state"
+
+Identity = Mapping[str, Any]
+
+
+class RunFolder:
+    """Paths of a run and its state on disk."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record = path / "run.json"
+        self.metrics = path / "metrics.jsonl"
+        self.state = path / "last.state.safetensors"
+        self.head = path / "head.safetensors"
+        self.curves = path / "curves.png"
+
+    def claim(self, identity: Identity, resume: bool) -> None:
+        """Make the folder this run's, or see that it already is.
+
+        Raises InputError when it holds something else, another run, or this run while `resume` is not asked for; and
+        when it cannot be written. Nothing in it is touched then.
+        """
+        if self.record.exists():
+            self._require_same(identity)
+            if not resume:
+                raise InputError(
+                    f"{self.path}: holds this very run already; go on with --resume, or name another folder"
+                )
+            return
+        if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            raise InputError(f"{self.path}: is there already and holds no training run; name another folder")
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            write_file(self.record, to_json(dict(identity)))
+        except OSError as error:
+            raise InputError(f"{self.path}: cannot be written ({error.strerror}); name another folder") from None
+
+    def _require_same(self, identity: Identity) -> None:
+        try:
+            held = json.loads(self.record.read_text())
+        except (OSError, ValueError) as error:
+            raise InputError(f"{self.record}: cannot be read ({error}); name another folder") from None
+        # Through JSON, as the stored one went: a tuple is a list there.
+        differences = list(_differences(held, json.loads(to_json(dict(identity)))))
+        if differences:
+            more = f" and {len(differences) - 1} more" if len(differences) > 1 else ""
+            raise InputError(
+                f"{self.path}: holds another run: {differences[0]}{more}; name another folder, or ask for the same run"
+            )
+
+    def save(self, step: int, head: FusionHead, optimizer: Optimizer) -> None:
+        """Write the state after `step` steps, whole or not at all."""
+        tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
+        for index, entries in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
+        write_tensor_file(self.state, tensors, {"kind": KIND, "step": step})
+
+    def restore(self, head: FusionHead, optimizer: Optimizer) -> int:
+        """Put the last state into `head` and `optimizer` and return its step; 0 where none was written yet.
+
+        Raises WeightsError for a state file that is damaged.
+        """
+        if not self.state.exists():
+            return 0
+        tensors, document = read_tensor_file(self.state)
+        if document is None or document.get("kind") != KIND:
+            raise WeightsError(f"{self.state}: is no training state; remove it to begin this run again")
+        weights, entries = {}, dict[int, dict[str, Any]]()
+        for key, tensor in tensors.items():
+            part, rest = key.split(".", 1)
+            if part == "head":
+                weights[rest] = tensor
+            else:
+                index, name = rest.split(".", 1)
+                entries.setdefault(int(index), {})[name] = tensor
+        head.load_state_dict(weights)
+        optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
+        return int(document["step"])
+
+
+def _differences(held: Any, asked: Any, name: str = "") -> Iterator[str]:
+    """What differs between two JSON documents, in words, depth first."""
+    if isinstance(held, dict) and isinstance(asked, dict):
+        for key in sorted(held.keys() | asked.keys()):
+            yield from _differences(held.get(key), asked.get(key), f"{name}.{key}" if name else key)
+    elif isinstance(held, list) and isinstance(asked, list) and len(held) == len(asked):
+        for index, (one, other) in enumerate(zip(held, asked, strict=True)):
+            yield from _differences(one, other, f"{name}[{index}]")
+    elif held != asked:
+        yield f"its {name} is {_short(held)}, asked for is {_short(asked)}"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."

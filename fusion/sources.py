@@ -1,0 +1,155 @@
+"""What training learns from: caches with their vocabularies, whether they belong together, and what they are.
+
+Caches of one run must come from the same backbones and each vocabulary from the text encoder that belongs to the
+maps: a mixture would train without complaint and recognise nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regionspot.cache.batch import Batch
+from regionspot.cache.errors import InputError
+from regionspot.cache.schema import FeatureSet
+from regionspot.cache.store import FeatureCache
+from regionspot.fusion.checkpoint import HeadInfo
+from regionspot.fusion.config import TrainConfig
+from regionspot.fusion.head import HeadConfig
+from regionspot.fusion.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """What one cache offers to training: `rows` are extracted pictures with at least one region of known class."""
+
+    cache: FeatureCache
+    maps: FeatureSet
+    tokens: FeatureSet
+    rows: NDArray[np.int64]
+
+    def read(self, rows: NDArray[np.int64], out: Batch) -> Batch:
+        return self.cache.read(rows, map_set=self.maps.name, token_set=self.tokens.name, out=out)
+
+
+def open_source(cache: FeatureCache, map_set: str | None = None, token_set: str | None = None) -> Source:
+    """Pick the feature sets (default: the only one of their kind) and the usable rows of a cache.
+
+    Raises InputError when it holds no such set, several to choose from, or no picture to learn from.
+    """
+    maps, tokens = _feature_set(cache, "map", map_set), _feature_set(cache, "token", token_set)
+    valid = cache.valid_rows([maps.name, tokens.name])
+    known = np.concatenate([[0], np.cumsum(cache.manifest.category_index >= 0)])[cache.manifest.offsets]
+    rows = valid[np.diff(known)[valid] > 0]
+    if not len(rows):
+        raise InputError(
+            f"{cache.path}: none of its {len(cache):,} pictures is extracted and has a region of known class; "
+            "run `regionspot extract` with an annotated dataset first"
+        )
+    return Source(cache, maps, tokens, rows)
+
+
+def _feature_set(cache: FeatureCache, kind: Literal["map", "token"], name: str | None) -> FeatureSet:
+    of_kind = {each.name: each for each in cache.feature_sets.values() if each.kind == kind}
+    if name is None and len(of_kind) == 1:
+        return next(iter(of_kind.values()))
+    if name is None or name not in of_kind:
+        asked = "training needs one; name it" if name is None else f"{name!r} was asked for"
+        raise InputError(f"{cache.path}: its {kind} feature sets are: {', '.join(of_kind) or 'none'}; {asked}")
+    return of_kind[name]
+
+
+def head_config_for(sources: Sequence[Source], vocabularies: Sequence[Vocabulary], config: TrainConfig) -> HeadConfig:
+    """The head that these features and vocabularies need. Raises InputError where they do not belong together."""
+    if not sources:
+        raise InputError("training: there is no cache to learn from; give at least one with --cache")
+    if len(vocabularies) != len(sources):
+        raise InputError(f"training: {len(sources)} caches but {len(vocabularies)} vocabularies, expected one a cache")
+    text_dim = vocabularies[0].embeddings.shape[1]
+    for source, vocabulary in zip(sources, vocabularies, strict=True):
+        _require_same_backbones(source, sources[0])
+        _require_fitting_vocabulary(source, vocabulary, text_dim)
+    first = sources[0]
+    return HeadConfig(
+        token_dim=first.tokens.shape[-1],
+        width=first.maps.shape[-1],
+        text_dim=text_dim,
+        layers=config.layers,
+        heads=config.heads,
+        ffn=config.ffn,
+        dropout=config.dropout,
+    )
+
+
+def _require_same_backbones(source: Source, first: Source) -> None:
+    for ours, reference in ((source.maps, first.maps), (source.tokens, first.tokens)):
+        if (ours.name, ours.shape, _weights(ours)) != (reference.name, reference.shape, _weights(reference)):
+            raise InputError(
+                f"{source.cache.path}: its {ours.kind} features are {_describe(ours)}, those of {first.cache.path} are "
+                f"{_describe(reference)}; train on features of the same backbones"
+            )
+
+
+def _require_fitting_vocabulary(source: Source, vocabulary: Vocabulary, text_dim: int) -> None:
+    path, classes, width = source.cache.path, len(source.cache.categories), vocabulary.embeddings.shape[1]
+    if len(vocabulary) != classes:
+        raise InputError(f"{path}: has {classes} classes but its vocabulary {len(vocabulary)}; build it from the cache")
+    if width != text_dim:
+        raise InputError(f"{path}: its vocabulary is {width} wide, that of the first cache {text_dim}")
+    if vocabulary.encoder_sha256 and _weights(source.maps) not in (None, vocabulary.encoder_sha256):
+        raise InputError(
+            f"{path}: its maps are {_describe(source.maps)}, its vocabulary comes from a text encoder with weights "
+            f"{vocabulary.encoder_sha256[:12]}; take both from the same model"
+        )
+
+
+def _weights(feature_set: FeatureSet) -> str | None:
+    sha256 = feature_set.provenance.get("weights_sha256")
+    return None if sha256 is None else str(sha256)
+
+
+def _describe(feature_set: FeatureSet) -> str:
+    return f"{feature_set.name} {feature_set.shape} with weights {(_weights(feature_set) or 'unknown')[:12]}"
+
+
+def run_identity(
+    sources: Sequence[Source],
+    vocabularies: Sequence[Vocabulary],
+    shares: NDArray[np.float64],
+    config: TrainConfig,
+    preset: str | None,
+) -> dict[str, Any]:
+    """All that decides the numbers of a run, for `run.json`. Paths are no part of it: a cache may be moved."""
+    caches = [
+        {
+            "dataset": source.cache.manifest.dataset,
+            "split": source.cache.manifest.split,
+            "manifest": source.cache.manifest.digest(),
+            "pictures": len(source.rows),
+            "share": round(float(share), 9),
+            "map": {"name": source.maps.name, **source.maps.provenance},
+            "token": {"name": source.tokens.name, **source.tokens.provenance},
+            "vocabulary": vocabulary.digest,
+        }
+        for source, vocabulary, share in zip(sources, vocabularies, shares, strict=True)
+    ]
+    return {"preset": preset, "config": asdict(config), "caches": caches}
+
+
+def run_info(sources: Sequence[Source], vocabularies: Sequence[Vocabulary], identity: dict[str, Any]) -> HeadInfo:
+    """What is kept with the head that these sources give."""
+    maps, tokens = sources[0].maps, sources[0].tokens
+    weights = {each.name: sha256 for each in (maps, tokens) if (sha256 := _weights(each)) is not None}
+    return HeadInfo(
+        preset=identity["preset"],
+        localizer=tokens.name,
+        encoder=maps.name,
+        weights_sha256=weights,
+        caches=tuple(identity["caches"]),
+        vocabularies=tuple(vocabulary.digest for vocabulary in vocabularies),
+        templates=vocabularies[0].templates,
+    )

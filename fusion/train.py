@@ -1,0 +1,182 @@
+"""Training a fusion head from caches: AdamW, full-model gradient clipping, a stepped rate with warm-up.
+
+Everything a step does follows from the seed and the step number: its batch, its dropout, its rate. So a run that was
+killed and goes on from its last checkpoint computes the very numbers of a run that was never stopped.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW
+
+from regionspot.cache.errors import InputError
+from regionspot.cache.store import FeatureCache
+from regionspot.fusion.batches import BatchPlan, Planned, read_ahead
+from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
+from regionspot.fusion.config import TrainConfig
+from regionspot.fusion.curves import draw_curves
+from regionspot.fusion.head import FusionHead
+from regionspot.fusion.losses import region_loss
+from regionspot.fusion.metrics import Meter, read_metrics
+from regionspot.fusion.run_folder import RunFolder
+from regionspot.fusion.sources import Source, head_config_for, open_source, run_identity, run_info
+from regionspot.fusion.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to. `loss` is the mean over its last interval, `seconds` counts all runs that made it up."""
+
+    checkpoint: Path
+    step: int
+    loss: float
+    seconds: float
+
+
+def train(
+    caches: Sequence[FeatureCache],
+    vocabularies: Sequence[Vocabulary],
+    out_dir: Path,
+    config: TrainConfig,
+    *,
+    preset: str | None = None,
+    ratios: Sequence[float] | None = None,
+    map_set: str | None = None,
+    token_set: str | None = None,
+    resume: bool = False,
+    device: str | None = None,
+    checkpoint_every: int = 2000,
+    log_every: int = 20,
+) -> TrainResult:
+    """Train a head on one or more caches and leave it in `out_dir`/head.safetensors (see run_folder.py for the rest).
+
+    vocabularies   one a cache, in the order of its categories
+    preset         name of the backbones' pair, kept with the head so that evaluation can load them
+    ratios         share of the batches from each cache, in any unit; default: by their numbers of usable pictures
+    map_set, token_set  feature sets to learn from, where a cache holds several
+    resume         go on from the last checkpoint in `out_dir`; where there is none, begin
+    device         default: the GPU where there is one
+
+    On a CPU, going on gives the same bits for the same number of threads. Raises InputError for what does not fit
+    together, for a folder that holds something else, and when the loss is no longer finite; the last checkpoint is
+    whole then.
+    """
+    sources = [open_source(cache, map_set, token_set) for cache in caches]
+    head_config = head_config_for(sources, vocabularies, config)
+    plan = BatchPlan([len(source.rows) for source in sources], config.batch_size, config.seed, ratios)
+    identity = run_identity(sources, vocabularies, plan.shares, config, preset)
+    folder = RunFolder(out_dir)
+    folder.claim(identity, resume)
+    info = run_info(sources, vocabularies, identity)
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    # Forked, so that seeding every step leaves the caller's random numbers alone.
+    with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
+        torch.manual_seed(config.seed)
+        head = FusionHead(head_config).to(place).train()
+        run = _Run(folder, sources, plan, config, head, info, place)
+        return run.go(vocabularies, checkpoint_every, log_every)
+
+
+class _Run:
+    """One process's share of a run: from its last checkpoint to the end."""
+
+    def __init__(
+        self,
+        folder: RunFolder,
+        sources: Sequence[Source],
+        plan: BatchPlan,
+        config: TrainConfig,
+        head: FusionHead,
+        info: HeadInfo,
+        device: torch.device,
+    ) -> None:
+        self.folder, self.sources, self.plan, self.config = folder, sources, plan, config
+        self.head, self.info, self.device = head, info, device
+        self.optimizer = AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
+        self.first = folder.restore(head, self.optimizer)
+        bf16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+        self.precision = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+
+    def go(self, vocabularies: Sequence[Vocabulary], checkpoint_every: int, log_every: int) -> TrainResult:
+        config, iterations = self.config, self.config.iterations
+        texts = [vocabulary.embeddings.to(self.device) for vocabulary in vocabularies]
+        meter = Meter(self.folder.metrics, self.first, iterations)
+        if self.first:
+            log.info("%s: going on after step %s", self.folder.path, f"{self.first:,}")
+        for planned, waited in _timed(read_ahead(self.sources, self.plan, self.first, iterations)):
+            done = planned.step + 1
+            loss, grad_norm = self._step(planned, texts[planned.source])
+            meter.add(loss, grad_norm, len(planned.batch), waited)
+            checkpoint = done % checkpoint_every == 0 or done == iterations
+            # A checkpoint closes the interval, so that a run that goes on from it averages over the same steps.
+            if checkpoint or done % log_every == 0:
+                meter.write(done, config.rate(planned.step))
+            if checkpoint:
+                self._save(done)
+        draw_curves(read_metrics(self.folder.metrics), self.folder.curves)
+        loss = float(meter.last["loss"]) if meter.last else math.nan
+        return TrainResult(self.folder.head, iterations, loss, meter.seconds)
+
+    def _step(self, planned: Planned, text: Tensor) -> tuple[float, float]:
+        """One update. Returns the loss and the gradients' norm before clipping."""
+        config, batch = self.config, planned.batch
+        # Dropout depends on the step and not on what ran before it, so there is no generator to save.
+        torch.manual_seed(config.seed * 1_000_003 + planned.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.rate(planned.step)
+        tokens, mask, feature_map, categories = (
+            torch.from_numpy(array).to(self.device)
+            for array in (batch.tokens, batch.region_mask, batch.feature_map, batch.categories)
+        )
+        with self.precision:
+            semantic = self.head(tokens, mask, feature_map)
+        loss = region_loss(semantic, text, categories)
+        self.optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), config.clip_norm)
+        # Looked at before the update: what is not finite never reaches the weights or a checkpoint.
+        loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise self._not_finite(planned, loss_value, norm_value)
+        self.optimizer.step()
+        return loss_value, norm_value
+
+    def _not_finite(self, planned: Planned, loss: float, norm: float) -> InputError:
+        ids = ", ".join(str(image_id) for image_id in planned.batch.image_ids.tolist())
+        return InputError(
+            f"step {planned.step + 1}: the loss is {loss} and its gradients' norm {norm} on pictures {ids} of "
+            f"{self.sources[planned.source].cache.path}; look at their features, or train with a lower rate than "
+            f"{self.config.lr}. The last checkpoint in {self.folder.path} is whole"
+        )
+
+    def _save(self, step: int) -> None:
+        try:
+            # The state comes last: it says that this step is done, so the head of this step must be there by then.
+            save_checkpoint(self.folder.head, self.head, replace(self.info, step=step))
+            self.folder.save(step, self.head, self.optimizer)
+        except OSError as error:
+            raise InputError(
+                f"{self.folder.path}: the checkpoint of step {step} could not be written ({error.strerror}); "
+                "make room and go on with --resume"
+            ) from None
+
+
+def _timed(batches: Iterator[Planned]) -> Iterator[tuple[Planned, float]]:
+    """Each batch with the seconds waited for it."""
+    while True:
+        begin = time.perf_counter()
+        planned = next(batches, None)
+        if planned is None:
+            return
+        yield planned, time.perf_counter() - begin

@@ -1,0 +1,374 @@
+"""Training from a cache: which batches, which numbers, going on after a kill, and what is refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from regionspot.cache.errors import InputError, WeightsError
+from regionspot.cache.manifest import Category, Manifest
+from regionspot.cache.schema import FeatureSet, PictureFeatures
+from regionspot.cache.store import FeatureCache
+from regionspot.fusion.batches import BatchPlan, read_ahead
+from regionspot.fusion.checkpoint import load_checkpoint
+from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig
+from regionspot.fusion.head import HEADS
+from regionspot.fusion.metrics import read_metrics
+from regionspot.fusion.sources import open_source
+from regionspot.fusion.train import train
+from regionspot.fusion.vocabulary import Vocabulary
+
+CLASSES, PICTURES = 6, 21
+CONFIG = TrainConfig(lr=2e-3, iterations=40, warmup=4, batch_size=4, layers=1, heads=4, ffn=32, dropout=0.1)
+
+
+def make_manifest(pictures: int, seed: int) -> Manifest:
+    """Picture 3 has no region and picture 5 none of known class."""
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(1, 5, pictures)
+    counts[3] = 0
+    offsets = np.concatenate([[0], np.cumsum(counts)])
+    categories = rng.integers(0, CLASSES, offsets[-1]).astype(np.int32)
+    categories[offsets[5] : offsets[6]] = -1
+    return Manifest(
+        dataset=f"small{seed}",
+        split="train",
+        image_ids=1000 + np.arange(pictures),
+        paths=np.array([f"{row}.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
+        heights=np.full(pictures, 50, np.int32),
+        widths=np.full(pictures, 60, np.int32),
+        offsets=offsets,
+        boxes_xyxy=np.tile(np.array([1, 2, 30, 40], np.float32), (offsets[-1], 1)),
+        category_index=categories,
+        annotation_ids=np.arange(offsets[-1]),
+        categories=tuple(Category(index + 1, f"class {index}") for index in range(CLASSES)),
+    )
+
+
+def feature_sets(width: int = 16, weights: str = "w" * 64) -> list[FeatureSet]:
+    return [
+        FeatureSet("maps", "map", (5, width), provenance={"weights_sha256": weights}),
+        FeatureSet("tokens", "token", (8,), provenance={"weights_sha256": "t" * 64}),
+    ]
+
+
+def make_cache(path, seed=0, pictures=PICTURES, **sets) -> FeatureCache:
+    """A region's token says its class, so there is something to learn. Picture 7 could not be read."""
+    manifest = make_manifest(pictures, seed)
+    cache = FeatureCache.create(path, manifest, feature_sets(**sets), part_size=8)
+    rng = np.random.default_rng(seed)
+    said = np.random.default_rng(99).standard_normal((CLASSES + 1, 8))
+
+    def picture(row):
+        if row == 7:
+            return PictureFeatures(row, {}, "broken JPEG")
+        tokens = said[manifest.category_index[manifest.regions(row)]]
+        tokens = tokens + 0.1 * rng.standard_normal(tokens.shape)
+        maps = rng.standard_normal(cache.feature_sets["maps"].shape)
+        return PictureFeatures(row, {"maps": maps, "tokens": tokens})
+
+    for part in range(cache.n_parts):
+        cache.write_part(part, (picture(row) for row in cache.part_rows(part)), ["maps", "tokens"])
+    return FeatureCache.open(path)
+
+
+def make_vocabulary(classes: int = CLASSES, encoder_sha256: str = "w" * 64) -> Vocabulary:
+    embeddings = F.normalize(torch.randn(classes, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    return Vocabulary(tuple(f"class {i}" for i in range(classes)), ("{}.",), embeddings, "d" * 64, encoder_sha256)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("caches") / "a.zarr")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cache, tmp_path_factory):
+    """The folder of a run that was never stopped."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    train([cache], [make_vocabulary()], out, CONFIG, preset="toy", checkpoint_every=10, log_every=4)
+    return out
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def numbers(metrics_path) -> list[dict]:
+    """What a metrics file says, less the times."""
+    return [{name: line[name] for name in ("step", "loss", "lr", "grad_norm")} for line in read_metrics(metrics_path)]
+
+
+# Batches
+
+
+def test_an_epoch_holds_every_usable_picture_once_and_each_epoch_is_shuffled_anew():
+    plan = BatchPlan([10], batch_size=4, seed=1)
+    row = np.concatenate([positions for _, positions in plan.steps(0, 5)])
+    first, second = row[:10], row[10:]
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert list(first) != list(second)
+
+
+def test_the_batches_of_a_run_that_goes_on_are_those_it_would_have_had():
+    def plan():
+        return BatchPlan([10, 33], batch_size=4, seed=1)
+
+    whole = [(source, list(positions)) for source, positions in plan().steps(0, 60)]
+    rest = [(source, list(positions)) for source, positions in plan().steps(37, 60)]
+    assert rest == whole[37:]
+
+
+@pytest.mark.parametrize("ratios", [None, (3, 1), (1, 9)])
+def test_caches_give_batches_in_the_stated_ratios_over_short_stretches_too(ratios):
+    plan = BatchPlan([100, 300], batch_size=4, seed=0, ratios=ratios)
+    source = np.array([source for source, _ in plan.steps(0, 1000)])
+    expected = {None: 0.75, (3, 1): 0.25, (1, 9): 0.9}[ratios]
+    for stretch in (source, source[:100], source[417:517]):
+        assert stretch.mean() == pytest.approx(expected, abs=2 / len(stretch) ** 0.5 / 4)
+
+
+@pytest.mark.parametrize("ratios", [(1,), (1, 0), (1, float("nan"))])
+def test_ratios_that_are_none_are_refused(ratios):
+    with pytest.raises(InputError, match="2 numbers above 0"):
+        BatchPlan([5, 5], batch_size=4, seed=0, ratios=ratios)
+
+
+def test_only_pictures_that_can_teach_something_are_read(cache):
+    rows = open_source(cache).rows
+    assert not {3, 5, 7} & set(rows.tolist())
+    assert len(rows) == PICTURES - 3
+
+
+def test_a_batch_read_ahead_stays_whole_while_it_is_in_use(cache):
+    source = open_source(cache)
+    plan = BatchPlan([len(source.rows)], batch_size=4, seed=0)
+    for planned, (_, positions) in zip(read_ahead([source], plan, 3, 9), plan.steps(3, 9), strict=True):
+        expected = cache.read(source.rows[positions])
+        for name in ("rows", "tokens", "region_mask", "feature_map", "categories"):
+            np.testing.assert_array_equal(getattr(planned.batch, name), getattr(expected, name))
+
+
+def test_a_picture_that_cannot_be_read_stops_the_run_with_the_caches_words(cache, tmp_path):
+    damaged = make_cache(tmp_path / "damaged.zarr", seed=3)
+    (shard, *_) = sorted(damaged.path.glob("features/maps/feature_map/c.1*"))
+    shard.write_bytes(bytes(shard.stat().st_size))
+    with pytest.raises(RuntimeError, match=r"damaged\.zarr"):
+        train([damaged], [make_vocabulary()], tmp_path / "run", CONFIG)
+
+
+# Schedule
+
+
+def test_the_papers_rate_warms_up_and_falls_twice():
+    paper = TRAIN_PRESETS["paper"]
+    assert (paper.iterations, paper.batch_size, paper.milestone_steps) == (450_000, 16, (350_000, 420_000))
+    rates = [paper.rate(step) for step in (0, 500, 1000, 349_999, 350_000, 420_000)]
+    assert rates == pytest.approx([2.5e-7, 2.5e-5 * 0.505, 2.5e-5, 2.5e-5, 2.5e-6, 2.5e-7])
+
+
+def test_a_shorter_run_keeps_the_shape_of_the_schedule():
+    short = replace(TRAIN_PRESETS["paper"], iterations=900)
+    assert (short.milestone_steps, short.warmup_steps) == ((700, 840), 90)
+
+
+def test_the_toy_preset_trains_the_toy_head():
+    config, head = TRAIN_PRESETS["toy"], HEADS["toy"]
+    assert (config.layers, config.heads, config.ffn, config.dropout) == (
+        head.layers,
+        head.heads,
+        head.ffn,
+        head.dropout,
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("lr", 0), ("iterations", -1), ("milestones", (0.9, 0.5)), ("dropout", 1.0), ("precision", "half"), ("seed", -1)],
+)
+def test_a_configuration_that_cannot_train_is_refused(field, value):
+    with pytest.raises(InputError, match=f"training: {field} (is|are)"):
+        replace(CONFIG, **{field: value})
+
+
+# Runs
+
+
+def test_the_loss_falls_and_the_head_knows_what_it_was_trained_on(undisturbed, cache):
+    losses = [line["loss"] for line in read_metrics(undisturbed / "metrics.jsonl")]
+    assert losses[-1] < 0.5 * losses[0]
+    checkpoint = load_checkpoint(undisturbed / "head.safetensors")
+    assert (checkpoint.info.preset, checkpoint.info.step) == ("toy", CONFIG.iterations)
+    assert (checkpoint.info.localizer, checkpoint.info.encoder) == ("tokens", "maps")
+    assert checkpoint.info.weights_sha256 == {"maps": "w" * 64, "tokens": "t" * 64}
+    assert checkpoint.info.caches[0]["manifest"] == cache.manifest.digest()
+    assert (undisturbed / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_metrics_come_every_interval_and_at_every_checkpoint(undisturbed):
+    lines = read_metrics(undisturbed / "metrics.jsonl")
+    assert [line["step"] for line in lines] == [4, 8, 10, 12, 16, 20, 24, 28, 30, 32, 36, 40]
+    assert all(line["pictures_per_second"] > 0 and 0 <= line["data_wait"] <= 1 for line in lines)
+    assert [line["lr"] for line in lines] == [CONFIG.rate(line["step"] - 1) for line in lines]
+
+
+KILLED_AT_STEP_24 = """
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, str(Path(sys.argv[1]).parent))
+import torch
+torch.set_num_threads(1)
+from test_training import CONFIG, FeatureCache, make_vocabulary, train
+module = sys.modules["regionspot.fusion.train"]
+honest, calls = module.region_loss, []
+def region_loss(*arguments):
+    calls.append(1)
+    if len(calls) == 24:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return honest(*arguments)
+module.region_loss = region_loss
+train([FeatureCache.open(sys.argv[2])], [make_vocabulary()], Path(sys.argv[3]), CONFIG, preset="toy",
+      checkpoint_every=10, log_every=4)
+"""
+
+
+def test_a_run_killed_and_gone_on_with_gives_the_very_numbers_of_one_never_stopped(cache, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, "-c", KILLED_AT_STEP_24, __file__, str(cache.path), str(out)]
+    killed = subprocess.run(command, capture_output=True, text=True)
+    assert killed.returncode == -9, killed.stderr
+    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")][-1] == 20
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 24, "loss": 1.0}\n{"step": 2')
+    train([cache], [make_vocabulary()], out, CONFIG, preset="toy", resume=True, checkpoint_every=10, log_every=4)
+    for name in ("head.safetensors", "last.state.safetensors"):
+        ours, theirs = load_file(out / name), load_file(undisturbed / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+    assert numbers(out / "metrics.jsonl") == numbers(undisturbed / "metrics.jsonl")
+
+
+def test_going_on_with_a_finished_run_changes_nothing(cache, undisturbed):
+    before = {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.name != "curves.png"}
+    result = train([cache], [make_vocabulary()], undisturbed, CONFIG, preset="toy", resume=True)
+    assert result.step == CONFIG.iterations
+    assert before == {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.name != "curves.png"}
+
+
+def test_resume_begins_where_there_is_nothing_to_go_on_with(cache, tmp_path):
+    config = replace(CONFIG, iterations=3)
+    assert train([cache], [make_vocabulary()], tmp_path / "run", config, resume=True).step == 3
+
+
+def test_several_caches_each_with_its_own_classes_train_one_head(cache, tmp_path):
+    other = make_cache(tmp_path / "b.zarr", seed=1, pictures=9)
+    config = replace(CONFIG, iterations=6)
+    train([cache, other], [make_vocabulary()] * 2, tmp_path / "run", config, ratios=(1, 1))
+    assert [part["share"] for part in load_checkpoint(tmp_path / "run/head.safetensors").info.caches] == [0.5, 0.5]
+
+
+def test_training_leaves_the_callers_random_numbers_alone(cache, tmp_path):
+    torch.manual_seed(5)
+    expected = torch.randn(3)
+    torch.manual_seed(5)
+    train([cache], [make_vocabulary()], tmp_path / "run", replace(CONFIG, iterations=2))
+    assert torch.equal(torch.randn(3), expected)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(cache, tmp_path):
+    """A rate of 1e30 leaves weights that are finite and a loss that is not."""
+    config = replace(CONFIG, lr=1e30, warmup=0)
+    with pytest.raises(InputError) as error:
+        train([cache], [make_vocabulary()], tmp_path / "run", config, checkpoint_every=1)
+    source = open_source(cache)
+    _, (_, positions) = BatchPlan([len(source.rows)], config.batch_size, config.seed).steps(0, 2)
+    ids = ", ".join(str(1000 + row) for row in source.rows[positions])
+    assert "step 2: the loss is nan" in one_line(error)
+    assert f"on pictures {ids} of {cache.path}" in one_line(error)
+    state = load_file(tmp_path / "run/last.state.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
+    assert load_checkpoint(tmp_path / "run/head.safetensors").info.step == 1
+
+
+# Refusals
+
+
+def test_a_folder_that_holds_this_run_asks_for_resume(cache, undisturbed):
+    with pytest.raises(InputError, match="go on with --resume"):
+        train([cache], [make_vocabulary()], undisturbed, CONFIG, preset="toy")
+
+
+def test_a_folder_that_holds_another_run_says_what_differs(cache, undisturbed):
+    with pytest.raises(InputError) as error:
+        train([cache], [make_vocabulary()], undisturbed, replace(CONFIG, lr=0.5), preset="toy", resume=True)
+    assert "its config.lr is 0.002, asked for is 0.5" in one_line(error)
+
+
+def test_a_folder_that_holds_something_else_is_left_alone(cache, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="holds no training run"):
+        train([cache], [make_vocabulary()], tmp_path, CONFIG)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_folder_that_cannot_be_made_is_refused_in_one_line(cache, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(InputError) as error:
+        train([cache], [make_vocabulary()], tmp_path / "file" / "run", CONFIG)
+    assert "cannot be written" in one_line(error)
+
+
+def test_a_damaged_state_is_refused(cache, tmp_path):
+    config = replace(CONFIG, iterations=2)
+    train([cache], [make_vocabulary()], tmp_path / "run", config)
+    state = tmp_path / "run/last.state.safetensors"
+    state.write_bytes(state.read_bytes()[:500])
+    with pytest.raises(WeightsError, match=r"last\.state\.safetensors"):
+        train([cache], [make_vocabulary()], tmp_path / "run", config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("sets", "message"),
+    [({"weights": "x" * 64}, "train on features of the same backbones"), ({"width": 32}, r"maps \(5, 32\)")],
+)
+def test_caches_of_different_backbones_are_refused(cache, tmp_path, sets, message):
+    other = make_cache(tmp_path / "b.zarr", seed=1, pictures=9, **sets)
+    with pytest.raises(InputError, match=message):
+        train([cache, other], [make_vocabulary(encoder_sha256="")] * 2, tmp_path / "run", CONFIG)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("vocabularies", "message"),
+    [
+        ([], "1 caches but 0 vocabularies"),
+        ([make_vocabulary(CLASSES + 1)], "has 6 classes but its vocabulary 7"),
+        ([make_vocabulary(encoder_sha256="y" * 64)], "take both from the same model"),
+    ],
+)
+def test_vocabularies_that_do_not_fit_the_caches_are_refused(cache, tmp_path, vocabularies, message):
+    with pytest.raises(InputError) as error:
+        train([cache], vocabularies, tmp_path / "run", CONFIG)
+    assert message in one_line(error)
+
+
+def test_a_cache_with_nothing_to_learn_from_is_refused(tmp_path):
+    FeatureCache.create(tmp_path / "empty.zarr", make_manifest(9, 0), feature_sets(), part_size=8)
+    with pytest.raises(InputError, match="run `regionspot extract`"):
+        open_source(FeatureCache.open(tmp_path / "empty.zarr"))
+
+
+def test_an_unknown_feature_set_is_refused_with_those_there_are(cache):
+    with pytest.raises(InputError, match="map feature sets are: maps; 'clip' was asked for"):
+        open_source(cache, map_set="clip")
+
+
+def test_run_record_is_plain_json(undisturbed):
+    assert json.loads((undisturbed / "run.json").read_text())["config"]["lr"] == CONFIG.lr
