@@ -1,0 +1,252 @@
+"""RegionSpot in one object: a photo and boxes in, a name, its score and a mask for every box out.
+
+Localizer, encoder and head run in the same order and batches here, in evaluation and on the command line, so that
+what `predict` says is what AP was measured on.
+"""
+
+# B pictures, R regions (padded), V classes, E text embedding, h, w pixels of the original picture
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from regionspot.cache.errors import InputError, WeightsError
+from regionspot.evaluation.boxes import check_boxes
+from regionspot.evaluation.detections import Masks, concatenate_masks
+from regionspot.evaluation.scoring import RegionScores, Timed, head_digest, head_probabilities
+from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
+from regionspot.fusion.head import FusionHead
+from regionspot.fusion.templates import template_set
+from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
+from regionspot.pipeline.backbones import PRESETS
+from regionspot.pipeline.encoder import SemanticEncoder, load_encoder
+from regionspot.pipeline.localizer import Localizer, load_localizer
+from regionspot.pipeline.photos import read_photo, to_rgb
+
+MASK_PIXELS = 50_000_000  # of the bool masks that are in memory at a time
+
+
+@dataclass(frozen=True)
+class Region:
+    """What one box was recognised as.
+
+    box_xyxy  x1, y1, x2, y2 in pixels of the picture
+    name      the likeliest of the names asked about; score is its softmax probability among these names
+    scores    the likeliest few names with their scores, best first
+    mask      bool (h, w), SAM's mask of the box; None where masks were not asked for
+    """
+
+    box_xyxy: tuple[float, float, float, float]
+    name: str
+    score: float
+    scores: tuple[tuple[str, float], ...]
+    mask: NDArray[np.bool_] | None = None
+
+    def as_json(self) -> dict[str, Any]:
+        """Everything but the mask, ready for `json.dumps`."""
+        scores = [{"name": name, "score": score} for name, score in self.scores]
+        return {"box": list(self.box_xyxy), "name": self.name, "score": self.score, "scores": scores}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One picture ready for both encoders: SAM's and CLIP's input, its size (h, w), and its boxes float32 (n, 4)."""
+
+    sam: Tensor
+    clip: Tensor
+    size: tuple[int, int]
+    boxes_xyxy: NDArray[np.float32]
+
+
+class RegionSpot:
+    """A trained head between its two frozen backbones. Made by `load`, or from loaded parts."""
+
+    def __init__(
+        self,
+        head: FusionHead,
+        localizer: Localizer,
+        encoder: SemanticEncoder,
+        templates: Sequence[str],
+    ) -> None:
+        self.device = torch.device(encoder.device)
+        self.head = head.to(self.device).eval().requires_grad_(False)
+        self.localizer, self.encoder = localizer, encoder
+        self.templates = tuple(templates)
+
+    def identity(self) -> dict[str, Any]:
+        """What decides the numbers besides pictures, boxes and names, ready for JSON."""
+        backbones = {"localizer": self.localizer.provenance, "encoder": self.encoder.provenance}
+        return {"head_sha256": head_digest(self.head), **backbones}
+
+    @classmethod
+    def load(
+        cls,
+        checkpoint: Path | str,
+        weights: str | None = None,
+        device: str | None = None,
+        *,
+        preset: str | None = None,
+        sam_weights: str | None = None,
+        clip_weights: str | None = None,
+        dtype: str = "float32",
+        check_weights: bool = True,
+    ) -> RegionSpot:
+        """A checkpoint with the backbones that it names.
+
+        weights        source of both backbones' weights, as `load_weights` knows them; sam_weights and clip_weights
+                       go before it. None: the official files
+        device         "cpu", "cuda", ...; None: a GPU where there is one
+        preset         which model a file released by the authors is, where its shapes do not tell
+        check_weights  refuse backbones other than those that the head was trained with
+
+        Raises WeightsError for a checkpoint or weights that cannot be loaded or do not belong together.
+        """
+        path = Path(checkpoint)
+        loaded = load_checkpoint(path, preset)
+        localizer_name, encoder_name = backbones_of(path, loaded.info)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        localizer = load_localizer(localizer_name, sam_weights or weights, device, dtype)
+        encoder = load_encoder(encoder_name, clip_weights or weights, device, dtype)
+        if check_weights:
+            for backbone in (localizer, encoder):
+                _require_same_weights(path, loaded.info, backbone.name, backbone.provenance["weights_sha256"])
+        # The authors evaluate with the templates that they train with; their files do not state them.
+        templates = loaded.info.templates or template_set("reference")
+        return cls(loaded.head, localizer, encoder, templates)
+
+    def predict(
+        self,
+        image: Image.Image | NDArray[np.uint8] | Path | str,
+        boxes: NDArray[np.float32] | Sequence[Sequence[float]],
+        names: Sequence[str],
+        templates: str | Sequence[str] | None = None,
+        masks: bool = True,
+        top: int = 5,
+    ) -> list[Region]:
+        """Name every box by one of `names`.
+
+        image      a picture, uint8 (h, w, 3) or (h, w), or a path; a file is turned upright as its EXIF says
+        boxes      (n, 4) x1, y1, x2, y2 in pixels of that picture; what reaches over its edge is cut off
+        names      what a box may be; scores compare these with each other, so one name alone always scores 1
+        templates  a set's name or a list; None: those that the head was trained with
+        top        how many names each region lists
+
+        Raises InputError for a box outside of the picture, an empty list of names, or a name that is too long;
+        PhotoError for a file that is no picture.
+        """
+        photo = _photo(image)
+        checked = check_boxes(boxes, (photo.height, photo.width))
+        vocabulary = self.vocabulary(names, templates)
+        if not len(checked):
+            return []
+        found = self.score([self.prepare(photo, checked)], self.text(vocabulary), masks)[0]
+        return [
+            _region(box, probabilities, vocabulary.names, top, None if found.masks is None else found.masks.decode(row))
+            for row, (box, probabilities) in enumerate(zip(checked, found.probabilities, strict=True))
+        ]
+
+    def vocabulary(self, names: Sequence[str], templates: str | Sequence[str] | None = None) -> Vocabulary:
+        """The stored or newly computed vocabulary of these names. Raises InputError as `build_vocabulary` does."""
+        if isinstance(names, str):
+            raise InputError(f"names is the text {names!r}, expected a list of names such as {names.split(',')}")
+        if isinstance(templates, str):
+            templates = template_set(templates)
+        return build_vocabulary(names, templates or self.templates, self.encoder)
+
+    def text(self, vocabulary: Vocabulary) -> Tensor:
+        """float32 (V, E): the vocabulary's embeddings where the head runs."""
+        return vocabulary.embeddings.to(self.device)
+
+    def prepare(self, photo: Image.Image, boxes_xyxy: NDArray[np.float32]) -> Prepared:
+        """Resize for both encoders; may run in a thread."""
+        size = (photo.height, photo.width)
+        return Prepared(self.localizer.preprocess(photo), self.encoder.preprocess(photo), size, boxes_xyxy)
+
+    def score(
+        self, pictures: Sequence[Prepared], text: Tensor, masks: bool = False, timed: Timed | None = None
+    ) -> list[RegionScores]:
+        """Scores of the regions of each picture, for text embeddings (V, E).
+
+        `timed` is entered with the name of each stage: "sam", "clip", "tokens" or "tokens and masks", "head".
+        """
+        timed = timed or _untimed
+        with timed("sam"):
+            embeddings = self.localizer.encode([picture.sam for picture in pictures])
+        with timed("clip"):
+            feature_maps = self.encoder.encode(torch.stack([picture.clip for picture in pictures]))
+        with timed("tokens and masks" if masks else "tokens"):
+            located = [self._locate(*each, masks) for each in zip(pictures, embeddings, strict=True)]
+        with timed("head"):
+            probabilities = head_probabilities(self.head, [tokens for tokens, _ in located], feature_maps, text)
+        return [RegionScores(found, made) for found, (_, made) in zip(probabilities, located, strict=True)]
+
+    def _locate(self, picture: Prepared, embedding: Tensor, masks: bool) -> tuple[Tensor, Masks | None]:
+        """Tokens (n, C) of one picture's boxes, and their masks, a few at a time: bool masks of 300 boxes are large."""
+        if not masks:
+            return self.localizer.tokens(embedding, picture.boxes_xyxy, picture.size), None
+        step = max(1, MASK_PIXELS // (picture.size[0] * picture.size[1]))
+        pieces = [
+            self.localizer.tokens_and_masks(embedding, picture.boxes_xyxy[start : start + step], picture.size)
+            for start in range(0, max(1, len(picture.boxes_xyxy)), step)
+        ]
+        made = concatenate_masks([Masks.encode(bits) for _, bits in pieces])
+        return torch.cat([tokens for tokens, _ in pieces]), made
+
+
+def backbones_of(path: Path, info: HeadInfo) -> tuple[str, str]:
+    """Names of the localizer and the encoder that a head belongs to. WeightsError where it states neither."""
+    preset = PRESETS.get(info.preset) if info.preset else None
+    localizer = info.localizer or (preset and preset.localizer)
+    encoder = info.encoder or (preset and preset.encoder)
+    if not localizer or not encoder:
+        raise WeightsError(f"{path}: names neither its backbones nor a preset; train it again with --preset")
+    return localizer, encoder
+
+
+def _require_same_weights(path: Path, info: HeadInfo, name: str, found: str) -> None:
+    expected = info.weights_sha256.get(name, found)
+    if found != expected:
+        raise WeightsError(
+            f"{path}: was trained on {name} with weights {expected[:16]}, but {found[:16]} are loaded; "
+            "give the weights that its cache was extracted with, or ask for no such check"
+        )
+
+
+def _photo(image: Image.Image | NDArray[np.uint8] | Path | str) -> Image.Image:
+    if isinstance(image, str | Path):
+        return read_photo(Path(image), exif="apply")
+    if isinstance(image, Image.Image):
+        return to_rgb(image)
+    grey_or_rgb = isinstance(image, np.ndarray) and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3))
+    if not grey_or_rgb or image.dtype != np.uint8 or not image.size:
+        found = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
+        raise InputError(f"image is {found}, expected a path, a PIL picture or uint8 of shape (h, w, 3) or (h, w)")
+    return to_rgb(Image.fromarray(image))
+
+
+def _region(
+    box: NDArray[np.float32],
+    probabilities: NDArray[np.float32],
+    names: Sequence[str],
+    top: int,
+    mask: NDArray[np.bool_] | None,
+) -> Region:
+    best = np.argsort(-probabilities, kind="stable")[: max(1, top)]
+    scores = tuple((names[index], float(probabilities[index])) for index in best)
+    x1, y1, x2, y2 = box.tolist()
+    return Region((x1, y1, x2, y2), scores[0][0], scores[0][1], scores, mask)
+
+
+def _untimed(_: str) -> AbstractContextManager[None]:
+    return contextlib.nullcontext()
