@@ -51,6 +51,10 @@ class Masks:
         counts = self.counts[self.offsets[index] : self.offsets[index + 1]].tobytes()
         return {"size": self.sizes[index].tolist(), "counts": counts}
 
+    def decode(self, index: int) -> NDArray[np.bool_]:
+        """Mask `index` as bool (h, w)."""
+        return np.asarray(rle.decode(self[index]), np.bool_)
+
 
 @dataclass(frozen=True)
 class Detections:
@@ -144,7 +148,8 @@ def detections_of_picture(
 
 
 def concatenate(parts: Sequence[Detections]) -> Detections:
-    """All detections in one; they keep their masks only if every part has them."""
+    """All detections in one; they keep their masks only if every part that holds something has them."""
+    parts = [part for part in parts if len(part) or part.masks is not None]
     if not parts:
         empty = np.empty(0, np.int64)
         return Detections(empty, empty, np.empty((0, 4)), np.empty(0, np.float32), empty)
@@ -193,8 +198,14 @@ def from_columns(columns: Any) -> Detections:
     masks = None
     if "mask_sizes" in columns:
         masks = Masks(columns["mask_sizes"], columns["mask_offsets"], columns["mask_counts"])
-    names = ("image_ids", "category_ids", "boxes_xywh", "scores", "regions")
-    return Detections(*(columns[name] for name in names), masks)
+    return Detections(
+        columns["image_ids"],
+        columns["category_ids"],
+        columns["boxes_xywh"],
+        columns["scores"],
+        columns["regions"],
+        masks,
+    )
 
 
 def write_results_json(path: Path, detections: Detections) -> None:

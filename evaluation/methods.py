@@ -1,0 +1,187 @@
+"""The trained head as a method of evaluation: end to end from photos, or from a feature cache.
+
+Both give the same probabilities up to the rounding of the cache. From photos there are masks too; from a cache no
+backbone runs at all, and of CLIP only the text tower is loaded, if the class names were never embedded before.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from regionspot.cache.errors import PhotoError, ProvenanceMismatchError
+from regionspot.cache.manifest import Manifest
+from regionspot.cache.store import FeatureCache
+from regionspot.evaluation.inference import Unreadable
+from regionspot.evaluation.region_spot import Prepared, RegionSpot
+from regionspot.evaluation.scoring import RegionScores, Timed, head_digest, head_probabilities
+from regionspot.fusion.checkpoint import HeadInfo
+from regionspot.fusion.head import FusionHead
+from regionspot.fusion.vocabulary import Vocabulary
+from regionspot.pipeline.photos import Exif, read_photo
+
+T = TypeVar("T")
+
+CACHE_BATCH = 16
+GPU_BATCH = 8
+SMALL_PIXELS = 512  # up to here SAM's attention over a batch fits into any memory; at 1024 it is 0.8 GB a picture
+
+
+class HeadOnPhotos:
+    """The head end to end: decode, both encoders, tokens and masks, head."""
+
+    name = "head"
+
+    def __init__(
+        self,
+        spot: RegionSpot,
+        manifest: Manifest,
+        photos: Path,
+        vocabulary: Vocabulary,
+        *,
+        masks: bool = True,
+        exif: Exif = "auto",
+    ) -> None:
+        self.manifest, self.device = manifest, spot.device
+        self._spot, self._text, self._masks = spot, spot.text(vocabulary), masks
+        self._reader = PhotoReader(manifest, photos, self._prepare, exif)
+        on_gpu = self.device.type == "cuda"
+        self._batch = GPU_BATCH if on_gpu or spot.localizer.pixels <= SMALL_PIXELS else 1
+        self.identity = {**spot.identity(), "vocabulary": vocabulary.digest, "masks": masks, "exif": exif}
+
+    def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:
+        """One answer a row; stages "photo", "sam", "clip", "tokens" (and masks), "head"."""
+        for batch in self._reader.batches(rows, self._batch, timed):
+            readable = [picture for picture in batch if not isinstance(picture, Unreadable)]
+            scored = iter(self._spot.score(readable, self._text, self._masks, timed) if readable else ())
+            for picture in batch:
+                yield picture if isinstance(picture, Unreadable) else next(scored)
+
+    def _prepare(self, photo: Image.Image, row: int) -> Prepared:
+        return self._spot.prepare(photo, self.manifest.boxes_xyxy[self.manifest.regions(row)])
+
+
+class HeadOnCache:
+    """The head on stored features. `rows` of the manifest are the rows of the cache."""
+
+    name = "head, from the cache"
+
+    def __init__(
+        self,
+        head: FusionHead,
+        cache: FeatureCache,
+        vocabulary: Vocabulary,
+        feature_sets: tuple[str, str],
+        *,
+        limit: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`feature_sets` are the names of the token set and the map set that the head was trained on."""
+        self.device = torch.device(device)
+        self.manifest = first_rows(cache.manifest, limit)
+        self._cache, self._sets = cache, feature_sets
+        self._head = head.to(self.device).eval()
+        self._text = vocabulary.embeddings.to(self.device)
+        self._failed = {failure.row: failure.reason for failure in cache.failures()}
+        self.identity = {
+            "head_sha256": head_digest(head),
+            "vocabulary": vocabulary.digest,
+            "features": {name: cache.feature_sets[name].provenance for name in feature_sets},
+        }
+
+    def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:
+        """One answer a row; stages "read", "head". Raises NotExtractedError for a part that is not written yet."""
+        for start in range(0, len(rows), CACHE_BATCH):
+            batch = rows[start : start + CACHE_BATCH]
+            readable = [row for row in batch if row not in self._failed]
+            scored = iter(self._score(readable, timed) if readable else ())
+            for row in batch:
+                yield Unreadable(self._failed[row]) if row in self._failed else RegionScores(next(scored))
+
+    def _score(self, rows: Sequence[int], timed: Timed) -> list[NDArray[np.float32]]:
+        with timed("read"):
+            batch = self._cache.read(rows, token_set=self._sets[0], map_set=self._sets[1])
+        with timed("head"):
+            padded = torch.from_numpy(batch.tokens).float().to(self.device)
+            feature_maps = torch.from_numpy(batch.feature_map).float().to(self.device)
+            counts = batch.region_mask.sum(axis=1).tolist()
+            tokens: list[Tensor] = [padded[place, :count] for place, count in enumerate(counts)]
+            return head_probabilities(self._head, tokens, feature_maps, self._text)
+
+
+def check_features(checkpoint: Path, info: HeadInfo, cache: FeatureCache) -> tuple[str, str]:
+    """Names of the token and the map set of the cache that this head was trained on.
+
+    Raises ProvenanceMismatchError where the cache lacks them or they come from other weights.
+    """
+    by_kind = {each.kind: each.name for each in cache.feature_sets.values()}
+    names = (info.localizer or by_kind.get("token", ""), info.encoder or by_kind.get("map", ""))
+    for name in names:
+        if name not in cache.feature_sets:
+            held = ", ".join(cache.feature_sets) or "none"
+            raise ProvenanceMismatchError(
+                f"{cache.path}: holds the feature sets {held}; {checkpoint} was trained on {name or 'others'}, "
+                "extract them into this cache first"
+            )
+        found = cache.feature_sets[name].provenance.get("weights_sha256")
+        expected = info.weights_sha256.get(name, found)
+        if found != expected:
+            raise ProvenanceMismatchError(
+                f"{cache.path}: its {name} has weights {str(found)[:16]}, {checkpoint} was trained on "
+                f"{str(expected)[:16]}; extract again with those"
+            )
+    return names
+
+
+def first_rows(manifest: Manifest, limit: int | None) -> Manifest:
+    """The first `limit` pictures of a manifest, or all where it has fewer or `limit` is None."""
+    if limit is None or limit >= len(manifest):
+        return manifest
+    return manifest.select(np.arange(limit, dtype=np.int64))
+
+
+class PhotoReader(Generic[T]):
+    """Decodes pictures ahead in threads, in the order asked for; one that cannot be read becomes Unreadable."""
+
+    def __init__(
+        self, manifest: Manifest, photos: Path, prepare: Callable[[Image.Image, int], T], exif: Exif = "auto"
+    ) -> None:
+        """`prepare(photo, row)` makes of a picture what is wanted; it runs in the threads too."""
+        self._manifest, self._photos, self._prepare, self._exif = manifest, photos, prepare, exif
+        self._threads = min(16, os.cpu_count() or 1)
+
+    def batches(self, rows: Sequence[int], size: int, timed: Timed) -> Iterator[list[T | Unreadable]]:
+        """`size` prepared pictures at a time; waiting for them is the stage "photo"."""
+        pending: deque[Future[T | Unreadable]] = deque()
+        ahead = iter(rows)
+        with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
+            try:
+                for start in range(0, len(rows), size):
+                    wanted = len(rows[start : start + size])
+                    with timed("photo"):
+                        while len(pending) < size + 2 * self._threads and (row := next(ahead, None)) is not None:
+                            pending.append(pool.submit(self._read, row))
+                        batch = [pending.popleft().result() for _ in range(wanted)]
+                    yield batch
+            finally:
+                for future in pending:
+                    future.cancel()
+
+    def _read(self, row: int) -> T | Unreadable:
+        manifest = self._manifest
+        stated = (int(manifest.heights[row]), int(manifest.widths[row]))
+        try:
+            photo = read_photo(self._photos / str(manifest.paths[row]), stated, self._exif)
+        except PhotoError as error:
+            return Unreadable(str(error))
+        return self._prepare(photo, row)
