@@ -1,0 +1,221 @@
+"""An evaluation as it is asked for on the command line: which files, boxes, head or baseline make the method.
+
+The numbers themselves are made in `results`; here is only what has to be found, loaded and fit together first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from regionspot.cache.errors import AnnotationError, InputError, ProvenanceMismatchError
+from regionspot.cache.manifest import Manifest
+from regionspot.cache.store import FeatureCache
+from regionspot.evaluation.baselines import CropBaseline, PooledBaseline
+from regionspot.evaluation.inference import Method
+from regionspot.evaluation.methods import HeadOnCache, HeadOnPhotos, check_features, first_rows
+from regionspot.evaluation.region_spot import RegionSpot, backbones_of
+from regionspot.evaluation.results import evaluate_method
+from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
+from regionspot.fusion.templates import template_set
+from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
+from regionspot.pipeline.backbones import PRESETS, Preset
+from regionspot.pipeline.datasets import photo_dir, read_dataset
+from regionspot.pipeline.encoder import load_encoder
+from regionspot.pipeline.photos import Exif
+from regionspot.pipeline.proposals import read_proposals
+
+GROUND_TRUTH = "gt"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LvisEvaluation:
+    """One evaluation, as it is asked for on the command line.
+
+    data, dataset, split, annotations   as for `read_dataset`; the dataset must be in LVIS's form
+    out          folder of results.json, detections.json and the parts that a later run goes on with
+    checkpoint   the head; may be left out for a baseline, then `preset` names the encoder
+    baseline     "crop" or "pooled" instead of the head
+    cache        read features from here instead of running the backbones; then there are no masks
+    boxes        "gt", or a detector's proposals file
+    limit        only the first pictures; AP is then that of these pictures alone
+    templates    a template set; None: those that the head was trained with
+    """
+
+    data: Path
+    out: Path
+    dataset: str = "lvis"
+    split: str = "val"
+    annotations: Path | None = None
+    checkpoint: Path | None = None
+    preset: str | None = None
+    baseline: Literal["crop", "pooled"] | None = None
+    cache: Path | None = None
+    boxes: str = GROUND_TRUTH
+    limit: int | None = None
+    masks: bool = True
+    templates: str | None = None
+    exif: Exif = "auto"
+    weights: str | None = None
+    sam_weights: str | None = None
+    clip_weights: str | None = None
+    device: str | None = None
+    dtype: str = "float32"
+    check_weights: bool = True
+    max_failed_share: float = 0.01
+
+
+def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
+    """Evaluate as asked; `evaluate_method` says what is written, returned and raised.
+
+    Raises InputError, one line, for whatever of the files or options does not fit.
+    """
+    _check_options(asked)
+    manifest = _manifest(asked)
+    annotations = asked.annotations or _annotation_file(asked.data, manifest)
+    method, vocabulary = _method(asked, manifest)
+    return evaluate_method(
+        method,
+        annotations,
+        asked.out,
+        boxes="ground truth" if asked.boxes == GROUND_TRUTH else f"detector proposals, {Path(asked.boxes).name}",
+        templates=vocabulary.templates,
+        max_failed_share=asked.max_failed_share,
+    )
+
+
+def _check_options(asked: LvisEvaluation) -> None:
+    if asked.baseline not in (None, "crop", "pooled"):
+        raise InputError(f"baseline {asked.baseline!r}: expected crop or pooled")
+    if asked.cache is not None and asked.baseline is not None:
+        raise InputError(f"baseline {asked.baseline}: runs from photos, not from a cache; leave --cache away")
+    if asked.limit is not None and asked.limit < 1:
+        raise InputError(f"limit is {asked.limit}, expected at least 1 picture")
+
+
+def _manifest(asked: LvisEvaluation) -> Manifest:
+    """The split with the boxes asked for, whole; `first_rows` cuts it."""
+    manifest = read_dataset(asked.dataset, asked.data, asked.split, asked.annotations)
+    if asked.boxes == GROUND_TRUTH:
+        return manifest
+    # Minival is a part of val, and its boxes come in the file of all val.
+    return read_proposals(Path(asked.boxes), manifest, allow_unknown=asked.split == "minival")
+
+
+def _annotation_file(data: Path, manifest: Manifest) -> Path:
+    """The file that `read_dataset` found: the first of the manifest's sources."""
+    name: str = next(iter(manifest.source["files"]))
+    for folder in (data, data / "annotations"):
+        if (folder / name).is_file():
+            return folder / name
+    raise AnnotationError(f"{data}: {name} is not here any more; name it with --annotations")
+
+
+def _method(asked: LvisEvaluation, manifest: Manifest) -> tuple[Method, Vocabulary]:
+    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if asked.cache is not None:
+        return _from_cache(asked, asked.cache, manifest, device)
+    photos = photo_dir(asked.dataset, asked.data, asked.split, manifest)
+    if asked.baseline is not None:
+        return _baseline(asked, asked.baseline, first_rows(manifest, asked.limit), photos, device)
+    return _from_photos(asked, first_rows(manifest, asked.limit), photos, device)
+
+
+def _from_photos(
+    asked: LvisEvaluation, manifest: Manifest, photos: Path, device: str
+) -> tuple[HeadOnPhotos, Vocabulary]:
+    spot = RegionSpot.load(
+        _checkpoint(asked),
+        asked.weights,
+        device,
+        preset=asked.preset,
+        sam_weights=asked.sam_weights,
+        clip_weights=asked.clip_weights,
+        dtype=asked.dtype,
+        check_weights=asked.check_weights,
+    )
+    vocabulary = spot.vocabulary(_names(manifest), asked.templates)
+    return HeadOnPhotos(spot, manifest, photos, vocabulary, masks=asked.masks, exif=asked.exif), vocabulary
+
+
+def _baseline(
+    asked: LvisEvaluation, baseline: str, manifest: Manifest, photos: Path, device: str
+) -> tuple[CropBaseline | PooledBaseline, Vocabulary]:
+    if asked.checkpoint is not None:
+        info = load_checkpoint(asked.checkpoint, asked.preset).info
+        _, name = backbones_of(asked.checkpoint, info)
+    else:
+        info = HeadInfo(preset=asked.preset)
+        name = _preset(asked.preset).encoder
+    encoder = load_encoder(name, asked.clip_weights or asked.weights, device, asked.dtype)
+    vocabulary = build_vocabulary(_names(manifest), _templates(asked, info), encoder)
+    kind = CropBaseline if baseline == "crop" else PooledBaseline
+    return kind(encoder, manifest, photos, vocabulary, exif=asked.exif), vocabulary
+
+
+def _from_cache(asked: LvisEvaluation, path: Path, manifest: Manifest, device: str) -> tuple[HeadOnCache, Vocabulary]:
+    checkpoint, cache = load_checkpoint(_checkpoint(asked), asked.preset), FeatureCache.open(path)
+    _require_same_boxes(asked, cache, manifest)
+    sets = check_features(_checkpoint(asked), checkpoint.info, cache)
+    facts = cache.feature_sets[sets[1]].provenance
+    encoder = _EncoderOnDemand(sets[1], facts["weights_sha256"], asked.clip_weights or asked.weights, device)
+    vocabulary = build_vocabulary(_names(manifest), _templates(asked, checkpoint.info), encoder)
+    method = HeadOnCache(checkpoint.head, cache, vocabulary, sets, limit=asked.limit, device=device)
+    return method, vocabulary
+
+
+@dataclass(frozen=True)
+class _EncoderOnDemand:
+    """The cache's semantic encoder, loaded only if a vocabulary has to be computed."""
+
+    name: str
+    weights_sha256: str
+    source: str | None
+    device: str
+
+    def embed_prompts(self, prompts: list[str], /) -> Tensor:
+        encoder = load_encoder(self.name, self.source, self.device)
+        if encoder.weights_sha256 != self.weights_sha256:
+            raise ProvenanceMismatchError(
+                f"{self.name}: the cache was made with weights {self.weights_sha256[:16]}, but "
+                f"{encoder.weights_sha256[:16]} are loaded; give the same ones with --weights"
+            )
+        return encoder.embed_prompts(prompts)
+
+
+def _require_same_boxes(asked: LvisEvaluation, cache: FeatureCache, manifest: Manifest) -> None:
+    """The cache may hold a part of the split, but of its pictures the very boxes that are asked for."""
+    rows = np.flatnonzero(np.isin(manifest.image_ids, cache.manifest.image_ids))
+    if manifest.select(rows).digest() != cache.manifest.digest():
+        raise ProvenanceMismatchError(
+            f"{cache.path}: was extracted from other pictures, boxes or classes than {asked.dataset} {asked.split} "
+            f"with boxes {asked.boxes}; extract with these, or evaluate from photos without --cache"
+        )
+
+
+def _names(manifest: Manifest) -> list[str]:
+    return [category.name for category in manifest.categories]
+
+
+def _templates(asked: LvisEvaluation, info: HeadInfo) -> Sequence[str]:
+    if asked.templates:
+        return template_set(asked.templates)
+    return info.templates or template_set("reference")
+
+
+def _checkpoint(asked: LvisEvaluation) -> Path:
+    if asked.checkpoint is None:
+        raise InputError("evaluation needs a checkpoint, or a baseline and a preset; give --checkpoint")
+    return asked.checkpoint
+
+
+def _preset(name: str | None) -> Preset:
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r}: a baseline without a checkpoint needs one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,90 @@
+"""From a method to its numbers: inference, LVIS AP, and the protocol that the numbers were measured under.
+
+`results.json` says what was evaluated and how; `detections.json` is in LVIS's own results form, for any other tool.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from regionspot.cache.durable import write_file
+from regionspot.evaluation.detections import DETECTIONS_PER_PICTURE, write_results_json
+from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.inference import Inference, Method, infer
+from regionspot.evaluation.lvis_ap import lvis_ap
+
+# Stages that any method on the same pictures would share: opening them, and the two encoders' maps.
+SHARED_STAGES = ("photo", "read", "sam", "clip")
+
+
+def evaluate_method(
+    method: Method,
+    annotations: Path,
+    out: Path,
+    *,
+    boxes: str = "ground truth",
+    templates: tuple[str, ...] = (),
+    max_failed_share: float = 0.01,
+) -> dict[str, Any]:
+    """Evaluate, write `results.json` and `detections.json` into `out`, and return what results.json holds.
+
+    Goes on where an earlier run of the same evaluation stopped. `boxes` and `templates` are only written down.
+
+    Raises AnnotationError for a truth that cannot be evaluated, InputError where too many pictures are unreadable or
+    `out` cannot be written.
+    """
+    truth = read_ground_truth(annotations)  # hours of inference are no place to learn that it is damaged
+    found = infer(method, out / "parts", max_failed_share=max_failed_share)
+    begin = time.perf_counter()
+    ap = {"bbox": lvis_ap(truth, found.detections, "bbox", method.manifest.image_ids).values, "segm": None}
+    if found.detections.masks is not None:
+        ap["segm"] = lvis_ap(truth, found.detections, "segm", method.manifest.image_ids).values
+    seconds = {**found.seconds, "ap": time.perf_counter() - begin}
+    results = {
+        "method": method.name,
+        **ap,
+        "protocol": _protocol(method, annotations, boxes, templates),
+        "pictures": len(method.manifest),
+        "unreadable": {str(image_id): reason for image_id, reason in found.failures.items()},
+        "regions": len(method.manifest.boxes_xyxy),
+        "detections": len(found.detections),
+        "seconds": seconds,
+        "seconds_per_picture": _seconds_per_picture(found),
+        "identity": method.identity,
+    }
+    write_results_json(out / "detections.json", found.detections)
+    write_file(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+    return results
+
+
+def _protocol(method: Method, annotations: Path, boxes: str, templates: tuple[str, ...]) -> dict[str, Any]:
+    """Everything that a reader must know to compare the number with another."""
+    manifest = method.manifest
+    scores = "softmax over all classes of the scaled cosine between region and class name"
+    return {
+        "ap": f"standard LVIS AP, federated, by lvis {version('lvis')}",
+        "dataset": manifest.dataset,
+        "split": manifest.split,
+        "annotations": annotations.name,
+        "pictures": len(manifest),
+        "boxes": boxes,
+        "boxes_per_picture": round(len(manifest.boxes_xyxy) / max(1, len(manifest)), 2),
+        "candidates_per_box": f"all {len(manifest.categories)} classes",
+        "score": scores if manifest.scores is None else f"{scores}, times the detector's score of the box",
+        "detections_per_picture": DETECTIONS_PER_PICTURE,
+        "box": "as given, not refined",
+        "mask": "SAM's single mask for the box",
+        "unreadable_pictures": "count as pictures without detections",
+        "templates": len(templates),
+    }
+
+
+def _seconds_per_picture(found: Inference) -> dict[str, float]:
+    """From the file on disk to scores, and what of it comes on top of maps that all methods could share."""
+    own = sum(spent for stage, spent in found.seconds.items() if stage not in SHARED_STAGES)
+    pictures = max(1, found.pictures)
+    return {"in_all": sum(found.seconds.values()) / pictures, "on_shared_maps": own / pictures}
