@@ -181,7 +181,7 @@ def _check_supported(model: str, config: dict[str, Any] | None) -> None:
         raise InputError(f"encoder {OPEN_CLIP}{model}: open_clip has no model of this name (open_clip.list_models())")
     vision, text = config["vision_cfg"], config["text_cfg"]
     odd = [key for key in UNSUPPORTED_VISION if vision.get(key)] + [key for key in UNSUPPORTED_TEXT if text.get(key)]
-    if isinstance(vision["layers"], list):
+    if isinstance(vision.get("layers"), list):
         odd.append("layers of a ResNet")
     if "multimodal_cfg" in config:
         odd.append("multimodal_cfg")

@@ -80,8 +80,9 @@ class Localizer:
         boxes_xyxy     float32 (n, 4)  in pixels of the original; n may be 0
         original_size  (height, width)
         """
-        found = [queries[:, 1 + TOKEN_SLOT] for queries, _ in self._decode(embedding, boxes_xyxy, original_size)]
-        return torch.cat(found) if found else torch.zeros(0, self.token_dim, device=self.device)
+        decoded = self._decode(embedding, boxes_xyxy, original_size, TOKEN_CHUNK)
+        none = torch.zeros(0, self.token_dim, device=self.device)
+        return torch.cat([none, *(queries[:, 1 + TOKEN_SLOT] for queries, _ in decoded)])
 
     @torch.no_grad()
     def tokens_and_masks(
@@ -101,7 +102,7 @@ class Localizer:
         embedding: Tensor,
         boxes_xyxy: NDArray[np.float32],
         original_size: tuple[int, int],
-        chunk: int = TOKEN_CHUNK,
+        chunk: int,
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The mask decoder's transformer, `chunk` boxes at a time.
 

@@ -8,6 +8,7 @@ only when its SHA-256 is that of a file known beforehand (OpenAI's CLIP comes in
 from __future__ import annotations
 
 import hashlib
+import warnings
 import zipfile
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -53,7 +54,7 @@ def _read(path: Path, file: BinaryIO, sha256: str, trusted: Collection[str]) -> 
         if _holds_safetensors(file):
             return load_file(path)
         if _holds_torchscript(file):
-            return dict(torch.jit.load(file, map_location="cpu").state_dict())  # type: ignore[no-untyped-call]
+            return _tensors_of_program(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # both libraries pass on whatever the bytes trip over: pickle, zip, end of file, unicode, ...
         raise WeightsError(
@@ -79,6 +80,13 @@ def _holds_torchscript(file: BinaryIO) -> bool:
         return False
     finally:
         file.seek(0)
+
+
+def _tensors_of_program(file: BinaryIO) -> StateDict:
+    with warnings.catch_warnings():
+        # torch wants programs exported another way; these archives are as they are.
+        warnings.simplefilter("ignore", FutureWarning)
+        return dict(torch.jit.load(file, map_location="cpu").state_dict())  # type: ignore[no-untyped-call]
 
 
 def _tensors_of(path: Path, content: Any) -> StateDict:

@@ -54,7 +54,7 @@ def test_golden_sam_tokens_and_masks_are_those_of_the_authors(localizer, photo, 
     assert relative_error(tokens, expected["tokens"]) < RELATIVE
     assert masks.sum((1, 2)).tolist() == expected["mask_area"].tolist()
     # These masks cover the whole photo or nearly so; the logits tell more.
-    queries, cells = next(localizer._decode(embedding, boxes[:2], size))
+    queries, cells = next(localizer._decode(embedding, boxes[:2], size, 2))
     assert relative_error(localizer._mask_logits(queries[:, 1], cells), expected["low_res"]) < RELATIVE
 
 
