@@ -1,0 +1,329 @@
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from regionspot.cache.errors import InputError, ProvenanceMismatchError, WeightsError
+from regionspot.cache.store import FeatureCache
+from regionspot.evaluation import inference, lvis_ap
+from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+from regionspot.evaluation.inference import Unreadable, infer
+from regionspot.evaluation.methods import HeadOnCache, HeadOnPhotos
+from regionspot.evaluation.region_spot import RegionSpot
+from regionspot.evaluation.report import ap_markdown, ap_table, row_of
+from regionspot.evaluation.scoring import RegionScores
+from regionspot.evaluation.sheet import judged_sheet
+from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
+from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.pipeline.datasets import photo_dir, read_dataset
+from regionspot.pipeline.extract import Backbones, extract
+from regionspot.pipeline.toy_world import make_toy_world
+
+WEIGHTS = "random:0"  # equality and resuming do not ask for sense; the baselines' tests do
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A toy world whose validation split has 8 pictures."""
+    return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _home(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGIONSPOT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=2, ffn=128))
+    info = HeadInfo(
+        preset="toy",
+        localizer="toy_sam",
+        encoder="toy_clip",
+        weights_sha256={"toy_sam": WEIGHTS, "toy_clip": WEIGHTS},
+        templates=("{}.",),
+    )
+    path = tmp_path_factory.mktemp("head") / "head.safetensors"
+    save_checkpoint(path, head, info)
+    return path
+
+
+@pytest.fixture(scope="module")
+def spot(checkpoint):
+    return RegionSpot.load(checkpoint, WEIGHTS, "cpu")
+
+
+@pytest.fixture(scope="module")
+def manifest(world):
+    return read_dataset("toy", world, "val")
+
+
+@pytest.fixture(scope="module")
+def cache(world, spot, manifest, tmp_path_factory):
+    backbones = Backbones(spot.localizer, spot.encoder)
+    store = FeatureCache.create(tmp_path_factory.mktemp("cache") / "val.zarr", manifest, backbones.feature_sets(), 4)
+    extract(store, photo_dir("toy", world, "val", manifest), backbones)
+    return store
+
+
+@pytest.fixture
+def asked(world, checkpoint, tmp_path):
+    options = {"dataset": "toy", "split": "val", "weights": WEIGHTS, "device": "cpu"}
+    return LvisEvaluation(data=world, out=tmp_path / "out", checkpoint=checkpoint, **options)
+
+
+class Counted:
+    """A method of made-up scores that remembers which rows it was asked for."""
+
+    name = "counted"
+    device = torch.device("cpu")
+
+    def __init__(self, manifest, identity=0, broken=()):
+        self.manifest, self.identity, self.broken, self.asked = manifest, {"seed": identity}, broken, []
+
+    def score(self, rows, timed):
+        for row in rows:
+            self.asked.append(row)
+            if row in self.broken:
+                yield Unreadable(f"picture {row} is broken")
+                continue
+            rng = np.random.default_rng(row)
+            count = int(self.manifest.region_count[row])
+            with timed("work"):
+                yield RegionScores(rng.random((count, len(self.manifest.categories)), np.float32))
+
+
+@pytest.fixture
+def parts_of_two(monkeypatch):
+    monkeypatch.setattr(inference, "PART_SIZE", 2)
+
+
+def same(one, other):
+    return all(
+        np.array_equal(getattr(one, name), getattr(other, name))
+        for name in ("image_ids", "category_ids", "boxes_xywh", "scores", "regions")
+    )
+
+
+def test_photos_and_cache_give_the_same_scores_up_to_its_rounding(world, spot, manifest, cache):
+    vocabulary = spot.vocabulary([category.name for category in manifest.categories])
+    photos = photo_dir("toy", world, "val", manifest)
+    rows, timed = range(len(manifest)), inference._timed(inference.Progress(8, "pictures"), torch.device("cpu"))
+    end_to_end = list(HeadOnPhotos(spot, manifest, photos, vocabulary, masks=False).score(rows, timed))
+    stored = list(HeadOnCache(spot.head, cache, vocabulary, ("toy_sam", "toy_clip")).score(rows, timed))
+    for one, other, count in zip(end_to_end, stored, manifest.region_count, strict=True):
+        assert one.probabilities.shape == (count, 192)
+        assert one.probabilities.sum(axis=1) == pytest.approx(1, abs=1e-5)
+        # The softmax is of 100 x cosine, and float16 keeps 3 digits: 0.1 in a logit, a tenth of a probability.
+        assert np.abs(np.log(one.probabilities) - np.log(other.probabilities)).max() < 0.1
+        assert np.abs(one.probabilities - other.probabilities).max() < 0.01
+
+
+def test_an_evaluation_names_its_protocol_and_leaves_results_that_other_tools_read(asked, manifest):
+    found = evaluate_lvis(asked)
+    assert found == json.loads((asked.out / "results.json").read_text())
+    assert found["protocol"]["boxes"] == "ground truth"
+    assert found["protocol"]["candidates_per_box"] == "all 192 classes"
+    assert found["protocol"]["detections_per_picture"] == 300
+    assert (found["pictures"], found["detections"]) == (8, 8 * 300)
+    assert found["seconds_per_picture"]["in_all"] > found["seconds_per_picture"]["on_shared_maps"] > 0
+    truth = str(asked.data / "toy_val.json")
+    with lvis_ap._lvis() as lvis:
+        official = lvis.LVISEval(truth, str(asked.out / "detections.json"), "bbox")
+        official.run()
+    # -1 is the package's way to say that a group has no truth.
+    assert {key: -1 if value is None else value for key, value in found["bbox"].items()} == {
+        key: official.results[key] for key in lvis_ap.METRICS
+    }
+    assert found["segm"]["AP"] is not None
+    table = ap_table([row_of(found), row_of(found, "segm", "masks")])
+    assert f"{100 * found['bbox']['AP']:.1f}" in table.splitlines()[2]
+    assert ap_markdown([row_of(found)]).count("\n") == 2
+
+
+def test_a_limit_evaluates_the_first_pictures_against_their_own_truth_only(asked, manifest, tmp_path):
+    found = evaluate_lvis(replace(asked, limit=3, masks=False))
+    whole = json.loads((asked.data / "toy_val.json").read_text())
+    kept = set(manifest.image_ids[:3].tolist())
+    cut = tmp_path / "cut.json"
+    images = [image for image in whole["images"] if image["id"] in kept]
+    annotations = [region for region in whole["annotations"] if region["image_id"] in kept]
+    cut.write_text(json.dumps({**whole, "images": images, "annotations": annotations}))
+    alone = evaluate_lvis(replace(asked, annotations=cut, masks=False, out=tmp_path / "alone"))
+    assert found["pictures"] == 3
+    assert found["segm"] is None
+    assert found["bbox"] == alone["bbox"]
+
+
+def test_a_detectors_scores_multiply_those_of_the_classes(asked, manifest, tmp_path):
+    image_id, regions = int(manifest.image_ids[2]), manifest.regions(2)
+    boxes = manifest.boxes_xyxy[regions].tolist()
+    proposals = tmp_path / "proposals.json"
+    scores = [0.5] * len(boxes)
+    proposals.write_text(json.dumps({str(image_id): {"boxes": boxes, "scores": scores}}))
+    found = evaluate_lvis(replace(asked, boxes=str(proposals), masks=False))
+    detected = json.loads((asked.out / "detections.json").read_text())
+    evaluate_lvis(replace(asked, masks=False, out=tmp_path / "truth"))
+    plain = json.loads((tmp_path / "truth/detections.json").read_text())
+    best = [max(each["score"] for each in some if each["image_id"] == image_id) for some in (detected, plain)]
+    assert best[0] == pytest.approx(0.5 * best[1], rel=1e-4)
+    assert {each["image_id"] for each in detected} == {image_id}
+    assert found["protocol"]["boxes"] == "detector proposals, proposals.json"
+    assert "times the detector's score" in found["protocol"]["score"]
+
+
+def test_from_a_cache_ap_is_that_from_photos_without_any_mask(asked, cache, tmp_path):
+    stored = evaluate_lvis(replace(asked, cache=cache.path))
+    photos = evaluate_lvis(replace(asked, masks=False, out=tmp_path / "photos"))
+    assert stored["segm"] is None
+    assert stored["bbox"]["AP"] == pytest.approx(photos["bbox"]["AP"], abs=0.02)
+    assert "sam" not in stored["seconds"]
+
+
+def test_a_cache_of_other_boxes_is_refused(asked, cache, tmp_path):
+    proposals = tmp_path / "proposals.json"
+    image_id = int(cache.manifest.image_ids[0])
+    proposals.write_text(json.dumps({str(image_id): {"boxes": [[1, 1, 50, 50]], "scores": [1]}}))
+    with pytest.raises(ProvenanceMismatchError, match="other pictures, boxes or classes"):
+        evaluate_lvis(replace(asked, cache=cache.path, boxes=str(proposals)))
+
+
+def test_backbones_that_the_head_was_not_trained_on_are_refused_unless_asked_for(asked, cache):
+    with pytest.raises(WeightsError, match=r"was trained on toy_sam with weights random:0, but random:1"):
+        evaluate_lvis(replace(asked, weights="random:1"))
+    assert evaluate_lvis(replace(asked, weights="random:1", check_weights=False, masks=False, limit=1))["pictures"] == 1
+    with pytest.raises(ProvenanceMismatchError, match="random:1 are loaded"):
+        evaluate_lvis(replace(asked, cache=cache.path, weights="random:1", templates="imagenet"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"checkpoint": None}, "give --checkpoint"),
+        ({"checkpoint": None, "baseline": "crop"}, "needs one of"),
+        ({"baseline": "best"}, "expected crop or pooled"),
+        ({"limit": 0}, "expected at least 1 picture"),
+        ({"templates": "none such"}, "expected one of"),
+        ({"split": "test"}, "has no split"),
+    ],
+)
+def test_options_that_do_not_fit_are_named_in_one_line(asked, change, message):
+    with pytest.raises(InputError, match=message) as caught:
+        evaluate_lvis(replace(asked, **change))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_second_run_asks_for_nothing_and_says_the_same(manifest, tmp_path, parts_of_two):
+    first, second = Counted(manifest), Counted(manifest)
+    one, other = infer(first, tmp_path), infer(second, tmp_path)
+    assert (first.asked, second.asked) == (list(range(8)), [])
+    assert same(one.detections, other.detections)
+    assert one.seconds == other.seconds
+
+
+def test_what_decides_the_numbers_decides_the_folder(manifest, tmp_path, parts_of_two):
+    infer(Counted(manifest), tmp_path)
+    for changed in (Counted(manifest, identity=1), Counted(manifest.select(np.arange(7)))):
+        infer(changed, tmp_path)
+        assert len(changed.asked) == len(changed.manifest)
+
+
+def test_a_damaged_part_is_made_again_and_no_other(manifest, tmp_path, parts_of_two):
+    whole = infer(Counted(manifest), tmp_path)
+    part = next(tmp_path.glob("*/00001.npz"))
+    part.write_bytes(part.read_bytes()[:-100])
+    again = Counted(manifest)
+    assert same(infer(again, tmp_path).detections, whole.detections)
+    assert again.asked == [2, 3]
+
+
+def test_an_unreadable_picture_is_counted_and_tried_again_later(manifest, tmp_path, parts_of_two):
+    found = infer(Counted(manifest, broken=[5]), tmp_path, max_failed_share=0.2)
+    assert found.failures == {int(manifest.image_ids[5]): "picture 5 is broken"}
+    assert manifest.image_ids[5] not in found.detections.image_ids
+    mended = Counted(manifest)
+    assert infer(mended, tmp_path).failures == {}
+    assert mended.asked == [4, 5]
+
+
+def test_more_unreadable_pictures_than_allowed_stop_the_run(manifest, tmp_path, parts_of_two):
+    method = Counted(manifest, broken=[0, 1])
+    with pytest.raises(InputError, match=r"2 of 8 pictures could not be read.*picture 0 is broken"):
+        infer(method, tmp_path, max_failed_share=0.2)
+    assert method.asked == [0, 1]
+
+
+def test_a_missing_photo_leaves_the_others_in_order(world, spot, manifest, tmp_path):
+    vocabulary = spot.vocabulary([category.name for category in manifest.categories])
+    paths = manifest.paths.copy()
+    paths[3] = "val/absent.jpg"
+    photos = photo_dir("toy", world, "val", manifest)
+    whole = infer(HeadOnPhotos(spot, manifest, photos, vocabulary, masks=False), tmp_path)
+    holed = HeadOnPhotos(spot, replace(manifest, paths=paths), photos, vocabulary, masks=False)
+    found = infer(holed, tmp_path, max_failed_share=0.5)
+    assert "absent.jpg" in found.failures[int(manifest.image_ids[3])]
+    expected = whole.detections.take(whole.detections.image_ids != manifest.image_ids[3])
+    assert np.array_equal(found.detections.image_ids, expected.image_ids)
+    assert found.detections.scores == pytest.approx(expected.scores, abs=1e-5)
+
+
+KILLED = """
+import os, pickle, signal, sys
+from pathlib import Path
+import numpy as np, torch
+from regionspot.evaluation import inference
+from regionspot.evaluation.scoring import RegionScores
+inference.PART_SIZE = 2
+
+class Counted:
+    name, device, identity = "counted", torch.device("cpu"), {"seed": 0}
+    manifest = pickle.loads(Path(sys.argv[1]).read_bytes())
+
+    def score(self, rows, timed):
+        for row in rows:
+            if row == 5:
+                os.kill(os.getpid(), signal.SIGKILL)
+            count = int(self.manifest.region_count[row])
+            rng = np.random.default_rng(row)
+            yield RegionScores(rng.random((count, len(self.manifest.categories)), np.float32))
+
+inference.infer(Counted(), Path(sys.argv[2]))
+"""
+
+
+def test_a_run_killed_inside_a_part_goes_on_with_that_part(manifest, tmp_path, parts_of_two):
+    (tmp_path / "manifest").write_bytes(pickle.dumps(manifest))
+    killed = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "manifest", tmp_path / "parts"], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    resumed = Counted(manifest)
+    found = infer(resumed, tmp_path / "parts")
+    assert resumed.asked == [4, 5, 6, 7]
+    assert same(found.detections, infer(Counted(manifest), tmp_path / "never stopped").detections)
+
+
+def test_the_sheet_marks_wrong_names_in_red_and_right_ones_in_green(world, manifest, tmp_path):
+    photos = photo_dir("toy", world, "val", manifest)
+
+    class Half(Counted):
+        """Right about the first region of every picture, wrong about all others."""
+
+        def score(self, rows, timed):
+            for row in rows:
+                classes = self.manifest.category_index[self.manifest.regions(row)].copy()
+                classes[1:] = (classes[1:] + 1) % 192
+                yield RegionScores(np.eye(192, dtype=np.float32)[classes] * np.float32(0.9))
+
+    found = infer(Half(manifest), tmp_path)
+    sheet = np.asarray(judged_sheet(manifest, photos, found.detections, pictures=4, title="four"))
+    green, red = ((sheet == colour).all(axis=-1).sum() for colour in ((70, 200, 90), (235, 70, 60)))
+    assert green > 500
+    assert red > 2 * green

@@ -1,0 +1,219 @@
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regionspot.cache.errors import AnnotationError, InputError, PhotoError, WeightsError
+from regionspot.evaluation.boxes import check_boxes, parse_boxes
+from regionspot.evaluation.region_spot import RegionSpot
+from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
+from regionspot.fusion.head import FusionHead, HeadConfig
+
+WEIGHTS = "random:0"
+NAMES = ["red star", "blue ring", "green cross"]
+INFO = HeadInfo(
+    preset="toy",
+    localizer="toy_sam",
+    encoder="toy_clip",
+    weights_sha256={"toy_sam": WEIGHTS, "toy_clip": WEIGHTS},
+    templates=("a {}.",),
+)
+
+
+@pytest.fixture(autouse=True)
+def _home(home):
+    """No vocabulary of the machine is seen."""
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    torch.manual_seed(0)
+    head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
+    path = tmp_path_factory.mktemp("head") / "head.safetensors"
+    save_checkpoint(path, head, INFO)
+    return path
+
+
+@pytest.fixture(scope="module")
+def spot(checkpoint):
+    return RegionSpot.load(checkpoint, WEIGHTS, "cpu")
+
+
+@pytest.fixture(scope="module")
+def pixels():
+    """A picture of 200 x 120 with something on it everywhere."""
+    coarse = np.random.default_rng(0).integers(0, 255, (12, 20, 3), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((200, 120), Image.Resampling.BICUBIC))
+
+
+BOXES = [[10, 10, 60, 50], [100.5, 20, 199, 119]]
+
+
+def test_every_box_gets_the_likeliest_of_the_names_and_a_mask_of_the_picture(spot, pixels):
+    found = spot.predict(pixels, BOXES, NAMES)
+    assert [region.box_xyxy for region in found] == [tuple(map(float, box)) for box in BOXES]
+    for region in found:
+        scores = [score for _, score in region.scores]
+        assert scores == sorted(scores, reverse=True)
+        assert sum(scores) == pytest.approx(1, abs=1e-5)
+        assert (region.name, region.score) == region.scores[0]
+        assert region.mask.shape == (120, 200)
+        assert region.mask.dtype == bool
+        assert json.loads(json.dumps(region.as_json()))["name"] == region.name
+
+
+def test_a_picture_is_the_same_from_a_file_pil_or_numpy(spot, pixels, tmp_path):
+    path = tmp_path / "photo.png"
+    Image.fromarray(pixels).save(path)
+    answers = [
+        spot.predict(image, BOXES, NAMES, masks=False) for image in (pixels, Image.fromarray(pixels), path, str(path))
+    ]
+    assert all(answer == answers[0] for answer in answers)
+    assert answers[0][0].mask is None
+
+
+def test_a_file_is_turned_upright_before_boxes_are_laid_on_it(spot, pixels, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side: turn by a quarter to see it
+    path = tmp_path / "turned.png"
+    Image.fromarray(np.rot90(pixels).copy()).save(path, exif=exif)
+    turned = spot.predict(path, BOXES, NAMES)
+    assert turned[0].mask.shape == (120, 200)
+    assert turned[0].scores == spot.predict(pixels, BOXES, NAMES)[0].scores
+
+
+def test_one_box_scores_the_same_whatever_boxes_stand_around_it_in_another_call(spot, pixels):
+    """Only regions of one picture see each other; the padding of a batch must not."""
+    alone = spot.prepare(Image.fromarray(pixels), np.array(BOXES[:1], np.float32))
+    both = spot.prepare(Image.fromarray(pixels), np.array(BOXES, np.float32))
+    text = spot.text(spot.vocabulary(NAMES))
+    single = spot.score([alone], text)[0].probabilities
+    assert spot.score([both, alone], text)[1].probabilities == pytest.approx(single, abs=1e-5)
+
+
+def test_masks_made_a_few_at_a_time_are_those_made_at_once(spot, pixels, monkeypatch):
+    boxes = [[k, k, 60 + 3 * k, 50 + k] for k in range(5)]
+    whole = spot.predict(pixels, boxes, NAMES)
+    monkeypatch.setattr("regionspot.evaluation.region_spot.MASK_PIXELS", 2 * 200 * 120)
+    for one, other in zip(whole, spot.predict(pixels, boxes, NAMES), strict=True):
+        assert np.array_equal(one.mask, other.mask)
+        assert one.score == pytest.approx(other.score, abs=1e-5)
+
+
+def test_without_boxes_there_is_nothing_to_name(spot, pixels):
+    assert spot.predict(pixels, [], NAMES) == []
+    assert spot.predict(pixels, np.zeros((0, 4), np.float32), NAMES) == []
+
+
+def test_a_box_over_the_edge_is_cut_to_the_picture(spot, pixels):
+    assert spot.predict(pixels, [[-20, 5, 400, 90]], NAMES)[0].box_xyxy == (0, 5, 200, 90)
+
+
+def test_templates_are_those_of_the_checkpoint_unless_others_are_named(spot):
+    assert spot.vocabulary(NAMES).templates == ("a {}.",)
+    assert spot.vocabulary(NAMES, "plain").templates == ("{}.",)
+    assert spot.vocabulary(NAMES, ["the {}"]).templates == ("the {}",)
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ([[10, 10, 20, 20], [300, 10, 350, 30]], r"box 2 of 2 is \[300.*200 wide and 120 high"),
+        ([[10, 10, 5, 20]], "box 1 of 1 is .*expected x1 < x2"),
+        ([[10, 10, 20]], "3 numbers, expected 4"),
+        ([[10, 10, 20, float("nan")]], "box 1 is not finite"),
+        ([10, 10, 20, 20], r"expected \(n, 4\)"),
+        ("some boxes", "something else than numbers"),
+    ],
+)
+def test_a_box_that_cannot_be_is_named(spot, pixels, boxes, message):
+    with pytest.raises(InputError, match=message):
+        spot.predict(pixels, boxes, NAMES)
+
+
+def test_names_must_be_there_and_be_a_list(spot, pixels):
+    with pytest.raises(InputError, match="there are no names"):
+        spot.predict(pixels, BOXES, [])
+    with pytest.raises(InputError, match="expected a list of names such as"):
+        spot.predict(pixels, BOXES, "dog,cat")
+    with pytest.raises(InputError, match="expected one of"):
+        spot.predict(pixels, BOXES, NAMES, templates="none such")
+
+
+def test_what_is_no_picture_is_refused(spot, pixels, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff nothing more")
+    with pytest.raises(PhotoError, match=r"broken\.jpg"):
+        spot.predict(broken, BOXES, NAMES)
+    with pytest.raises(PhotoError, match="is not there"):
+        spot.predict(tmp_path / "absent.jpg", BOXES, NAMES)
+    with pytest.raises(InputError, match="float64 of shape"):
+        spot.predict(pixels / 255, BOXES, NAMES)
+
+
+def test_a_checkpoint_is_loaded_only_with_the_backbones_that_it_was_trained_on(checkpoint):
+    with pytest.raises(WeightsError, match="random:1 are loaded"):
+        RegionSpot.load(checkpoint, clip_weights="random:1", sam_weights=WEIGHTS, device="cpu")
+    other = RegionSpot.load(checkpoint, "random:1", "cpu", check_weights=False)
+    assert other.identity()["encoder"]["weights_sha256"] == "random:1"
+
+
+def test_a_checkpoint_that_names_no_backbones_is_refused(tmp_path):
+    head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
+    save_checkpoint(tmp_path / "head.safetensors", head, replace(INFO, preset=None, localizer=None))
+    with pytest.raises(WeightsError, match="names neither its backbones nor a preset"):
+        RegionSpot.load(tmp_path / "head.safetensors", WEIGHTS, "cpu")
+    with pytest.raises(WeightsError, match="no such checkpoint"):
+        RegionSpot.load(tmp_path / "absent.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("1,2,3,4", [[1, 2, 3, 4]]),
+        (" 1, 2.5, 3, 4 ; 5,6,7,8; ", [[1, 2.5, 3, 4], [5, 6, 7, 8]]),
+        ("", []),
+    ],
+)
+def test_boxes_are_read_from_the_command_line(given, expected):
+    assert parse_boxes(given).tolist() == expected
+
+
+@pytest.mark.parametrize("content", ["[[1, 2, 3, 4]]", '{"boxes": [[1, 2, 3, 4]]}'])
+def test_boxes_are_read_from_a_file(tmp_path, content):
+    (tmp_path / "boxes.json").write_text(content)
+    assert parse_boxes(str(tmp_path / "boxes.json")).tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize(
+    ("content", "error", "message"),
+    [
+        (None, AnnotationError, "cannot be read"),
+        ("[[1, 2", AnnotationError, "is not JSON"),
+        ('{"box": []}', AnnotationError, 'has no "boxes"'),
+        ('[[1, 2, 3, "x"]]', InputError, "something else than numbers"),
+    ],
+)
+def test_a_boxes_file_that_is_none_is_named(tmp_path, content, error, message):
+    path = tmp_path / "boxes.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(error, match=message) as caught:
+        parse_boxes(str(path))
+    assert str(path) in str(caught.value)
+
+
+def test_boxes_that_are_neither_numbers_nor_a_file_are_refused():
+    with pytest.raises(InputError, match="neither numbers nor a file"):
+        parse_boxes("dog")
+    with pytest.raises(InputError, match="box 1 has 3 numbers"):
+        parse_boxes("1,2,3")
+
+
+def test_checked_boxes_are_float32_and_leave_what_was_given_alone():
+    given = np.array([[-5.0, 0, 50, 20]])
+    assert check_boxes(given, (20, 40)).dtype == np.float32
+    assert given[0, 0] == -5
