@@ -20,6 +20,7 @@ from regionspot.pipeline.annotation_file import AnnotationFile
 from regionspot.pipeline.coco_form import Id, Number, boxes_of, column, xyxy
 from regionspot.pipeline.columns import Floats, Ints, Lookup, RegionTable
 
+GROUND_TRUTH = "gt"  # in place of a proposals file: the annotated boxes
 _NAMED = 3  # unknown pictures that a message names
 _NO_LABEL = 2**63 - 1  # no dataset's category id
 
@@ -46,6 +47,14 @@ class _Boxes:
     scores: Floats  # (M,)
     labels: Ints  # (M,) category ids, _NO_LABEL where there is none
     pictures: Ints
+
+
+def with_boxes(manifest: Manifest, boxes: str | Path) -> Manifest:
+    """`manifest` itself for "gt", its ground truth, else with the boxes of the proposals file named."""
+    if boxes == GROUND_TRUTH:
+        return manifest
+    # Minival is a part of val, and its boxes come in the file of all val.
+    return read_proposals(Path(boxes), manifest, allow_unknown=manifest.split == "minival")
 
 
 def read_proposals(path: Path, manifest: Manifest, allow_unknown: bool = False) -> Manifest:

@@ -1,6 +1,7 @@
 """Proposals: a detector's boxes in place of the ground truth, both forms of file, and what is refused."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import pytest
 from regionspot.cache.errors import AnnotationError
 from regionspot.cache.manifest import NO_CATEGORY
 from regionspot.pipeline.datasets import read_dataset
-from regionspot.pipeline.proposals import read_proposals
+from regionspot.pipeline.proposals import read_proposals, with_boxes
 
 
 @pytest.fixture
@@ -89,6 +90,15 @@ def test_proposals_for_unknown_pictures_are_refused_by_name_unless_allowed(read)
     found = read(boxes, allow_unknown=True)
     assert len(found.boxes_xyxy) == 2
     assert found.report == {"unknown_pictures": 4, "unknown_labels": 2}
+
+
+def test_gt_asks_for_the_annotated_boxes_and_a_path_for_a_file_of_which_minival_may_take_a_part(manifest, tmp_path):
+    assert with_boxes(manifest, "gt") is manifest
+    path = tmp_path / "proposals.json"
+    path.write_text(json.dumps({image_id: detections([[0, 0, 9, 9]], [1]) for image_id in ("3", "99")}))
+    with pytest.raises(AnnotationError, match="1 of its pictures are not in coco val"):
+        with_boxes(manifest, str(path))
+    assert len(with_boxes(replace(manifest, split="minival"), str(path)).boxes_xyxy) == 1
 
 
 def test_the_source_gains_the_proposals_beside_the_annotations(read, manifest):
