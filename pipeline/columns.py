@@ -71,7 +71,9 @@ class RegionTable:
         coordinate or score that is not finite, then less than one pixel of width or height inside the picture.
         """
         clipped = np.clip(boxes_xyxy, 0.0, self._limits[rows])
-        finite = np.isfinite(boxes_xyxy).all(axis=1) & (True if scores is None else np.isfinite(scores))
+        finite = np.asarray(np.isfinite(boxes_xyxy).all(axis=1))
+        if scores is not None:
+            finite &= np.isfinite(scores)
         sides = clipped[:, 2:] - clipped[:, :2]
         small = np.minimum(sides[:, 0], sides[:, 1]) < MIN_SIDE - SIDE_SLACK
         keep = self._kept({**(drop or {}), "dropped_not_finite": ~finite, "dropped_under_1_px": small}, len(rows))

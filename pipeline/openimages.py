@@ -32,8 +32,8 @@ _HEADER = ["LabelName", "DisplayName"]  # V7's class file starts with it, the ea
 class _Boxes:
     """The CSV's columns. `picture` and `label` are positions in `hex_ids` and `mids`."""
 
-    picture: Ints
-    label: Ints
+    picture: NDArray[np.int32]
+    label: NDArray[np.int32]
     corners: list[Floats]  # in the order of _CORNERS
     is_group: NDArray[np.bool_]
     hex_ids: list[str]
@@ -104,7 +104,7 @@ def _with_regions(
 def _read_boxes(file: AnnotationFile) -> _Boxes:
     options = pa.csv.ConvertOptions(include_columns=list(_TYPES), column_types=_TYPES)
     try:
-        table = pa.csv.read_csv(file.path, convert_options=options).unify_dictionaries().combine_chunks()
+        table = pa.csv.read_csv(file.path, convert_options=options).unify_dictionaries()
     except (pa.ArrowInvalid, KeyError) as error:
         raise file.refuse(f"this is not OpenImages' table of boxes ({str(error).splitlines()[0]})") from None
     if table["IsGroupOf"].null_count:
@@ -113,8 +113,8 @@ def _read_boxes(file: AnnotationFile) -> _Boxes:
         raise file.refuse("the table holds no boxes")
     images, labels = (table[name].combine_chunks() for name in ("ImageID", "LabelName"))
     return _Boxes(
-        picture=images.indices.to_numpy().astype(np.int64),
-        label=labels.indices.to_numpy().astype(np.int64),
+        picture=images.indices.to_numpy(),
+        label=labels.indices.to_numpy(),
         corners=[table[name].to_numpy() for name in _CORNERS],
         is_group=table["IsGroupOf"].to_numpy() == 1,  # -1: unknown
         hex_ids=images.dictionary.to_pylist(),
