@@ -65,7 +65,7 @@ def draw_regions(photo: Image.Image, regions: Sequence[Drawn], least_side: int =
 
 def font_for(size: tuple[int, int]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
     """The built-in font at a height that can be read when a picture of `size` fills a screen."""
-    return ImageFont.load_default(max(13, round(max(size) / 46)))
+    return ImageFont.load_default(max(13, round(max(size) / 42)))
 
 
 def _colour(place: int) -> Colour:
@@ -156,7 +156,7 @@ def _free_place(
     on_labels = _overlaps(places, labels).sum(axis=1) / (extent[0] * extent[1])
     # Measured in shares of the box: a label hides a cup, but nothing of the table that it stands on.
     on_boxes = (_overlaps(places, boxes) / [(b[2] - b[0]) * (b[3] - b[1]) for b in boxes]).sum(axis=1)
-    cost = 4 * on_labels + on_boxes + 0.02 * np.arange(len(places))
+    cost = 20 * on_labels + on_boxes + 0.02 * np.arange(len(places))
     left, top, right, bottom = places[cost.argmin()].tolist()
     return left, top, right, bottom
 

@@ -18,7 +18,7 @@ from regionspot.pipeline.photos import read_photo
 
 RIGHT, WRONG = (70, 200, 90), (235, 70, 60)
 PAPER, INK, QUIET = (250, 250, 248), (25, 25, 25), (110, 110, 110)
-GAP = 14
+GAP, CAPTION = 16, 30  # pixels
 
 
 @dataclass(frozen=True)
@@ -29,32 +29,32 @@ class Captioned:
     caption: str = ""
 
 
-def contact_sheet(
-    pictures: Sequence[Captioned], columns: int = 3, cell_width: int = 560, title: str = ""
-) -> Image.Image:
-    """The pictures in rows of `columns`, each `cell_width` wide, under a title. Rows are as high as they need."""
-    title_font, caption_font = ImageFont.load_default(26), ImageFont.load_default(18)
-    cells = [
-        (
-            each.image.resize((cell_width, max(1, round(each.image.height * cell_width / each.image.width)))),
-            each.caption,
-        )
-        for each in pictures
-    ]
+def contact_sheet(pictures: Sequence[Captioned], columns: int = 3, cell: int = 620, title: str = "") -> Image.Image:
+    """The pictures in rows of `columns` under a title, the long side of each `cell` pixels: labels come out alike.
+
+    A row is as high as its highest picture.
+    """
+    title_font, caption_font = ImageFont.load_default(28), ImageFont.load_default(19)
+    cells = [(_fitted(each.image, cell), each.caption) for each in pictures]
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
-    heights = [max(image.height for image, _ in row) + 30 + GAP for row in rows]
-    top = GAP + (26 + 2 * GAP if title else 0)
-    wide = GAP + min(columns, max(1, len(cells))) * (cell_width + GAP)
+    heights = [max(image.height for image, _ in row) + CAPTION + GAP for row in rows]
+    top = GAP + (28 + 2 * GAP if title else 0)
+    wide = GAP + min(columns, max(1, len(cells))) * (cell + GAP)
     sheet = Image.new("RGB", (wide, top + sum(heights)), PAPER)
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), title, fill=INK, font=title_font)
     for row, height in zip(rows, heights, strict=True):
         for place, (image, caption) in enumerate(row):
-            left = GAP + place * (cell_width + GAP)
+            left = GAP + place * (cell + GAP)
             sheet.paste(image, (left, top))
-            pen.text((left, top + image.height + 4), caption, fill=QUIET, font=caption_font)
+            pen.text((left, top + image.height + 5), caption, fill=QUIET, font=caption_font)
         top += height
     return sheet
+
+
+def _fitted(image: Image.Image, cell: int) -> Image.Image:
+    scale = cell / max(image.size)
+    return image.resize((max(1, round(image.width * scale)), max(1, round(image.height * scale))))
 
 
 def judged_sheet(

@@ -100,7 +100,7 @@ def test_boxes_at_the_edge_and_smaller_than_a_pixel_can_be_drawn():
 
 def test_a_sheet_holds_every_picture_with_its_caption():
     cells = [Captioned(Image.new("RGB", (100, 50 + 10 * k), (40 * k, 0, 200)), f"picture {k}") for k in range(5)]
-    sheet = contact_sheet(cells, columns=2, cell_width=200, title="all of them")
+    sheet = contact_sheet(cells, columns=2, cell=200, title="all of them")
     pixels = np.asarray(sheet).reshape(-1, 3)
     for k in range(5):
         assert (pixels == (40 * k, 0, 200)).all(axis=1).sum() >= 200 * (100 + 20 * k)
