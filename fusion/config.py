@@ -6,8 +6,8 @@ Milestones are shares of the run and not steps, so a run of other length keeps t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 from regionspot.cache.errors import InputError
 from regionspot.fusion.head import HEADS
@@ -89,3 +89,13 @@ TRAIN_PRESETS = {
         dropout=HEADS["toy"].dropout,
     ),
 }
+
+
+def train_config(preset: str, **overrides: Any) -> TrainConfig:
+    """The configuration `preset` with those fields replaced that are given and not None.
+
+    Raises InputError for an unknown preset, and for values that cannot train.
+    """
+    if preset not in TRAIN_PRESETS:
+        raise InputError(f"schedule {preset!r}: expected one of {', '.join(TRAIN_PRESETS)}")
+    return replace(TRAIN_PRESETS[preset], **{name: value for name, value in overrides.items() if value is not None})

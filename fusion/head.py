@@ -88,8 +88,8 @@ def similarity_logits(semantic: Tensor, text: Tensor, scale: float = LOGIT_SCALE
 
 
 def _padding(region_mask: Tensor | None) -> Tensor | None:
-    """True where attention must not look. A picture without regions looks at its padding: a softmax over nothing
-    is NaN, and NaN times a weight of zero is still NaN."""
+    """True where attention must not look. A picture without regions looks at its padding: what a softmax over
+    nothing gives depends on the attention kernel, and where it is NaN no weight of zero takes that away again."""
     if region_mask is None:
         return None
     return ~region_mask & region_mask.any(dim=1, keepdim=True)

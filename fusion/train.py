@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from regionspot.cache.errors import InputError
+from regionspot.cache.progress import duration
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.batches import BatchPlan, Planned, read_ahead
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
@@ -42,6 +43,10 @@ class TrainResult:
     step: int
     loss: float
     seconds: float
+
+    def text(self) -> str:
+        """The result in a few words."""
+        return f"{self.step:,} steps in {duration(self.seconds)}, loss {self.loss:.4g}"
 
 
 def train(

@@ -49,6 +49,16 @@ def test_a_picture_without_regions_gives_neither_nan_nor_gradients_of_nan(head):
     assert all(torch.isfinite(parameter.grad).all() for parameter in head.parameters())
 
 
+def test_attention_is_never_left_without_anything_to_look_at(head):
+    """Some attention kernels answer a fully masked row with NaN, others do not; so none is ever given one."""
+    seen = []
+    head.decoder.register_forward_pre_hook(
+        lambda _, arguments, named: seen.append(named["tgt_key_padding_mask"]), with_kwargs=True
+    )
+    head(torch.randn(2, 2, 12), torch.tensor([[True, False], [False, False]]), torch.randn(2, 5, 16))
+    assert seen[0].tolist() == [[False, True], [False, False]]
+
+
 def test_half_precision_features_go_through_a_float32_head(head):
     tokens, feature_map = torch.randn(2, 3, 12).half(), torch.randn(2, 5, 16).half()
     semantic = head(tokens, None, feature_map)

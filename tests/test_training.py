@@ -17,7 +17,7 @@ from regionspot.cache.schema import FeatureSet, PictureFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.batches import BatchPlan, read_ahead
 from regionspot.fusion.checkpoint import load_checkpoint
-from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig
+from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig, train_config
 from regionspot.fusion.head import HEADS
 from regionspot.fusion.metrics import read_metrics
 from regionspot.fusion.sources import open_source
@@ -177,6 +177,12 @@ def test_the_papers_rate_warms_up_and_falls_twice():
 def test_a_shorter_run_keeps_the_shape_of_the_schedule():
     short = replace(TRAIN_PRESETS["paper"], iterations=900)
     assert (short.milestone_steps, short.warmup_steps) == ((700, 840), 90)
+
+
+def test_a_named_configuration_takes_only_the_overrides_that_are_given():
+    assert train_config("toy", lr=0.5, seed=None) == replace(TRAIN_PRESETS["toy"], lr=0.5)
+    with pytest.raises(InputError, match="expected one of paper, toy"):
+        train_config("fast")
 
 
 def test_the_toy_preset_trains_the_toy_head():
