@@ -330,6 +330,7 @@ def test_region_arrays_are_padded_with_nothing(cache):
     assert root["features/sam/token"].shape == (3, 192, 6)
     assert (root["regions/category"][0, 8:] == -1).all()
     assert not root["features/sam/token"][0, 8:].any()
+    assert not root["features/sam/token"][1, 137:].any()  # the last of three chunks, filled twice before
 
 
 def test_checksums_beside_the_data_are_those_of_its_chunks(cache):

@@ -98,6 +98,15 @@ def test_nothing_has_the_final_name_before_it_is_published(tmp_path, records):
     assert [path.name for path in tmp_path.iterdir()] == ["shard"]
 
 
+def test_bytes_are_flushed_before_they_get_their_name_and_the_folder_after(tmp_path, records, monkeypatch):
+    done = []
+    for name in ("write", "fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: done.append(name) or real(*args))
+    write(tmp_path / "shard", records, [0])
+    assert done == ["write", "write", "fsync", "replace", "fsync"]  # a record, the index
+
+
 def test_a_discarded_shard_leaves_nothing(tmp_path, records):
     writer = ShardWriter(tmp_path / "shard", SLOTS)
     writer.append(0, records[0])
