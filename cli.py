@@ -1,7 +1,285 @@
+"""The command line: one command per verb, no logic of its own.
+
+Results go to stdout, progress and warnings to stderr. What the user can mend is said in one line with exit code 2;
+`--debug` shows where it came from. Modules are imported inside the commands, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, cast
+
 import typer
 
-app = typer.Typer()
+from regionspot.cache.errors import RegionSpotError
+
+if TYPE_CHECKING:
+    from regionspot.cache.manifest import Manifest
+    from regionspot.pipeline.photos import Exif
+
+app = typer.Typer(
+    help="Recognise any region of a picture by name.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+DatasetName = Annotated[str, typer.Argument(help="o365, o365v2, openimages, v3det, lvis, coco or toy")]
+Data = Annotated[Path, typer.Option(help="folder of the dataset: annotation files and photos")]
+Split = Annotated[str, typer.Option(help="train, val, ...")]
+Annotations = Annotated[Path | None, typer.Option(help="this annotation file instead of the dataset's own")]
+Boxes = Annotated[str, typer.Option(help="gt, or a detector's proposals file")]
+Limit = Annotated[int | None, typer.Option(help="only the first pictures")]
+Preset = Annotated[str, typer.Option(help="backbones: bb, bl, bl336 or toy")]
+OptionalPreset = Annotated[str | None, typer.Option(help="backbones, where the checkpoint does not state them")]
+Checkpoint = Annotated[Path, typer.Option(help="a trained head, ours or one released by the authors")]
+Templates = Annotated[str | None, typer.Option(help="prompt templates: reference or plain; default: the checkpoint's")]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="folder of the official files, or random:SEED for benchmarks; default: downloaded once"),
+]
+SamWeights = Annotated[str | None, typer.Option(help="this SAM file instead")]
+ClipWeights = Annotated[str | None, typer.Option(help="this CLIP file instead")]
+ExifRule = Annotated[str, typer.Option(help="orientation: auto (where the stated size asks for it), apply or ignore")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one")]
+Dtype = Annotated[str, typer.Option(help="of the image encoders: float32, bfloat16 or float16")]
+Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
-def main():
-    app()
+@app.callback()
+def _options(debug: Debug = False) -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+
+
+@app.command()
+def dataset(
+    name: DatasetName, data: Data, split: Split = "train", annotations: Annotations = None, boxes: Boxes = "gt"
+) -> None:
+    """Say what a dataset split holds, what reading it dropped and which photos are missing."""
+    from regionspot.pipeline.datasets import describe, photo_dir
+
+    manifest = _manifest(name, data, split, annotations, boxes, None)
+    typer.echo(describe(manifest, photo_dir(name, data, split, manifest)).text())
+
+
+@app.command()
+def extract(
+    name: DatasetName,
+    data: Data,
+    cache: Annotated[Path, typer.Option(help="the cache to fill, a folder ending in .zarr")],
+    split: Split = "train",
+    preset: Preset = "bl",
+    boxes: Boxes = "gt",
+    annotations: Annotations = None,
+    limit: Limit = None,
+    weights: Weights = None,
+    sam_weights: SamWeights = None,
+    clip_weights: ClipWeights = None,
+    exif: ExifRule = "auto",
+    part_size: Annotated[int, typer.Option(help="pictures a part, the unit of resuming")] = 512,
+    batch_size: Annotated[int, typer.Option(help="pictures an encoder call")] = 8,
+    max_failed: Annotated[float, typer.Option(help="stop when more than this share of the pictures is broken")] = 0.2,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """Run the frozen backbones over a dataset, once, into a cache. Killed and run again, it goes on."""
+    from regionspot.cache.store import FeatureCache
+    from regionspot.pipeline.datasets import photo_dir
+    from regionspot.pipeline.extract import Backbones
+    from regionspot.pipeline.extract import extract as run
+
+    manifest = _manifest(name, data, split, annotations, boxes, limit)
+    backbones = Backbones.load(preset, weights, sam_weights, clip_weights, device, dtype)
+    rule = cast("Exif", exif)
+    store = FeatureCache.open_or_create(cache, manifest, backbones.feature_sets(rule), part_size)
+    photos = photo_dir(name, data, split, manifest)
+    summary = run(store, photos, backbones, exif=rule, batch_size=batch_size, max_failed_share=max_failed)
+    typer.echo(f"{cache}: {summary.text()}")
+
+
+@app.command()
+def train(
+    cache: Annotated[list[Path], typer.Option(help="a cache to learn from; may be given again")],
+    out: Annotated[Path, typer.Option(help="folder of the head, its checkpoints, metrics and curves")],
+    preset: Preset = "bl",
+    schedule: Annotated[str, typer.Option(help="the run's rates and length: paper or toy")] = "paper",
+    ratio: Annotated[
+        list[float] | None, typer.Option(help="share of the batches, one a cache; default: by size")
+    ] = None,
+    iterations: Annotated[int | None, typer.Option(help="steps; the schedule keeps its shape")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="pictures a step")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate")] = None,
+    seed: Annotated[int | None, typer.Option(help="of the weights, batches and dropout")] = None,
+    templates: Annotated[str, typer.Option(help="prompt templates: reference or plain")] = "reference",
+    weights: Weights = None,
+    clip_weights: ClipWeights = None,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
+    checkpoint_every: Annotated[int, typer.Option(help="steps")] = 2000,
+    device: Device = None,
+) -> None:
+    """Train a fusion head from one or more caches."""
+    from regionspot.cache.store import FeatureCache
+    from regionspot.evaluation.vocabularies import cache_vocabulary
+    from regionspot.fusion.config import train_config
+    from regionspot.fusion.train import train as run
+    from regionspot.pipeline.backbones import preset_named
+
+    config = train_config(schedule, iterations=iterations, batch_size=batch_size, lr=lr, seed=seed)
+    sets = preset_named(preset)
+    caches = [FeatureCache.open(path) for path in cache]
+    vocabularies = [cache_vocabulary(one, sets.encoder, templates, clip_weights or weights, device) for one in caches]
+    result = run(
+        caches,
+        vocabularies,
+        out,
+        config,
+        preset=preset,
+        ratios=ratio,
+        map_set=sets.encoder,
+        token_set=sets.localizer,
+        resume=resume,
+        device=device,
+        checkpoint_every=checkpoint_every,
+    )
+    typer.echo(f"{result.checkpoint}: {result.text()}")
+
+
+@app.command("eval-lvis")
+def eval_lvis(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder of the results and of what a later run goes on with")],
+    checkpoint: Annotated[Path | None, typer.Option(help="a trained head, ours or one released by the authors")] = None,
+    baseline: Annotated[str | None, typer.Option(help="crop or pooled instead of a head, no training")] = None,
+    dataset: Annotated[str, typer.Option(help="lvis, or toy")] = "lvis",
+    split: Split = "val",
+    annotations: Annotations = None,
+    boxes: Boxes = "gt",
+    cache: Annotated[Path | None, typer.Option(help="features from here instead of the backbones; no masks")] = None,
+    masks: Annotated[bool, typer.Option(help="make masks, and evaluate them")] = True,
+    limit: Limit = None,
+    preset: OptionalPreset = None,
+    templates: Templates = None,
+    weights: Weights = None,
+    sam_weights: SamWeights = None,
+    clip_weights: ClipWeights = None,
+    check_weights: Annotated[bool, typer.Option(help="refuse other backbones than the head was trained with")] = True,
+    exif: ExifRule = "auto",
+    max_failed: Annotated[float, typer.Option(help="stop when more than this share of the photos is broken")] = 0.01,
+    device: Device = None,
+    dtype: Dtype = "float32",
+) -> None:
+    """LVIS AP of a head or a baseline, end to end from photos. Killed and run again, it goes on."""
+    from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+    from regionspot.evaluation.report import results_text
+
+    asked = LvisEvaluation(
+        data=data,
+        out=out,
+        dataset=dataset,
+        split=split,
+        annotations=annotations,
+        checkpoint=checkpoint,
+        preset=preset,
+        baseline=cast("Literal['crop', 'pooled'] | None", baseline),
+        cache=cache,
+        boxes=boxes,
+        limit=limit,
+        masks=masks,
+        templates=templates,
+        exif=cast("Exif", exif),
+        weights=weights,
+        sam_weights=sam_weights,
+        clip_weights=clip_weights,
+        device=device,
+        dtype=dtype,
+        check_weights=check_weights,
+        max_failed_share=max_failed,
+    )
+    typer.echo(results_text(evaluate_lvis(asked)))
+
+
+@app.command()
+def predict(
+    photo: Annotated[Path, typer.Argument(help="the picture")],
+    checkpoint: Checkpoint,
+    boxes: Annotated[str, typer.Option(help='"x1,y1,x2,y2;..." in pixels, or a JSON file of such boxes')],
+    names: Annotated[str, typer.Option(help='what a box may be: "dog,red umbrella", or a file with a name a line')],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="picture with boxes, masks, names and scores")] = None,
+    top: Annotated[int, typer.Option(help="names listed for each box")] = 5,
+    preset: OptionalPreset = None,
+    templates: Templates = None,
+    weights: Weights = None,
+    sam_weights: SamWeights = None,
+    clip_weights: ClipWeights = None,
+    device: Device = None,
+) -> None:
+    """Name the boxes of one picture: JSON to stdout, the labelled picture to --out."""
+    from regionspot.evaluation.boxes import parse_boxes, parse_names
+    from regionspot.evaluation.drawing import check_picture_name, labelled
+    from regionspot.evaluation.region_spot import RegionSpot
+    from regionspot.pipeline.photos import read_photo
+
+    asked, words = parse_boxes(boxes), parse_names(names)
+    picture = read_photo(photo, exif="apply")
+    target = check_picture_name(out) if out else None
+    spot = RegionSpot.load(
+        checkpoint, weights, device, preset=preset, sam_weights=sam_weights, clip_weights=clip_weights
+    )
+    regions = spot.predict(picture, asked, words, templates, masks=target is not None, top=top)
+    if target:
+        labelled(picture, regions).save(target)
+    typer.echo(json.dumps([region.as_json() for region in regions], indent=1))
+
+
+@app.command("toy-world")
+def toy_world(
+    out: Annotated[Path, typer.Argument(help="folder to write the world into")],
+    pictures: Annotated[int, typer.Option(help="training and validation together")] = 1000,
+    seed: Annotated[int, typer.Option(help="another seed, another world")] = 0,
+) -> None:
+    """Draw a small world of named shapes with LVIS-form annotations; its rare classes are only in val."""
+    from regionspot.pipeline.toy_world import make_toy_world
+
+    typer.echo(make_toy_world(out, pictures, seed))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="folder for everything that it makes")],
+    pictures: Annotated[int, typer.Option(help="of the toy world")] = 1000,
+    seed: Annotated[int, typer.Option(help="of the toy world")] = 0,
+) -> None:
+    """The main job on a toy world, every stage by its public command; needs no download."""
+    from regionspot.evaluation.demo import run_demo
+
+    typer.echo(run_demo(out, pictures, seed))
+
+
+def _manifest(name: str, data: Path, split: str, annotations: Path | None, boxes: str, limit: int | None) -> Manifest:
+    """The split with the boxes asked for."""
+    from regionspot.pipeline.datasets import read_dataset
+    from regionspot.pipeline.proposals import with_boxes
+
+    return with_boxes(read_dataset(name, data, split, annotations), boxes).head(limit)
+
+
+def main() -> None:
+    """Entry point of `regionspot`."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        print("regionspot: stopped; the same command again goes on where it stopped", file=sys.stderr)
+        sys.exit(130)
+    except (RegionSpotError, OSError) as error:
+        if "--debug" in sys.argv:
+            raise
+        print(f"regionspot: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

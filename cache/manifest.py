@@ -144,6 +144,14 @@ class Manifest:
             report=self.report,
         )
 
+    def head(self, pictures: int | None) -> Manifest:
+        """The first pictures of the split; all of it for None. Raises InputError for less than one."""
+        if pictures is None or pictures >= len(self):
+            return self
+        if pictures < 1:
+            raise InputError(f"the first {pictures} pictures were asked for, expected at least 1")
+        return self.select(np.arange(pictures))
+
     def digest(self) -> str:
         """SHA-256 over everything that decides what extraction computes: pictures, boxes, classes, in order."""
         digest = hashlib.sha256()

@@ -1,8 +1,9 @@
-"""Boxes as a person gives them: a file, or numbers on the command line.
+"""Boxes and names as a person gives them: a file, or on the command line.
 
 "10,20,110,220"                  x1,y1,x2,y2 in pixels of the picture
 "10,20,110,220; 5,5,60,80"       several
 boxes.json                       [[x1, y1, x2, y2], ...] or {"boxes": [[x1, y1, x2, y2], ...]}
+"dog,red umbrella"               names; or a text file with one a line, for names that hold commas
 """
 
 from __future__ import annotations
@@ -34,6 +35,22 @@ def parse_boxes(given: str) -> NDArray[np.float32]:
     except ValueError:
         raise InputError(f"boxes {given!r}: are neither numbers nor a file that is there; {FORM}") from None
     return _table(rows, f"boxes {given!r}")
+
+
+def parse_names(given: str) -> list[str]:
+    """Names from a file with one a line, or from a list with commas. Raises InputError where there is none."""
+    path = Path(given)
+    if path.suffix.lower() == ".txt" or (given.strip() and path.is_file()):
+        try:
+            pieces = path.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: the names cannot be read ({error})") from None
+    else:
+        pieces = given.split(",")
+    names = [piece.strip() for piece in pieces if piece.strip()]
+    if not names:
+        raise InputError(f'names {given!r}: hold no name; expected "dog,red umbrella" or a file with one a line')
+    return names
 
 
 def check_boxes(boxes: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:

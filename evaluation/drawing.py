@@ -11,10 +11,17 @@ import colorsys
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from regionspot.cache.errors import InputError
+
+if TYPE_CHECKING:
+    from regionspot.evaluation.region_spot import Region
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
@@ -61,6 +68,24 @@ def draw_regions(photo: Image.Image, regions: Sequence[Drawn], least_side: int =
         _frame(pen, box, colour, width)
     _write_labels(pen, canvas.size, boxes, [(region.label, colour) for region, colour in coloured], width)
     return canvas
+
+
+def labelled(photo: Image.Image, regions: Sequence[Region]) -> Image.Image:
+    """A copy of `photo` with what `RegionSpot.predict` found in it."""
+    return draw_regions(
+        photo,
+        [
+            Drawn(np.asarray(found.box_xyxy, np.float32), f"{found.name} {found.score:.2f}", found.mask)
+            for found in regions
+        ],
+    )
+
+
+def check_picture_name(path: Path) -> Path:
+    """The path itself. Raises InputError for an ending that is no picture format, before hours of work are lost."""
+    if path.suffix.lower() not in Image.registered_extensions():
+        raise InputError(f"{path}: no picture can be written with the ending {path.suffix!r}; expected .png or .jpg")
+    return path
 
 
 def font_for(size: tuple[int, int]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -12,26 +12,24 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from regionspot.cache.errors import AnnotationError, InputError, ProvenanceMismatchError
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.baselines import CropBaseline, PooledBaseline
 from regionspot.evaluation.inference import Method
-from regionspot.evaluation.methods import HeadOnCache, HeadOnPhotos, check_features, first_rows
+from regionspot.evaluation.methods import HeadOnCache, HeadOnPhotos, check_features
 from regionspot.evaluation.region_spot import RegionSpot, backbones_of
 from regionspot.evaluation.results import evaluate_method
+from regionspot.evaluation.vocabularies import cache_vocabulary
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
-from regionspot.pipeline.backbones import PRESETS, Preset
+from regionspot.pipeline.backbones import preset_named
 from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.encoder import load_encoder
 from regionspot.pipeline.photos import Exif
-from regionspot.pipeline.proposals import read_proposals
-
-GROUND_TRUTH = "gt"
+from regionspot.pipeline.proposals import GROUND_TRUTH, with_boxes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +77,8 @@ def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
     _check_options(asked)
     manifest = _manifest(asked)
     annotations = asked.annotations or _annotation_file(asked.data, manifest)
-    method, vocabulary = _method(asked, manifest)
+    photos = photo_dir(asked.dataset, asked.data, asked.split, manifest)
+    method, vocabulary = _method(asked, manifest, photos)
     return evaluate_method(
         method,
         annotations,
@@ -87,6 +86,7 @@ def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
         boxes="ground truth" if asked.boxes == GROUND_TRUTH else f"detector proposals, {Path(asked.boxes).name}",
         templates=vocabulary.templates,
         max_failed_share=asked.max_failed_share,
+        photos=None if asked.cache else photos,
     )
 
 
@@ -95,17 +95,11 @@ def _check_options(asked: LvisEvaluation) -> None:
         raise InputError(f"baseline {asked.baseline!r}: expected crop or pooled")
     if asked.cache is not None and asked.baseline is not None:
         raise InputError(f"baseline {asked.baseline}: runs from photos, not from a cache; leave --cache away")
-    if asked.limit is not None and asked.limit < 1:
-        raise InputError(f"limit is {asked.limit}, expected at least 1 picture")
 
 
 def _manifest(asked: LvisEvaluation) -> Manifest:
-    """The split with the boxes asked for, whole; `first_rows` cuts it."""
-    manifest = read_dataset(asked.dataset, asked.data, asked.split, asked.annotations)
-    if asked.boxes == GROUND_TRUTH:
-        return manifest
-    # Minival is a part of val, and its boxes come in the file of all val.
-    return read_proposals(Path(asked.boxes), manifest, allow_unknown=asked.split == "minival")
+    """The split with the boxes asked for, whole; `limit` cuts it later."""
+    return with_boxes(read_dataset(asked.dataset, asked.data, asked.split, asked.annotations), asked.boxes)
 
 
 def _annotation_file(data: Path, manifest: Manifest) -> Path:
@@ -117,14 +111,13 @@ def _annotation_file(data: Path, manifest: Manifest) -> Path:
     raise AnnotationError(f"{data}: {name} is not here any more; name it with --annotations")
 
 
-def _method(asked: LvisEvaluation, manifest: Manifest) -> tuple[Method, Vocabulary]:
+def _method(asked: LvisEvaluation, manifest: Manifest, photos: Path) -> tuple[Method, Vocabulary]:
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if asked.cache is not None:
         return _from_cache(asked, asked.cache, manifest, device)
-    photos = photo_dir(asked.dataset, asked.data, asked.split, manifest)
     if asked.baseline is not None:
-        return _baseline(asked, asked.baseline, first_rows(manifest, asked.limit), photos, device)
-    return _from_photos(asked, first_rows(manifest, asked.limit), photos, device)
+        return _baseline(asked, asked.baseline, manifest.head(asked.limit), photos, device)
+    return _from_photos(asked, manifest.head(asked.limit), photos, device)
 
 
 def _from_photos(
@@ -152,7 +145,9 @@ def _baseline(
         _, name = backbones_of(asked.checkpoint, info)
     else:
         info = HeadInfo(preset=asked.preset)
-        name = _preset(asked.preset).encoder
+        if asked.preset is None:
+            raise InputError("a baseline without a checkpoint needs its encoder; give --preset")
+        name = preset_named(asked.preset).encoder
     encoder = load_encoder(name, asked.clip_weights or asked.weights, device, asked.dtype)
     vocabulary = build_vocabulary(_names(manifest), _templates(asked, info), encoder)
     kind = CropBaseline if baseline == "crop" else PooledBaseline
@@ -163,30 +158,10 @@ def _from_cache(asked: LvisEvaluation, path: Path, manifest: Manifest, device: s
     checkpoint, cache = load_checkpoint(_checkpoint(asked), asked.preset), FeatureCache.open(path)
     _require_same_boxes(asked, cache, manifest)
     sets = check_features(_checkpoint(asked), checkpoint.info, cache)
-    facts = cache.feature_sets[sets[1]].provenance
-    encoder = _EncoderOnDemand(sets[1], facts["weights_sha256"], asked.clip_weights or asked.weights, device)
-    vocabulary = build_vocabulary(_names(manifest), _templates(asked, checkpoint.info), encoder)
+    source = asked.clip_weights or asked.weights
+    vocabulary = cache_vocabulary(cache, sets[1], _templates(asked, checkpoint.info), source, device)
     method = HeadOnCache(checkpoint.head, cache, vocabulary, sets, limit=asked.limit, device=device)
     return method, vocabulary
-
-
-@dataclass(frozen=True)
-class _EncoderOnDemand:
-    """The cache's semantic encoder, loaded only if a vocabulary has to be computed."""
-
-    name: str
-    weights_sha256: str
-    source: str | None
-    device: str
-
-    def embed_prompts(self, prompts: list[str], /) -> Tensor:
-        encoder = load_encoder(self.name, self.source, self.device)
-        if encoder.weights_sha256 != self.weights_sha256:
-            raise ProvenanceMismatchError(
-                f"{self.name}: the cache was made with weights {self.weights_sha256[:16]}, but "
-                f"{encoder.weights_sha256[:16]} are loaded; give the same ones with --weights"
-            )
-        return encoder.embed_prompts(prompts)
 
 
 def _require_same_boxes(asked: LvisEvaluation, cache: FeatureCache, manifest: Manifest) -> None:
@@ -213,9 +188,3 @@ def _checkpoint(asked: LvisEvaluation) -> Path:
     if asked.checkpoint is None:
         raise InputError("evaluation needs a checkpoint, or a baseline and a preset; give --checkpoint")
     return asked.checkpoint
-
-
-def _preset(name: str | None) -> Preset:
-    if name not in PRESETS:
-        raise InputError(f"preset {name!r}: a baseline without a checkpoint needs one of {', '.join(PRESETS)}")
-    return PRESETS[name]

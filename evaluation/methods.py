@@ -88,7 +88,7 @@ class HeadOnCache:
     ) -> None:
         """`feature_sets` are the names of the token set and the map set that the head was trained on."""
         self.device = torch.device(device)
-        self.manifest = first_rows(cache.manifest, limit)
+        self.manifest = cache.manifest.head(limit)
         self._cache, self._sets = cache, feature_sets
         self._head = head.to(self.device).eval()
         self._text = vocabulary.embeddings.to(self.device)
@@ -141,13 +141,6 @@ def check_features(checkpoint: Path, info: HeadInfo, cache: FeatureCache) -> tup
                 f"{str(expected)[:16]}; extract again with those"
             )
     return names
-
-
-def first_rows(manifest: Manifest, limit: int | None) -> Manifest:
-    """The first `limit` pictures of a manifest, or all where it has fewer or `limit` is None."""
-    if limit is None or limit >= len(manifest):
-        return manifest
-    return manifest.select(np.arange(limit, dtype=np.int64))
 
 
 class PhotoReader(Generic[T]):

@@ -36,9 +36,9 @@ def row_of(results: dict[str, Any], iou_type: IouType = "bbox", method: str | No
     )
 
 
-def ap_table(rows: Sequence[Row], title: str = "") -> str:
+def ap_table(rows: Sequence[Row], title: str = "", mark_best: bool = True) -> str:
     """A fixed-width table, AP in %; the best of every column is marked with *."""
-    cells = [("method", *METRICS, *COSTS), *_cells(rows, "*")]
+    cells = [("method", *METRICS, *COSTS), *_cells(rows, "*" if mark_best else "")]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(_padded(line, widths)).rstrip() for line in cells]
     rule = "-" * max(map(len, lines))
@@ -50,6 +50,14 @@ def ap_markdown(rows: Sequence[Row]) -> str:
     header = ("method", *METRICS, *COSTS)
     lines = [header, ("---", *("---:" for _ in header[1:])), *_cells(rows, "**")]
     return "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines)
+
+
+def results_text(results: dict[str, Any]) -> str:
+    """One evaluation for a terminal: box and mask AP, then how they were measured."""
+    rows = [row_of(results, "bbox", f"{results['method']}, boxes")]
+    if results["segm"] is not None:
+        rows.append(row_of(results, "segm", f"{results['method']}, masks"))
+    return "\n\n".join([ap_table(rows, mark_best=False), LEGEND, protocol_text(results)])
 
 
 def protocol_text(results: dict[str, Any]) -> str:
@@ -64,7 +72,7 @@ def _cells(rows: Sequence[Row], mark: str) -> list[tuple[str, ...]]:
     return [
         (
             row.method,
-            *(_percent(row.ap[metric], best[metric] if len(rows) > 1 else None, mark) for metric in METRICS),
+            *(_percent(row.ap[metric], best[metric] if len(rows) > 1 and mark else None, mark) for metric in METRICS),
             _seconds(row.seconds_in_all),
             _seconds(row.seconds_on_maps),
         )

@@ -16,7 +16,9 @@ from regionspot.evaluation.detections import DETECTIONS_PER_PICTURE, write_resul
 from regionspot.evaluation.ground_truth import read_ground_truth
 from regionspot.evaluation.inference import Inference, Method, infer
 from regionspot.evaluation.lvis_ap import lvis_ap
+from regionspot.evaluation.sheet import judged_sheet
 
+SHEET_PICTURES = 9
 # Stages that any method on the same pictures would share: opening them, and the two encoders' maps.
 SHARED_STAGES = ("photo", "read", "sam", "clip")
 
@@ -29,10 +31,12 @@ def evaluate_method(
     boxes: str = "ground truth",
     templates: tuple[str, ...] = (),
     max_failed_share: float = 0.01,
+    photos: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate, write `results.json` and `detections.json` into `out`, and return what results.json holds.
 
-    Goes on where an earlier run of the same evaluation stopped. `boxes` and `templates` are only written down.
+    Goes on where an earlier run of the same evaluation stopped. `boxes` and `templates` are only written down. With
+    the photo folder, the first pictures with their best names go into `sheet.png`.
 
     Raises AnnotationError for a truth that cannot be evaluated, InputError where too many pictures are unreadable or
     `out` cannot be written.
@@ -57,6 +61,10 @@ def evaluate_method(
         "identity": method.identity,
     }
     write_results_json(out / "detections.json", found.detections)
+    if photos is not None:
+        judged_sheet(method.manifest, photos, found.detections, SHEET_PICTURES, title=method.name).save(
+            out / "sheet.png"
+        )
     write_file(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
 

@@ -37,6 +37,14 @@ PRESETS = {
     "toy": Preset(localizer="toy_sam", encoder="toy_clip", clip_pixels=192),
 }
 
+
+def preset_named(name: str) -> Preset:
+    """Raises InputError for a name that is none of PRESETS."""
+    if name not in PRESETS:
+        raise InputError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
+    return PRESETS[name]
+
+
 # Names in segment_anything.sam_model_registry.
 SAM_MODELS = {"sam_vit_b": "vit_b", "sam_vit_l": "vit_l", "sam_vit_h": "vit_h"}
 # Names of open_clip's configurations. OpenAI trained with QuickGELU; the plain names would load the same weights
