@@ -136,6 +136,7 @@ def test_a_smaller_dtype_rounds_the_encoders_and_leaves_the_token_decoder_in_flo
     assert close(rounded, embedding, 0.05)
     assert torch.equal(small.tokens(embedding, BOXES, (80, 120)), localizer.tokens(embedding, BOXES, (80, 120)))
     other, batch = load_encoder("toy_clip", "random:0", dtype=dtype), encoder.preprocess(photo)[None]
+    assert not close(other.encode(batch), encoder.encode(batch), 1e-6)
     assert close(other.encode(batch), encoder.encode(batch), 0.05)
     assert torch.equal(other.embed_prompts(["a cat"]), encoder.embed_prompts(["a cat"]))
 
