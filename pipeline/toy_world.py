@@ -29,7 +29,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from regionspot.cache.errors import InputError
-from regionspot.pipeline.toy_pictures import COLOURS, SHAPES, TEXTURES, Look, Picture, draw_picture
+from regionspot.pipeline.toy_pictures import COLOURS, SHAPES, TEXTURES, Look, draw_picture
 
 OBJECTS = (4, 9)  # objects in a picture
 TRAIN_SHARE = 0.8
@@ -46,6 +46,15 @@ class ToyClass:
     look: Look
     frequency: str  # r, c or f, as LVIS writes them
     weight: float  # 0 where rare
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the annotations keep of a picture once it is written; its pixels are gone by then."""
+
+    image_id: int
+    size_hw: tuple[int, ...]
+    regions: list[dict[str, Any]]
 
 
 @cache
@@ -71,8 +80,9 @@ def _is_rare(look: Look) -> bool:
 def make_toy_world(folder: Path | str, pictures: int = 1000, seed: int = 0) -> Path:
     """Write a world of `pictures` pictures, the first 80 % for training, and return its folder.
 
-    The same `pictures` and `seed` give the same files. Pictures are 192 to 320 pixels a side, 4 to 9 objects each.
-    Raises InputError for fewer than 40 pictures, and where the folder holds another world or cannot be written.
+    The same `pictures` and `seed` give the same files, which replace those of an earlier world there. Pictures are
+    192 to 320 pixels a side and hold 4 to 9 objects. Raises InputError for fewer than 40 pictures, and where the
+    folder cannot be written.
     """
     folder = Path(folder)
     if pictures < FEWEST_PICTURES:
@@ -85,7 +95,9 @@ def make_toy_world(folder: Path | str, pictures: int = 1000, seed: int = 0) -> P
         _write_split(folder, "train", range(1, train + 1), seed)
         _write_split(folder, "val", range(train + 1, pictures + 1), seed)
     except OSError as error:
-        raise InputError(f"{folder}: the toy world cannot be written there ({error.strerror}); name another folder") from None
+        raise InputError(
+            f"{folder}: the toy world cannot be written there ({error.strerror}); name another folder"
+        ) from None
     return folder
 
 
@@ -115,16 +127,16 @@ def _write_split(folder: Path, split: str, image_ids: Sequence[int], seed: int) 
     is_val = int(split == "val")
     dealt = deal(toy_classes(), split, len(image_ids), np.random.default_rng([seed, is_val]))
 
-    def write(job: tuple[int, list[ToyClass]]) -> tuple[Picture, list[ToyClass]]:
+    def write(job: tuple[int, list[ToyClass]]) -> Drawn:
         image_id, shown = job
         # Seeded by the picture, not by its turn: the threads finish in any order.
         picture = draw_picture([entry.look for entry in shown], np.random.default_rng([seed, is_val, image_id]))
         Image.fromarray(picture.pixels).save(photos / _file_name(image_id), quality=JPEG_QUALITY)
-        return picture, shown
+        regions = [_region_entry(entry, picture.owner == number) for number, entry in enumerate(shown)]
+        return Drawn(image_id, picture.owner.shape, regions)
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        drawn = threads.map(write, zip(image_ids, dealt, strict=True))
-        annotations = lvis_form(split, zip(image_ids, drawn, strict=True))
+        annotations = _lvis_form(split, threads.map(write, zip(image_ids, dealt, strict=True)))
     (folder / f"toy_{split}.json").write_text(json.dumps(annotations))
 
 
@@ -132,17 +144,16 @@ def _file_name(image_id: int) -> str:
     return f"{image_id:012d}.jpg"
 
 
-def lvis_form(split: str, drawn: Iterable[tuple[int, tuple[Picture, list[ToyClass]]]]) -> dict[str, Any]:
-    """The content of lvis_v1_{split}.json (https://www.lvisdataset.org/dataset) for pictures that hold what is stated."""
+def _lvis_form(split: str, drawn: Iterable[Drawn]) -> dict[str, Any]:
+    """The content of lvis_v1_{split}.json (https://www.lvisdataset.org/dataset)."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     listed = [entry for entry in toy_classes() if split != "train" or entry.weight > 0]
-    for image_id, (picture, shown) in drawn:
-        present = {entry.id for entry in shown}
-        images.append(_image_entry(split, image_id, picture, [e.id for e in listed if e.id not in present]))
-        for number, entry in enumerate(shown):
-            mask = picture.owner == number
-            annotations.append({"id": len(annotations) + 1, "image_id": image_id, **_region_entry(entry, mask)})
+    for picture in drawn:
+        present = {region["category_id"] for region in picture.regions}
+        images.append(_image_entry(split, picture, [entry.id for entry in listed if entry.id not in present]))
+        for region in picture.regions:
+            annotations.append({"id": len(annotations) + 1, "image_id": picture.image_id, **region})
     return {
         "info": {"description": f"regionspot toy world, {split}", "version": "v1"},
         "licenses": [],
@@ -152,13 +163,13 @@ def lvis_form(split: str, drawn: Iterable[tuple[int, tuple[Picture, list[ToyClas
     }
 
 
-def _image_entry(split: str, image_id: int, picture: Picture, absent: list[int]) -> dict[str, Any]:
+def _image_entry(split: str, picture: Drawn, absent: list[int]) -> dict[str, Any]:
     """An LVIS image; every class that it does not show is known to be absent, for nothing is left unannotated."""
     return {
-        "id": image_id,
-        "width": picture.pixels.shape[1],
-        "height": picture.pixels.shape[0],
-        "coco_url": f"toy://photos/{split}/{_file_name(image_id)}",
+        "id": picture.image_id,
+        "width": picture.size_hw[1],
+        "height": picture.size_hw[0],
+        "coco_url": f"toy://photos/{split}/{_file_name(picture.image_id)}",
         "neg_category_ids": absent,
         "not_exhaustive_category_ids": [],
     }

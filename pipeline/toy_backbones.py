@@ -1,0 +1,130 @@
+"""The toy world's own backbones: a small SAM and a small CLIP, made of the libraries' own classes.
+
+They have every part of the large ones, so the code that runs the large ones runs these: SAM with window and global
+attention, relative positions and four mask tokens; CLIP with a class token, `ln_pre`, `ln_post` and a projection, and a
+text tower that reads open_clip's tokens. Their weights were trained by `regionspot.pipeline.toy_training` and ship with
+the package in float16. Of the text tower's word table only the rows of words it has learnt are shipped; the prompts
+that need another row are refused by name (`unknown_words`), as an untrained row would answer with noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+from open_clip import CLIP, OPENAI_IMAGENET_TEMPLATES, SimpleTokenizer
+from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+from torch import Tensor, nn
+
+from regionspot.pipeline.toy_world import toy_classes
+
+TOY_WEIGHTS = {name: Path(__file__).parent / f"{name}.safetensors" for name in ("toy_sam", "toy_clip")}
+
+SAM_PIXELS, SAM_PATCH = 256, 16
+TOKEN_DIM = 128  # width of the mask decoder, and so of a location token
+
+CLIP_PIXELS, CLIP_PATCH = 192, 16  # a map of 12 x 12 patches and the class token
+CLIP_WIDTH, TEXT_DIM = 192, 128
+CONTEXT = 77  # open_clip's context length
+WORD_TABLE = 49_408  # rows of open_clip's word table
+
+TOKEN_IDS = "token_ids"  # in the file: which row of the word table each shipped row is
+
+
+def build_toy_sam() -> Sam:
+    """An untrained toy SAM in evaluation mode: pictures of long side 256, location tokens of TOKEN_DIM numbers."""
+    grid = SAM_PIXELS // SAM_PATCH
+    sam = Sam(
+        image_encoder=ImageEncoderViT(
+            img_size=SAM_PIXELS,
+            patch_size=SAM_PATCH,
+            embed_dim=128,
+            depth=4,
+            num_heads=4,
+            mlp_ratio=3,
+            out_chans=TOKEN_DIM,
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]  # a factory, as build_sam passes it
+            use_rel_pos=True,
+            window_size=8,
+            global_attn_indexes=(1, 3),
+        ),
+        prompt_encoder=PromptEncoder(
+            embed_dim=TOKEN_DIM,
+            image_embedding_size=(grid, grid),
+            input_image_size=(SAM_PIXELS, SAM_PIXELS),
+            mask_in_chans=16,
+        ),
+        mask_decoder=MaskDecoder(
+            num_multimask_outputs=3,
+            transformer=TwoWayTransformer(depth=2, embedding_dim=TOKEN_DIM, num_heads=4, mlp_dim=256),
+            transformer_dim=TOKEN_DIM,
+            iou_head_hidden_dim=TOKEN_DIM,
+        ),
+    )
+    return sam.eval()
+
+
+def build_toy_clip(pixels: int = CLIP_PIXELS, word_table: int = WORD_TABLE) -> CLIP:
+    """An untrained toy CLIP in evaluation mode. Training starts with fewer pixels and a table of known words only."""
+    vision = {
+        "image_size": pixels,
+        "patch_size": CLIP_PATCH,
+        "width": CLIP_WIDTH,
+        "layers": 4,
+        "head_width": 32,
+    }
+    text = {"context_length": CONTEXT, "vocab_size": word_table, "width": 96, "heads": 4, "layers": 2}
+    return CLIP(TEXT_DIM, vision, text).eval()
+
+
+def load_toy_sam(state_dict: Mapping[str, Tensor]) -> Sam:
+    """A toy SAM with the weights of toy_sam.safetensors, in float32. RuntimeError of torch where they do not fit."""
+    sam = build_toy_sam()
+    sam.load_state_dict({name: value.float() for name, value in state_dict.items()})
+    return sam
+
+
+def load_toy_clip(state_dict: Mapping[str, Tensor]) -> tuple[CLIP, frozenset[int]]:
+    """A toy CLIP with the weights of toy_clip.safetensors, in float32, and the token ids that it knows.
+
+    The word table is spread to open_clip's 49,408 rows; rows that were not shipped are zero.
+    RuntimeError of torch where the weights do not fit, KeyError where the file lists no `token_ids`.
+    """
+    weights = {name: value.float() for name, value in state_dict.items() if name != TOKEN_IDS}
+    token_ids = state_dict[TOKEN_IDS].long()
+    rows = weights["token_embedding.weight"]
+    table = torch.zeros(WORD_TABLE, rows.shape[1])
+    table[token_ids] = rows
+    clip = build_toy_clip()
+    clip.load_state_dict({**weights, "token_embedding.weight": table})
+    return clip, frozenset(token_ids.tolist())
+
+
+@cache
+def toy_tokenizer() -> SimpleTokenizer:
+    """open_clip's own tokenizer; it takes a second to build, hence only once."""
+    return SimpleTokenizer(context_length=CONTEXT)
+
+
+def unknown_words(prompt: str, token_ids: frozenset[int]) -> list[str]:
+    """The words of a prompt that hold a token which the toy CLIP was never taught, in their order."""
+    words = prompt.replace(".", " ").replace(",", " ").split()
+    return [word for word in words if not token_ids.issuperset(toy_tokenizer().encode(word))]
+
+
+def known_token_ids() -> list[int]:
+    """Sorted ids of every token in a prompt about the toy world: all its class names and words in all 80 templates."""
+    names = {entry.look.name for entry in toy_classes()}
+    words = {word for name in names for word in name.split()}
+    return sorted({token for prompt in _prompts(names | words) for token in toy_tokenizer().encode(prompt)} | _marks())
+
+
+def _prompts(names: Iterable[str]) -> Iterable[str]:
+    return (template(name) for template in (*OPENAI_IMAGENET_TEMPLATES, "{}".format) for name in names)
+
+
+def _marks() -> set[int]:
+    """Start, end and padding of a prompt."""
+    return {0, toy_tokenizer().sot_token_id, toy_tokenizer().eot_token_id}
