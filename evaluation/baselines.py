@@ -3,7 +3,8 @@
     crop    cut every box out, run CLIP on it: accurate, and one pass of the image tower for every box
     pooled  average CLIP's map of the whole picture over each box, project: nearly free, once the map is there
 
-They use CLIP alone; neither makes masks.
+They use CLIP alone; neither makes masks. Both get the softmax that suits them best: the encoder's own logit scale,
+which on the toy world gives crops 3 to 4 points of AP more than the head's 100. OpenAI's models have 100 themselves.
 """
 
 # n boxes, T map tokens (class token first), g patches a side, D width, p pixels of CLIP's square
@@ -31,7 +32,9 @@ from regionspot.pipeline.encoder import SemanticEncoder
 from regionspot.pipeline.photos import Exif
 
 CROPS_AT_ONCE = 64
-CROP_MARGIN = 0.1  # of a box's width and height, added on every side
+# Of a box's width and height, added on every side. On 514 boxes of the toy world, AP at 0, 0.05, 0.1: 41.0, 39.7,
+# 39.4 with the encoder's scale; from 0.2 on it falls steeply.
+CROP_MARGIN = 0.0
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ class CropBaseline:
                 crops = [self._encoder.preprocess(crop(picture.image, box, self._margin)) for box in boxes]
             with timed("clip on crops"):
                 embedded = self._encoder.embed_images(torch.stack(crops))
-                found.append(class_probabilities(embedded, self._text))
+                found.append(class_probabilities(embedded, self._text, self._encoder.logit_scale))
         return RegionScores(np.concatenate(found))
 
 
@@ -126,7 +129,7 @@ class PooledBaseline:
     def _pool(self, picture: _Photo, feature_map: Tensor) -> RegionScores:
         weights = pooling_weights(picture.boxes_xyxy, picture.image.size, math.isqrt(len(feature_map) - 1))
         pooled = torch.from_numpy(weights).to(feature_map.device) @ feature_map[1:]
-        return RegionScores(class_probabilities(self._encoder.project(pooled), self._text))
+        return RegionScores(class_probabilities(self._encoder.project(pooled), self._text, self._encoder.logit_scale))
 
 
 def crop(photo: Image.Image, box_xyxy: NDArray[np.float32], margin: float) -> Image.Image:
@@ -155,4 +158,5 @@ def pooling_weights(boxes_xyxy: NDArray[np.float32], size: tuple[int, int], grid
 
 
 def _identity(encoder: SemanticEncoder, vocabulary: Vocabulary, exif: Exif) -> dict[str, Any]:
-    return {"encoder": encoder.provenance, "vocabulary": vocabulary.digest, "exif": exif}
+    scale = encoder.logit_scale
+    return {"encoder": encoder.provenance, "vocabulary": vocabulary.digest, "exif": exif, "logit_scale": scale}
