@@ -209,9 +209,9 @@ def test_backbones_that_the_head_was_not_trained_on_are_refused_unless_asked_for
     ("change", "message"),
     [
         ({"checkpoint": None}, "give --checkpoint"),
-        ({"checkpoint": None, "baseline": "crop"}, "needs one of"),
+        ({"checkpoint": None, "baseline": "crop"}, "give --preset"),
         ({"baseline": "best"}, "expected crop or pooled"),
-        ({"limit": 0}, "expected at least 1 picture"),
+        ({"limit": 0}, "expected at least 1"),
         ({"templates": "none such"}, "expected one of"),
         ({"split": "test"}, "has no split"),
     ],
