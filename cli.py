@@ -37,7 +37,9 @@ Limit = Annotated[int | None, typer.Option(help="only the first pictures")]
 Preset = Annotated[str, typer.Option(help="backbones: bb, bl, bl336 or toy")]
 OptionalPreset = Annotated[str | None, typer.Option(help="backbones, where the checkpoint does not state them")]
 Checkpoint = Annotated[Path, typer.Option(help="a trained head, ours or one released by the authors")]
-Templates = Annotated[str | None, typer.Option(help="prompt templates: reference or plain; default: the checkpoint's")]
+Templates = Annotated[
+    str | None, typer.Option(help="prompt templates: reference, imagenet, plain; default: the checkpoint's")
+]
 Weights = Annotated[
     str | None,
     typer.Option(help="folder of the official files, or random:SEED for benchmarks; default: downloaded once"),
@@ -52,7 +54,9 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 @app.callback()
 def _options(debug: Debug = False) -> None:
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    # Our own progress and warnings; of the libraries only warnings.
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
+    logging.getLogger("regionspot").setLevel(logging.INFO)
 
 
 @app.command()
@@ -81,7 +85,7 @@ def extract(
     clip_weights: ClipWeights = None,
     exif: ExifRule = "auto",
     part_size: Annotated[int, typer.Option(help="pictures a part, the unit of resuming")] = 512,
-    batch_size: Annotated[int, typer.Option(help="pictures an encoder call")] = 8,
+    batch_size: Annotated[int | None, typer.Option(help="pictures an encoder call; default: what suits")] = None,
     max_failed: Annotated[float, typer.Option(help="stop when more than this share of the pictures is broken")] = 0.2,
     device: Device = None,
     dtype: Dtype = "float32",
@@ -114,7 +118,7 @@ def train(
     batch_size: Annotated[int | None, typer.Option(help="pictures a step")] = None,
     lr: Annotated[float | None, typer.Option(help="learning rate")] = None,
     seed: Annotated[int | None, typer.Option(help="of the weights, batches and dropout")] = None,
-    templates: Annotated[str, typer.Option(help="prompt templates: reference or plain")] = "reference",
+    templates: Annotated[str, typer.Option(help="sentences around a name: reference, imagenet or plain")] = "reference",
     weights: Weights = None,
     clip_weights: ClipWeights = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,

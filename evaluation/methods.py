@@ -33,8 +33,6 @@ from regionspot.pipeline.photos import Exif, read_photo
 T = TypeVar("T")
 
 CACHE_BATCH = 16
-GPU_BATCH = 8
-SMALL_PIXELS = 512  # up to here SAM's attention over a batch fits into any memory; at 1024 it is 0.8 GB a picture
 
 
 class HeadOnPhotos:
@@ -55,8 +53,7 @@ class HeadOnPhotos:
         self.manifest, self.device = manifest, spot.device
         self._spot, self._text, self._masks = spot, spot.text(vocabulary), masks
         self._reader = PhotoReader(manifest, photos, self._prepare, exif)
-        on_gpu = self.device.type == "cuda"
-        self._batch = GPU_BATCH if on_gpu or spot.localizer.pixels <= SMALL_PIXELS else 1
+        self._batch = spot.localizer.batch_size
         self.identity = {**spot.identity(), "vocabulary": vocabulary.digest, "masks": masks, "exif": exif}
 
     def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:

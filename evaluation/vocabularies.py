@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
@@ -11,7 +12,7 @@ from regionspot.cache.errors import ProvenanceMismatchError
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
-from regionspot.pipeline.encoder import load_encoder
+from regionspot.pipeline.encoder import SemanticEncoder, load_encoder
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,17 @@ class EncoderOnDemand:
 
     def embed_prompts(self, prompts: list[str], /) -> Tensor:
         """float32 (P, text_dim), not normalised. Raises ProvenanceMismatchError for other weights."""
+        return self._encoder.embed_prompts(prompts)
+
+    @cached_property
+    def _encoder(self) -> SemanticEncoder:
         encoder = load_encoder(self.name, self.source, self.device or "cpu")
         if encoder.weights_sha256 != self.weights_sha256:
             raise ProvenanceMismatchError(
                 f"{self.name}: the cache was made with weights {self.weights_sha256[:16]}, but "
                 f"{encoder.weights_sha256[:16]} are loaded; give the same ones with --weights"
             )
-        return encoder.embed_prompts(prompts)
+        return encoder
 
 
 def cache_vocabulary(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regionspot.cache.errors import InputError, WeightsError
+from regionspot.cache.home import home_folder
 from regionspot.cache.progress import Progress
 from regionspot.fusion.templates import SLOT
 from regionspot.fusion.tensor_file import read_tensor_file, write_tensor_file
@@ -69,8 +69,7 @@ class Vocabulary:
 
 def vocabulary_folder() -> Path:
     """Where vocabularies are kept: `$REGIONSPOT_HOME/vocabularies`, by default under ~/.cache/regionspot."""
-    home = os.environ.get("REGIONSPOT_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "regionspot") / "vocabularies"
+    return home_folder("vocabularies")
 
 
 def build_vocabulary(

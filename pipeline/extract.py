@@ -112,7 +112,7 @@ def extract(
     backbones: Backbones,
     *,
     exif: Exif = "auto",
-    batch_size: int = 8,
+    batch_size: int | None = None,
     decode_threads: int | None = None,
     max_failed_share: float = 0.2,
 ) -> ExtractSummary:
@@ -122,6 +122,7 @@ def extract(
     pictures all fail, or when more than `max_failed_share` of this run's do (V3Det's copies lack many photos; a
     mistyped folder lacks all); what is committed by then stays.
     """
+    size = batch_size or (8 if backbones.localizer is None else backbones.localizer.batch_size)
     lacking = _lacking(cache, [feature_set.name for feature_set in backbones.feature_sets(exif)])
     jobs = [(row, names) for part, names in lacking.items() for row in cache.part_rows(part)]
     progress = Progress(len(jobs), "pictures")
@@ -129,7 +130,7 @@ def extract(
     decoder = Decoder(cache.manifest, photo_folder, backbones.localizer, backbones.encoder, exif)
     with CommitThread(cache, lacking) as writer:
         decoded = decode_ahead(decoder, jobs, decode_threads)
-        for batch in _timed_batches(decoded, batch_size, progress):
+        for batch in _timed_batches(decoded, size, progress):
             ignored += sum(picture.orientation_ignored for picture in batch)
             for picture in _encode(batch, cache.manifest, backbones, progress):
                 failed += picture.failure is not None

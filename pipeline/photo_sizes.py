@@ -21,6 +21,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from regionspot.cache.home import home_folder
+
 log = logging.getLogger(__name__)
 
 ABSENT = 0  # in place of a size: there is no such file
@@ -77,9 +79,8 @@ def _header_size(path: Path) -> Size | None:
 
 
 def _places(folder: Path) -> tuple[Path, Path]:
-    home = Path(os.environ.get("REGIONSPOT_HOME", "~/.cache/regionspot")).expanduser()
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
-    return folder / SIZES_NAME, home / "sizes" / f"{digest[:32]}.parquet"
+    return folder / SIZES_NAME, home_folder("sizes") / f"{digest[:32]}.parquet"
 
 
 def _remembered(folder: Path) -> dict[str, tuple[Stamp, Size]]:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from regionspot.cache.errors import WeightsError
+from regionspot.cache.home import home_folder
 from regionspot.pipeline.weight_files import StateDict, check_fit, read_state_dict
 
 log = logging.getLogger(__name__)
@@ -82,8 +83,7 @@ class LoadedWeights:
 
 def weights_folder() -> Path:
     """Where official files are kept: `$REGIONSPOT_HOME/weights`, by default under ~/.cache/regionspot."""
-    home = os.environ.get("REGIONSPOT_HOME")
-    return (Path(home) if home else Path.home() / ".cache" / "regionspot") / "weights"
+    return home_folder("weights")
 
 
 def load_weights(

@@ -1,0 +1,196 @@
+"""The commands as a user types them: bad input gives one line that says what to mend, and exit code 2."""
+
+import json
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from regionspot import cli
+from regionspot.cache import FeatureCache
+from regionspot.pipeline.datasets import DATASETS
+from regionspot.pipeline.toy_world import make_toy_world
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
+
+
+@pytest.fixture
+def regionspot(monkeypatch, capsys):
+    """`regionspot("extract", "toy", ...)` gives the exit code, stdout and stderr of that command."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["regionspot", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(regionspot):
+    """`refused("needs this", "extract", ...)`: exit code 2 and one line on stderr that holds the words."""
+
+    def run(words: str, *arguments) -> None:
+        code, _, err = regionspot(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("regionspot: ")]
+        assert code == 2, err
+        assert len(lines) == 1, err
+        assert words in lines[0], lines[0]
+        assert "Traceback" not in err
+
+    return run
+
+
+def extract(world, cache, *more) -> tuple:
+    return ("extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--limit", 3, *more)
+
+
+@pytest.fixture(scope="module")
+def cache(world, tmp_path_factory) -> Path:
+    """Three pictures of the toy world, extracted."""
+    path = tmp_path_factory.mktemp("cache") / "toy.zarr"
+    arguments = ["regionspot", *map(str, extract(world, path))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", arguments)
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert not stop.value.code
+    return path
+
+
+def test_the_three_stages_and_predict_work_from_the_command_line(regionspot, world, cache, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "eval"
+    train = ("train", "--cache", cache, "--preset", "toy", "--schedule", "toy", "--templates", "plain")
+    code, said, err = regionspot(*train, "--iterations", 4, "--out", run)
+    assert (code, said.startswith(f"{run}/head.safetensors: 4 steps")) == (0, True), err
+    evaluate = ("eval-lvis", "--dataset", "toy", "--data", world, "--limit", 2, "--out", out)
+    code, said, err = regionspot(*evaluate, "--checkpoint", run / "head.safetensors")
+    assert (code, "APr" in said) == (0, True), err
+    assert json.loads((out / "results.json").read_text())["pictures"] == 2
+    assert Image.open(out / "sheet.png").width > 600
+    photo = next((world / "photos" / "train").glob("*.jpg"))
+    predict = ("predict", photo, "--checkpoint", run / "head.safetensors", "--boxes", "10,10,80,90;30,40,100,120")
+    code, said, err = regionspot(*predict, "--names", "red star,blue circle", "-o", tmp_path / "named.png")
+    assert code == 0, err
+    assert [region["box"] for region in json.loads(said)] == [[10, 10, 80, 90], [30, 40, 100, 120]]
+    assert {region["name"] for region in json.loads(said)} <= {"red star", "blue circle"}
+    assert Image.open(tmp_path / "named.png").width >= 640
+
+
+def test_dataset_says_what_was_read_and_what_is_missing(regionspot, world, tmp_path):
+    copy = shutil.copytree(world, tmp_path / "copy")
+    next((copy / "photos" / "train").glob("*.jpg")).unlink()
+    code, said, _ = regionspot("dataset", "toy", "--data", copy)
+    assert code == 0
+    assert "32 pictures" in said
+    assert "1 of 32 missing" in said or "missing" in said
+
+
+def test_help_names_every_dataset(regionspot):
+    _, said, _ = regionspot("extract", "--help")
+    assert all(name in said for name in DATASETS)
+
+
+def test_a_missing_annotation_file_is_named_with_the_place_it_belongs(refused, tmp_path):
+    refused(f"{tmp_path}: toy needs toy_train.json here or in annotations/", *extract(tmp_path, tmp_path / "c.zarr"))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda text: text[: len(text) // 2], "toy_train.json"),
+        (lambda text: text.replace('"bbox"', '"box"'), "bbox"),
+        (lambda text: "", "toy_train.json"),
+    ],
+    ids=["truncated", "without a field", "empty"],
+)
+def test_a_damaged_annotation_file_is_named_with_its_field(refused, world, tmp_path, damage, words):
+    (tmp_path / "toy_train.json").write_text(damage((world / "toy_train.json").read_text()))
+    refused(words, *extract(tmp_path, tmp_path / "c.zarr"))
+    assert not (tmp_path / "c.zarr").exists()
+
+
+def test_a_cache_folder_that_is_something_else_is_left_alone(refused, world, tmp_path):
+    (tmp_path / "holiday").mkdir()
+    (tmp_path / "holiday" / "beach.txt").write_text("sand")
+    refused(f"{tmp_path / 'holiday'}: ", *extract(world, tmp_path / "holiday"))
+    assert [path.name for path in (tmp_path / "holiday").iterdir()] == ["beach.txt"]
+
+
+def test_a_cache_made_by_other_backbones_says_what_differs(refused, world, cache):
+    before = sorted(path.stat().st_mtime_ns for path in cache.rglob("*"))
+    refused("weights_sha256", *extract(world, cache, "--weights", "random:3"))
+    assert sorted(path.stat().st_mtime_ns for path in cache.rglob("*")) == before
+    assert len(FeatureCache.open(cache).valid_rows()) == 3
+
+
+def test_weights_of_another_shape_are_refused(refused, world, tmp_path):
+    from safetensors.numpy import save_file
+
+    save_file({"image_encoder.pos_embed": np.zeros((1, 2, 2, 3), np.float32)}, tmp_path / "sam.safetensors")
+    refused("sam.safetensors", *extract(world, tmp_path / "c.zarr", "--sam-weights", tmp_path / "sam.safetensors"))
+
+
+class _Trap:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+def test_a_pickle_with_code_in_it_is_refused_and_never_run(refused, world, tmp_path):
+    (tmp_path / "evil.pth").write_bytes(pickle.dumps(_Trap(tmp_path / "ran"), protocol=2))
+    refused("evil.pth", *extract(world, tmp_path / "c.zarr", "--sam-weights", tmp_path / "evil.pth"))
+    refused("evil.pth", "eval-lvis", "--data", world, "--dataset", "toy", "--out", tmp_path / "e",
+            "--checkpoint", tmp_path / "evil.pth")  # fmt: skip
+    assert not (tmp_path / "ran").exists()
+
+
+def test_proposals_for_unknown_pictures_are_refused(refused, world, tmp_path):
+    boxes = {"999999": {"boxes": [[0, 0, 9, 9]], "scores": [0.5], "labels": [1]}}
+    (tmp_path / "boxes.json").write_text(json.dumps(boxes))
+    refused("999999", *extract(world, tmp_path / "c.zarr", "--boxes", tmp_path / "boxes.json"))
+
+
+def test_an_empty_vocabulary_is_refused(refused, tmp_path, world):
+    photo = next((world / "photos" / "train").glob("*.jpg"))
+    refused("names", "predict", photo, "--checkpoint", "x", "--boxes", "1,1,9,9", "--names", " , ")
+
+
+def test_a_place_without_write_permission_is_named(refused, world, tmp_path):
+    # A file where a folder is needed refuses root too, who may write anywhere else.
+    (tmp_path / "file").write_text("")
+    refused(str(tmp_path / "file"), *extract(world, tmp_path / "file" / "c.zarr"))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "words"),
+    [("--preset", "xl", "preset 'xl'"), ("--exif", "maybe", "exif 'maybe'"), ("--dtype", "int4", "dtype 'int4'")],
+)
+def test_an_unknown_option_value_is_refused_with_the_ones_there_are(refused, world, tmp_path, option, value, words):
+    refused(words, *extract(world, tmp_path / "c.zarr", option, value))
+    assert not (tmp_path / "c.zarr").exists()
+
+
+def test_a_schedule_that_is_not_there_is_refused(refused, cache, tmp_path):
+    train = ("train", "--cache", cache, "--preset", "toy", "--out", tmp_path / "run")
+    refused("schedule 'long'", *train, "--schedule", "long")
+
+
+def test_a_cache_without_the_presets_features_says_which_it_holds(refused, cache, tmp_path):
+    refused("toy_sam, toy_clip", "train", "--cache", cache, "--preset", "bb", "--out", tmp_path / "run")
