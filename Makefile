@@ -9,6 +9,7 @@ BOXES    ?= gt
 DATA     ?= data/$(DATASET)
 CACHE    ?= features/$(DATASET)_$(SPLIT)_$(PRESET).zarr
 OUT      ?= runs/$(PRESET)
+CHECKPOINT ?= $(OUT)/head.safetensors
 WEIGHTS  ?=
 ARGS     ?=
 DEMO_OUT ?= build/demo
@@ -18,6 +19,8 @@ TORCH ?= torch==2.15.0 torchvision==0.29.2
 
 READY := $(VENV)/.ready
 export PATH := $(abspath $(VENV))/bin:$(PATH)
+# Evaluation runs from photos unless a cache is named for it.
+CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(CACHE)")
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .DEFAULT_GOAL := help
@@ -46,8 +49,8 @@ extract: $(READY) ## backbones over DATASET= once, into CACHE=; goes on where it
 train: $(READY) ## train the head from CACHE= into OUT=
 	regionspot train --cache "$(CACHE)" --preset $(PRESET) --out "$(OUT)" $(WEIGHTS_ARG) $(ARGS)
 
-eval-lvis: $(READY) ## LVIS AP of the head in OUT=, end to end from the photos in DATA=
-	regionspot eval-lvis --checkpoint "$(OUT)/head.safetensors" --data "$(DATA)" --boxes "$(BOXES)" $(WEIGHTS_ARG) $(ARGS)
+eval-lvis: $(READY) ## LVIS AP of the head in OUT= (or CHECKPOINT=), end to end from the photos in DATA=, or from CACHE=
+	regionspot eval-lvis --checkpoint "$(CHECKPOINT)" --data "$(DATA)" --preset $(PRESET) --boxes "$(BOXES)" --out "$(OUT)/eval" $(CACHE_ARG) $(WEIGHTS_ARG) $(ARGS)
 
 toy-backbones: $(READY) ## train the toy world's SAM and CLIP again (under an hour on 2 cores)
 	python -m regionspot.pipeline.toy_training $(ARGS)

@@ -18,7 +18,6 @@ from regionspot.cache.errors import RegionSpotError
 
 if TYPE_CHECKING:
     from regionspot.cache.manifest import Manifest
-    from regionspot.pipeline.photos import Exif
 
 app = typer.Typer(
     help="Recognise any region of a picture by name.",
@@ -95,10 +94,11 @@ def extract(
     from regionspot.pipeline.datasets import photo_dir
     from regionspot.pipeline.extract import Backbones
     from regionspot.pipeline.extract import extract as run
+    from regionspot.pipeline.photos import check_exif
 
+    rule = check_exif(exif)
     manifest = _manifest(name, data, split, annotations, boxes, limit)
     backbones = Backbones.load(preset, weights, sam_weights, clip_weights, device, dtype)
-    rule = cast("Exif", exif)
     store = FeatureCache.open_or_create(cache, manifest, backbones.feature_sets(rule), part_size)
     photos = photo_dir(name, data, split, manifest)
     summary = run(store, photos, backbones, exif=rule, batch_size=batch_size, max_failed_share=max_failed)
@@ -179,6 +179,7 @@ def eval_lvis(
     """LVIS AP of a head or a baseline, end to end from photos. Killed and run again, it goes on."""
     from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
     from regionspot.evaluation.report import results_text
+    from regionspot.pipeline.photos import check_exif
 
     asked = LvisEvaluation(
         data=data,
@@ -194,7 +195,7 @@ def eval_lvis(
         limit=limit,
         masks=masks,
         templates=templates,
-        exif=cast("Exif", exif),
+        exif=check_exif(exif),
         weights=weights,
         sam_weights=sam_weights,
         clip_weights=clip_weights,

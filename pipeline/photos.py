@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from regionspot.cache.errors import PhotoError
+from regionspot.cache.errors import InputError, PhotoError
 
 Exif = Literal["auto", "apply", "ignore"]
 
@@ -37,6 +37,13 @@ class Photo:
 
     image: Image.Image
     orientation: Literal["none", "applied", "ignored"]
+
+
+def check_exif(rule: str) -> Exif:
+    """The rule itself. Raises InputError for one that is none."""
+    if rule not in get_args(Exif):
+        raise InputError(f"exif {rule!r}: expected one of {', '.join(get_args(Exif))}")
+    return cast("Exif", rule)
 
 
 def read_photo(

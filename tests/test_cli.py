@@ -97,7 +97,7 @@ def test_dataset_says_what_was_read_and_what_is_missing(regionspot, world, tmp_p
     code, said, _ = regionspot("dataset", "toy", "--data", copy)
     assert code == 0
     assert "32 pictures" in said
-    assert "1 of 32 missing" in said or "missing" in said
+    assert "photos: 1 are not in" in said
 
 
 def test_help_names_every_dataset(regionspot):
