@@ -9,14 +9,13 @@ that need another row are refused by name (`unknown_words`), as an untrained row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import cache, partial
 from pathlib import Path
 
-import torch
 from open_clip import CLIP, OPENAI_IMAGENET_TEMPLATES, SimpleTokenizer
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
-from torch import Tensor, nn
+from torch import nn
 
 from regionspot.pipeline.toy_world import toy_classes
 
@@ -77,29 +76,6 @@ def build_toy_clip(pixels: int = CLIP_PIXELS, word_table: int = WORD_TABLE) -> C
     }
     text = {"context_length": CONTEXT, "vocab_size": word_table, "width": 96, "heads": 4, "layers": 2}
     return CLIP(TEXT_DIM, vision, text).eval()
-
-
-def load_toy_sam(state_dict: Mapping[str, Tensor]) -> Sam:
-    """A toy SAM with the weights of toy_sam.safetensors, in float32. RuntimeError of torch where they do not fit."""
-    sam = build_toy_sam()
-    sam.load_state_dict({name: value.float() for name, value in state_dict.items()})
-    return sam
-
-
-def load_toy_clip(state_dict: Mapping[str, Tensor]) -> tuple[CLIP, frozenset[int]]:
-    """A toy CLIP with the weights of toy_clip.safetensors, in float32, and the token ids that it knows.
-
-    The word table is spread to open_clip's 49,408 rows; rows that were not shipped are zero.
-    RuntimeError of torch where the weights do not fit, KeyError where the file lists no `token_ids`.
-    """
-    weights = {name: value.float() for name, value in state_dict.items() if name != TOKEN_IDS}
-    token_ids = state_dict[TOKEN_IDS].long()
-    rows = weights["token_embedding.weight"]
-    table = torch.zeros(WORD_TABLE, rows.shape[1])
-    table[token_ids] = rows
-    clip = build_toy_clip()
-    clip.load_state_dict({**weights, "token_embedding.weight": table})
-    return clip, frozenset(token_ids.tolist())
 
 
 @cache

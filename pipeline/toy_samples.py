@@ -94,19 +94,30 @@ def _mirrored(sample: Sample) -> Sample:
 
 
 def named_batch(
-    samples: list[Sample], pixels: int, scene_share: float, rng: np.random.Generator
-) -> tuple[Tensor, Tensor]:
-    """pictures uint8 (B, 3, pixels, pixels), aspect not kept; truth float32 (B, 160 + 8 + 6 + 4), 0 or 1 as GROUPS."""
+    samples: list[Sample], pixels: int, grid: int, scene_share: float, rng: np.random.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """pictures uint8 (B, 3, pixels, pixels), aspect not kept; truth float32 (B, 160 + 8 + 6 + 4), 0 or 1 as GROUPS;
+    local int64 (B, grid * grid, 3): shape, colour and texture of what each patch has in its middle, -1 for ground.
+    """
     pictures = np.zeros((len(samples), pixels, pixels, 3), np.uint8)
     truth = np.zeros((len(samples), sum(len(group) for group in GROUPS)), np.float32)
+    local = np.full((len(samples), grid * grid, 3), GROUND, np.int64)
     for row, sample in enumerate(samples):
-        scene = rng.random() < scene_share
-        window, shown = _scene(sample, rng) if scene else _crop(sample, rng)
-        picture = Image.fromarray(sample.pixels).resize((pixels, pixels), Image.Resampling.BILINEAR, window)
-        pictures[row] = np.asarray(picture)[:, :: int(rng.choice([-1, 1]))]
+        sample = _mirrored(sample) if rng.random() < 0.5 else sample
+        window, shown = _scene(sample, rng) if rng.random() < scene_share else _crop(sample, rng)
+        pictures[row] = Image.fromarray(sample.pixels).resize((pixels, pixels), Image.Resampling.BILINEAR, window)
+        words = np.array([*(_words(look) for look in sample.looks), (GROUND, GROUND, GROUND)])
+        local[row] = words[_middles(sample.owner, window, grid).ravel()]
         for number in shown:
             truth[row, _columns(sample.looks[number])] = 1
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(truth)
+    return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(truth), torch.from_numpy(local)
+
+
+def _middles(owner: NDArray[np.int8], window: tuple[float, float, float, float], grid: int) -> NDArray[np.int8]:
+    """(grid, grid): the owner in the middle of each patch of a window XYXY."""
+    x1, y1, x2, y2 = window
+    middle = (np.arange(grid) + 0.5) / grid
+    return owner[(y1 + middle * (y2 - y1)).astype(int)][:, (x1 + middle * (x2 - x1)).astype(int)]
 
 
 def _crop(sample: Sample, rng: np.random.Generator) -> tuple[tuple[float, float, float, float], list[int]]:
@@ -132,8 +143,12 @@ def _scene(sample: Sample, rng: np.random.Generator) -> tuple[tuple[float, float
     return ((x, y, x + w, y + h), shown) if shown else ((0, 0, width, height), list(range(len(sample.looks))))
 
 
+def _words(look: Look) -> tuple[int, int, int]:
+    """Positions of a look's shape, colour and texture in their groups."""
+    return SHAPES.index(look.shape), list(COLOURS).index(look.colour), TEXTURES.index(look.texture)
+
+
 def _columns(look: Look) -> list[int]:
     """Where the truth about a look stands: its name, its shape, its colour, its texture."""
     starts = np.cumsum([0, *(len(group) for group in GROUPS)])
-    words = (look.name, look.shape, look.colour, look.texture)
-    return [int(start) + group.index(word) for start, group, word in zip(starts, GROUPS, words, strict=False)]
+    return [int(start) + place for start, place in zip(starts, (BASE.index(look), *_words(look)), strict=False)]

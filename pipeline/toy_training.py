@@ -29,7 +29,9 @@ from torch.nn import functional as F
 from regionspot.pipeline.toy_backbones import (
     CLIP_PATCH,
     CLIP_PIXELS,
+    CLIP_WIDTH,
     SAM_PIXELS,
+    TEXT_DIM,
     TOKEN_IDS,
     TOY_WEIGHTS,
     build_toy_clip,
@@ -37,11 +39,13 @@ from regionspot.pipeline.toy_backbones import (
     known_token_ids,
     toy_tokenizer,
 )
+from regionspot.pipeline.toy_losses import mask_loss, name_loss, patch_loss
 from regionspot.pipeline.toy_samples import GROUPS, Sample, draw_samples, mask_batch, named_batch
 
 log = logging.getLogger(__name__)
 
 TEMPLATES = (*OPENAI_IMAGENET_TEMPLATES, "{}".format, "{}.".format)
+CROP_PIXELS = 96  # CLIP's first stage: a third of the patches, a fifth of the time
 PROGRESS_SECONDS = 20.0
 
 
@@ -51,18 +55,15 @@ class ToyRecipe:
 
     seed: int = 20_000  # no demo world is drawn from it
     pictures: int = 6_000
-    sam_steps: int = 1_800
-    sam_batch: int = 16
-    sam_boxes: int = 4
+    sam_steps: int = 3_200
+    sam_batch: int = 8
+    sam_boxes: int = 5
     sam_rate: float = 1e-3
     crop_steps: int = 1_500  # on CROP_PIXELS
-    scene_steps: int = 700  # on CLIP_PIXELS
+    scene_steps: int = 300  # on CLIP_PIXELS
     clip_batch: int = 96
     crop_rate: float = 1.5e-3
     scene_rate: float = 7e-4
-
-
-CROP_PIXELS = 96
 
 
 def train_toy_backbones(out: Path, recipe: ToyRecipe | None = None) -> None:
@@ -132,26 +133,6 @@ def sam_logits(sam: Sam, embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Ten
     )
 
 
-def mask_loss(logits: Tensor, quality: Tensor, masks: Tensor) -> Tensor:
-    """SAM's loss (Kirillov et al. 2023, appendix A): 20 focal + dice + IoU error; the best of slots 1 to 3 lightly."""
-    fine = F.interpolate(logits[:, :1], size=masks.shape[-2:], mode="bilinear", align_corners=False)
-    coarse = F.avg_pool2d(masks[:, None], masks.shape[-1] // logits.shape[-1]).expand_as(logits)
-    with torch.no_grad():
-        drawn, real = logits > 0, coarse > 0.5
-        iou = (drawn & real).sum(dim=(2, 3)) / (drawn | real).sum(dim=(2, 3)).clamp(min=1)
-    other = _focal_and_dice(logits[:, 1:], coarse[:, 1:]).amin(dim=1)
-    return _focal_and_dice(fine, masks[:, None]).mean() + 0.2 * other.mean() + 0.2 * F.mse_loss(quality, iou)
-
-
-def _focal_and_dice(logits: Tensor, truth: Tensor) -> Tensor:
-    """(B, slots) for maps (B, slots, h, w)."""
-    chance = logits.sigmoid()
-    wrong = (truth - chance).square()
-    focal = (wrong * F.binary_cross_entropy_with_logits(logits, truth, reduction="none")).mean(dim=(2, 3))
-    overlap, total = (chance * truth).sum(dim=(2, 3)), (chance + truth).sum(dim=(2, 3))
-    return 20 * focal + 1 - (2 * overlap + 1) / (total + 1)
-
-
 # ---- CLIP
 
 
@@ -160,6 +141,7 @@ def train_toy_clip(samples: Sequence[Sample], recipe: ToyRecipe) -> CLIP:
     token_ids = torch.tensor(known_token_ids())
     prompts = _tokenized(token_ids)
     small = build_toy_clip(CROP_PIXELS, len(token_ids)).train()
+    _place_patches(small)
     _fit_clip("toy_clip, crops", small, samples, prompts, recipe.crop_steps, recipe.crop_rate, 0.25, recipe)
     clip = build_toy_clip(CLIP_PIXELS, len(token_ids)).train()
     clip.load_state_dict(_grown(small.state_dict()))
@@ -177,20 +159,26 @@ def _fit_clip(
     scene_share: float,
     recipe: ToyRecipe,
 ) -> None:
-    pixels = clip.visual.image_size[0]
+    pixels, grid = clip.visual.image_size[0], clip.visual.grid_size[0]
+    clip.visual.output_tokens = True
+    # Reads what a patch shows; needed in training only.
+    reader = nn.Linear(CLIP_WIDTH, TEXT_DIM)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD))
 
     def cut(rng: np.random.Generator) -> tuple[Tensor, ...]:
         wording = torch.from_numpy(rng.integers(0, prompts.shape[1], len(prompts)))
-        pictures, truth = named_batch(_pick(samples, recipe.clip_batch, rng), pixels, scene_share, rng)
-        return pictures, truth, prompts[torch.arange(len(prompts)), wording]
+        batch = named_batch(_pick(samples, recipe.clip_batch, rng), pixels, grid, scene_share, rng)
+        return *batch, prompts[torch.arange(len(prompts)), wording]
 
-    def loss(pictures: Tensor, truth: Tensor, text: Tensor) -> Tensor:
-        shown = F.normalize(clip.encode_image((pictures.float() / 255 - mean) / std), dim=-1)
+    def loss(pictures: Tensor, truth: Tensor, local: Tensor, text: Tensor) -> Tensor:
+        shown, patches = clip.visual((pictures.float() / 255 - mean) / std)
         said = F.normalize(encode_short_text(clip, text), dim=-1)
-        return name_loss(clip.logit_scale.exp().clamp(max=100) * shown @ said.T, truth)
+        scale = clip.logit_scale.exp().clamp(max=100)
+        whole = name_loss(scale * F.normalize(shown, dim=-1) @ said.T, truth)
+        return whole + patch_loss(scale * F.normalize(reader(patches), dim=-1) @ said.T, local)
 
-    _fit(name, clip, loss, cut, steps, rate, recipe.seed + pixels)
+    _fit(name, nn.ModuleList([clip, reader]), loss, cut, steps, rate, recipe.seed + pixels)
+    clip.visual.output_tokens = False
 
 
 def _tokenized(token_ids: Tensor) -> Tensor:
@@ -213,13 +201,18 @@ def encode_short_text(clip: CLIP, text: Tensor) -> Tensor:
     return projected
 
 
-def name_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy of each group of names, all that are true sharing the probability; whole names count in full."""
-    sizes = [len(group) for group in GROUPS]
-    losses = []
-    for said, true in zip(logits.split(sizes, dim=1), truth.split(sizes, dim=1), strict=True):
-        losses.append(F.cross_entropy(said, true / true.sum(dim=1, keepdim=True)))
-    return losses[0] + 0.5 * torch.stack(losses[1:]).sum()
+def _place_patches(clip: CLIP) -> None:
+    """Start the position table from sines and cosines of x and y, as strong as the picture itself.
+
+    Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k". From open_clip's faint random start the patches of
+    a briefly trained model forget where they are, and a head could not find a region's patches.
+    """
+    grid, quarter = clip.visual.grid_size[0], CLIP_WIDTH // 4
+    waves = torch.pi * torch.logspace(-1, 4, quarter, base=2)  # half a wave to sixteen across the picture
+    phase = torch.outer((torch.arange(grid) + 0.5) / grid, waves)
+    line = torch.cat([phase.sin(), phase.cos()], dim=1)
+    table = torch.cat([line.repeat_interleave(grid, dim=0), line.repeat(grid, 1)], dim=1)
+    clip.visual.positional_embedding.data[1:] = 0.5 * table
 
 
 def _grown(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
