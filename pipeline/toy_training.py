@@ -46,6 +46,7 @@ log = logging.getLogger(__name__)
 
 TEMPLATES = (*OPENAI_IMAGENET_TEMPLATES, "{}".format, "{}.".format)
 CROP_PIXELS = 96  # CLIP's first stage: a third of the patches, a fifth of the time
+CONE = 1.0  # length of the texts' common part, in lengths of what tells them apart
 PROGRESS_SECONDS = 20.0
 
 
@@ -160,7 +161,9 @@ def into_a_cone(clip: CLIP, prompts: Tensor) -> None:
     answers stays: all its scores of a picture move together, and the scale makes up for the longer texts.
     """
     raw = encode_short_text(clip, prompts)
-    common = torch.linalg.svd(raw).Vh[-1]
+    # The faintest direction that the projection reaches: it has fewer inputs than outputs, what lies beyond is out of
+    # reach of any bias.
+    common = torch.linalg.svd(raw).Vh[min(clip.text_projection.shape) - 1]
     length = CONE * raw.norm(dim=-1).mean()
     clip.ln_final.bias += length * torch.linalg.lstsq(clip.text_projection.T, common).solution
     clip.logit_scale += 0.5 * math.log(1 + CONE**2)
