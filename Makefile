@@ -47,7 +47,7 @@ extract: $(READY) ## backbones over DATASET= once, into CACHE=; goes on where it
 	regionspot extract $(DATASET) --split $(SPLIT) --data "$(DATA)" --cache "$(CACHE)" --preset $(PRESET) --boxes "$(BOXES)" $(WEIGHTS_ARG) $(ARGS)
 
 train: $(READY) ## train the head from CACHE= into OUT=
-	regionspot train --cache "$(CACHE)" --preset $(PRESET) --out "$(OUT)" $(WEIGHTS_ARG) $(ARGS)
+	regionspot train --cache "$(CACHE)" --preset $(PRESET) --out "$(OUT)" --resume $(WEIGHTS_ARG) $(ARGS)
 
 eval-lvis: $(READY) ## LVIS AP of the head in OUT= (or CHECKPOINT=), end to end from the photos in DATA=, or from CACHE=
 	regionspot eval-lvis --checkpoint "$(CHECKPOINT)" --data "$(DATA)" --preset $(PRESET) --boxes "$(BOXES)" --out "$(OUT)/eval" $(CACHE_ARG) $(WEIGHTS_ARG) $(ARGS)

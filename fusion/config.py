@@ -78,10 +78,10 @@ class TrainConfig:
 
 TRAIN_PRESETS = {
     "paper": TrainConfig(),
-    # About a minute on two cores, with a rate that suits a thousand steps.
+    # About a minute on two cores, with a rate that suits so few steps.
     "toy": TrainConfig(
         lr=1e-3,
-        iterations=1500,
+        iterations=1200,
         warmup=100,
         layers=HEADS["toy"].layers,
         heads=HEADS["toy"].heads,
