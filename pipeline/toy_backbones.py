@@ -44,7 +44,7 @@ def build_toy_sam() -> Sam:
             num_heads=4,
             mlp_ratio=3,
             out_chans=TOKEN_DIM,
-            norm_layer=partial(nn.LayerNorm, eps=1e-6),  # type: ignore[arg-type]  # a factory, as build_sam passes it
+            norm_layer=partial(nn.LayerNorm, eps=1e-6),
             use_rel_pos=True,
             window_size=8,
             global_attn_indexes=(1, 3),

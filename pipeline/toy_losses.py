@@ -40,14 +40,14 @@ def name_loss(logits: Tensor, truth: Tensor) -> Tensor:
     """Cross-entropy of each group of names, all that are true sharing the probability; whole names count in full."""
     sizes = [len(group) for group in GROUPS]
     losses = []
-    for said, true in zip(logits.split(sizes, dim=1), truth.split(sizes, dim=1), strict=True):
+    for said, true in zip(torch.split(logits, sizes, dim=1), torch.split(truth, sizes, dim=1), strict=True):
         losses.append(F.cross_entropy(said, true / true.sum(dim=1, keepdim=True)))
     return losses[0] + 0.5 * torch.stack(losses[1:]).sum()
 
 
 def patch_loss(logits: Tensor, local: Tensor) -> Tensor:
     """Cross-entropy of the shape, the colour and the texture that each patch shows, ground left out."""
-    groups = logits.split([len(group) for group in GROUPS], dim=2)[1:]
+    groups = torch.split(logits, [len(group) for group in GROUPS], dim=2)[1:]
     losses = [
         F.cross_entropy(said.flatten(0, 1), true.flatten(), ignore_index=GROUND)
         for said, true in zip(groups, local.unbind(2), strict=True)

@@ -60,7 +60,7 @@ def draw_picture(looks: Sequence[Look], rng: np.random.Generator) -> Picture:
     height, width = (int(side) for side in rng.integers(SIDES[0], SIDES[1] + 1, 2))
     canvas = _ground(height, width, rng)
     owner = np.full((height, width), GROUND, np.int16)
-    sizes = np.sort(np.exp(rng.uniform(*np.log(SIZES), len(looks))))[::-1]
+    sizes = np.sort(np.exp(rng.uniform(np.log(SIZES[0]), np.log(SIZES[1]), len(looks))))[::-1]
     whole = np.zeros(len(looks), np.int64)  # pixels of each object, hidden ones included
     for number, (look, size) in enumerate(zip(looks, sizes, strict=True)):
         cover, window = _place(look.shape, min(float(size), 0.6 * min(height, width)), owner, whole, rng)
@@ -102,7 +102,8 @@ def _outline(shape: str, size: float, rng: np.random.Generator) -> Floats:
     pen = ImageDraw.Draw(image)
     for points, ink in zip(outlines, (255, 0), strict=False):
         pen.polygon([(x, y) for x, y in (points - low + 0.5) * SMOOTHING], fill=ink)
-    return np.asarray(image.reduce(SMOOTHING), np.float32) / 255
+    cover: Floats = np.asarray(image.reduce(SMOOTHING), np.float32) / np.float32(255)
+    return cover
 
 
 def _outlines(shape: str) -> list[NDArray[np.float64]]:
@@ -148,7 +149,8 @@ def _pattern(texture: str, size_hw: tuple[int, ...], size: float, rng: np.random
     u = np.sin(np.cos(angle) * x + np.sin(angle) * y + phase_u)
     v = np.sin(np.cos(angle) * y - np.sin(angle) * x + phase_v)
     field = {"plain": -np.ones_like(u), "striped": u, "dotted": u + v - 0.75, "checkered": 2 * u * v}[texture]
-    return (0.5 + field * np.float32(period / 6)).clip(0, 1)
+    share: Floats = (0.5 + field * np.float32(period / 6)).clip(0, 1)
+    return share
 
 
 def _ground(height: int, width: int, rng: np.random.Generator) -> Floats:

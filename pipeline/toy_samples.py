@@ -73,7 +73,7 @@ def mask_batch(
         height, width = sample.owner.shape
         scale = pixels / max(height, width)
         h, w = round(height * scale), round(width * scale)
-        pictures[row, :h, :w] = Image.fromarray(sample.pixels).resize((w, h), Image.Resampling.BILINEAR)
+        pictures[row, :h, :w] = np.asarray(Image.fromarray(sample.pixels).resize((w, h), Image.Resampling.BILINEAR))
         owner = np.full((pixels, pixels), GROUND, np.int8)
         owner[:h, :w] = sample.owner[np.arange(h) * height // h][:, np.arange(w) * width // w]
         chosen = rng.integers(0, len(sample.looks), boxes_each)
@@ -105,7 +105,8 @@ def named_batch(
     for row, sample in enumerate(samples):
         sample = _mirrored(sample) if rng.random() < 0.5 else sample
         window, shown = _scene(sample, rng) if rng.random() < scene_share else _crop(sample, rng)
-        pictures[row] = Image.fromarray(sample.pixels).resize((pixels, pixels), Image.Resampling.BILINEAR, window)
+        picture = Image.fromarray(sample.pixels).resize((pixels, pixels), Image.Resampling.BILINEAR, window)
+        pictures[row] = np.asarray(picture)
         words = np.array([*(_words(look) for look in sample.looks), (GROUND, GROUND, GROUND)])
         local[row] = words[_middles(sample.owner, window, grid).ravel()]
         for number in shown:
@@ -117,7 +118,8 @@ def _middles(owner: NDArray[np.int8], window: tuple[float, float, float, float],
     """(grid, grid): the owner in the middle of each patch of a window XYXY."""
     x1, y1, x2, y2 = window
     middle = (np.arange(grid) + 0.5) / grid
-    return owner[(y1 + middle * (y2 - y1)).astype(int)][:, (x1 + middle * (x2 - x1)).astype(int)]
+    middles: NDArray[np.int8] = owner[(y1 + middle * (y2 - y1)).astype(int)][:, (x1 + middle * (x2 - x1)).astype(int)]
+    return middles
 
 
 def _crop(sample: Sample, rng: np.random.Generator) -> tuple[tuple[float, float, float, float], list[int]]:

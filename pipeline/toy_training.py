@@ -262,9 +262,10 @@ def _fit(
     seed: int,
 ) -> None:
     """AdamW with a short warm-up and a cosine to zero; matrices decay, biases, norms and tables do not."""
-    decayed, others = [], []
-    for part, value in model.named_parameters():
-        (decayed if value.ndim > 1 and "embed" not in part and "rel_pos" not in part else others).append(value)
+    decayed: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for part, weight in model.named_parameters():
+        (decayed if weight.ndim > 1 and "embed" not in part and "rel_pos" not in part else others).append(weight)
     groups = [{"params": decayed, "weight_decay": 0.05}, {"params": others, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=rate, betas=(0.9, 0.98))
     warm_up = max(1, min(150, steps // 4))
@@ -275,7 +276,7 @@ def _fit(
     for step, batch in enumerate(_ahead(cut, steps, seed), start=1):
         value = loss(*batch)
         optimizer.zero_grad()
-        value.backward()
+        value.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
