@@ -8,7 +8,7 @@ have no record yet.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,8 +123,9 @@ def extract(
     mistyped folder lacks all); what is committed by then stays.
     """
     size = batch_size or (8 if backbones.localizer is None else backbones.localizer.batch_size)
-    lacking = _lacking(cache, [feature_set.name for feature_set in backbones.feature_sets(exif)])
-    jobs = [(row, names) for part, names in lacking.items() for row in cache.part_rows(part)]
+    names = [feature_set.name for feature_set in backbones.feature_sets(exif)]
+    lacking = {part: cache.missing_sets(part, names) for part in cache.pending_parts(names)}
+    jobs = [(row, missing) for part, missing in lacking.items() for row in cache.part_rows(part)]
     progress = Progress(len(jobs), "pictures")
     failed = ignored = 0
     decoder = Decoder(cache.manifest, photo_folder, backbones.localizer, backbones.encoder, exif)
@@ -140,15 +141,6 @@ def extract(
                 _stop_if_hopeless(failed, progress.done, len(jobs), max_failed_share, photo_folder, picture.failure)
     before = cache.n_parts - len(lacking)
     return ExtractSummary(len(jobs), failed, len(lacking), before, ignored, progress.seconds, progress.shares())
-
-
-def _lacking(cache: FeatureCache, names: Sequence[str]) -> dict[int, list[str]]:
-    """The feature sets that each part lacks, parts in order; complete parts are left out."""
-    lacking: dict[int, list[str]] = {}
-    for name in names:
-        for part in cache.pending_parts([name]):
-            lacking.setdefault(part, []).append(name)
-    return dict(sorted(lacking.items()))
 
 
 def _timed_batches(pictures: Iterator[Decoded], size: int, progress: Progress) -> Iterator[list[Decoded]]:
