@@ -1,0 +1,170 @@
+"""Where a cache lies: a tree of files under one address, on a disk or in an object store.
+
+Everything that is read or written goes through `Storage`, so that a cache behaves alike wherever it is. Names are
+paths inside the cache with forward slashes. A file appears under its name whole or not at all, and is never changed
+afterwards, only replaced; that is all that the cache asks of a store.
+
+    LocalStorage    a folder: disk, NFS                   (here)
+    ObjectStorage   s3://, gs://, az://, any fsspec URL   (remote.py)
+    LocalCopy       an ObjectStorage whose shards are kept in a folder as they are read   (local_copy.py)
+"""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any, Protocol
+
+from regionspot.cache.durable import DurableFile, remove_abandoned, write_file
+
+
+class NewFile(Protocol):
+    """A file being written: `finish` makes its bytes durable, `publish` gives it its name, `discard` gives it up."""
+
+    def write(self, data: Any) -> None: ...
+    def finish(self) -> None: ...
+    def publish(self) -> None: ...
+    def discard(self) -> None: ...
+
+
+class Storage(ABC):
+    """A tree of files. Safe to use from several threads and after a fork.
+
+    address   what messages call it and what opens it again: a path or a URL
+    readers   how many reads at once this store is fastest with
+
+    Methods raise FileNotFoundError for a name that is not there and OSError for what the store refuses.
+    """
+
+    address: str
+    readers: int
+
+    @abstractmethod
+    def local_path(self, name: str) -> Path | None:
+        """The file on a local disk, where it can be opened and mapped; None where the store has no such thing."""
+
+    @abstractmethod
+    def read(self, name: str) -> bytes:
+        """A whole file."""
+
+    @abstractmethod
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        """Fill `out` from `offset` of a file. Raises EOFError where the file ends before."""
+
+    @abstractmethod
+    def size(self, name: str) -> int:
+        """Bytes of a file."""
+
+    @abstractmethod
+    def names(self, folder: str) -> list[str]:
+        """Names of the files directly in a folder, without the folder's; none where it does not exist."""
+
+    @abstractmethod
+    def create(self, name: str) -> NewFile:
+        """Begin a file that replaces `name` once it is published. Its folder comes into being when it has to."""
+
+    @abstractmethod
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file, replacing it if it exists."""
+
+    @abstractmethod
+    def write_new(self, name: str, data: bytes) -> bool:
+        """Write a small file unless it exists already; whether it was written. Of several at once one wins."""
+
+    @abstractmethod
+    def remove(self, name: str) -> None:
+        """Remove a file; does nothing where there is none."""
+
+    @abstractmethod
+    def remove_abandoned(self, folder: str) -> None:
+        """Remove what killed writers left unfinished in a folder."""
+
+    @abstractmethod
+    def zarr_store(self, read_only: bool = True) -> Any:
+        """What zarr-python opens this tree by."""
+
+    def exists(self, name: str) -> bool:
+        try:
+            self.size(name)
+        except FileNotFoundError:
+            return False
+        return True
+
+
+class LocalStorage(Storage):
+    """A folder."""
+
+    readers = 2
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.address = folder, str(folder)
+
+    def local_path(self, name: str) -> Path:
+        return self.folder / name
+
+    def read(self, name: str) -> bytes:
+        return (self.folder / name).read_bytes()
+
+    def read_into(self, name: str, offset: int, out: memoryview) -> None:
+        fd = os.open(self.folder / name, os.O_RDONLY)
+        try:
+            if os.preadv(fd, [out], offset) != out.nbytes:
+                raise EOFError(f"{self.folder / name} ends before byte {offset + out.nbytes}")
+        finally:
+            os.close(fd)
+
+    def size(self, name: str) -> int:
+        return os.stat(self.folder / name).st_size
+
+    def names(self, folder: str) -> list[str]:
+        try:
+            with os.scandir(self.folder / folder) as entries:
+                return [entry.name for entry in entries if entry.is_file()]
+        except FileNotFoundError:
+            return []
+
+    def create(self, name: str) -> DurableFile:
+        final = self.folder / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        return DurableFile(final)
+
+    def write(self, name: str, data: bytes) -> None:
+        write_file(self.folder / name, data)
+
+    def write_new(self, name: str, data: bytes) -> bool:
+        final = self.folder / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        file = DurableFile(final)
+        try:
+            file.write(data)
+            file.finish()
+            os.link(file.partial, final)  # unlike a rename it refuses to replace, also over NFS
+        except FileExistsError:
+            return False
+        finally:
+            file.discard()
+        return True
+
+    def remove(self, name: str) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+
+    def remove_abandoned(self, folder: str) -> None:
+        remove_abandoned(self.folder / folder)
+
+    def zarr_store(self, read_only: bool = True) -> Any:
+        from zarr.storage import LocalStore  # zarr takes a second to import
+
+        return LocalStore(self.folder, read_only=read_only)
+
+
+def open_storage(address: str | Path) -> Storage:
+    """The storage at a path or URL; nothing is read of it yet.
+
+    Raises InputError for a URL of a kind that no installed library knows.
+    """
+    if "://" not in str(address):
+        return LocalStorage(Path(address))
+    from regionspot.cache.remote import open_remote  # obstore and fsspec are there where remote caches are wanted
+
+    return open_remote(str(address))
