@@ -13,18 +13,22 @@ CHECKPOINT ?= $(OUT)/head.safetensors
 WEIGHTS  ?=
 ARGS     ?=
 DEMO_OUT ?= build/demo
+QUICK    ?=
 
 # A matched pair: torchvision's operators exist only beside the torch it was built for.
 TORCH ?= torch==2.15.0 torchvision==0.29.2
 
 READY := $(VENV)/.ready
+# Apart from the other one: a peer pins an older numpy and brings a hundred packages that nothing else needs.
+BENCH_VENV  := build/bench-env
+BENCH_READY := $(BENCH_VENV)/.ready
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 # Evaluation runs from photos unless a cache is named for it.
 CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(CACHE)")
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones clean
+.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones bench-cache clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +42,11 @@ $(READY): pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@command -v uv >/dev/null || $(VENV)/bin/python -m pip install --quiet uv
 	uv pip install --quiet --python $(VENV)/bin/python $(TORCH) -e ".[dev]"
+	@touch $@
+
+$(BENCH_READY): pyproject.toml | $(READY)
+	uv venv --quiet --clear --python $(VENV)/bin/python $(BENCH_VENV)
+	uv pip install --quiet --python $(BENCH_VENV)/bin/python $(TORCH) -e ".[dev,bench]"
 	@touch $@
 
 demo: $(READY) ## the main job, small and real: a toy world, extract, train, evaluate; tables and pictures in build/demo
@@ -54,6 +63,9 @@ eval-lvis: $(READY) ## LVIS AP of the head in OUT= (or CHECKPOINT=), end to end 
 
 toy-backbones: $(READY) ## train the toy world's SAM and CLIP again (under an hour on 2 cores)
 	python -m regionspot.pipeline.toy_training $(ARGS)
+
+bench-cache: $(BENCH_READY) ## the cache against its peers: table, chart and goals into benchmarks/results (QUICK=1: a minute, build/bench)
+	$(BENCH_VENV)/bin/python -m benchmarks.bench_cache $(if $(QUICK),--quick) $(ARGS)
 
 test: $(READY) ## the tests, in parallel
 	python -m pytest -n auto --dist worksteal $(ARGS)
