@@ -7,7 +7,6 @@ regions of part `p` one after another, padded to the largest part, as the tokens
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from regionspot.cache.errors import NotACacheError
 from regionspot.cache.header import Header
 from regionspot.cache.manifest import NO_CATEGORY, Manifest, Ragged
 from regionspot.cache.schema import Geometry
+from regionspot.cache.storage import Storage
 
 # With "." a chunk is one file `c.42.0.0`; the default "/" would spend two folders on every one.
 CHUNK_KEYS: Any = {"name": "default", "separator": "."}
@@ -94,13 +94,14 @@ def _parts_in_chunk(geometry: Geometry) -> int:
     return min(max(_REGION_CHUNK_BYTES // (geometry.capacity * 16), 1), geometry.n_parts)
 
 
-def load_manifest(cache: Path, header: Header) -> Manifest:
+def load_manifest(storage: Storage, header: Header) -> Manifest:
     """The manifest as it was when the cache was made.
 
     Raises NotACacheError when its arrays are damaged or are not those that the header speaks of.
     """
+    cache = storage.address
     try:
-        group = zarr.open_group(cache, mode="r")
+        group = zarr.open_group(storage.zarr_store(), mode="r")
         manifest = _read_manifest(group, header)
         whole = manifest.digest() == header.digest
     except Exception as error:  # each codec of zarr raises its own

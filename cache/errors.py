@@ -7,6 +7,7 @@
     │   └── PhotoError                     one picture cannot be read; extraction records it and goes on
     └── CacheError          (RuntimeError)
         ├── NotACacheError                 the folder is something else, or damaged beyond reading
+        ├── CacheExistsError               there is one already where a new one was asked for
         ├── SchemaVersionError             written by a version that this one does not read
         ├── ProvenanceMismatchError        made by other backbones or annotations than asked for
         ├── NotExtractedError (LookupError) the part that holds the row is not written yet
@@ -43,6 +44,10 @@ class CacheError(RegionSpotError, RuntimeError):
 
 class NotACacheError(CacheError):
     """The path holds something that is not a feature cache."""
+
+
+class CacheExistsError(CacheError):
+    """A cache is there already, perhaps made by another run a moment ago."""
 
 
 class SchemaVersionError(CacheError):

@@ -4,28 +4,32 @@ They lie under two attributes of the root group, so that any Zarr tool can read 
 
     regionspot_schema   1
     regionspot          dataset, split, counts, manifest digest and source, categories, feature sets with
-                        provenance, and the crc32c of all that
+                        provenance, the crc32c of every file that was made with the cache, and of all that
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from regionspot.cache.durable import is_sealed, seal, to_json, write_file
+from regionspot.cache.durable import is_sealed, seal, to_json
 from regionspot.cache.errors import InputError, NotACacheError, ProvenanceMismatchError, SchemaVersionError
 from regionspot.cache.manifest import Category, Manifest
 from regionspot.cache.schema import SCHEMA_VERSION, FeatureSet, Geometry
+from regionspot.cache.storage import Storage
 
 _UNNAMED: tuple[Any, ...] = (None, (), [])  # what a category does not state is not written
 
 
 @dataclass(frozen=True)
 class Header:
-    """All that is known of a cache before an array of it is opened."""
+    """All that is known of a cache before an array of it is opened.
+
+    files   crc32c of every file that is written once, when the cache is made or a feature set added: the manifest's
+            chunks and all metadata but the root's, in which this stands
+    """
 
     dataset: str
     split: str
@@ -36,6 +40,7 @@ class Header:
     report: dict[str, int]
     categories: tuple[Category, ...]
     feature_sets: dict[str, FeatureSet]
+    files: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def of(cls, manifest: Manifest, feature_sets: Iterable[FeatureSet], part_size: int) -> Header:
@@ -57,14 +62,15 @@ class Header:
             feature_sets=by_name(feature_sets),
         )
 
-    def adding(self, feature_sets: Iterable[FeatureSet]) -> Header:
-        return replace(self, feature_sets={**self.feature_sets, **by_name(feature_sets)})
+    def adding(self, feature_sets: Iterable[FeatureSet], files: Mapping[str, int]) -> Header:
+        """The header with further feature sets and the files that were made for them."""
+        return replace(self, feature_sets={**self.feature_sets, **by_name(feature_sets)}, files={**self.files, **files})
 
-    def save(self, cache: Path) -> None:
+    def save(self, storage: Storage) -> None:
         """Write the attributes into the group's zarr.json, whole or not at all."""
-        document = json.loads((cache / "zarr.json").read_bytes())
+        document = json.loads(storage.read("zarr.json"))
         document["attributes"] |= {"regionspot_schema": SCHEMA_VERSION, "regionspot": seal(self._to_json())}
-        write_file(cache / "zarr.json", to_json(document))
+        storage.write("zarr.json", to_json(document))
 
     def _to_json(self) -> dict[str, Any]:
         return {
@@ -77,16 +83,17 @@ class Header:
             "manifest": {"digest": self.digest, "source": self.source, "report": self.report},
             "categories": [_category_to_json(category) for category in self.categories],
             "feature_sets": [asdict(feature_set) for feature_set in self.feature_sets.values()],
+            "files": self.files,
         }
 
 
-def load_header(cache: Path) -> Header:
+def load_header(storage: Storage) -> Header:
     """Read what a cache says of itself.
 
     Raises NotACacheError when the folder is missing, something else or damaged, SchemaVersionError when another
     version of this package wrote it.
     """
-    attributes = _attributes(cache)
+    cache, attributes = storage.address, _attributes(storage)
     version = attributes.get("regionspot_schema")
     if version is None:
         raise NotACacheError(f"{cache}: is a Zarr group of something else, not a feature cache; give another folder")
@@ -104,13 +111,14 @@ def load_header(cache: Path) -> Header:
     return _from_json(words)
 
 
-def _attributes(cache: Path) -> dict[str, Any]:
+def _attributes(storage: Storage) -> dict[str, Any]:
+    cache = storage.address
     try:
-        attributes = json.loads((cache / "zarr.json").read_bytes())["attributes"]
+        attributes = json.loads(storage.read("zarr.json"))["attributes"]
     except FileNotFoundError:
         what = "holds no zarr.json, so it is no feature cache; give another folder"
         missing = "no such cache; `regionspot extract` makes one"
-        raise NotACacheError(f"{cache}: {what if cache.exists() else missing}") from None
+        raise NotACacheError(f"{cache}: {what if storage.exists('') else missing}") from None
     except NotADirectoryError:
         raise NotACacheError(f"{cache}: is a file, not a feature cache; give another folder") from None
     except OSError as error:
@@ -133,6 +141,7 @@ def _from_json(words: dict[str, Any]) -> Header:
         feature_sets=by_name(
             FeatureSet(**{**entry, "shape": tuple(entry["shape"])}) for entry in words["feature_sets"]
         ),
+        files=words["files"],
     )
 
 
@@ -154,7 +163,7 @@ def by_name(feature_sets: Iterable[FeatureSet]) -> dict[str, FeatureSet]:
     return named
 
 
-def require_same_manifest(cache: Path, stored: Header, asked: Header) -> None:
+def require_same_manifest(cache: str, stored: Header, asked: Header) -> None:
     """Raises ProvenanceMismatchError, saying what differs, when a cache was made from other pictures or boxes."""
     if stored.digest == asked.digest:
         return
@@ -176,7 +185,7 @@ def require_same_manifest(cache: Path, stored: Header, asked: Header) -> None:
     )
 
 
-def require_same_features(cache: Path, stored: FeatureSet, asked: FeatureSet) -> list[str]:
+def require_same_features(cache: str, stored: FeatureSet, asked: FeatureSet) -> list[str]:
     """Software versions that differ, as text, when all that decides the numbers is equal.
 
     Raises ProvenanceMismatchError naming the first field that differs, what is stored and what was asked for.

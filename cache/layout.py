@@ -1,78 +1,118 @@
 """The folder of a cache, made once with zarr-python: its groups and the empty feature arrays.
 
 zarr-python writes the metadata here, so that what our own part writers fill later is Zarr to everybody else. It does
-not flush what it writes, so the folder is built beside its place, flushed as a whole and then renamed.
+not flush what it writes, so on a disk the folder is built beside its place, flushed as a whole and then renamed. For
+an object store, which renames nothing, it is built in a temporary folder and uploaded, the root's zarr.json last.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
+import google_crc32c
 import zarr
 from zarr.codecs import Crc32cCodec
 
 from regionspot.cache.columns import CHUNK_KEYS, write_images, write_regions
 from regionspot.cache.durable import partial_path, remove_abandoned, sync_folder, sync_tree
-from regionspot.cache.errors import CacheError
+from regionspot.cache.errors import CacheError, CacheExistsError
 from regionspot.cache.header import Header
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.schema import FeatureSet, Geometry
+from regionspot.cache.storage import LocalStorage, Storage
 
 
-def create_cache(path: Path, manifest: Manifest, header: Header) -> None:
-    """Make the whole folder beside its place and rename it, so that `path` appears complete or not at all.
+def create_cache(storage: Storage, manifest: Manifest, header: Header) -> None:
+    """Make all files of an empty cache, so that it appears complete or not at all.
 
     Raises CacheError when it exists already or cannot be written there.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        remove_abandoned(path.parent, f"{path.name}.")
-        if path.exists():
-            raise CacheError(f"{path}: exists already; give another folder, or open it to go on with it")
-        _create_in(partial_path(path), path, manifest, header)
+        if isinstance(storage, LocalStorage):
+            _create_in_place(storage.folder, manifest, header)
+        else:
+            _create_by_upload(storage, manifest, header)
     except OSError as error:
         raise CacheError(
-            f"{path}: cannot be created: {error.strerror}; give a folder with space where you may write"
+            f"{storage.address}: cannot be created: {error.strerror}; give a place with space where you may write"
         ) from error
 
 
-def _create_in(building: Path, path: Path, manifest: Manifest, header: Header) -> None:
+def _create_in_place(path: Path, manifest: Manifest, header: Header) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    remove_abandoned(path.parent, f"{path.name}.")
+    if path.exists():
+        raise _exists_already(str(path))
+    building = partial_path(path)
     try:
-        group = zarr.create_group(building, zarr_format=3)
-        for name in ("images", "regions", "features"):
-            group.create_group(name)
-        write_images(group, manifest)
-        write_regions(group, manifest, header.geometry)
-        for feature_set in header.feature_sets.values():
-            _create_arrays(building / "features" / feature_set.name, feature_set, header.geometry)
-            (building / "parts" / feature_set.name).mkdir(parents=True)
-        header.save(building)
+        _build(building, manifest, header)
         sync_tree(building)
+        _rename_new(building, path)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def _rename_new(building: Path, path: Path) -> None:
+    try:
         os.rename(building, path)
-        sync_folder(path.parent)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+    except OSError as error:
+        if path.exists():  # made by another run meanwhile: a folder with files in it is never replaced
+            raise _exists_already(str(path)) from None
+        raise error
+    sync_folder(path.parent)
 
 
-def add_feature_set(cache: Path, feature_set: FeatureSet, geometry: Geometry) -> None:
-    """Make the arrays of a further feature set; it is part of the cache once the header names it."""
-    final = cache / "features" / feature_set.name
-    building = partial_path(final)
-    try:
-        _create_arrays(building, feature_set, geometry)
-        sync_tree(building)
-        if final.exists():
-            shutil.rmtree(final)  # of a run killed before the header named it: no part can be in it
-        os.rename(building, final)
-        sync_folder(final.parent)
-        (cache / "parts" / feature_set.name).mkdir(parents=True, exist_ok=True)
-        sync_folder(cache / "parts")
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
+def _create_by_upload(storage: Storage, manifest: Manifest, header: Header) -> None:
+    from regionspot.cache.upload import upload_tree
+
+    if storage.exists("zarr.json"):
+        raise _exists_already(storage.address)
+    with tempfile.TemporaryDirectory() as folder:
+        _build(Path(folder), manifest, header)
+        if not upload_tree(Path(folder), storage, last="zarr.json"):
+            raise _exists_already(storage.address)
+
+
+def _exists_already(address: str) -> CacheExistsError:
+    return CacheExistsError(f"{address}: exists already; give another place, or open it to go on with it")
+
+
+def _build(building: Path, manifest: Manifest, header: Header) -> None:
+    """All files of an empty cache in a folder that nobody else sees."""
+    group = zarr.create_group(building, zarr_format=3)
+    for name in ("images", "regions", "features"):
+        group.create_group(name)
+    write_images(group, manifest)
+    write_regions(group, manifest, header.geometry)
+    for feature_set in header.feature_sets.values():
+        _create_arrays(building / "features" / feature_set.name, feature_set, header.geometry)
+    replace(header, files=_checksums(building, building)).save(LocalStorage(building))
+
+
+def _checksums(root: Path, folder: Path) -> dict[str, int]:
+    """crc32c of every file under `folder` by its name from `root`, but of the root's zarr.json, which holds them."""
+    names = sorted(path.relative_to(root).as_posix() for path in folder.rglob("*") if path.is_file())
+    return {name: int(google_crc32c.value((root / name).read_bytes())) for name in names if name != "zarr.json"}
+
+
+def add_feature_set(storage: Storage, feature_set: FeatureSet, geometry: Geometry) -> dict[str, int]:
+    """Make the arrays of a further feature set; it is part of the cache once the header names it.
+
+    Returns the crc32c of the files made, for the header. Raises OSError when the store refuses them.
+    """
+    name = f"features/{feature_set.name}"
+    with tempfile.TemporaryDirectory() as root:
+        folder = Path(root, name)
+        _create_arrays(folder, feature_set, geometry)
+        made = _checksums(Path(root), folder)
+        for file in made:  # over those of a run killed before the header named the set: no part can be in it
+            storage.write(file, Path(root, file).read_bytes())
+    return made
 
 
 def _create_arrays(folder: Path, feature_set: FeatureSet, geometry: Geometry) -> None:

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -24,6 +23,7 @@ from regionspot.cache.manifest import Manifest
 from regionspot.cache.records import PartRecord
 from regionspot.cache.schema import Failure, FeatureSet, Geometry, PictureFeatures, record_file
 from regionspot.cache.set_writers import MapWriter, SetWriter, TokenWriter
+from regionspot.cache.storage import Storage
 
 
 class PartWriter:
@@ -34,9 +34,9 @@ class PartWriter:
     """
 
     def __init__(
-        self, cache: Path, manifest: Manifest, geometry: Geometry, part: int, sets: Sequence[FeatureSet]
+        self, storage: Storage, manifest: Manifest, geometry: Geometry, part: int, sets: Sequence[FeatureSet]
     ) -> None:
-        self._cache, self._manifest, self._part = cache, manifest, part
+        self._storage, self._manifest, self._part = storage, manifest, part
         self._rows = geometry.rows(part)
         self._done = 0
         self._failures: list[Failure] = []
@@ -46,7 +46,7 @@ class PartWriter:
             with self._disk_errors():
                 for feature_set in sets:
                     writer = MapWriter if feature_set.kind == "map" else TokenWriter
-                    self._writers.append(writer(cache, feature_set, geometry, part))
+                    self._writers.append(writer(storage, feature_set, geometry, part))
         except BaseException:
             self._discard()
             raise
@@ -56,7 +56,7 @@ class PartWriter:
         row = self._rows.start + self._done
         if picture.row != row or row not in self._rows:
             raise InputError(
-                f"{self._cache}: part {self._part} holds rows {self._rows.start} to {self._rows.stop - 1} "
+                f"{self._storage.address}: part {self._part} holds rows {self._rows.start} to {self._rows.stop - 1} "
                 f"in order; got row {picture.row} after {self._done} pictures"
             )
         regions = int(self._manifest.offsets[row + 1] - self._manifest.offsets[row])
@@ -74,7 +74,7 @@ class PartWriter:
         """Put everything on disk under its name, and the record of each feature set last."""
         if self._done != len(self._rows):
             raise InputError(
-                f"{self._cache}: part {self._part} has {len(self._rows)} pictures, got only {self._done}; "
+                f"{self._storage.address}: part {self._part} has {len(self._rows)} pictures, got only {self._done}; "
                 "give one PictureFeatures for each, with `failure` set where it could not be read"
             )
         offsets = self._manifest.offsets
@@ -84,18 +84,24 @@ class PartWriter:
             pictures=len(self._rows),
             regions=int(offsets[self._rows.stop] - offsets[self._rows.start]),
             files={},
+            checksums={},
             failures=tuple(self._failures),
             worker=worker,
             seconds=0.0,
         )
         with self._disk_errors():
-            files = [writer.publish() for writer in self._writers]
+            published = [writer.publish() for writer in self._writers]
             record = replace(record, seconds=round(time.monotonic() - self._started, 3))
             # Last on purpose: a part counts as done once its record exists, so a run killed between two
             # files finds it missing and writes it again.
-            for writer, sizes in zip(self._writers, files, strict=True):
-                replace(record, files=sizes).save(self._cache / record_file(writer.feature_set.name, self._part))
-        return replace(record, files={path: size for sizes in files for path, size in sizes.items()})
+            for writer, one in zip(self._writers, published, strict=True):
+                name = record_file(writer.feature_set.name, self._part)
+                replace(record, files=one.files, checksums=one.checksums).save(self._storage, name)
+        return replace(
+            record,
+            files={name: size for one in published for name, size in one.files.items()},
+            checksums={name: crc for one in published for name, crc in one.checksums.items()},
+        )
 
     def __enter__(self) -> PartWriter:
         return self
@@ -116,8 +122,8 @@ class PartWriter:
             yield
         except OSError as error:
             raise CacheError(
-                f"{self._cache}: part {self._part} could not be written: {error.strerror}; the finished parts are "
-                "safe: mend the disk and run the same `regionspot extract` again"
+                f"{self._storage.address}: part {self._part} could not be written: {error.strerror}; "
+                "the finished parts are safe: mend the disk and run the same `regionspot extract` again"
             ) from error
 
 

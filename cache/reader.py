@@ -22,6 +22,7 @@ from regionspot.cache.manifest import Manifest
 from regionspot.cache.records import PartRecord, load_record
 from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry, checksum_file, record_file, shard_file
 from regionspot.cache.shard import read_offsets, without_crc
+from regionspot.cache.storage import Storage
 
 Check = Literal["first", "always", "never"]  # when a record's checksum is looked at; "first" is once a process
 
@@ -44,10 +45,10 @@ class FeatureReader:
     """Reads one feature set. Safe to use from several threads and after a fork: no file position is shared."""
 
     def __init__(
-        self, cache: Path, feature_set: FeatureSet, manifest: Manifest, geometry: Geometry, check: Check
+        self, storage: Storage, feature_set: FeatureSet, manifest: Manifest, geometry: Geometry, check: Check
     ) -> None:
         self.feature_set = feature_set
-        self._cache, self._manifest, self._geometry, self._check = cache, manifest, geometry, check
+        self._storage, self._manifest, self._geometry, self._check = storage, manifest, geometry, check
         self._parts: dict[int, _Part] = {}
         self._open = lru_cache(maxsize=_OPEN_FILES)(_OpenFile)
 
@@ -77,9 +78,9 @@ class FeatureReader:
 
     def record(self, part: int) -> PartRecord:
         """A part's record. Raises FileNotFoundError where it is not written, CorruptPartError where it is damaged."""
-        path = self._cache / record_file(self.feature_set.name, part)
+        path = record_file(self.feature_set.name, part)
         try:
-            record = load_record(path)
+            record = load_record(self._storage, path)
         except FileNotFoundError:
             raise
         except (ValueError, TypeError, KeyError, OSError) as error:
@@ -96,8 +97,8 @@ class FeatureReader:
             part = self._parts[number] = self._load_part(number, row)
         if row in part.failures:
             raise NotExtractedError(
-                f"{self._cache}: {self._picture(row)} could not be read when it was extracted: {part.failures[row]}; "
-                "take only the rows of valid_rows()"
+                f"{self._storage.address}: {self._picture(row)} could not be read when it was extracted: "
+                f"{part.failures[row]}; take only the rows of valid_rows()"
             )
         return part
 
@@ -106,17 +107,18 @@ class FeatureReader:
             record = self.record(number)
         except FileNotFoundError:
             raise NotExtractedError(
-                f"{self._cache}: {self._picture(row)} is in part {number} of {self.feature_set.name}, which is not "
-                "written yet; run the same `regionspot extract` again, it goes on where it stopped"
+                f"{self._storage.address}: {self._picture(row)} is in part {number} of {self.feature_set.name}, "
+                "which is not written yet; run the same `regionspot extract` again, it goes on where it stopped"
             ) from None
-        path = self._cache / shard_file(self.feature_set, number)
+        name = shard_file(self.feature_set, number)
         try:
+            path = self._storage.local_path(name)
             file = self._open(path)  # held here until its index is read
-            return _Part(self._cache, self.feature_set, self._geometry, record, file.fd)
+            return _Part(self._storage, path, self.feature_set, self._geometry, record, file.fd)
         except FileNotFoundError as error:
-            raise self._corrupt(number, Path(error.filename), "is missing") from None
+            raise self._corrupt(number, error.filename, "is missing") from None
         except (ValueError, OSError) as error:
-            raise self._corrupt(number, path, str(error)) from None
+            raise self._corrupt(number, name, str(error)) from None
 
     def _read(self, part: _Part, slot: int, row: int, out: NDArray[Any], skip: int = 0) -> None:
         offset = part.offsets[slot]
@@ -140,19 +142,27 @@ class FeatureReader:
     def _picture(self, row: int) -> str:
         return f"picture {self._manifest.image_ids[row]} (row {row}, {self._manifest.paths[row]})"
 
-    def _corrupt(self, part: int, path: Path, what: str) -> CorruptPartError:
+    def _corrupt(self, part: int, file: object, what: str) -> CorruptPartError:
         return CorruptPartError(
-            f"{path}: {what}; remove {self._cache / record_file(self.feature_set.name, part)} and run the same "
-            f"`regionspot extract` again, it makes part {part} anew"
+            f"{self._storage.address}: {file}: {what}; `regionspot cache repair` drops part {part}, then the same "
+            "`regionspot extract` makes it anew"
         )
 
 
 class _Part:
     """What it takes to read a part's records: offsets (-1 where there is none), checksums, and which were verified."""
 
-    def __init__(self, cache: Path, feature_set: FeatureSet, geometry: Geometry, record: PartRecord, fd: int) -> None:
+    def __init__(
+        self,
+        storage: Storage,
+        path: Path,
+        feature_set: FeatureSet,
+        geometry: Geometry,
+        record: PartRecord,
+        fd: int,
+    ) -> None:
         self.number = record.part
-        self.path = cache / shard_file(feature_set, record.part)
+        self.path = path
         self.first_row = record.first_row
         self.failures = {failure.row: failure.reason for failure in record.failures}
         size, expected = os.fstat(fd).st_size, record.files[shard_file(feature_set, record.part)]
@@ -160,7 +170,7 @@ class _Part:
             raise ValueError(f"has {size} bytes, {expected} were written")
         slots = geometry.slots(feature_set)
         self.offsets: list[int] = read_offsets(fd, slots, feature_set.record_bytes).tolist()
-        checksums = without_crc((cache / checksum_file(feature_set, record.part)).read_bytes(), "its checksums' file")
+        checksums = without_crc(storage.read(checksum_file(feature_set, record.part)), "its checksums' file")
         self.checksums: list[int] = np.frombuffer(checksums, dtype="<u4").tolist()
         self.verified = bytearray(slots)
         if len(self.checksums) != slots:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from regionspot.cache.durable import is_sealed, seal, to_json, write_file
+from regionspot.cache.durable import is_sealed, seal, to_json
 from regionspot.cache.schema import Failure
+from regionspot.cache.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -16,6 +16,7 @@ class PartRecord:
 
     first_row, pictures, regions   which rows of the manifest it holds, and how many regions these have
     files                          bytes of each file, by its path inside the cache
+    checksums                      crc32c of the files that hold the records' checksums: through them, of all the part
     failures                       pictures that could not be read; their records are empty, their tokens zero
     worker, seconds                who wrote it and how long that took, for the run's own accounting
     """
@@ -25,17 +26,18 @@ class PartRecord:
     pictures: int
     regions: int
     files: dict[str, int]
+    checksums: dict[str, int]
     failures: tuple[Failure, ...]
     worker: str
     seconds: float
 
-    def save(self, path: Path) -> None:
-        write_file(path, to_json(seal(asdict(self))))
+    def save(self, storage: Storage, name: str) -> None:
+        storage.write(name, to_json(seal(asdict(self))))
 
 
-def load_record(path: Path) -> PartRecord:
+def load_record(storage: Storage, name: str) -> PartRecord:
     """Read a record. Raises ValueError when it is damaged, FileNotFoundError when the part is not written."""
-    words = json.loads(path.read_bytes())
+    words = json.loads(storage.read(name))
     if not is_sealed(words):
         raise ValueError("does not match its own checksum")
     del words["crc32c"]

@@ -7,29 +7,37 @@ a picture's row to be named by.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from regionspot.cache.durable import DurableFile
 from regionspot.cache.errors import InputError
 from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry, checksum_file, shard_file
 from regionspot.cache.shard import ShardWriter, with_crc
+from regionspot.cache.storage import NewFile, Storage
+
+
+@dataclass(frozen=True)
+class Published:
+    """Files of one feature set of one part: their bytes, and the crc32c of those that hold checksums."""
+
+    files: dict[str, int]
+    checksums: dict[str, int]
 
 
 class SetWriter(ABC):
     """The shard and the checksums of one feature set in one part."""
 
-    def __init__(self, cache: Path, feature_set: FeatureSet, geometry: Geometry, part: int) -> None:
+    def __init__(self, storage: Storage, feature_set: FeatureSet, geometry: Geometry, part: int) -> None:
         self.feature_set = feature_set
         self._names = shard_file(feature_set, part), checksum_file(feature_set, part)
         self._checksums = np.zeros(geometry.slots(feature_set), dtype="<u4")
-        self._shard = ShardWriter(cache / self._names[0], geometry.slots(feature_set))
-        self._files: list[DurableFile] = [self._shard]
-        self._cache = cache
+        self._storage = storage
+        self._files: list[NewFile] = [storage.create(self._names[0])]
+        self._shard = ShardWriter(self._files[0], geometry.slots(feature_set))
         self._taken = 0  # pictures or regions so far
 
     @abstractmethod
@@ -40,17 +48,18 @@ class SetWriter(ABC):
     def skip(self, regions: int) -> None:
         """Take a picture that could not be read."""
 
-    def publish(self) -> dict[str, int]:
-        """Flush both files, give them their names, and return their sizes."""
-        self._shard.finish()
-        checksums = DurableFile(self._cache / self._names[1])
-        self._files.append(checksums)
-        checksums.write(with_crc(self._checksums.tobytes()))
-        checksums.finish()
-        sizes = {name: file.partial.stat().st_size for name, file in zip(self._names, self._files, strict=True)}
+    def publish(self) -> Published:
+        """Flush both files and give them their names."""
+        shard, checksums = self._names
+        sizes = {shard: self._shard.finish()}
+        stored = with_crc(self._checksums.tobytes())
+        sizes[checksums] = len(stored)
+        self._files.append(self._storage.create(checksums))
+        self._files[1].write(stored)
+        self._files[1].finish()
         for file in self._files:
             file.publish()
-        return sizes
+        return Published(sizes, {checksums: int(google_crc32c.value(stored))})
 
     def discard(self) -> None:
         for file in self._files:
@@ -75,8 +84,8 @@ class MapWriter(SetWriter):
 class TokenWriter(SetWriter):
     """One row a region, gathered into inner chunks of TOKEN_CHUNK; a picture's rows may straddle two."""
 
-    def __init__(self, cache: Path, feature_set: FeatureSet, geometry: Geometry, part: int) -> None:
-        super().__init__(cache, feature_set, geometry, part)
+    def __init__(self, storage: Storage, feature_set: FeatureSet, geometry: Geometry, part: int) -> None:
+        super().__init__(storage, feature_set, geometry, part)
         self._chunk = np.zeros(feature_set.record_shape, dtype=feature_set.stored)
 
     def append(self, row: int, regions: int, features: NDArray[Any]) -> None:
@@ -85,7 +94,7 @@ class TokenWriter(SetWriter):
     def skip(self, regions: int) -> None:
         self._extend(np.zeros((regions, *self.feature_set.shape), dtype=self.feature_set.stored))
 
-    def publish(self) -> dict[str, int]:
+    def publish(self) -> Published:
         if self._taken % TOKEN_CHUNK:
             self._chunk[self._taken % TOKEN_CHUNK :] = 0
             self._put(self._taken // TOKEN_CHUNK, self._chunk)

@@ -12,36 +12,37 @@ record is read with one request. A slot without a record has 2^64 - 1 as offset 
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from regionspot.cache.durable import DurableFile
+from regionspot.cache.storage import NewFile
 
 _EMPTY = np.uint64(2**64 - 1)
 
 
-class ShardWriter(DurableFile):
-    """A shard being written. Memory holds its index only, whatever the number of records."""
+class ShardWriter:
+    """A shard being written into a file. Memory holds its index only, whatever the number of records."""
 
-    def __init__(self, final: Path, slots: int) -> None:
-        super().__init__(final)
+    def __init__(self, file: NewFile, slots: int) -> None:
+        self._file = file
         self._index = np.full((slots, 2), _EMPTY, dtype="<u8")
         self._end = 0
 
     def append(self, slot: int, record: NDArray[Any]) -> None:
         """Put a contiguous record behind the last one; it becomes inner chunk `slot`."""
-        self.write(record)
+        self._file.write(record)
         self._index[slot] = self._end, record.nbytes
         self._end += record.nbytes
 
-    def finish(self) -> None:
-        index = self._index.tobytes()
-        self.write(index + with_crc(index)[-4:])
-        super().finish()
+    def finish(self) -> int:
+        """Put the index behind the records and make the file durable; its size in bytes."""
+        index = with_crc(self._index.tobytes())
+        self._file.write(index)
+        self._file.finish()
+        return self._end + len(index)
 
 
 def index_bytes(slots: int) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from regionspot.cache.durable import DurableFile, remove_abandoned, write_file
+from regionspot.cache.errors import CacheError
 
 
 class NewFile(Protocol):
@@ -81,6 +82,10 @@ class Storage(ABC):
         """Remove what killed writers left unfinished in a folder."""
 
     @abstractmethod
+    def check_writable(self) -> None:
+        """Raises CacheError where it is known beforehand that nothing may be written."""
+
+    @abstractmethod
     def zarr_store(self, read_only: bool = True) -> Any:
         """What zarr-python opens this tree by."""
 
@@ -130,7 +135,9 @@ class LocalStorage(Storage):
         return DurableFile(final)
 
     def write(self, name: str, data: bytes) -> None:
-        write_file(self.folder / name, data)
+        final = self.folder / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        write_file(final, data)
 
     def write_new(self, name: str, data: bytes) -> bool:
         final = self.folder / name
@@ -151,6 +158,10 @@ class LocalStorage(Storage):
 
     def remove_abandoned(self, folder: str) -> None:
         remove_abandoned(self.folder / folder)
+
+    def check_writable(self) -> None:
+        if not os.access(self.folder, os.W_OK | os.X_OK):
+            raise CacheError(f"{self.folder}: no permission to write; change it, or open the cache for reading")
 
     def zarr_store(self, read_only: bool = True) -> Any:
         from zarr.storage import LocalStore  # zarr takes a second to import

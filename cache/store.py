@@ -7,7 +7,6 @@ killed run leaves whole parts or none.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,8 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from regionspot.cache.batch import Batch
-from regionspot.cache.durable import remove_abandoned
-from regionspot.cache.errors import CacheError, InputError, NotACacheError
+from regionspot.cache.errors import CacheError, CacheExistsError, InputError, NotACacheError
 from regionspot.cache.header import (
     Header,
     by_name,
@@ -30,6 +28,7 @@ from regionspot.cache.parts import PartWriter
 from regionspot.cache.reader import Check, FeatureReader
 from regionspot.cache.records import PartRecord
 from regionspot.cache.schema import Failure, FeatureSet, PictureFeatures, record_file
+from regionspot.cache.storage import LocalStorage, Storage, open_storage
 
 log = logging.getLogger(__name__)
 
@@ -39,15 +38,17 @@ Mode = Literal["r", "a"]
 class FeatureCache:
     """Features of one dataset split; `len(cache)` is its number of pictures.
 
-    path          the folder
+    path          the folder, or the URL of one in an object store
+    storage       its files
     manifest      pictures and regions, as they were given when the cache was made
     categories    what a category index stands for
     feature_sets  by name
     part_size     pictures of a part; n_parts is the number of parts
     """
 
-    def __init__(self, path: Path, header: Header, manifest: Manifest, mode: Mode, check: Check) -> None:
-        self.path, self.manifest, self.mode, self.check = path, manifest, mode, check
+    def __init__(self, storage: Storage, header: Header, manifest: Manifest, mode: Mode, check: Check) -> None:
+        self.storage, self.manifest, self.mode, self.check = storage, manifest, mode, check
+        self.path = storage.folder if isinstance(storage, LocalStorage) else storage.address
         self._adopt(header)
 
     def _adopt(self, header: Header) -> None:
@@ -55,7 +56,7 @@ class FeatureCache:
         self.categories: tuple[Category, ...] = header.categories
         self.feature_sets: dict[str, FeatureSet] = header.feature_sets
         self._readers = {
-            name: FeatureReader(self.path, feature_set, self.manifest, self._geometry, self.check)
+            name: FeatureReader(self.storage, feature_set, self.manifest, self._geometry, self.check)
             for name, feature_set in header.feature_sets.items()
         }
 
@@ -69,9 +70,7 @@ class FeatureCache:
         """
         from regionspot.cache.layout import create_cache  # zarr takes a second to import
 
-        path = Path(path)
-        header = Header.of(manifest, feature_sets, part_size)
-        create_cache(path, manifest, header)
+        create_cache(open_storage(path), manifest, Header.of(manifest, feature_sets, part_size))
         return cls.open(path, "a")
 
     @classmethod
@@ -85,14 +84,14 @@ class FeatureCache:
         """
         from regionspot.cache.columns import load_manifest  # zarr takes a second to import
 
-        path = Path(path)
         if mode not in ("r", "a") or check not in ("first", "always", "never"):
             raise InputError(f"{path}: mode is {mode!r} and check {check!r}, expected r|a and first|always|never")
-        header = load_header(path)
-        _require_arrays(path, header)
+        storage = open_storage(path)
+        header = load_header(storage)
+        _require_arrays(storage, header)
         if mode == "a":
-            _prepare_for_writing(path, header)
-        return cls(path, header, load_manifest(path, header), mode, check)
+            _prepare_for_writing(storage, header)
+        return cls(storage, header, load_manifest(storage, header), mode, check)
 
     @classmethod
     def open_or_create(
@@ -103,13 +102,18 @@ class FeatureCache:
         An existing cache keeps its own part size. Raises ProvenanceMismatchError, saying what differs, when it was
         made from other annotations or backbones than asked for.
         """
-        path, asked = Path(path), Header.of(manifest, feature_sets, part_size)
-        if not path.exists():
-            return cls.create(path, manifest, asked.feature_sets.values(), part_size)
-        stored = load_header(path)
-        require_same_manifest(path, stored, asked)
+        storage, asked = open_storage(path), Header.of(manifest, feature_sets, part_size)
+        if not storage.exists(""):
+            try:
+                return cls.create(path, manifest, asked.feature_sets.values(), part_size)
+            except CacheExistsError:
+                log.info("%s: another run made it a moment ago; joining that run", path)
+        stored = load_header(storage)
+        require_same_manifest(storage.address, stored, asked)
         for name in stored.feature_sets.keys() & asked.feature_sets.keys():
-            for difference in require_same_features(path, stored.feature_sets[name], asked.feature_sets[name]):
+            for difference in require_same_features(
+                storage.address, stored.feature_sets[name], asked.feature_sets[name]
+            ):
                 log.warning("%s: going on with other software for %s: %s", path, name, difference)
         cache = cls.open(path, "a")
         cache._add(asked.feature_sets[name] for name in asked.feature_sets if name not in stored.feature_sets)
@@ -122,10 +126,11 @@ class FeatureCache:
         from regionspot.cache.layout import add_feature_set  # zarr takes a second to import
 
         try:
+            files: dict[str, int] = {}
             for feature_set in new.values():
-                add_feature_set(self.path, feature_set, self._geometry)
-            header = self._header.adding(new.values())
-            header.save(self.path)
+                files |= add_feature_set(self.storage, feature_set, self._geometry)
+            header = self._header.adding(new.values(), files)
+            header.save(self.storage)
         except OSError as error:
             raise CacheError(
                 f"{self.path}: feature sets {', '.join(new)} could not be added: {error.strerror}; "
@@ -160,7 +165,7 @@ class FeatureCache:
     def missing_sets(self, part: int, feature_sets: Sequence[str] | None = None) -> list[str]:
         """Those of the feature sets (default: all) of which this part is not written yet."""
         self.part_rows(part)  # refuses a part that is none
-        return [name for name in self._names(feature_sets) if not (self.path / record_file(name, part)).exists()]
+        return [name for name in self._names(feature_sets) if not self.storage.exists(record_file(name, part))]
 
     def pending_parts(self, feature_sets: Sequence[str] | None = None) -> list[int]:
         """Parts of which at least one of the feature sets (default: all) is not written yet."""
@@ -189,7 +194,7 @@ class FeatureCache:
         if not missing:
             raise CacheError(f"{self.path}: part {part} is written already; write only pending_parts()")
         sets = [self.feature_sets[name] for name in missing]
-        with PartWriter(self.path, self.manifest, self._geometry, part, sets) as writer:
+        with PartWriter(self.storage, self.manifest, self._geometry, part, sets) as writer:
             for picture in pictures:
                 writer.append(picture)
             return writer.commit(worker)
@@ -275,28 +280,25 @@ class FeatureCache:
 
     def _written_parts(self, name: str) -> set[int]:
         # Listed anew each time: other processes may be writing parts just now.
-        with os.scandir(self.path / "parts" / name) as entries:
-            stems = (entry.name.removesuffix(".json") for entry in entries if entry.name.endswith(".json"))
-            return {int(stem) for stem in stems if stem.isdigit() and int(stem) < self.n_parts}
+        files = self.storage.names(f"parts/{name}")
+        stems = (file.removesuffix(".json") for file in files if file.endswith(".json"))
+        return {int(stem) for stem in stems if stem.isdigit() and int(stem) < self.n_parts}
 
 
-def _require_arrays(path: Path, header: Header) -> None:
-    """Raises NotACacheError when a folder that the header speaks of is not there."""
+def _require_arrays(storage: Storage, header: Header) -> None:
+    """Raises NotACacheError when an array that the header speaks of is not there."""
     for feature_set in header.feature_sets.values():
-        for needed in (
-            f"{feature_set.array}/zarr.json",
-            f"{feature_set.checksums}/zarr.json",
-            f"parts/{feature_set.name}",
-        ):
-            if not (path / needed).exists():
-                raise NotACacheError(f"{path}: {needed} is missing; restore the folder, or extract into another one")
+        for needed in (f"{feature_set.array}/zarr.json", f"{feature_set.checksums}/zarr.json"):
+            if not storage.exists(needed):
+                raise NotACacheError(
+                    f"{storage.address}: {needed} is missing; restore the folder, or extract into another one"
+                )
 
 
-def _prepare_for_writing(path: Path, header: Header) -> None:
-    if not os.access(path, os.W_OK | os.X_OK):
-        raise CacheError(f"{path}: no permission to write; change it, or open the cache for reading")
-    folders = [path, path / "features"]
+def _prepare_for_writing(storage: Storage, header: Header) -> None:
+    storage.check_writable()
+    folders = ["", "features"]
     for feature_set in header.feature_sets.values():
-        folders += [path / feature_set.array, path / feature_set.checksums, path / "parts" / feature_set.name]
+        folders += [feature_set.array, feature_set.checksums, f"parts/{feature_set.name}"]
     for folder in folders:
-        remove_abandoned(folder)
+        storage.remove_abandoned(folder)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import zarr
 
+from regionspot.cache.durable import DurableFile
 from regionspot.cache.shard import ShardWriter, index_bytes, read_offsets
 
 SLOTS, SHAPE = 7, (3, 8)
@@ -36,11 +37,12 @@ def array(tmp_path):
 
 
 def write(path, records, slots):
-    writer = ShardWriter(path, SLOTS)
+    file = DurableFile(path)
+    writer = ShardWriter(file, SLOTS)
     for slot in slots:
         writer.append(slot, records[slot])
-    writer.finish()
-    writer.publish()
+    assert writer.finish() == file.partial.stat().st_size
+    file.publish()
 
 
 def offsets_of(path, record_bytes=RECORD_BYTES):
@@ -90,11 +92,12 @@ def test_records_are_adjacent_and_aligned(tmp_path, records):
 
 
 def test_nothing_has_the_final_name_before_it_is_published(tmp_path, records):
-    writer = ShardWriter(tmp_path / "shard", SLOTS)
+    file = DurableFile(tmp_path / "shard")
+    writer = ShardWriter(file, SLOTS)
     writer.append(0, records[0])
     writer.finish()
     assert [path.suffix for path in tmp_path.iterdir()] == [".partial"]
-    writer.publish()
+    file.publish()
     assert [path.name for path in tmp_path.iterdir()] == ["shard"]
 
 
@@ -108,9 +111,9 @@ def test_bytes_are_flushed_before_they_get_their_name_and_the_folder_after(tmp_p
 
 
 def test_a_discarded_shard_leaves_nothing(tmp_path, records):
-    writer = ShardWriter(tmp_path / "shard", SLOTS)
-    writer.append(0, records[0])
-    writer.discard()
+    file = DurableFile(tmp_path / "shard")
+    ShardWriter(file, SLOTS).append(0, records[0])
+    file.discard()
     assert not list(tmp_path.iterdir())
 
 
@@ -153,11 +156,12 @@ def test_memory_does_not_grow_with_the_shard(tmp_path):
 
     def peak(slots):
         tracemalloc.start()
-        writer = ShardWriter(tmp_path / "shard", slots)
+        file = DurableFile(tmp_path / "shard")
+        writer = ShardWriter(file, slots)
         for slot in range(slots):
             writer.append(slot, record)
         writer.finish()
-        writer.discard()
+        file.discard()
         bytes_at_most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return bytes_at_most
