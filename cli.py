@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 import typer
 
 from regionspot.cache.errors import RegionSpotError
+from regionspot.cli_cache import cache_app
 
 if TYPE_CHECKING:
     from regionspot.cache.manifest import Manifest
@@ -26,6 +27,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+app.add_typer(cache_app, name="cache")
 
 DatasetName = Annotated[str, typer.Argument(help="o365, o365v2, openimages, v3det, lvis, coco or toy")]
 Data = Annotated[Path, typer.Option(help="folder of the dataset: annotation files and photos")]
