@@ -75,7 +75,7 @@ def dataset(
 def extract(
     name: DatasetName,
     data: Data,
-    cache: Annotated[Path, typer.Option(help="the cache to fill, a folder ending in .zarr")],
+    cache: Annotated[str, typer.Option(help="the cache to fill: a folder ending in .zarr, or a URL: s3://...")],
     split: Split = "train",
     preset: Preset = "bl",
     boxes: Boxes = "gt",
@@ -109,7 +109,7 @@ def extract(
 
 @app.command()
 def train(
-    cache: Annotated[list[Path], typer.Option(help="a cache to learn from; may be given again")],
+    cache: Annotated[list[str], typer.Option(help="a cache to learn from, a folder or URL; may be given again")],
     out: Annotated[Path, typer.Option(help="folder of the head, its checkpoints, metrics and curves")],
     preset: Preset = "bl",
     schedule: Annotated[str, typer.Option(help="the run's rates and length: paper or toy")] = "paper",
@@ -164,7 +164,7 @@ def eval_lvis(
     split: Split = "val",
     annotations: Annotations = None,
     boxes: Boxes = "gt",
-    cache: Annotated[Path | None, typer.Option(help="features from here instead of the backbones; no masks")] = None,
+    cache: Annotated[str | None, typer.Option(help="features from here instead of the backbones; no masks")] = None,
     masks: Annotated[bool, typer.Option(help="make masks, and evaluate them")] = True,
     limit: Limit = None,
     preset: OptionalPreset = None,

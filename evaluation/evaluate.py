@@ -54,7 +54,7 @@ class LvisEvaluation:
     checkpoint: Path | None = None
     preset: str | None = None
     baseline: Literal["crop", "pooled"] | None = None
-    cache: Path | None = None
+    cache: str | Path | None = None
     boxes: str = GROUND_TRUTH
     limit: int | None = None
     masks: bool = True
@@ -154,7 +154,7 @@ def _baseline(
     return kind(encoder, manifest, photos, vocabulary, exif=asked.exif), vocabulary
 
 
-def _from_cache(asked: LvisEvaluation, path: Path, manifest: Manifest, device: str) -> tuple[HeadOnCache, Vocabulary]:
+def _from_cache(asked: LvisEvaluation, path: str | Path, manifest: Manifest, device: str) -> tuple[HeadOnCache, Vocabulary]:
     checkpoint, cache = load_checkpoint(_checkpoint(asked), asked.preset), FeatureCache.open(path)
     _require_same_boxes(asked, cache, manifest)
     sets = check_features(_checkpoint(asked), checkpoint.info, cache)
