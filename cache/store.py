@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from regionspot.cache.batch import Batch
-from regionspot.cache.errors import CacheError, CacheExistsError, InputError, NotACacheError
+from regionspot.cache.errors import CacheError, CacheExistsError, InputError, NotACacheError, NotExtractedError
 from regionspot.cache.header import (
     Header,
     by_name,
@@ -210,6 +210,13 @@ class FeatureCache:
                 written[[failure.row for failure in self._readers[name].record(part).failures]] = False
             valid &= written
         return np.flatnonzero(valid)
+
+    def record(self, part: int, feature_set: str) -> PartRecord:
+        """What was written of a part. Raises NotExtractedError where nothing was, CorruptPartError where it is damaged."""
+        try:
+            return self._readers[feature_set].record(part)
+        except FileNotFoundError:
+            raise NotExtractedError(f"{self.path}: part {part} of {feature_set} is not written yet") from None
 
     def failures(self) -> list[Failure]:
         """Pictures that could not be read, by row, once each however many feature sets lack them."""
