@@ -212,7 +212,7 @@ class FeatureCache:
         return np.flatnonzero(valid)
 
     def record(self, part: int, feature_set: str) -> PartRecord:
-        """What was written of a part. Raises NotExtractedError where nothing was, CorruptPartError where it is damaged."""
+        """What was written of a part. Raises NotExtractedError where nothing was, CorruptPartError where damaged."""
         try:
             return self._readers[feature_set].record(part)
         except FileNotFoundError:
