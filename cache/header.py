@@ -82,7 +82,7 @@ class Header:
             "capacity": self.geometry.capacity,
             "manifest": {"digest": self.digest, "source": self.source, "report": self.report},
             "categories": [_category_to_json(category) for category in self.categories],
-            "feature_sets": [asdict(feature_set) for feature_set in self.feature_sets.values()],
+            "feature_sets": [feature_set.to_json() for feature_set in self.feature_sets.values()],
             "files": self.files,
         }
 
@@ -138,9 +138,7 @@ def _from_json(words: dict[str, Any]) -> Header:
         source=words["manifest"]["source"],
         report=words["manifest"]["report"],
         categories=tuple(_category_from_json(category) for category in words["categories"]),
-        feature_sets=by_name(
-            FeatureSet(**{**entry, "shape": tuple(entry["shape"])}) for entry in words["feature_sets"]
-        ),
+        feature_sets=by_name(FeatureSet.from_json(entry) for entry in words["feature_sets"]),
         files=words["files"],
     )
 
@@ -188,6 +186,7 @@ def require_same_manifest(cache: str, stored: Header, asked: Header) -> None:
 def require_same_features(cache: str, stored: FeatureSet, asked: FeatureSet) -> list[str]:
     """Software versions that differ, as text, when all that decides the numbers is equal.
 
+    Statistics are not compared: they are a sample's, and whoever goes on with a cache takes those that it has.
     Raises ProvenanceMismatchError naming the first field that differs, what is stored and what was asked for.
     """
     was, now = _flat(stored), _flat(asked)
@@ -203,7 +202,7 @@ def require_same_features(cache: str, stored: FeatureSet, asked: FeatureSet) -> 
 
 
 def _flat(feature_set: FeatureSet) -> dict[str, Any]:
-    """Every field of a feature set under its dotted name."""
+    """Every field of a feature set but its statistics under its dotted name."""
 
     def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping) and value:
@@ -212,4 +211,4 @@ def _flat(feature_set: FeatureSet) -> dict[str, Any]:
         else:
             yield prefix, value
 
-    return dict(walk("", asdict(feature_set)))
+    return dict(walk("", {**feature_set.to_json(), "statistics": None}))

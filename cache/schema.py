@@ -4,9 +4,11 @@ Everything on disk follows from the numbers of `Geometry`, which are known befor
 array has its final shape at once and no two parts ever share a file.
 
     features/clip_vit_l_14/feature_map   (N, 257, 1024)   a shard is a part, an inner chunk one picture
-    features/clip_vit_l_14/crc32c        (N,)             of each inner chunk
+    features/clip_vit_l_14/scale         (N, 257)         int8 only: of each row of D channels, in shards likewise
+    features/clip_vit_l_14/crc32c        (N,)             of each inner chunk as it lies on disk, then of its scales
     features/sam_vit_b/token             (P, CAP, 256)    a shard is a part, an inner chunk 64 regions
-    features/sam_vit_b/crc32c            (P, CAP / 64)    of each inner chunk
+    features/sam_vit_b/scale             (P, CAP)         int8 only
+    features/sam_vit_b/crc32c            (P, CAP / 64)    of each inner chunk, then of its scales
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from regionspot.cache.encodings import STORED, Statistics
 from regionspot.cache.errors import InputError
 
 SCHEMA_VERSION = 1
@@ -27,7 +30,7 @@ TOKEN_CHUNK = 64  # regions in one inner chunk: 32 KB of 256 float16, so small p
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _ARRAY_NAMES = {"map": "feature_map", "token": "token"}
-_DTYPES = ("float16", "float32")
+_COMPRESSIONS = (None, "zstd")
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,15 @@ class FeatureSet:
 
     name        folder under features/: letters, digits, `_`, `-` and `.`
     shape       of one record: (T, D) of a map, class token first; (C,) of a token
-    dtype       as stored: float16 or float32
+    dtype       as stored: float16, float32, bfloat16 (on disk its 16 bits, as uint16) or int8 (with a float16 scale
+                for each row of D or C channels)
     provenance  JSON-able, all that decides the numbers: model, weights sha256, input size, resize rule. Its
                 `versions` are kept but never refused: another torch gives the same features up to rounding
+    compression None or "zstd": each inner chunk compressed by itself
+    statistics  what int8 standardises the channels by, from `statistics_of`; a cache is made with them and whoever
+                goes on with it takes those that it has
 
-    Raises InputError for a name, shape, dtype or provenance that cannot be stored.
+    Raises InputError for a name, shape, dtype, provenance, compression or statistics that cannot be stored.
     """
 
     name: str
@@ -48,6 +55,8 @@ class FeatureSet:
     shape: tuple[int, ...]
     dtype: str = "float16"
     provenance: dict[str, Any] = field(default_factory=dict)
+    compression: Literal["zstd"] | None = None
+    statistics: Statistics | None = None
 
     def __post_init__(self) -> None:
         if not _NAME.fullmatch(self.name):
@@ -58,16 +67,49 @@ class FeatureSet:
             raise InputError(
                 f"feature set {self.name}: shape is {self.shape}, expected (T, D) of a map, (C,) of a token"
             )
-        if self.dtype not in _DTYPES:
-            raise InputError(f"feature set {self.name}: dtype is {self.dtype!r}, expected one of {', '.join(_DTYPES)}")
-        object.__setattr__(self, "provenance", self._as_json())
+        if self.dtype not in STORED:
+            raise InputError(f"feature set {self.name}: dtype is {self.dtype!r}, expected one of {', '.join(STORED)}")
+        if self.compression not in _COMPRESSIONS:
+            raise InputError(f"feature set {self.name}: compression is {self.compression!r}, expected None or 'zstd'")
+        self._check_statistics()
+        object.__setattr__(self, "provenance", self._provenance_as_json())
 
-    def _as_json(self) -> Any:
+    def _check_statistics(self) -> None:
+        if self.statistics is None:
+            return
+        if self.dtype != "int8":
+            raise InputError(
+                f"feature set {self.name}: statistics are for int8, its dtype is {self.dtype}; leave them out"
+            )
+        channels = len(self.statistics.mean)
+        if channels != self.shape[-1]:
+            raise InputError(f"feature set {self.name}: statistics of {channels} channels, expected {self.shape[-1]}")
+
+    def _provenance_as_json(self) -> Any:
         """The provenance as it will come back from disk, so that the two compare equal."""
         try:
             return json.loads(json.dumps(self.provenance, allow_nan=False))
         except (TypeError, ValueError) as error:
             raise InputError(f"feature set {self.name}: provenance cannot be stored as JSON: {error}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """Every field, as it lies in zarr.json."""
+        return {
+            "name": self.name,
+            "kind": self.kind,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "compression": self.compression,
+            "statistics": None if self.statistics is None else self.statistics.to_json(),
+            "provenance": self.provenance,
+        }
+
+    @classmethod
+    def from_json(cls, words: dict[str, Any]) -> FeatureSet:
+        """The feature set that `to_json` wrote; equal to it, statistics to the bit."""
+        statistics = words["statistics"]
+        read = None if statistics is None else Statistics.from_json(statistics)
+        return cls(**{**words, "shape": tuple(words["shape"]), "statistics": read})
 
     @property
     def array(self) -> str:
@@ -80,9 +122,19 @@ class FeatureSet:
         return f"features/{self.name}/crc32c"
 
     @property
+    def has_scales(self) -> bool:
+        """Whether a record is more than its numbers: int8 has a float16 scale for each of their rows."""
+        return self.dtype == "int8"
+
+    @property
+    def scales(self) -> str:
+        """Path of the array that holds the scales, where there are any."""
+        return f"features/{self.name}/scale"
+
+    @property
     def stored(self) -> np.dtype[Any]:
-        """The dtype on disk: little-endian, as the bytes codec says."""
-        return np.dtype(self.dtype).newbyteorder("<")
+        """The dtype on disk: little-endian, as the bytes codec says; uint16 for the bits of bfloat16."""
+        return np.dtype(STORED[self.dtype])
 
     @property
     def record_shape(self) -> tuple[int, ...]:
@@ -91,7 +143,13 @@ class FeatureSet:
 
     @property
     def record_bytes(self) -> int:
+        """Bytes of one inner chunk's numbers, before compression and without scales."""
         return math.prod(self.record_shape) * self.stored.itemsize
+
+    @property
+    def scale_shape(self) -> tuple[int, ...]:
+        """Shape of the scales of one inner chunk: a float16 for each row of channels."""
+        return self.record_shape[:-1]
 
 
 @dataclass
@@ -166,6 +224,11 @@ class Geometry:
 def shard_file(feature_set: FeatureSet, part: int) -> str:
     """Path inside the cache of a part's shard: Zarr's default chunk key with `.`, so a part takes no folder."""
     return f"{feature_set.array}/c.{part}.0.0"
+
+
+def scale_file(feature_set: FeatureSet, part: int) -> str:
+    """Path inside the cache of the shard that holds the scales of a part."""
+    return f"{feature_set.scales}/c.{part}.0"
 
 
 def checksum_file(feature_set: FeatureSet, part: int) -> str:
