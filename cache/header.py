@@ -211,4 +211,4 @@ def _flat(feature_set: FeatureSet) -> dict[str, Any]:
         else:
             yield prefix, value
 
-    return dict(walk("", {**feature_set.to_json(), "statistics": None}))
+    return dict(walk("", {**asdict(feature_set), "statistics": None}))
