@@ -7,6 +7,8 @@ regions of picture `row` are the slice `offsets[row]:offsets[row + 1]` of the re
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,6 +154,33 @@ class Manifest:
             raise InputError(f"the first {pictures} pictures were asked for, expected at least 1")
         return self.select(np.arange(pictures))
 
+    @classmethod
+    def concatenate(cls, manifests: Sequence[Manifest]) -> Manifest:
+        """The pictures of all, one manifest after another; their names are joined by `+` where they differ.
+
+        Raises InputError where a picture's id is in two of them, or where one states what another leaves open:
+        categories, scores, the federated lists.
+        """
+        _require_alike(manifests)
+        return cls(
+            dataset="+".join(dict.fromkeys(one.dataset for one in manifests)),
+            split="+".join(dict.fromkeys(one.split for one in manifests)),
+            image_ids=np.concatenate([one.image_ids for one in manifests]),
+            paths=np.concatenate([one.paths for one in manifests]),
+            heights=np.concatenate([one.heights for one in manifests]),
+            widths=np.concatenate([one.widths for one in manifests]),
+            offsets=_joined_offsets([one.offsets for one in manifests]),
+            boxes_xyxy=np.concatenate([one.boxes_xyxy for one in manifests]),
+            category_index=np.concatenate([one.category_index for one in manifests]),
+            annotation_ids=np.concatenate([one.annotation_ids for one in manifests]),
+            categories=manifests[0].categories,
+            scores=_joined([one.scores for one in manifests]),
+            negatives=_joined_ragged([one.negatives for one in manifests]),
+            not_exhaustive=_joined_ragged([one.not_exhaustive for one in manifests]),
+            source={"files": {name: digest for one in manifests for name, digest in _files(one).items()}},
+            report=dict(sum((Counter(one.report) for one in manifests), Counter())),
+        )
+
     def digest(self) -> str:
         """SHA-256 over everything that decides what extraction computes: pictures, boxes, classes, in order."""
         digest = hashlib.sha256()
@@ -177,3 +206,51 @@ def _select_ragged(ragged: Ragged | None, rows: NDArray[np.int64]) -> Ragged | N
         return None
     offsets, pick = _take(ragged.offsets, rows)
     return Ragged(offsets, ragged.values[pick])
+
+
+def _require_alike(manifests: Sequence[Manifest]) -> None:
+    if not manifests:
+        raise InputError("no manifest was given to concatenate; give at least one")
+    first = manifests[0]
+    for other in manifests[1:]:
+        both = f"{first.dataset}/{first.split} and {other.dataset}/{other.split}"
+        if [(each.id, each.name) for each in first.categories] != [(each.id, each.name) for each in other.categories]:
+            raise InputError(
+                f"{both}: their categories differ ({len(first.categories)} and {len(other.categories)}), so an index "
+                "would mean two things; put together only what shares its categories"
+            )
+        for name in ("scores", "negatives", "not_exhaustive"):
+            if (getattr(first, name) is None) != (getattr(other, name) is None):
+                raise InputError(
+                    f"{both}: only one of them has {name}, and what the other leaves open is not known; put together "
+                    "only what states the same"
+                )
+    ids, counts = np.unique(np.concatenate([one.image_ids for one in manifests]), return_counts=True)
+    if len(twice := ids[counts > 1]):
+        names = ", ".join(f"{one.dataset}/{one.split}" for one in manifests)
+        raise InputError(
+            f"{names}: {len(twice)} pictures are in more than one of them, the first has id {twice[0]}; "
+            "leave them out of all but one with `regionspot cache subset`"
+        )
+
+
+def _files(manifest: Manifest) -> dict[str, str]:
+    files: dict[str, str] = manifest.source.get("files", {})
+    return files
+
+
+def _joined_offsets(offsets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
+    counts = np.concatenate([np.diff(one) for one in offsets])
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _joined(columns: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
+    there = [one for one in columns if one is not None]
+    return np.concatenate(there) if there else None
+
+
+def _joined_ragged(lists: Sequence[Ragged | None]) -> Ragged | None:
+    there = [one for one in lists if one is not None]
+    if not there:
+        return None
+    return Ragged(_joined_offsets([one.offsets for one in there]), np.concatenate([one.values for one in there]))

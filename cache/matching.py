@@ -1,0 +1,78 @@
+"""Two manifests side by side: which pictures they share, and what is the first thing that differs.
+
+Pictures are matched by the dataset's ids: annotation files are often written anew in another order, and a row is only
+a position. Whatever else is known of a picture has to be equal, since its features were made from it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regionspot.cache.manifest import Manifest
+
+
+def rows_by_id(manifest: Manifest, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """int64, as many as ids: the row of each picture in the manifest, -1 where it holds none of that id."""
+    if not len(manifest):
+        return np.full(len(image_ids), -1)
+    order = np.argsort(manifest.image_ids, kind="stable")
+    place = np.searchsorted(manifest.image_ids, image_ids, sorter=order)
+    rows = order[np.minimum(place, len(order) - 1)]
+    return np.where(manifest.image_ids[rows] == image_ids, rows, -1)
+
+
+def first_difference(stored: Manifest, asked: Manifest) -> str | None:
+    """What differs first between the pictures of two manifests, row by row, in words; None where nothing does.
+
+    Compared is what features are made from and what finds them: ids, paths, sizes and regions, not the categories'
+    names nor the federated lists. The manifests have equally many pictures.
+    """
+    for name, was, now in (
+        ("image id", stored.image_ids, asked.image_ids),
+        ("path", stored.paths, asked.paths),
+        ("height", stored.heights, asked.heights),
+        ("width", stored.widths, asked.widths),
+        ("number of regions", stored.region_count, asked.region_count),
+    ):
+        if len(rows := np.flatnonzero(was != now)):
+            return _told(stored, int(rows[0]), "", name, was[rows[0]], now[rows[0]])
+    if (stored.scores is None) != (asked.scores is None):
+        return "only one of them has scores of its boxes"
+    for name, was, now in (
+        ("box", stored.boxes_xyxy, asked.boxes_xyxy),
+        ("category index", stored.category_index, asked.category_index),
+        ("annotation id", stored.annotation_ids, asked.annotation_ids),
+        ("score", stored.scores, asked.scores),
+    ):
+        if was is not None and now is not None and len(found := np.argwhere(was != now)):
+            region = int(found[0][0])
+            row = int(np.searchsorted(stored.offsets, region, side="right")) - 1
+            which = f", region {region - stored.offsets[row]}"
+            return _told(stored, row, which, name, was[region], now[region])
+    return None
+
+
+def _told(manifest: Manifest, row: int, which: str, name: str, was: Any, now: Any) -> str:
+    picture = f"picture {manifest.image_ids[row]} (row {row}, {manifest.paths[row]}){which}"
+    return f"{picture}: {name} is {_plain(was)}, not {_plain(now)}"
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else repr(value)
+
+
+def in_order_of(stored: Manifest, asked: Manifest) -> Manifest | None:
+    """The asked pictures with those of `stored` first, in its order, and the others as they came.
+
+    None where a picture of `stored` is not among them.
+    """
+    rows = rows_by_id(asked, stored.image_ids)
+    if (rows < 0).any():
+        return None
+    others = np.ones(len(asked), dtype=bool)
+    others[rows] = False
+    order = np.concatenate([rows, np.flatnonzero(others)])
+    return asked if (order == np.arange(len(asked))).all() else asked.select(order)
