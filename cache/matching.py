@@ -30,28 +30,31 @@ def first_difference(stored: Manifest, asked: Manifest) -> str | None:
     Compared is what features are made from and what finds them: ids, paths, sizes and regions, not the categories'
     names nor the federated lists. The manifests have equally many pictures.
     """
-    for name, was, now in (
+    of_pictures: list[tuple[str, NDArray[Any], NDArray[Any]]] = [
         ("image id", stored.image_ids, asked.image_ids),
         ("path", stored.paths, asked.paths),
         ("height", stored.heights, asked.heights),
         ("width", stored.widths, asked.widths),
         ("number of regions", stored.region_count, asked.region_count),
-    ):
+    ]
+    for name, was, now in of_pictures:
         if len(rows := np.flatnonzero(was != now)):
             return _told(stored, int(rows[0]), "", name, was[rows[0]], now[rows[0]])
-    if (stored.scores is None) != (asked.scores is None):
-        return "only one of them has scores of its boxes"
-    for name, was, now in (
+    of_regions: list[tuple[str, NDArray[Any], NDArray[Any]]] = [
         ("box", stored.boxes_xyxy, asked.boxes_xyxy),
         ("category index", stored.category_index, asked.category_index),
         ("annotation id", stored.annotation_ids, asked.annotation_ids),
-        ("score", stored.scores, asked.scores),
-    ):
-        if was is not None and now is not None and len(found := np.argwhere(was != now)):
+    ]
+    if stored.scores is not None and asked.scores is not None:
+        of_regions.append(("score", stored.scores, asked.scores))
+    for name, was, now in of_regions:
+        if len(found := np.argwhere(was != now)):
             region = int(found[0][0])
             row = int(np.searchsorted(stored.offsets, region, side="right")) - 1
             which = f", region {region - stored.offsets[row]}"
             return _told(stored, row, which, name, was[region], now[region])
+    if (stored.scores is None) != (asked.scores is None):
+        return "only one of them has scores of its boxes"
     return None
 
 
