@@ -21,6 +21,8 @@ import google_crc32c
 # No dots or dashes, so that the end of a partial file's name can be taken apart again.
 _HOST = re.sub(r"\W", "_", socket.gethostname())
 _PARTIAL = re.compile(r"\.(?P<host>\w+)-(?P<pid>\d+)\.partial$")
+# crc32c of any bytes with their own crc32c behind them, whatever they are: it follows from how a CRC is made.
+_RESIDUE = 0x48674BC7
 _ABANDONED_SECONDS = 86_400  # a day without a write: no part takes that long, on any machine
 
 
@@ -81,7 +83,20 @@ def seal(document: dict[str, Any]) -> dict[str, Any]:
 
 def is_sealed(document: Any) -> bool:
     """Whether a document still is what `seal` made of it."""
-    return isinstance(document, dict) and document.get("crc32c") == _content_crc(document)
+    try:
+        return isinstance(document, dict) and document.get("crc32c") == _content_crc(document)
+    except ValueError:  # half a surrogate, an infinity: damage may turn a document into one that cannot be written
+        return False
+
+
+def file_crc(data: bytes) -> int:
+    """crc32c of a file that tells it from every other one; of a file that ends with its own, what stands before that.
+
+    Zarr's crc32c codec writes such files. Taken over all of them it would be one and the same number, and a chunk in
+    the place of another would not be noticed.
+    """
+    crc = int(google_crc32c.value(data))
+    return int(google_crc32c.value(data[:-4])) if crc == _RESIDUE else crc
 
 
 def _content_crc(document: dict[str, Any]) -> int:

@@ -13,12 +13,11 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-import google_crc32c
 import zarr
 from zarr.codecs import Crc32cCodec
 
 from regionspot.cache.columns import CHUNK_KEYS, write_images, write_regions
-from regionspot.cache.durable import partial_path, remove_abandoned, sync_folder, sync_tree
+from regionspot.cache.durable import file_crc, partial_path, remove_abandoned, sync_folder, sync_tree
 from regionspot.cache.errors import CacheError, CacheExistsError
 from regionspot.cache.header import Header
 from regionspot.cache.manifest import Manifest
@@ -97,7 +96,7 @@ def _build(building: Path, manifest: Manifest, header: Header) -> None:
 def _checksums(root: Path, folder: Path) -> dict[str, int]:
     """crc32c of every file under `folder` by its name from `root`, but of the root's zarr.json, which holds them."""
     names = sorted(path.relative_to(root).as_posix() for path in folder.rglob("*") if path.is_file())
-    return {name: int(google_crc32c.value((root / name).read_bytes())) for name in names if name != "zarr.json"}
+    return {name: file_crc((root / name).read_bytes()) for name in names if name != "zarr.json"}
 
 
 def add_feature_set(storage: Storage, feature_set: FeatureSet, geometry: Geometry) -> dict[str, int]:

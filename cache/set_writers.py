@@ -14,6 +14,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from regionspot.cache.durable import file_crc
 from regionspot.cache.errors import InputError
 from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry, checksum_file, shard_file
 from regionspot.cache.shard import ShardWriter, with_crc
@@ -59,7 +60,7 @@ class SetWriter(ABC):
         self._files[1].finish()
         for file in self._files:
             file.publish()
-        return Published(sizes, {checksums: int(google_crc32c.value(stored))})
+        return Published(sizes, {checksums: file_crc(stored)})
 
     def discard(self) -> None:
         for file in self._files:

@@ -856,3 +856,11 @@ def test_reading_starts_no_threads(cache):
     before = threading.active_count()
     cache.read([0, 1])
     assert threading.active_count() == before
+
+
+def test_the_checksums_of_files_tell_them_apart(cache):
+    # Each ends with its own crc32c, so that a crc32c over all of it would be the same for every one.
+    chunks = {name: crc for name, crc in cache._header.files.items() if not name.endswith(".json")}
+    assert len(set(chunks.values())) == len({(cache.path / name).read_bytes() for name in chunks}) > 3
+    records = [json.loads(path.read_bytes())["checksums"] for path in (cache.path / "parts").glob("*/*.json")]
+    assert len({crc for record in records for crc in record.values()}) == len(records) == 6
