@@ -10,7 +10,7 @@ A run killed at any point leaves at most partial files and shards without a reco
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -70,8 +70,11 @@ class PartWriter:
                     writer.skip(regions)
         self._done += 1
 
-    def commit(self, worker: str) -> PartRecord:
-        """Put everything on disk under its name, and the record of each feature set last."""
+    def commit(self, worker: str, before_publish: Callable[[], None] | None = None) -> PartRecord:
+        """Put everything on disk under its name, and the record of each feature set last.
+
+        before_publish   called before the first file gets its name: what it raises leaves the part unwritten
+        """
         if self._done != len(self._rows):
             raise InputError(
                 f"{self._storage.address}: part {self._part} has {len(self._rows)} pictures, got only {self._done}; "
@@ -89,6 +92,8 @@ class PartWriter:
             worker=worker,
             seconds=0.0,
         )
+        if before_publish is not None:
+            before_publish()
         with self._disk_errors():
             published = [writer.publish() for writer in self._writers]
             record = replace(record, seconds=round(time.monotonic() - self._started, 3))

@@ -7,7 +7,7 @@ killed run leaves whole parts or none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -178,12 +178,13 @@ class FeatureCache:
         pictures: Iterable[PictureFeatures],
         feature_sets: Sequence[str] | None = None,
         worker: str = "",
+        before_publish: Callable[[], None] | None = None,
     ) -> PartRecord:
         """Write those of the feature sets (default: all) that this part lacks, from its pictures in row order.
 
         `pictures` is consumed one by one, so memory does not grow with the part. Features of sets that are written
         already are left aside. Whatever is raised, also by the iterator, leaves this part unwritten and others as
-        they are.
+        they are. `before_publish` is called behind the last picture, before anything of the part can be seen.
 
         Raises InputError for features that do not fit the picture, CacheError when the disk refuses them or the part
         is written already.
@@ -197,7 +198,7 @@ class FeatureCache:
         with PartWriter(self.storage, self.manifest, self._geometry, part, sets) as writer:
             for picture in pictures:
                 writer.append(picture)
-            return writer.commit(worker)
+            return writer.commit(worker, before_publish)
 
     def valid_rows(self, feature_sets: Sequence[str] | None = None) -> NDArray[np.int64]:
         """int64, rising: rows written in all of the feature sets (default: all), without pictures that failed."""
