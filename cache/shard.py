@@ -5,8 +5,9 @@ The form is that of the sharding_indexed codec with the index at the end, read b
 
     record | record | ... | index: (offset, nbytes) u64 LE for every slot | crc32c of the index, u32 LE
 
-Records are uncompressed, all of one size, and lie side by side, so the file's data is aligned to the record and any
-record is read with one request. A slot without a record has 2^64 - 1 as offset and nbytes and costs no bytes.
+Records lie side by side. Uncompressed ones are all of one size, so the file's data is aligned to the record and any
+record is read with one request; compressed ones have the size that the index states. A slot without a record has
+2^64 - 1 as offset and nbytes and costs no bytes.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 
 from regionspot.cache.storage import NewFile
 
+ZSTD_LEVEL = 3  # zstd's own default: of features, higher levels win nothing and take longer
 _EMPTY = np.uint64(2**64 - 1)
 
 
@@ -31,11 +33,12 @@ class ShardWriter:
         self._index = np.full((slots, 2), _EMPTY, dtype="<u8")
         self._end = 0
 
-    def append(self, slot: int, record: NDArray[Any]) -> None:
-        """Put a contiguous record behind the last one; it becomes inner chunk `slot`."""
+    def append(self, slot: int, record: NDArray[Any] | bytes) -> None:
+        """Put a record behind the last one, as a contiguous array or compressed; it becomes inner chunk `slot`."""
+        size = memoryview(record).nbytes
         self._file.write(record)
-        self._index[slot] = self._end, record.nbytes
-        self._end += record.nbytes
+        self._index[slot] = self._end, size
+        self._end += size
 
     def finish(self) -> int:
         """Put the index behind the records and make the file durable; its size in bytes."""
@@ -58,15 +61,54 @@ def read_offsets(fd: int, slots: int, record_bytes: int) -> NDArray[np.int64]:
     end = os.fstat(fd).st_size - index_bytes(slots)
     if end < 0:
         raise ValueError(f"is too short to hold an index of {slots} records")
-    index = np.frombuffer(without_crc(os.pread(fd, index_bytes(slots), end), "its index"), dtype="<u8").reshape(
-        slots, 2
-    )
+    return parse_index(os.pread(fd, index_bytes(slots), end), end, record_bytes)[0]
+
+
+def parse_index(
+    stored: bytes, data_bytes: int, record_bytes: int | None
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Offset and size of the record in each slot, int64 (slots,) both, -1 and 0 for an empty slot.
+
+    stored         the shard's last `index_bytes(slots)` bytes
+    data_bytes     what stands before them
+    record_bytes   size of every record, None where they are compressed
+
+    Raises ValueError, saying what is wrong, when the index is damaged or is not one of such records.
+    """
+    index = np.frombuffer(without_crc(stored, "its index"), dtype="<u8").reshape(-1, 2)
     empty = (index == _EMPTY).all(axis=1)
     offsets = np.where(empty, -1, index[:, 0].astype(np.int64))
-    inside = (offsets >= 0) & (offsets <= end - record_bytes) & (index[:, 1] == record_bytes)
-    if not (empty | inside).all():
-        raise ValueError(f"has an index that points outside its {end} bytes of records of {record_bytes} bytes")
-    return offsets
+    sizes = np.where(empty, 0, index[:, 1].astype(np.int64))
+    # Each by itself first: the sum of two large numbers could come out small.
+    inside = (offsets >= 0) & (offsets <= data_bytes) & (sizes > 0) & (sizes <= data_bytes - offsets)
+    right_size = True if record_bytes is None else sizes == record_bytes
+    if not (empty | (inside & right_size)).all():
+        kind = "compressed records" if record_bytes is None else f"records of {record_bytes} bytes"
+        raise ValueError(f"has an index that points outside its {data_bytes} bytes of {kind}")
+    return offsets, sizes
+
+
+def compress(record: NDArray[Any]) -> bytes:
+    """A contiguous record as Zarr's zstd codec stores it."""
+    from numcodecs import zstd  # a fifth of a second, for those who compress
+
+    return bytes(zstd.compress(record, ZSTD_LEVEL, False))
+
+
+def decompress(stored: bytes | memoryview, out: NDArray[Any]) -> None:
+    """Fill the contiguous `out` with the record that `compress` made of one like it.
+
+    Raises ValueError where the bytes are damaged or were another record's.
+    """
+    from numcodecs import zstd  # a fifth of a second, for those who compress
+
+    try:
+        data = zstd.decompress(stored)
+    except (RuntimeError, MemoryError) as error:  # damaged bytes may claim any size
+        raise ValueError(f"cannot be decompressed: {error}") from None
+    if len(data) != out.nbytes:
+        raise ValueError(f"holds a record of {len(data)} bytes, expected {out.nbytes}")
+    out.reshape(-1).view(np.uint8)[:] = np.frombuffer(data, np.uint8)
 
 
 def with_crc(data: bytes) -> bytes:

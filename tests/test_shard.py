@@ -6,9 +6,19 @@ import tracemalloc
 import numpy as np
 import pytest
 import zarr
+from zarr.codecs import ZstdCodec
 
 from regionspot.cache.durable import DurableFile
-from regionspot.cache.shard import ShardWriter, index_bytes, read_offsets
+from regionspot.cache.shard import (
+    ZSTD_LEVEL,
+    ShardWriter,
+    compress,
+    decompress,
+    index_bytes,
+    parse_index,
+    read_offsets,
+    with_crc,
+)
 
 SLOTS, SHAPE = 7, (3, 8)
 RECORD_BYTES = 3 * 8 * 2
@@ -167,3 +177,56 @@ def test_memory_does_not_grow_with_the_shard(tmp_path):
         return bytes_at_most
 
     assert peak(64) < peak(4) + 64 * 100  # the index, 16 bytes a record and a few copies of it
+
+
+# --- compressed records ---
+
+
+@pytest.fixture
+def compressed_array(tmp_path):
+    """An empty Zarr array of one shard whose inner chunks are compressed, and where that shard lies."""
+    made = zarr.create_array(
+        tmp_path / "zstd.zarr",
+        shape=(SLOTS, *SHAPE),
+        chunks=(1, *SHAPE),
+        shards=(SLOTS, *SHAPE),
+        dtype="float16",
+        compressors=[ZstdCodec(level=ZSTD_LEVEL)],
+        filters=None,
+        fill_value=0,
+        chunk_key_encoding={"name": "default", "separator": "."},
+    )
+    return made, tmp_path / "zstd.zarr" / "c.0.0.0"
+
+
+def test_zarr_reads_our_compressed_records_and_we_read_its(compressed_array, records):
+    made, path = compressed_array
+    made[1:] = records[1:]
+    theirs = path.read_bytes()
+    write(path, [compress(record) for record in records], [6, 2, 3])
+    expected = np.zeros_like(records)
+    expected[[2, 3, 6]] = records[[2, 3, 6]]
+    np.testing.assert_array_equal(made[:], expected)
+    offsets, sizes = parse_index(theirs[-index_bytes(SLOTS) :], len(theirs) - index_bytes(SLOTS), None)
+    assert (offsets[0], sizes[0]) == (-1, 0)
+    for slot in range(1, SLOTS):
+        out = np.empty(SHAPE, np.float16)
+        decompress(theirs[offsets[slot] : offsets[slot] + sizes[slot]], out)
+        np.testing.assert_array_equal(out, records[slot])
+
+
+def test_bytes_that_are_no_compressed_record_or_another_ones_are_refused(records):
+    stored = compress(records[0])
+    for damaged in (b"", stored[:-1], b"\x00" * len(stored), compress(records[0][:2]), compress(records)):
+        with pytest.raises(ValueError, match=r"cannot be decompressed|expected 48"):
+            decompress(damaged, np.empty(SHAPE, np.float16))
+
+
+@pytest.mark.parametrize(
+    "entry", [(0, 0), (0, 101), (100, 1), (101, 1), (2**63, 1), (1, 2**63), (2**64 - 2, 4), (2**63 - 1, 2**63 - 1)]
+)
+def test_an_index_that_points_outside_its_compressed_records_is_refused(entry):
+    sound = with_crc(np.array([(0, 40), (40, 60)], "<u8").tobytes())
+    assert [each.tolist() for each in parse_index(sound, 100, None)] == [[0, 40], [40, 60]]
+    with pytest.raises(ValueError, match="points outside its 100 bytes of compressed records"):
+        parse_index(with_crc(np.array([(0, 40), entry], "<u8").tobytes()), 100, None)
