@@ -89,6 +89,13 @@ class Storage(ABC):
     def zarr_store(self, read_only: bool = True) -> Any:
         """What zarr-python opens this tree by."""
 
+    def forget(self, name: str) -> bool:
+        """Drop what is kept near here of a file that lies elsewhere, because it turned out to be wrong.
+
+        True says that something was dropped, so that it is worth the while to read the file once more.
+        """
+        return False
+
     def exists(self, name: str) -> bool:
         try:
             self.size(name)
