@@ -27,7 +27,7 @@ from regionspot.cache.manifest import Category, Manifest
 from regionspot.cache.parts import PartWriter
 from regionspot.cache.reader import Check, FeatureReader
 from regionspot.cache.records import PartRecord
-from regionspot.cache.schema import Failure, FeatureSet, PictureFeatures, record_file
+from regionspot.cache.schema import Failure, FeatureSet, Geometry, PictureFeatures, record_file
 from regionspot.cache.storage import LocalStorage, Storage, open_storage
 
 log = logging.getLogger(__name__)
@@ -149,6 +149,11 @@ class FeatureCache:
     def __reduce__(self) -> tuple[object, ...]:
         # A worker process opens the folder anew instead of being sent a manifest of gigabytes.
         return FeatureCache.open, (self.path, self.mode, self.check)
+
+    @property
+    def geometry(self) -> Geometry:
+        """The numbers that place every record."""
+        return self._geometry
 
     @property
     def part_size(self) -> int:
