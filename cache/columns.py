@@ -7,6 +7,7 @@ regions of part `p` one after another, padded to the largest part, as the tokens
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,7 @@ def load_manifest(storage: Storage, header: Header) -> Manifest:
     Raises NotACacheError when its arrays are damaged or are not those that the header speaks of.
     """
     cache = storage.address
+    _require_undamaged(storage, header)
     try:
         group = zarr.open_group(storage.zarr_store(), mode="r")
         manifest = _read_manifest(group, header)
@@ -109,6 +111,22 @@ def load_manifest(storage: Storage, header: Header) -> Manifest:
     if not whole:
         raise NotACacheError(f"{cache}: images/ or regions/ do not match the digest in zarr.json; restore the folder")
     return manifest
+
+
+def _require_undamaged(storage: Storage, header: Header) -> None:
+    """Raises NotACacheError for a file that is not as it was made.
+
+    A Zarr library takes a chunk that is missing, or is looked for under another name, for one of fill values.
+    """
+    names = [name for name in header.files if name.startswith(("images/", "regions/"))]
+    try:
+        with ThreadPoolExecutor(storage.readers) as pool:
+            damages = list(pool.map(lambda name: header.damage(storage, name), names))
+    except OSError as error:
+        raise NotACacheError(f"{storage.address}: cannot be read: {error}; mend the disk or its permissions") from None
+    for name, damage in zip(names, damages, strict=True):
+        if damage:
+            raise NotACacheError(f"{storage.address}/{name}: {damage}; put it back from a copy of the cache")
 
 
 def _read_manifest(group: zarr.Group, header: Header) -> Manifest:

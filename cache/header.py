@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from regionspot.cache.durable import is_sealed, seal, to_json
+from regionspot.cache.durable import file_crc, is_sealed, seal, to_json
 from regionspot.cache.errors import InputError, NotACacheError, ProvenanceMismatchError, SchemaVersionError
 from regionspot.cache.manifest import Category, Manifest
 from regionspot.cache.schema import SCHEMA_VERSION, FeatureSet, Geometry
@@ -65,6 +65,14 @@ class Header:
     def adding(self, feature_sets: Iterable[FeatureSet], files: Mapping[str, int]) -> Header:
         """The header with further feature sets and the files that were made for them."""
         return replace(self, feature_sets={**self.feature_sets, **by_name(feature_sets)}, files={**self.files, **files})
+
+    def damage(self, storage: Storage, name: str) -> str | None:
+        """What is wrong with one of `files`; None where it is as it was made. Raises OSError when it cannot be read."""
+        try:
+            same = file_crc(storage.read(name)) == self.files[name]
+        except FileNotFoundError:
+            return "is missing"
+        return None if same else "is not what was written when it was made"
 
     def save(self, storage: Storage) -> None:
         """Write the attributes into the group's zarr.json, whole or not at all."""

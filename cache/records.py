@@ -32,12 +32,21 @@ class PartRecord:
     seconds: float
 
     def save(self, storage: Storage, name: str) -> None:
-        storage.write(name, to_json(seal(asdict(self))))
+        storage.write(name, self.to_json())
+
+    def to_json(self) -> bytes:
+        """The record as it lies on disk."""
+        return to_json(seal(asdict(self)))
 
 
 def load_record(storage: Storage, name: str) -> PartRecord:
     """Read a record. Raises ValueError when it is damaged, FileNotFoundError when the part is not written."""
-    words = json.loads(storage.read(name))
+    return parse_record(storage.read(name))
+
+
+def parse_record(data: bytes) -> PartRecord:
+    """The record that `to_json` wrote. Raises ValueError when it is damaged."""
+    words = json.loads(data)
     if not is_sealed(words):
         raise ValueError("does not match its own checksum")
     del words["crc32c"]
