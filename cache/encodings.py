@@ -39,8 +39,8 @@ STORED = {"float16": "<f2", "float32": "<f4", "bfloat16": "<u2", "int8": "|i1"} 
 _CODES = 127  # codes go from -127 to 127: symmetric, so that 0 is the mean
 # Exponents of all ones, Inf and NaN, begin here in the bits without their sign.
 _INFINITY = {"<f2": 0x7C00, "<f4": 0x7F80_0000, "<u2": 0x7F80}
-# From here on a value rounds to infinity: the largest number and half a step. For int8, in deviations.
-_BEYOND = {"float16": 65520.0, "float32": 2.0**128 - 2.0**103, "bfloat16": 2.0**128 - 2.0**119, "int8": 127 * 65520.0}
+# The largest number of each; for int8 in deviations.
+_LARGEST = {"float16": 65504.0, "float32": 3.4028235e38, "bfloat16": 3.3895314e38, "int8": _CODES * 65504.0}
 # The smallest normal float16: below it a scale would lose digits. A row that small lies within 0.01 deviations.
 _SMALLEST_SCALE = np.float32(2.0**-14)
 # A channel that hardly moved in the sample counts as one that moves a thousandth of the usual one: it may move
@@ -208,10 +208,11 @@ class Encoder:
         unit = ""
         if self._set.dtype == "int8":
             compared, unit = (compared - self._statistics.mean) * self._inverse, " deviations"
-        broken = int((~(np.abs(compared) < _BEYOND[self._set.dtype])).sum())
+        largest = _LARGEST[self._set.dtype]
+        broken = int((~(np.abs(compared) <= largest)).sum())
         return InputError(
-            f"{where}: {broken} of {values.size} values are NaN or beyond {_BEYOND[self._set.dtype]:.6g}{unit}, too "
-            f"large for {self._set.dtype}; look at the picture and the weights, or store this set as float32"
+            f"{where}: {broken} of {values.size} values are NaN or beyond {largest:.6g}{unit}, the largest "
+            f"{self._set.dtype}; look at the picture and the weights, or store this set as float32"
         )
 
 

@@ -12,17 +12,31 @@ import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import Crc32cCodec, ZstdCodec
 
 from regionspot.cache.columns import CHUNK_KEYS, write_images, write_regions
 from regionspot.cache.durable import file_crc, partial_path, remove_abandoned, sync_folder, sync_tree
+from regionspot.cache.encodings import require_statistics
 from regionspot.cache.errors import CacheError, CacheExistsError
 from regionspot.cache.header import Header
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.schema import FeatureSet, Geometry
+from regionspot.cache.shard import ZSTD_LEVEL
 from regionspot.cache.storage import LocalStorage, Storage
+
+# What the numbers mean, told where somebody without our code looks first.
+ATTRIBUTES: dict[str, dict[str, Any]] = {
+    "bfloat16": {"regionspot_dtype": "bfloat16", "decode": "float32 whose upper 16 bits these are"},
+    "int8": {
+        "regionspot_dtype": "int8",
+        "decode": "code * scale[row] * deviation[channel] + mean[channel]; deviation and mean are the statistics in "
+        "this feature set's entry in the root's attributes",
+    },
+}
 
 
 def create_cache(storage: Storage, manifest: Manifest, header: Header) -> None:
@@ -115,19 +129,27 @@ def add_feature_set(storage: Storage, feature_set: FeatureSet, geometry: Geometr
 
 
 def _create_arrays(folder: Path, feature_set: FeatureSet, geometry: Geometry) -> None:
-    """The group of one feature set with its two empty arrays; our own writers fill them, part by part."""
+    """The group of one feature set with its empty arrays; our own writers fill them, part by part.
+
+    Raises InputError for an int8 set without statistics, which nothing could be written into.
+    """
+    if feature_set.dtype == "int8":
+        require_statistics(feature_set)
     group = zarr.create_group(folder, zarr_format=3)
-    group.create_array(
-        Path(feature_set.array).name,
-        shape=geometry.array_shape(feature_set),
-        chunks=(1, *feature_set.record_shape),
-        shards=geometry.shard_shape(feature_set),
-        dtype=feature_set.dtype,
-        fill_value=0,
-        filters=None,
-        compressors=None,  # float16 features shrink by 2 to 15 % and would be read at a tenth of the speed
-        chunk_key_encoding=CHUNK_KEYS,
+    shape, shard = geometry.array_shape(feature_set), geometry.shard_shape(feature_set)
+    # float16 features shrink by 2 to 15 % and would be read at a tenth of the speed, so they lie as they are.
+    codec = ZstdCodec(level=ZSTD_LEVEL) if feature_set.compression else None
+    _create_shards(
+        group,
+        feature_set.array,
+        (shape, feature_set.record_shape, shard),
+        feature_set.stored,
+        codec,
+        ATTRIBUTES.get(feature_set.dtype),
     )
+    if feature_set.has_scales:
+        scales = (shape[:-1], feature_set.scale_shape, shard[:-1])
+        _create_shards(group, feature_set.scales, scales, np.dtype("<f2"))
     slots = geometry.slots(feature_set)
     group.create_array(
         Path(feature_set.checksums).name,
@@ -138,4 +160,28 @@ def _create_arrays(folder: Path, feature_set: FeatureSet, geometry: Geometry) ->
         filters=None,
         compressors=[Crc32cCodec()],
         chunk_key_encoding=CHUNK_KEYS,
+    )
+
+
+def _create_shards(
+    group: zarr.Group,
+    path: str,
+    shapes: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]],
+    dtype: np.dtype[Any],
+    codec: ZstdCodec | None = None,
+    attributes: dict[str, Any] | None = None,
+) -> None:
+    """An empty array whose shard is a part; `shapes` are those of the array, of a record and of a shard."""
+    array, record, shard = shapes
+    group.create_array(
+        Path(path).name,
+        shape=array,
+        chunks=(1, *record),
+        shards=shard,
+        dtype=dtype,
+        fill_value=0,
+        filters=None,
+        compressors=codec,
+        chunk_key_encoding=CHUNK_KEYS,
+        attributes=attributes,
     )

@@ -1,7 +1,10 @@
 """One feature set of one part on its way to disk: records into a shard, their checksums into a file beside it.
 
-Checksums lie apart so that records stay adjacent and aligned. Features are checked here, where a wrong one still has
-a picture's row to be named by.
+    features, checked  ->  encoded  ->  compressed, where asked for  ->  crc32c  ->  shard
+                              └ scales of int8  -------------------------^  ->  a shard of their own
+
+Scales and checksums lie apart so that records stay adjacent and aligned. Features are checked here, where a wrong one
+still has a picture's row to be named by. One record is held at a time, so memory does not grow with the part.
 """
 
 from __future__ import annotations
@@ -15,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.durable import file_crc
+from regionspot.cache.encodings import Encoder
 from regionspot.cache.errors import InputError
-from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry, checksum_file, shard_file
-from regionspot.cache.shard import ShardWriter, with_crc
+from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry, checksum_file, scale_file, shard_file
+from regionspot.cache.shard import ShardWriter, compress, with_crc
 from regionspot.cache.storage import NewFile, Storage
 
 
@@ -30,16 +34,21 @@ class Published:
 
 
 class SetWriter(ABC):
-    """The shard and the checksums of one feature set in one part."""
+    """The shards and the checksums of one feature set in one part."""
 
     def __init__(self, storage: Storage, feature_set: FeatureSet, geometry: Geometry, part: int) -> None:
         self.feature_set = feature_set
-        self._names = shard_file(feature_set, part), checksum_file(feature_set, part)
-        self._checksums = np.zeros(geometry.slots(feature_set), dtype="<u4")
-        self._storage = storage
-        self._files: list[NewFile] = [storage.create(self._names[0])]
-        self._shard = ShardWriter(self._files[0], geometry.slots(feature_set))
+        self._encoder = Encoder(feature_set)
+        self._storage, self._part, self._slots = storage, part, geometry.slots(feature_set)
+        self._checksums = np.zeros(self._slots, dtype="<u4")
+        self._files: dict[str, NewFile] = {}
         self._taken = 0  # pictures or regions so far
+        try:
+            self._records = self._new_shard(shard_file(feature_set, part))
+            self._scales = self._new_shard(scale_file(feature_set, part)) if feature_set.has_scales else None
+        except BaseException:
+            self.discard()
+            raise
 
     @abstractmethod
     def append(self, row: int, regions: int, features: NDArray[Any]) -> None:
@@ -50,32 +59,57 @@ class SetWriter(ABC):
         """Take a picture that could not be read."""
 
     def publish(self) -> Published:
-        """Flush both files and give them their names."""
-        shard, checksums = self._names
-        sizes = {shard: self._shard.finish()}
-        stored = with_crc(self._checksums.tobytes())
-        sizes[checksums] = len(stored)
-        self._files.append(self._storage.create(checksums))
-        self._files[1].write(stored)
-        self._files[1].finish()
-        for file in self._files:
+        """Flush all files, then give them their names."""
+        sizes = {shard_file(self.feature_set, self._part): self._records.finish()}
+        if self._scales is not None:
+            sizes[scale_file(self.feature_set, self._part)] = self._scales.finish()
+        name, stored = checksum_file(self.feature_set, self._part), with_crc(self._checksums.tobytes())
+        checksums = self._new_file(name)
+        checksums.write(stored)
+        checksums.finish()
+        for file in self._files.values():
             file.publish()
-        return Published(sizes, {checksums: file_crc(stored)})
+        return Published({**sizes, name: len(stored)}, {name: file_crc(stored)})
 
     def discard(self) -> None:
-        for file in self._files:
+        for file in self._files.values():
             file.discard()
 
-    def _put(self, slot: int, record: NDArray[Any]) -> None:
-        self._checksums[slot] = google_crc32c.value(record)
-        self._shard.append(slot, record)
+    def _new_file(self, name: str) -> NewFile:
+        self._files[name] = self._storage.create(name)
+        return self._files[name]
+
+    def _new_shard(self, name: str) -> ShardWriter:
+        return ShardWriter(self._new_file(name), self._slots)
+
+    def _encode(
+        self, row: int, features: NDArray[Any], shape: tuple[int, ...]
+    ) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
+        """Features as they lie on disk, good until the next call.
+
+        Raises InputError for another shape, for values that are not floating, and for those that are not finite once
+        they are stored: an overflow to infinity would be found months later, in somebody's loss.
+        """
+        where = f"feature set {self.feature_set.name}, row {row}"
+        if features.shape != shape or not np.issubdtype(features.dtype, np.floating):
+            raise InputError(f"{where}: got {features.dtype} {features.shape}, expected floating {shape}")
+        return self._encoder(features, where)
+
+    def _put(self, slot: int, record: NDArray[Any], scales: NDArray[np.float16] | None) -> None:
+        stored = compress(record) if self.feature_set.compression else record
+        crc = google_crc32c.value(stored)
+        self._records.append(slot, stored)
+        if self._scales is not None and scales is not None:
+            crc = google_crc32c.extend(crc, scales)
+            self._scales.append(slot, scales)
+        self._checksums[slot] = crc
 
 
 class MapWriter(SetWriter):
     """One record a picture. A picture that could not be read has none, so its slot stays empty."""
 
     def append(self, row: int, regions: int, features: NDArray[Any]) -> None:
-        self._put(self._taken, _as_stored(self.feature_set, row, features, self.feature_set.shape))
+        self._put(self._taken, *self._encode(row, features, self.feature_set.shape))
         self._taken += 1
 
     def skip(self, regions: int) -> None:
@@ -88,53 +122,31 @@ class TokenWriter(SetWriter):
     def __init__(self, storage: Storage, feature_set: FeatureSet, geometry: Geometry, part: int) -> None:
         super().__init__(storage, feature_set, geometry, part)
         self._chunk = np.zeros(feature_set.record_shape, dtype=feature_set.stored)
+        self._chunk_scales = np.zeros(feature_set.scale_shape, dtype="<f2") if feature_set.has_scales else None
 
     def append(self, row: int, regions: int, features: NDArray[Any]) -> None:
-        self._extend(_as_stored(self.feature_set, row, features, (regions, *self.feature_set.shape)))
+        self._extend(regions, *self._encode(row, features, (regions, *self.feature_set.shape)))
 
     def skip(self, regions: int) -> None:
-        self._extend(np.zeros((regions, *self.feature_set.shape), dtype=self.feature_set.stored))
+        self._extend(regions)
 
     def publish(self) -> Published:
-        if self._taken % TOKEN_CHUNK:
-            self._chunk[self._taken % TOKEN_CHUNK :] = 0
-            self._put(self._taken // TOKEN_CHUNK, self._chunk)
+        unfilled = -self._taken % TOKEN_CHUNK
+        if unfilled:
+            self._extend(unfilled)
         return super().publish()
 
-    def _extend(self, tokens: NDArray[Any]) -> None:
-        while len(tokens):
+    def _extend(
+        self, regions: int, tokens: NDArray[Any] | None = None, scales: NDArray[np.float16] | None = None
+    ) -> None:
+        """Take that many rows, zeros where no tokens are given."""
+        done = 0
+        while done < regions:
             filled = self._taken % TOKEN_CHUNK
-            taken = min(TOKEN_CHUNK - filled, len(tokens))
-            self._chunk[filled : filled + taken] = tokens[:taken]
-            tokens = tokens[taken:]
-            self._taken += taken
-            if filled + taken == TOKEN_CHUNK:
-                self._put(self._taken // TOKEN_CHUNK - 1, self._chunk)
-
-
-def _as_stored(feature_set: FeatureSet, row: int, value: NDArray[Any], shape: tuple[int, ...]) -> NDArray[Any]:
-    """Features as they lie on disk: contiguous, little-endian, in the set's dtype.
-
-    Raises InputError for another shape, for values that are not floating, and for those that are not finite once
-    they are stored: an overflow to infinity would be found months later, in somebody's loss.
-    """
-    where = f"feature set {feature_set.name}, row {row}"
-    if value.shape != shape or not np.issubdtype(value.dtype, np.floating):
-        raise InputError(f"{where}: got {value.dtype} {value.shape}, expected floating {shape}")
-    with np.errstate(over="ignore"):
-        stored = np.ascontiguousarray(value, dtype=feature_set.stored)
-    if not _all_finite(stored):
-        broken = int((~np.isfinite(stored)).sum())
-        raise InputError(
-            f"{where}: {broken} of {stored.size} values are NaN or beyond {np.finfo(stored.dtype).max:g}, the largest "
-            f"{feature_set.dtype}; look at the picture and the weights, or store this set as float32"
-        )
-    return stored
-
-
-def _all_finite(values: NDArray[Any]) -> bool:
-    if values.dtype != "<f2":
-        return bool(np.isfinite(values).all())
-    # Ten times faster than isfinite: numpy converts float16 one by one. An exponent of all ones is Inf or NaN.
-    bits = values.view("<u2")
-    return bool(((bits & np.uint16(0x7FFF)).max(initial=0)) < 0x7C00)
+            count = min(TOKEN_CHUNK - filled, regions - done)
+            self._chunk[filled : filled + count] = 0 if tokens is None else tokens[done : done + count]
+            if self._chunk_scales is not None:
+                self._chunk_scales[filled : filled + count] = 0 if scales is None else scales[done : done + count]
+            self._taken, done = self._taken + count, done + count
+            if filled + count == TOKEN_CHUNK:
+                self._put(self._taken // TOKEN_CHUNK - 1, self._chunk, self._chunk_scales)

@@ -35,7 +35,7 @@ class ShardWriter:
 
     def append(self, slot: int, record: NDArray[Any] | bytes) -> None:
         """Put a record behind the last one, as a contiguous array or compressed; it becomes inner chunk `slot`."""
-        size = memoryview(record).nbytes
+        size = len(record) if isinstance(record, bytes) else record.nbytes
         self._file.write(record)
         self._index[slot] = self._end, size
         self._end += size
