@@ -10,6 +10,7 @@ from PIL import Image
 from regionspot.pipeline.backbones import build_clip, build_sam
 from regionspot.pipeline.encoder import load_encoder
 from regionspot.pipeline.localizer import load_localizer
+from regionspot.pipeline.token_decoder import FIRST_MASK_TOKEN
 
 GAIN = 0.7
 RELATIVE = 1e-4
@@ -54,8 +55,9 @@ def test_golden_sam_tokens_and_masks_are_those_of_the_authors(localizer, photo, 
     assert relative_error(tokens, expected["tokens"]) < RELATIVE
     assert masks.sum((1, 2)).tolist() == expected["mask_area"].tolist()
     # These masks cover the whole photo or nearly so; the logits tell more.
-    queries, cells = next(localizer._decode(embedding, boxes[:2], size, 2))
-    assert relative_error(localizer._mask_logits(queries[:, 1], cells), expected["low_res"]) < RELATIVE
+    scaled = localizer._scaled(boxes[:2], size)
+    decoded = next(localizer._decoder.decode(embedding[None], scaled, [0, 0], [FIRST_MASK_TOKEN], 2))
+    assert relative_error(localizer._mask_logits(decoded.queries[:, 0], decoded.cells), expected["low_res"]) < RELATIVE
 
 
 def test_golden_clip_feature_map_is_that_of_the_authors(encoder, photo, golden):
