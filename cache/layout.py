@@ -62,7 +62,7 @@ def _create_in_place(path: Path, manifest: Manifest, header: Header) -> None:
         raise _exists_already(str(path))
     building = partial_path(path)
     try:
-        _build(building, manifest, header)
+        build_cache(building, manifest, header)
         sync_tree(building)
         _rename_new(building, path)
     except BaseException:
@@ -86,7 +86,7 @@ def _create_by_upload(storage: Storage, manifest: Manifest, header: Header) -> N
     if storage.exists("zarr.json"):
         raise _exists_already(storage.address)
     with tempfile.TemporaryDirectory() as folder:
-        _build(Path(folder), manifest, header)
+        build_cache(Path(folder), manifest, header)
         if not upload_tree(Path(folder), storage, last="zarr.json"):
             raise _exists_already(storage.address)
 
@@ -95,7 +95,7 @@ def _exists_already(address: str) -> CacheExistsError:
     return CacheExistsError(f"{address}: exists already; give another place, or open it to go on with it")
 
 
-def _build(building: Path, manifest: Manifest, header: Header) -> None:
+def build_cache(building: Path, manifest: Manifest, header: Header) -> None:
     """All files of an empty cache in a folder that nobody else sees."""
     group = zarr.create_group(building, zarr_format=3)
     for name in ("images", "regions", "features"):

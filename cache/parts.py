@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.records import PartRecord
-from regionspot.cache.schema import Failure, FeatureSet, Geometry, PictureFeatures, record_file
+from regionspot.cache.schema import Failure, FeatureSet, Geometry, PictureFeatures, Stored, record_file
 from regionspot.cache.set_writers import MapWriter, SetWriter, TokenWriter
 from regionspot.cache.storage import Storage
 
@@ -132,7 +132,7 @@ class PartWriter:
             ) from error
 
 
-def _of_set(picture: PictureFeatures, feature_set: FeatureSet) -> NDArray[Any]:
+def _of_set(picture: PictureFeatures, feature_set: FeatureSet) -> NDArray[Any] | Stored:
     if feature_set.name not in picture.features:
         raise InputError(
             f"row {picture.row}: no features of {feature_set.name}, only of {sorted(picture.features) or 'nothing'}; "

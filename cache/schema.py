@@ -152,17 +152,29 @@ class FeatureSet:
         return self.record_shape[:-1]
 
 
+@dataclass(frozen=True)
+class Stored:
+    """Features in the form of their set on disk, which are written as they are: from a cache of the same encoding.
+
+    codes    as floating features would be shaped, in the dtype `FeatureSet.stored`
+    scales   float16, of each row of codes, where the set has scales
+    """
+
+    codes: NDArray[Any]
+    scales: NDArray[np.float16] | None = None
+
+
 @dataclass
 class PictureFeatures:
     """What the backbones said about the picture at `row`.
 
     features[map set]    floating (T, D)
-    features[token set]  floating (regions of the picture, C), in the manifest's order
+    features[token set]  floating (regions of the picture, C), in the manifest's order; or either of them `Stored`
     failure              why the picture could not be read; its features are then left out
     """
 
     row: int
-    features: dict[str, NDArray[Any]]
+    features: dict[str, NDArray[Any] | Stored]
     failure: str | None = None
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from regionspot.cache.durable import file_crc
 from regionspot.cache.encodings import Encoder
 from regionspot.cache.errors import InputError
-from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry, checksum_file, scale_file, shard_file
+from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry, Stored, checksum_file, scale_file, shard_file
 from regionspot.cache.shard import ShardWriter, compress, with_crc
 from regionspot.cache.storage import NewFile, Storage
 
@@ -51,7 +51,7 @@ class SetWriter(ABC):
             raise
 
     @abstractmethod
-    def append(self, row: int, regions: int, features: NDArray[Any]) -> None:
+    def append(self, row: int, regions: int, features: NDArray[Any] | Stored) -> None:
         """Take the features of the picture at `row`, which has that many regions."""
 
     @abstractmethod
@@ -83,7 +83,7 @@ class SetWriter(ABC):
         return ShardWriter(self._new_file(name), self._slots)
 
     def _encode(
-        self, row: int, features: NDArray[Any], shape: tuple[int, ...]
+        self, row: int, features: NDArray[Any] | Stored, shape: tuple[int, ...]
     ) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
         """Features as they lie on disk, good until the next call.
 
@@ -91,9 +91,22 @@ class SetWriter(ABC):
         they are stored: an overflow to infinity would be found months later, in somebody's loss.
         """
         where = f"feature set {self.feature_set.name}, row {row}"
+        if isinstance(features, Stored):
+            return self._as_stored(features, where, shape)
         if features.shape != shape or not np.issubdtype(features.dtype, np.floating):
             raise InputError(f"{where}: got {features.dtype} {features.shape}, expected floating {shape}")
         return self._encoder(features, where)
+
+    def _as_stored(
+        self, features: Stored, where: str, shape: tuple[int, ...]
+    ) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
+        """Codes and scales as they came; what is in them was checked when they were first stored."""
+        codes, scales = features.codes, features.scales
+        expected = [(self.feature_set.stored, shape)] + [(np.dtype("<f2"), shape[:-1])] * self.feature_set.has_scales
+        found = [(array.dtype, array.shape) for array in (codes, scales) if array is not None]
+        if found != expected:
+            raise InputError(f"{where}: got stored {_words(found)}, expected {_words(expected)}")
+        return np.ascontiguousarray(codes), None if scales is None else np.ascontiguousarray(scales)
 
     def _put(self, slot: int, record: NDArray[Any], scales: NDArray[np.float16] | None) -> None:
         stored = compress(record) if self.feature_set.compression else record
@@ -108,7 +121,7 @@ class SetWriter(ABC):
 class MapWriter(SetWriter):
     """One record a picture. A picture that could not be read has none, so its slot stays empty."""
 
-    def append(self, row: int, regions: int, features: NDArray[Any]) -> None:
+    def append(self, row: int, regions: int, features: NDArray[Any] | Stored) -> None:
         self._put(self._taken, *self._encode(row, features, self.feature_set.shape))
         self._taken += 1
 
@@ -124,7 +137,7 @@ class TokenWriter(SetWriter):
         self._chunk = np.zeros(feature_set.record_shape, dtype=feature_set.stored)
         self._chunk_scales = np.zeros(feature_set.scale_shape, dtype="<f2") if feature_set.has_scales else None
 
-    def append(self, row: int, regions: int, features: NDArray[Any]) -> None:
+    def append(self, row: int, regions: int, features: NDArray[Any] | Stored) -> None:
         self._extend(regions, *self._encode(row, features, (regions, *self.feature_set.shape)))
 
     def skip(self, regions: int) -> None:
@@ -150,3 +163,7 @@ class TokenWriter(SetWriter):
             self._taken, done = self._taken + count, done + count
             if filled + count == TOKEN_CHUNK:
                 self._put(self._taken // TOKEN_CHUNK - 1, self._chunk, self._chunk_scales)
+
+
+def _words(arrays: list[tuple[np.dtype[Any], tuple[int, ...]]]) -> str:
+    return " and ".join(f"{dtype} {shape}" for dtype, shape in arrays)
