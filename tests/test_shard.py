@@ -1,6 +1,7 @@
 """Shard files: what our writer makes is what the Zarr specification says, judged by zarr-python."""
 
 import os
+import sys
 import tracemalloc
 
 import numpy as np
@@ -177,6 +178,19 @@ def test_memory_does_not_grow_with_the_shard(tmp_path):
         return bytes_at_most
 
     assert peak(64) < peak(4) + 64 * 100  # the index, 16 bytes a record and a few copies of it
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the flush at the end does it all")
+def test_the_disk_is_told_to_begin_long_before_the_flush_once_for_every_byte(tmp_path, monkeypatch):
+    told, real = [], os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *what: told.append(what) or real(fd, *what))
+    record = np.zeros(3 << 20, np.uint8)
+    file = DurableFile(tmp_path / "shard")
+    for _ in range(7):
+        file.write(record)
+    file.finish()
+    assert told == [(0, 9 << 20, os.POSIX_FADV_DONTNEED), (9 << 20, 9 << 20, os.POSIX_FADV_DONTNEED)]
+    assert file.partial.stat().st_size == 21 << 20
 
 
 # --- compressed records ---
