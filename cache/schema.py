@@ -251,3 +251,9 @@ def checksum_file(feature_set: FeatureSet, part: int) -> str:
 def record_file(name: str, part: int) -> str:
     """Path inside the cache of the record that says a part of a feature set is written."""
     return f"parts/{name}/{part:05d}.json"
+
+
+def part_files(feature_set: FeatureSet, part: int) -> list[str]:
+    """Paths inside the cache of all that a part of a feature set consists of, but its record."""
+    scales = [scale_file(feature_set, part)] if feature_set.has_scales else []
+    return [shard_file(feature_set, part), *scales, checksum_file(feature_set, part)]
