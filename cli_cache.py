@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,3 +14,51 @@ import typer
 cache_app = typer.Typer(help="Look at a cache, check it, grow it, copy it.", no_args_is_help=True)
 
 CachePath = Annotated[str, typer.Argument(metavar="PATH", help="the cache: a folder, a URL such as s3://..., or .h5")]
+
+
+@cache_app.command()
+def info(
+    path: CachePath, as_json: Annotated[bool, typer.Option("--json", help="all of it, for programs")] = False
+) -> None:
+    """Say what a cache holds: feature sets, sizes, what made it, parts done and pending, pictures that failed."""
+    from regionspot.cache.info import describe_cache
+    from regionspot.cache.store import FeatureCache
+
+    found = describe_cache(FeatureCache.open(path))
+    typer.echo(json.dumps(found.as_json(), indent=1) if as_json else found.text())
+
+
+@cache_app.command()
+def ls(
+    path: CachePath,
+    failed: Annotated[bool, typer.Option("--failed", help="those that could not be read, and why")] = False,
+    pending: Annotated[bool, typer.Option("--pending", help="those that are not extracted yet")] = False,
+    done: Annotated[bool, typer.Option("--done", help="those that every feature set holds")] = False,
+    limit: Annotated[int | None, typer.Option(help="lines at most")] = None,
+) -> None:
+    """List the pictures, a line each: row, id, size, regions, path, state."""
+    from regionspot.cache.listing import STATES, list_pictures
+    from regionspot.cache.store import FeatureCache
+
+    states = [state for state, asked in zip(STATES, (done, failed, pending), strict=True) if asked]
+    for line in list_pictures(FeatureCache.open(path), states or STATES, limit):
+        typer.echo(line)
+
+
+@cache_app.command()
+def show(
+    path: CachePath,
+    image_id: Annotated[int, typer.Argument(help="the dataset's id of the picture, as `ls` lists it")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the picture to write")],
+    photos: Annotated[Path | None, typer.Option(help="folder of the photos; without it regions lie on grey")] = None,
+    region: Annotated[int | None, typer.Option(help="number of the region to compare; default: a large one")] = None,
+    map_set: Annotated[str | None, typer.Option(help="feature set to look at; default: the only map")] = None,
+) -> None:
+    """Draw one picture: its regions, its feature map as colours, and what in it is like one of the regions."""
+    from regionspot.cache.store import FeatureCache
+    from regionspot.evaluation.cache_view import show_picture
+    from regionspot.evaluation.drawing import check_picture_name
+
+    target = check_picture_name(out)
+    show_picture(FeatureCache.open(path), image_id, photos, region, map_set).save(target)
+    typer.echo(f"{target}")
