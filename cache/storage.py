@@ -176,11 +176,13 @@ class LocalStorage(Storage):
         return LocalStore(self.folder, read_only=read_only)
 
 
-def open_storage(address: str | Path) -> Storage:
-    """The storage at a path or URL; nothing is read of it yet.
+def open_storage(address: str | Path | Storage) -> Storage:
+    """The storage at a path or URL, or one that is open already; nothing is read of it yet.
 
     Raises InputError for a URL of a kind that no installed library knows.
     """
+    if isinstance(address, Storage):
+        return address
     if "://" not in str(address):
         return LocalStorage(Path(address))
     from regionspot.cache.remote import open_remote  # obstore and fsspec are there where remote caches are wanted

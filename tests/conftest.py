@@ -1,6 +1,13 @@
 """Shared fixtures. `../shared` holds golden values and real photos; where it is not, the tests that use it skip."""
 
+import http.client
 import math
+import os
+import socket
+import subprocess
+import sys
+import time
+import uuid
 import zlib
 from pathlib import Path
 
@@ -66,3 +73,60 @@ def _from_formula(
 def from_formula():
     """`from_formula(state_dict, prefix, gain)`: the same names and shapes with the golden weights' values."""
     return _from_formula
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """Port of an S3-protocol server of our own: a real one, in a process of its own, with nothing in it yet."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        _wait_for(server, port)
+        yield port
+    finally:
+        server.kill()
+        server.wait()
+
+
+def _wait_for(server: subprocess.Popen, port: int) -> None:
+    for _ in range(600):
+        assert server.poll() is None, "the server ended by itself"
+        try:
+            socket.create_connection(("127.0.0.1", port), 1).close()
+            return
+        except OSError:
+            time.sleep(0.05)
+    raise TimeoutError("the server did not come up")
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch, tmp_path) -> str:
+    """s3:// address of an empty bucket, with the environment that leads there and to nobody's own keys."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "REGIONSPOT_"))]:
+        monkeypatch.delenv(name)
+    for name, value in (
+        ("AWS_ENDPOINT_URL", f"http://127.0.0.1:{s3_server}"),
+        ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"),
+        ("AWS_REGION", "us-east-1"),
+        ("AWS_CONFIG_FILE", str(tmp_path / "no-config")),
+        ("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "no-credentials")),
+        ("REGIONSPOT_PATIENCE", "5"),
+    ):
+        monkeypatch.setenv(name, value)
+    bucket = f"bucket-{uuid.uuid4().hex[:12]}"
+    _make_bucket(s3_server, bucket)
+    return f"s3://{bucket}"
+
+
+def _make_bucket(port: int, bucket: str) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    signature = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+    connection.request("PUT", f"/{bucket}", headers={"Authorization": signature})
+    assert connection.getresponse().status == 200
+    connection.close()
