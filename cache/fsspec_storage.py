@@ -37,7 +37,7 @@ class FsspecStorage(RemoteStorage):
             raise FileNotFoundError(errno.ENOENT, "is a folder", f"{self.address}/{name}")
         return _version(found)
 
-    def versions(self, folder: str) -> dict[str, Version]:
+    def listing(self, folder: str) -> dict[str, Version | None]:
         try:
             found = self._ask(folder, lambda fs, path: _fresh(fs, path).ls(path, detail=True))
         except FileNotFoundError:

@@ -28,7 +28,7 @@ class HttpStorage(ObjectStorage):
     def version(self, name: str) -> Version:
         return super().version(name or "zarr.json")  # a folder has no size of its own
 
-    def names(self, folder: str) -> list[str]:
+    def listing(self, folder: str) -> dict[str, Version | None]:
         try:
             page = self.patiently(folder, lambda: self._page(folder))
         except FileNotFoundError:
@@ -38,13 +38,11 @@ class HttpStorage(ObjectStorage):
                     "the server shows no index of its folders, so nobody knows what is there",
                     self.address,
                 ) from None
-            self.names("")  # where this works, the folder is just not there yet
-            return []
+            self.listing("")  # where this works, the folder is just not there yet
+            return {}
         links = (unquote(link) for link in _LINK.findall(page))
-        return sorted({link.removeprefix("./") for link in links if "/" not in link.removeprefix("./")})
-
-    def versions(self, folder: str) -> dict[str, Version]:
-        return {name: self.version(f"{folder}/{name}" if folder else name) for name in self.names(folder)}
+        names = (link.removeprefix("./") for link in links)
+        return {name: None for name in names if "/" not in name}
 
     def check_writable(self) -> None:
         raise CacheError(f"{self.address}: a web server is only read; open the cache for reading")

@@ -53,11 +53,11 @@ class ObjectStorage(RemoteStorage):
         return _version(found)
 
     def _version_of_root(self) -> Version:
-        if not self.versions(""):
+        if not self.listing(""):
             raise FileNotFoundError(errno.ENOENT, "there is nothing", self.address)
         return Version(0, "")
 
-    def versions(self, folder: str) -> dict[str, Version]:
+    def listing(self, folder: str) -> dict[str, Version | None]:
         found = self._ask(
             folder, lambda clients: clients.obstore.list_with_delimiter(clients.once, folder or None)["objects"]
         )

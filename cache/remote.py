@@ -73,8 +73,8 @@ class RemoteStorage(Storage):
         """What a file holds now. Raises FileNotFoundError where there is none."""
 
     @abstractmethod
-    def versions(self, folder: str) -> dict[str, Version]:
-        """What the files directly in a folder hold now, by name without the folder's."""
+    def listing(self, folder: str) -> dict[str, Version | None]:
+        """The files directly in a folder, by name without the folder's; None where a listing does not tell more."""
 
     @abstractmethod
     def read_range(self, name: str, start: int, stop: int, version: Version | None = None) -> Any:
@@ -101,7 +101,7 @@ class RemoteStorage(Storage):
         return self.version(name).size
 
     def names(self, folder: str) -> list[str]:
-        return list(self.versions(folder))
+        return list(self.listing(folder))
 
     def remove_abandoned(self, folder: str) -> None:
         """Nothing: a store shows no unfinished file. What uploads of killed writers have sent stays in the store,
