@@ -171,7 +171,8 @@ class _Upload:
 
     def write(self, data: Any) -> None:
         with self._storage.in_one_line(self._name):
-            self._writer.write(memoryview(data).cast("B"))
+            # A copy, for obstore keeps the buffer itself until it is sent, and writers use theirs again at once.
+            self._writer.write(bytes(memoryview(data).cast("B")))
 
     def finish(self) -> None:
         """Wait for the parts on their way. The last one goes with `publish`."""
