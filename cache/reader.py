@@ -1,177 +1,245 @@
-"""Reading records straight from the shard files: one positioned read each, into memory that is there already.
+"""Reading the records of one feature set straight from the shard files, into memory that is there already.
 
-A Zarr library takes 10 to 20 times as long for the same bytes. `pread` and not a memory map, for a shard cut short
-under a map kills the process, and on a cold disk a map reads four times what was asked for.
-
-What is kept of a part, its offsets and checksums, is 20 bytes a record; only open files are bounded.
+A Zarr library takes 10 to 20 times as long for the same bytes. What is kept of the parts in use is bounded, so a
+reader's own memory does not depend on the size of the cache; the pages of a map are the kernel's, which takes them back
+whenever it needs them.
 """
 
 from __future__ import annotations
 
-import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import google_crc32c
 import numpy as np
-from numpy.typing import NDArray
 
-from regionspot.cache.errors import CorruptPartError, NotExtractedError
+from regionspot.cache.errors import CacheError, CorruptPartError, NotExtractedError
+from regionspot.cache.machine import available_memory, processors
 from regionspot.cache.manifest import Manifest
-from regionspot.cache.records import PartRecord, load_record
-from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry, checksum_file, record_file, shard_file
-from regionspot.cache.shard import read_offsets, without_crc
-from regionspot.cache.storage import Storage
+from regionspot.cache.part_reader import SCALE_BYTES, Bytes, DamagedError, PartReader, load_part_record
+from regionspot.cache.records import PartRecord
+from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry
+from regionspot.cache.shard_files import Access, ReplacedError, ShardOpener
+from regionspot.cache.storage import LocalStorage, Storage
 
 Check = Literal["first", "always", "never"]  # when a record's checksum is looked at; "first" is once a process
 
-_OPEN_FILES = 64  # of one feature set: training on six caches at once stays under the usual 1,024 a process
+_KEPT_BYTES = 64 << 20  # of a reader's parts: 4,000 of 512 records, a terabyte of CLIP's maps
+_PART_BYTES = 4000  # of a part, whatever its records
+_ANNOUNCED = 32  # records that a disk is asked for at once: with fewer it idles, more of them would push out others
+_THREADS = 4  # of a local cache: each copies 5 to 10 GB/s, and no GPU is fed with more
 
 
-class _OpenFile:
-    """A descriptor closed when nobody holds it any more, so that one thread may forget it while another reads."""
+class PartOpener:
+    """Opens parts by their number. Apart from the reader, so that one that is let go of closes its files at once."""
 
-    def __init__(self, path: Path) -> None:
-        self.fd = -1
-        self.fd = os.open(path, os.O_RDONLY)
+    def __init__(self, storage: Storage, feature_set: FeatureSet, slots: int, mapped: bool) -> None:
+        self._storage, self._feature_set, self._slots = storage, feature_set, slots
+        self._open_shard = ShardOpener(storage, mapped)
 
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
+    def __call__(self, part: int) -> PartReader:
+        return PartReader(self._storage, self._feature_set, part, self._slots, self._open_shard)
 
 
-class FeatureReader:
-    """Reads one feature set. Safe to use from several threads and after a fork: no file position is shared."""
+class FeatureReader(ABC):
+    """Reads one feature set. Safe to use from several threads and after a fork.
+
+    threads   how many may well read at once
+    """
 
     def __init__(
-        self, storage: Storage, feature_set: FeatureSet, manifest: Manifest, geometry: Geometry, check: Check
+        self,
+        storage: Storage,
+        feature_set: FeatureSet,
+        manifest: Manifest,
+        geometry: Geometry,
+        check: Check,
+        access: Access,
     ) -> None:
         self.feature_set = feature_set
-        self._storage, self._manifest, self._geometry, self._check = storage, manifest, geometry, check
-        self._parts: dict[int, _Part] = {}
-        self._open = lru_cache(maxsize=_OPEN_FILES)(_OpenFile)
+        self._storage, self._manifest, self._check = storage, manifest, check
+        self._part_size, self._row_bytes = geometry.part_size, _row_bytes(feature_set)
+        self._offsets = manifest.offsets.data  # its elements are Python ints at once
+        local = isinstance(storage, LocalStorage)
+        self._mapped = access == "map" or (access == "auto" and local and _fits_into_memory(feature_set, manifest))
+        self.threads = min(_THREADS, processors()) if local else storage.readers
+        slots = geometry.slots(feature_set)
+        most = max(16, _KEPT_BYTES // (_PART_BYTES + slots * (37 if feature_set.has_scales else 21)))
+        self._parts = lru_cache(maxsize=most)(PartOpener(storage, feature_set, slots, self._mapped))
 
-    def read_map(self, row: int, out: NDArray[Any]) -> None:
-        """Read one picture's record into the contiguous (T, D) `out`."""
-        part = self._part_of(row)
-        slot = row % self._geometry.part_size
-        self._read(part, slot, row, out)
-        self._verify(part, slot, row, out)
+    def read(self, rows: Sequence[int], outs: Sequence[Bytes], scales: Sequence[Bytes]) -> None:
+        """Read the features of the pictures at `rows`.
 
-    def read_tokens(self, row: int, out: NDArray[Any]) -> None:
-        """Read the tokens of one picture's regions into the contiguous (n, C) `out`."""
-        part = self._part_of(row)
-        first = int(self._manifest.offsets[row] - self._manifest.offsets[part.first_row])
-        done = 0
-        while done < len(out):
-            slot, skipped = divmod(first + done, TOKEN_CHUNK)
-            wanted = out[done : done + TOKEN_CHUNK - skipped]
-            if self._needs_check(part, slot):
-                chunk = np.empty(self.feature_set.record_shape, dtype=self.feature_set.stored)
-                self._read(part, slot, row, chunk)
-                self._verify(part, slot, row, chunk)
-                wanted[:] = chunk[skipped : skipped + len(wanted)]
-            else:
-                self._read(part, slot, row, wanted, skipped * out.strides[0])
-            done += len(wanted)
+        outs     for each row, the bytes of a contiguous array (T, D), or (n, C) for its n regions, to be filled
+        scales   for each row, the bytes of its float16 scales, (T,) or (n,); without a byte unless the set has them
+
+        Raises NotExtractedError for a row whose part is not committed or whose picture could not be read,
+        CorruptPartError for one whose bytes are not those written, CacheError for what the disk or network refuses.
+        """
+        for index, part in enumerate(self._announced(rows)):
+            try:
+                self._read_one(part, rows[index], outs[index], scales[index])
+            except (ReplacedError, DamagedError, OSError) as error:
+                self._read_again(error, rows[index], outs[index], scales[index])
 
     def record(self, part: int) -> PartRecord:
         """A part's record. Raises FileNotFoundError where it is not written, CorruptPartError where it is damaged."""
-        path = record_file(self.feature_set.name, part)
         try:
-            record = load_record(self._storage, path)
-        except FileNotFoundError:
-            raise
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise self._corrupt(part, path, str(error)) from None
-        shard = shard_file(self.feature_set, part)
-        if record.part != part or shard not in record.files:
-            raise self._corrupt(part, path, f"is the record of part {record.part} with files {sorted(record.files)}")
-        return record
+            return load_part_record(self._storage, self.feature_set, part)
+        except DamagedError as error:
+            raise self._corrupt(part, error.file, str(error)) from None
 
-    def _part_of(self, row: int) -> _Part:
-        number = row // self._geometry.part_size
-        part = self._parts.get(number)
-        if part is None:
-            part = self._parts[number] = self._load_part(number, row)
-        if row in part.failures:
+    @abstractmethod
+    def _slot(self, part: PartReader, row: int) -> int:
+        """The slot of a row's record, or of the first of them."""
+
+    @abstractmethod
+    def _read_one(self, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
+        """Read one picture's features."""
+
+    def _announced(self, rows: Sequence[int]) -> Iterator[PartReader]:
+        """The part of each row, in order, some time after the disk was told that its record will be read."""
+        parts: list[PartReader] = []
+        for index, row in enumerate(rows):
+            part = self._part_of(row)
+            parts.append(part)
+            slot = self._slot(part, row)
+            # Telling takes 4 microseconds, and a record that was read from a map before is most likely there still.
+            if not (self._mapped and part.seen[slot]):
+                part.announce(slot)
+            if index >= _ANNOUNCED:
+                yield parts[index - _ANNOUNCED]
+        yield from parts[-_ANNOUNCED:]
+
+    def _part_of(self, row: int) -> PartReader:
+        try:
+            part = self._opened(row)
+        except DamagedError as error:
+            raise self._corrupt(row // self._part_size, error.file, str(error)) from None
+        if part.failures and row in part.failures:
             raise NotExtractedError(
                 f"{self._storage.address}: {self._picture(row)} could not be read when it was extracted: "
                 f"{part.failures[row]}; take only the rows of valid_rows()"
             )
         return part
 
-    def _load_part(self, number: int, row: int) -> _Part:
+    def _opened(self, row: int) -> PartReader:
+        number = row // self._part_size
         try:
-            record = self.record(number)
+            try:
+                return self._parts(number)
+            except DamagedError as error:
+                if not self._storage.forget(error.file):
+                    raise
+                return self._parts(number)
         except FileNotFoundError:
             raise NotExtractedError(
                 f"{self._storage.address}: {self._picture(row)} is in part {number} of {self.feature_set.name}, "
                 "which is not written yet; run the same `regionspot extract` again, it goes on where it stopped"
             ) from None
-        name = shard_file(self.feature_set, number)
+        except OSError as error:
+            raise self._refused(row, error) from error
+
+    def _read_again(self, error: Exception, row: int, out: Bytes, scales: Bytes) -> None:
+        """Read a picture once more where that may help, otherwise say what is wrong."""
+        if isinstance(error, OSError):
+            raise self._refused(row, error) from error
+        if isinstance(error, DamagedError) and not self._storage.forget(error.file):
+            raise self._corrupt_record(row, error) from None
+        self._parts.cache_clear()  # what is known of the part's files is not theirs any more
         try:
-            path = self._storage.local_path(name)
-            file = self._open(path)  # held here until its index is read
-            return _Part(self._storage, path, self.feature_set, self._geometry, record, file.fd)
-        except FileNotFoundError as error:
-            raise self._corrupt(number, error.filename, "is missing") from None
-        except (ValueError, OSError) as error:
-            raise self._corrupt(number, name, str(error)) from None
+            self._read_one(self._part_of(row), row, out, scales)
+        except DamagedError as again:
+            raise self._corrupt_record(row, again) from None
+        except OSError as again:
+            raise self._refused(row, again) from again
 
-    def _read(self, part: _Part, slot: int, row: int, out: NDArray[Any], skip: int = 0) -> None:
-        offset = part.offsets[slot]
-        if offset < 0:
-            raise self._corrupt(part.number, part.path, f"holds no record of {self._picture(row)}")
-        file = self._open(part.path)  # held here until the read is over
-        if os.preadv(file.fd, [out.data], offset + skip) != out.nbytes:
-            raise self._corrupt(part.number, part.path, f"ends inside the record of {self._picture(row)}")
-
-    def _needs_check(self, part: _Part, slot: int) -> bool:
-        return self._check == "always" or (self._check == "first" and not part.verified[slot])
-
-    def _verify(self, part: _Part, slot: int, row: int, record: NDArray[Any]) -> None:
-        if not self._needs_check(part, slot):
-            return
-        if google_crc32c.value(record) != part.checksums[slot]:
-            what = f"the record of {self._picture(row)} does not match its checksum"
-            raise self._corrupt(part.number, part.path, what)
-        part.verified[slot] = True
+    def _must_check(self, part: PartReader, slot: int) -> bool:
+        return self._check == "always" or (self._check == "first" and not part.seen[slot])
 
     def _picture(self, row: int) -> str:
         return f"picture {self._manifest.image_ids[row]} (row {row}, {self._manifest.paths[row]})"
 
-    def _corrupt(self, part: int, file: object, what: str) -> CorruptPartError:
+    def _corrupt_record(self, row: int, error: DamagedError) -> CorruptPartError:
+        return self._corrupt(row // self._part_size, error.file, f"the record of {self._picture(row)} {error}")
+
+    def _corrupt(self, part: int, file: str, what: str) -> CorruptPartError:
         return CorruptPartError(
             f"{self._storage.address}: {file}: {what}; `regionspot cache repair` drops part {part}, then the same "
             "`regionspot extract` makes it anew"
         )
 
+    def _refused(self, row: int, error: OSError) -> CacheError:
+        return CacheError(
+            f"{self._storage.address}: {self._picture(row)} could not be read from {self.feature_set.name}: "
+            f"{error.strerror or error}; mend the disk or the connection and read it again"
+        )
 
-class _Part:
-    """What it takes to read a part's records: offsets (-1 where there is none), checksums, and which were verified."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        path: Path,
-        feature_set: FeatureSet,
-        geometry: Geometry,
-        record: PartRecord,
-        fd: int,
-    ) -> None:
-        self.number = record.part
-        self.path = path
-        self.first_row = record.first_row
-        self.failures = {failure.row: failure.reason for failure in record.failures}
-        size, expected = os.fstat(fd).st_size, record.files[shard_file(feature_set, record.part)]
-        if size != expected:
-            raise ValueError(f"has {size} bytes, {expected} were written")
-        slots = geometry.slots(feature_set)
-        self.offsets: list[int] = read_offsets(fd, slots, feature_set.record_bytes).tolist()
-        checksums = without_crc(storage.read(checksum_file(feature_set, record.part)), "its checksums' file")
-        self.checksums: list[int] = np.frombuffer(checksums, dtype="<u4").tolist()
-        self.verified = bytearray(slots)
-        if len(self.checksums) != slots:
-            raise ValueError(f"has {len(self.checksums)} checksums, expected {slots}")
+class MapReader(FeatureReader):
+    """One record a picture."""
+
+    def _slot(self, part: PartReader, row: int) -> int:
+        return row - part.first_row
+
+    def _read_one(self, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
+        slot = row - part.first_row
+        part.read(slot, out, scales, self._must_check(part, slot))
+
+
+class TokenReader(FeatureReader):
+    """TOKEN_CHUNK regions a record; a picture's may straddle several."""
+
+    def _slot(self, part: PartReader, row: int) -> int:
+        # A last picture without regions may begin where there is no record any more.
+        return min((self._offsets[row] - self._offsets[part.first_row]) // TOKEN_CHUNK, len(part.seen) - 1)
+
+    def _read_one(self, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
+        width = self._row_bytes
+        done, first = 0, self._offsets[row] - self._offsets[part.first_row]
+        regions = self._offsets[row + 1] - self._offsets[row]
+        while done < regions:
+            slot, skipped = divmod(first + done, TOKEN_CHUNK)
+            taken = min(TOKEN_CHUNK - skipped, regions - done)
+            wanted = out[done * width : (done + taken) * width]
+            wanted_scales = scales[done * SCALE_BYTES : (done + taken) * SCALE_BYTES]
+            if part.compressed or self._must_check(part, slot):
+                self._read_whole(part, slot, skipped, wanted, wanted_scales)
+            else:
+                part.read_some(slot, skipped * width, wanted, skipped * SCALE_BYTES, wanted_scales)
+            done += taken
+
+    def _read_whole(self, part: PartReader, slot: int, skipped: int, out: Bytes, scales: Bytes) -> None:
+        """Read some rows of a record by way of the whole of it, which is what the checksum is of."""
+        width = self._row_bytes
+        record = np.empty(TOKEN_CHUNK * width, np.uint8)
+        all_scales = np.empty(TOKEN_CHUNK * SCALE_BYTES if self.feature_set.has_scales else 0, np.uint8)
+        part.read(slot, record, all_scales, self._must_check(part, slot))
+        out[:] = record[skipped * width :][: out.size]
+        scales[:] = all_scales[skipped * SCALE_BYTES :][: scales.size]
+
+
+def open_reader(
+    storage: Storage,
+    feature_set: FeatureSet,
+    manifest: Manifest,
+    geometry: Geometry,
+    check: Check,
+    access: Access = "auto",
+) -> FeatureReader:
+    """The reader of a feature set of either kind. No file of it is opened yet."""
+    kind = MapReader if feature_set.kind == "map" else TokenReader
+    return kind(storage, feature_set, manifest, geometry, check, access)
+
+
+def _fits_into_memory(feature_set: FeatureSet, manifest: Manifest) -> bool:
+    """Whether all of a feature set may well stay in memory once it was read: within half of what is free."""
+    rows = len(manifest) * feature_set.shape[0] if feature_set.kind == "map" else len(manifest.boxes_xyxy)
+    scales = SCALE_BYTES if feature_set.has_scales else 0
+    return rows * (_row_bytes(feature_set) + scales) <= available_memory() // 2
+
+
+def _row_bytes(feature_set: FeatureSet) -> int:
+    """Bytes of one token or region, uncompressed."""
+    return feature_set.shape[-1] * feature_set.stored.itemsize

@@ -9,12 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from regionspot.cache.batch import Batch
 from regionspot.cache.errors import CacheError, CacheExistsError, InputError, NotACacheError, NotExtractedError
 from regionspot.cache.header import (
     Header,
@@ -25,9 +24,11 @@ from regionspot.cache.header import (
 )
 from regionspot.cache.manifest import Category, Manifest
 from regionspot.cache.parts import PartWriter
-from regionspot.cache.reader import Check, FeatureReader
+from regionspot.cache.reader import Check, FeatureReader, open_reader
+from regionspot.cache.reading import ReadableCache
 from regionspot.cache.records import PartRecord
 from regionspot.cache.schema import Failure, FeatureSet, Geometry, PictureFeatures, record_file
+from regionspot.cache.shard_files import Access
 from regionspot.cache.storage import LocalStorage, Storage, open_storage
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,7 @@ log = logging.getLogger(__name__)
 Mode = Literal["r", "a"]
 
 
-class FeatureCache:
+class FeatureCache(ReadableCache):
     """Features of one dataset split; `len(cache)` is its number of pictures.
 
     path          the folder, or the URL of one in an object store
@@ -46,17 +47,20 @@ class FeatureCache:
     part_size     pictures of a part; n_parts is the number of parts
     """
 
-    def __init__(self, storage: Storage, header: Header, manifest: Manifest, mode: Mode, check: Check) -> None:
-        self.storage, self.manifest, self.mode, self.check = storage, manifest, mode, check
+    def __init__(
+        self, storage: Storage, header: Header, manifest: Manifest, mode: Mode, check: Check, access: Access
+    ) -> None:
+        self.storage, self.manifest, self.mode, self.check, self.access = storage, manifest, mode, check, access
         self.path = storage.folder if isinstance(storage, LocalStorage) else storage.address
+        self._threads = 1 if isinstance(storage, LocalStorage) else storage.readers
         self._adopt(header)
 
     def _adopt(self, header: Header) -> None:
         self._header, self._geometry = header, header.geometry
         self.categories: tuple[Category, ...] = header.categories
         self.feature_sets: dict[str, FeatureSet] = header.feature_sets
-        self._readers = {
-            name: FeatureReader(self.storage, feature_set, self.manifest, self._geometry, self.check)
+        self._readers: dict[str, FeatureReader] = {
+            name: open_reader(self.storage, feature_set, self.manifest, self._geometry, self.check, self.access)
             for name, feature_set in header.feature_sets.items()
         }
 
@@ -74,24 +78,28 @@ class FeatureCache:
         return cls.open(path, "a")
 
     @classmethod
-    def open(cls, path: str | Path, mode: Mode = "r", check: Check = "first") -> FeatureCache:
+    def open(cls, path: str | Path, mode: Mode = "r", check: Check = "first", access: Access = "auto") -> FeatureCache:
         """Open a cache: "r" to read, which never writes; "a" to extract into.
 
         check   when to compare a record with its checksum: "first" (the first time this process reads it),
                 "always" or "never"
+        access  how local features are read: "map" (the fastest for what stays in memory), "pread" (which gives an
+                error where a map kills the process: a file cut short that very moment, a failing disk), "auto" (maps
+                for what fits into half of the free memory)
 
         Raises NotACacheError, SchemaVersionError, and CacheError when "a" is asked for without permission to write.
         """
         from regionspot.cache.columns import load_manifest  # zarr takes a second to import
 
-        if mode not in ("r", "a") or check not in ("first", "always", "never"):
-            raise InputError(f"{path}: mode is {mode!r} and check {check!r}, expected r|a and first|always|never")
+        for name, value, known in (("mode", mode, Mode), ("check", check, Check), ("access", access, Access)):
+            if value not in get_args(known):
+                raise InputError(f"{path}: {name} is {value!r}, expected {'|'.join(get_args(known))}")
         storage = open_storage(path)
         header = load_header(storage)
         _require_arrays(storage, header)
         if mode == "a":
             _prepare_for_writing(storage, header)
-        return cls(storage, header, load_manifest(storage, header), mode, check)
+        return cls(storage, header, load_manifest(storage, header), mode, check, access)
 
     @classmethod
     def open_or_create(
@@ -138,9 +146,6 @@ class FeatureCache:
             ) from error
         self._adopt(header)
 
-    def __len__(self) -> int:
-        return self._geometry.pictures
-
     def __repr__(self) -> str:
         return (
             f"FeatureCache({str(self.path)!r}, {len(self)} pictures, {', '.join(self.feature_sets) or 'no features'})"
@@ -148,7 +153,7 @@ class FeatureCache:
 
     def __reduce__(self) -> tuple[object, ...]:
         # A worker process opens the folder anew instead of being sent a manifest of gigabytes.
-        return FeatureCache.open, (self.path, self.mode, self.check)
+        return FeatureCache.open, (self.path, self.mode, self.check, self.access)
 
     @property
     def geometry(self) -> Geometry:
@@ -233,55 +238,6 @@ class FeatureCache:
             for failure in reader.record(part).failures
         }
         return [found[row] for row in sorted(found)]
-
-    def read(
-        self, rows: ArrayLike, *, map_set: str | None = None, token_set: str | None = None, out: Batch | None = None
-    ) -> Batch:
-        """Read the pictures at `rows`, in that order and as often as they are named, into one padded batch.
-
-        map_set, token_set   feature sets to read (default: the only one of that kind, none where there is none)
-        out                  a batch whose memory is used again; it is changed and returned, so what was read into it
-                             before is gone
-
-        Raises InputError for rows that do not exist, NotExtractedError for a row whose part is not committed or whose
-        picture could not be read, CorruptPartError for one whose bytes do not match their checksum.
-        """
-        maps, tokens = self._only_set("map", map_set), self._only_set("token", token_set)
-        wanted = self._checked_rows(rows)
-        batch = Batch() if out is None else out
-        batch.fill_regions(self.manifest, wanted)
-        batch.shape_features(tokens, maps)
-        if maps is not None:
-            read_map = self._readers[maps.name].read_map
-            for place, row in enumerate(wanted.tolist()):
-                read_map(row, batch.feature_map[place])
-        if tokens is not None:
-            read_tokens = self._readers[tokens.name].read_tokens
-            counts = batch.region_mask.sum(axis=1).tolist()
-            for place, (row, count) in enumerate(zip(wanted.tolist(), counts, strict=True)):
-                read_tokens(row, batch.tokens[place, :count])
-                batch.tokens[place, count:] = 0
-        return batch
-
-    def _checked_rows(self, rows: ArrayLike) -> NDArray[np.int64]:
-        wanted = np.asarray(rows)
-        if wanted.ndim != 1 or (wanted.size and not np.issubdtype(wanted.dtype, np.integer)):
-            raise InputError(
-                f"{self.path}: rows are {wanted.dtype} of shape {wanted.shape}, expected a list of integers"
-            )
-        outside = wanted[(wanted < 0) | (wanted >= len(self))]
-        if len(outside):
-            raise InputError(f"{self.path}: there is no row {outside[0]}: this cache has rows 0 to {len(self) - 1}")
-        return wanted.astype(np.int64)
-
-    def _only_set(self, kind: str, name: str | None) -> FeatureSet | None:
-        of_kind = {each.name: each for each in self.feature_sets.values() if each.kind == kind}
-        if name is None and len(of_kind) <= 1:
-            return next(iter(of_kind.values()), None)
-        if name not in of_kind:
-            asked = f"{name!r} is none of them" if name else "say which one"
-            raise InputError(f"{self.path}: {kind} feature sets are {', '.join(of_kind) or 'none'}; {asked}")
-        return of_kind[name]
 
     def _names(self, feature_sets: Sequence[str] | None) -> list[str]:
         names = list(self.feature_sets) if feature_sets is None else list(feature_sets)
