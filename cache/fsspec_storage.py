@@ -80,7 +80,7 @@ class FsspecStorage(RemoteStorage):
         with contextlib.suppress(FileNotFoundError):
             self._ask(name, lambda fs, path: fs.rm_file(path))
 
-    def zarr_store(self, read_only: bool = True) -> Any:
+    def zarr_library_store(self, read_only: bool) -> Any:
         from zarr.storage import FsspecStore  # zarr takes a second to import
 
         return FsspecStore.from_url(self.address, read_only=read_only)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import re
-from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import unquote, urlsplit
 from urllib.request import urlopen
@@ -46,9 +45,6 @@ class HttpStorage(ObjectStorage):
 
     def check_writable(self) -> None:
         raise CacheError(f"{self.address}: a web server is only read; open the cache for reading")
-
-    def zarr_store(self, read_only: bool = True) -> Any:
-        return super().zarr_store(read_only=True)
 
     def _page(self, folder: str) -> str:
         with urlopen(f"{self.address}/{folder}/" if folder else f"{self.address}/", timeout=_SILENCE) as answer:

@@ -132,10 +132,10 @@ class LocalCopy(Storage):
 
     def zarr_store(self, read_only: bool = True) -> Any:
         if not read_only:
-            return self._remote.zarr_store(read_only=False)
+            return self._remote.zarr_library_store(read_only=False)
         from regionspot.cache.zarr_view import ZarrView  # zarr takes a second to import
 
-        return ZarrView(self)
+        return ZarrView(self, self._remote.zarr_library_store(read_only=True))
 
     def forget(self, name: str) -> bool:
         """Once for each file: one that is wrong again is wrong in the store. True also for one that was missing here,

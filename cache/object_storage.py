@@ -99,7 +99,7 @@ class ObjectStorage(RemoteStorage):
         with contextlib.suppress(FileNotFoundError):
             self._ask(name, lambda clients: clients.obstore.delete(clients.once, name))
 
-    def zarr_store(self, read_only: bool = True) -> Any:
+    def zarr_library_store(self, read_only: bool) -> Any:
         from zarr.storage import ObjectStore  # zarr takes a second to import
 
         return ObjectStore(self.clients().patient, read_only=read_only)

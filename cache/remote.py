@@ -84,8 +84,19 @@ class RemoteStorage(Storage):
         """
 
     @abstractmethod
+    def zarr_library_store(self, read_only: bool) -> Any:
+        """The store of zarr-python itself for this place."""
+
+    @abstractmethod
     def _trouble(self, name: str, error: Exception) -> Trouble:
         """What an error of the library below means."""
+
+    def zarr_store(self, read_only: bool = True) -> Any:
+        if not read_only:
+            return self.zarr_library_store(read_only=False)
+        from regionspot.cache.zarr_view import ZarrView  # zarr takes a second to import
+
+        return ZarrView(self, self.zarr_library_store(read_only=True))
 
     def local_path(self, name: str) -> None:
         return None

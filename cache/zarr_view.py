@@ -1,10 +1,11 @@
-"""Any Storage as a store that zarr-python reads: for those that have none of their own."""
+"""What zarr-python reads a remote cache by: files come through our Storage, so they are asked for patiently and taken
+from a local copy; folders are listed by the store of zarr-python itself.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from typing import Any
 
 from zarr.abc.store import ByteRequest, OffsetByteRequest, RangeByteRequest, Store, SuffixByteRequest
 from zarr.core.buffer import Buffer, BufferPrototype
@@ -13,15 +14,15 @@ from regionspot.cache.storage import Storage
 
 
 class ZarrView(Store):
-    """The files of a storage, to read. Folders are not listed: zarr.json names all that is read here."""
+    """The files of a storage, to read. `listing` is a store of zarr-python at the same place."""
 
     supports_writes = False
     supports_deletes = False
-    supports_listing = False
+    supports_listing = True
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, listing: Store) -> None:
         super().__init__(read_only=True)
-        self._storage = storage
+        self._storage, self._listing = storage, listing
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ZarrView) and other._storage is self._storage
@@ -42,33 +43,38 @@ class ZarrView(Store):
         return await asyncio.to_thread(self._storage.exists, key)
 
     async def set(self, key: str, value: Buffer) -> None:
-        raise NotImplementedError("a cache is not written through zarr")
+        raise PermissionError("this view of a cache is to read; write through zarr_store(read_only=False)")
 
     async def delete(self, key: str) -> None:
-        raise NotImplementedError("a cache is not written through zarr")
+        raise PermissionError("this view of a cache is to read; write through zarr_store(read_only=False)")
 
     async def list(self) -> AsyncIterator[str]:
-        raise NotImplementedError("a cache is not listed through zarr")
-        yield  # an iterator, of nothing
+        async for key in self._listing.list():
+            yield key
 
     async def list_prefix(self, prefix: str) -> AsyncIterator[str]:
-        raise NotImplementedError("a cache is not listed through zarr")
-        yield
+        async for key in self._listing.list_prefix(prefix):
+            yield key
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        raise NotImplementedError("a cache is not listed through zarr")
-        yield
+        async for key in self._listing.list_dir(prefix):
+            yield key
 
     def _read(self, key: str, asked: ByteRequest | None) -> bytes:
         if asked is None:
             return self._storage.read(key)
-        size = self._storage.size(key)
         if isinstance(asked, RangeByteRequest):
-            start, stop = asked.start, min(asked.end, size)
-        elif isinstance(asked, OffsetByteRequest):
-            start, stop = asked.offset, size
-        elif isinstance(asked, SuffixByteRequest):
-            start, stop = max(size - asked.suffix, 0), size
-        data: Any = bytearray(max(stop - start, 0))
+            start, stop = asked.start, asked.end
+        else:
+            size = self._storage.size(key)
+            start = asked.offset if isinstance(asked, OffsetByteRequest) else max(size - _suffix(asked), 0)
+            stop = size
+        data = bytearray(stop - start)
         self._storage.read_into(key, start, memoryview(data))
         return bytes(data)
+
+
+def _suffix(asked: ByteRequest) -> int:
+    if not isinstance(asked, SuffixByteRequest):
+        raise TypeError(f"zarr asks for {asked!r}, which is no range of bytes known here")
+    return asked.suffix
