@@ -154,7 +154,9 @@ def _baseline(
     return kind(encoder, manifest, photos, vocabulary, exif=asked.exif), vocabulary
 
 
-def _from_cache(asked: LvisEvaluation, path: str | Path, manifest: Manifest, device: str) -> tuple[HeadOnCache, Vocabulary]:
+def _from_cache(
+    asked: LvisEvaluation, path: str | Path, manifest: Manifest, device: str
+) -> tuple[HeadOnCache, Vocabulary]:
     checkpoint, cache = load_checkpoint(_checkpoint(asked), asked.preset), FeatureCache.open(path)
     _require_same_boxes(asked, cache, manifest)
     sets = check_features(_checkpoint(asked), checkpoint.info, cache)
