@@ -26,6 +26,7 @@ _DIGEST_DIGITS = 12  # of a SHA-256, enough to tell two apart at a glance; the J
 class SetInfo:
     """One feature set, and how much of it is there.
 
+    encoding                   "float16"; "int8, zstd"
     parts, pictures, regions   written so far; `pending` parts are not
     bytes                      on disk, with indexes, scales and checksums
     bytes_as_float16           of the same features as bare float16
@@ -134,7 +135,7 @@ def _set_info(feature_set: FeatureSet, records: list[PartRecord], n_parts: int) 
         name=feature_set.name,
         kind=feature_set.kind,
         shape=feature_set.shape,
-        encoding=feature_set.dtype,
+        encoding=feature_set.dtype + (f", {feature_set.compression}" if feature_set.compression else ""),
         provenance=feature_set.provenance,
         parts=len(records),
         pending=n_parts - len(records),

@@ -89,7 +89,8 @@ def _colour_view(patches: NDArray[np.float32], drawn: Sequence[Drawn], size: tup
 
 
 def _likeness_view(patches: NDArray[np.float32], region: Drawn, photo: Image.Image) -> View:
-    likeness = box_likeness(patches, region.box_xyxy / np.array([*photo.size, *photo.size], np.float32))
+    sides = np.array([photo.width, photo.height] * 2, np.float32)
+    likeness = box_likeness(patches, region.box_xyxy / sides)
     return View(
         draw_regions(_heated(photo, likeness), [region]),
         f"what is like region {region.label}",

@@ -44,7 +44,8 @@ def _cover(span: NDArray[np.float32], cells: int) -> NDArray[np.float64]:
     first = min(float(span[0]) * cells, cells - 1e-3)
     last = max(float(span[1]) * cells, first + 1e-3)
     edges = np.arange(cells)
-    return np.clip(np.minimum(edges + 1, last) - np.maximum(edges, first), 0, None)
+    covered: NDArray[np.float64] = np.clip(np.minimum(edges + 1, last) - np.maximum(edges, first), 0, None)
+    return covered
 
 
 def stretched(values: NDArray[np.float64]) -> NDArray[np.float64]:

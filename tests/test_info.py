@@ -105,6 +105,15 @@ def test_the_text_tells_what_a_person_asks(cache):
     assert max(map(len, text.splitlines())) < 160
 
 
+def test_an_encoding_that_saves_disk_says_how_much(cache, tmp_path):
+    maps = FeatureSet("clip", "map", (5, 8), "float16", compression="zstd")
+    small = FeatureCache.create(tmp_path / "small.zarr", cache.manifest, [maps], part_size=7)
+    small.write_part(0, [PictureFeatures(row, {"clip": np.zeros((5, 8))}) for row in range(7)])
+    text = describe_cache(small).text()
+    assert "clip: a map of 5 x 8 a picture, float16, zstd" in text
+    assert "of what float16 takes" in text
+
+
 def test_the_json_holds_all_of_it(cache):
     words = json.loads(json.dumps(describe_cache(cache).as_json()))
     assert (words["schema"], words["pictures"], words["failed"]) == (1, 7, 2)
