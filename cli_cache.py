@@ -62,3 +62,17 @@ def show(
     target = check_picture_name(out)
     show_picture(FeatureCache.open(path), image_id, photos, region, map_set).save(target)
     typer.echo(f"{target}")
+
+
+@cache_app.command("import-tokens")
+def import_tokens(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the authors' token files, <image id>.pth")],
+    cache: Annotated[str, typer.Option(help="the cache of the same pictures and regions")],
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="record pictures without a readable file as failed")
+    ] = False,
+) -> None:
+    """Take location tokens from the authors' published files instead of running SAM."""
+    from regionspot.cache.token_files import import_tokens as run
+
+    typer.echo(f"{cache}: {run(folder, cache, allow_missing).text()}")
