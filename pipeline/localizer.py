@@ -1,4 +1,4 @@
-"""The localizer: SAM's image encoder, and its mask decoder as far as a location token needs it (token_decoder.py).
+"""The localizer: SAM's image encoder (sam_encoder.py) and mask decoder, as far as a token needs it (token_decoder.py).
 
 A location token is what the mask decoder's transformer makes of its first mask query. The published method takes
 nothing else, so masks are upscaled only where somebody asks for them.
@@ -21,8 +21,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regionspot.pipeline.backbones import build_sam
-from regionspot.pipeline.dtypes import autocast, check_dtype
+from regionspot.pipeline.dtypes import check_dtype
 from regionspot.pipeline.preprocess import SAM_RESIZE, sam_input, sam_size, scale_boxes
+from regionspot.pipeline.sam_encoder import SamEncoder
 from regionspot.pipeline.token_decoder import FIRST_MASK_TOKEN, TokenDecoder
 from regionspot.pipeline.weights import load_weights
 
@@ -50,16 +51,16 @@ class Localizer:
         self.provenance = provenance
         self.device = torch.device(device)
         self._sam = sam.to(self.device).eval().requires_grad_(False)
-        self._dtype = dtype
         self.pixels: int = self._sam.image_encoder.img_size
         self.token_dim: int = self._sam.mask_decoder.transformer_dim
         self._mean = torch.tensor(SAM_PIXEL_MEAN, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(SAM_PIXEL_STD, device=self.device).view(3, 1, 1)
+        self._encoder = SamEncoder(self._sam.image_encoder, dtype)
         self._decoder = TokenDecoder(self._sam)
 
     @property
     def batch_size(self) -> int:
-        """Pictures to encode at a time. On a CPU more than one large one only costs memory: 0.8 GB of scores each."""
+        """Pictures to encode at a time. On a CPU more than one large one gains nothing."""
         return 8 if self.device.type == "cuda" or self.pixels <= 512 else 1
 
     def preprocess(self, photo: Image.Image) -> Tensor:
@@ -69,10 +70,7 @@ class Localizer:
     @torch.no_grad()
     def encode(self, pictures: Sequence[Tensor]) -> Tensor:
         """float32 (B, C, g, g): the image embeddings of pictures as `preprocess` gives them."""
-        batch = torch.stack([self._normalised(picture) for picture in pictures])
-        with autocast(self.device, self._dtype):
-            embedding: Tensor = self._sam.image_encoder(batch)
-        return embedding.float()
+        return self._encoder(torch.stack([self._normalised(picture) for picture in pictures]))
 
     def _normalised(self, picture: Tensor) -> Tensor:
         values = (picture.to(self.device).float() - self._mean) / self._std
