@@ -1,0 +1,305 @@
+"""Several runs on one cache at once: which of them is working on what.
+
+    claims/00042.json              the claim of part 42: a claim's id, its run and process
+    claims/00042.<claim id>.json   the claim that took over from the one with that id
+    claims/run-<run id>.json       a counter that the run moves on every BEAT_SECONDS for as long as it lives
+
+**One wins.** A claim is written once, under a name that one writer gets (`Storage.write_new`), and never changed. A
+part's claims form a chain: the first, the one that took over from it, and so on; the last one holds the part. Who
+takes over writes the next link, whose name only one can get. Ids are never used again, so a link that comes late, after
+all of its chain was let go, belongs to nobody. Whoever lets go removes the first link first: with it the part is free
+at once, and the other links mean nothing any more.
+
+**Dead is who stands still.** Clocks of machines are never compared, nor does a clock that is set back matter: whoever
+meets another's claim watches that run's counter by its own monotonic clock, and counts the run as dead when the
+counter has stood still for CLAIM_SECONDS. A process of the same machine that is gone is dead at once. The counter is
+not in the claims because a run that slept would then write over the claim of the one that took over.
+
+**A run that slept** (SIGSTOP, a laptop closed, a disk that hung) and wakes up after it was taken over finds that out
+by `require_ours`, which is asked when a part is complete, right before it is published. What is left is a run that
+falls asleep after that question, before the last rename, for longer than CLAIM_SECONDS. It then gives names to files
+that it wrote alone, under names of its own: the same bytes as the other run's, where their machines compute alike.
+Where these round differently and it dies halfway, a mixture stays behind. The checksums in the part's record tell it
+from a part: it is found when it is read or verified, and made again after `cache repair`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import threading
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from types import TracebackType
+
+import google_crc32c
+
+from regionspot.cache.durable import is_sealed, seal, to_json
+from regionspot.cache.errors import CacheError
+from regionspot.cache.process import Process, this_process
+from regionspot.cache.storage import Storage
+
+log = logging.getLogger(__name__)
+
+BEAT_SECONDS = 15.0
+# Eight beats. A machine may see another's files as they were up to a minute ago (nfs(5): acregmax, acdirmax).
+CLAIM_SECONDS = 120.0
+
+FOLDER = "claims"
+_RUN = "run-"
+_CLAIM = re.compile(r"(?P<what>[a-z0-9]+)(\.[0-9a-f]+)?\.json")
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim as it lies in its file: its own id, that of its run, and the run's process."""
+
+    id: str
+    run: str
+    process: Process
+
+    def to_json(self) -> bytes:
+        return to_json(seal(asdict(self)))
+
+
+@dataclass(frozen=True)
+class _Held:
+    """A claim of this run. `chain` holds the ids of its chain from the first to its own, `files` their files."""
+
+    chain: tuple[str, ...]
+    files: tuple[str, ...]
+    next_file: str
+
+
+class Claims:
+    """What this run claims of a cache. Use it in a `with`: leaving it lets go of everything.
+
+    take_over    count every claim that is there now as dead: for when the other run is known to be gone. If it
+                 is not, the two do the same parts at the same time, until it finds out and leaves them
+    dead_after   seconds without a beat after which another run counts as dead
+    beat_every   seconds between this run's own beats
+
+    `claim` and `release` are for one thread at a time and part. What is claimed is a part, or anything by its name
+    (lower-case letters). Methods raise CacheError where the store refuses.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        *,
+        take_over: bool = False,
+        dead_after: float = CLAIM_SECONDS,
+        beat_every: float = BEAT_SECONDS,
+    ) -> None:
+        self.dead_after, self.beat_every = dead_after, beat_every
+        self.process, self.run = this_process(), uuid.uuid4().hex
+        self._storage, self._take_over = storage, take_over
+        self._held: dict[int | str, _Held] = {}
+        self._watched: dict[str, tuple[bytes | None, float]] = {}
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+
+    def __enter__(self) -> Claims:
+        with self._store_errors():
+            self._storage.remove_abandoned(FOLDER)
+            self._sweep(self._take_over)
+        self._heart.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._heart.join()
+        for what in list(self._held):
+            self.release(what)
+        try:
+            self._sweep()
+            self._storage.remove(_run_file(self.run))
+        except OSError as failure:
+            log.warning("%s: %s/ could not be tidied up: %s", self._storage.address, FOLDER, failure)
+
+    def claim(self, what: int | str) -> bool:
+        """Make something this run's own; False when a run that lives has it.
+
+        Ask afterwards whether it still needs to be done: who had it before may just have finished it.
+        """
+        with self._store_errors():
+            return self._claim(what)
+
+    def require_ours(self, what: int | str) -> None:
+        """Raises CacheError when another run has taken over what this one claimed."""
+        if not self.still_ours(what):
+            holder = self.holder(what)
+            raise CacheError(
+                f"{self._storage.address}: {_words(what)} was taken over by {holder or 'another run'} while this run "
+                "stood still; it is left to that run"
+            )
+
+    def still_ours(self, what: int | str) -> bool:
+        """Whether what this run claimed has not been taken over by another."""
+        with self._store_errors():
+            held = self._held.get(what)
+            return held is not None and self._holds(held)
+
+    def holder(self, what: int | str) -> Process | None:
+        """Who has it now; None when nobody has."""
+        with self._store_errors():
+            chain = self._chain(what)
+            return chain[-1].process if chain else None
+
+    def release(self, what: int | str) -> None:
+        """Let go of it; does nothing where another run has taken it over, or it never was this run's.
+
+        A store that refuses is only said in the log: what was done is done, and the claim ends with the run.
+        """
+        held = self._held.pop(what, None)
+        if held is None:
+            return
+        try:
+            if self._holds(held):
+                for file in held.files:  # the first link first: without it nobody takes the others for a chain
+                    self._storage.remove(file)
+            else:
+                self._remove_stray(held)
+        except OSError as failure:
+            log.warning("%s: the claim of %s stays until this run ends: %s", self._storage.address, what, failure)
+
+    def _claim(self, what: int | str, by_force: bool = False) -> bool:
+        chain = self._chain(what)
+        if chain and not (by_force or self._is_dead(chain[-1])):
+            return False
+        mine = Claim(uuid.uuid4().hex, self.run, self.process)
+        ids = tuple(claim.id for claim in (*chain, mine))
+        files = tuple(_claim_file(what, after) for after in (None, *ids[:-1]))
+        held = self._held[what] = _Held(ids, files, _claim_file(what, mine.id))
+        self._storage.write_new(files[-1], mine.to_json())
+        # Asked whatever write_new said: its answer may have been lost on the way and the question repeated.
+        if not self._holds(held):
+            self.release(what)
+            return False
+        if chain:
+            log.warning("%s: took over %s from %s", self._storage.address, _words(what), chain[-1].process)
+        return True
+
+    def _holds(self, held: _Held) -> bool:
+        """Whether a claim of this run is the last link of a chain that nobody has let go of.
+
+        The next link is asked for before the first: the first is removed before any other, so if it is still there
+        afterwards, the next link was not merely gone already.
+        """
+        if self._storage.exists(held.next_file):
+            return False
+        return self._id_in(held.files[-1]) == held.chain[-1] and self._id_in(held.files[0]) == held.chain[0]
+
+    def _remove_stray(self, held: _Held) -> None:
+        """Remove a link that this run wrote after the rest of its chain was let go of."""
+        if self._id_in(held.files[-1]) == held.chain[-1] and self._id_in(held.files[0]) != held.chain[0]:
+            self._storage.remove(held.files[-1])
+
+    def _id_in(self, file: str) -> str | None:
+        claim = self._read(file)
+        return None if claim is None else claim.id
+
+    def _chain(self, what: int | str) -> list[Claim]:
+        """The claims of something, from the first to the one that holds it."""
+        chain: list[Claim] = []
+        while (claim := self._read(_claim_file(what, chain[-1].id if chain else None))) is not None:
+            chain.append(claim)
+        return chain
+
+    def _read(self, file: str) -> Claim | None:
+        data = self._read_bytes(file)
+        return None if data is None else _parse(data)
+
+    def _read_bytes(self, file: str) -> bytes | None:
+        try:
+            return self._storage.read(file)
+        except FileNotFoundError:
+            return None
+
+    def _is_dead(self, claim: Claim) -> bool:
+        if claim.process.is_gone():
+            return True
+        # The clock before the counter: if this run slept between the two, it would hold its own sleep against others.
+        now = time.monotonic()
+        beat = self._read_bytes(_run_file(claim.run))
+        seen, since = self._watched.setdefault(claim.run, (beat, now))
+        # A counter that is not there has not moved: runs remove the files of others that hold nothing.
+        if beat is not None and beat != seen:
+            self._watched[claim.run] = (beat, now)
+            return False
+        return now - since >= self.dead_after
+
+    def _beat(self) -> None:
+        beat = 0
+        while True:
+            try:
+                self._storage.write(_run_file(self.run), to_json(seal({"run": self.run, "beat": beat})))
+            except OSError as error:  # the next beat may succeed; if none does, require_ours will say so
+                log.warning("%s: could not show that this run lives: %s", self._storage.address, error)
+            beat += 1
+            if self._stop.wait(self.beat_every):
+                return
+
+    def _sweep(self, by_force: bool = False) -> None:
+        """Remove what dead runs left: claims, links that belong to no chain, counters of runs that claim nothing."""
+        names = self._storage.names(FOLDER)
+        found: defaultdict[str, set[str]] = defaultdict(set)
+        for name in names:
+            if match := _CLAIM.fullmatch(name):
+                found[match["what"]].add(f"{FOLDER}/{name}")
+        at_work = {self.run}
+        for word, files in found.items():
+            what = int(word) if word.isdigit() else word
+            chain = self._chain(what)
+            for file in files - {_claim_file(what, after) for after in (None, *(claim.id for claim in chain))}:
+                self._storage.remove(file)
+            if chain and what not in self._held and self._claim(what, by_force):
+                self.release(what)
+            else:
+                at_work |= {claim.run for claim in chain}
+        # A living run that claims nothing just now writes its counter again with the next beat.
+        for name in names:
+            if name.startswith(_RUN) and name.removeprefix(_RUN).removesuffix(".json") not in at_work:
+                self._storage.remove(f"{FOLDER}/{name}")
+
+    @contextmanager
+    def _store_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(
+                f"{self._storage.address}: {FOLDER}/ cannot be used: {error.strerror or error}; "
+                "mend the disk or its permissions and run the same command again"
+            ) from error
+
+
+def _parse(data: bytes) -> Claim:
+    try:
+        words = json.loads(data)
+        if is_sealed(words):
+            return Claim(words["id"], words["run"], Process(**words["process"]))
+    except (ValueError, KeyError, TypeError):
+        pass
+    # Damaged: of a run that shows no beat, so it is dead after a while. Any id will do that all runs agree on.
+    mark = f"{google_crc32c.value(data):08x}"
+    return Claim(mark, mark, Process("somebody", "", "", 0, 0))
+
+
+def _claim_file(what: int | str, after: str | None) -> str:
+    name = f"{what:05d}" if isinstance(what, int) else what
+    return f"{FOLDER}/{name}.json" if after is None else f"{FOLDER}/{name}.{after}.json"
+
+
+def _run_file(run: str) -> str:
+    return f"{FOLDER}/{_RUN}{run}.json"
+
+
+def _words(what: int | str) -> str:
+    return f"part {what}" if isinstance(what, int) else what
