@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-import os
 import queue
-import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 
 from regionspot.cache.schema import PictureFeatures
 from regionspot.cache.store import FeatureCache
+from regionspot.pipeline.sharing import SharedParts
 
 
 class CommitThread:
-    """Commits parts in a thread of its own, one after the other, fed by `put` in row order.
+    """Commits parts in a thread of its own, one after the other, fed by `put` with all pictures of each in row order.
 
     Leaving the `with` block waits for the last part; leaving it by an error drops the part in flight, which then
     has no record and is done again by the next run.
     """
 
-    def __init__(self, cache: FeatureCache, lacking: Mapping[int, Sequence[str]]) -> None:
-        self._cache, self._lacking = cache, lacking
-        self._queue: queue.Queue[PictureFeatures] = queue.Queue(maxsize=64)
+    def __init__(self, cache: FeatureCache, parts: SharedParts) -> None:
+        self._cache, self._parts = cache, parts
+        self._queue: queue.Queue[PictureFeatures | None] = queue.Queue(maxsize=64)
         self._abandoned = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
@@ -30,8 +29,8 @@ class CommitThread:
         self._thread.start()
         return self
 
-    def put(self, picture: PictureFeatures) -> None:
-        """Hand over the next picture. Raises what stopped the writer, if something did."""
+    def put(self, picture: PictureFeatures | None) -> None:
+        """Hand over the next picture, None behind the last. Raises what stopped the writer, if something did."""
         while True:
             if self._error is not None:
                 raise self._error
@@ -41,25 +40,29 @@ class CommitThread:
                 continue
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None:
+        if kind is None:
+            self.put(None)
+        else:
             self._abandoned.set()
         self._thread.join()
         if kind is None and self._error is not None:
             raise self._error
 
     def _run(self) -> None:
-        worker = f"{socket.gethostname()}:{os.getpid()}"
         try:
-            for part, names in self._lacking.items():
-                self._cache.write_part(part, self._pictures(len(self._cache.part_rows(part))), names, worker)
+            while (first := self._next()) is not None:
+                part = first.row // self._cache.part_size
+                self._parts.write(part, self._pictures(first, len(self._cache.part_rows(part))))
         except BaseException as error:
             self._error = error
 
-    def _pictures(self, count: int) -> Iterator[PictureFeatures]:
-        for _ in range(count):
-            yield self._next()
+    def _pictures(self, first: PictureFeatures, count: int) -> Iterator[PictureFeatures]:
+        yield first
+        for _ in range(count - 1):
+            if (picture := self._next()) is not None:
+                yield picture
 
-    def _next(self) -> PictureFeatures:
+    def _next(self) -> PictureFeatures | None:
         while not self._abandoned.is_set():
             try:
                 return self._queue.get(timeout=0.2)

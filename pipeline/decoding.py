@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,11 +57,14 @@ class Decoder:
         )
 
 
-def decode_ahead(decoder: Decoder, jobs: Sequence[tuple[int, Sequence[str]]], threads: int | None) -> Iterator[Decoded]:
-    """The pictures of `jobs`, in that order, decoded by threads that stay a little ahead."""
+Jobs = Generator[tuple[int, Sequence[str]], None, None]  # rows, and the feature sets wanted of each
+
+
+def decode_ahead(decoder: Decoder, jobs: Jobs, threads: int | None) -> Generator[Decoded, None, None]:
+    """The pictures of `jobs`, in that order, decoded by threads that stay a little ahead. Closing it closes `jobs`."""
     count = threads or min(16, os.cpu_count() or 1)
     pending: deque[Future[Decoded]] = deque()
-    with ThreadPoolExecutor(count, thread_name_prefix="decode") as pool:
+    with ThreadPoolExecutor(count, thread_name_prefix="decode") as pool, closing(jobs):
         try:
             for row, names in jobs:
                 pending.append(pool.submit(decoder, row, names))

@@ -3,23 +3,25 @@
 Threads decode and resize the pictures ahead, the calling thread keeps the encoders busy, one thread commits parts.
 Between them stand two short queues, so memory does not grow with the dataset and the slowest stage sets the pace;
 the summary names it. What is done is known from the cache alone: a run that was killed goes on with the parts that
-have no record yet.
+have no record yet, and several runs at once divide them among themselves.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from regionspot.cache.claims import Claims
 from regionspot.cache.errors import InputError
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.progress import Progress, duration
-from regionspot.cache.schema import FeatureSet, PictureFeatures
+from regionspot.cache.schema import FeatureSet, PictureFeatures, Stored
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.backbones import preset_named
 from regionspot.pipeline.committing import CommitThread
@@ -27,6 +29,7 @@ from regionspot.pipeline.decoding import Decoded, Decoder, decode_ahead
 from regionspot.pipeline.encoder import SemanticEncoder, load_encoder
 from regionspot.pipeline.localizer import Localizer, load_localizer
 from regionspot.pipeline.photos import Exif
+from regionspot.pipeline.sharing import SharedParts
 
 # A wrong photo folder shows in the first pictures: stop before a part of nothing but failures is committed.
 FIRST_PICTURES = 10
@@ -76,7 +79,9 @@ class Backbones:
 class ExtractSummary:
     """What one run of `extract` did.
 
+    parts                 parts that it wrote
     parts_before          parts that were complete when it started
+    parts_of_others       parts that other runs wrote while it was at work
     ignored_orientations  pictures whose EXIF would have turned them, but whose annotations want them as stored
     shares                each stage's share of the time; the largest is the bottleneck
     """
@@ -85,6 +90,7 @@ class ExtractSummary:
     failed: int
     parts: int
     parts_before: int
+    parts_of_others: int
     ignored_orientations: int
     seconds: float
     shares: dict[str, float]
@@ -92,7 +98,8 @@ class ExtractSummary:
     def text(self) -> str:
         """One line for people."""
         if not self.parts:
-            return f"nothing to do: all {self.parts_before:,} parts are there"
+            others = f", {self.parts_of_others:,} of them by other runs meanwhile" if self.parts_of_others else ""
+            return f"nothing to do: all {self.parts_before + self.parts_of_others:,} parts are there{others}"
         slowest = max(self.shares, key=self.shares.__getitem__)
         words = [
             f"{self.pictures:,} pictures in {self.parts:,} parts, {duration(self.seconds)}, "
@@ -101,6 +108,8 @@ class ExtractSummary:
         ]
         if self.parts_before:
             words.append(f"{self.parts_before:,} parts were there before")
+        if self.parts_of_others:
+            words.append(f"other runs did {self.parts_of_others:,} parts meanwhile")
         if self.ignored_orientations:
             words.append(f"EXIF orientation ignored for {self.ignored_orientations:,}, as their stated size asks")
         return "; ".join(words)
@@ -115,8 +124,12 @@ def extract(
     batch_size: int | None = None,
     decode_threads: int | None = None,
     max_failed_share: float = 0.2,
+    take_over: bool = False,
 ) -> ExtractSummary:
     """Run the backbones over every part of `cache` that lacks a record of theirs, and only those it lacks.
+
+    Other runs may be at work on the same cache: each does what no other one has claimed, and all end when every part
+    is there. `take_over` says that no other run is alive, so that what dead ones have claimed is free at once.
 
     A picture that cannot be read is recorded with its reason and skipped. Raises InputError when the first
     pictures all fail, or when more than `max_failed_share` of this run's do (V3Det's copies lack many photos; a
@@ -124,23 +137,35 @@ def extract(
     """
     size = batch_size or (8 if backbones.localizer is None else backbones.localizer.batch_size)
     names = [feature_set.name for feature_set in backbones.feature_sets(exif)]
-    lacking = {part: cache.missing_sets(part, names) for part in cache.pending_parts(names)}
-    jobs = [(row, missing) for part, missing in lacking.items() for row in cache.part_rows(part)]
-    progress = Progress(len(jobs), "pictures")
-    failed = ignored = 0
     decoder = Decoder(cache.manifest, photo_folder, backbones.localizer, backbones.encoder, exif)
-    with CommitThread(cache, lacking) as writer:
-        decoded = decode_ahead(decoder, jobs, decode_threads)
-        for batch in _timed_batches(decoded, size, progress):
-            ignored += sum(picture.orientation_ignored for picture in batch)
-            for picture in _encode(batch, cache.manifest, backbones, progress):
-                failed += picture.failure is not None
-                with progress.timed("write"):
-                    writer.put(picture)
-                progress.step()
-                _stop_if_hopeless(failed, progress.done, len(jobs), max_failed_share, photo_folder, picture.failure)
-    before = cache.n_parts - len(lacking)
-    return ExtractSummary(len(jobs), failed, len(lacking), before, ignored, progress.seconds, progress.shares())
+    failed = ignored = 0
+    with Claims(cache.storage, take_over=take_over) as claims:
+        parts = SharedParts(cache, names, claims)
+        progress = Progress(parts.pictures, "pictures")
+        while parts.wait():
+            with (
+                CommitThread(cache, parts) as writer,
+                closing(decode_ahead(decoder, parts.jobs(), decode_threads)) as decoded,
+            ):
+                for batch in _timed_batches(decoded, size, progress):
+                    ignored += sum(picture.orientation_ignored for picture in batch)
+                    for picture in _encode(batch, cache.manifest, backbones, progress):
+                        failed += picture.failure is not None
+                        with progress.timed("write"):
+                            writer.put(picture)
+                        progress.total = parts.pictures
+                        progress.step()
+                        _stop_if_hopeless(failed, progress, max_failed_share, photo_folder, picture.failure)
+    return ExtractSummary(
+        pictures=progress.done,
+        failed=failed,
+        parts=parts.done,
+        parts_before=parts.before,
+        parts_of_others=parts.lacking_before - parts.done,
+        ignored_orientations=ignored,
+        seconds=progress.seconds,
+        shares=progress.shares(),
+    )
 
 
 def _timed_batches(pictures: Iterator[Decoded], size: int, progress: Progress) -> Iterator[list[Decoded]]:
@@ -157,7 +182,7 @@ def _encode(
     batch: list[Decoded], manifest: Manifest, backbones: Backbones, progress: Progress
 ) -> Iterator[PictureFeatures]:
     """The wanted features of each picture of the batch, in order; one that failed passes with its reason."""
-    features: dict[int, dict[str, NDArray[np.float32]]] = {picture.row: {} for picture in batch}
+    features: dict[int, dict[str, NDArray[Any] | Stored]] = {picture.row: {} for picture in batch}
     for_clip = [picture for picture in batch if picture.clip is not None]
     if backbones.encoder is not None and for_clip:
         with progress.timed("encode"):
@@ -178,9 +203,9 @@ def _encode(
 
 
 def _stop_if_hopeless(
-    failed: int, seen: int, total: int, max_share: float, photo_folder: Path, reason: str | None
+    failed: int, progress: Progress, max_share: float, photo_folder: Path, reason: str | None
 ) -> None:
-    first = min(FIRST_PICTURES, total)
+    seen, first = progress.done, min(FIRST_PICTURES, progress.total)
     if reason is not None and ((failed == seen == first) or failed > max(FIRST_PICTURES, max_share * seen)):
         raise InputError(
             f"{photo_folder}: {failed} of the first {seen} pictures could not be read (the last: {reason}); "
