@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, cast
 
 import typer
 
+from regionspot.cache.claims import CLAIM_SECONDS
 from regionspot.cache.errors import RegionSpotError
 from regionspot.cli_cache import cache_app
 
@@ -50,6 +51,14 @@ ClipWeights = Annotated[str | None, typer.Option(help="this CLIP file instead")]
 ExifRule = Annotated[str, typer.Option(help="orientation: auto (where the stated size asks for it), apply or ignore")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one")]
 Dtype = Annotated[str, typer.Option(help="of the image encoders: float32, bfloat16 or float16")]
+TakeOver = Annotated[
+    bool,
+    typer.Option(
+        "--take-over",
+        help="do at once what other runs on this cache were doing: only when they are known to be gone. Without it, a "
+        f"run on another machine counts as gone when it shows no life for {CLAIM_SECONDS:.0f} seconds",
+    ),
+]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -90,8 +99,12 @@ def extract(
     max_failed: Annotated[float, typer.Option(help="stop when more than this share of the pictures is broken")] = 0.2,
     device: Device = None,
     dtype: Dtype = "float32",
+    take_over: TakeOver = False,
 ) -> None:
-    """Run the frozen backbones over a dataset, once, into a cache. Killed and run again, it goes on."""
+    """Run the frozen backbones over a dataset, once, into a cache. Killed and run again, it goes on.
+
+    Any number of runs may share a cache: start the same command again, here or on another machine.
+    """
     from regionspot.cache.store import FeatureCache
     from regionspot.pipeline.datasets import photo_dir
     from regionspot.pipeline.extract import Backbones
@@ -103,7 +116,15 @@ def extract(
     backbones = Backbones.load(preset, weights, sam_weights, clip_weights, device, dtype)
     store = FeatureCache.open_or_create(cache, manifest, backbones.feature_sets(rule), part_size)
     photos = photo_dir(name, data, split, manifest)
-    summary = run(store, photos, backbones, exif=rule, batch_size=batch_size, max_failed_share=max_failed)
+    summary = run(
+        store,
+        photos,
+        backbones,
+        exif=rule,
+        batch_size=batch_size,
+        max_failed_share=max_failed,
+        take_over=take_over,
+    )
     typer.echo(f"{cache}: {summary.text()}")
 
 
