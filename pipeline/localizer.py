@@ -102,7 +102,7 @@ class Localizer:
         wanted = [FIRST_MASK_TOKEN + TOKEN_SLOT]
         decoded = self._decoder.decode(embeddings.to(self.device).float(), torch.cat(scaled), picture, wanted, chunk)
         none = torch.zeros(0, self.token_dim, device=self.device)
-        return list(torch.cat([none, *(part.queries[:, 0] for part in decoded)]).split(counts))
+        return list(torch.split(torch.cat([none, *(part.queries[:, 0] for part in decoded)]), counts))
 
     @torch.no_grad()
     def tokens_and_masks(

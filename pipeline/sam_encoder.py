@@ -75,14 +75,14 @@ class _Block:
     def __call__(self, x: Tensor) -> Tensor:
         x += self._attention(self._norm1(x))
         rows = x.view(-1, x.shape[3])
-        for some in rows.split(_MLP_ROWS if x.device.type == "cpu" else len(rows)):
+        for some in torch.split(rows, _MLP_ROWS if x.device.type == "cpu" else len(rows)):
             some += self._down(F.gelu(self._up(self._norm2(some))))
         return x
 
     def _attention(self, x: Tensor) -> Tensor:
         pictures, grid, _, _ = x.shape
         qkv = self._cut(self._qkv(x))  # (n windows of all pictures, w * w, 3 C)
-        split = qkv.unflatten(2, (3, self._heads, -1)).permute(2, 0, 3, 1, 4)  # (3, n, H, w * w, c)
+        split = qkv.view(*qkv.shape[:2], 3, self._heads, -1).permute(2, 0, 3, 1, 4)  # (3, n, H, w * w, c)
         by_rows = x.device.type == "cpu" and self._windows == 1
         seen = (self._attend_by_rows if by_rows else self._attend)(*(each.contiguous() for each in split))
         return self._out(self._joined(seen.transpose(1, 2).flatten(2), pictures, grid)).view_as(x)
@@ -132,7 +132,7 @@ class _Block:
 
     def _biases(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """(n, H, w, w, w) twice: the bias of each query, at its row and column, towards every row and every column."""
-        grid = queries.unflatten(2, (self._side, self._side))  # unscaled, as the official encoder has it
+        grid = queries.view(*queries.shape[:2], self._side, self._side, -1)  # unscaled, as the official encoder has it
         rows = torch.einsum("nhyxc,ykc->nhyxk", grid, self._bias_h)
         return rows, torch.einsum("nhyxc,xkc->nhyxk", grid, self._bias_w)
 

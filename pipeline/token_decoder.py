@@ -160,13 +160,16 @@ class _Attention:
 
     def __init__(self, attention: Any) -> None:
         self._heads: int = attention.num_heads
-        width = attention.internal_dim // self._heads
-        self._scale = 1 / math.sqrt(width)
-        split = (self._heads, width, -1)
-        self._q, self._q_bias = (each.detach().reshape(split) for each in attention.q_proj.parameters())
-        self._k, self._k_bias = (each.detach().reshape(split) for each in attention.k_proj.parameters())
-        self._v, self._v_bias = (each.detach().reshape(split) for each in attention.v_proj.parameters())
-        self._out, self._out_bias = attention.out_proj.weight.detach(), attention.out_proj.bias.detach()
+        self._scale = 1 / math.sqrt(attention.internal_dim // self._heads)
+        self._q, self._q_bias = self._by_head(attention.q_proj)
+        self._k, self._k_bias = self._by_head(attention.k_proj)
+        self._v, self._v_bias = self._by_head(attention.v_proj)
+        self._out: Tensor = attention.out_proj.weight.detach()
+        self._out_bias: Tensor = attention.out_proj.bias.detach()
+
+    def _by_head(self, linear: Any) -> tuple[Tensor, Tensor]:
+        weight, bias = linear.weight.detach(), linear.bias.detach()
+        return weight.view(self._heads, -1, weight.shape[1]), bias.view(self._heads, -1, 1)
 
     def keys_of(self, cells: Tensor) -> Tensor:
         return cells @ self._k.mT  # without the bias: it adds the same to all cells' scores
