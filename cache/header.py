@@ -16,9 +16,10 @@ from typing import Any
 
 from regionspot.cache.durable import file_crc, is_sealed, seal, to_json
 from regionspot.cache.errors import InputError, NotACacheError, ProvenanceMismatchError, SchemaVersionError
+from regionspot.cache.exchange import aside
 from regionspot.cache.manifest import Category, Manifest
 from regionspot.cache.schema import SCHEMA_VERSION, FeatureSet, Geometry
-from regionspot.cache.storage import Storage
+from regionspot.cache.storage import LocalStorage, Storage
 
 _UNNAMED: tuple[Any, ...] = (None, (), [])  # what a category does not state is not written
 
@@ -124,9 +125,7 @@ def _attributes(storage: Storage) -> dict[str, Any]:
     try:
         attributes = json.loads(storage.read("zarr.json"))["attributes"]
     except FileNotFoundError:
-        what = "holds no zarr.json, so it is no feature cache; give another folder"
-        missing = "no such cache; `regionspot extract` makes one"
-        raise NotACacheError(f"{cache}: {what if storage.exists('') else missing}") from None
+        raise NotACacheError(f"{cache}: {_why_missing(storage)}") from None
     except NotADirectoryError:
         raise NotACacheError(f"{cache}: is a file, not a feature cache; give another folder") from None
     except OSError as error:
@@ -134,6 +133,17 @@ def _attributes(storage: Storage) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError):
         raise NotACacheError(f"{cache}/zarr.json: is not a Zarr v3 group's metadata; give another folder") from None
     return attributes if isinstance(attributes, dict) else {}
+
+
+def _why_missing(storage: Storage) -> str:
+    if storage.exists(""):
+        return "holds no zarr.json, so it is no feature cache; give another folder"
+    if isinstance(storage, LocalStorage) and aside(storage.folder).exists():
+        return (
+            f"was being extended by a run that was killed, and lies in {aside(storage.folder)}; run the same "
+            "`regionspot cache extend` or `regionspot extract` again, it gives it its name back"
+        )
+    return "no such cache; `regionspot extract` makes one"
 
 
 def _from_json(words: dict[str, Any]) -> Header:
@@ -187,7 +197,8 @@ def require_same_manifest(cache: str, stored: Header, asked: Header) -> None:
     raise ProvenanceMismatchError(
         f"{cache}: was made from other annotations than asked for: it holds "
         f"{', '.join(differences) or 'other boxes, sizes, paths, ids or class names in the same numbers'}; "
-        "give the annotations that it was made from, or another cache folder"
+        "give the annotations that it was made from, or another cache folder; pictures that only came are for "
+        "`regionspot cache extend`"
     )
 
 

@@ -22,6 +22,7 @@ from regionspot.cache.columns import CHUNK_KEYS, write_images, write_regions
 from regionspot.cache.durable import file_crc, partial_path, remove_abandoned, sync_folder, sync_tree
 from regionspot.cache.encodings import require_statistics
 from regionspot.cache.errors import CacheError, CacheExistsError
+from regionspot.cache.exchange import put_back
 from regionspot.cache.header import Header
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.schema import FeatureSet, Geometry
@@ -58,6 +59,7 @@ def create_cache(storage: Storage, manifest: Manifest, header: Header) -> None:
 def _create_in_place(path: Path, manifest: Manifest, header: Header) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent, f"{path.name}.")
+    put_back(path)
     if path.exists():
         raise _exists_already(str(path))
     building = partial_path(path)

@@ -67,6 +67,12 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else repr(value)
 
 
+def same_categories(stored: Manifest, asked: Manifest) -> bool:
+    """Whether an index into the categories of `stored` means the same in `asked`, which may have more at the end."""
+    before, now = ([(each.id, each.name) for each in one.categories] for one in (stored, asked))
+    return now[: len(before)] == before
+
+
 def in_order_of(stored: Manifest, asked: Manifest) -> Manifest | None:
     """The asked pictures with those of `stored` first, in its order, and the others as they came.
 
@@ -79,3 +85,15 @@ def in_order_of(stored: Manifest, asked: Manifest) -> Manifest | None:
     others[rows] = False
     order = np.concatenate([rows, np.flatnonzero(others)])
     return asked if (order == np.arange(len(asked))).all() else asked.select(order)
+
+
+def as_stored(stored: Manifest, asked: Manifest) -> Manifest:
+    """The asked pictures as a cache of `stored` has them, where they are those; otherwise as they came.
+
+    That is in its order, and for a cache that was cut out of another one without the pictures that it left out.
+    """
+    ordered = in_order_of(stored, asked)
+    was_cut = any(note["operation"] == "subset" for note in stored.source.get("made_from", []))
+    if ordered is None or not (was_cut or len(ordered) == len(stored)):
+        return asked
+    return ordered.head(len(stored))
