@@ -84,11 +84,12 @@ def test_a_record_in_its_stored_dtype_is_not_copied(set_of, sample):
 
 
 @pytest.mark.parametrize("dtype", ALL)
-@pytest.mark.parametrize("given", ["float16", "float32", "float64", "transposed", "read-only"])
+@pytest.mark.parametrize("given", ["float16", "float32", "float64", "transposed", "halves transposed", "read-only"])
 def test_features_may_come_in_any_float_dtype_and_order(set_of, sample, dtype, given):
     halves = sample[0].astype(np.float16)
     forms = {
         "transposed": np.asfortranarray(halves.astype(np.float32)),
+        "halves transposed": np.asfortranarray(halves),
         "read-only": np.frombuffer(halves.tobytes(), np.float16).reshape(halves.shape),
     }
     values = forms[given] if given in forms else halves.astype(given)
@@ -139,6 +140,16 @@ def test_a_row_of_means_and_a_picture_far_from_them_are_both_stored(set_of, stat
     came_back = decode(codes, set_of("int8"), scales)
     np.testing.assert_allclose(came_back[0], statistics.mean, rtol=1e-6)
     np.testing.assert_allclose(came_back[1] - statistics.mean, 1e5 * statistics.deviation, rtol=1e-3)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_row_hardly_off_the_means_is_stored_to_a_ten_thousandth_of_a_deviation():
+    statistics = Statistics(np.zeros(WIDTH, np.float32), np.ones(WIDTH, np.float32))
+    feature_set = FeatureSet("clip", "map", (TOKENS, WIDTH), "int8", statistics=statistics)
+    for off in (0, 1e-8, 1e-6, 1e-4, 7e-3):
+        row = np.linspace(-off, off, WIDTH, dtype=np.float32)[None]
+        codes, scales = encode(row, feature_set)
+        np.testing.assert_allclose(decode(codes, feature_set, scales), row, rtol=0, atol=3.1e-5)
 
 
 def test_no_rows_at_all_are_encoded_too(set_of):
