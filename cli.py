@@ -59,6 +59,8 @@ TakeOver = Annotated[
         f"run on another machine counts as gone when it shows no life for {CLAIM_SECONDS:.0f} seconds",
     ),
 ]
+LocalCopy = Annotated[Path | None, typer.Option(help="of a remote cache: keep what is read of it in this folder")]
+LocalLimit = Annotated[str | None, typer.Option(help="of --local-copy: 500GB; what was used least lately goes first")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -146,6 +148,8 @@ def train(
     clip_weights: ClipWeights = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
     checkpoint_every: Annotated[int, typer.Option(help="steps")] = 2000,
+    local_copy: LocalCopy = None,
+    local_limit: LocalLimit = None,
     device: Device = None,
 ) -> None:
     """Train a fusion head from one or more caches."""
@@ -157,7 +161,7 @@ def train(
 
     config = train_config(schedule, iterations=iterations, batch_size=batch_size, lr=lr, seed=seed)
     sets = preset_named(preset)
-    caches = [FeatureCache.open(path) for path in cache]
+    caches = [FeatureCache.open(path, local_copy=local_copy, local_limit=local_limit) for path in cache]
     vocabularies = [cache_vocabulary(one, sets.encoder, templates, clip_weights or weights, device) for one in caches]
     result = run(
         caches,

@@ -34,6 +34,8 @@ log = logging.getLogger(__name__)
 
 _Write = Callable[[str, Version, int], None]  # puts a version of a file into an open descriptor
 
+NO_LIMIT = 2**63 - 1  # bytes
+
 _CRC_BYTES = 4  # behind every copy that is no shard
 _TRIES = 3  # of a file that is replaced while it is fetched
 _FRESH = 10.0  # seconds for which a listed file needs no further look: a listing of 10,000 parts, then their records
@@ -140,10 +142,11 @@ class LocalCopy(Storage):
     def forget(self, name: str) -> bool:
         """Once for each file: one that is wrong again is wrong in the store. True also for one that was missing here,
         for it may have made room between being looked up and being opened."""
-        is_first = name not in self._forgotten
-        self._forgotten.add(name)
+        if name in self._forgotten:
+            return False
         self._drop(name)
-        return is_first
+        self._forgotten.add(name)
+        return True
 
     def _drop(self, name: str) -> None:
         seen = self._seen.pop(name, None)
@@ -190,7 +193,9 @@ class LocalCopy(Storage):
         return version
 
     def _copy_name(self, name: str, version: Version) -> str:
-        return f"{self._place}/{name}@{_hash(f'{version.size} {version.mark}')}"
+        # What was fetched again is another file, for a reader may hold the wrong one open under its path.
+        again = "~" if name in self._forgotten else ""
+        return f"{self._place}/{name}@{_hash(f'{version.size} {version.mark}')}{again}"
 
 
 class _Replacing:

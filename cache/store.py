@@ -78,7 +78,16 @@ class FeatureCache(ReadableCache):
         return cls.open(path, "a")
 
     @classmethod
-    def open(cls, path: str | Path, mode: Mode = "r", check: Check = "first", access: Access = "auto") -> FeatureCache:
+    def open(
+        cls,
+        path: str | Path | Storage,
+        mode: Mode = "r",
+        check: Check = "first",
+        access: Access = "auto",
+        *,
+        local_copy: str | Path | None = None,
+        local_limit: str | int | None = None,
+    ) -> FeatureCache:
         """Open a cache: "r" to read, which never writes; "a" to extract into.
 
         check   when to compare a record with its checksum: "first" (the first time this process reads it),
@@ -86,6 +95,9 @@ class FeatureCache(ReadableCache):
         access  how local features are read: "map" (the fastest for what stays in memory), "pread" (which gives an
                 error where a map kills the process: a file cut short that very moment, a failing disk), "auto" (maps
                 for what fits into half of the free memory)
+        local_copy, local_limit
+                of a remote cache: a folder that keeps what was read of it, and how much that may be, in bytes or as
+                "500GB"; what was not used for longest goes first
 
         Raises NotACacheError, SchemaVersionError, and CacheError when "a" is asked for without permission to write.
         """
@@ -94,7 +106,7 @@ class FeatureCache(ReadableCache):
         for name, value, known in (("mode", mode, Mode), ("check", check, Check), ("access", access, Access)):
             if value not in get_args(known):
                 raise InputError(f"{path}: {name} is {value!r}, expected {'|'.join(get_args(known))}")
-        storage = open_storage(path)
+        storage = _with_local_copy(open_storage(path), local_copy, local_limit)
         header = load_header(storage)
         _require_arrays(storage, header)
         if mode == "a":
@@ -153,7 +165,7 @@ class FeatureCache(ReadableCache):
 
     def __reduce__(self) -> tuple[object, ...]:
         # A worker process opens the folder anew instead of being sent a manifest of gigabytes.
-        return FeatureCache.open, (self.path, self.mode, self.check, self.access)
+        return FeatureCache.open, (self.storage, self.mode, self.check, self.access)
 
     @property
     def geometry(self) -> Geometry:
@@ -252,6 +264,16 @@ class FeatureCache(ReadableCache):
         files = self.storage.names(f"parts/{name}")
         stems = (file.removesuffix(".json") for file in files if file.endswith(".json"))
         return {int(stem) for stem in stems if stem.isdigit() and int(stem) < self.n_parts}
+
+
+def _with_local_copy(storage: Storage, folder: str | Path | None, limit: str | int | None) -> Storage:
+    if folder is None and limit is None:
+        return storage
+    if folder is None:
+        raise InputError(f"{storage.address}: a local limit of {limit} without a folder; name one with local_copy")
+    from regionspot.cache.local_copy import NO_LIMIT, parse_bytes, with_local_copy  # only remote caches need it
+
+    return with_local_copy(storage, folder, NO_LIMIT if limit is None else parse_bytes(str(limit)))
 
 
 def _require_arrays(storage: Storage, header: Header) -> None:
