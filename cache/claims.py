@@ -153,6 +153,13 @@ class Claims:
             chain = self._chain(what)
             return chain[-1].process if chain else None
 
+    def others(self) -> dict[int | str, Process]:
+        """What other runs hold now, and who. Of a run that died elsewhere nobody knows yet that it is dead."""
+        with self._store_errors():
+            found = {match["what"] for name in self._storage.names(FOLDER) if (match := _CLAIM.fullmatch(name))}
+        held = {what: self.holder(what) for what in (int(word) if word.isdigit() else word for word in found)}
+        return {what: process for what, process in held.items() if process and what not in self._held}
+
     def release(self, what: int | str) -> None:
         """Let go of it; does nothing where another run has taken it over, or it never was this run's.
 
