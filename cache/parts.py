@@ -73,7 +73,8 @@ class PartWriter:
     def commit(self, worker: str, before_publish: Callable[[], None] | None = None) -> PartRecord:
         """Put everything on disk under its name, and the record of each feature set last.
 
-        before_publish   called before the first file gets its name: what it raises leaves the part unwritten
+        before_publish   called when all is flushed, before the first file gets its name; what it raises leaves the
+                         part unwritten
         """
         if self._done != len(self._rows):
             raise InputError(
@@ -92,20 +93,23 @@ class PartWriter:
             worker=worker,
             seconds=0.0,
         )
+        with self._disk_errors():
+            finished = [writer.finish() for writer in self._writers]
         if before_publish is not None:
             before_publish()
         with self._disk_errors():
-            published = [writer.publish() for writer in self._writers]
+            for writer in self._writers:
+                writer.publish()
             record = replace(record, seconds=round(time.monotonic() - self._started, 3))
             # Last on purpose: a part counts as done once its record exists, so a run killed between two
             # files finds it missing and writes it again.
-            for writer, one in zip(self._writers, published, strict=True):
+            for writer, one in zip(self._writers, finished, strict=True):
                 name = record_file(writer.feature_set.name, self._part)
                 replace(record, files=one.files, checksums=one.checksums).save(self._storage, name)
         return replace(
             record,
-            files={name: size for one in published for name, size in one.files.items()},
-            checksums={name: crc for one in published for name, crc in one.checksums.items()},
+            files={name: size for one in finished for name, size in one.files.items()},
+            checksums={name: crc for one in finished for name, crc in one.checksums.items()},
         )
 
     def __enter__(self) -> PartWriter:

@@ -26,7 +26,7 @@ from regionspot.cache.storage import NewFile, Storage
 
 
 @dataclass(frozen=True)
-class Published:
+class Finished:
     """Files of one feature set of one part: their bytes, and the crc32c of those that hold checksums."""
 
     files: dict[str, int]
@@ -58,8 +58,8 @@ class SetWriter(ABC):
     def skip(self, regions: int) -> None:
         """Take a picture that could not be read."""
 
-    def publish(self) -> Published:
-        """Flush all files, then give them their names."""
+    def finish(self) -> Finished:
+        """Flush all files."""
         sizes = {shard_file(self.feature_set, self._part): self._records.finish()}
         if self._scales is not None:
             sizes[scale_file(self.feature_set, self._part)] = self._scales.finish()
@@ -67,9 +67,12 @@ class SetWriter(ABC):
         checksums = self._new_file(name)
         checksums.write(stored)
         checksums.finish()
+        return Finished({**sizes, name: len(stored)}, {name: file_crc(stored)})
+
+    def publish(self) -> None:
+        """Give all files their names."""
         for file in self._files.values():
             file.publish()
-        return Published({**sizes, name: len(stored)}, {name: file_crc(stored)})
 
     def discard(self) -> None:
         for file in self._files.values():
@@ -143,11 +146,11 @@ class TokenWriter(SetWriter):
     def skip(self, regions: int) -> None:
         self._extend(regions)
 
-    def publish(self) -> Published:
+    def finish(self) -> Finished:
         unfilled = -self._taken % TOKEN_CHUNK
         if unfilled:
             self._extend(unfilled)
-        return super().publish()
+        return super().finish()
 
     def _extend(
         self, regions: int, tokens: NDArray[Any] | None = None, scales: NDArray[np.float16] | None = None

@@ -101,7 +101,7 @@ def test_memory_does_not_grow_with_the_part(tmp_path, dtype, compression):
         writer = MapWriter(LocalStorage(tmp_path), feature_set, Geometry(pictures, pictures, 64), 0)
         for row in range(pictures):
             writer.append(row, 0, sample)
-        writer.publish()
+        writer.finish()
         bytes_at_most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return bytes_at_most
@@ -117,7 +117,8 @@ def test_tokens_fall_into_the_same_chunks_however_the_pictures_divide_them(tmp_p
         writer = TokenWriter(LocalStorage(tmp_path / name), sets_of()[1], Geometry(len(ends), len(ends), 192), 0)
         for row, (first, last) in enumerate(zip([0, *ends], ends, strict=False)):
             writer.append(row, last - first, tokens[first:last])
-        files = writer.publish().files
+        files = writer.finish().files
+        writer.publish()
         written.append([(tmp_path / name / file).read_bytes() for file in files])
     assert written[0] == written[1]
 
