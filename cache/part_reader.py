@@ -40,7 +40,7 @@ class PartReader:
     """Reads records by their slot. Safe to use from several threads and after a fork.
 
     failures   why pictures could not be read when they were extracted, by row
-    seen       1 for each slot whose record was read whole, and found sound where that was asked for
+    seen       1 for each slot whose record was read, and found sound the first time where that was asked for
 
     Raises FileNotFoundError where the part is not written, DamagedError for files that are not as they were written,
     OSError for what the disk or the network refuses.
@@ -68,11 +68,10 @@ class PartReader:
 
     def read(self, slot: int, out: Bytes, scales: Bytes, check: bool) -> None:
         """Fill `out` with a whole record, and `scales`, empty unless the set has them; `check` its checksum."""
-        offset, size = self._data.place(slot)
-        stored = np.empty(size, np.uint8) if self.compressed else out
-        self._data.read(offset, stored)
+        stored = np.empty(self._data.sizes[slot], np.uint8) if self.compressed else out
+        self._data.read(slot, 0, stored)
         if self._scales is not None:
-            self._scales.read(self._scales.place(slot)[0], scales)
+            self._scales.read(slot, 0, scales)
         if check and google_crc32c.extend(google_crc32c.value(stored), scales) != self._checksums[slot]:
             raise DamagedError(self._data.name, "does not match its checksum")
         if self.compressed:
@@ -84,9 +83,10 @@ class PartReader:
 
     def read_some(self, slot: int, skipped: int, out: Bytes, skipped_scales: int, scales: Bytes) -> None:
         """Fill `out` from within an uncompressed record, after the bytes skipped; nothing is checked."""
-        self._data.read(self._data.place(slot)[0] + skipped, out)
+        self._data.read(slot, skipped, out)
         if self._scales is not None:
-            self._scales.read(self._scales.place(slot)[0] + skipped_scales, scales)
+            self._scales.read(slot, skipped_scales, scales)
+        self.seen[slot] = 1
 
 
 class _Shard:
@@ -111,15 +111,13 @@ class _Shard:
         # Memoryviews: an element of one is a Python int in a fraction of the time that numpy takes.
         self.offsets, self.sizes = offsets.data, sizes.data
 
-    def place(self, slot: int) -> tuple[int, int]:
+    def read(self, slot: int, skipped: int, out: Bytes) -> None:
+        """Fill `out` from within the record of a slot, after the bytes skipped."""
         offset = self.offsets[slot]
         if offset < 0:
             raise DamagedError(self.name, "is not there")
-        return offset, self.sizes[slot]
-
-    def read(self, offset: int, out: Bytes) -> None:
         try:
-            self.file.read_into(offset, out)
+            self.file.read_into(offset + skipped, out)
         except EOFError as error:
             raise DamagedError(self.name, f"is cut off: {error}") from None
 

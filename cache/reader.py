@@ -8,7 +8,7 @@ whenever it needs them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
 
@@ -77,11 +77,15 @@ class FeatureReader(ABC):
         Raises NotExtractedError for a row whose part is not committed or whose picture could not be read,
         CorruptPartError for one whose bytes are not those written, CacheError for what the disk or network refuses.
         """
-        for index, part in enumerate(self._announced(rows)):
+        parts = [self._part_of(row) for row in rows]
+        self._announce(parts, rows, 0)
+        for index, (part, row) in enumerate(zip(parts, rows, strict=True)):
+            if index % _ANNOUNCED == 0:
+                self._announce(parts, rows, index + _ANNOUNCED)
             try:
-                self._read_one(part, rows[index], outs[index], scales[index])
+                self._read_one(part, row, outs[index], scales[index])
             except (ReplacedError, DamagedError, OSError) as error:
-                self._read_again(error, rows[index], outs[index], scales[index])
+                self._read_again(error, row, outs[index], scales[index])
 
     def record(self, part: int) -> PartRecord:
         """A part's record. Raises FileNotFoundError where it is not written, CorruptPartError where it is damaged."""
@@ -98,25 +102,20 @@ class FeatureReader(ABC):
     def _read_one(self, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
         """Read one picture's features."""
 
-    def _announced(self, rows: Sequence[int]) -> Iterator[PartReader]:
-        """The part of each row, in order, some time after the disk was told that its record will be read."""
-        parts: list[PartReader] = []
-        for index, row in enumerate(rows):
-            part = self._part_of(row)
-            parts.append(part)
+    def _announce(self, parts: Sequence[PartReader], rows: Sequence[int], first: int) -> None:
+        """Tell the disk which records will be read soon, so that it fetches them while others are copied."""
+        some = slice(first, first + _ANNOUNCED)
+        for part, row in zip(parts[some], rows[some], strict=True):
             slot = self._slot(part, row)
             # Telling takes 4 microseconds, and a record that was read from a map before is most likely there still.
             if not (self._mapped and part.seen[slot]):
                 part.announce(slot)
-            if index >= _ANNOUNCED:
-                yield parts[index - _ANNOUNCED]
-        yield from parts[-_ANNOUNCED:]
 
     def _part_of(self, row: int) -> PartReader:
         try:
-            part = self._opened(row)
-        except DamagedError as error:
-            raise self._corrupt(row // self._part_size, error.file, str(error)) from None
+            part = self._parts(row // self._part_size)
+        except (DamagedError, OSError) as error:
+            part = self._opened_again(error, row)
         if part.failures and row in part.failures:
             raise NotExtractedError(
                 f"{self._storage.address}: {self._picture(row)} could not be read when it was extracted: "
@@ -124,36 +123,38 @@ class FeatureReader(ABC):
             )
         return part
 
-    def _opened(self, row: int) -> PartReader:
+    def _opened_again(self, error: Exception, row: int) -> PartReader:
+        """The part of a row, where a copy of a damaged file was kept that can be fetched again.
+
+        Otherwise raises what is wrong.
+        """
         number = row // self._part_size
-        try:
+        if isinstance(error, DamagedError) and self._storage.forget(error.file):
             try:
                 return self._parts(number)
-            except DamagedError as error:
-                if not self._storage.forget(error.file):
-                    raise
-                return self._parts(number)
-        except FileNotFoundError:
+            except (DamagedError, OSError) as again:
+                error = again
+        if isinstance(error, DamagedError):
+            raise self._corrupt(number, error.file, str(error))
+        if isinstance(error, FileNotFoundError):
             raise NotExtractedError(
                 f"{self._storage.address}: {self._picture(row)} is in part {number} of {self.feature_set.name}, "
                 "which is not written yet; run the same `regionspot extract` again, it goes on where it stopped"
-            ) from None
-        except OSError as error:
-            raise self._refused(row, error) from error
+            )
+        raise self._refused(row, error)
 
     def _read_again(self, error: Exception, row: int, out: Bytes, scales: Bytes) -> None:
-        """Read a picture once more where that may help, otherwise say what is wrong."""
-        if isinstance(error, OSError):
-            raise self._refused(row, error) from error
-        if isinstance(error, DamagedError) and not self._storage.forget(error.file):
-            raise self._corrupt_record(row, error) from None
-        self._parts.cache_clear()  # what is known of the part's files is not theirs any more
-        try:
-            self._read_one(self._part_of(row), row, out, scales)
-        except DamagedError as again:
-            raise self._corrupt_record(row, again) from None
-        except OSError as again:
-            raise self._refused(row, again) from again
+        """Read a picture once more where its files may be others by now; otherwise raises what is wrong."""
+        if isinstance(error, ReplacedError) or (isinstance(error, DamagedError) and self._storage.forget(error.file)):
+            self._parts.cache_clear()  # what is known of the files is not theirs any more
+            try:
+                return self._read_one(self._part_of(row), row, out, scales)
+            except (ReplacedError, DamagedError, OSError) as again:
+                error = again
+        if isinstance(error, DamagedError):
+            what = f"the record of {self._picture(row)} {error}"
+            raise self._corrupt(row // self._part_size, error.file, what)
+        raise self._refused(row, error)
 
     def _must_check(self, part: PartReader, slot: int) -> bool:
         return self._check == "always" or (self._check == "first" and not part.seen[slot])
@@ -161,19 +162,17 @@ class FeatureReader(ABC):
     def _picture(self, row: int) -> str:
         return f"picture {self._manifest.image_ids[row]} (row {row}, {self._manifest.paths[row]})"
 
-    def _corrupt_record(self, row: int, error: DamagedError) -> CorruptPartError:
-        return self._corrupt(row // self._part_size, error.file, f"the record of {self._picture(row)} {error}")
-
     def _corrupt(self, part: int, file: str, what: str) -> CorruptPartError:
         return CorruptPartError(
             f"{self._storage.address}: {file}: {what}; `regionspot cache repair` drops part {part}, then the same "
             "`regionspot extract` makes it anew"
         )
 
-    def _refused(self, row: int, error: OSError) -> CacheError:
+    def _refused(self, row: int, error: Exception) -> CacheError:
+        why = getattr(error, "strerror", None) or str(error) or "its files keep changing"
         return CacheError(
-            f"{self._storage.address}: {self._picture(row)} could not be read from {self.feature_set.name}: "
-            f"{error.strerror or error}; mend the disk or the connection and read it again"
+            f"{self._storage.address}: {self._picture(row)} could not be read from {self.feature_set.name}: {why}; "
+            "mend the disk or the connection and read it again"
         )
 
 

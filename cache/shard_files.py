@@ -81,20 +81,18 @@ class MappedShard:
             _libc.munmap(self._address, self.size)
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        self._require_whole()
+        try:
+            status = os.stat(self._path)
+        except OSError:
+            pass  # removed: what is mapped stays as it is until it is let go of
+        else:
+            if status.st_size < self.size and (status.st_dev, status.st_ino) == self._inode:
+                raise EOFError(f"the file was cut short to {status.st_size} bytes")
         out[:] = self._bytes[offset : offset + out.size]
 
     def announce(self, offset: int, size: int) -> None:
         page = offset // mmap.PAGESIZE * mmap.PAGESIZE
         _libc.madvise(self._address + page, offset + size - page, mmap.MADV_WILLNEED)
-
-    def _require_whole(self) -> None:
-        try:
-            status = os.stat(self._path)
-        except OSError:
-            return  # removed: what is mapped stays as it is until it is let go of
-        if status.st_size < self.size and (status.st_dev, status.st_ino) == self._inode:
-            raise EOFError(f"the file was cut short to {status.st_size} bytes")
 
 
 class _OpenFile:
