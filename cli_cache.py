@@ -76,3 +76,20 @@ def import_tokens(
     from regionspot.cache.token_files import import_tokens as run
 
     typer.echo(f"{cache}: {run(folder, cache, allow_missing).text()}")
+
+
+@cache_app.command()
+def stats(
+    path: CachePath,
+    feature_set: Annotated[str, typer.Argument(help="a feature set, as `info` names it")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="mean and variance as .npz or .json")] = None,
+) -> None:
+    """Mean and variance of every channel of a feature set, over the whole cache in one pass."""
+    from regionspot.cache.channel_stats import channel_stats, check_stats_name
+    from regionspot.cache.store import FeatureCache
+
+    target = check_stats_name(out) if out else None
+    found = channel_stats(FeatureCache.open(path), feature_set)
+    typer.echo(found.text())
+    if target:
+        found.save(target)

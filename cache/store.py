@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +30,9 @@ from regionspot.cache.records import PartRecord
 from regionspot.cache.schema import Failure, FeatureSet, Geometry, PictureFeatures, record_file
 from regionspot.cache.shard_files import Access
 from regionspot.cache.storage import LocalStorage, Storage, open_storage
+
+if TYPE_CHECKING:
+    from dask.array import Array
 
 log = logging.getLogger(__name__)
 
@@ -240,6 +243,12 @@ class FeatureCache(ReadableCache):
             return self._readers[feature_set].record(part)
         except FileNotFoundError:
             raise NotExtractedError(f"{self.path}: part {part} of {feature_set} is not written yet") from None
+
+    def dask(self, name: str) -> Array:
+        """A feature set as a dask array with a chunk a part; `dask_arrays.dask_array` says what is in it."""
+        from regionspot.cache.dask_arrays import dask_array  # dask takes half a second to import
+
+        return dask_array(self, name)
 
     def failures(self) -> list[Failure]:
         """Pictures that could not be read, by row, once each however many feature sets lack them."""
