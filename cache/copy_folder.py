@@ -85,10 +85,11 @@ class CopyFolder:
         Raises CacheError where it is larger than all of the folder may be, OSError for what the disk refuses, and
         whatever `write` raises. Nothing of it is left then.
         """
-        if size > self.limit:
+        if makes_room and size > self.limit:
+            asked = name.partition("@")[0]
             raise CacheError(
-                f"{self.folder}: a limit of {self.limit:,} bytes is less than one part, the {size:,} of {name}; "
-                "allow several times as much, or read without a local copy"
+                f"{self.folder}: a limit of {self.limit:,} bytes is less than one part, the {size:,} of {asked}; "
+                "allow many times as much, or read without a local copy"
             )
         final = self.folder / name
         found = self.find(name)
@@ -110,10 +111,6 @@ class CopyFolder:
                 raise
         sync_folder(final.parent)
         return final
-
-    def drop(self, name: str) -> None:
-        """Remove a file; does nothing where there is none."""
-        (self.folder / name).unlink(missing_ok=True)
 
     def _take_room(self, fd: int, size: int, makes_room: bool) -> None:
         os.ftruncate(fd, 0)  # what a killed writer had left of it

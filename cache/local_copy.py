@@ -39,6 +39,7 @@ NO_LIMIT = 2**63 - 1  # bytes
 _CRC_BYTES = 4  # behind every copy that is no shard
 _TRIES = 3  # of a file that is replaced while it is fetched
 _FRESH = 10.0  # seconds for which a listed file needs no further look: a listing of 10,000 parts, then their records
+_AT_THE_SAME_TIME = 60.0  # seconds in which threads may find one copy wrong
 _DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _BINARY_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "p": 2**50}
@@ -54,7 +55,7 @@ class LocalCopy(Storage):
         name = re.sub(r"[^\w.-]+", "_", remote.address.rpartition("/")[2]) or "cache"
         self._place = f"{name}-{_hash(remote.address)}"
         self._seen: dict[str, tuple[float, Version]] = {}
-        self._forgotten: set[str] = set()
+        self._forgotten: dict[str, float] = {}
         self._is_full = False
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -71,17 +72,17 @@ class LocalCopy(Storage):
             return self._remote.read(name)
         path = self.local_path(name) if _is_shard(name) else self._kept(name, self._write_sealed)
         try:
-            stored = None if path is None else path.read_bytes()
+            if path is None:
+                return self._remote.read(name)
+            stored = path.read_bytes()
         except FileNotFoundError:  # it had to make room just now
-            stored = None
-        if stored is None:
             return self._remote.read(name)
         if _is_shard(name):
             return stored
         try:
             return without_crc(stored, "the copy")
         except ValueError:
-            self._drop(name)
+            path.unlink(missing_ok=True)
             return self._remote.read(name)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
@@ -140,18 +141,18 @@ class LocalCopy(Storage):
         return ZarrView(self, self._remote.zarr_library_store(read_only=True))
 
     def forget(self, name: str) -> bool:
-        """Once for each file: one that is wrong again is wrong in the store. True also for one that was missing here,
-        for it may have made room between being looked up and being opened."""
-        if name in self._forgotten:
-            return False
-        self._drop(name)
-        self._forgotten.add(name)
-        return True
+        """As Storage says. A file is fetched anew once: if it is wrong again, it is wrong in the store.
 
-    def _drop(self, name: str) -> None:
-        seen = self._seen.pop(name, None)
-        if seen is not None:
-            self._copies.drop(self._copy_name(name, seen[1]))
+        True also for a while after, for threads that found the old copy wrong at the same time, and for a copy that
+        is not there, which may have made room between being looked up and being opened.
+        """
+        now, (_, version) = time.monotonic(), self._seen.get(name, (0.0, None))
+        old = None if version is None else self._copies.folder / self._copy_name(name, version)
+        first = self._forgotten.setdefault(name, now)
+        if first == now and old is not None:
+            self._seen.pop(name, None)
+            old.unlink(missing_ok=True)
+        return now - first < _AT_THE_SAME_TIME or old is None or not old.exists()
 
     def _kept(self, name: str, write: _Write) -> Path | None:
         """Path of the copy of a file as it is in the store now; None where the disk has no room for it."""
@@ -174,9 +175,10 @@ class LocalCopy(Storage):
         except OSError as error:
             if error.errno not in _DISK_IS_FULL:
                 raise
-            self._is_full = True
-            folder, told = self._copies.folder, error.strerror
-            log.warning("%s: takes no more copies: %s; the rest is read from %s", folder, told, self.address)
+            if not self._is_full:  # another thread may have told it meanwhile
+                self._is_full = True
+                folder, told = self._copies.folder, error.strerror
+                log.warning("%s: takes no more copies: %s; the rest is read from %s", folder, told, self.address)
             return None
 
     def _write_sealed(self, name: str, version: Version, fd: int) -> None:

@@ -3,10 +3,8 @@
 import http.client
 import math
 import os
-import socket
 import subprocess
 import sys
-import time
 import uuid
 import zlib
 from pathlib import Path
@@ -75,33 +73,30 @@ def from_formula():
     return _from_formula
 
 
+# It ends with the tests, also where these are killed: its standard input ends then.
+_S3_SERVER = """
+import sys
+from moto.server import ThreadedMotoServer
+server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+server.start()
+print(server.get_host_and_port()[1], flush=True)
+sys.stdin.read()
+"""
+
+
 @pytest.fixture(scope="session")
 def s3_server():
     """Port of an S3-protocol server of our own: a real one, in a process of its own, with nothing in it yet."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
     server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
+        [sys.executable, "-c", _S3_SERVER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
+        text=True,
     )
-    try:
-        _wait_for(server, port)
-        yield port
-    finally:
-        server.kill()
-        server.wait()
-
-
-def _wait_for(server: subprocess.Popen, port: int) -> None:
-    for _ in range(600):
-        assert server.poll() is None, "the server ended by itself"
-        try:
-            socket.create_connection(("127.0.0.1", port), 1).close()
-            return
-        except OSError:
-            time.sleep(0.05)
-    raise TimeoutError("the server did not come up")
+    yield int(server.stdout.readline())
+    server.kill()
+    server.communicate()
 
 
 @pytest.fixture
