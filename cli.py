@@ -101,23 +101,25 @@ def extract(
     max_failed: Annotated[float, typer.Option(help="stop when more than this share of the pictures is broken")] = 0.2,
     device: Device = None,
     dtype: Dtype = "float32",
+    encoding: Annotated[str, typer.Option(help="maps: float16, float32, bfloat16, int8 (half the bytes)")] = "float16",
+    token_encoding: Annotated[str, typer.Option(help="tokens, likewise; either may end in +zstd")] = "float16",
     take_over: TakeOver = False,
 ) -> None:
     """Run the frozen backbones over a dataset, once, into a cache. Killed and run again, it goes on.
 
     Any number of runs may share a cache: start the same command again, here or on another machine.
     """
-    from regionspot.cache.store import FeatureCache
+    from regionspot.cache.encodings import Encoding
     from regionspot.pipeline.datasets import photo_dir
-    from regionspot.pipeline.extract import Backbones
+    from regionspot.pipeline.extract import Backbones, open_for_extraction
     from regionspot.pipeline.extract import extract as run
     from regionspot.pipeline.photos import check_exif
 
-    rule = check_exif(exif)
+    rule, encodings = check_exif(exif), (Encoding.parse(encoding), Encoding.parse(token_encoding))
     manifest = _manifest(name, data, split, annotations, boxes, limit)
-    backbones = Backbones.load(preset, weights, sam_weights, clip_weights, device, dtype)
-    store = FeatureCache.open_or_create(cache, manifest, backbones.feature_sets(rule), part_size)
     photos = photo_dir(name, data, split, manifest)
+    backbones = Backbones.load(preset, weights, sam_weights, clip_weights, device, dtype)
+    store = open_for_extraction(cache, manifest, photos, backbones, rule, *encodings, part_size)
     summary = run(
         store,
         photos,

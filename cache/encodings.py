@@ -24,7 +24,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -46,6 +46,24 @@ _SMALLEST_SCALE = np.float32(2.0**-14)
 # A channel that hardly moved in the sample counts as one that moves a thousandth of the usual one: it may move
 # elsewhere, and divided by almost nothing it would take the whole row's scale for itself.
 _LEAST_DEVIATION = 1e-3
+
+
+class Encoding(NamedTuple):
+    """How a feature set is stored: the dtype of a FeatureSet and its compression."""
+
+    dtype: str
+    compression: Literal["zstd"] | None = None
+
+    @classmethod
+    def parse(cls, words: str) -> Encoding:
+        """An encoding as people write it: `int8`, `float16+zstd`. Raises InputError for what is none."""
+        dtype, plus, compression = words.partition("+")
+        if dtype not in STORED or compression != ("zstd" if plus else ""):
+            raise InputError(f"encoding {words!r}: expected one of {', '.join(STORED)}, or one of them and +zstd")
+        return cls(dtype, "zstd" if plus else None)
+
+    def __str__(self) -> str:
+        return f"{self.dtype}+{self.compression}" if self.compression else self.dtype
 
 
 @dataclass(frozen=True, eq=False)

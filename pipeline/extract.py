@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from numpy.typing import NDArray
 
 from regionspot.cache.claims import Claims
+from regionspot.cache.encodings import Encoding
 from regionspot.cache.errors import InputError
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.progress import Progress, duration
@@ -27,12 +28,15 @@ from regionspot.pipeline.backbones import preset_named
 from regionspot.pipeline.committing import CommitThread
 from regionspot.pipeline.decoding import Decoded, Decoder, decode_ahead
 from regionspot.pipeline.encoder import SemanticEncoder, load_encoder
+from regionspot.pipeline.encoding_sample import ready_to_store
 from regionspot.pipeline.localizer import Localizer, load_localizer
 from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.sharing import SharedParts
 
 # A wrong photo folder shows in the first pictures: stop before a part of nothing but failures is committed.
 FIRST_PICTURES = 10
+
+FLOAT16 = Encoding("float16")
 
 
 @dataclass(frozen=True)
@@ -63,16 +67,30 @@ class Backbones:
             load_encoder(names.encoder, clip_weights or weights, place, dtype),
         )
 
-    def feature_sets(self, exif: Exif = "auto") -> list[FeatureSet]:
-        """What these models write into a cache, with the provenance that a later run must match."""
+    def feature_sets(
+        self, exif: Exif = "auto", encoding: Encoding = FLOAT16, token_encoding: Encoding = FLOAT16
+    ) -> list[FeatureSet]:
+        """What these models write into a cache, with the provenance that a later run must match.
+
+        encoding, token_encoding   of maps and of tokens; int8 is still without the statistics of a sample
+        """
         sets = []
         if self.localizer is not None:
-            provenance = {**self.localizer.provenance, "exif": exif}
-            sets.append(FeatureSet(self.localizer.name, "token", (self.localizer.token_dim,), "float16", provenance))
+            sets.append(_feature_set(self.localizer, "token", (self.localizer.token_dim,), exif, token_encoding))
         if self.encoder is not None:
-            provenance = {**self.encoder.provenance, "exif": exif}
-            sets.append(FeatureSet(self.encoder.name, "map", self.encoder.map_shape, "float16", provenance))
+            sets.append(_feature_set(self.encoder, "map", self.encoder.map_shape, exif, encoding))
         return sets
+
+
+def _feature_set(
+    model: Localizer | SemanticEncoder,
+    kind: Literal["map", "token"],
+    shape: tuple[int, ...],
+    exif: Exif,
+    encoding: Encoding,
+) -> FeatureSet:
+    provenance = {**model.provenance, "exif": exif}
+    return FeatureSet(model.name, kind, shape, encoding.dtype, provenance, encoding.compression)
 
 
 @dataclass(frozen=True)
@@ -113,6 +131,34 @@ class ExtractSummary:
         if self.ignored_orientations:
             words.append(f"EXIF orientation ignored for {self.ignored_orientations:,}, as their stated size asks")
         return "; ".join(words)
+
+
+def open_for_extraction(
+    address: str | Path,
+    manifest: Manifest,
+    photo_folder: Path,
+    backbones: Backbones,
+    exif: Exif = "auto",
+    encoding: Encoding = FLOAT16,
+    token_encoding: Encoding = FLOAT16,
+    part_size: int = 512,
+) -> FeatureCache:
+    """Go on with the cache at `address`, or make it for what the backbones write into it.
+
+    For int8 the backbones run over a few pictures first, unless the cache holds the feature set already. Raises
+    InputError when none of these can be read, and what `FeatureCache.open_or_create` raises.
+    """
+
+    def features_of(rows: list[int], names: list[str]) -> Iterator[PictureFeatures]:
+        decoder = Decoder(manifest, photo_folder, backbones.localizer, backbones.encoder, exif)
+        progress = Progress(len(rows), "pictures of the sample")
+        with closing(decode_ahead(decoder, ((row, names) for row in rows), None)) as decoded:
+            for batch in _timed_batches(decoded, 8, progress):
+                yield from _encode(batch, manifest, backbones, progress)
+                progress.step(len(batch))
+
+    sets = ready_to_store(address, manifest, backbones.feature_sets(exif, encoding, token_encoding), features_of)
+    return FeatureCache.open_or_create(address, manifest, sets, part_size)
 
 
 def extract(

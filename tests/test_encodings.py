@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from regionspot.cache import FeatureSet, InputError
-from regionspot.cache.encodings import Encoder, Statistics, decode, encode, statistics_of, widen
+from regionspot.cache.encodings import Encoder, Encoding, Statistics, decode, encode, statistics_of, widen
 
 TOKENS, WIDTH = 9, 16
 ALL = ("float16", "float32", "bfloat16", "int8")
@@ -274,6 +274,19 @@ def test_an_encoder_uses_its_memory_again(set_of, sample, dtype):
 
 
 # --- feature sets that say how they are encoded ---
+
+
+@pytest.mark.parametrize("words", ["int8", "float16", "bfloat16+zstd", "int8+zstd"])
+def test_an_encoding_reads_as_it_is_written(words):
+    encoding = Encoding.parse(words)
+    assert str(encoding) == words
+    assert encoding == (words.split("+")[0], "zstd" if "+" in words else None)
+
+
+@pytest.mark.parametrize("words", ["", "float64", "int8+", "+zstd", "int8+gzip", "int8 zstd", "INT8"])
+def test_words_that_are_no_encoding_are_refused(words):
+    with pytest.raises(InputError, match="expected one of float16, float32, bfloat16, int8, or one of them and"):
+        Encoding.parse(words)
 
 
 def test_a_feature_set_goes_through_json_and_back(set_of):
