@@ -237,7 +237,18 @@ def test_bytes_that_are_no_compressed_record_or_another_ones_are_refused(records
 
 
 @pytest.mark.parametrize(
-    "entry", [(0, 0), (0, 101), (100, 1), (101, 1), (2**63, 1), (1, 2**63), (2**64 - 2, 4), (2**63 - 1, 2**63 - 1)]
+    "entry",
+    [
+        (0, 0),
+        (0, 101),
+        (100, 1),
+        (101, 1),
+        (2**63, 1),
+        (1, 2**63),
+        (1, 2**63 - 1),
+        (2**64 - 2, 4),
+        (2**63 - 1, 2**63 - 1),
+    ],
 )
 def test_an_index_that_points_outside_its_compressed_records_is_refused(entry):
     sound = with_crc(np.array([(0, 40), (40, 60)], "<u8").tobytes())
