@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from regionspot.cache.encodings import decode
+from regionspot.cache.decoded import read_decoded
 from regionspot.cache.errors import InputError, PhotoError
 from regionspot.cache.manifest import NO_CATEGORY, Manifest
 from regionspot.cache.schema import FeatureSet
@@ -114,8 +114,8 @@ def _patches(cache: FeatureCache, row: int, maps: FeatureSet) -> NDArray[np.floa
     side = math.isqrt(tokens - 1)
     if side * side != tokens - 1:
         raise InputError(f"{cache.path}: {maps.name} has {tokens} tokens, expected one and a square of patches")
-    batch = cache.read([row], map_set=maps.name)
-    return decode(batch.feature_map[0], maps)[1:].reshape(side, side, width)
+    values = read_decoded(cache, maps.name, [row])[0, 1:].astype(np.float32)
+    return values.reshape(side, side, width)
 
 
 def _regions(manifest: Manifest, row: int) -> list[Drawn]:

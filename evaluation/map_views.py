@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+FAINTEST = 0.02  # a component that moves less than this share of the first is rounding, and stretched would be noise
 CLIPPED = 2  # percent of the patches at either end: one odd patch must not take all the contrast
 
 
@@ -19,7 +20,7 @@ def pca_colours(patches: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float]
     flat = patches.reshape(-1, patches.shape[-1]).astype(np.float64)
     flat -= flat.mean(axis=0)
     along, lengths, axes = np.linalg.svd(flat, full_matrices=False)
-    shown = min(3, len(lengths))
+    shown = min(3, int((lengths > FAINTEST * lengths[0]).sum()))
     signs = np.sign(axes[np.arange(shown), np.abs(axes[:shown]).argmax(axis=1)])
     values = np.zeros((len(flat), 3))
     values[:, :shown] = along[:, :shown] * lengths[:shown] * signs

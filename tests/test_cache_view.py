@@ -17,6 +17,7 @@ from regionspot.cache import (
     NotExtractedError,
     PictureFeatures,
 )
+from regionspot.cache.encodings import statistics_of
 from regionspot.evaluation import cache_view
 from regionspot.evaluation.cache_view import show_picture
 from regionspot.evaluation.map_views import box_likeness, pca_colours
@@ -129,6 +130,25 @@ def test_three_views_stand_side_by_side_and_say_what_they_show(cache, made, capt
     assert captions[3].startswith("what is like region 0 chaise longue / cosine")
     assert captions[3].endswith("0.00 dark to 1.00 bright")
     assert (90, 120, 30) in {colour for _, colour in sheet.getcolors(2**24)}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_every_encoding_looks_the_same(made, captions, tmp_path, dtype):
+    original = FeatureCache.open(made / "a.zarr")
+    feature_map = original.read([0]).feature_map[0].astype(np.float32)
+    statistics = statistics_of(feature_map[None]) if dtype == "int8" else None
+    maps = FeatureSet("clip", "map", MAPS.shape, dtype, compression="zstd", statistics=statistics)
+    cache = FeatureCache.create(tmp_path / "a.zarr", original.manifest.head(1), [maps])
+    cache.write_part(0, [PictureFeatures(0, {"clip": feature_map})])
+    difference = np.asarray(show_picture(cache, 10), int) - np.asarray(show_picture(original, 10), int)
+    assert np.abs(difference).max() <= 16
+
+
+def test_maps_are_shown_before_the_tokens_are_there(made, captions, tmp_path):
+    copy = shutil.copytree(made / "a.zarr", tmp_path / "a.zarr")
+    manifest = FeatureCache.open(copy).manifest
+    show_picture(FeatureCache.open_or_create(copy, manifest, [FeatureSet("sam", "token", (6,))]), 10)
+    assert len(captions) == 4
 
 
 def test_a_region_can_be_chosen_by_its_number(cache, captions):
