@@ -222,7 +222,7 @@ class Claims:
 
     def _read(self, file: str) -> Claim | None:
         data = self._read_bytes(file)
-        return None if data is None else _parse(data)
+        return None if data is None else _parse(file, data)
 
     def _read_bytes(self, file: str) -> bytes | None:
         try:
@@ -287,15 +287,16 @@ class Claims:
             ) from error
 
 
-def _parse(data: bytes) -> Claim:
+def _parse(file: str, data: bytes) -> Claim:
     try:
         words = json.loads(data)
         if is_sealed(words):
             return Claim(words["id"], words["run"], Process(**words["process"]))
     except (ValueError, KeyError, TypeError):
         pass
-    # Damaged: of a run that shows no beat, so it is dead after a while. Any id will do that all runs agree on.
-    mark = f"{google_crc32c.value(data):08x}"
+    # Damaged, or not whole yet where the file system has no links: of a run that shows no beat, so it is dead after a
+    # while. Any id will do that all runs agree on.
+    mark = f"{google_crc32c.value(file.encode() + data):08x}"
     return Claim(mark, mark, Process("somebody", "", "", 0, 0))
 
 

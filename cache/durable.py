@@ -19,8 +19,11 @@ from typing import Any
 
 import google_crc32c
 
-# No dots or dashes, so that the end of a partial file's name can be taken apart again.
-_HOST = re.sub(r"\W", "_", socket.gethostname())
+from regionspot.cache.process import process_place
+
+# No dots or dashes, so that the end of a partial file's name can be taken apart again. Machines and containers may
+# share a host's name; where one's process ids mean nothing to another, the mark behind it differs.
+_HOST = re.sub(r"\W", "_", f"{socket.gethostname()}_{google_crc32c.value(repr(process_place()).encode()):08x}")
 _PARTIAL = re.compile(r"\.(?P<host>\w+)-(?P<pid>\d+)\.partial$")
 # crc32c of any bytes with their own crc32c behind them, whatever they are: it follows from how a CRC is made.
 _RESIDUE = 0x48674BC7
@@ -149,8 +152,8 @@ def is_partial(name: str) -> bool:
 def remove_abandoned(folder: Path, prefix: str = "") -> None:
     """Remove partial files and folders under `folder`, not below it, whose writer is gone; leave those of living ones.
 
-    A writer of this machine is asked for by its process id. One of another machine cannot be, so what it left
-    counts as abandoned only after a day without a change.
+    A writer of this machine is asked for by its process id. One of another machine, or from before this one was started
+    anew, cannot be, so what it left counts as abandoned only after a day without a change.
     """
     for path in folder.glob(f"{prefix}*.partial"):
         if _is_abandoned(path):

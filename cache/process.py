@@ -35,7 +35,7 @@ class Process:
 
     def is_here(self) -> bool:
         """Whether it runs, or ran, where this one can see it."""
-        return bool(self.boot) and (self.boot, self.namespace) == _place()
+        return bool(self.boot) and (self.boot, self.namespace) == process_place()
 
     def is_gone(self) -> bool:
         """Whether it certainly runs no more; False where that cannot be known."""
@@ -53,10 +53,11 @@ class Process:
 
 def this_process() -> Process:
     """The calling process."""
-    return Process(socket.gethostname(), *_place(), os.getpid(), _started(os.getpid()) or 0)
+    return Process(socket.gethostname(), *process_place(), os.getpid(), _started(os.getpid()) or 0)
 
 
-def _place() -> tuple[str, str]:
+def process_place() -> tuple[str, str]:
+    """The boot and the namespace that this process's id is of; each "" where the system has none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return boot, os.readlink("/proc/self/ns/pid")

@@ -4,20 +4,24 @@ Everything that is read or written goes through `Storage`, so that a cache behav
 paths inside the cache with forward slashes. A file appears under its name whole or not at all, and is never changed
 afterwards, only replaced; that is all that the cache asks of a store.
 
-    LocalStorage    a folder: disk, NFS                   (here)
-    ObjectStorage   s3://, gs://, az://, any fsspec URL   (remote.py)
-    LocalCopy       an ObjectStorage whose shards are kept in a folder as they are read   (local_copy.py)
+    LocalStorage    a folder: disk, NFS                                             (here)
+    RemoteStorage   s3://, gs://, az://, http://, any URL of fsspec                 (remote.py)
+    LocalCopy       a RemoteStorage whose files are kept in a folder as they are read   (local_copy.py)
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import threading
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, Protocol
 
 from regionspot.cache.durable import DurableFile, remove_abandoned, write_file
 from regionspot.cache.errors import CacheError
+
+_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # exFAT, some network and user-space file systems (link(2))
 
 
 class NewFile(Protocol):
@@ -149,13 +153,18 @@ class LocalStorage(Storage):
     def write_new(self, name: str, data: bytes) -> bool:
         final = self.folder / name
         final.parent.mkdir(parents=True, exist_ok=True)
-        file = DurableFile(final)
+        # Two threads of one process may want the same new file; what they write first must not be the same one.
+        file = DurableFile(final.with_name(f"{final.name}.{threading.get_ident()}"))
         try:
             file.write(data)
             file.finish()
             os.link(file.partial, final)  # unlike a rename it refuses to replace, also over NFS
         except FileExistsError:
             return False
+        except OSError as error:
+            if error.errno not in _NO_LINKS:
+                raise
+            return _write_exclusively(final, data)
         finally:
             file.discard()
         return True
@@ -174,6 +183,16 @@ class LocalStorage(Storage):
         from zarr.storage import LocalStore  # zarr takes a second to import
 
         return LocalStore(self.folder, read_only=read_only)
+
+
+def _write_exclusively(final: Path, data: bytes) -> bool:
+    """`write_new` without links: for a moment others may see a file that is not whole yet."""
+    try:
+        with final.open("xb") as file:
+            file.write(data)
+    except FileExistsError:
+        return False
+    return True
 
 
 def open_storage(address: str | Path | Storage) -> Storage:

@@ -264,7 +264,7 @@ def test_only_what_dead_writers_left_is_removed(undisturbed, tmp_path):
     ours = durable.partial_path(folder / "c.1.0.0").name
     of = {
         "living": ours,
-        "dead": ours.replace(str(os.getpid()), str(dead)),
+        "dead": ours.replace(f"-{os.getpid()}.", f"-{dead}."),
         "elsewhere": f"c.1.0.0.otherhost-{dead}.partial",
         "elsewhere, long ago": "c.2.0.0.otherhost-1.partial",
         "living, long ago": "c.3" + ours.removeprefix("c.1"),
