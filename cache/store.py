@@ -23,6 +23,7 @@ from regionspot.cache.header import (
     require_same_manifest,
 )
 from regionspot.cache.manifest import Category, Manifest
+from regionspot.cache.matching import as_stored
 from regionspot.cache.parts import PartWriter
 from regionspot.cache.reader import Check, FeatureReader, open_reader
 from regionspot.cache.reading import ReadableCache
@@ -122,8 +123,9 @@ class FeatureCache(ReadableCache):
     ) -> FeatureCache:
         """Go on with a cache, or make it. Feature sets that it does not hold yet are added and touch nothing else.
 
-        An existing cache keeps its own part size. Raises ProvenanceMismatchError, saying what differs, when it was
-        made from other annotations or backbones than asked for.
+        An existing cache keeps its own part size and order: annotations may list its pictures in another one, and for
+        one that was cut out of another cache those of the whole will do. Raises ProvenanceMismatchError, saying what
+        differs, when it was made from other annotations or backbones than asked for.
         """
         storage, asked = open_storage(path), Header.of(manifest, feature_sets, part_size)
         if not storage.exists(""):
@@ -132,6 +134,8 @@ class FeatureCache(ReadableCache):
             except CacheExistsError:
                 log.info("%s: another run made it a moment ago; joining that run", path)
         stored = load_header(storage)
+        if stored.digest != asked.digest:
+            asked = Header.of(_as_stored(storage, stored, manifest), asked.feature_sets.values(), part_size)
         require_same_manifest(storage.address, stored, asked)
         for name in stored.feature_sets.keys() & asked.feature_sets.keys():
             for difference in require_same_features(
@@ -285,6 +289,12 @@ def _with_local_copy(storage: Storage, folder: str | Path | None, limit: str | i
     return with_local_copy(storage, folder, NO_LIMIT if limit is None else parse_bytes(str(limit)))
 
 
+def _as_stored(storage: Storage, header: Header, asked: Manifest) -> Manifest:
+    from regionspot.cache.columns import load_manifest  # zarr takes a second to import
+
+    return as_stored(load_manifest(storage, header), asked)
+
+
 def _require_arrays(storage: Storage, header: Header) -> None:
     """Raises NotACacheError when an array that the header speaks of is not there."""
     for feature_set in header.feature_sets.values():
@@ -299,6 +309,6 @@ def _prepare_for_writing(storage: Storage, header: Header) -> None:
     storage.check_writable()
     folders = ["", "features"]
     for feature_set in header.feature_sets.values():
-        folders += [feature_set.array, feature_set.checksums, f"parts/{feature_set.name}"]
+        folders += [feature_set.array, feature_set.scales, feature_set.checksums, f"parts/{feature_set.name}"]
     for folder in folders:
         storage.remove_abandoned(folder)
