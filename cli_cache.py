@@ -93,3 +93,31 @@ def stats(
     typer.echo(found.text())
     if target:
         found.save(target)
+
+
+@cache_app.command()
+def verify(
+    path: CachePath,
+    quick: Annotated[bool, typer.Option("--quick", help="leave the features' own bytes out")] = False,
+    threads: Annotated[int | None, typer.Option(help="parts at once; default: what suits the store")] = None,
+) -> None:
+    """Look at every byte and count of a cache; exit code 1 and a list when something is wrong."""
+    from regionspot.cache.verify import verify as run
+
+    report = run(path, quick=quick, threads=threads)
+    typer.echo(report.text())
+    raise typer.Exit(0 if report.sound else 1)
+
+
+@cache_app.command()
+def repair(
+    path: CachePath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
+) -> None:
+    """Verify a cache and drop its bad parts, so that the next extract makes them again; 1 when problems are left."""
+    from regionspot.cache.repair import repair as run
+    from regionspot.cache.verify import verify as look
+
+    summary = run(path, look(path), dry_run=dry_run)
+    typer.echo(summary.text())
+    raise typer.Exit(1 if summary.left else 0)

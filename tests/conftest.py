@@ -1,17 +1,26 @@
 """Shared fixtures. `../shared` holds golden values and real photos; where it is not, the tests that use it skip."""
 
 import http.client
+import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import uuid
 import zlib
+from collections.abc import Callable
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures, Ragged
+from regionspot.cache.claims import Claims
+from regionspot.cache.encodings import statistics_of
+from regionspot.pipeline.sharing import SharedParts
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
@@ -125,3 +134,100 @@ def _make_bucket(port: int, bucket: str) -> None:
     connection.request("PUT", f"/{bucket}", headers={"Authorization": signature})
     assert connection.getresponse().status == 200
     connection.close()
+
+
+class SmallCache:
+    """A cache with a feature set of every encoding, small enough to be made, damaged and looked at thousands of times.
+
+    Ten pictures in three parts, the last one not full; one part has more regions than an inner chunk of tokens, two
+    pictures have none, one cannot be read.
+    """
+
+    part_size = 4
+    failing = 6
+
+    def __init__(self) -> None:
+        rng, counts = np.random.default_rng(0), [2, 0, 1, 5, 60, 7, 3, 0, 3, 1]
+        regions, pictures = sum(counts), len(counts)
+        self.manifest = Manifest(
+            dataset="lvis",
+            split="train",
+            image_ids=np.arange(pictures) + 100,
+            paths=np.array([f"val2017/{row:04d} ü.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
+            heights=rng.integers(1, 2000, pictures, dtype=np.int32),
+            widths=rng.integers(1, 2000, pictures, dtype=np.int32),
+            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+            boxes_xyxy=rng.random((regions, 4), dtype=np.float32) * 640,
+            category_index=rng.integers(0, 2, regions, dtype=np.int32),
+            annotation_ids=rng.integers(0, 2**40, regions),
+            categories=(Category(3, "person", "person.n.01", "f", ("man",)), Category(7, "tab\there ü")),
+            scores=rng.random(regions, dtype=np.float32),
+            negatives=Ragged(np.arange(pictures + 1), np.arange(pictures, dtype=np.int32) % 2),
+            not_exhaustive=Ragged(np.arange(pictures + 1), np.ones(pictures, np.int32)),
+            source={"files": {"lvis_v1_train.json": "c0ffee"}},
+            report={"boxes under 1 pixel": 3},
+        )
+        maps, tokens = rng.standard_normal((50, 8)) * 1e-5, rng.standard_normal((50, 6))
+        self.sets = (
+            FeatureSet("clip", "map", (5, 8), provenance={"model": "ViT-L-14", "rate": 1e-5}),
+            FeatureSet("clip-int8", "map", (5, 8), "int8", statistics=statistics_of(maps)),
+            FeatureSet("clip-zstd", "map", (5, 8), "bfloat16", compression="zstd"),
+            FeatureSet("sam", "token", (6,), "float32"),
+            FeatureSet("sam-int8", "token", (6,), "int8", compression="zstd", statistics=statistics_of(tokens)),
+        )
+
+    @property
+    def names(self) -> list[str]:
+        return [feature_set.name for feature_set in self.sets]
+
+    def features(self, row: int) -> PictureFeatures:
+        """What the backbones would say about a picture, the same whenever they are asked."""
+        if row == self.failing:
+            return PictureFeatures(row, {}, "truncated JPEG")
+        rng, regions = np.random.default_rng(row), int(self.manifest.region_count[row])
+        shapes = {each.name: each.shape if each.kind == "map" else (regions, *each.shape) for each in self.sets}
+        return PictureFeatures(row, {name: rng.standard_normal(shape) for name, shape in shapes.items()})
+
+    def create(self, path: Path) -> FeatureCache:
+        return FeatureCache.create(path, self.manifest, self.sets, self.part_size)
+
+    def extract(self, path: Path, at_picture: Callable[[], object] = lambda: None) -> None:
+        """What `regionspot extract` does, with its own sharing of parts among runs, but without backbones."""
+
+        def features(row: int) -> PictureFeatures:
+            at_picture()
+            return self.features(row)
+
+        cache = FeatureCache.open_or_create(path, self.manifest, self.sets, self.part_size)
+        with Claims(cache.storage, beat_every=0.02) as claims:
+            parts = SharedParts(cache, self.names, claims)
+            while parts.wait():
+                for part, jobs in groupby(parts.jobs(), lambda job: job[0] // self.part_size):
+                    parts.write(part, (features(row) for row, _ in jobs))
+
+    def content(self, folder: Path) -> dict[str, bytes]:
+        """Every file's bytes; of the part records all but who wrote them and how long that took."""
+        found = {}
+        for path in folder.rglob("*"):
+            if path.is_file():
+                name, data = path.relative_to(folder).as_posix(), path.read_bytes()
+                if name.startswith("parts/"):
+                    written_by = ("worker", "seconds", "crc32c")
+                    data = json.dumps({k: v for k, v in json.loads(data).items() if k not in written_by}).encode()
+                found[name] = data
+        return found
+
+
+@pytest.fixture(scope="session")
+def small() -> SmallCache:
+    return SmallCache()
+
+
+@pytest.fixture(scope="session")
+def small_folder(small, tmp_path_factory) -> Path:
+    """`empty` and `full`, to be copied and never changed: making one takes ten times as long."""
+    folder = tmp_path_factory.mktemp("small")
+    small.create(folder / "empty")
+    shutil.copytree(folder / "empty", folder / "full")
+    small.extract(folder / "full")
+    return folder
