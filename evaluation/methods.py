@@ -26,6 +26,7 @@ from regionspot.evaluation.inference import Unreadable
 from regionspot.evaluation.region_spot import Prepared, RegionSpot
 from regionspot.evaluation.scoring import RegionScores, Timed, head_digest, head_probabilities
 from regionspot.fusion.checkpoint import HeadInfo
+from regionspot.fusion.decoding import decode_on_device
 from regionspot.fusion.head import FusionHead
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.photos import Exif, read_photo
@@ -109,8 +110,11 @@ class HeadOnCache:
         with timed("read"):
             batch = self._cache.read(rows, token_set=self._sets[0], map_set=self._sets[1])
         with timed("head"):
-            padded = torch.from_numpy(batch.tokens).float().to(self.device)
-            feature_maps = torch.from_numpy(batch.feature_map).float().to(self.device)
+            sets = self._cache.feature_sets
+            padded = decode_on_device(batch.tokens, batch.token_scale, sets[self._sets[0]], self.device).float()
+            feature_maps = decode_on_device(
+                batch.feature_map, batch.map_scale, sets[self._sets[1]], self.device
+            ).float()
             counts = batch.region_mask.sum(axis=1).tolist()
             tokens: list[Tensor] = [padded[place, :count] for place, count in enumerate(counts)]
             return head_probabilities(self._head, tokens, feature_maps, self._text)

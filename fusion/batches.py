@@ -1,4 +1,4 @@
-"""Which pictures make up which batch, and reading them one batch ahead.
+"""Which pictures make up which batch, and reading them ahead.
 
 A batch follows from the seed and the step alone: a run that was stopped goes on with the very batches that it would
 have had, without reading those before. Within a cache the pictures of one epoch after another, each epoch shuffled
@@ -8,13 +8,15 @@ anew, form one endless row that is cut into batches, so none is left out.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import tee
 
 import numpy as np
 from numpy.typing import NDArray
 
+from regionspot.cache import ring
 from regionspot.cache.batch import Batch
 from regionspot.cache.errors import InputError
 from regionspot.fusion.sources import Source
@@ -70,25 +72,18 @@ class Planned:
     batch: Batch
 
 
-def read_ahead(sources: Sequence[Source], plan: BatchPlan, first: int, last: int) -> Iterator[Planned]:
-    """The batches of steps first to last - 1, the next one being read by a thread meanwhile.
+def read_ahead(
+    sources: Sequence[Source], plan: BatchPlan, first: int, last: int, pinned: bool = False
+) -> Iterator[Planned]:
+    """The batches of steps first to last - 1, the next ones being read meanwhile.
 
-    Two batches take turns: one is in the caller's hands while the other is filled. Raises what reading raised, at the
-    step whose batch could not be read.
+    pinned   in page-locked memory, for copies to a GPU
+
+    Raises what reading raised, at the step whose batch could not be read.
     """
-
-    def read(step: int, source: int, positions: NDArray[np.int64]) -> Planned:
-        rows = sources[source].rows[positions]
-        return Planned(step, source, sources[source].read(rows, turns[step % 2]))
-
-    turns = (Batch(), Batch())
-    with ThreadPoolExecutor(1, thread_name_prefix="read") as pool:
-        pending = None
-        for step, (source, positions) in enumerate(plan.steps(first, last), start=first):
-            # Taken before the next read is asked for: that one goes into the memory that the caller just let go of.
-            ready = pending.result() if pending else None
-            pending = pool.submit(read, step, source, positions)
-            if ready:
-                yield ready
-        if pending:
-            yield pending.result()
+    steps, planned = tee(plan.steps(first, last))
+    reads = ((sources[source].reader, sources[source].rows[positions]) for source, positions in planned)
+    threads = max(source.reader.threads for source in sources)
+    with closing(ring.read_ahead(reads, threads, pinned=pinned)) as batches:
+        for step, ((source, _), batch) in enumerate(zip(steps, batches, strict=True), start=first):
+            yield Planned(step, source, batch)

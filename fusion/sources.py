@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from regionspot.cache.batch import Batch
+from regionspot.cache.batch_reader import BatchReader
 from regionspot.cache.errors import InputError
 from regionspot.cache.schema import FeatureSet
 from regionspot.cache.store import FeatureCache
@@ -31,9 +31,7 @@ class Source:
     maps: FeatureSet
     tokens: FeatureSet
     rows: NDArray[np.int64]
-
-    def read(self, rows: NDArray[np.int64], out: Batch) -> Batch:
-        return self.cache.read(rows, map_set=self.maps.name, token_set=self.tokens.name, out=out)
+    reader: BatchReader
 
 
 def open_source(cache: FeatureCache, map_set: str | None = None, token_set: str | None = None) -> Source:
@@ -50,7 +48,7 @@ def open_source(cache: FeatureCache, map_set: str | None = None, token_set: str 
             f"{cache.path}: none of its {len(cache):,} pictures is extracted and has a region of known class; "
             "run `regionspot extract` with an annotated dataset first"
         )
-    return Source(cache, maps, tokens, rows)
+    return Source(cache, maps, tokens, rows, cache.batch_reader(maps.name, tokens.name))
 
 
 def _feature_set(cache: FeatureCache, kind: Literal["map", "token"], name: str | None) -> FeatureSet:
@@ -131,8 +129,8 @@ def run_identity(
             "manifest": source.cache.manifest.digest(),
             "pictures": len(source.rows),
             "share": round(float(share), 9),
-            "map": {"name": source.maps.name, **source.maps.provenance},
-            "token": {"name": source.tokens.name, **source.tokens.provenance},
+            "map": {"name": source.maps.name, "dtype": source.maps.dtype, **source.maps.provenance},
+            "token": {"name": source.tokens.name, "dtype": source.tokens.dtype, **source.tokens.provenance},
             "vocabulary": vocabulary.digest,
         }
         for source, vocabulary, share in zip(sources, vocabularies, shares, strict=True)

@@ -25,6 +25,7 @@ from regionspot.fusion.batches import BatchPlan, Planned, read_ahead
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.config import TrainConfig
 from regionspot.fusion.curves import draw_curves
+from regionspot.fusion.decoding import decode_on_device
 from regionspot.fusion.head import FusionHead
 from regionspot.fusion.losses import region_loss
 from regionspot.fusion.metrics import Meter, read_metrics
@@ -119,7 +120,8 @@ class _Run:
         meter = Meter(self.folder.metrics, self.first, iterations)
         if self.first:
             log.info("%s: going on after step %s", self.folder.path, f"{self.first:,}")
-        for planned, waited in _timed(read_ahead(self.sources, self.plan, self.first, iterations)):
+        pinned = self.device.type == "cuda"
+        for planned, waited in _timed(read_ahead(self.sources, self.plan, self.first, iterations, pinned)):
             done = planned.step + 1
             loss, grad_norm = self._step(planned, texts[planned.source])
             meter.add(loss, grad_norm, len(planned.batch), waited)
@@ -140,9 +142,12 @@ class _Run:
         torch.manual_seed(config.seed * 1_000_003 + planned.step)
         for group in self.optimizer.param_groups:
             group["lr"] = config.rate(planned.step)
-        tokens, mask, feature_map, categories = (
-            torch.from_numpy(array).to(self.device)
-            for array in (batch.tokens, batch.region_mask, batch.feature_map, batch.categories)
+        source = self.sources[planned.source]
+        tokens = decode_on_device(batch.tokens, batch.token_scale, source.tokens, self.device)
+        feature_map = decode_on_device(batch.feature_map, batch.map_scale, source.maps, self.device)
+        mask, categories = (
+            torch.from_numpy(array).to(self.device, non_blocking=True)
+            for array in (batch.region_mask, batch.categories)
         )
         with self.precision:
             semantic = self.head(tokens, mask, feature_map)
@@ -150,7 +155,8 @@ class _Run:
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), config.clip_norm)
-        # Looked at before the update: what is not finite never reaches the weights or a checkpoint.
+        # Looked at before the update: what is not finite never reaches the weights or a checkpoint. It also waits for
+        # the device, so that the copies above are over before the batch's memory is used again.
         loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise self._not_finite(planned, loss_value, norm_value)
