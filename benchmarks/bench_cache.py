@@ -87,9 +87,9 @@ def main() -> None:
     _small_things(report, scale, scratch)
     report.finish(asked.results)
     panels = {
-        f"Shuffled batches, page cache warm, GB/s ({scale.reading[0].name})": warm,
-        "A whole epoch from a cold disk, GB/s": cold,
-        "Writing a part, with fsync, GB/s": written,
+        f"Shuffled batches of {scale.reading[0].name}, GB/s": warm,
+        "An epoch from a cold disk, GB/s": cold,
+        "Writing with fsync, GB/s": written,
     }
     draw(asked.results / "bench_cache.png" if asked.quick else CHART, panels)
 
