@@ -27,6 +27,7 @@ Check = Literal["first", "always", "never"]  # when a record's checksum is looke
 
 _KEPT_BYTES = 64 << 20  # of a reader's parts: 4,000 of 512 records, a terabyte of CLIP's maps
 _PART_BYTES = 4000  # of a part, whatever its records
+_LEAST_PARTS = 16  # whatever their records
 _ANNOUNCED = 32  # records that a disk is asked for at once: with fewer it idles, more of them would push out others
 _THREADS = 4  # of a local cache: each copies 5 to 10 GB/s, and no GPU is fed with more
 
@@ -65,7 +66,7 @@ class FeatureReader(ABC):
         self._mapped = access == "map" or (access == "auto" and local and _fits_into_memory(feature_set, manifest))
         self.threads = min(_THREADS, processors()) if local else storage.readers
         slots = geometry.slots(feature_set)
-        most = max(16, _KEPT_BYTES // (_PART_BYTES + slots * (37 if feature_set.has_scales else 21)))
+        most = max(_LEAST_PARTS, _KEPT_BYTES // (_PART_BYTES + slots * (37 if feature_set.has_scales else 21)))
         self._parts = lru_cache(maxsize=most)(PartOpener(storage, feature_set, slots, self._mapped))
 
     def read(self, rows: Sequence[int], outs: Sequence[Bytes], scales: Sequence[Bytes]) -> None:
