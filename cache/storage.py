@@ -15,6 +15,7 @@ import errno
 import os
 import threading
 from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -115,6 +116,7 @@ class LocalStorage(Storage):
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.address = folder, str(folder)
+        self._pinned: tuple[int, int] | None = None
 
     def local_path(self, name: str) -> Path:
         return self.folder / name
@@ -141,18 +143,13 @@ class LocalStorage(Storage):
             return []
 
     def create(self, name: str) -> DurableFile:
-        final = self.folder / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        return DurableFile(final)
+        return DurableFile(self._place(name))
 
     def write(self, name: str, data: bytes) -> None:
-        final = self.folder / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        write_file(final, data)
+        write_file(self._place(name), data)
 
     def write_new(self, name: str, data: bytes) -> bool:
-        final = self.folder / name
-        final.parent.mkdir(parents=True, exist_ok=True)
+        final = self._place(name)
         # Two threads of one process may want the same new file; what they write first must not be the same one.
         file = DurableFile(final.with_name(f"{final.name}.{threading.get_ident()}"))
         try:
@@ -176,6 +173,7 @@ class LocalStorage(Storage):
         remove_abandoned(self.folder / folder)
 
     def check_writable(self) -> None:
+        self._require_pinned()
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise CacheError(f"{self.folder}: no permission to write; change it, or open the cache for reading")
 
@@ -183,6 +181,27 @@ class LocalStorage(Storage):
         from zarr.storage import LocalStore  # zarr takes a second to import
 
         return LocalStore(self.folder, read_only=read_only)
+
+    def pin(self) -> None:
+        """From now on write nothing when another folder has come to have this name, as it does when a cache grows."""
+        with suppress(OSError):  # who reads it next says what is wrong with it
+            self._pinned = self._identity()
+
+    def _place(self, name: str) -> Path:
+        """Where a new file is to lie; the folder around it is there then."""
+        self._require_pinned()
+        final = self.folder / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        return final
+
+    def _require_pinned(self) -> None:
+        if self._pinned is not None and self._identity() != self._pinned:
+            told = "it grew, or was put in another one's place, since this run opened it; run this again"
+            raise OSError(errno.ESTALE, told, self.address)
+
+    def _identity(self) -> tuple[int, int]:
+        status = os.stat(self.folder)
+        return status.st_dev, status.st_ino
 
 
 def _write_exclusively(final: Path, data: bytes) -> bool:

@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from regionspot.cache.claims import Claims
 from regionspot.cache.errors import CacheError, CacheExistsError, InputError, NotACacheError, NotExtractedError
 from regionspot.cache.header import (
     Header,
-    by_name,
     load_header,
-    require_same_features,
     require_same_manifest,
+    require_same_sets,
 )
 from regionspot.cache.manifest import Category, Manifest
 from regionspot.cache.matching import as_stored
@@ -111,6 +111,8 @@ class FeatureCache(ReadableCache):
             if value not in get_args(known):
                 raise InputError(f"{path}: {name} is {value!r}, expected {'|'.join(get_args(known))}")
         storage = _with_local_copy(open_storage(path), local_copy, local_limit)
+        if isinstance(storage, LocalStorage):
+            storage.pin()
         header = load_header(storage)
         _require_arrays(storage, header)
         if mode == "a":
@@ -137,26 +139,26 @@ class FeatureCache(ReadableCache):
         if stored.digest != asked.digest:
             asked = Header.of(_as_stored(storage, stored, manifest), asked.feature_sets.values(), part_size)
         require_same_manifest(storage.address, stored, asked)
-        for name in stored.feature_sets.keys() & asked.feature_sets.keys():
-            for difference in require_same_features(
-                storage.address, stored.feature_sets[name], asked.feature_sets[name]
-            ):
-                log.warning("%s: going on with other software for %s: %s", path, name, difference)
+        require_same_sets(storage.address, stored, asked)
         cache = cls.open(path, "a")
-        cache._add(asked.feature_sets[name] for name in asked.feature_sets if name not in stored.feature_sets)
+        if asked.feature_sets.keys() - stored.feature_sets.keys():
+            with Claims(storage) as claims:
+                claims.wait_for("header")  # the header is read, changed and written: by one run at a time
+                cache._add(asked)
         return cache
 
-    def _add(self, feature_sets: Iterable[FeatureSet]) -> None:
-        new = by_name(feature_sets)
-        if not new:
-            return
+    def _add(self, asked: Header) -> None:
+        """Add the feature sets that the cache lacks. Another run may have added some a moment ago."""
         from regionspot.cache.layout import add_feature_set  # zarr takes a second to import
 
+        header = load_header(self.storage)
+        require_same_sets(self.storage.address, header, asked)
+        new = {name: asked.feature_sets[name] for name in asked.feature_sets if name not in header.feature_sets}
         try:
             files: dict[str, int] = {}
             for feature_set in new.values():
                 files |= add_feature_set(self.storage, feature_set, self._geometry)
-            header = self._header.adding(new.values(), files)
+            header = header.adding(new.values(), files)
             header.save(self.storage)
         except OSError as error:
             raise CacheError(
