@@ -88,6 +88,7 @@ def take_part(
 
     The two places are of the same pictures in one encoding with the same statistics.
     """
+    target.storage.check_writable()  # a link asks no storage whether it still is what was opened
     record = source.cache.record(source.part, source.name)
     for file in source.files():
         _require_size(source, file, record)
@@ -204,7 +205,7 @@ def _require_equal(source: Place, found: NDArray[np.uint32]) -> None:
     if len(expected) != len(found):
         raise _corrupt(source, name, f"has {len(expected)} checksums, expected {len(found)}")
     if len(wrong := np.flatnonzero(expected != found)):
-        raise _corrupt(source, source.files()[0], f"record {wrong[0]} does not match its checksum")
+        raise _corrupt(source, " or ".join(source.files()[:-1]), f"record {wrong[0]} does not match its checksum")
 
 
 def _corrupt(source: Place, file: str, what: str) -> CorruptPartError:
