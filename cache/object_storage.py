@@ -84,8 +84,11 @@ class ObjectStorage(RemoteStorage):
         self._ask(name, lambda clients: clients.obstore.put(clients.once, name, data))
 
     def write_new(self, name: str, data: bytes) -> bool:
-        """As Storage says. A file of just this content counts as written by us: the answer to an earlier try may
-        have been lost. So what several writers compete with has to say whose it is."""
+        """As Storage says, by a put on condition (If-None-Match). A store that knows none is looked at before.
+
+        A file of just this content counts as written by us: the answer to an earlier try may have been lost. So what
+        several writers compete with has to say whose it is.
+        """
         try:
             self._ask(
                 name,
@@ -93,6 +96,12 @@ class ObjectStorage(RemoteStorage):
             )
         except FileExistsError:
             return self.read(name) == data
+        except OSError as error:
+            if error.errno != errno.ENOTSUP:
+                raise
+            if self.exists(name):
+                return self.read(name) == data
+            self.write(name, data)
         return True
 
     def remove(self, name: str) -> None:

@@ -17,6 +17,7 @@ _STATUS = re.compile(r"status code: (\d{3})([ \w-]*)")
 _CODE = re.compile(r"<Code>(\w+)</Code>")  # S3's and Azure's own name of what is wrong
 _URL = re.compile(r"Error performing \w+ (\S+) in")
 _NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|bucket does not exist")
+_UNDECIDED = re.compile(r"ConditionalRequestConflict|OperationAborted")  # S3: others write it now, ask again
 _ASKING_FOR_CREDENTIALS = re.compile(r"169\.254\.169\.254|metadata\.google|performing token request")
 _CREDENTIALS = {
     "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or AWS_SKIP_SIGNATURE=true for a public bucket",
@@ -35,7 +36,7 @@ def trouble_of(error: Exception, address: str, name: str) -> Trouble:
     if status is not None:
         code = int(status[1])
         told = f"{_host(text)} answers {code}{status[2].rstrip()}{_own_word(text)}"
-        return Trouble(OSError(errno.EIO, told, where), code >= 500 or code in (408, 425, 429))
+        return Trouble(OSError(errno.EIO, told, where), code >= 500 or code in (408, 409, 425, 429))
     if "HTTP error" in text:
         return Trouble(OSError(errno.EIO, f"{_host(text)} {_connection(text)}", where), True)
     if isinstance(error, OSError):
@@ -51,7 +52,7 @@ def _lasting(address: str, kind: str, text: str) -> tuple[int, str] | None:
         return errno.EACCES, f"no credentials were found: {_credentials(address)}"
     if "without LOCATION" in text:
         return errno.ENXIO, "the bucket is in another region; set AWS_REGION to it"
-    if kind == "AlreadyExistsError":
+    if kind == "AlreadyExistsError" and not _UNDECIDED.search(text):
         return errno.EEXIST, "exists already"
     if kind == "PreconditionError":
         return errno.ESTALE, "was replaced while it was read"
@@ -61,6 +62,8 @@ def _lasting(address: str, kind: str, text: str) -> tuple[int, str] | None:
         return errno.EACCES, f"the store refuses access{_own_word(text)}: {_credentials(address)}"
     if "status code: 416" in text:
         return errno.ERANGE, "ends before what was asked for"
+    if kind == "NotSupportedError" or "status code: 501" in text:
+        return errno.ENOTSUP, f"{_host(text)} does not know how to do that"
     if "non-partial response" in text:
         return errno.ENOTSUP, "the server knows no byte ranges; give one that does, or copy the cache from it"
     return None

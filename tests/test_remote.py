@@ -301,10 +301,10 @@ class FlakyProxy:
             request = self._request(client)
             if what == "drop" or not request:
                 return
-            if what in ("500", "503"):
-                client.sendall(
-                    b"HTTP/1.1 %s Slow Down\r\nContent-Length: 0\r\nConnection: close\r\n\r\n" % what.encode()
-                )
+            if what[:3].isdigit():
+                status, _, body = what.partition(" ")
+                head = f"HTTP/1.1 {status} Trouble\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                client.sendall((head + body).encode())
                 return
             answer = self._answer(request)
             client.sendall(answer[: max(len(answer) - 10, 1)] if what == "cut" else answer)
@@ -374,6 +374,21 @@ def test_a_large_file_is_uploaded_through_a_store_that_fails_now_and_then(s3, be
     file.finish()
     file.publish()
     assert storage.read("features/x/c.0") == data
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        "409 <Error><Code>ConditionalRequestConflict</Code></Error>",  # two puts at once, as S3 answers one of them
+        "501 <Error><Code>NotImplemented</Code></Error>",  # a store without puts on condition
+    ],
+)
+def test_a_new_file_is_written_where_the_store_cannot_decide_at_once(s3, behind, trouble):
+    open_storage(s3).write("theirs", b"theirs")
+    for name, is_won in (("ours", True), ("theirs", False)):
+        behind(lambda number: trouble if number == 0 else "pass")
+        assert open_storage(s3).write_new(name, b"ours") is is_won
+        assert open_storage(s3).read(name) == name.encode()
 
 
 def test_a_server_that_is_gone_is_told_in_one_line_and_in_bounded_time(s3, monkeypatch):
