@@ -10,6 +10,7 @@ They lie under two attributes of the root group, so that any Zarr tool can read 
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -20,6 +21,8 @@ from regionspot.cache.exchange import aside
 from regionspot.cache.manifest import Category, Manifest
 from regionspot.cache.schema import SCHEMA_VERSION, FeatureSet, Geometry
 from regionspot.cache.storage import LocalStorage, Storage
+
+log = logging.getLogger(__name__)
 
 _UNNAMED: tuple[Any, ...] = (None, (), [])  # what a category does not state is not written
 
@@ -200,6 +203,13 @@ def require_same_manifest(cache: str, stored: Header, asked: Header) -> None:
         "give the annotations that it was made from, or another cache folder; pictures that only came are for "
         "`regionspot cache extend`"
     )
+
+
+def require_same_sets(cache: str, stored: Header, asked: Header) -> None:
+    """Raises ProvenanceMismatchError for a feature set of both that was made otherwise; other software is only said."""
+    for name in stored.feature_sets.keys() & asked.feature_sets.keys():
+        for difference in require_same_features(cache, stored.feature_sets[name], asked.feature_sets[name]):
+            log.warning("%s: going on with other software for %s: %s", cache, name, difference)
 
 
 def require_same_features(cache: str, stored: FeatureSet, asked: FeatureSet) -> list[str]:
