@@ -25,21 +25,27 @@ from a part: it is found when it is read or verified, and made again after `cach
 
 from __future__ import annotations
 
-import json
 import logging
-import re
 import threading
 import time
 import uuid
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from types import TracebackType
 
-import google_crc32c
-
-from regionspot.cache.durable import is_sealed, seal, to_json
+from regionspot.cache.claim_files import (
+    FOLDER,
+    Claim,
+    What,
+    claim_file,
+    counter,
+    list_claims,
+    read_chain,
+    read_claim,
+    read_if_there,
+    run_file,
+)
 from regionspot.cache.errors import CacheError
 from regionspot.cache.process import Process, this_process
 from regionspot.cache.storage import Storage
@@ -49,22 +55,6 @@ log = logging.getLogger(__name__)
 BEAT_SECONDS = 15.0
 # Eight beats. A machine may see another's files as they were up to a minute ago (nfs(5): acregmax, acdirmax).
 CLAIM_SECONDS = 120.0
-
-FOLDER = "claims"
-_RUN = "run-"
-_CLAIM = re.compile(r"(?P<what>[a-z0-9]+)(\.[0-9a-f]+)?\.json")
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim as it lies in its file: its own id, that of its run, and the run's process."""
-
-    id: str
-    run: str
-    process: Process
-
-    def to_json(self) -> bytes:
-        return to_json(seal(asdict(self)))
 
 
 @dataclass(frozen=True)
@@ -99,7 +89,7 @@ class Claims:
         self.dead_after, self.beat_every = dead_after, beat_every
         self.process, self.run = this_process(), uuid.uuid4().hex
         self._storage, self._take_over = storage, take_over
-        self._held: dict[int | str, _Held] = {}
+        self._held: dict[What, _Held] = {}
         self._watched: dict[str, tuple[bytes | None, float]] = {}
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
@@ -120,11 +110,11 @@ class Claims:
             self.release(what)
         try:
             self._sweep()
-            self._storage.remove(_run_file(self.run))
+            self._storage.remove(run_file(self.run))
         except OSError as failure:
             log.warning("%s: %s/ could not be tidied up: %s", self._storage.address, FOLDER, failure)
 
-    def claim(self, what: int | str) -> bool:
+    def claim(self, what: What) -> bool:
         """Make something this run's own; False when a run that lives has it.
 
         Ask afterwards whether it still needs to be done: who had it before may just have finished it.
@@ -132,35 +122,42 @@ class Claims:
         with self._store_errors():
             return self._claim(what)
 
-    def require_ours(self, what: int | str) -> None:
+    def wait_for(self, what: What) -> None:
+        """`claim` it as soon as nobody has it."""
+        while not self.claim(what):
+            holder = self.holder(what) or "another run"
+            log.info("%s: waiting until %s lets go of %s", self._storage.address, holder, in_words(what))
+            time.sleep(self.beat_every / 5)
+
+    def require_ours(self, what: What) -> None:
         """Raises CacheError when another run has taken over what this one claimed."""
         if not self.still_ours(what):
             holder = self.holder(what)
             raise CacheError(
-                f"{self._storage.address}: {_words(what)} was taken over by {holder or 'another run'} while this run "
+                f"{self._storage.address}: {in_words(what)} was taken over by {holder or 'another run'} while this run "
                 "stood still; it is left to that run"
             )
 
-    def still_ours(self, what: int | str) -> bool:
+    def still_ours(self, what: What) -> bool:
         """Whether what this run claimed has not been taken over by another."""
         with self._store_errors():
             held = self._held.get(what)
             return held is not None and self._holds(held)
 
-    def holder(self, what: int | str) -> Process | None:
+    def holder(self, what: What) -> Process | None:
         """Who has it now; None when nobody has."""
         with self._store_errors():
-            chain = self._chain(what)
+            chain = read_chain(self._storage, what)
             return chain[-1].process if chain else None
 
-    def others(self) -> dict[int | str, Process]:
+    def others(self) -> dict[What, Process]:
         """What other runs hold now, and who. Of a run that died elsewhere nobody knows yet that it is dead."""
         with self._store_errors():
-            found = {match["what"] for name in self._storage.names(FOLDER) if (match := _CLAIM.fullmatch(name))}
-        held = {what: self.holder(what) for what in (int(word) if word.isdigit() else word for word in found)}
+            found, _ = list_claims(self._storage)
+        held = {what: self.holder(what) for what in found}
         return {what: process for what, process in held.items() if process and what not in self._held}
 
-    def release(self, what: int | str) -> None:
+    def release(self, what: What) -> None:
         """Let go of it; does nothing where another run has taken it over, or it never was this run's.
 
         A store that refuses is only said in the log: what was done is done, and the claim ends with the run.
@@ -177,21 +174,21 @@ class Claims:
         except OSError as failure:
             log.warning("%s: the claim of %s stays until this run ends: %s", self._storage.address, what, failure)
 
-    def _claim(self, what: int | str, by_force: bool = False) -> bool:
-        chain = self._chain(what)
+    def _claim(self, what: What, by_force: bool = False) -> bool:
+        chain = read_chain(self._storage, what)
         if chain and not (by_force or self._is_dead(chain[-1])):
             return False
         mine = Claim(uuid.uuid4().hex, self.run, self.process)
         ids = tuple(claim.id for claim in (*chain, mine))
-        files = tuple(_claim_file(what, after) for after in (None, *ids[:-1]))
-        held = self._held[what] = _Held(ids, files, _claim_file(what, mine.id))
+        files = tuple(claim_file(what, after) for after in (None, *ids[:-1]))
+        held = self._held[what] = _Held(ids, files, claim_file(what, mine.id))
         self._storage.write_new(files[-1], mine.to_json())
         # Asked whatever write_new said: its answer may have been lost on the way and the question repeated.
         if not self._holds(held):
             self.release(what)
             return False
         if chain:
-            log.warning("%s: took over %s from %s", self._storage.address, _words(what), chain[-1].process)
+            log.warning("%s: took over %s from %s", self._storage.address, in_words(what), chain[-1].process)
         return True
 
     def _holds(self, held: _Held) -> bool:
@@ -210,32 +207,15 @@ class Claims:
             self._storage.remove(held.files[-1])
 
     def _id_in(self, file: str) -> str | None:
-        claim = self._read(file)
+        claim = read_claim(self._storage, file)
         return None if claim is None else claim.id
-
-    def _chain(self, what: int | str) -> list[Claim]:
-        """The claims of something, from the first to the one that holds it."""
-        chain: list[Claim] = []
-        while (claim := self._read(_claim_file(what, chain[-1].id if chain else None))) is not None:
-            chain.append(claim)
-        return chain
-
-    def _read(self, file: str) -> Claim | None:
-        data = self._read_bytes(file)
-        return None if data is None else _parse(file, data)
-
-    def _read_bytes(self, file: str) -> bytes | None:
-        try:
-            return self._storage.read(file)
-        except FileNotFoundError:
-            return None
 
     def _is_dead(self, claim: Claim) -> bool:
         if claim.process.is_gone():
             return True
         # The clock before the counter: if this run slept between the two, it would hold its own sleep against others.
         now = time.monotonic()
-        beat = self._read_bytes(_run_file(claim.run))
+        beat = read_if_there(self._storage, run_file(claim.run))
         seen, since = self._watched.setdefault(claim.run, (beat, now))
         # A counter that is not there has not moved: runs remove the files of others that hold nothing.
         if beat is not None and beat != seen:
@@ -247,7 +227,7 @@ class Claims:
         beat = 0
         while True:
             try:
-                self._storage.write(_run_file(self.run), to_json(seal({"run": self.run, "beat": beat})))
+                self._storage.write(run_file(self.run), counter(self.run, beat))
             except OSError as error:  # the next beat may succeed; if none does, require_ours will say so
                 log.warning("%s: could not show that this run lives: %s", self._storage.address, error)
             beat += 1
@@ -256,25 +236,18 @@ class Claims:
 
     def _sweep(self, by_force: bool = False) -> None:
         """Remove what dead runs left: claims, links that belong to no chain, counters of runs that claim nothing."""
-        names = self._storage.names(FOLDER)
-        found: defaultdict[str, set[str]] = defaultdict(set)
-        for name in names:
-            if match := _CLAIM.fullmatch(name):
-                found[match["what"]].add(f"{FOLDER}/{name}")
+        found, runs = list_claims(self._storage)
         at_work = {self.run}
-        for word, files in found.items():
-            what = int(word) if word.isdigit() else word
-            chain = self._chain(what)
-            for file in files - {_claim_file(what, after) for after in (None, *(claim.id for claim in chain))}:
+        for what, files in found.items():
+            chain = read_chain(self._storage, what)
+            for file in files - {claim_file(what, after) for after in (None, *(claim.id for claim in chain))}:
                 self._storage.remove(file)
             if chain and what not in self._held and self._claim(what, by_force):
                 self.release(what)
             else:
                 at_work |= {claim.run for claim in chain}
-        # A living run that claims nothing just now writes its counter again with the next beat.
-        for name in names:
-            if name.startswith(_RUN) and name.removeprefix(_RUN).removesuffix(".json") not in at_work:
-                self._storage.remove(f"{FOLDER}/{name}")
+        for run in runs - at_work:  # one that lives writes its counter again with the next beat
+            self._storage.remove(run_file(run))
 
     @contextmanager
     def _store_errors(self) -> Iterator[None]:
@@ -287,27 +260,6 @@ class Claims:
             ) from error
 
 
-def _parse(file: str, data: bytes) -> Claim:
-    try:
-        words = json.loads(data)
-        if is_sealed(words):
-            return Claim(words["id"], words["run"], Process(**words["process"]))
-    except (ValueError, KeyError, TypeError):
-        pass
-    # Damaged, or not whole yet where the file system has no links: of a run that shows no beat, so it is dead after a
-    # while. Any id will do that all runs agree on.
-    mark = f"{google_crc32c.value(file.encode() + data):08x}"
-    return Claim(mark, mark, Process("somebody", "", "", 0, 0))
-
-
-def _claim_file(what: int | str, after: str | None) -> str:
-    name = f"{what:05d}" if isinstance(what, int) else what
-    return f"{FOLDER}/{name}.json" if after is None else f"{FOLDER}/{name}.{after}.json"
-
-
-def _run_file(run: str) -> str:
-    return f"{FOLDER}/{_RUN}{run}.json"
-
-
-def _words(what: int | str) -> str:
+def in_words(what: What) -> str:
+    """What is claimed, as messages call it."""
     return f"part {what}" if isinstance(what, int) else what

@@ -17,7 +17,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from regionspot.cache.claims import FOLDER as CLAIMS
+from regionspot.cache.claim_files import FOLDER as CLAIMS
 from regionspot.cache.claims import Claims
 from regionspot.cache.durable import partial_path, remove_abandoned, sync_tree, to_json
 from regionspot.cache.errors import CacheError, InputError, ProvenanceMismatchError

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from regionspot.cache import CacheError, claims
+from regionspot.cache import CacheError, claim_files, claims
 from regionspot.cache.claims import Claims
 from regionspot.cache.process import this_process
 from regionspot.cache.storage import LocalStorage
@@ -245,7 +245,7 @@ def test_of_many_that_reach_for_a_part_at_once_one_gets_it(storage, claimed_by, 
     if claimed_by == "dead":
         dead = replace(this_process(), started=1)
         for part in parts:
-            storage.write_new(f"claims/{part:05d}.json", claims.Claim(f"{part:x}", "dead", dead).to_json())
+            storage.write_new(f"claims/{part:05d}.json", claim_files.Claim(f"{part:x}", "dead", dead).to_json())
         # Nobody shall tidy up before the race.
         monkeypatch.setattr(Claims, "_sweep", lambda *_: None)
     with ExitStack() as stack:
@@ -279,7 +279,7 @@ def test_a_damaged_claim_is_dead_after_a_while(storage, clock):
 
 
 def test_a_link_that_comes_after_its_chain_was_let_go_belongs_to_nobody(storage, monkeypatch):
-    dead = claims.Claim("a1", "dead", replace(this_process(), started=1))
+    dead = claim_files.Claim("a1", "dead", replace(this_process(), started=1))
     with claims_of(storage) as slow, claims_of(storage) as quick, claims_of(storage) as third:
         storage.write_new("claims/00000.json", dead.to_json())
         write_new = storage.write_new
