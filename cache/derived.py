@@ -10,13 +10,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from regionspot.cache.copying import CopySummary, copy_features, read_stored
-from regionspot.cache.encodings import Statistics, decode, statistics_of
+from regionspot.cache.encodings import Encoding, Statistics, decode, statistics_of
 from regionspot.cache.errors import InputError
 from regionspot.cache.header import require_same_features
 from regionspot.cache.manifest import Manifest
@@ -25,21 +25,6 @@ from regionspot.cache.schema import FeatureSet
 from regionspot.cache.store import FeatureCache
 
 SAMPLE = 64  # pictures that int8's statistics are taken from
-
-
-class Encoding(NamedTuple):
-    """How features are stored: the dtype of a FeatureSet and its compression."""
-
-    dtype: str
-    compression: Literal["zstd"] | None = None
-
-    @classmethod
-    def parse(cls, words: str) -> Encoding:
-        """`int8`, `float16+zstd`. Raises InputError for another compression; the dtype is for FeatureSet to refuse."""
-        dtype, plus, compression = words.partition("+")
-        if plus and compression != "zstd":
-            raise InputError(f"encoding {words!r}: expected a dtype, or a dtype and +zstd")
-        return cls(dtype, "zstd" if plus else None)
 
 
 def merge(paths: Sequence[str | Path], out: str | Path, part_size: int | None = None) -> CopySummary:

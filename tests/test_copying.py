@@ -25,8 +25,8 @@ from regionspot.cache import (
 )
 from regionspot.cache.claims import Claims
 from regionspot.cache.copying import copy_features
-from regionspot.cache.derived import Encoding, convert, copy, merge, subset
-from regionspot.cache.encodings import Statistics, decode, statistics_of
+from regionspot.cache.derived import convert, copy, merge, subset
+from regionspot.cache.encodings import Encoding, Statistics, decode, statistics_of
 from regionspot.cache.schema import Stored
 
 PART_SIZE = 4
@@ -328,7 +328,10 @@ def test_what_is_none_of_the_pictures_is_refused(made, tmp_path):
         (lambda made, out: subset(made / "ten", out, []), "holds no picture"),
         (lambda made, out: convert(made / "ten", out, {"sma": Encoding("int8")}), "there is no feature set 'sma'"),
         (lambda made, out: convert(made / "ten", out, {"sam": Encoding("int4")}), "dtype is 'int4', expected one of"),
-        (lambda made, out: convert(made / "ten", out, {"sam": Encoding.parse("int8+gzip")}), "expected a dtype"),
+        (
+            lambda made, out: convert(made / "ten", out, {"sam": Encoding.parse("int8+gzip")}),
+            "one of them and [+]zstd",
+        ),
     ],
 )
 def test_what_cannot_be_asked_for_is_said_in_one_line_before_anything_is_made(made, tmp_path, ask, told):
