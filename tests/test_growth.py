@@ -25,6 +25,7 @@ from regionspot.cache import (
 from regionspot.cache.claims import Claims
 from regionspot.cache.encodings import Statistics
 from regionspot.cache.growth import extend
+from regionspot.cache.header import Header
 
 PART_SIZE, BEFORE = 4, 10
 SETS = (
@@ -260,7 +261,7 @@ def test_a_run_that_opened_the_cache_before_it_grew_writes_nothing_into_it(made,
         with pytest.raises(CacheError, match="part 2 could not be written"):
             cache.write_part(2, pictures(cache))
     with pytest.raises(CacheError, match="could not be added: it grew"):
-        late._add([FeatureSet("more", "map", (2, 2))])
+        late._add(Header.of(late.manifest, [FeatureSet("more", "map", (2, 2))], PART_SIZE))
     assert FeatureCache.open(path).pending_parts() == [2, 3, 4, 5]
     extract(path, grown)
     assert differing(path, made / "at_once") == set()
