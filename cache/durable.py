@@ -157,7 +157,8 @@ def remove_abandoned(folder: Path, prefix: str = "") -> None:
     """
     for path in folder.glob(f"{prefix}*.partial"):
         if _is_abandoned(path):
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            # Another run may be removing the same one just now; what stays is removed by the next.
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _is_abandoned(path: Path) -> bool:
