@@ -153,9 +153,9 @@ def open_for_extraction(
         decoder = Decoder(manifest, photo_folder, backbones.localizer, backbones.encoder, exif)
         progress = Progress(len(rows), "pictures of the sample")
         with closing(decode_ahead(decoder, ((row, names) for row in rows), None)) as decoded:
-            for batch in _timed_batches(decoded, 8, progress):
-                yield from _encode(batch, manifest, backbones, progress)
-                progress.step(len(batch))
+            for picture in decoded:
+                yield from _encode([picture], manifest, backbones, progress)
+                progress.step()
 
     sets = ready_to_store(address, manifest, backbones.feature_sets(exif, encoding, token_encoding), features_of)
     return FeatureCache.open_or_create(address, manifest, sets, part_size)
@@ -193,7 +193,7 @@ def extract(
                 CommitThread(cache, parts) as writer,
                 closing(decode_ahead(decoder, parts.jobs(), decode_threads)) as decoded,
             ):
-                for batch in _timed_batches(decoded, size, progress):
+                for batch in _timed_batches(decoded, size, cache.part_size, progress):
                     ignored += sum(picture.orientation_ignored for picture in batch)
                     for picture in _encode(batch, cache.manifest, backbones, progress):
                         failed += picture.failure is not None
@@ -214,13 +214,25 @@ def extract(
     )
 
 
-def _timed_batches(pictures: Iterator[Decoded], size: int, progress: Progress) -> Iterator[list[Decoded]]:
-    """Lists of `size` pictures, the last one shorter; waiting for them is the decoders' share of the time."""
+def _timed_batches(
+    pictures: Iterator[Decoded], size: int, part_size: int, progress: Progress
+) -> Iterator[list[Decoded]]:
+    """Lists of `size` pictures, shorter at a part's end; waiting for them is the decoders' share of the time.
+
+    None spans two parts: how a product rounds may depend on what else is in its batch, and a part shall hold the same
+    bytes whichever parts its run has done before.
+    """
+    batch: list[Decoded] = []
     while True:
         with progress.timed("decode"):
-            batch = [picture for _, picture in zip(range(size), pictures, strict=False)]
-        if not batch:
-            return
+            picture = next(pictures, None)
+        if picture is None:
+            break
+        batch.append(picture)
+        if len(batch) == size or (picture.row + 1) % part_size == 0:
+            yield batch
+            batch = []
+    if batch:
         yield batch
 
 
@@ -240,10 +252,10 @@ def _encode(
         with progress.timed("encode"):
             embeddings = backbones.localizer.encode([p.sam for p in for_sam if p.sam is not None])
         with progress.timed("tokens"):
-            for picture, embedding in zip(for_sam, embeddings, strict=True):
-                boxes = manifest.boxes_xyxy[manifest.regions(picture.row)]
-                tokens = backbones.localizer.tokens(embedding, boxes, picture.size)
-                features[picture.row][backbones.localizer.name] = tokens.float().cpu().numpy()
+            boxes = [manifest.boxes_xyxy[manifest.regions(picture.row)] for picture in for_sam]
+            tokens = backbones.localizer.tokens_of_pictures(embeddings, boxes, [picture.size for picture in for_sam])
+            for picture, of_picture in zip(for_sam, tokens, strict=True):
+                features[picture.row][backbones.localizer.name] = of_picture.cpu().numpy()
     for picture in batch:
         yield PictureFeatures(picture.row, features[picture.row], picture.failure)
 
