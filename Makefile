@@ -77,7 +77,7 @@ lint: $(READY) ## ruff: style and format
 # Type checkers read folders, not installs: they see the packages under their installed name through links.
 typecheck: $(READY) ## mypy, strict
 	@mkdir -p build/typing/regionspot
-	@for name in __init__.py cli.py cli_cache.py pipeline cache fusion evaluation; do ln -sfn ../../../$$name build/typing/regionspot/$$name; done
+	@for name in __init__.py cli.py cli_cache.py cli_options.py pipeline cache fusion evaluation; do ln -sfn ../../../$$name build/typing/regionspot/$$name; done
 	mypy
 
 check: lint typecheck test ## everything that must be green before a commit

@@ -10,16 +10,13 @@ import json
 import logging
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, cast
+from typing import Annotated, Literal, cast
 
 import typer
 
-from regionspot.cache.claims import CLAIM_SECONDS
 from regionspot.cache.errors import RegionSpotError
 from regionspot.cli_cache import cache_app
-
-if TYPE_CHECKING:
-    from regionspot.cache.manifest import Manifest
+from regionspot.cli_options import Annotations, Boxes, Data, DatasetName, Limit, Split, TakeOver, manifest_of
 
 app = typer.Typer(
     help="Recognise any region of a picture by name.",
@@ -30,12 +27,6 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 
-DatasetName = Annotated[str, typer.Argument(help="o365, o365v2, openimages, v3det, lvis, coco or toy")]
-Data = Annotated[Path, typer.Option(help="folder of the dataset: annotation files and photos")]
-Split = Annotated[str, typer.Option(help="train, val, ...")]
-Annotations = Annotated[Path | None, typer.Option(help="this annotation file instead of the dataset's own")]
-Boxes = Annotated[str, typer.Option(help="gt, or a detector's proposals file")]
-Limit = Annotated[int | None, typer.Option(help="only the first pictures")]
 Preset = Annotated[str, typer.Option(help="backbones: bb, bl, bl336 or toy")]
 OptionalPreset = Annotated[str | None, typer.Option(help="backbones, where the checkpoint does not state them")]
 Checkpoint = Annotated[Path, typer.Option(help="a trained head, ours or one released by the authors")]
@@ -51,14 +42,6 @@ ClipWeights = Annotated[str | None, typer.Option(help="this CLIP file instead")]
 ExifRule = Annotated[str, typer.Option(help="orientation: auto (where the stated size asks for it), apply or ignore")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one")]
 Dtype = Annotated[str, typer.Option(help="of the image encoders: float32, bfloat16 or float16")]
-TakeOver = Annotated[
-    bool,
-    typer.Option(
-        "--take-over",
-        help="do at once what other runs on this cache were doing: only when they are known to be gone. Without it, a "
-        f"run on another machine counts as gone when it shows no life for {CLAIM_SECONDS:.0f} seconds",
-    ),
-]
 LocalCopy = Annotated[Path | None, typer.Option(help="of a remote cache: keep what is read of it in this folder")]
 LocalLimit = Annotated[str | None, typer.Option(help="of --local-copy: 500GB; what was used least lately goes first")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
@@ -78,7 +61,7 @@ def dataset(
     """Say what a dataset split holds, what reading it dropped and which photos are missing."""
     from regionspot.pipeline.datasets import describe, photo_dir
 
-    manifest = _manifest(name, data, split, annotations, boxes, None)
+    manifest = manifest_of(name, data, split, annotations, boxes, None)
     typer.echo(describe(manifest, photo_dir(name, data, split, manifest)).text())
 
 
@@ -116,7 +99,7 @@ def extract(
     from regionspot.pipeline.photos import check_exif
 
     rule, encodings = check_exif(exif), (Encoding.parse(encoding), Encoding.parse(token_encoding))
-    manifest = _manifest(name, data, split, annotations, boxes, limit)
+    manifest = manifest_of(name, data, split, annotations, boxes, limit)
     photos = photo_dir(name, data, split, manifest)
     backbones = Backbones.load(preset, weights, sam_weights, clip_weights, device, dtype)
     store = open_for_extraction(cache, manifest, photos, backbones, rule, *encodings, part_size)
@@ -291,14 +274,6 @@ def demo(
     from regionspot.evaluation.demo import run_demo
 
     typer.echo(run_demo(out, pictures, seed))
-
-
-def _manifest(name: str, data: Path, split: str, annotations: Path | None, boxes: str, limit: int | None) -> Manifest:
-    """The split with the boxes asked for."""
-    from regionspot.pipeline.datasets import read_dataset
-    from regionspot.pipeline.proposals import with_boxes
-
-    return with_boxes(read_dataset(name, data, split, annotations), boxes).head(limit)
 
 
 def main() -> None:

@@ -1,0 +1,36 @@
+"""Options that several commands have, in the same words, and what they come to together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from regionspot.cache.claims import CLAIM_SECONDS
+
+if TYPE_CHECKING:
+    from regionspot.cache.manifest import Manifest
+
+DatasetName = Annotated[str, typer.Argument(help="o365, o365v2, openimages, v3det, lvis, coco or toy")]
+Data = Annotated[Path, typer.Option(help="folder of the dataset: annotation files and photos")]
+Split = Annotated[str, typer.Option(help="train, val, ...")]
+Annotations = Annotated[Path | None, typer.Option(help="this annotation file instead of the dataset's own")]
+Boxes = Annotated[str, typer.Option(help="gt, or a detector's proposals file")]
+Limit = Annotated[int | None, typer.Option(help="only the first pictures")]
+TakeOver = Annotated[
+    bool,
+    typer.Option(
+        "--take-over",
+        help="do at once what other runs on this cache were doing: only when they are known to be gone. Without it, a "
+        f"run on another machine counts as gone when it shows no life for {CLAIM_SECONDS:.0f} seconds",
+    ),
+]
+
+
+def manifest_of(name: str, data: Path, split: str, annotations: Path | None, boxes: str, limit: int | None) -> Manifest:
+    """The split with the boxes asked for."""
+    from regionspot.pipeline.datasets import read_dataset
+    from regionspot.pipeline.proposals import with_boxes
+
+    return with_boxes(read_dataset(name, data, split, annotations), boxes).head(limit)
