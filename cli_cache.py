@@ -121,3 +121,23 @@ def repair(
     summary = run(path, look(path), dry_run=dry_run)
     typer.echo(summary.text())
     raise typer.Exit(1 if summary.left else 0)
+
+
+@cache_app.command()
+def export(path: CachePath, out: Annotated[Path, typer.Argument(metavar="OUT.h5", help="the file to write")]) -> None:
+    """Write a whole cache into one HDF5 file, which opens as the folder does; for clusters that count files."""
+    from regionspot.cache.hdf5 import export_hdf5
+    from regionspot.cache.store import FeatureCache
+
+    typer.echo(f"{export_hdf5(FeatureCache.open(path), out)}")
+
+
+@cache_app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(metavar="FILE.h5", help="what `export` wrote")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to make")],
+) -> None:
+    """Turn a cache in one HDF5 file back into a folder, byte for byte."""
+    from regionspot.cache.hdf5 import import_hdf5
+
+    typer.echo(f"{import_hdf5(file, out)}")

@@ -7,6 +7,7 @@ afterwards, only replaced; that is all that the cache asks of a store.
     LocalStorage    a folder: disk, NFS                                             (here)
     RemoteStorage   s3://, gs://, az://, http://, any URL of fsspec                 (remote.py)
     LocalCopy       a RemoteStorage whose files are kept in a folder as they are read   (local_copy.py)
+    Hdf5Storage     the files in one .h5 file, to be read only                          (hdf5_storage.py)
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from regionspot.cache.durable import DurableFile, remove_abandoned, write_file
 from regionspot.cache.errors import CacheError
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # exFAT, some network and user-space file systems (link(2))
+
+HDF5_ENDINGS = (".h5", ".hdf5")  # of a cache in one file
 
 
 class NewFile(Protocol):
@@ -222,7 +225,12 @@ def open_storage(address: str | Path | Storage) -> Storage:
     if isinstance(address, Storage):
         return address
     if "://" not in str(address):
-        return LocalStorage(Path(address))
+        path = Path(address)
+        if path.suffix in HDF5_ENDINGS and not path.is_dir():
+            from regionspot.cache.hdf5_storage import Hdf5Storage  # for whoever has such a file
+
+            return Hdf5Storage(path)
+        return LocalStorage(path)
     from regionspot.cache.remote import open_remote  # obstore and fsspec are there where remote caches are wanted
 
     return open_remote(str(address))

@@ -138,13 +138,13 @@ def _copy_files(
         for name, new_name in zip(source.files()[:-1], target.files()[:-1], strict=True):
             files.append(target.storage.create(new_name))
             shard = ShardWriter(files[-1], target.slots)
-            for slot, stored in _records(source, name):
+            for slot, stored in records_of(source, name):
                 if slot >= target.slots:
                     raise _corrupt(source, name, f"holds a record in slot {slot}, behind all of its pictures")
                 shard.append(slot, stored)
                 found[slot] = google_crc32c.extend(int(found[slot]), stored)
             sizes[new_name] = shard.finish()
-        _require_equal(source, found)
+        require_equal(source, found)
         found.resize(target.slots)  # what is cut off, or put behind, is slots without a record
         checksums, new_name = with_crc(found.astype("<u4").tobytes()), target.files()[-1]
         files.append(target.storage.create(new_name))
@@ -159,7 +159,7 @@ def _copy_files(
     return {**sizes, new_name: len(checksums)}, {new_name: file_crc(checksums)}
 
 
-def _records(source: Place, name: str) -> Iterator[tuple[int, bytes]]:
+def records_of(source: Place, name: str) -> Iterator[tuple[int, bytes]]:
     """Slot and stored bytes of each record of a shard, as they lie behind one another, read in large blocks."""
     try:
         data_bytes = source.storage.size(name) - index_bytes(source.slots)
@@ -195,7 +195,7 @@ def _require_size(source: Place, file: str, record: PartRecord) -> None:
         raise _corrupt(source, file, f"has {size} bytes, {record.files.get(file)} were written")
 
 
-def _require_equal(source: Place, found: NDArray[np.uint32]) -> None:
+def require_equal(source: Place, found: NDArray[np.uint32]) -> None:
     """Raises CorruptPartError where the records are not those that were written."""
     name = source.files()[-1]
     try:
