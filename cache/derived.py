@@ -67,8 +67,10 @@ def convert(path: str | Path, out: str | Path, encodings: Mapping[str, Encoding]
     does not hold, encodings that there are not, and values too large for one.
     """
     cache = FeatureCache.open(path)
+    if not encodings:
+        raise InputError(f"{path}: no feature set is named that is to be stored otherwise; it has {_names(cache)}")
     if unknown := encodings.keys() - cache.feature_sets.keys():
-        raise InputError(f"{path}: there is no feature set {min(unknown)!r}; it has {', '.join(cache.feature_sets)}")
+        raise InputError(f"{path}: there is no feature set {min(unknown)!r}; it has {_names(cache)}")
     sets = {name: _encoded(cache, name, encodings.get(name)) for name in cache.feature_sets}
     return _make([cache], out, _noted(cache.manifest, "convert", [cache]), sets, cache.part_size)
 
@@ -80,6 +82,17 @@ def copy(path: str | Path, out: str | Path) -> CopySummary:
     """
     cache = FeatureCache.open(path)
     return _make([cache], out, cache.manifest, cache.feature_sets, cache.part_size, link=False)
+
+
+def encodings_of(words: Sequence[str]) -> dict[str, Encoding]:
+    """Encodings by feature set, as people write them: `clip_vit_l_14=int8`. Raises InputError for what is none."""
+    named = {}
+    for word in words:
+        name, equals, encoding = word.partition("=")
+        if not equals or name in named:
+            raise InputError(f"{word!r}: expected a feature set and its encoding once, like clip_vit_l_14=int8")
+        named[name] = Encoding.parse(encoding)
+    return named
 
 
 def _make(
@@ -113,10 +126,15 @@ def _identity(manifest: Manifest) -> dict[str, Any]:
 
 def _require_same_sets(first: FeatureCache, other: FeatureCache) -> None:
     if first.feature_sets.keys() != other.feature_sets.keys():
-        has, has_not = ", ".join(first.feature_sets) or "none", ", ".join(other.feature_sets) or "none"
-        raise InputError(f"{other.path}: has feature sets {has_not}, {first.path} has {has}; merge what has the same")
+        raise InputError(
+            f"{other.path}: has feature sets {_names(other)}, {first.path} has {_names(first)}; merge what has the same"
+        )
     for name, feature_set in first.feature_sets.items():
         require_same_features(str(other.path), other.feature_sets[name], feature_set)
+
+
+def _names(cache: FeatureCache) -> str:
+    return ", ".join(cache.feature_sets) or "none"
 
 
 def _encoded(cache: FeatureCache, name: str, encoding: Encoding | None) -> FeatureSet:
