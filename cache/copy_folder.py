@@ -15,6 +15,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -22,12 +23,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from regionspot.cache.durable import sync_folder
 from regionspot.cache.errors import CacheError, InputError
 
 log = logging.getLogger(__name__)
 
 _PARTIAL, _ROOM = ".partial", ".room"
+_OURS = re.compile(r"@[0-9a-f]{16}~?(\.partial)?$")
 _LOOK_AGAIN = 0.1  # seconds between two looks whether a running download has left room
 
 # Record locks keep processes apart, not threads. What threads of this process have locked stands here.
@@ -51,7 +52,10 @@ class _Kept:
 
 
 class CopyFolder:
-    """Names are paths inside the folder; a name stands for one content for ever."""
+    """Names are `<cache>/<path in the cache>@<16 hex digits>`; each stands for one content for ever.
+
+    Whatever else lies in the folder is not counted and never touched.
+    """
 
     def __init__(self, folder: Path, limit: int) -> None:
         # Resolved, so that a file has one path in this process, whoever opened the folder: see _remove_abandoned.
@@ -77,15 +81,16 @@ class CopyFolder:
             log.debug("%s: is another user's, so it keeps its time", path)
         return path
 
-    def fetch(self, name: str, size: int, write: Callable[[int], None], makes_room: bool) -> Path:
+    def fetch(self, name: str, size: int, write: Callable[[int], None], is_part: bool) -> Path:
         """The file, which `write` puts into an open descriptor if it is not there.
 
-        makes_room   whether others go for it where the folder is full; small files wait for the next that does
+        is_part   of features: flushed to the disk, and others go for it where the folder is full. What is none is
+                  little and carries a checksum of its own; room for it is made with the next part
 
         Raises CacheError where it is larger than all of the folder may be, OSError for what the disk refuses, and
         whatever `write` raises. Nothing of it is left then.
         """
-        if makes_room and size > self.limit:
+        if is_part and size > self.limit:
             asked = name.partition("@")[0]
             raise CacheError(
                 f"{self.folder}: a limit of {self.limit:,} bytes is less than one part, the {size:,} of {asked}; "
@@ -102,24 +107,24 @@ class CopyFolder:
                 partial.unlink()
                 return found
             try:
-                self._take_room(fd, size, makes_room)
+                self._take_room(fd, size, is_part)
                 write(fd)
-                os.fsync(fd)
+                if is_part:
+                    os.fsync(fd)
                 os.replace(partial, final)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
-        sync_folder(final.parent)
         return final
 
-    def _take_room(self, fd: int, size: int, makes_room: bool) -> None:
+    def _take_room(self, fd: int, size: int, is_part: bool) -> None:
         os.ftruncate(fd, 0)  # what a killed writer had left of it
         while True:
             with self._room() as room:
                 total = _read_total(room)
-                if makes_room and total + size > self.limit:
+                if is_part and total + size > self.limit:
                     total = self._evict(size)
-                if not makes_room or total + size <= self.limit:
+                if not is_part or total + size <= self.limit:
                     os.ftruncate(fd, size)
                     _write_total(room, total + size)
                     return
@@ -127,10 +132,10 @@ class CopyFolder:
 
     def _evict(self, size: int) -> int:
         """Remove what was used longest ago until `size` fits or nothing is left to remove; the bytes that stay."""
-        kept = [each for each in _files_under(self.folder) if each.path.name != _ROOM]
+        kept = [each for each in _files_under(self.folder) if _OURS.search(each.path.name)]
         total = sum(each.size for each in kept)
-        # What is no shard goes last: it is little, and a cache cannot be opened without it.
-        for each in sorted(kept, key=lambda each: ("features" not in each.path.parts, each.used)):
+        # What is no part of features goes last: it is little, and a cache cannot be opened without it.
+        for each in sorted(kept, key=lambda each: (self._folder_in_cache(each.path) != ("features",), each.used)):
             if total + size <= self.limit:
                 break
             if each.path.name.endswith(_PARTIAL) and not _remove_abandoned(each.path):
@@ -138,6 +143,9 @@ class CopyFolder:
             each.path.unlink(missing_ok=True)
             total -= each.size
         return total
+
+    def _folder_in_cache(self, path: Path) -> tuple[str, ...]:
+        return path.relative_to(self.folder).parts[1:2]
 
     @contextlib.contextmanager
     def _room(self) -> Iterator[int]:

@@ -171,6 +171,10 @@ def test_a_shard_that_makes_room_right_before_it_is_opened_is_fetched_again(addr
 def test_the_least_recently_used_shard_goes_first_whichever_cache_it_is_of(bucket, s3, tmp_path):
     other = open_storage(f"{s3}/other.zarr")
     other.write(SHARD.format(9), b"9" * 1000)
+    mine = [tmp_path / name for name in ("photo.jpg", "thesis@home/features/x@1", "features/c.0.0.0.partial")]
+    for path in mine:  # of somebody who keeps more than copies in this folder
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(bytes(3000))
     copy, other_copy = (with_local_copy(each, tmp_path, 2500) for each in (bucket, other))
     for number in (0, 1, 0):
         assert copy.local_path(SHARD.format(number)).read_bytes() == bytes([number]) * 1000
@@ -178,6 +182,7 @@ def test_the_least_recently_used_shard_goes_first_whichever_cache_it_is_of(bucke
     assert shards_in(tmp_path) == ["c.0.0.0", "c.9.0.0"]
     assert copy.read(SHARD.format(2)) == bytes([2]) * 1000
     assert shards_in(tmp_path) == ["c.2.0.0", "c.9.0.0"]
+    assert all(path.exists() for path in mine)
 
 
 def test_many_threads_never_pass_the_limit_and_read_what_is_there(bucket, tmp_path):
@@ -265,7 +270,10 @@ def test_threads_and_forked_processes_that_want_one_shard_fetch_it_once(bucket, 
 def _fork(work):
     child = os.fork()
     if not child:
-        os._exit(0 if work() else 1)
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(1)  # whatever it raised
     return child
 
 
@@ -355,9 +363,9 @@ def test_a_fetch_that_fails_leaves_the_folder_as_it_was(bucket, tmp_path):
         raise OSError("the line is cut")
 
     with pytest.raises(OSError, match="the line is cut"):
-        folder.fetch("a/b@1", 4, fail, True)
+        folder.fetch("toy/b@0123456789abcdef", 4, fail, True)
     assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".room"]
-    assert folder.fetch("a/b@1", 4, lambda fd: os.write(fd, b"full"), True).read_bytes() == b"full"
+    assert folder.fetch("toy/b@0123456789abcdef", 4, lambda fd: os.write(fd, b"full"), True).read_bytes() == b"full"
 
 
 def test_only_remote_storages_are_copied(tmp_path):

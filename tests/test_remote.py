@@ -204,7 +204,10 @@ def test_a_child_of_a_forked_child_reads_too(s3):
 def _exit_code_of_fork(work):
     child = os.fork()
     if not child:
-        os._exit(int(work()))  # a hang is what the test's own time limit is for
+        try:
+            os._exit(int(work()))
+        finally:
+            os._exit(1)  # whatever it raised
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
