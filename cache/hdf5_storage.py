@@ -42,7 +42,8 @@ _KEPT_SHARDS = 4096  # of a few hundred bytes each: most parts lie in one piece
 class Hdf5Storage(Storage):
     """The files in an HDF5 file, to read. Opened by the first that is asked for; no position in it is shared."""
 
-    readers = 4  # each copies a few GB/s
+    readers = 2
+    on_disk = True
 
     def __init__(self, path: Path) -> None:
         self.path, self.address = path, str(path)
@@ -70,6 +71,12 @@ class Hdf5Storage(Storage):
             self._read_shard(self._shards(name), offset, out)
         else:
             self._read(self._open().data + place + offset, out)
+
+    def announce(self, name: str, offset: int, size: int) -> None:
+        shard = self._shards(name)
+        run = bisect_right(shard.begins, offset) - 1
+        if run < len(shard.places):
+            self._open().file.announce(shard.places[run] + offset - shard.begins[run], size)
 
     def size(self, name: str) -> int:
         return self._entry(name)[1] if name else self.path.stat().st_size

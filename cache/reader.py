@@ -21,7 +21,7 @@ from regionspot.cache.part_reader import SCALE_BYTES, Bytes, DamagedError, PartR
 from regionspot.cache.records import PartRecord
 from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry
 from regionspot.cache.shard_files import Access, ReplacedError, ShardOpener
-from regionspot.cache.storage import LocalStorage, Storage
+from regionspot.cache.storage import Storage
 
 Check = Literal["first", "always", "never"]  # when a record's checksum is looked at; "first" is once a process
 
@@ -62,7 +62,7 @@ class FeatureReader(ABC):
         self._storage, self._manifest, self._check = storage, manifest, check
         self._part_size, self._row_bytes = geometry.part_size, _row_bytes(feature_set)
         self._offsets = manifest.offsets.data  # its elements are Python ints at once
-        local = isinstance(storage, LocalStorage)
+        local = storage.on_disk
         self._mapped = access == "map" or (access == "auto" and local and _fits_into_memory(feature_set, manifest))
         self.threads = min(_THREADS, processors()) if local else storage.readers
         slots = geometry.slots(feature_set)

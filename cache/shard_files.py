@@ -152,7 +152,7 @@ class StoredShard:
         self._storage.read_into(self._name, offset, out.data)
 
     def announce(self, offset: int, size: int) -> None:
-        pass
+        self._storage.announce(self._name, offset, size)
 
 
 class ShardOpener:

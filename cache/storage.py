@@ -42,12 +42,14 @@ class Storage(ABC):
 
     address   what messages call it and what opens it again: a path or a URL
     readers   how many reads at once this store is fastest with
+    on_disk   whether its bytes lie on a disk of this machine, so that one thread waits for nothing but that
 
     Methods raise FileNotFoundError for a name that is not there and OSError for what the store refuses.
     """
 
     address: str
     readers: int
+    on_disk = False
 
     @abstractmethod
     def local_path(self, name: str) -> Path | None:
@@ -97,6 +99,9 @@ class Storage(ABC):
     def zarr_store(self, read_only: bool = True) -> Any:
         """What zarr-python opens this tree by."""
 
+    def announce(self, name: str, offset: int, size: int) -> None:
+        """Say that these bytes of a file will be read soon, so that a disk fetches them while others are copied."""
+
     def forget(self, name: str) -> bool:
         """Drop what is kept near here of a file that lies elsewhere, because it turned out to be wrong.
 
@@ -116,6 +121,7 @@ class LocalStorage(Storage):
     """A folder."""
 
     readers = 2
+    on_disk = True
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.address = folder, str(folder)

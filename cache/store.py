@@ -57,7 +57,7 @@ class FeatureCache(ReadableCache):
     ) -> None:
         self.storage, self.manifest, self.mode, self.check, self.access = storage, manifest, mode, check, access
         self.path = storage.folder if isinstance(storage, LocalStorage) else storage.address
-        self._threads = 1 if isinstance(storage, LocalStorage) else storage.readers
+        self._threads = 1 if storage.on_disk else storage.readers
         self._adopt(header)
 
     def _adopt(self, header: Header) -> None:
