@@ -231,3 +231,16 @@ def small_folder(small, tmp_path_factory) -> Path:
     shutil.copytree(folder / "empty", folder / "full")
     small.extract(folder / "full")
     return folder
+
+
+@pytest.fixture
+def stress_result(request) -> Callable[..., None]:
+    """`stress_result(kills=100, ...)` keeps what a stress test counted, for `make stress` to sum up."""
+
+    def keep(**counts: object) -> None:
+        folder = Path(__file__).resolve().parents[1] / "build" / "stress"
+        folder.mkdir(parents=True, exist_ok=True)
+        test = request.node.originalname
+        (folder / f"{request.node.name}.json").write_text(json.dumps({"test": test, **counts}, default=float))
+
+    return keep
