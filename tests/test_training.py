@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
+from regionspot.cache.encodings import Statistics, decode
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.manifest import Category, Manifest
 from regionspot.cache.schema import FeatureSet, PictureFeatures
@@ -18,6 +19,7 @@ from regionspot.cache.store import FeatureCache
 from regionspot.fusion.batches import BatchPlan, read_ahead
 from regionspot.fusion.checkpoint import load_checkpoint
 from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig, train_config
+from regionspot.fusion.decoding import decode_on_device
 from regionspot.fusion.head import HEADS
 from regionspot.fusion.metrics import read_metrics
 from regionspot.fusion.sources import open_source
@@ -51,10 +53,12 @@ def make_manifest(pictures: int, seed: int) -> Manifest:
     )
 
 
-def feature_sets(width: int = 16, weights: str = "w" * 64) -> list[FeatureSet]:
+def feature_sets(width: int = 16, weights: str = "w" * 64, dtype: str = "float16") -> list[FeatureSet]:
+    # About those of the numbers below; any would do.
+    standard = [Statistics(np.zeros(each), np.ones(each)) if dtype == "int8" else None for each in (width, 8)]
     return [
-        FeatureSet("maps", "map", (5, width), provenance={"weights_sha256": weights}),
-        FeatureSet("tokens", "token", (8,), provenance={"weights_sha256": "t" * 64}),
+        FeatureSet("maps", "map", (5, width), dtype, {"weights_sha256": weights}, statistics=standard[0]),
+        FeatureSet("tokens", "token", (8,), dtype, {"weights_sha256": "t" * 64}, statistics=standard[1]),
     ]
 
 
@@ -278,6 +282,32 @@ def test_several_caches_each_with_its_own_classes_train_one_head(cache, tmp_path
     config = replace(CONFIG, iterations=6)
     train([cache, other], [make_vocabulary()] * 2, tmp_path / "run", config, ratios=(1, 1))
     assert [part["share"] for part in load_checkpoint(tmp_path / "run/head.safetensors").info.caches] == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_training_from_any_encoding_takes_the_same_course(cache, tmp_path, dtype):
+    encoded, config = make_cache(tmp_path / "encoded.zarr", dtype=dtype), replace(CONFIG, iterations=12)
+    courses = []
+    for name, each in (("plain", cache), (dtype, encoded)):
+        train([each], [make_vocabulary()], tmp_path / name, config, log_every=1)
+        courses.append([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")])
+    assert courses[0] != courses[1]
+    assert courses[1] == pytest.approx(courses[0], rel=0.02)
+    with pytest.raises(InputError, match=r"its caches\[0\]\.map\.dtype is"):
+        train([cache], [make_vocabulary()], tmp_path / dtype, config, resume=True)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
+def test_a_device_decodes_to_the_numbers_that_numpy_does(tmp_path, dtype):
+    made = make_cache(tmp_path / "encoded.zarr", dtype=dtype)
+    batch, sets = made.read([0, 1, 2]), made.feature_sets
+    for stored, scales, name in (
+        (batch.feature_map, batch.map_scale, "maps"),
+        (batch.tokens, batch.token_scale, "tokens"),
+    ):
+        decoded = decode_on_device(stored, scales, sets[name], torch.device("cpu"))
+        expected = decode(stored, sets[name], scales if dtype == "int8" else None)
+        np.testing.assert_allclose(decoded.float().numpy(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_training_leaves_the_callers_random_numbers_alone(cache, tmp_path):
