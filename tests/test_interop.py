@@ -144,6 +144,25 @@ def test_another_library_reads_the_numbers_that_were_written(cache, read_by, rea
         np.testing.assert_array_equal(read_by(reader, feature_set.scales), scales, strict=True)
 
 
+@pytest.mark.parametrize("check", ["always", "never"])
+@pytest.mark.parametrize("zstd", [None, "zstd"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_our_reader_hands_out_the_same_numbers_and_scales(cache, dtype, zstd, check):
+    maps, tokens = (cache.feature_sets[name_of(kind, dtype, zstd)] for kind in ("map", "token"))
+    rows = [6, 0, 9, 4, 3, 7]
+    batch = FeatureCache.open(cache.path, check=check).read(rows, map_set=maps.name, token_set=tokens.name)
+    values, scales = expected_of(cache, maps)
+    np.testing.assert_array_equal(batch.feature_map, values[rows], strict=True)
+    np.testing.assert_array_equal(batch.map_scale, scales[rows] if dtype == "int8" else np.zeros((len(rows), 0)))
+    values, scales = expected_of(cache, tokens)
+    for place, row in enumerate(rows):
+        first, count = sum(COUNTS[row // PART_SIZE * PART_SIZE : row]), COUNTS[row]
+        where = (row // PART_SIZE, slice(first, first + count))
+        np.testing.assert_array_equal(batch.tokens[place, :count], values[where], strict=True)
+        if dtype == "int8":
+            np.testing.assert_array_equal(batch.token_scale[place, :count], scales[where], strict=True)
+
+
 @pytest.mark.parametrize(("kind", "dtype", "zstd"), CASES)
 def test_a_stranger_decodes_by_what_the_cache_says_of_itself(cache, kind, dtype, zstd):
     root = zarr.open_group(cache.path, mode="r")
