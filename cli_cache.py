@@ -11,9 +11,13 @@ from typing import Annotated
 
 import typer
 
+from regionspot.cli_options import Annotations, Boxes, Data, DatasetName, Limit, Split, TakeOver, manifest_of
+
 cache_app = typer.Typer(help="Look at a cache, check it, grow it, copy it.", no_args_is_help=True)
 
 CachePath = Annotated[str, typer.Argument(metavar="PATH", help="the cache: a folder, a URL such as s3://..., or .h5")]
+NewCache = Annotated[str, typer.Argument(metavar="OUT", help="the new cache: a folder or a URL")]
+PartSize = Annotated[int | None, typer.Option(help="pictures a part; default: as many as before")]
 
 
 @cache_app.command()
@@ -141,3 +145,79 @@ def import_file(
     from regionspot.cache.hdf5 import import_hdf5
 
     typer.echo(f"{import_hdf5(file, out)}")
+
+
+@cache_app.command()
+def extend(
+    path: CachePath,
+    name: DatasetName,
+    data: Data,
+    split: Split = "train",
+    annotations: Annotations = None,
+    boxes: Boxes = "gt",
+    limit: Limit = None,
+    part_size: Annotated[int, typer.Option(help="pictures a part, where there was only one part")] = 512,
+    take_over: TakeOver = False,
+) -> None:
+    """Take in annotations that grew: new pictures come behind those that are there, for `extract` to go on with."""
+    from regionspot.cache.growth import extend as run
+
+    manifest = manifest_of(name, data, split, annotations, boxes, limit)
+    typer.echo(f"{path}: {run(path, manifest, part_size=part_size, take_over=take_over).text()}")
+
+
+@cache_app.command()
+def merge(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="caches of the same feature sets and classes")],
+    out: Annotated[str, typer.Option("--out", "-o", help="the new cache: a folder or a URL")],
+    part_size: PartSize = None,
+) -> None:
+    """Put the pictures of several caches one after another into a new one. Killed and run again, it goes on."""
+    from regionspot.cache.derived import merge as run
+
+    typer.echo(f"{out}: {run(paths, out, part_size).text()}")
+
+
+@cache_app.command()
+def subset(
+    path: CachePath,
+    out: NewCache,
+    ids: Annotated[Path | None, typer.Option(help="file of picture ids, one a line; their order is kept")] = None,
+    category: Annotated[list[str] | None, typer.Option(help="with a region of this class; may be given again")] = None,
+    every: Annotated[int, typer.Option(help="of those each so many-th")] = 1,
+    first: Annotated[int | None, typer.Option(help="of those the first so many")] = None,
+    part_size: PartSize = None,
+) -> None:
+    """Take some pictures into a new cache. Killed and run again, it goes on."""
+    from regionspot.cache.choosing import choose_rows, read_ids
+    from regionspot.cache.derived import subset as run
+    from regionspot.cache.store import FeatureCache
+
+    cache = FeatureCache.open(path)
+    wanted = read_ids(ids) if ids else None
+    rows = choose_rows(cache.manifest, ids=wanted, categories=category or [], every=every, first=first)
+    typer.echo(f"{out}: {run(path, out, rows, part_size).text()}")
+
+
+@cache_app.command()
+def convert(
+    path: CachePath,
+    out: NewCache,
+    to: Annotated[
+        list[str],
+        typer.Option(metavar="SET=ENCODING", help="clip_vit_l_14=int8: float16, float32, bfloat16 or int8, or +zstd"),
+    ],
+) -> None:
+    """Store feature sets in another encoding in a new cache; others stay. Killed and run again, it goes on."""
+    from regionspot.cache.derived import convert as run
+    from regionspot.cache.derived import encodings_of
+
+    typer.echo(f"{out}: {run(path, out, encodings_of(to)).text()}")
+
+
+@cache_app.command()
+def copy(path: CachePath, out: NewCache) -> None:
+    """Copy a cache, also to or from an object store, and check it on the way. Killed and run again, it goes on."""
+    from regionspot.cache.derived import copy as run
+
+    typer.echo(f"{out}: {run(path, out).text()}")

@@ -44,8 +44,9 @@ class Extended:
 
     def text(self) -> str:
         """One line for people."""
-        came = f"{self.pictures:,} pictures with {self.regions:,} regions came; {self.done:,} parts are done"
-        return f"{came}, {self.pending:,} pending: `regionspot extract` makes them" if self.pending else came
+        came = f"{self.pictures:,} pictures with {self.regions:,} regions" if self.pictures else "no picture"
+        pending = f", {self.pending:,} pending: `regionspot extract` makes them" if self.pending else ""
+        return f"{came} came; {self.done:,} parts are done{pending}"
 
 
 def extend(path: str | Path, grown: Manifest, *, part_size: int = 512, take_over: bool = False) -> Extended:

@@ -1,5 +1,6 @@
 """Pictures chosen from a cache: by ids, by category, each so many-th; and the commands that make caches of caches."""
 
+import json
 import sys
 
 import numpy as np
@@ -8,6 +9,7 @@ import pytest
 from regionspot import cli
 from regionspot.cache import Category, FeatureCache, FeatureSet, InputError, Manifest, PictureFeatures
 from regionspot.cache.choosing import choose_rows, read_ids
+from regionspot.pipeline.datasets import read_dataset
 
 MAPS = FeatureSet("clip", "map", (2, 4))
 TOKENS = FeatureSet("sam", "token", (3,))
@@ -126,6 +128,34 @@ def test_the_commands_make_caches_of_caches(cache, manifest, tmp_path, regionspo
     assert (sets["clip"].dtype, sets["clip"].compression, sets["sam"].dtype) == ("int8", "zstd", "float32")
     assert regionspot("copy", small, back)[0] == 0
     assert FeatureCache.open(back).pending_parts() == []
+
+
+def annotations(folder, pictures):
+    """A COCO-form file of so many pictures, the last one first, with a box each."""
+    rows = range(pictures)[::-1]
+    words = {
+        "images": [{"id": row, "file_name": f"{row}.jpg", "height": 40, "width": 60} for row in rows],
+        "annotations": [{"id": row, "image_id": row, "category_id": 1, "bbox": [0, 0, 9, 9]} for row in rows],
+        "categories": [{"id": 1, "name": "star"}],
+    }
+    (folder / "file.json").write_text(json.dumps(words))
+    return "coco", "--data", folder, "--annotations", folder / "file.json"
+
+
+def test_a_cache_is_extended_by_the_options_of_extract(tmp_path, regionspot):
+    dataset = annotations(tmp_path, 3)
+    path = tmp_path / "c.zarr"
+    FeatureCache.create(path, read_dataset("coco", tmp_path, annotations=tmp_path / "file.json"), [MAPS], part_size=2)
+    said = f"{path}: 2 pictures with 2 regions came; 0 parts are done, 3 pending: `regionspot extract` makes them\n"
+    assert regionspot("extend", path, *dataset, "--part-size", 2)[:2] == (
+        0,
+        f"{path}: no picture came; 0 parts are done, 2 pending: `regionspot extract` makes them\n",
+    )
+    assert regionspot("extend", path, *annotations(tmp_path, 5))[:2] == (0, said)
+    assert FeatureCache.open(path).manifest.image_ids.tolist() == [2, 1, 0, 4, 3]
+    code, _, err = regionspot("extend", path, *annotations(tmp_path, 4))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "1 pictures that it holds are not there, the first has id 4" in err
 
 
 @pytest.mark.parametrize(
