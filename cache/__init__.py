@@ -2,6 +2,7 @@
 
     cache = FeatureCache.open("o365_train.zarr")
     batch = cache.read(cache.valid_rows()[:64])      # numpy: tokens, feature_map, region_mask, categories, ...
+    for batch in cache.loader(64, seed=1): ...       # an epoch of them, shuffled and read ahead
 
 Importing it needs neither torch nor zarr; opening a cache imports zarr.
 """
@@ -17,6 +18,7 @@ from regionspot.cache.errors import (
     RegionSpotError,
     SchemaVersionError,
 )
+from regionspot.cache.loader import Loader
 from regionspot.cache.manifest import NO_CATEGORY, Category, Manifest, Ragged
 from regionspot.cache.records import PartRecord
 from regionspot.cache.schema import Failure, FeatureSet, PictureFeatures
@@ -32,6 +34,7 @@ __all__ = [
     "FeatureCache",
     "FeatureSet",
     "InputError",
+    "Loader",
     "Manifest",
     "NotACacheError",
     "NotExtractedError",
