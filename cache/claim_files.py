@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import defaultdict
 from dataclasses import asdict, dataclass
 
 import google_crc32c
 
-from regionspot.cache.durable import is_sealed, seal, to_json
+from regionspot.cache.durable import from_json, is_sealed, seal, to_json
 from regionspot.cache.process import Process
 from regionspot.cache.storage import Storage
 
@@ -75,7 +74,7 @@ def read_claim(storage: Storage, file: str) -> Claim | None:
     if data is None:
         return None
     try:
-        words = json.loads(data)
+        words = from_json(data)
         if is_sealed(words):
             return Claim(words["id"], words["run"], Process(**words["process"]))
     except (ValueError, KeyError, TypeError):

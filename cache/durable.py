@@ -94,6 +94,14 @@ def to_json(document: dict[str, Any]) -> bytes:
     return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
+def from_json(data: bytes) -> Any:
+    """The document in a file that may hold anything. Raises ValueError where it is none."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("is nested without end") from None
+
+
 def seal(document: dict[str, Any]) -> dict[str, Any]:
     """The document with the crc32c of its own content in it."""
     return {**document, "crc32c": _content_crc(document)}

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from regionspot.cache.durable import file_crc, is_sealed, seal, to_json
+from regionspot.cache.durable import file_crc, from_json, is_sealed, seal, to_json
 from regionspot.cache.errors import InputError, NotACacheError, ProvenanceMismatchError, SchemaVersionError
 from regionspot.cache.exchange import aside
 from regionspot.cache.manifest import Category, Manifest
@@ -120,13 +120,19 @@ def load_header(storage: Storage) -> Header:
             f"{cache}/zarr.json: does not match its own checksum, it was damaged or edited; "
             "put back the file as it was written"
         )
-    return _from_json(words)
+    try:
+        return _from_json(words)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise NotACacheError(
+            f"{cache}/zarr.json: is sealed but lacks what a header holds ({error!r}): another program wrote it; "
+            "put back the file as it was written"
+        ) from None
 
 
 def _attributes(storage: Storage) -> dict[str, Any]:
     cache = storage.address
     try:
-        attributes = json.loads(storage.read("zarr.json"))["attributes"]
+        attributes = from_json(storage.read("zarr.json"))["attributes"]
     except FileNotFoundError:
         raise NotACacheError(f"{cache}: {_why_missing(storage)}") from None
     except NotADirectoryError:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 
-from regionspot.cache.durable import is_sealed, seal, to_json
+from regionspot.cache.durable import from_json, is_sealed, seal, to_json
 from regionspot.cache.schema import Failure
 from regionspot.cache.storage import Storage
 
@@ -46,7 +45,7 @@ def load_record(storage: Storage, name: str) -> PartRecord:
 
 def parse_record(data: bytes) -> PartRecord:
     """The record that `to_json` wrote. Raises ValueError when it is damaged."""
-    words = json.loads(data)
+    words = from_json(data)
     if not is_sealed(words):
         raise ValueError("does not match its own checksum")
     del words["crc32c"]
