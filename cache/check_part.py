@@ -34,7 +34,8 @@ from regionspot.cache.shard import decompress, index_bytes, parse_index, without
 from regionspot.cache.storage import Storage
 
 _MISSING = "is missing"
-_BLOCK_BYTES = 8 << 20  # of one read: large enough for any disk, small enough for every thread to have one
+# Of one read: what is checked right away should still lie in the processor's own cache; a network is slow to begin.
+_LOCAL_BLOCK, _REMOTE_BLOCK = 1 << 20, 8 << 20
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class PartCheck:
 
     def __init__(self, storage: Storage, geometry: Geometry, manifest: Manifest | None, quick: bool = False) -> None:
         self._storage, self._geometry, self._manifest, self._quick = storage, geometry, manifest, quick
+        local = storage.local_path("zarr.json") is not None
+        self._block = _LOCAL_BLOCK if local else _REMOTE_BLOCK
         self._memory = np.empty(0, np.uint8)
         self.bytes_read = 0
 
@@ -235,7 +238,7 @@ class PartCheck:
         while first < len(ends):
             begin = int(ends[first - 1]) if first else 0
             # As many as a block takes, one at least.
-            after = max(int(np.searchsorted(ends, begin + _BLOCK_BYTES, side="right")), first + 1)
+            after = max(int(np.searchsorted(ends, begin + self._block, side="right")), first + 1)
             block = self._read_piece(shard.name, begin, int(ends[after - 1]) - begin)
             bounds = [0, *(ends[first:after] - begin).tolist()]
             for place, slot in enumerate(shard.slots[first:after].tolist()):
@@ -245,7 +248,7 @@ class PartCheck:
     def _read_piece(self, name: str, offset: int, length: int) -> NDArray[np.uint8]:
         """Bytes of a file in the memory that the next call uses again."""
         if len(self._memory) < length:
-            self._memory = np.empty(max(length, _BLOCK_BYTES), np.uint8)
+            self._memory = np.empty(max(length, self._block), np.uint8)
         piece = self._memory[:length]
         with self._reading(name):
             self._storage.read_into(name, offset, piece.data)

@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import uuid
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +14,9 @@ import pytest
 from regionspot.cache import InputError, NotACacheError, SchemaVersionError
 from regionspot.cache.durable import partial_path, to_json
 from regionspot.cache.records import load_record
+from regionspot.cache.repair import repair
 from regionspot.cache.shard import with_crc
-from regionspot.cache.storage import LocalStorage
+from regionspot.cache.storage import LocalStorage, open_storage
 from regionspot.cache.verify import verify
 
 
@@ -211,3 +213,21 @@ def test_what_cannot_be_opened_is_refused_in_the_same_words(full, tmp_path):
     (full / "zarr.json").write_bytes(to_json(document))
     with pytest.raises(SchemaVersionError, match="has schema version 2"):
         verify(full)
+
+
+def test_a_cache_in_an_object_store_is_looked_at_and_mended_alike(small):
+    address = f"memory://{uuid.uuid4().hex}/c.zarr"
+    small.extract(address)
+    report = verify(address)
+    assert report.sound, report.text()
+    assert (report.parts, report.pending) == (15, 0)
+    storage, name = open_storage(address), "features/clip-zstd/feature_map/c.1.0.0"
+    data = bytearray(storage.read(name))
+    data[3] ^= 4
+    storage.write(name, bytes(data))
+    report = verify(address)
+    assert "1 of 3 records do not match" in report.text()
+    repair(address, report)
+    assert verify(address).pending == 1
+    small.extract(address)
+    assert verify(address).sound
