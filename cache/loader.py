@@ -1,10 +1,12 @@
 """Shuffled batches for a training loop, read ahead by threads, and going on in the middle of an epoch.
 
-loader = cache.loader(64, seed=1)
-for epoch in range(10):
-    for batch in loader:             # a Batch, whole until the next one is asked for
-        ...
-        state = loader.state_dict()  # JSON; load_state_dict(state) goes on with the batch after this one
+    loader = cache.loader(64, seed=1)
+    for epoch in range(10):
+        for batch in loader:             # a Batch, whole until the next one is asked for
+            ...
+            state = loader.state_dict()  # JSON; load_state_dict(state) goes on with the batch after this one
+
+Which pictures make up which batch is decided in sampling.py; ring.py reads them ahead.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -117,16 +120,20 @@ class Loader:
                 )
         self.epoch, self._done, self._begins = epoch, batches, batches
 
-    def _decided_by(self) -> dict[str, Any]:
-        """All that decides the batches, by name."""
+    @cached_property
+    def _pictures(self) -> dict[str, Any]:
+        """What tells the pictures of an epoch from others. Kept, for a state may be wanted after every batch."""
         manifest = self.cache.manifest
-        decided = {
+        return {
             "cache": f"{manifest.dataset}/{manifest.split}",
             "pictures": len(self.rows),
             "crc32c of their rows": _crc(self.rows),
             "crc32c of their ids": _crc(manifest.image_ids[self.rows]),
-            **asdict(self._own_sampling()),
         }
+
+    def _decided_by(self) -> dict[str, Any]:
+        """All that decides the batches, by name."""
+        decided = {**self._pictures, **asdict(self._own_sampling())}
         if self.sampling.shuffle == "block":
             return {**decided, "part_size": self.cache.part_size}
         del decided["block_parts"]
