@@ -71,7 +71,7 @@ class ReadableCache(ABC):
         self,
         batch_size: int,
         *,
-        shuffle: Shuffle = "full",
+        shuffle: Shuffle = Sampling.shuffle,
         seed: int = 0,
         epoch: int = 0,
         rows: ArrayLike | None = None,
@@ -82,7 +82,7 @@ class ReadableCache(ABC):
         drop_last: bool = False,
         threads: int | None = None,
         ahead: int = AHEAD,
-        block_parts: int = 8,
+        block_parts: int = Sampling.block_parts,
         tokens_in_memory: bool = False,
         pin_memory: bool | None = None,
     ) -> Loader:
