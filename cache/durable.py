@@ -14,6 +14,7 @@ import shutil
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -67,14 +68,20 @@ class DurableFile:
         sync_folder(self.final.parent)
 
     def discard(self) -> None:
-        """Remove what was written so far; does nothing once the file is published."""
-        self._close()
-        self.partial.unlink(missing_ok=True)
+        """Remove what was written so far; does nothing once the file is published.
+
+        Where the disk refuses that as well, the file stays and counts as abandoned later: why it is given up must
+        not be lost over it.
+        """
+        with suppress(OSError):
+            self._close()
+        with suppress(OSError):
+            self.partial.unlink(missing_ok=True)
 
     def _close(self) -> None:
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        fd, self._fd = self._fd, -1  # first: closed it is also where closing says that something went wrong
+        if fd >= 0:
+            os.close(fd)
 
 
 def write_file(final: Path, data: bytes) -> None:

@@ -30,7 +30,7 @@ class Armed:
     """Counts pictures and calls; `due()` says of each call whether the fault strikes: from one on, or that one only."""
 
     def __init__(self, rng, lasting):
-        self.pictures, self.calls, self.lasting = rng.randrange(30), rng.randrange(8), lasting
+        self.pictures, self.calls, self.lasting = rng.randrange(10), rng.randrange(8), lasting
 
     def at_picture(self):
         self.pictures -= 1
@@ -139,6 +139,7 @@ FAULTS = {
     "short writes": (short_writes, True),
     "EIO on write": (os_failing(errno.EIO, "write"), False),
     "EIO on fsync": (os_failing(errno.EIO, "fsync"), False),
+    "EIO on close": (os_failing(errno.EIO, "close"), False),
     "EIO on read": (lambda path, rng, armed: failing(LocalStorage, ("read", "names"), errno.EIO, armed), False),
     "permission lost": (permission_lost, True),
     "clock going back": (clock_goes_back, True),
@@ -146,7 +147,7 @@ FAULTS = {
     "folder moved away and back": (folder_moved_away, False),
     "partial files of another host": (left_by_another_host, True),
     "rename failing": (os_failing(errno.ESTALE, "replace"), False),
-    "link failing": (os_failing(errno.EIO, "link"), False),
+    "link failing": (os_failing(errno.EIO, "link"), True),
     "read-only remount": (os_failing(errno.EROFS, "open", "replace", "link", "unlink", "mkdir"), True),
     "too many open files": (os_failing(errno.EMFILE, "open"), True),
 }
@@ -188,11 +189,12 @@ def require_safe(small, small_folder, path, said):
 
 
 def stress(small, small_folder, tmp_path, name, seed, runs):
-    rng, counts, (fault, lasting) = random.Random(f"{name} {seed}"), Counter(), FAULTS[name]
+    counts, (fault, lasting) = Counter(), FAULTS[name]
     for number in range(runs):
+        rng = random.Random(f"{name} {seed} {number}")
         path = shutil.copytree(small_folder / "empty", tmp_path / f"{number}.zarr")
 
-        def run(path=path):
+        def run(path=path, rng=rng):
             armed, real_write = Armed(rng, lasting), os.write
             fault(path, rng, armed)
             try:
@@ -201,11 +203,12 @@ def stress(small, small_folder, tmp_path, name, seed, runs):
                 os.write = real_write  # for what the run has to say
 
         said = told_by(run)
-        rng.random()  # the child's draws are not ours: another draw, another moment
         if Path(f"{path}.away").exists():
             shutil.rmtree(path, ignore_errors=True)
             Path(f"{path}.away").rename(path)
         restore_permission(path)
+        if not (path / "zarr.json").exists():
+            shutil.rmtree(path, ignore_errors=True)  # removed while a run was writing into it, so not quite
         require_safe(small, small_folder, path, said)
         counts["refused" if said else "went through"] += 1
     return counts
