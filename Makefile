@@ -28,7 +28,7 @@ CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones bench-cache stress clean
+.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones bench-cache bench-encodings stress clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -66,6 +66,9 @@ toy-backbones: $(READY) ## train the toy world's SAM and CLIP again (under an ho
 
 bench-cache: $(BENCH_READY) ## the cache against its peers: table, chart and goals into benchmarks/results (QUICK=1: a minute, build/bench)
 	$(BENCH_VENV)/bin/python -m benchmarks.bench_cache $(if $(QUICK),--quick) $(ARGS)
+
+bench-encodings: $(READY) ## what each encoding costs: bytes, features, AP (20 minutes on 2 cores)
+	python -m benchmarks.encodings $(ARGS)
 
 stress: $(READY) ## damage, kill and starve caches in full (half an hour on 2 cores); what was counted into benchmarks/results
 	python -m benchmarks.stress $(ARGS)
