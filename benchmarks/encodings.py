@@ -1,0 +1,225 @@
+"""What an encoding costs: bytes a picture, the features themselves, and the AP of a head trained on them.
+
+The toy world is extracted once in float32 and converted from there, so that every encoding, float16 too, is compared
+with what the backbones said. A head is trained on each and evaluated on validation features of the same encoding,
+from the same seeds. Training magnifies any rounding: how far float16 lies from float32, which loses nothing that a
+head could see, is the noise that the other differences stand in.
+
+    make bench-encodings            a quarter of an hour on two idle cores
+
+Killed and run again, it goes on; what it made lies in build/bench/encodings, to be removed for a run from the start.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+import numpy as np
+
+from benchmarks.goals import SCRATCH, Report, options, say, versions
+from regionspot.cache import FeatureCache
+from regionspot.cache.decoded import read_decoded
+from regionspot.cache.derived import convert
+from regionspot.cache.encodings import Encoding
+from regionspot.cache.records import load_record
+from regionspot.cache.schema import record_file
+from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+from regionspot.evaluation.vocabularies import cache_vocabulary
+from regionspot.fusion.config import train_config
+from regionspot.fusion.train import train as train_head
+from regionspot.pipeline.datasets import photo_dir, read_dataset
+from regionspot.pipeline.extract import Backbones, extract, open_for_extraction
+from regionspot.pipeline.toy_world import make_toy_world
+
+TRAINED = ("float32", "float16", "bfloat16", "int8")
+COMPRESSED = ("float16+zstd", "bfloat16+zstd", "int8+zstd")  # no number changes, so nothing is trained on them
+PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"  # 200 real photos, where they are
+ROWS_AT_ONCE = 50
+FLOAT32 = Encoding("float32")
+
+PROTOCOL = """
+Toy world of {pictures} pictures, its shipped SAM and CLIP (maps of {tokens} tokens of {width} channels, float32), whose
+features were converted to each encoding; int8's statistics are of 64 pictures. Rows are map tokens and location tokens:
+cosine and relative error (root mean square of the error over that of the features) are those of decoded rows against
+float32. The head: schedule `toy`{shortened}, seeds {seeds}, trained on the training split in that encoding, box AP on
+the validation split in the same encoding, ground-truth boxes, by `lvis`. Rare classes (APr) are never trained on.
+"""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much is done, and where."""
+
+    folder: Path
+    pictures: int
+    seeds: tuple[int, ...]
+    iterations: int | None  # None: the schedule's own
+    photos: bool
+
+
+FULL = Scale(SCRATCH / "encodings" / "full", pictures=1000, seeds=(0, 1), iterations=None, photos=True)
+QUICK = Scale(SCRATCH / "encodings" / "quick", pictures=60, seeds=(0,), iterations=20, photos=False)
+
+
+def main() -> None:
+    asked = options(__doc__ or "")
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("regionspot").setLevel(logging.INFO)
+    scale = QUICK if asked.quick else FULL
+    world, train, val = (scale.folder / name for name in ("world", "train_float32.zarr", "val_float32.zarr"))
+    make_toy_world(world, scale.pictures)
+    extract_float32("toy", world, "train", train)
+    extract_float32("toy", world, "val", val)
+    maps = FeatureCache.open(train).feature_sets["toy_clip"]
+    report = Report(
+        "encodings",
+        "What an encoding costs",
+        PROTOCOL.format(
+            pictures=scale.pictures,
+            tokens=maps.shape[0],
+            width=maps.shape[1],
+            shortened=f" cut to {scale.iterations} steps" if scale.iterations else "",
+            seeds=", ".join(map(str, scale.seeds)),
+        ),
+        versions(["numpy", "torch", "zarr", "lvis"]),
+    )
+    add_features(report, "Features, toy world", train)
+    if scale.photos and PHOTOS.is_dir():
+        photos = extract_float32("coco", PHOTOS, "val", scale.folder / "photos_float32.zarr")
+        add_features(
+            report, f"Features, {len(FeatureCache.open(photos))} real photos (COCO) by the toy weights", photos
+        )
+    add_heads(report, scale)
+    report.finish(asked.results)
+
+
+def extract_float32(dataset: str, data: Path, split: str, out: Path) -> Path:
+    """The features as the backbones say them, in a new cache."""
+    say(f"extract {dataset} {split} into {out}")
+    manifest = read_dataset(dataset, data, split)
+    photos = photo_dir(dataset, data, split, manifest)
+    backbones = Backbones.load("toy", device="cpu")
+    cache = open_for_extraction(out, manifest, photos, backbones, encoding=FLOAT32, token_encoding=FLOAT32)
+    extract(cache, photos, backbones)
+    return out
+
+
+def converted(source: Path, words: str) -> Path:
+    """The cache in another encoding, beside the one in float32."""
+    if words == "float32":
+        return source
+    made = source.with_name(source.name.replace("float32", words))
+    convert(source, made, dict.fromkeys(FeatureCache.open(source).feature_sets, Encoding.parse(words)))
+    return made
+
+
+def add_features(report: Report, table: str, source: Path) -> None:
+    """A row an encoding: what it takes on disk and what is lost."""
+    plain = FeatureCache.open(source)
+    for words in (*TRAINED, *COMPRESSED):
+        cache = FeatureCache.open(converted(source, words))
+        lost = {name: Lost.of(plain, cache, name) for name in plain.feature_sets if "+" not in words}
+        columns: dict[str, Any] = {"KB a picture": bytes_of(cache) / len(cache) / 1e3}
+        columns["of float16"] = bytes_of(cache) / bytes_of(FeatureCache.open(converted(source, "float16")))
+        for name, feature_set in plain.feature_sets.items():
+            found = lost.get(name)
+            columns |= {
+                f"{feature_set.kind}: relative error": found.relative if found else "as without",
+                f"{feature_set.kind}: 1 - cosine, mean": found.mean_angle if found else "",
+                f"{feature_set.kind}: worst": found.worst_angle if found else "",
+            }
+        report.add_row(table, encoding=words, **columns)
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Relative error of all values, and 1 - cosine of the rows, mean and largest."""
+
+    relative: float
+    mean_angle: float
+    worst_angle: float
+
+    @classmethod
+    def of(cls, plain: FeatureCache, cache: FeatureCache, name: str) -> Lost:
+        error = power = 0.0
+        angles = []
+        rows = plain.valid_rows([name])
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            wanted = rows[first : first + ROWS_AT_ONCE]
+            given, found = (
+                read_decoded(each, name, wanted).reshape(-1, plain.feature_sets[name].shape[-1]).astype(np.float64)
+                for each in (plain, cache)
+            )
+            error += float(np.square(found - given).sum())
+            power += float(np.square(given).sum())
+            product = np.linalg.norm(given, axis=1) * np.linalg.norm(found, axis=1)
+            angles.append(1 - (given * found).sum(axis=1) / product)
+        every = np.maximum(np.concatenate(angles), 0)
+        return cls(math.sqrt(error / power), float(every.mean()), float(every.max()))
+
+
+def bytes_of(cache: FeatureCache) -> int:
+    """What the features take on disk: records, indexes, scales and checksums of every part."""
+    records = (
+        load_record(cache.storage, record_file(name, part))
+        for name in cache.feature_sets
+        for part in range(cache.n_parts)
+    )
+    return sum(sum(record.files.values()) for record in records)
+
+
+def add_heads(report: Report, scale: Scale) -> None:
+    """Train and evaluate in turn, seed by seed, and hold what is lost against float16."""
+    found: dict[str, list[dict[str, float]]] = {words: [] for words in TRAINED}
+    for seed in scale.seeds:
+        for words in TRAINED:
+            found[words].append(head_on(words, seed, scale))
+    table = "Head trained and evaluated on each"
+    for words, each in found.items():
+        report.add_row(
+            table,
+            encoding=words,
+            AP=mean(ap["AP"] for ap in each),
+            APr=mean(ap["APr"] for ap in each),
+            **{f"AP, seed {seed}": ap["AP"] for seed, ap in zip(scale.seeds, each, strict=True)},
+            **{f"APr, seed {seed}": ap["APr"] for seed, ap in zip(scale.seeds, each, strict=True)},
+        )
+    for words in ("int8", "bfloat16"):
+        for metric in ("AP", "APr"):
+            report.add_goal(f"{metric} lost by {words} against float16", difference(found, words, metric), at_most=0.3)
+
+
+def difference(found: dict[str, list[dict[str, float]]], words: str, metric: str) -> float:
+    """How much less than on float16, in points; the mean over the seeds."""
+    return mean(full[metric] - ap[metric] for full, ap in zip(found["float16"], found[words], strict=True))
+
+
+def head_on(words: str, seed: int, scale: Scale) -> dict[str, float]:
+    """AP and APr in % of a head of this encoding and seed."""
+    train, val = (converted(scale.folder / f"{split}_float32.zarr", words) for split in ("train", "val"))
+    say(f"train and evaluate on {words}, seed {seed}")
+    cache, run = FeatureCache.open(train), scale.folder / f"run_{words}_{seed}"
+    config = train_config("toy", seed=seed, iterations=scale.iterations)
+    vocabulary = cache_vocabulary(cache, "toy_clip", device="cpu")
+    result = train_head([cache], [vocabulary], run, config, preset="toy", resume=True, device="cpu")
+    asked = LvisEvaluation(
+        data=scale.folder / "world",
+        out=run / "eval",
+        dataset="toy",
+        preset="toy",
+        checkpoint=result.checkpoint,
+        cache=val,
+        masks=False,
+        device="cpu",
+    )
+    box = evaluate_lvis(asked)["bbox"]
+    return {metric: 100 * (box[metric] or 0.0) for metric in ("AP", "APr")}
+
+
+if __name__ == "__main__":
+    main()
