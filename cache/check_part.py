@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.durable import file_crc
+from regionspot.cache.errors import CacheError
 from regionspot.cache.findings import Mend, Problem
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.records import PartRecord, parse_record
@@ -269,5 +270,7 @@ class PartCheck:
             raise _Found(name, _MISSING) from None
         except EOFError:
             raise _Found(name, "ends before its last record") from None
+        except CacheError as error:
+            raise _Found(name, str(error), "restore") from None  # the one file that all of the cache lies in
         except OSError as error:
             raise _Found(name, f"cannot be read: {error.strerror or error}", "access") from None

@@ -140,6 +140,8 @@ class Hdf5Storage(Storage):
             out, offset = out[length:], offset + length
 
     def _read(self, offset: int, out: memoryview) -> None:
+        if not 0 <= offset <= self._open().file.size - len(out):
+            raise EOFError(f"{self.path} ends before byte {offset + len(out)}")
         self._open().file.read_into(offset, np.frombuffer(out, np.uint8))
 
     def _load_shard(self, name: str) -> _Shard:
@@ -239,14 +241,16 @@ def _load_contents(path: Path) -> _Contents:
                 what = "is an HDF5 file of something else" if found is None else f"has form {found}, not {FORM_VERSION}"
                 raise NotACacheError(f"{path}: {what}; give one that `regionspot cache export` made")
             index, data = group[INDEX][:], group[DATA].id.get_offset() or 0
+        files = {
+            name.decode(): (int(offset), int(size))
+            for name, offset, size in zip(index["name"], index["offset"], index["size"], strict=True)
+        }
+        if any(size < 0 or data + offset + size > file.size for offset, size in files.values()):
+            raise ValueError(f"{INDEX} speaks of files behind its end")
     except FileNotFoundError:
         raise
-    except (OSError, KeyError, RuntimeError, ValueError) as error:
+    except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
         raise NotACacheError(f"{path}: {_why(error)}; copy it anew, or export the cache again") from None
-    files = {
-        name.decode(): (int(offset), int(size))
-        for name, offset, size in zip(index["name"], index["offset"], index["size"], strict=True)
-    }
     folders: dict[str, list[str]] = {}
     for name in files:
         folder, _, last = name.rpartition("/")
@@ -272,7 +276,7 @@ def _load_records(path: Path, array: str) -> _Records:
                 offsets[number], sizes[number] = chunk.byte_offset, chunk.size
 
             dataset.id.chunk_iter(note)
-    except (OSError, KeyError, RuntimeError, IndexError) as error:
+    except (OSError, KeyError, RuntimeError, IndexError, ValueError, TypeError, ArithmeticError) as error:
         raise NotACacheError(f"{path}: {array}: {_why(error)}; copy it anew, or export the cache again") from None
     return _Records(offsets.reshape(parts, slots), sizes.reshape(parts, slots))
 
