@@ -50,12 +50,12 @@ def main() -> int:
 def _report(counted: list[dict[str, Any]]) -> Report:
     packages = ("zarr", "numpy", "google-crc32c", "numcodecs")
     report = Report("stress", "What was done to caches, and what was lost", PROTOCOL, versions(packages))
-    flips, kills, faults = (_of(counted, name) for name in ("damage", "writers", "fault"))
+    flips, one_file, kills, faults = (_of(counted, name) for name in ("damage", "hdf5", "writers", "fault"))
     report.add_goal("bits flipped and files cut short", _sum(flips, "damages"), at_least=10_000)
     report.add_goal(
         "of these found by `cache verify`, share", _sum(flips, "found") / _sum(flips, "damages"), at_least=1
     )
-    report.add_goal("reads that gave wrong data", _sum(flips, "wrong"), at_most=0)
+    report.add_goal("reads that gave wrong data", _sum(flips + one_file, "wrong"), at_most=0)
     report.add_goal("writers killed", _sum(kills, "kills"), at_least=1000)
     report.add_goal("kinds of fault", len(faults), at_least=10)
     report.add_goal("committed parts lost or changed", _sum(kills, "lost") + _sum(faults, "lost"), at_most=0)
@@ -63,12 +63,14 @@ def _report(counted: list[dict[str, Any]]) -> Report:
         report.add_row("Damage", file=file, flips=counts["flip"], cuts=counts["cut"])
     for outcome in ("refused to open", "refused some reads", "read right"):
         report.add_row("What readers of damaged caches met", outcome=outcome, times=_sum(flips, outcome))
+    for outcome in [key for test in one_file for key in test if key.startswith(("flip in", "cut in", "re"))]:
+        report.add_row("Damage to a cache in one HDF5 file", outcome=outcome, times=_sum(one_file, outcome))
     for kind in ("kills", "rounds", "caches", "committed parts verified"):
         report.add_row("Kills", what=kind, times=_sum(kills, kind))
     for fault in sorted(faults, key=lambda each: str(each["fault"])):
         refused, through = fault.get("refused", 0), fault.get("went through", 0)
         report.add_row("Faults", fault=fault["fault"], runs=fault["runs"], refused=refused, through=through)
-    for name, tests in (("damage", flips), ("kills", kills), ("faults", faults)):
+    for name, tests in (("damage", flips), ("damage to one file", one_file), ("kills", kills), ("faults", faults)):
         seeds = sorted({seed for test in tests for seed in test["seeds"]})
         report.add_row("Seeds", what=name, seeds=", ".join(map(str, seeds)), seconds=_sum(tests, "seconds"))
     return report

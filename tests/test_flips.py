@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from regionspot.cache import CacheError, FeatureCache, Ragged
+from regionspot.cache.hdf5 import export_hdf5
 from regionspot.cache.verify import verify
 
 CUTS = 0.2  # share of the damages that cut a file short; the others flip one bit
@@ -133,6 +134,30 @@ def test_damage_anywhere_is_found_and_never_read(small_folder, tmp_path):
     assert counts["refused some reads"] > 3
 
 
+def stress_one_file(folder, tmp_path, seed, damages):
+    """The same for a cache in one HDF5 file, of which much is there for other programs only; counts of what was met."""
+    whole, path = export_hdf5(FeatureCache.open(folder / "full"), tmp_path / "c.h5"), tmp_path / "d.h5"
+    right, counts, data, rng = Right(whole), Counter(), whole.read_bytes(), random.Random(seed)
+    for _ in range(damages):
+        path.unlink(missing_ok=True)  # another file, not other bytes under a map
+        changed, how = damaged(rng, data)
+        path.write_bytes(changed)
+        opened, refused = right.require_nothing_wrong(path)
+        counts["refused to open" if not opened else "refused some reads" if refused else "read right"] += 1
+        try:
+            found = not verify(path).sound
+        except CacheError:
+            found = True
+        assert found or not refused
+        counts[f"{how} in one file, {'found' if found else 'in what only other programs read'}"] += 1
+    return counts
+
+
+def test_damage_in_an_hdf5_file_is_never_read(small_folder, tmp_path):
+    counts = stress_one_file(small_folder, tmp_path, 0, 15)
+    assert counts["refused to open"] + counts["refused some reads"] > 3
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(1, 9))
@@ -140,3 +165,11 @@ def test_damage_anywhere_is_found_and_never_read_in_full(small_folder, tmp_path,
     started, damages = time.monotonic(), 1250
     counts = stress(small_folder, tmp_path, seed, damages)
     stress_result(seeds=[seed], seconds=time.monotonic() - started, damages=damages, wrong=0, **counts)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_an_hdf5_file_in_full(small_folder, tmp_path, stress_result):
+    started, damages = time.monotonic(), 1000
+    counts = stress_one_file(small_folder, tmp_path, 1, damages)
+    stress_result(seeds=[1], seconds=time.monotonic() - started, damages=damages, wrong=0, **counts)
