@@ -245,7 +245,8 @@ def _load_contents(path: Path) -> _Contents:
             name.decode(): (int(offset), int(size))
             for name, offset, size in zip(index["name"], index["offset"], index["size"], strict=True)
         }
-        if any(size < 0 or data + offset + size > file.size for offset, size in files.values()):
+        # A shard is nowhere in `data`, and its index nowhere in the file.
+        if any(size < 0 or (offset >= 0 and data + offset + size > file.size) for offset, size in files.values()):
             raise ValueError(f"{INDEX} speaks of files behind its end")
     except FileNotFoundError:
         raise
