@@ -296,7 +296,7 @@ def test_a_storage_without_local_files_is_read_by_ranges_many_at_a_time(cache, m
     near = LocalStorage(cache.path)
 
     class Elsewhere:
-        address, readers = "far://away", 5
+        address, readers, on_disk = "far://away", 5, False
 
         def __getattr__(self, name):
             return getattr(near, name)
