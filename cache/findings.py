@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from regionspot.cache.info import size_text
 from regionspot.cache.progress import duration
 
 Mend = Literal["drop", "remake", "restore", "access"]
@@ -68,13 +69,18 @@ class VerifyReport:
 
     def text(self) -> str:
         """A line for each finding and one for the whole."""
-        rate = self.bytes / max(self.seconds, 1e-9) / 1e9
-        found = "no problem" if self.sound else f"{len(self.problems):,} problem{'s' * (len(self.problems) > 1)}"
-        words = [f"{self.parts:,} parts, {self.bytes / 1e9:,.3g} GB in {duration(self.seconds)} ({rate:.3g} GB/s)"]
-        if self.pending:
-            words.append(f"{self.pending:,} parts are not written yet")
-        if self.unfinished:
-            words.append(f"{self.unfinished:,} files of unfinished parts")
+        rate = size_text(self.bytes / max(self.seconds, 1e-9))
+        found = "no problem" if self.sound else counted(len(self.problems), "problem")
+        words = [
+            f"{counted(self.parts, 'part')}, {size_text(self.bytes)} in {duration(self.seconds)}, {rate}/s",
+            f"{counted(self.pending, 'part')} not written yet" * bool(self.pending),
+            f"{counted(self.unfinished, 'file')} of unfinished parts" * bool(self.unfinished),
+        ]
         lines = [str(problem) for problem in self.problems]
         lines += [f"{warning} (a warning only)" for warning in self.warnings]
-        return "\n".join([*lines, f"{self.address}: {found}: {'; '.join(words)}"])
+        return "\n".join([*lines, f"{self.address}: {found}: {'; '.join(filter(None, words))}"])
+
+
+def counted(number: int, thing: str) -> str:
+    """1 part, 2 parts."""
+    return f"{number:,} {thing}{'s' * (number != 1)}"

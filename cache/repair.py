@@ -23,7 +23,7 @@ from regionspot.cache.check_part import PartCheck
 from regionspot.cache.claims import Claims
 from regionspot.cache.durable import file_crc, to_json
 from regionspot.cache.errors import CacheError, NotACacheError
-from regionspot.cache.findings import Problem, VerifyReport
+from regionspot.cache.findings import Problem, VerifyReport, counted
 from regionspot.cache.header import Header, load_header
 from regionspot.cache.manifest import Manifest, Ragged
 from regionspot.cache.schema import FeatureSet, part_files, record_file
@@ -58,11 +58,10 @@ class RepairSummary:
         ]
         lines += [f"{name}: {would}made again" for name in self.remade]
         lines += [str(problem) for problem in self.left]
-        whole = (
-            f"{self.address}: {len(self.dropped):,} parts {would}dropped, {len(self.remade):,} files {would}made again"
-        )
+        parts, files = counted(len(self.dropped), "part"), counted(len(self.remade), "file")
+        whole = f"{self.address}: {parts} {would}dropped, {files} {would}made again"
         then = "; run the same `regionspot extract` again, it makes what was dropped" if self.dropped else ""
-        return "\n".join([*lines, f"{whole}, {len(self.left):,} problems left{then}"])
+        return "\n".join([*lines, f"{whole}, {counted(len(self.left), 'problem')} left{then}"])
 
 
 def repair(cache: FeatureCache | str | Path, report: VerifyReport, *, dry_run: bool = False) -> RepairSummary:

@@ -219,5 +219,5 @@ def test_the_commands_list_what_is_wrong_and_mend_it(full, capsys, monkeypatch):
     assert regionspot("repair", full, "--dry-run")[0] == 1
     code, told = regionspot("repair", full)
     assert code == 1
-    assert "1 parts dropped" in told
+    assert "1 part dropped" in told
     assert regionspot("verify", full.parent)[0] == 2
