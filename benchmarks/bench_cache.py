@@ -170,8 +170,9 @@ is checked against the crc32c of every record.
   in which it checked everything.
 - **Cold**: {scale.cold.records:,} records of {scale.cold.name}; their files are flushed, and dropped from the page
   cache (`POSIX_FADV_DONTNEED`), before each epoch. The last column is what came from disk during the epoch by the
-  kernel's count, over the size of the features: 1 where dropping worked and nothing was read twice. Workers are
-  started anew for each epoch, since a file that somebody maps cannot be dropped.
+  kernel's count, over the size of the features: 1 where dropping worked and nothing was read twice. A file that
+  somebody maps cannot be dropped: workers are started anew for each epoch, and the cache is read by positioned reads,
+  as it is by itself where it does not fit into memory.
 - **Writing**: one part of {scale.part.records} records ({scale.part.gigabytes:.2f} GB) that are in memory already;
   the time includes the fsync of everything, {2 * scale.rounds} rounds.
 - **Opening a part**: its first read less a later one. **Memory**: what Python and numpy hold (tracemalloc) for a

@@ -1,7 +1,8 @@
 """Whole epochs from the disk: what the page cache held of the files is dropped before each.
 
 Whether that worked is told by the kernel's own count of what came from disk during the epoch, in the table beside the
-rate. Worker processes are started anew each time, since a file that somebody maps cannot be dropped.
+rate. A file that somebody maps cannot be dropped: worker processes are started anew each time, and the cache is read by
+positioned reads, as it is by itself where it does not fit into memory.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ def measure_cold(features: Features, folder: Path, rounds: int) -> tuple[Samples
     folder.mkdir(parents=True)
     path, raw = folder / "cache.zarr", folder / "raw.bin"
     write_cache(path, features)
-    cache = FeatureCache.open(path)
+    cache = FeatureCache.open(path, access="pread")
     memmap = MemmapDataLoader(raw, features, keep_workers=False)
     epochs = {
         "one raw file, in order (the disk)": _Cold(features, raw, lambda: _in_order(raw)),
         "cache.loader, shuffle full": _Cold(features, path, lambda: iter(cache.loader(BATCH, shuffle="full"))),
         "cache.loader, shuffle block": _Cold(features, path, lambda: iter(cache.loader(BATCH, shuffle="block"))),
         "DataLoader over cache.read, 2 workers": _Cold(
-            features, path, lambda: CacheDataLoader(path, keep_workers=False).epoch(0)
+            features, path, lambda: CacheDataLoader(path, keep_workers=False, access="pread").epoch(0)
         ),
         "DataLoader over a raw memmap, 2 workers": _Cold(features, raw, lambda: memmap.epoch(0)),
     }

@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from benchmarks.bench_cache_data import BATCH, Features, write_raw
 from benchmarks.bench_cache_peers import Reader
 from regionspot.cache import FeatureCache
+from regionspot.cache.shard_files import Access
 
 WORKERS = 2
 
@@ -100,8 +101,8 @@ class Mosaic(TorchLoader):
 class CacheBatches(Dataset[torch.Tensor]):
     """A batch an item, read in one call; without `out`, since a batch used again would change under its receiver."""
 
-    def __init__(self, path: Path) -> None:
-        self._cache = FeatureCache.open(path, check="never")
+    def __init__(self, path: Path, access: Access) -> None:
+        self._cache = FeatureCache.open(path, check="never", access=access)
 
     def __getitem__(self, rows: list[int]) -> torch.Tensor:
         return torch.from_numpy(self._cache.read(rows).feature_map)
@@ -132,8 +133,8 @@ class MemmapRecords(Dataset[torch.Tensor]):
 class CacheDataLoader(TorchLoader):
     name, how = "DataLoader over cache.read", f"{WORKERS} workers, a batch an item, check never"
 
-    def __init__(self, path: Path, keep_workers: bool = True) -> None:
-        self.path, data = path, CacheBatches(path)
+    def __init__(self, path: Path, keep_workers: bool = True, access: Access = "auto") -> None:
+        self.path, data = path, CacheBatches(path, access)
         rows = BatchSampler(RandomSampler(data), BATCH, drop_last=False)
         self._loader = DataLoader(
             data, batch_size=None, sampler=rows, num_workers=WORKERS, persistent_workers=keep_workers

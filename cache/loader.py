@@ -69,6 +69,7 @@ class Loader:
         self._reader = cache.batch_reader(**self._sets, held_rows=self._held_rows)
         self._done = 0  # batches of this epoch that were handed out
         self._begins = 0  # with which batch the next pass begins
+        self._rings: list[list[Batch]] = []  # of passes that are over: fresh memory costs more than filling it
 
     def __len__(self) -> int:
         """Batches of a whole pass."""
@@ -84,19 +85,25 @@ class Loader:
         batches = self._own_sampling().batches(self.rows, self.cache.part_size, epoch)
         reads = ((self._reader, batches[number]) for number in range(begins, len(batches)))
         threads = self._threads or self._reader.threads
-        with closing(read_ahead(reads, threads, self._ahead, self._pins_memory())) as ahead:
-            for batch in ahead:
-                self._done += 1
-                yield batch
+        ring = self._rings.pop() if self._rings else []
+        pinned = ring[0].pinned if ring else self._pins_memory()
+        try:
+            with closing(read_ahead(reads, threads, self._ahead, pinned, ring)) as ahead:
+                for batch in ahead:
+                    self._done += 1
+                    yield batch
+        finally:
+            self._rings.append(ring)
         self.epoch, self._done = epoch + 1, 0
 
     def __getstate__(self) -> dict[str, Any]:
         # A process that is sent a loader reads what it needs itself: the reader holds open files and, maybe, gigabytes.
-        return {name: value for name, value in vars(self).items() if name != "_reader"}
+        return {name: value for name, value in vars(self).items() if name not in ("_reader", "_rings")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._reader = self.cache.batch_reader(**self._sets, held_rows=self._held_rows)
+        self._rings = []
 
     def state_dict(self) -> dict[str, Any]:
         """Where this loader is: the epoch and the batches of it handed out, and what decides them; JSON-able."""

@@ -28,17 +28,26 @@ AHEAD = 2  # one being filled and one ready: more only helps where the time that
 Read = tuple[BatchReader, NDArray[np.int64]]  # what to read by, and the rows
 
 
-def read_ahead(reads: Iterable[Read], threads: int, ahead: int = AHEAD, pinned: bool = False) -> Generator[Batch]:
+def read_ahead(
+    reads: Iterable[Read],
+    threads: int,
+    ahead: int = AHEAD,
+    pinned: bool = False,
+    ring: list[Batch] | None = None,
+) -> Generator[Batch]:
     """The batches of `reads`, in order; each is whole until the next one is asked for.
 
     threads   among which the pictures of a batch are divided
     ahead     batches that are read before they are asked for
     pinned    page-locked memory; the caller makes sure that there is a GPU
+    ring      the buffers of an earlier pass, which is over; those that this one makes are added
 
     Raises what reading a batch raised when that batch is asked for, and then ends.
     """
     lent = dataloader_worker() is None
-    free = [Batch(pinned=pinned, lent=lent) for _ in range(ahead + 1)]
+    ring = ring if ring is not None and lent else []
+    ring += [Batch(pinned=pinned, lent=lent) for _ in range(ahead + 1 - len(ring))]
+    free = list(ring)
     filling: deque[_Filling] = deque()
     process, waiting = os.getpid(), iter(reads)
     pool = ThreadPoolExecutor(threads, thread_name_prefix="regionspot-read")

@@ -407,6 +407,16 @@ def test_a_batch_is_whole_until_the_next_is_asked_for_and_its_memory_is_used_aga
     assert len(loader) == 11
 
 
+def test_the_next_pass_fills_the_memory_of_the_one_before_and_two_at_once_have_their_own(cache):
+    loader = cache.loader(2, ahead=1)
+    first = {batch.feature_map.ctypes.data for batch in loader}
+    assert {batch.feature_map.ctypes.data for batch in loader} == first
+    for one, other in zip(loader, loader, strict=True):
+        require_right(one)
+        require_right(other)
+        assert one.feature_map.ctypes.data != other.feature_map.ctypes.data
+
+
 def test_a_loaders_batch_is_not_sent_to_another_process_but_its_copy_is(cache):
     batch = next(iter(cache.loader(4)))
     with pytest.raises(CacheError, match=r"send batch\.copy\(\)"):
