@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from regionspot.cache.durable import partial_path, remove_abandoned, sync_folder
 from regionspot.cache.errors import CacheError, CacheExistsError, InputError, NotACacheError
-from regionspot.cache.hdf5_storage import DATA, FORM, FORM_VERSION, INDEX, SLOTS
+from regionspot.cache.hdf5_shards import SLOTS
+from regionspot.cache.hdf5_storage import DATA, FORM, FORM_VERSION, INDEX, INDEX_CRC
 from regionspot.cache.header import load_header
 from regionspot.cache.progress import Progress
 from regionspot.cache.schema import FeatureSet
@@ -233,7 +234,8 @@ def _write_files(file: h5py.File, storage: Storage, names: Sequence[str], shards
         [(name.encode(), offset, size) for name, offset, size in sorted(entries)],
         dtype=[("name", f"S{longest}"), ("offset", "<i8"), ("size", "<i8")],
     )
-    file.create_dataset(INDEX, data=index)
+    # Of the list: without it a damaged name would be a file that is not there, and its part one not yet written.
+    file.create_dataset(INDEX, data=index).attrs[INDEX_CRC] = google_crc32c.value(index.tobytes())
     data = file.create_dataset(DATA, (sum(sizes),), "u1")
     for name, offset, size in entries[: len(names)]:
         for start in range(0, size, _BLOCK):

@@ -13,27 +13,24 @@ and is none that a fork or several threads could trip over.
 
 from __future__ import annotations
 
-import os
 import re
-from bisect import bisect_right
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
-from numpy.typing import NDArray
 
 from regionspot.cache.errors import CacheError, NotACacheError
-from regionspot.cache.machine import available_memory
-from regionspot.cache.shard import with_crc
-from regionspot.cache.shard_files import MappedShard, ShardFile
+from regionspot.cache.hdf5_shards import PiecedShard, Records, load_records, open_file, why
+from regionspot.cache.shard_files import ShardFile
 from regionspot.cache.storage import NewFile, Storage
 
 FORM = "regionspot_hdf5"  # the root's attribute that tells such a file, and its version
 FORM_VERSION = 1
 INDEX, DATA = "files/index", "files/data"
-SLOTS = "records_of_a_part"  # attribute of a dataset of records
+INDEX_CRC = "crc32c"  # attribute of the index
 
 _SHARD = re.compile(r"(?P<array>features/[^/]+/(?:feature_map|token|scale))/c\.(?P<part>\d+)(?:\.0)*")
 _KEPT_SHARDS = 4096  # of a few hundred bytes each: most parts lie in one piece
@@ -48,7 +45,7 @@ class Hdf5Storage(Storage):
     def __init__(self, path: Path) -> None:
         self.path, self.address = path, str(path)
         self._contents: _Contents | None = None
-        self._tables: dict[str, _Records] = {}
+        self._tables: dict[str, Records] = {}
         self._shards = lru_cache(maxsize=_KEPT_SHARDS)(self._load_shard)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -63,20 +60,20 @@ class Hdf5Storage(Storage):
         return bytes(data)
 
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        out = out.cast("B")
         place, size = self._entry(name)
-        if offset + len(out) > size:
-            raise EOFError(f"{name} ends before byte {offset + len(out)}")
+        wanted = np.frombuffer(out, np.uint8)
+        if offset + wanted.size > size:
+            raise EOFError(f"{name} ends before byte {offset + wanted.size}")
         if place < 0:
-            self._read_shard(self._shards(name), offset, out)
+            self._shards(name).read_into(offset, wanted)
         else:
-            self._read(self._open().data + place + offset, out)
+            contents = self._open()
+            contents.file.read_into(contents.data + place + offset, wanted)
 
-    def announce(self, name: str, offset: int, size: int) -> None:
-        shard = self._shards(name)
-        run = bisect_right(shard.begins, offset) - 1
-        if run < len(shard.places):
-            self._open().file.announce(shard.places[run] + offset - shard.begins[run], size)
+    def open_shard(self, name: str) -> PiecedShard:
+        if self._entry(name)[0] >= 0:
+            raise NotACacheError(f"{self.path}: {name} is no shard; the file is damaged: export the cache again")
+        return self._shards(name)
 
     def size(self, name: str) -> int:
         return self._entry(name)[1] if name else self.path.stat().st_size
@@ -128,56 +125,14 @@ class Hdf5Storage(Storage):
         except KeyError:
             raise FileNotFoundError(f"{self.path}: holds no {name}") from None
 
-    def _read_shard(self, shard: _Shard, offset: int, out: memoryview) -> None:
-        while out:
-            run = bisect_right(shard.begins, offset) - 1
-            into = offset - shard.begins[run]
-            length = min(len(out), shard.begins[run + 1] - offset if run + 1 < len(shard.begins) else len(out))
-            if run + 1 == len(shard.begins):
-                out[:length] = shard.index()[into : into + length]
-            else:
-                self._read(shard.places[run] + into, out[:length])
-            out, offset = out[length:], offset + length
-
-    def _read(self, offset: int, out: memoryview) -> None:
-        if not 0 <= offset <= self._open().file.size - len(out):
-            raise EOFError(f"{self.path} ends before byte {offset + len(out)}")
-        self._open().file.read_into(offset, np.frombuffer(out, np.uint8))
-
-    def _load_shard(self, name: str) -> _Shard:
+    def _load_shard(self, name: str) -> PiecedShard:
         found = _SHARD.fullmatch(name)
-        if found is None:
+        array, part = (found["array"], int(found["part"])) if found else ("", 0)
+        if array and array not in self._tables:
+            self._tables[array] = load_records(self.path, array)
+        if not array or part >= len(self._tables[array].offsets):
             raise NotACacheError(f"{self.path}: {name} is no shard; the file is damaged: export the cache again")
-        array = found["array"]
-        if array not in self._tables:
-            self._tables[array] = _load_records(self.path, array)
-        return _Shard.of(self._tables[array], int(found["part"]))
-
-
-class _Descriptor:
-    """A file by positioned reads, closed when nobody holds it any more."""
-
-    def __init__(self, path: Path) -> None:
-        self._path, self.fd = path, -1
-        self.fd = os.open(path, os.O_RDONLY)
-        self.size = os.fstat(self.fd).st_size
-        if hasattr(os, "posix_fadvise"):  # macOS has none, and guesses by itself
-            os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
-
-    def __del__(self) -> None:
-        if self.fd >= 0:
-            os.close(self.fd)
-
-    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        while out.size:
-            done = os.preadv(self.fd, [out.data], offset)
-            if not done:
-                raise EOFError(f"{self._path} ends at byte {offset}")
-            out, offset = out[done:], offset + done
-
-    def announce(self, offset: int, size: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
+        return PiecedShard.of(self._open().file, self._tables[array], part)
 
 
 @dataclass(frozen=True)
@@ -190,57 +145,19 @@ class _Contents:
     folders: dict[str, list[str]]
 
 
-@dataclass(frozen=True)
-class _Records:
-    """Where the records of an array lie in the file, part after part: int64 (parts, slots), -1 where there is none."""
-
-    offsets: NDArray[np.int64]
-    sizes: NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class _Shard:
-    """A shard in pieces: begins[i] is where in it a run of adjacent records begins that lies at places[i] of the file.
-
-    The last of `begins` is where its index begins.
-    """
-
-    records: _Records
-    part: int
-    begins: list[int]
-    places: list[int]
-
-    @classmethod
-    def of(cls, records: _Records, part: int) -> _Shard:
-        there = records.offsets[part] >= 0
-        offsets, sizes = records.offsets[part][there], records.sizes[part][there]
-        ends = np.cumsum(sizes)
-        first = np.ones(len(offsets), bool)
-        first[1:] = offsets[1:] != offsets[:-1] + sizes[:-1]
-        end = int(ends[-1]) if len(ends) else 0
-        return cls(records, part, [*(ends - sizes)[first].tolist(), end], offsets[first].tolist())
-
-    def index(self) -> bytes:
-        """The index behind the records, as `ShardWriter` wrote it."""
-        sizes = self.records.sizes[self.part]
-        empty = self.records.offsets[self.part] < 0
-        index = np.stack([np.cumsum(sizes) - sizes, sizes], axis=1).astype("<u8")
-        index[empty] = np.uint64(2**64 - 1)
-        return with_crc(index.tobytes())
-
-
 def _load_contents(path: Path) -> _Contents:
     import h5py  # for whoever has such a file
 
     try:
-        # A copy from a map is the faster one, where all of it stays in memory; a disk is better asked for pieces.
-        file = MappedShard(path) if path.stat().st_size <= available_memory() // 2 else _Descriptor(path)
+        file = open_file(path)
         with h5py.File(path, "r", locking=False) as group:
             if group.attrs.get(FORM) != FORM_VERSION:
                 found = group.attrs.get(FORM)
                 what = "is an HDF5 file of something else" if found is None else f"has form {found}, not {FORM_VERSION}"
                 raise NotACacheError(f"{path}: {what}; give one that `regionspot cache export` made")
             index, data = group[INDEX][:], group[DATA].id.get_offset() or 0
+            if google_crc32c.value(index.tobytes()) != group[INDEX].attrs[INDEX_CRC]:
+                raise ValueError(f"{INDEX} does not match its checksum")
         files = {
             name.decode(): (int(offset), int(size))
             for name, offset, size in zip(index["name"], index["offset"], index["size"], strict=True)
@@ -251,42 +168,9 @@ def _load_contents(path: Path) -> _Contents:
     except FileNotFoundError:
         raise
     except (OSError, KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-        raise NotACacheError(f"{path}: {_why(error)}; copy it anew, or export the cache again") from None
+        raise NotACacheError(f"{path}: {why(error)}; copy it anew, or export the cache again") from None
     folders: dict[str, list[str]] = {}
     for name in files:
         folder, _, last = name.rpartition("/")
         folders.setdefault(folder, []).append(last)
     return _Contents(file, data, files, folders)
-
-
-def _load_records(path: Path, array: str) -> _Records:
-    """Ask HDF5 where the chunks of a dataset lie: 5 microseconds each, once."""
-    import h5py  # for whoever has such a file
-
-    try:
-        with h5py.File(path, "r", locking=False) as group:
-            dataset = group[array]
-            slots = int(dataset.attrs[SLOTS])
-            chunks = -(-dataset.shape[0] // dataset.chunks[0]), -(-dataset.shape[1] // dataset.chunks[1])
-            parts = -(-chunks[0] * chunks[1] // slots)
-            offsets, sizes = np.full(parts * slots, -1, np.int64), np.zeros(parts * slots, np.int64)
-
-            def note(chunk: Any) -> None:
-                row, column = chunk.chunk_offset[0], chunk.chunk_offset[1] // dataset.chunks[1]
-                number = row * chunks[1] + column
-                offsets[number], sizes[number] = chunk.byte_offset, chunk.size
-
-            dataset.id.chunk_iter(note)
-    except (OSError, KeyError, RuntimeError, IndexError, ValueError, TypeError, ArithmeticError) as error:
-        raise NotACacheError(f"{path}: {array}: {_why(error)}; copy it anew, or export the cache again") from None
-    return _Records(offsets.reshape(parts, slots), sizes.reshape(parts, slots))
-
-
-def _why(error: Exception) -> str:
-    """What HDF5 found wrong, in a line."""
-    said = " ".join(str(error).split())
-    if "truncated" in said:
-        return "is cut off: it is shorter than when it was written"
-    if "signature" in said:
-        return "is no HDF5 file"
-    return f"is damaged ({said[:120]})"

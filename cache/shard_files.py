@@ -152,7 +152,7 @@ class StoredShard:
         self._storage.read_into(self._name, offset, out.data)
 
     def announce(self, offset: int, size: int) -> None:
-        self._storage.announce(self._name, offset, size)
+        pass
 
 
 class ShardOpener:
@@ -168,9 +168,11 @@ class ShardOpener:
         Raises FileNotFoundError where it is missing, ValueError, saying so, where it has another size.
         """
         path = self._storage.local_path(name)
+        shard: ShardFile
         if path is None:
-            return StoredShard(self._storage, name, size)
-        shard = MappedShard(path) if self._mapped else PreadShard(path, self._files)
+            shard = self._storage.open_shard(name) or StoredShard(self._storage, name, size)
+        else:
+            shard = MappedShard(path) if self._mapped else PreadShard(path, self._files)
         if shard.size != size:
             raise ValueError(f"has {shard.size} bytes, {size} were written")
         return shard

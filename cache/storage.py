@@ -18,12 +18,15 @@ import threading
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from regionspot.cache.durable import DurableFile, remove_abandoned, write_file
 from regionspot.cache.errors import CacheError
 
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # exFAT, some network and user-space file systems (link(2))
+
+if TYPE_CHECKING:  # shard_files.py imports Storage from here
+    from regionspot.cache.shard_files import ShardFile
 
 HDF5_ENDINGS = (".h5", ".hdf5")  # of a cache in one file
 
@@ -99,8 +102,9 @@ class Storage(ABC):
     def zarr_store(self, read_only: bool = True) -> Any:
         """What zarr-python opens this tree by."""
 
-    def announce(self, name: str, offset: int, size: int) -> None:
-        """Say that these bytes of a file will be read soon, so that a disk fetches them while others are copied."""
+    def open_shard(self, name: str) -> ShardFile | None:
+        """A way to read a file again and again that is shorter than by its name; None where there is none."""
+        return None
 
     def forget(self, name: str) -> bool:
         """Drop what is kept near here of a file that lies elsewhere, because it turned out to be wrong.
