@@ -63,7 +63,7 @@ FULL = Scale(
     ),
     cold=Features(257, 1024, "float16", 4 * PART),
     part=Features(257, 1024, "float16", PART),
-    rounds=7,
+    rounds=3,
     memory=Features(257, 1024, "float16", PART),
 )
 SMALL = Scale(

@@ -15,6 +15,7 @@ normal numbers of many widths and means, 8 of 1,024 channels 30 times as wide as
     of the usual channel's width  0.02 %     0.18 %      0.8 %      32 %
     1 - cosine of a row, mean     < 1e-7     8e-7        5e-5       1.5e-3
 
+Real features are kinder: maps and tokens of the toy backbones lose 0.5 and 0.4 % (benchmarks/results/encodings.md).
 What cannot be stored is refused as it comes in: NaN, and what would round to infinity. Everything here works on whole
 records and on bits where that is faster: numpy converts float16 one number at a time.
 """
