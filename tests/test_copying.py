@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from regionspot.cache import (
+    CacheError,
     Category,
     CorruptPartError,
     FeatureCache,
@@ -27,7 +28,9 @@ from regionspot.cache.claims import Claims
 from regionspot.cache.copying import copy_features
 from regionspot.cache.derived import convert, copy, merge, subset
 from regionspot.cache.encodings import Encoding, Statistics, decode, statistics_of
+from regionspot.cache.hdf5 import export_hdf5
 from regionspot.cache.schema import Stored
+from regionspot.cache.verify import verify
 
 PART_SIZE = 4
 MAPS = FeatureSet("clip", "map", (5, 8), provenance={"model": "ViT-L-14"})
@@ -262,6 +265,40 @@ def test_a_copy_is_equal_to_the_byte_and_shares_no_file(made, tmp_path):
     assert copy(made / "ten", tmp_path / "copy").before == 9
 
 
+def test_a_cache_goes_to_an_object_store_and_back(made, tmp_path, s3):
+    there = f"{s3}/ten"
+    begun = extract(tmp_path / "begun", FeatureCache.open(made / "ten").manifest, parts=[1])
+    assert copy(begun.path, there).pending == 6
+    assert copy(made / "ten", there).before == 3
+    assert FeatureCache.open(there).pending_parts() == []
+    copy(there, tmp_path / "back")
+    assert differing(tmp_path / "back", made / "ten") == set()
+    summary = subset(there, f"{s3}/some", [9, 4, 5, 6, 7])
+    assert (summary.whole, summary.rewritten) == (0, 6)
+    copy(f"{s3}/some", tmp_path / "some")
+    subset(made / "ten", tmp_path / "same", [9, 4, 5, 6, 7])
+    assert differing(tmp_path / "some", tmp_path / "same") == set()
+
+
+def test_a_cache_in_one_file_is_a_source_too(made, tmp_path):
+    export_hdf5(FeatureCache.open(made / "ten"), tmp_path / "ten.h5")
+    merge([tmp_path / "ten.h5", made / "five"], tmp_path / "both")
+    merge([made / "ten", made / "five"], tmp_path / "same")
+    assert differing(tmp_path / "both", tmp_path / "same") == set()
+    with pytest.raises(CacheError) as refused:
+        copy_features([FeatureCache.open(made / "ten")], FeatureCache.open(tmp_path / "ten.h5", "a"))
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_made_is_sound(made, tmp_path):
+    merge([made / "ten", made / "five"], tmp_path / "both")
+    convert(tmp_path / "both", tmp_path / "int8", {"clip": Encoding("int8"), "sam": Encoding("float16", "zstd")})
+    subset(tmp_path / "int8", tmp_path / "some", [14, 3, 0, 1, 2], part_size=2)
+    for name in ("both", "int8", "some"):
+        report = verify(tmp_path / name)
+        assert (report.problems, report.warnings) == ((), ())
+
+
 def test_where_no_file_can_have_two_names_they_are_copied(made, tmp_path, monkeypatch):
     def link(path, new_path, really=os.link):
         if Path(path).name.startswith("c."):
@@ -356,6 +393,20 @@ def test_a_part_that_another_run_has_claimed_is_left_to_it(made, tmp_path):
     assert out.pending_parts() == [1]
 
 
+@pytest.mark.parametrize("link", [True, False])
+def test_a_whole_part_that_was_taken_over_meanwhile_gets_no_name(made, tmp_path, link):
+    ten = FeatureCache.open(made / "ten")
+    out = FeatureCache.create(tmp_path / "out", ten.manifest, SETS, PART_SIZE)
+
+    def taken_over():
+        raise CacheError("part 1 was taken over")
+
+    with pytest.raises(CacheError, match="taken over"):
+        whole_parts.commit_part(*(whole_parts.Place(cache, "sam", 1) for cache in (ten, out)), link, taken_over)
+    assert not list(tmp_path.rglob("c.1*[0-9]"))
+    assert out.pending_parts(["sam"]) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("codes", [np.zeros((5, 8), np.float32), np.zeros((4, 8), np.float16)])
 def test_stored_features_of_another_form_are_refused(tmp_path, codes):
     cache = FeatureCache.create(tmp_path / "c", manifest_of([0], 0), [MAPS])
@@ -368,9 +419,11 @@ def test_stored_features_of_another_form_are_refused(tmp_path, codes):
 
 def test_runs_killed_at_random_moments_go_on_to_the_same_bytes(made, tmp_path):
     merge([made / "ten", made / "five"], tmp_path / "undisturbed", part_size=3)
+    whole = Manifest.concatenate([FeatureCache.open(made / name).manifest for name in ("ten", "five")])
+    FeatureCache.create(tmp_path / "killed", whole, SETS, part_size=3)
     rng, kills = random.Random(0), 0
     while kills < 6:
-        call = rng.randrange(1, 250)
+        call = rng.randrange(1, 80)
         pid = os.fork()
         if not pid:
             try:

@@ -26,6 +26,7 @@ from regionspot.cache.claims import Claims
 from regionspot.cache.encodings import Statistics
 from regionspot.cache.growth import extend
 from regionspot.cache.header import Header
+from regionspot.cache.verify import verify
 
 PART_SIZE, BEFORE = 4, 10
 SETS = (
@@ -112,6 +113,7 @@ def test_a_cache_that_grew_equals_to_the_byte_one_that_was_made_at_once(made, gr
     cache = FeatureCache.open(path)
     assert cache.geometry.capacity == 128, "tokens have more room than before"
     assert cache.pending_parts() == [2, 3, 4, 5]
+    assert verify(path).problems == ()
     extract(path, grown)
     assert differing(path, made / "at_once") == set()
     assert sorted(left.name for left in tmp_path.iterdir()) == ["c.zarr"]
