@@ -284,13 +284,13 @@ def test_runs_that_add_feature_sets_at_once_all_find_theirs_in_the_cache(undistu
     path = shutil.copytree(undisturbed / "full", tmp_path / "c.zarr")
     added = [FeatureSet(f"more{number}", "map", (2, 2)) for number in range(4)]
     runs = [forked(lambda one=one: FeatureCache.open_or_create(path, manifest, [one])) for one in added]
-    assert not any([was_killed(run) for run in runs])
+    assert [was_killed(run) for run in runs] == [False] * 4
     assert FeatureCache.open(path).feature_sets.keys() == {"clip", "sam", *(one.name for one in added)}
 
 
 def test_runs_that_start_at_once_where_no_cache_is_make_one_and_share_it(undisturbed, manifest, tmp_path):
     path = tmp_path / "c.zarr"
     runs = [forked(lambda: FeatureCache.open_or_create(path, manifest, [MAPS, TOKENS], PART_SIZE)) for _ in range(4)]
-    assert not any([was_killed(run) for run in runs])
+    assert [was_killed(run) for run in runs] == [False] * 4
     assert content(path) == content(undisturbed / "empty")
     assert [left.name for left in tmp_path.iterdir()] == ["c.zarr"]
