@@ -574,10 +574,10 @@ def test_a_flipped_bit_in_the_manifest_is_found_on_opening(cache):
     for name in names:
         sound = (cache.path / name).read_bytes()
         flip(cache.path / name, rng)
-        with pytest.raises(NotACacheError, match=r"images/ or regions/"):
+        with pytest.raises(NotACacheError, match="is not what was written when it was made"):
             FeatureCache.open(cache.path)
         (cache.path / name).unlink()
-        with pytest.raises(NotACacheError, match=r"images/ or regions/"):
+        with pytest.raises(NotACacheError, match="is missing"):
             FeatureCache.open(cache.path)
         (cache.path / name).write_bytes(sound)
 
