@@ -5,7 +5,8 @@ locked meanwhile (POSIX record locks: they end with a killed process, and no for
 wants it waits. A partial file has its full length from the start, so that what is being fetched counts, and is cut and
 written again by the next one where its writer was killed.
 
-    .room      locked while room is made; holds the bytes of all files, counted anew whenever some have to go
+    .room      locked while room is made or a name given; holds the bytes of all files, counted anew whenever some
+               have to go
 """
 
 from __future__ import annotations
@@ -111,7 +112,8 @@ class CopyFolder:
                 write(fd)
                 if is_part:
                     os.fsync(fd)
-                os.replace(partial, final)
+                with self._room():  # or files being counted might be missed under both their names
+                    os.replace(partial, final)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise

@@ -21,6 +21,7 @@ from regionspot.pipeline.toy_world import make_toy_world
 
 PART_SIZE = 4
 PICTURES = 10
+ONE_CORE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -81,24 +82,32 @@ def test_a_second_run_finds_nothing_to_do(world, backbones, undisturbed):
     assert "nothing to do" in summary.text()
 
 
+def killed_between_two_parts(command, path) -> int:
+    """Start the command, kill it when a part is there and before all are; how many are."""
+    records = path / "parts" / "toy_clip"
+    for _ in range(10):  # on a busy machine the killer may come too late
+        run = subprocess.Popen(command, env=ONE_CORE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while run.poll() is None and not list(records.glob("*.json")):
+            time.sleep(0.002)
+        run.send_signal(signal.SIGKILL)
+        run.wait()
+        committed = len(list(records.glob("*.json")))
+        if 1 <= committed < 3:
+            return committed
+        shutil.rmtree(path)
+    raise AssertionError("never killed between two parts")
+
+
 def test_a_run_killed_in_the_middle_goes_on_to_the_bytes_of_one_never_stopped(world, undisturbed, tmp_path):
     path = tmp_path / "killed.zarr"
     command = [sys.executable, "-m", "regionspot.cli", "extract", "toy", "--data", str(world), "--cache", str(path)]
     command += ["--preset", "toy", "--part-size", str(PART_SIZE), "--batch-size", "3", "--limit", str(PICTURES)]
     command += ["--device", "cpu"]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    records = path / "parts" / "toy_clip"
-    run = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while run.poll() is None and not list(records.glob("*.json")):
-        time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    committed = len(list(records.glob("*.json")))
-    assert 1 <= committed < 3, "killed between two parts"
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    committed = killed_between_two_parts(command, path)
+    done = subprocess.run(command, env=ONE_CORE, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert files_of(path) == files_of(undisturbed.path)
-    assert f"{committed} parts were there before" in done.stdout or f"{committed:,} part" in done.stdout
+    assert f"{committed} parts were there before" in done.stdout
 
 
 def test_a_broken_and_a_missing_photo_are_recorded_and_the_rest_is_as_before(

@@ -441,7 +441,7 @@ def test_threads_begin_with_the_first_batch_and_end_with_the_pass(cache):
     batches = iter(loader)
     assert reading_threads() == before
     next(batches)
-    assert len(reading_threads()) == len(before) + 3
+    assert 1 <= len(reading_threads()) - len(before) <= 3  # one that is free again takes the next record
     for _ in batches:
         pass
     assert reading_threads() == before

@@ -312,8 +312,8 @@ def test_a_fork_while_a_thread_fetches_neither_blocks_the_child_nor_the_parent(b
     with ThreadPoolExecutor(1) as pool:
         fetching = pool.submit(copy.read, SHARD.format(0))
         begun.wait()
-        child = _fork(lambda: copy.read(SHARD.format(1)) + copy.read(SHARD.format(0)) == b"\1" * 1000 + bytes(1000))
-        time.sleep(0.2)
+        child = _fork(lambda: copy.read(SHARD.format(0)) + copy.read(SHARD.format(1)) == bytes(1000) + b"\1" * 1000)
+        time.sleep(0.5)  # the child waits for the file by now, or makes its connections yet
         go_on.set()
         assert fetching.result() == bytes(1000)
     assert _exit_code(child) == 0
