@@ -19,7 +19,7 @@ from torch import Tensor
 from regionspot.cache.errors import InputError
 from regionspot.pipeline.backbones import BuiltClip, Tokenizer, build_clip, encoder_name
 from regionspot.pipeline.dtypes import autocast, check_dtype
-from regionspot.pipeline.preprocess import CLIP_RESIZE, clip_input
+from regionspot.pipeline.preprocess import Preprocess, preprocess_named
 from regionspot.pipeline.weights import load_weights
 
 PROMPT_BATCH = 256
@@ -37,7 +37,9 @@ class SemanticEncoder:
     weights_sha256  of the file that holds both towers; "random:SEED" for drawn weights
     """
 
-    def __init__(self, name: str, clip: BuiltClip, provenance: dict[str, Any], device: str, dtype: str) -> None:
+    def __init__(
+        self, name: str, clip: BuiltClip, provenance: dict[str, Any], device: str, dtype: str, preprocess: Preprocess
+    ) -> None:
         self.name = name
         self.provenance = provenance
         self.weights_sha256: str = provenance["weights_sha256"]
@@ -46,6 +48,7 @@ class SemanticEncoder:
         self._tokenizer: Tokenizer = clip.tokenizer
         self._normalisation = (tuple(clip.mean), tuple(clip.std))
         self._dtype = dtype
+        self._preprocess = preprocess
         self.pixels: int = self._clip.visual.image_size[0]
         self.map_shape: tuple[int, int] = tuple(self._clip.visual.positional_embedding.shape)
         self.text_dim: int = self._clip.visual.proj.shape[1]
@@ -56,7 +59,7 @@ class SemanticEncoder:
 
     def preprocess(self, photo: Image.Image) -> Tensor:
         """float32 (3, p, p), normalised."""
-        return clip_input(photo, self.pixels, *self._normalisation)
+        return self._preprocess.clip_input(photo, self.pixels, *self._normalisation)
 
     @torch.no_grad()
     def encode(self, batch: Tensor) -> Tensor:
@@ -123,15 +126,18 @@ class SemanticEncoder:
         return embedded
 
 
-def load_encoder(name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32") -> SemanticEncoder:
+def load_encoder(
+    name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, preprocess: str = "direct"
+) -> SemanticEncoder:
     """A semantic encoder of `backbones.ENCODERS`, or "open_clip:MODEL:TAG", with its weights.
 
     `weights` is a source that `load_weights` knows. `dtype` is what the image tower computes in (float32, bfloat16,
-    float16); prompts and projections are always computed in float32.
+    float16); prompts and projections are always computed in float32. `preprocess` is a preset of preprocess.py.
 
-    Raises InputError for an unknown name or dtype, WeightsError for weights that cannot be had or do not fit.
+    Raises InputError for an unknown name, dtype or preset, WeightsError for weights that cannot be had or do not fit.
     """
     check_dtype(dtype)
+    rule = preprocess_named(preprocess)
     name = encoder_name(name)
     clip = build_clip(name)
     loaded = load_weights(name, weights, clip.model.state_dict(), clip.official, clip.unpack)
@@ -142,10 +148,10 @@ def load_encoder(name: str, weights: str | None = None, device: str = "cpu", dty
         "weights_sha256": loaded.sha256,
         "weights_origin": loaded.origin,
         "input_pixels": pixels,
-        "resize": CLIP_RESIZE.format(pixels=pixels),
+        **rule.clip_provenance(pixels),
         "mean": list(clip.mean),
         "std": list(clip.std),
         "dtype": dtype,
         "versions": {package: version(package) for package in ("torch", "open_clip_torch", "regionspot")},
     }
-    return SemanticEncoder(name, clip, provenance, device, dtype)
+    return SemanticEncoder(name, clip, provenance, device, dtype, rule)

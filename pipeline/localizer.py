@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from regionspot.pipeline.backbones import build_sam
 from regionspot.pipeline.dtypes import check_dtype
-from regionspot.pipeline.preprocess import SAM_RESIZE, sam_input, sam_size, scale_boxes
+from regionspot.pipeline.preprocess import Preprocess, preprocess_named
 from regionspot.pipeline.sam_encoder import SamEncoder
 from regionspot.pipeline.token_decoder import FIRST_MASK_TOKEN, TokenDecoder
 from regionspot.pipeline.weights import load_weights
@@ -46,10 +46,13 @@ class Localizer:
     provenance  what decides the tokens' values, JSON-able
     """
 
-    def __init__(self, name: str, sam: Any, provenance: dict[str, Any], device: str, dtype: str) -> None:
+    def __init__(
+        self, name: str, sam: Any, provenance: dict[str, Any], device: str, dtype: str, preprocess: Preprocess
+    ) -> None:
         self.name = name
         self.provenance = provenance
         self.device = torch.device(device)
+        self._preprocess = preprocess
         self._sam = sam.to(self.device).eval().requires_grad_(False)
         self.pixels: int = self._sam.image_encoder.img_size
         self.token_dim: int = self._sam.mask_decoder.transformer_dim
@@ -65,7 +68,7 @@ class Localizer:
 
     def preprocess(self, photo: Image.Image) -> Tensor:
         """uint8 (3, h, w), the longer side `pixels` long; normalising and padding are left to the device."""
-        return sam_input(photo, self.pixels)
+        return self._preprocess.sam_input(photo, self.pixels)
 
     @torch.no_grad()
     def encode(self, pictures: Sequence[Tensor]) -> Tensor:
@@ -110,18 +113,19 @@ class Localizer:
     ) -> tuple[Tensor, NDArray[np.bool_]]:
         """The location tokens as `tokens` gives them, and bool (n, h, w): each box's mask at the original size."""
         tokens, masks = [torch.zeros(0, self.token_dim, device=self.device)], [np.zeros((0, *original_size), np.bool_)]
-        boxes = self._scaled(boxes_xyxy, original_size)
+        boxes, entered = self._scaled(boxes_xyxy, original_size), self._preprocess.sam_size(original_size, self.pixels)
         embeddings, wanted = embedding[None].to(self.device).float(), [FIRST_MASK_TOKEN + TOKEN_SLOT]
         for part in self._decoder.decode(embeddings, boxes, [0] * len(boxes), wanted, MASK_CHUNK):
             tokens.append(part.queries[:, 0])
             logits = self._mask_logits(tokens[-1], part.cells)
-            full = self._sam.postprocess_masks(logits, sam_size(original_size, self.pixels), original_size)
+            full = self._sam.postprocess_masks(logits, entered, original_size)
             masks.append((full[:, 0] > self._sam.mask_threshold).cpu().numpy())
         return torch.cat(tokens), np.concatenate(masks)
 
     def _scaled(self, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]) -> Tensor:
         """Boxes in pixels of the encoder's input. float32 always: in bfloat16 their Fourier features lose a pixel."""
-        return torch.from_numpy(scale_boxes(boxes_xyxy, original_size, self.pixels)).to(self.device)
+        scaled = self._preprocess.scale_boxes(boxes_xyxy, original_size, self.pixels)
+        return torch.from_numpy(scaled).to(self.device)
 
     def _mask_logits(self, tokens: Tensor, cells: Tensor) -> Tensor:
         """float32 (k, 1, 4g, 4g): what MaskDecoder.predict_masks computes, for the one slot."""
@@ -133,15 +137,18 @@ class Localizer:
         return torch.einsum("kc,kchw->khw", weights, upscaled).unsqueeze(1)
 
 
-def load_localizer(name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32") -> Localizer:
+def load_localizer(
+    name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, preprocess: str = "direct"
+) -> Localizer:
     """A localizer of `backbones.LOCALIZERS` with its weights.
 
     `weights` is a source that `load_weights` knows. `dtype` is what the image encoder computes in (float32,
-    bfloat16, float16); the token decoder always computes in float32.
+    bfloat16, float16); the token decoder always computes in float32. `preprocess` is a preset of preprocess.py.
 
-    Raises InputError for an unknown name or dtype, WeightsError for weights that cannot be had or do not fit.
+    Raises InputError for an unknown name, dtype or preset, WeightsError for weights that cannot be had or do not fit.
     """
     check_dtype(dtype)
+    rule = preprocess_named(preprocess)
     sam = build_sam(name)
     loaded = load_weights(name, weights, sam.state_dict())
     sam.load_state_dict(loaded.state_dict)
@@ -151,9 +158,9 @@ def load_localizer(name: str, weights: str | None = None, device: str = "cpu", d
         "weights_sha256": loaded.sha256,
         "weights_origin": loaded.origin,
         "input_pixels": pixels,
-        "resize": SAM_RESIZE.format(pixels=pixels),
+        **rule.sam_provenance(pixels),
         "dtype": dtype,
         "token_slot": TOKEN_SLOT,
         "versions": {package: version(package) for package in ("torch", "segment_anything", "regionspot")},
     }
-    return Localizer(name, sam, provenance, device, dtype)
+    return Localizer(name, sam, provenance, device, dtype, rule)
