@@ -2,8 +2,8 @@
 
 By default glibc maps every large block (at most 32 MB may pass for a small one) anew and unmaps it when it is freed.
 Each page of a new mapping costs a fault and 4 KB of zeros on its first touch: at activations of 10 to 800 MB a layer,
-that is as long as the computing itself. Here large blocks come from the heap like small ones, and the heap is never given
-back before the process ends. Its size is then the peak of what was in use at once, which a run reaches with its first batches.
+that is as long as the computing itself. Here large blocks come from the heap like small ones, and the heap is never
+given back before the process ends. It grows to the peak of what is in use at once: in the first batches, then no more.
 
 Sources: mallopt(3), "Malloc Tunable Parameters" in the manual of glibc, and the numbers of its malloc/malloc.h.
 """
@@ -19,11 +19,11 @@ import platform
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 SETTINGS = {
-    # Blocks that may be mapped on their own. None, rather than from a threshold on: older glibcs refuse one above 32 MB.
+    # Blocks mapped on their own: none. Older glibcs refuse a threshold above 32 MB, which would do the same.
     _MMAP_MAX: 0,
     _TRIM_THRESHOLD: -1,  # never give the top of the heap back
     _TOP_PAD: 256 << 20,  # bytes taken at a time: few calls, and pages that are never touched cost nothing
-    # One heap for all threads. Those of a thread of its own are cut into pieces of 64 MB, which are unmapped when empty.
+    # One heap for all threads: others are made of pieces of 64 MB, which are unmapped when they are empty.
     _ARENA_MAX: 1,
 }
 # Whoever has set glibc up from outside knows why.
@@ -40,4 +40,5 @@ def keep_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in ENVIRONMENT):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(parameter, value) == 1 for parameter, value in SETTINGS.items()])
+    done = [mallopt(parameter, value) == 1 for parameter, value in SETTINGS.items()]
+    return all(done)

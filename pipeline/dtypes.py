@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 
@@ -39,14 +40,14 @@ def resolve_dtype(asked: str, device: str | torch.device, kind: Kind) -> str:
 
 
 def gpu_has_bfloat16(device: torch.device) -> bool:
-    """Whether its tensor cores multiply bfloat16: from compute capability 8.0, Ampere, on (CUDA C++ Programming Guide)."""
+    """Whether its tensor cores multiply bfloat16: from compute capability 8.0 on (CUDA C++ Programming Guide)."""
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cpu_has_bfloat16() -> bool:
     """Whether this CPU multiplies bfloat16: AVX512-BF16 or AMX on x86, the BF16 extension on ARM."""
     # A torch that cannot say what its CPU has computes in float32, which is never wrong.
-    found = getattr(torch.cpu, "get_capabilities", dict)()
+    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 

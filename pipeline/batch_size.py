@@ -1,0 +1,114 @@
+"""How many pictures go through a model at a time: as many as the GPU's memory holds, found by trying one and two.
+
+What a batch needs is about a fixed part and the same again for each picture, so the peaks of one and of two pictures
+say what any number will take. Somebody else may take memory later, though: a batch that does not fit any more is
+run in halves, and so are all that follow it, instead of losing the run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+# Past this a GPU computes no faster, and a batch of preprocessed pictures takes 100 MB of pinned memory and its time.
+LARGEST = 32
+SHARE = 0.8  # of the memory that is free: fragments, the token decoder and whoever else is on the GPU want some too
+
+
+class Model(Protocol):
+    """What localizers and encoders have in common here."""
+
+    device: torch.device
+
+    @property
+    def batch_size(self) -> int: ...
+
+    def preprocess(self, photo: Image.Image) -> Tensor: ...
+
+    def encode(self, pictures: Any, /) -> Tensor: ...  # a stacked batch
+
+
+def batch_size_of(models: Sequence[Model]) -> int:
+    """Pictures to send through these models at a time.
+
+    On a GPU found by trying, a power of two at most LARGEST: so runs on cards of about the same size, or with a little
+    less of it free, cut their pictures alike, and how a product rounds may depend on its batch. Elsewhere the least
+    that one of them asks for, since a large model gains nothing there.
+
+    Raises torch.OutOfMemoryError when not even one picture fits.
+    """
+    if any(model.device.type != "cuda" for model in models):
+        return min(model.batch_size for model in models)
+    return min((_fitting_on_gpu(model) for model in models), default=LARGEST)
+
+
+def _fitting_on_gpu(model: Model) -> int:
+    # As large as SAM takes it: blank pictures need the same memory as any.
+    blank = model.preprocess(Image.new("RGB", (1024, 1024)))
+    model.encode(blank[None])  # loads kernels and makes their workspaces, which stay and are no part of a batch
+    batches = (blank.expand(count, *blank.shape) for count in (1, 2))
+    one, two = (peak_bytes(partial(model.encode, batch), model.device) for batch in batches)
+    free, _ = torch.cuda.mem_get_info(model.device)
+    return fitting(one, two, int(SHARE * free))
+
+
+def fitting(one: int, two: int, free: int) -> int:
+    """The largest power of two, at most LARGEST, of pictures in `free` bytes, by the peaks of one and two pictures."""
+    each = max(two - one, 1)
+    most = max(1, (free - (one - each)) // each)
+    return min(1 << (most.bit_length() - 1), LARGEST)
+
+
+def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
+    """What it takes on top of what is there already, at most at once."""
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    work()
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+class Halving:
+    """Runs batches through a model in pieces that fit, `most` pictures at a time; None while all have fitted."""
+
+    def __init__(self) -> None:
+        self.most: int | None = None
+
+    def __call__(self, encode: Callable[[Sequence[Tensor]], Tensor], batch: Sequence[Tensor]) -> Tensor:
+        """`encode(batch)`, whose results lie along the first dimension, one a picture.
+
+        Raises torch.OutOfMemoryError when not even one picture fits.
+        """
+        found: list[Tensor] = []
+        done = 0
+        while done < len(batch) or not found:
+            piece = batch[done : done + (self.most or len(batch))]
+            result = self._tried(encode, piece)
+            if result is None:
+                self._halve(len(piece))
+            else:
+                found.append(result)
+                done += len(piece)
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def _tried(self, encode: Callable[[Sequence[Tensor]], Tensor], piece: Sequence[Tensor]) -> Tensor | None:
+        """None when memory did not do; by then the traceback, which holds on to what was computed, is gone."""
+        try:
+            return encode(piece)
+        except torch.OutOfMemoryError:
+            if len(piece) <= 1:
+                raise
+        return None
+
+    def _halve(self, failed: int) -> None:
+        self.most = failed // 2
+        log.warning("the GPU's memory does not hold %d pictures at a time; from here on %d", failed, self.most)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # what is cached in pieces of the larger batch does not serve the smaller one
