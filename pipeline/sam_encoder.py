@@ -33,17 +33,24 @@ _MLP_ROWS = 1024  # places in an MLP at a time on a CPU: 12 MB of hidden values,
 
 
 class SamEncoder:
-    """The image encoder of one SAM. `encoder` is segment_anything's ImageEncoderViT, on its device, in float32."""
+    """The image encoder of one SAM. `encoder` is segment_anything's ImageEncoderViT, on its device, in float32.
 
-    def __init__(self, encoder: Any, dtype: str) -> None:
+    compile   by torch.compile, which takes minutes when the first batch comes, and again for another batch size
+    """
+
+    def __init__(self, encoder: Any, dtype: str, compile: bool = False) -> None:
         self._patch_embed, self._neck = encoder.patch_embed, encoder.neck
         self._positions: Tensor = encoder.pos_embed.detach()
         self._dtype = DTYPES[dtype]
         self._blocks = [_Block(block, encoder.pos_embed.shape[1], self._dtype) for block in encoder.blocks]
+        self._run = torch.compile(self._forward) if compile else self._forward
 
     @torch.no_grad()
     def __call__(self, pictures: Tensor) -> Tensor:
         """float32 (B, 256, g, g) of float32 (B, 3, pixels, pixels), normalised and padded."""
+        return self._run(pictures)
+
+    def _forward(self, pictures: Tensor) -> Tensor:
         with torch.autocast(pictures.device.type, self._dtype, enabled=self._dtype != torch.float32):
             x = self._patch_embed(pictures)
         x = (x.float() + self._positions).contiguous()  # the convolution leaves channels first in memory

@@ -29,6 +29,12 @@ from torch.nn import functional as F
 IOU_TOKEN = 0  # place of each query: the IoU token first, then the four mask tokens (MaskDecoder.predict_masks)
 FIRST_MASK_TOKEN = 1
 MASK_TOKENS = 4
+QUERIES = 1 + MASK_TOKENS + 2  # the two corners of a box come last
+
+# What a chunk of boxes may take. A box of SAM ViT-B carries 15 MB of cells and scores: few stay in a CPU's caches
+# (16 boxes on one core: 0.30 s by 2 to 4, 0.37 s by 16), many keep a GPU's cores busy.
+CHUNK_BYTES = {"cpu": 64_000_000, "cuda": 2_000_000_000}
+FREE_SHARE = 0.1  # of a GPU's free memory at most: the next batch of pictures is under way beside it
 
 
 @dataclass(frozen=True)
@@ -62,22 +68,31 @@ class TokenDecoder:
 
     @torch.no_grad()
     def decode(
-        self, embeddings: Tensor, boxes: Tensor, picture: Sequence[int], wanted: Sequence[int], chunk: int
+        self, embeddings: Tensor, boxes: Tensor, picture: Sequence[int], wanted: Sequence[int], chunk: int | None = None
     ) -> Iterator[Decoded]:
-        """The wanted queries of every box, in order, `chunk` boxes at a time.
+        """The wanted queries of every box, in order, `chunk` boxes at a time; by default as many as memory bears.
 
         embeddings  float32 (B, C, g, g)  of the image encoder
         boxes       float32 (n, 4)        XYXY in pixels of the encoder's input
         picture     n numbers, rising     which embedding a box belongs to
         wanted      positions of queries: IOU_TOKEN, FIRST_MASK_TOKEN + 0..3
         """
-        rows = torch.as_tensor(picture)
+        chunk = chunk or self._boxes_at_a_time(boxes.device)
         shared: dict[int, _Shared] = {}
         for start in range(0, len(boxes), chunk):
             some = slice(start, min(start + chunk, len(boxes)))
-            here = rows[some].tolist()
+            here = list(picture[some])
             shared = {p: shared.get(p) or self._share(embeddings[p]) for p in dict.fromkeys(here)}
             yield Decoded(some, *self._chunk(boxes[some], [shared[p] for p in here], list(wanted)))
+
+    def _boxes_at_a_time(self, device: torch.device) -> int:
+        places, width = self._positions.shape
+        # Three pictures of cells, and three sets of scores of the 7 queries in 8 heads, live at once.
+        box = 4 * places * 3 * (width + self._last.heads * QUERIES)
+        limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
+        if device.type == "cuda":
+            limit = min(limit, int(FREE_SHARE * torch.cuda.mem_get_info(device)[0]))
+        return max(1, limit // box)
 
     def _share(self, embedding: Tensor) -> _Shared:
         """What all boxes of a picture have in common: its cells and the first layer's projections of them."""
@@ -97,9 +112,10 @@ class TokenDecoder:
         queries, cells = self._first_layer(places, _runs(shared))
         for layer in self._later:
             queries, cells = self._later_layer(layer, queries, cells, places)
-        asked = (queries + places)[:, wanted]
+        # Stacked one by one: a list as an index would be copied to the device, and the host wait for it.
+        asked, queries = (torch.stack([each[:, w] for w in wanted], 1) for each in (queries + places, queries))
         attended = self._last.to_cells(asked, cells, cells + self._positions)
-        return self._norm(queries[:, wanted] + attended), cells
+        return self._norm(queries + attended), cells
 
     def _first_layer(self, places: Tensor, runs: Sequence[tuple[slice, _Shared]]) -> tuple[Tensor, Tensor]:
         layer = self._first
@@ -159,8 +175,8 @@ class _Attention:
     """The weights of one Attention by head: (H, c, C) of queries, keys and values, (H, C, c) of the output."""
 
     def __init__(self, attention: Any) -> None:
-        self._heads: int = attention.num_heads
-        self._scale = 1 / math.sqrt(attention.internal_dim // self._heads)
+        self.heads: int = attention.num_heads
+        self._scale = 1 / math.sqrt(attention.internal_dim // self.heads)
         self._q, self._q_bias = self._by_head(attention.q_proj)
         self._k, self._k_bias = self._by_head(attention.k_proj)
         self._v, self._v_bias = self._by_head(attention.v_proj)
@@ -169,7 +185,7 @@ class _Attention:
 
     def _by_head(self, linear: Any) -> tuple[Tensor, Tensor]:
         weight, bias = linear.weight.detach(), linear.bias.detach()
-        return weight.view(self._heads, -1, weight.shape[1]), bias.view(self._heads, -1, 1)
+        return weight.view(self.heads, -1, weight.shape[1]), bias.view(self.heads, -1, 1)
 
     def keys_of(self, cells: Tensor) -> Tensor:
         return cells @ self._k.mT  # without the bias: it adds the same to all cells' scores
@@ -191,36 +207,36 @@ class _Attention:
         """(n, K, C): queries (n, K, C) attending to cells (n, P, C) of their own, with keys made from `placed`."""
         n, count, _ = queries.shape
         asked = self._scaled_queries(queries.flatten(0, 1)) @ self._k  # (H, n * K, C)
-        asked = asked.view(self._heads, n, count, -1).transpose(0, 1).flatten(1, 2)  # (n, H * K, C)
+        asked = asked.view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)  # (n, H * K, C)
         seen = (asked @ placed.mT).softmax(-1) @ cells
-        seen = seen.view(n, self._heads, count, -1).transpose(0, 1).flatten(1, 2)  # (H, n * K, C)
+        seen = seen.view(n, self.heads, count, -1).transpose(0, 1).flatten(1, 2)  # (H, n * K, C)
         return self._combined(seen @ self._v.mT + self._v_bias.mT).view(n, count, -1)
 
     def weights_of_shared(self, keys: Tensor, shared: _Shared) -> Tensor:
         """(n, H * K, P): how much every cell of a shared picture takes from each key (n, K, C), by head."""
         n, count, _ = keys.shape
         met = self._scaled_keys(keys.flatten(0, 1)) @ shared.queries.mT  # (H, n * K, P)
-        return met.view(self._heads, n, count, -1).transpose(0, 1).softmax(2).flatten(1, 2)
+        return met.view(self.heads, n, count, -1).transpose(0, 1).softmax(2).flatten(1, 2)
 
     def weights_of_cells(self, keys: Tensor, placed: Tensor) -> Tensor:
         """The same for cells (n, P, C) of each box's own."""
         n, count, _ = keys.shape
         split = self._scaled_keys(keys.flatten(0, 1))  # (H, n * K, c)
-        folded = (split @ self._q).view(self._heads, n, count, -1).transpose(0, 1).flatten(1, 2)  # (n, H * K, C)
-        constant = (split @ self._q_bias).view(self._heads, n, count, 1).transpose(0, 1).flatten(1, 2)
+        folded = (split @ self._q).view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)  # (n, H * K, C)
+        constant = (split @ self._q_bias).view(self.heads, n, count, 1).transpose(0, 1).flatten(1, 2)
         met = torch.baddbmm(constant, folded, placed.mT)
-        return met.view(n, self._heads, count, -1).softmax(2).flatten(1, 2)
+        return met.view(n, self.heads, count, -1).softmax(2).flatten(1, 2)
 
     def folded_values(self, queries: Tensor) -> Tensor:
         """(n, H * K, C): what a key gives to a cell that takes it whole, output projection and bias included."""
         n, count, _ = queries.shape
         values = queries.flatten(0, 1) @ self._v.mT + self._v_bias.mT  # (H, n * K, c)
         # Weights sum to one in each head, so the bias is given in shares.
-        given = values @ self._out_by_head() + self._out_bias / self._heads
-        return given.view(self._heads, n, count, -1).transpose(0, 1).flatten(1, 2)
+        given = values @ self._out_by_head() + self._out_bias / self.heads
+        return given.view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)
 
     def _out_by_head(self) -> Tensor:
-        return self._out.T.reshape(self._heads, -1, self._out.shape[0])
+        return self._out.T.reshape(self.heads, -1, self._out.shape[0])
 
     def _scaled_queries(self, queries: Tensor) -> Tensor:
         return (queries @ self._q.mT + self._q_bias.mT) * self._scale

@@ -1,5 +1,7 @@
 """The image encoder equals SAM's official one: windows that need padding, global attention, interpolated tables."""
 
+import functools
+
 import pytest
 import torch
 from segment_anything.modeling.image_encoder import ImageEncoderViT
@@ -78,3 +80,11 @@ def test_pictures_do_not_see_each_other():
     encoder = SamEncoder(drawn(4), "float32")
     together = encoder(pictures())
     assert error(torch.cat([encoder(picture[None]) for picture in pictures()]), together) < 1e-6
+
+
+def test_it_compiles_as_one_graph_that_computes_the_same(monkeypatch):
+    # The tracing is what may fail; turning the graph into machine code takes a minute and a C++ compiler.
+    traced = functools.partial(torch.compile, backend="eager", fullgraph=True)
+    monkeypatch.setattr(torch, "compile", traced)
+    encoder = drawn(4)
+    assert error(SamEncoder(encoder, "float32", compile=True)(pictures()), encoder(pictures())) < 1e-5

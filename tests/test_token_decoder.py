@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from regionspot.pipeline import token_decoder
 from regionspot.pipeline.backbones import build_sam
 from regionspot.pipeline.token_decoder import FIRST_MASK_TOKEN, IOU_TOKEN, MASK_TOKENS, TokenDecoder
 
@@ -59,7 +60,7 @@ def error(found, expected):
     return float((found - expected).abs().max() / expected.abs().max())
 
 
-@pytest.mark.parametrize("count", [1, 2, 16, 17, 2000])
+@pytest.mark.parametrize("count", [1, 2, 16, 17, 64, 2000])
 def test_tokens_equal_the_official_decoders_for_any_number_of_boxes(sam, count):
     embeddings, boxes = pictures_of(sam, 1), boxes_of(sam, count)
     found = torch.cat([part.queries for part in decoded(sam, embeddings, boxes, [0] * count, chunk=128)])
@@ -101,3 +102,14 @@ def test_boxes_of_several_pictures_go_together_and_each_sees_its_own(sam):
 
 def test_no_boxes_give_no_tokens(sam):
     assert decoded(sam, pictures_of(sam, 2), boxes_of(sam, 0), []) == []
+
+
+def test_as_many_boxes_go_together_as_memory_bears(sam, monkeypatch):
+    embeddings, boxes = pictures_of(sam, 1), boxes_of(sam, 9)
+    places, width = sam.prompt_encoder.image_embedding_size[0] ** 2, sam.mask_decoder.transformer_dim
+    heads = sam.mask_decoder.transformer.num_heads
+    monkeypatch.setitem(token_decoder.CHUNK_BYTES, "cpu", 4 * 12 * places * (width + 7 * heads))
+    parts = decoded(sam, embeddings, boxes, [0] * 9, chunk=None)
+    assert [part.boxes.stop - part.boxes.start for part in parts] == [4, 4, 1]
+    monkeypatch.setitem(token_decoder.CHUNK_BYTES, "cpu", 1)
+    assert len(decoded(sam, embeddings, boxes, [0] * 9, chunk=None)) == 9
