@@ -1,20 +1,30 @@
 """Opening one photo: any mode to RGB, in the orientation that its boxes were drawn in.
 
+A folder of millions of pictures holds everything that has ever been given a picture's name. Whatever is found, it is
+either read as docs/pictures.md says or refused in one line: nothing here waits, runs a program or takes memory that
+the header did not announce.
+
 A camera may store a picture sideways and say so in EXIF. Some datasets annotate the stored pixels, others what a
 viewer shows; the size that the annotation states tells which, and boxes on the other one would be silently wrong.
 """
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import BinaryIO, Literal, cast, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from regionspot.cache.errors import InputError, PhotoError
+from regionspot.pipeline.jpeg import MAGIC, decode_jpeg
 
 Exif = Literal["auto", "apply", "ignore"]
 
@@ -29,6 +39,10 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 QUARTER_TURNS = (5, 6, 7, 8)  # these swap height and width
+# Where Pillow itself refuses, too, as long as nobody changes its MAX_IMAGE_PIXELS. Such a picture takes 0.7 GB.
+MAX_PIXELS = 178_956_970
+DRAWINGS = ("EPS", "WMF")  # Pillow would have other programs draw these
+JPEG_BYTES = 2**28  # a longer file is not read into memory at once
 
 
 @dataclass(frozen=True)
@@ -65,12 +79,15 @@ def decode_photo(
     """As `read_photo`, and what became of the EXIF orientation."""
     path = Path(path)
     try:
-        with Image.open(path) as stored:
+        with _opened(path) as file, Image.open(file) as stored:
+            _check_kind(path, stored)
             orientation = _orientation(stored)
             applied = orientation in TURNS and _applies(exif, orientation, stored.size, stated_size)
-            image = to_rgb(stored)
+            image = _pixels(file, stored)
+    except PhotoError:
+        raise
     except Exception as error:  # PIL's decoders pass on whatever broken bytes trip them into
-        raise PhotoError(f"{path}: {_reason(path, error)}") from None
+        raise PhotoError(f"{path}: {_reason(error)}") from None
     if applied:
         image = image.transpose(TURNS[orientation])
     if stated_size is not None and (image.height, image.width) != tuple(stated_size):
@@ -79,6 +96,49 @@ def decode_photo(
             f"{stated_size[1]} x {stated_size[0]}; boxes would not fit: is this another copy of the photos?"
         )
     return Photo(image, "applied" if applied else "ignored" if orientation in TURNS else "none")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """The file, open for reading; a JPEG as all its bytes.
+
+    Raises OSError, also for what is no file: a pipe would be waited for until somebody writes into it.
+    """
+    with open(path, "rb", opener=_without_waiting) as file:
+        found = os.fstat(file.fileno())
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "it is a named pipe or a device, not a file")
+        magic = file.read(len(MAGIC))
+        if not magic:
+            raise _EmptyFileError
+        file.seek(0)
+        yield BytesIO(file.read()) if magic == MAGIC and found.st_size <= JPEG_BYTES else file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such flag, nor pipes among its files
+
+
+class _EmptyFileError(Exception):
+    """The file has no bytes."""
+
+
+def _check_kind(path: Path, stored: Image.Image) -> None:
+    """Refuse, by its header alone, what may not be decoded."""
+    if stored.format in DRAWINGS:
+        raise PhotoError(f"{path}: is a drawing ({stored.format}), not a picture of pixels")
+    if stored.width * stored.height > MAX_PIXELS:
+        raise PhotoError(f"{path}: {_too_large()}")
+
+
+def _pixels(file: BinaryIO, stored: Image.Image) -> Image.Image:
+    """The picture as RGB, of several frames the first."""
+    if stored.format == "JPEG" and isinstance(file, BytesIO):
+        pixels = decode_jpeg(file.getvalue())
+        # Pillow's header is the one that everything else believes.
+        if pixels is not None and pixels.shape == (stored.height, stored.width, 3):
+            return Image.fromarray(pixels)
+    return to_rgb(stored)
 
 
 def _orientation(image: Image.Image) -> int:
@@ -96,18 +156,22 @@ def _applies(exif: Exif, orientation: int, size: tuple[int, int], stated_size: t
     return orientation in QUARTER_TURNS and size != (width, height) and size == (height, width)
 
 
-def _reason(path: Path, error: Exception) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return "is not there"
-    if path.is_file() and path.stat().st_size == 0:
+    if isinstance(error, _EmptyFileError):
         return "is empty (0 bytes)"
     if isinstance(error, UnidentifiedImageError):
         return "is not a picture in a format that is known"
     if isinstance(error, Image.DecompressionBombError):
-        return f"has too many pixels for a photo (more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,})"
+        return _too_large()
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     return f"is broken or cut off ({' '.join(str(error).split()) or type(error).__name__})"
+
+
+def _too_large() -> str:
+    return f"has too many pixels for a photo (more than {MAX_PIXELS:,})"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

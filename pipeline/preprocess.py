@@ -31,6 +31,9 @@ SAM_RESIZE = "PIL bilinear, long side {pixels}, sizes int(x + 0.5), zero padding
 CLIP_RESIZE = "{filter} bilinear on floats to {pixels} x {pixels}, aspect not kept"
 FIRST_RESIZE = "PIL bilinear, shorter edge {shorter}, longer at most {longer}, sizes int(x + 0.5); then "
 
+# A picture of more is made narrow strip by strip. As floats in one piece, one 30,000 pixels wide would take gigabytes.
+STRIP_PIXELS = 2**21
+
 Size = tuple[int, int]  # height, width
 
 
@@ -101,7 +104,7 @@ class Preprocess:
         if self.first_edges is None:
             return photo
         height, width = self.first_size((photo.height, photo.width))
-        return photo.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+        return _rgb(photo).resize((width, height), Image.Resampling.BILINEAR)
 
     def _first_words(self) -> str:
         if self.first_edges is None:
@@ -133,7 +136,7 @@ def sam_size(original_size: Size, long_side: int) -> Size:
 def sam_input(photo: Image.Image, long_side: int) -> Tensor:
     """uint8 (3, h, w): the photo with its longer side at `long_side` pixels, neither normalised nor padded."""
     height, width = sam_size((photo.height, photo.width), long_side)
-    resized = photo.convert("RGB").resize((width, height), Image.Resampling.BILINEAR)
+    resized = _rgb(photo).resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
@@ -149,9 +152,27 @@ def clip_input(
     photo: Image.Image, pixels: int, mean: tuple[float, ...], std: tuple[float, ...], antialiased: bool = True
 ) -> Tensor:
     """float32 (3, p, p): the whole photo squeezed into a square, normalised channel by channel."""
-    picture = torch.from_numpy(np.array(photo.convert("RGB"))).permute(2, 0, 1).float().div_(255)
+    rows = max(STRIP_PIXELS // photo.width, 1)
+    if rows >= photo.height:
+        picture = _floats(photo)
+    else:
+        strips = (
+            photo.crop((0, top, photo.width, min(top + rows, photo.height))) for top in range(0, photo.height, rows)
+        )
+        # The filter is separable and its horizontal pass comes first: the same bits as in one piece.
+        narrow = [transforms.resize(_floats(each), [each.height, pixels], antialias=antialiased) for each in strips]
+        picture = torch.cat(narrow, dim=1)
     square: Tensor = transforms.resize(picture, [pixels, pixels], antialias=antialiased)
     return square.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
+
+
+def _floats(photo: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(_rgb(photo))).permute(2, 0, 1).float().div_(255)
+
+
+def _rgb(photo: Image.Image) -> Image.Image:
+    """Itself where it is RGB; `convert` would copy it."""
+    return photo if photo.mode == "RGB" else photo.convert("RGB")
 
 
 def _rounded(edge: float) -> int:
