@@ -15,6 +15,7 @@ from typing import Annotated, Literal, cast
 import typer
 
 from regionspot.cache.errors import RegionSpotError
+from regionspot.cache.progress import log_to
 from regionspot.cli_cache import cache_app
 from regionspot.cli_options import Annotations, Boxes, Data, DatasetName, Limit, Split, TakeOver, manifest_of
 
@@ -49,9 +50,7 @@ Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an e
 
 @app.callback()
 def _options(debug: Debug = False) -> None:
-    # Our own progress and warnings; of the libraries only warnings.
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(message)s")
-    logging.getLogger("regionspot").setLevel(logging.INFO)
+    log_to(sys.stderr)
 
 
 @app.command()
@@ -281,11 +280,13 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
+        logging.shutdown()  # a progress line that is being drawn ends here
         print("regionspot: stopped; the same command again goes on where it stopped", file=sys.stderr)
         sys.exit(130)
     except (RegionSpotError, OSError) as error:
         if "--debug" in sys.argv:
             raise
+        logging.shutdown()
         print(f"regionspot: {error}", file=sys.stderr)
         sys.exit(2)
 
