@@ -44,6 +44,7 @@ class LvisEvaluation:
     boxes        "gt", or a detector's proposals file
     limit        only the first pictures; AP is then that of these pictures alone
     templates    a template set; None: those that the head was trained with
+    preprocess   "direct" or "reference"; None: that of the features that the head was trained on (a baseline: direct)
     """
 
     data: Path
@@ -65,6 +66,7 @@ class LvisEvaluation:
     clip_weights: str | None = None
     device: str | None = None
     dtype: str = "float32"
+    preprocess: str | None = None
     check_weights: bool = True
     max_failed_share: float = 0.01
 
@@ -131,6 +133,7 @@ def _from_photos(
         sam_weights=asked.sam_weights,
         clip_weights=asked.clip_weights,
         dtype=asked.dtype,
+        preprocess=asked.preprocess,
         check_weights=asked.check_weights,
     )
     vocabulary = spot.vocabulary(_names(manifest), asked.templates)
@@ -148,7 +151,8 @@ def _baseline(
         if asked.preset is None:
             raise InputError("a baseline without a checkpoint needs its encoder; give --preset")
         name = preset_named(asked.preset).encoder
-    encoder = load_encoder(name, asked.clip_weights or asked.weights, device, asked.dtype)
+    source, rule = asked.clip_weights or asked.weights, asked.preprocess or "direct"
+    encoder = load_encoder(name, source, device, asked.dtype, preprocess=rule)
     vocabulary = build_vocabulary(_names(manifest), _templates(asked, info), encoder)
     kind = CropBaseline if baseline == "crop" else PooledBaseline
     return kind(encoder, manifest, photos, vocabulary, exif=asked.exif), vocabulary

@@ -100,6 +100,7 @@ class RegionSpot:
         sam_weights: str | None = None,
         clip_weights: str | None = None,
         dtype: str = "float32",
+        preprocess: str | None = None,
         check_weights: bool = True,
     ) -> RegionSpot:
         """A checkpoint with the backbones that it names.
@@ -108,6 +109,7 @@ class RegionSpot:
                        go before it. None: the official files
         device         "cpu", "cuda", ...; None: a GPU where there is one
         preset         which model a file released by the authors is, where its shapes do not tell
+        preprocess     a preset of pipeline/preprocess.py; None: that of the features which the head was trained on
         check_weights  refuse backbones other than those that the head was trained with
 
         Raises WeightsError for a checkpoint or weights that cannot be loaded or do not belong together.
@@ -116,8 +118,9 @@ class RegionSpot:
         loaded = load_checkpoint(path, preset)
         localizer_name, encoder_name = backbones_of(path, loaded.info)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        localizer = load_localizer(localizer_name, sam_weights or weights, device, dtype)
-        encoder = load_encoder(encoder_name, clip_weights or weights, device, dtype)
+        rule = preprocess or preprocess_of(loaded.info)
+        localizer = load_localizer(localizer_name, sam_weights or weights, device, dtype, preprocess=rule)
+        encoder = load_encoder(encoder_name, clip_weights or weights, device, dtype, preprocess=rule)
         if check_weights:
             for backbone in (localizer, encoder):
                 _require_same_weights(path, loaded.info, backbone.name, backbone.provenance["weights_sha256"])
@@ -212,6 +215,17 @@ def backbones_of(path: Path, info: HeadInfo) -> tuple[str, str]:
     if not localizer or not encoder:
         raise WeightsError(f"{path}: names neither its backbones nor a preset; train it again with --preset")
     return localizer, encoder
+
+
+def preprocess_of(info: HeadInfo) -> str:
+    """The preset of pipeline/preprocess.py that made the features which a head was trained on.
+
+    A file that the authors released names no features; theirs are made by the preset that is called after them.
+    """
+    stated = [cache["map"]["preprocess"] for cache in info.caches if "preprocess" in cache.get("map", {})]
+    if stated:
+        return str(stated[0])
+    return "direct" if info.localizer else "reference"
 
 
 def _require_same_weights(path: Path, info: HeadInfo, name: str, found: str) -> None:
