@@ -17,7 +17,29 @@ import typer
 from regionspot.cache.errors import RegionSpotError
 from regionspot.cache.progress import log_to
 from regionspot.cli_cache import cache_app
-from regionspot.cli_options import Annotations, Boxes, Data, DatasetName, Limit, Split, TakeOver, manifest_of
+from regionspot.cli_extract import extract
+from regionspot.cli_options import (
+    Annotations,
+    Boxes,
+    Checkpoint,
+    ClipWeights,
+    Data,
+    DatasetName,
+    Device,
+    Dtype,
+    ExifRule,
+    Limit,
+    LocalCopy,
+    LocalLimit,
+    MaxFailures,
+    OptionalPreset,
+    Preset,
+    SamWeights,
+    Split,
+    Templates,
+    Weights,
+    manifest_of,
+)
 
 app = typer.Typer(
     help="Recognise any region of a picture by name.",
@@ -28,23 +50,6 @@ app = typer.Typer(
 )
 app.add_typer(cache_app, name="cache")
 
-Preset = Annotated[str, typer.Option(help="backbones: bb, bl, bl336 or toy")]
-OptionalPreset = Annotated[str | None, typer.Option(help="backbones, where the checkpoint does not state them")]
-Checkpoint = Annotated[Path, typer.Option(help="a trained head, ours or one released by the authors")]
-Templates = Annotated[
-    str | None, typer.Option(help="prompt templates: reference, imagenet, plain; default: the checkpoint's")
-]
-Weights = Annotated[
-    str | None,
-    typer.Option(help="folder of the official files, or random:SEED for benchmarks; default: downloaded once"),
-]
-SamWeights = Annotated[str | None, typer.Option(help="this SAM file instead")]
-ClipWeights = Annotated[str | None, typer.Option(help="this CLIP file instead")]
-ExifRule = Annotated[str, typer.Option(help="orientation: auto (where the stated size asks for it), apply or ignore")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one")]
-Dtype = Annotated[str, typer.Option(help="of the image encoders: float32, bfloat16 or float16")]
-LocalCopy = Annotated[Path | None, typer.Option(help="of a remote cache: keep what is read of it in this folder")]
-LocalLimit = Annotated[str | None, typer.Option(help="of --local-copy: 500GB; what was used least lately goes first")]
 Debug = Annotated[bool, typer.Option("--debug", help="show the traceback of an error")]
 
 
@@ -64,54 +69,7 @@ def dataset(
     typer.echo(describe(manifest, photo_dir(name, data, split, manifest)).text())
 
 
-@app.command()
-def extract(
-    name: DatasetName,
-    data: Data,
-    cache: Annotated[str, typer.Option(help="the cache to fill: a folder ending in .zarr, or a URL: s3://...")],
-    split: Split = "train",
-    preset: Preset = "bl",
-    boxes: Boxes = "gt",
-    annotations: Annotations = None,
-    limit: Limit = None,
-    weights: Weights = None,
-    sam_weights: SamWeights = None,
-    clip_weights: ClipWeights = None,
-    exif: ExifRule = "auto",
-    part_size: Annotated[int, typer.Option(help="pictures a part, the unit of resuming")] = 512,
-    batch_size: Annotated[int | None, typer.Option(help="pictures an encoder call; default: what suits")] = None,
-    max_failed: Annotated[float, typer.Option(help="stop when more than this share of the pictures is broken")] = 0.2,
-    device: Device = None,
-    dtype: Dtype = "float32",
-    encoding: Annotated[str, typer.Option(help="maps: float16, float32, bfloat16, int8 (half the bytes)")] = "float16",
-    token_encoding: Annotated[str, typer.Option(help="tokens, likewise; either may end in +zstd")] = "float16",
-    take_over: TakeOver = False,
-) -> None:
-    """Run the frozen backbones over a dataset, once, into a cache. Killed and run again, it goes on.
-
-    Any number of runs may share a cache: start the same command again, here or on another machine.
-    """
-    from regionspot.cache.encodings import Encoding
-    from regionspot.pipeline.datasets import photo_dir
-    from regionspot.pipeline.extract import Backbones, open_for_extraction
-    from regionspot.pipeline.extract import extract as run
-    from regionspot.pipeline.photos import check_exif
-
-    rule, encodings = check_exif(exif), (Encoding.parse(encoding), Encoding.parse(token_encoding))
-    manifest = manifest_of(name, data, split, annotations, boxes, limit)
-    photos = photo_dir(name, data, split, manifest)
-    backbones = Backbones.load(preset, weights, sam_weights, clip_weights, device, dtype)
-    store = open_for_extraction(cache, manifest, photos, backbones, rule, *encodings, part_size)
-    summary = run(
-        store,
-        photos,
-        backbones,
-        exif=rule,
-        batch_size=batch_size,
-        max_failed_share=max_failed,
-        take_over=take_over,
-    )
-    typer.echo(f"{cache}: {summary.text()}")
+app.command()(extract)
 
 
 @app.command()
@@ -183,13 +141,14 @@ def eval_lvis(
     clip_weights: ClipWeights = None,
     check_weights: Annotated[bool, typer.Option(help="refuse other backbones than the head was trained with")] = True,
     exif: ExifRule = "auto",
-    max_failed: Annotated[float, typer.Option(help="stop when more than this share of the photos is broken")] = 0.01,
+    max_failures: MaxFailures = "1%",
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
     """LVIS AP of a head or a baseline, end to end from photos. Killed and run again, it goes on."""
     from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
     from regionspot.evaluation.report import results_text
+    from regionspot.pipeline.failure_limit import FailureLimit
     from regionspot.pipeline.photos import check_exif
 
     asked = LvisEvaluation(
@@ -213,7 +172,7 @@ def eval_lvis(
         device=device,
         dtype=dtype,
         check_weights=check_weights,
-        max_failed_share=max_failed,
+        max_failures=FailureLimit.parse(max_failures),
     )
     typer.echo(results_text(evaluate_lvis(asked)))
 

@@ -27,6 +27,25 @@ TakeOver = Annotated[
     ),
 ]
 
+Preset = Annotated[str, typer.Option(help="backbones: bb, bl, bl336 or toy")]
+OptionalPreset = Annotated[str | None, typer.Option(help="backbones, where the checkpoint does not state them")]
+Checkpoint = Annotated[Path, typer.Option(help="a trained head, ours or one released by the authors")]
+Templates = Annotated[
+    str | None, typer.Option(help="prompt templates: reference, imagenet, plain; default: the checkpoint's")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="folder of the official files, or random:SEED for benchmarks; default: downloaded once"),
+]
+SamWeights = Annotated[str | None, typer.Option(help="this SAM file instead")]
+ClipWeights = Annotated[str | None, typer.Option(help="this CLIP file instead")]
+ExifRule = Annotated[str, typer.Option(help="orientation: auto (where the stated size asks for it), apply or ignore")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one")]
+Dtype = Annotated[str, typer.Option(help="of the image encoders: float32, bfloat16 or float16")]
+LocalCopy = Annotated[Path | None, typer.Option(help="of a remote cache: keep what is read of it in this folder")]
+LocalLimit = Annotated[str | None, typer.Option(help="of --local-copy: 500GB; what was used least lately goes first")]
+MaxFailures = Annotated[str, typer.Option(help='stop when more pictures than this are broken: "1%" or "200"')]
+
 
 def manifest_of(name: str, data: Path, split: str, annotations: Path | None, boxes: str, limit: int | None) -> Manifest:
     """The split with the boxes asked for."""

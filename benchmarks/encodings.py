@@ -33,7 +33,8 @@ from regionspot.evaluation.vocabularies import cache_vocabulary
 from regionspot.fusion.config import train_config
 from regionspot.fusion.train import train as train_head
 from regionspot.pipeline.datasets import photo_dir, read_dataset
-from regionspot.pipeline.extract import Backbones, extract, open_for_extraction
+from regionspot.pipeline.extract import extract, open_for_extraction
+from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.toy_world import make_toy_world
 
 TRAINED = ("float32", "float16", "bfloat16", "int8")

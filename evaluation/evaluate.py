@@ -28,6 +28,7 @@ from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones import preset_named
 from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.encoder import load_encoder
+from regionspot.pipeline.failure_limit import ONE_PERCENT, FailureLimit
 from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.proposals import GROUND_TRUTH, with_boxes
 
@@ -68,7 +69,7 @@ class LvisEvaluation:
     dtype: str = "float32"
     preprocess: str | None = None
     check_weights: bool = True
-    max_failed_share: float = 0.01
+    max_failures: FailureLimit = ONE_PERCENT
 
 
 def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
         asked.out,
         boxes="ground truth" if asked.boxes == GROUND_TRUTH else f"detector proposals, {Path(asked.boxes).name}",
         templates=vocabulary.templates,
-        max_failed_share=asked.max_failed_share,
+        max_failures=asked.max_failures,
         photos=None if asked.cache else photos,
     )
 

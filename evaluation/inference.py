@@ -35,6 +35,7 @@ from regionspot.evaluation.detections import (
     to_columns,
 )
 from regionspot.evaluation.scoring import RegionScores, Timed
+from regionspot.pipeline.failure_limit import ONE_PERCENT, FailureLimit
 
 log = logging.getLogger(__name__)
 
@@ -91,12 +92,12 @@ def infer(
     folder: Path,
     *,
     detections_per_picture: int = DETECTIONS_PER_PICTURE,
-    max_failed_share: float = 0.01,
+    max_failures: FailureLimit = ONE_PERCENT,
 ) -> Inference:
     """The best detections of every picture of the method's manifest, going on with what `folder` already holds.
 
     Parts with pictures that could not be read are tried again. Raises InputError as soon as more than
-    `max_failed_share` of all pictures are known to be unreadable, or when `folder` cannot be written.
+    `max_failures` of all pictures are known to be unreadable, or when `folder` cannot be written.
     """
     parts = _Parts(folder, method, detections_per_picture)
     found = {part: stored for part in range(len(parts)) if (stored := parts.load(part)) is not None}
@@ -109,7 +110,7 @@ def infer(
     for part in pending:
         found[part] = _infer_part(method, parts.rows(part), scores, progress, detections_per_picture)
         parts.save(part, found[part])
-        _stop_if_too_many_failed(method.manifest, found.values(), max_failed_share)
+        _stop_if_too_many_failed(method.manifest, found.values(), max_failures)
     return _joined([found[part] for part in sorted(found)])
 
 
@@ -153,12 +154,12 @@ def _timed(progress: Progress, device: torch.device) -> Timed:
     return stage
 
 
-def _stop_if_too_many_failed(manifest: Manifest, parts: Any, share: float) -> None:
+def _stop_if_too_many_failed(manifest: Manifest, parts: Any, limit: FailureLimit) -> None:
     reasons = [reason for part in parts for reason in part.failures.values()]
-    if len(reasons) > share * len(manifest):
+    if len(reasons) > (allowed := limit.of_all(len(manifest))):
         raise InputError(
-            f"{len(reasons)} of {len(manifest)} pictures could not be read, more than the {share:.0%} allowed "
-            f"(the first: {reasons[0]}); mend the photo folder, or allow more with --max-failed"
+            f"{len(reasons)} of {len(manifest)} pictures could not be read, more than the {allowed:.0f} allowed "
+            f"(the first: {reasons[0]}); mend the photo folder, or allow more with --max-failures"
         )
 
 

@@ -17,6 +17,7 @@ from regionspot.evaluation.ground_truth import read_ground_truth
 from regionspot.evaluation.inference import Inference, Method, infer
 from regionspot.evaluation.lvis_ap import lvis_ap
 from regionspot.evaluation.sheet import judged_sheet
+from regionspot.pipeline.failure_limit import ONE_PERCENT, FailureLimit
 
 SHEET_PICTURES = 9
 # Stages that any method on the same pictures would share: opening them, and the two encoders' maps.
@@ -30,7 +31,7 @@ def evaluate_method(
     *,
     boxes: str = "ground truth",
     templates: tuple[str, ...] = (),
-    max_failed_share: float = 0.01,
+    max_failures: FailureLimit = ONE_PERCENT,
     photos: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate, write `results.json` and `detections.json` into `out`, and return what results.json holds.
@@ -42,7 +43,7 @@ def evaluate_method(
     `out` cannot be written.
     """
     truth = read_ground_truth(annotations)  # hours of inference are no place to learn that it is damaged
-    found = infer(method, out / "parts", max_failed_share=max_failed_share)
+    found = infer(method, out / "parts", max_failures=max_failures)
     begin = time.perf_counter()
     ap = {"bbox": lvis_ap(truth, found.detections, "bbox", method.manifest.image_ids).values, "segm": None}
     if found.detections.masks is not None:

@@ -7,25 +7,28 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
 from torch import Tensor
 
 from regionspot.cache.errors import PhotoError
 from regionspot.cache.manifest import Manifest
-from regionspot.pipeline.encoder import SemanticEncoder
-from regionspot.pipeline.localizer import Localizer
+from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.photos import Exif, decode_photo
 
 
 @dataclass(frozen=True)
 class Decoded:
-    """One picture ready for the encoders that want it, or the reason why it is not."""
+    """One picture ready for the models that want it, or the reason why it is not.
+
+    inputs   what each model takes, by the model's name
+    size     (height, width) of the original
+    """
 
     row: int
-    sam: Tensor | None = None
-    clip: Tensor | None = None
+    inputs: dict[str, Tensor] = field(default_factory=dict)
     size: tuple[int, int] = (0, 0)
     orientation_ignored: bool = False
     failure: str | None = None
@@ -33,12 +36,11 @@ class Decoded:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads and resizes one picture for the feature sets that are wanted of it. Called from threads."""
+    """Reads a picture once and resizes it for each model whose features are wanted of it. Called from threads."""
 
     manifest: Manifest
     photo_folder: Path
-    localizer: Localizer | None
-    encoder: SemanticEncoder | None
+    backbones: Backbones
     exif: Exif
 
     def __call__(self, row: int, names: Sequence[str]) -> Decoded:
@@ -47,14 +49,23 @@ class Decoder:
             photo = decode_photo(self.photo_folder / str(self.manifest.paths[row]), stated, self.exif)
         except PhotoError as error:
             return Decoded(row, failure=str(error))
-        localizer, encoder = self.localizer, self.encoder
         return Decoded(
             row,
-            sam=localizer.preprocess(photo.image) if localizer and localizer.name in names else None,
-            clip=encoder.preprocess(photo.image) if encoder and encoder.name in names else None,
+            inputs=self._inputs(photo.image, names),
             size=(photo.image.height, photo.image.width),
             orientation_ignored=photo.orientation == "ignored",
         )
+
+    def _inputs(self, photo: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
+        localizer, inputs = self.backbones.localizer, {}
+        if localizer is not None and not localizer.outputs.keys().isdisjoint(names):
+            inputs[localizer.name] = localizer.preprocess(photo)
+        for encoder in self.backbones.encoders:
+            if encoder.name in names:
+                inputs[encoder.name] = encoder.preprocess(photo)
+        if self.backbones.device.type == "cuda":  # page-locked, so that a copy to the device holds nobody up
+            inputs = {name: values.pin_memory() for name, values in inputs.items()}
+        return inputs
 
 
 Jobs = Generator[tuple[int, Sequence[str]], None, None]  # rows, and the feature sets wanted of each

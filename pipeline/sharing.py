@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from typing import TypeVar
@@ -33,25 +33,29 @@ T = TypeVar("T")
 
 
 class SharedParts:
-    """The parts of `cache` that lack one of the feature sets `names`, as far as this run gets them.
+    """The parts of `cache`, or those of them in `only`, that lack one of the feature sets `names`.
 
     before    parts that were complete at the start
     done      parts that this run wrote
     pictures  pictures of all parts that this run has done, does or may still have to do
     """
 
-    def __init__(self, cache: FeatureCache, names: Sequence[str], claims: Claims) -> None:
+    def __init__(
+        self, cache: FeatureCache, names: Sequence[str], claims: Claims, only: Collection[int] | None = None
+    ) -> None:
         self._cache, self._names, self._claims = cache, names, claims
-        self._open = set(cache.pending_parts(names))  # neither done nor claimed by this run
+        asked = set(range(cache.n_parts) if only is None else only)
+        self._open = asked.intersection(cache.pending_parts(names))  # neither done nor claimed by this run
+        self._asked = len(asked)
         self._claimed: dict[int, list[str]] = {}
         self._round: Iterator[int] = iter(())
-        self.before = cache.n_parts - len(self._open)
+        self.before = self._asked - len(self._open)
         self.done = 0
         self.pictures = sum(len(cache.part_rows(part)) for part in self._open)
 
     @property
     def lacking_before(self) -> int:
-        return self._cache.n_parts - self.before
+        return self._asked - self.before
 
     def wait(self) -> bool:
         """Claim a part to begin with, waiting as long as others hold all there are; False when none is left.

@@ -15,7 +15,8 @@ from PIL import Image
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.pipeline.datasets import photo_dir, read_dataset
-from regionspot.pipeline.extract import Backbones, extract
+from regionspot.pipeline.extract import extract
+from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.photos import read_photo
 from regionspot.pipeline.toy_world import make_toy_world
 
@@ -69,7 +70,7 @@ def test_the_cache_holds_what_the_backbones_say_of_each_picture(world, manifest,
         size, boxes = (photo.height, photo.width), manifest.boxes_xyxy[manifest.regions(row)]
         embedding = backbones.localizer.encode([backbones.localizer.preprocess(photo)])[0]
         tokens = backbones.localizer.tokens(embedding, boxes, size).numpy()
-        feature_map = backbones.encoder.encode(backbones.encoder.preprocess(photo)[None])[0].numpy()
+        feature_map = backbones.encoders[0].encode(backbones.encoders[0].preprocess(photo)[None])[0].numpy()
         batch = undisturbed.read(np.array([row]))
         assert np.abs(batch.tokens[0, : len(boxes)] - tokens).max() <= 2e-3 * np.abs(tokens).max()
         assert np.abs(batch.feature_map[0] - feature_map).max() <= 2e-3 * np.abs(feature_map).max()
@@ -146,7 +147,7 @@ def test_each_backbone_can_be_extracted_alone_and_the_other_added_later(
     world, manifest, backbones, undisturbed, tmp_path
 ):
     path, folder = tmp_path / "c.zarr", photo_dir("toy", world)
-    clip = Backbones(encoder=backbones.encoder)
+    clip = Backbones(encoders=backbones.encoders)
     extract(new_cache(path, manifest, clip), folder, clip, batch_size=3)
     before = (path / "features/toy_clip/feature_map/c.0.0.0").stat().st_mtime_ns
     cache = new_cache(path, manifest, backbones)

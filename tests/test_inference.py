@@ -22,7 +22,9 @@ from regionspot.evaluation.sheet import judged_sheet
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.head import FusionHead, HeadConfig
 from regionspot.pipeline.datasets import photo_dir, read_dataset
-from regionspot.pipeline.extract import Backbones, extract
+from regionspot.pipeline.extract import extract
+from regionspot.pipeline.failure_limit import FailureLimit
+from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.toy_world import make_toy_world
 
 WEIGHTS = "random:0"  # equality and resuming do not ask for sense; the baselines' tests do
@@ -69,7 +71,7 @@ def manifest(world):
 
 @pytest.fixture(scope="module")
 def cache(world, spot, manifest, tmp_path_factory):
-    backbones = Backbones(spot.localizer, spot.encoder)
+    backbones = Backbones(spot.localizer, (spot.encoder,))
     store = FeatureCache.create(tmp_path_factory.mktemp("cache") / "val.zarr", manifest, backbones.feature_sets(), 4)
     extract(store, photo_dir("toy", world, "val", manifest), backbones)
     return store
@@ -247,7 +249,7 @@ def test_a_damaged_part_is_made_again_and_no_other(manifest, tmp_path, parts_of_
 
 
 def test_an_unreadable_picture_is_counted_and_tried_again_later(manifest, tmp_path, parts_of_two):
-    found = infer(Counted(manifest, broken=[5]), tmp_path, max_failed_share=0.2)
+    found = infer(Counted(manifest, broken=[5]), tmp_path, max_failures=FailureLimit(share=0.2))
     assert found.failures == {int(manifest.image_ids[5]): "picture 5 is broken"}
     assert manifest.image_ids[5] not in found.detections.image_ids
     mended = Counted(manifest)
@@ -258,7 +260,7 @@ def test_an_unreadable_picture_is_counted_and_tried_again_later(manifest, tmp_pa
 def test_more_unreadable_pictures_than_allowed_stop_the_run(manifest, tmp_path, parts_of_two):
     method = Counted(manifest, broken=[0, 1])
     with pytest.raises(InputError, match=r"2 of 8 pictures could not be read.*picture 0 is broken"):
-        infer(method, tmp_path, max_failed_share=0.2)
+        infer(method, tmp_path, max_failures=FailureLimit(share=0.2))
     assert method.asked == [0, 1]
 
 
@@ -269,7 +271,7 @@ def test_a_missing_photo_leaves_the_others_in_order(world, spot, manifest, tmp_p
     photos = photo_dir("toy", world, "val", manifest)
     whole = infer(HeadOnPhotos(spot, manifest, photos, vocabulary, masks=False), tmp_path)
     holed = HeadOnPhotos(spot, replace(manifest, paths=paths), photos, vocabulary, masks=False)
-    found = infer(holed, tmp_path, max_failed_share=0.5)
+    found = infer(holed, tmp_path, max_failures=FailureLimit(share=0.5))
     assert "absent.jpg" in found.failures[int(manifest.image_ids[3])]
     expected = whole.detections.take(whole.detections.image_ids != manifest.image_ids[3])
     assert np.array_equal(found.detections.image_ids, expected.image_ids)

@@ -9,7 +9,8 @@ import pytest
 
 from regionspot.cache import Category, FeatureCache, Manifest
 from regionspot.pipeline.datasets import photo_dir, read_dataset
-from regionspot.pipeline.extract import Backbones, extract
+from regionspot.pipeline.extract import extract
+from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.toy_world import make_toy_world
 
 DOCUMENT = Path(__file__).parents[1] / "docs" / "other_heads.md"

@@ -1,0 +1,122 @@
+"""`regionspot extract`: photos and frozen backbones to a cache."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from regionspot.cli_options import (
+    Annotations,
+    Boxes,
+    ClipWeights,
+    Data,
+    DatasetName,
+    Device,
+    ExifRule,
+    Limit,
+    MaxFailures,
+    Preset,
+    SamWeights,
+    Split,
+    TakeOver,
+    Weights,
+    manifest_of,
+)
+
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="of the image encoders: float32, bfloat16, float16, or auto: the cache's own, then bfloat16 and float16 "
+        "where the hardware has them"
+    ),
+]
+
+
+def extract(
+    name: DatasetName,
+    data: Data,
+    cache: Annotated[str, typer.Option(help="the cache to fill: a folder ending in .zarr, or a URL: s3://...")],
+    split: Split = "train",
+    preset: Preset = "bl",
+    localizer: Annotated[str | None, typer.Option(help="this one instead of the preset's; none: no tokens")] = None,
+    encoder: Annotated[
+        list[str] | None, typer.Option(help="instead of the preset's; may be given again; none: no maps")
+    ] = None,
+    boxes: Boxes = "gt",
+    annotations: Annotations = None,
+    limit: Limit = None,
+    parts: Annotated[str | None, typer.Option(help='only these parts of the cache: "3,7-9"')] = None,
+    shard: Annotated[str | None, typer.Option(help='only this share of the parts: "3/16", without a scheduler')] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say how much there is to do and how long it takes; write nothing")
+    ] = False,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="try just the pictures again that could not be read")
+    ] = False,
+    weights: Weights = None,
+    sam_weights: SamWeights = None,
+    clip_weights: ClipWeights = None,
+    preprocess: Annotated[
+        str, typer.Option(help="direct, or reference: through 800 x 1333 pixels first, as the authors do")
+    ] = "direct",
+    exif: ExifRule = "auto",
+    part_size: Annotated[int, typer.Option(help="pictures a part, the unit of resuming")] = 512,
+    batch_size: Annotated[int | None, typer.Option(help="pictures an encoder call; default: what suits")] = None,
+    decode_threads: Annotated[
+        int | None, typer.Option(help="that read pictures; default: a core each, 16 at most")
+    ] = None,
+    max_failures: MaxFailures = "20%",
+    device: Device = None,
+    dtype: Dtype = "auto",
+    exact: Annotated[bool, typer.Option("--exact", help="float32 throughout, as --dtype float32")] = False,
+    encoding: Annotated[str, typer.Option(help="maps: float16, float32, bfloat16, int8 (half the bytes)")] = "float16",
+    token_encoding: Annotated[str, typer.Option(help="tokens, likewise; either may end in +zstd")] = "float16",
+    room_check: Annotated[bool, typer.Option(help="refuse a disk that is too small for the features")] = True,
+    take_over: TakeOver = False,
+) -> None:
+    """Run the frozen backbones over a dataset, once, into a cache. Killed and run again, it goes on.
+
+    Any number of runs may share a cache: start the same command again, here or on another machine.
+    """
+    from regionspot.cache.encodings import Encoding
+    from regionspot.pipeline.datasets import photo_dir
+    from regionspot.pipeline.extraction import Extraction
+    from regionspot.pipeline.failure_limit import FailureLimit
+    from regionspot.pipeline.frozen_models import Backbones
+    from regionspot.pipeline.outstanding import held_sets
+    from regionspot.pipeline.photos import check_exif
+
+    rule, failures = check_exif(exif), FailureLimit.parse(max_failures)
+    encodings = Encoding.parse(encoding), Encoding.parse(token_encoding)
+    manifest = manifest_of(name, data, split, annotations, boxes, limit)
+    backbones = Backbones.load(
+        preset,
+        weights,
+        sam_weights,
+        clip_weights,
+        device,
+        "float32" if exact else dtype,
+        localizer=localizer,
+        encoders=encoder or (),
+        preprocess=preprocess,
+        held=held_sets(cache),
+    )
+    extraction = Extraction(
+        cache,
+        manifest,
+        photo_dir(name, data, split, manifest),
+        backbones,
+        rule,
+        *encodings,
+        part_size=part_size,
+        parts=parts,
+        shard=shard,
+        batch_size=batch_size,
+        decode_threads=decode_threads,
+        max_failures=failures,
+        check_room=room_check,
+        take_over=take_over,
+    )
+    done = extraction.plan() if dry_run else extraction.retry() if retry_failed else extraction.run()
+    typer.echo(f"{cache}: {done.text()}")

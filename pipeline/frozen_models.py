@@ -1,0 +1,122 @@
+"""The frozen models of one extraction together: how they are loaded, and what they write into a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from regionspot.cache.encodings import Encoding
+from regionspot.cache.errors import InputError
+from regionspot.cache.schema import FeatureSet
+from regionspot.pipeline.backbones import preset_named
+from regionspot.pipeline.dtypes import resolve_dtype
+from regionspot.pipeline.encoder import SemanticEncoder, load_encoder
+from regionspot.pipeline.localizer import Localizer, load_localizer
+from regionspot.pipeline.photos import Exif
+
+FLOAT16 = Encoding("float16")
+NONE = "none"  # in place of a model's name: leave it out
+
+
+@dataclass(frozen=True)
+class Backbones:
+    """A localizer, semantic encoders, or both: all that one reading of a picture is used for."""
+
+    localizer: Localizer | None = None
+    encoders: tuple[SemanticEncoder, ...] = ()
+
+    @classmethod
+    def load(
+        cls,
+        preset: str = "bl",
+        weights: str | None = None,
+        sam_weights: str | None = None,
+        clip_weights: str | None = None,
+        device: str | None = None,
+        dtype: str = "auto",
+        *,
+        localizer: str | None = None,
+        encoders: Sequence[str] = (),
+        preprocess: str = "direct",
+        held: Mapping[str, FeatureSet] | None = None,
+    ) -> Backbones:
+        """The models of a preset, or others in their place, on a GPU where there is one.
+
+        weights, sam_weights, clip_weights   sources that `load_weights` knows: for all, and instead of that for one
+        dtype       of the image encoders; "auto": what `held` was made with, else what suits the device
+        localizer   instead of the preset's; "none": leave it out
+        encoders    likewise
+        preprocess  "direct" or "reference"
+        held        feature sets of the cache to go on with
+
+        Raises InputError for names and dtypes that there are not, WeightsError for weights that cannot be had.
+        """
+        names = preset_named(preset)
+        chosen = [name for name in (list(encoders) or [names.encoder]) if name != NONE]
+        if clip_weights and len(chosen) > 1:
+            raise InputError(f"clip weights {clip_weights}: are of one encoder, asked for are {', '.join(chosen)}")
+        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+        def dtype_of(name: str, kind: Literal["localizer", "encoder"]) -> str:
+            stored = (held or {}).get(name) if dtype == "auto" else None
+            return str(stored.provenance["dtype"]) if stored else resolve_dtype(dtype, place, kind)
+
+        first = localizer or names.localizer
+        loaded = (
+            load_localizer(
+                first,
+                sam_weights or weights,
+                place,
+                dtype_of(first, "localizer"),
+                preprocess=preprocess,
+            )
+            if first != NONE
+            else None
+        )
+        return cls(
+            loaded,
+            tuple(
+                load_encoder(name, clip_weights or weights, place, dtype_of(name, "encoder"), preprocess=preprocess)
+                for name in chosen
+            ),
+        )
+
+    def __post_init__(self) -> None:
+        names = [each.name for each in self.encoders]
+        if len(set(names)) < len(names):
+            raise InputError(f"encoders {', '.join(names)}: one is named twice")
+
+    @property
+    def device(self) -> torch.device:
+        """Where the models are; the CPU where there are none."""
+        models = [model for model in (self.localizer, *self.encoders) if model is not None]
+        return models[0].device if models else torch.device("cpu")
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures to encode at a time, where nobody says otherwise."""
+        return 8 if self.localizer is None else self.localizer.batch_size
+
+    def feature_sets(
+        self, exif: Exif = "auto", encoding: Encoding = FLOAT16, token_encoding: Encoding = FLOAT16
+    ) -> list[FeatureSet]:
+        """What these models write into a cache, with the provenance that a later run must match.
+
+        encoding, token_encoding   of maps and of tokens; int8 is still without the statistics of a sample
+        """
+        sets = []
+        if self.localizer is not None:
+            provenance = {**self.localizer.provenance, "exif": exif}
+            sets = [
+                FeatureSet(name, "token", shape, token_encoding.dtype, provenance, token_encoding.compression)
+                for name, shape in self.localizer.outputs.items()
+            ]
+        for encoder in self.encoders:
+            provenance = {**encoder.provenance, "exif": exif}
+            sets.append(
+                FeatureSet(encoder.name, "map", encoder.map_shape, encoding.dtype, provenance, encoding.compression)
+            )
+        return sets
