@@ -122,6 +122,14 @@ class Claims:
         with self._store_errors():
             return self._claim(what)
 
+    def take_over(self, what: What) -> bool:
+        """Make something this run's own although a run that lives may have it, which finds out by `still_ours`.
+
+        False when a third run did the same at this moment. What has been done of it is to be asked for afterwards.
+        """
+        with self._store_errors():
+            return self._claim(what, by_force=True)
+
     def wait_for(self, what: What) -> None:
         """`claim` it as soon as nobody has it."""
         while not self.claim(what):
