@@ -63,9 +63,7 @@ class Extraction:
 
     def run(self) -> ExtractSummary:
         """Extract what is missing, unless the disk is too small for it."""
-        if self.check_room:
-            require_room(self.cache, self._outstanding())
-        cache = self._open()
+        cache = self.prepare()
         return extract(
             cache,
             self.photos,
@@ -75,8 +73,14 @@ class Extraction:
             decode_threads=self.decode_threads,
             max_failures=self.max_failures,
             take_over=self.take_over,
-            parts=self._only(cache.n_parts),
+            parts=self.only(cache.n_parts),
         )
+
+    def prepare(self) -> FeatureCache:
+        """The cache to go on with, made where there is none, unless the disk is too small for what is missing."""
+        if self.check_room:
+            require_room(self.cache, self._outstanding())
+        return self._open()
 
     def retry(self) -> RetrySummary:
         """Try the pictures again that could not be read. Raises InputError where there is no cache."""
@@ -92,7 +96,7 @@ class Extraction:
             exif=self.exif,
             decode_threads=self.decode_threads,
             take_over=self.take_over,
-            parts=self._only(cache.n_parts),
+            parts=self.only(cache.n_parts),
         )
 
     def _open(self) -> FeatureCache:
@@ -115,9 +119,10 @@ class Extraction:
             if there
             else Geometry.of(self.manifest.offsets, self.part_size).n_parts
         )
-        return outstanding(self.cache, self.manifest, sets, self.part_size, self._only(n_parts))
+        return outstanding(self.cache, self.manifest, sets, self.part_size, self.only(n_parts))
 
-    def _only(self, n_parts: int) -> Collection[int] | None:
+    def only(self, n_parts: int) -> Collection[int] | None:
+        """The parts that `parts` or `shard` names, of so many; None: all. Raises InputError for what names none."""
         if self.parts is not None and self.shard is not None:
             raise InputError(f"parts {self.parts!r} and shard {self.shard!r}: give one of the two")
         if self.parts is not None:
