@@ -28,7 +28,7 @@ CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones bench-cache bench-encodings stress clean
+.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones bench-cache bench-extract bench-encodings stress clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,9 @@ toy-backbones: $(READY) ## train the toy world's SAM and CLIP again (under an ho
 bench-cache: $(BENCH_READY) ## the cache against its peers: table, chart and goals into benchmarks/results (QUICK=1: a minute, build/bench)
 	$(BENCH_VENV)/bin/python -m benchmarks.bench_cache $(if $(QUICK),--quick) $(ARGS)
 
+bench-extract: $(READY) ## extraction against the authors' path; on a GPU its rates as well (15 minutes; QUICK=1: a minute, build/bench)
+	python -m benchmarks.bench_extract $(if $(QUICK),--quick) $(ARGS)
+
 bench-encodings: $(READY) ## what each encoding costs: bytes, features, AP (20 minutes on 2 cores)
 	python -m benchmarks.encodings $(ARGS)
 
@@ -83,7 +86,7 @@ lint: $(READY) ## ruff: style and format
 # Type checkers read folders, not installs: they see the packages under their installed name through links.
 typecheck: $(READY) ## mypy, strict
 	@mkdir -p build/typing/regionspot
-	@for name in __init__.py cli.py cli_cache.py cli_options.py pipeline cache fusion evaluation; do ln -sfn ../../../$$name build/typing/regionspot/$$name; done
+	@for name in __init__.py cli*.py pipeline cache fusion evaluation; do ln -sfn ../../../$$name build/typing/regionspot/$$name; done
 	mypy
 
 check: lint typecheck test ## everything that must be green before a commit

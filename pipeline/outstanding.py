@@ -19,6 +19,7 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.header import load_header
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry
+from regionspot.cache.shard import index_bytes
 from regionspot.cache.storage import LocalStorage, open_storage
 from regionspot.cache.store import FeatureCache
 
@@ -94,7 +95,7 @@ def part_bytes(feature_set: FeatureSet, offsets: NDArray[np.int64], geometry: Ge
         records += len(rows) if feature_set.kind == "map" else math.ceil(regions / TOKEN_CHUNK)
     values = math.prod(feature_set.record_shape) * feature_set.stored.itemsize
     scales = 2 * math.prod(feature_set.scale_shape) if feature_set.has_scales else 0
-    index = geometry.slots(feature_set) * 16 * (2 if feature_set.has_scales else 1)
+    index = index_bytes(geometry.slots(feature_set)) * (2 if feature_set.has_scales else 1)
     share = _COMPRESSED if feature_set.compression else 1.0
     return int(records * (values + scales) * share) + len(parts) * index
 
