@@ -23,12 +23,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from regionspot.cache.errors import InputError
 from regionspot.cache.manifest import Manifest
 from regionspot.evaluation.inference import Unreadable
 from regionspot.evaluation.methods import PhotoReader
 from regionspot.evaluation.scoring import RegionScores, Timed, class_probabilities
 from regionspot.fusion.vocabulary import Vocabulary
-from regionspot.pipeline.encoder import SemanticEncoder
+from regionspot.pipeline.models import ProjectingEncoder, TextEncoder
 from regionspot.pipeline.photos import Exif
 
 CROPS_AT_ONCE = 64
@@ -54,7 +55,7 @@ class CropBaseline:
 
     def __init__(
         self,
-        encoder: SemanticEncoder,
+        encoder: TextEncoder,
         manifest: Manifest,
         photos: Path,
         vocabulary: Vocabulary,
@@ -96,13 +97,18 @@ class PooledBaseline:
 
     def __init__(
         self,
-        encoder: SemanticEncoder,
+        encoder: TextEncoder,
         manifest: Manifest,
         photos: Path,
         vocabulary: Vocabulary,
         *,
         exif: Exif = "auto",
     ) -> None:
+        if not isinstance(encoder, ProjectingEncoder):
+            raise InputError(
+                f"encoder {encoder.name}: its map has no projection into the text's space, which pooling needs; "
+                "take the baseline of crops"
+            )
         self.manifest, self.device = manifest, torch.device(encoder.device)
         self._encoder = encoder
         self._text = vocabulary.embeddings.to(self.device)
@@ -158,6 +164,6 @@ def pooling_weights(boxes_xyxy: NDArray[np.float32], size: tuple[int, int], grid
     return weights
 
 
-def _identity(encoder: SemanticEncoder, vocabulary: Vocabulary, exif: Exif) -> dict[str, Any]:
+def _identity(encoder: TextEncoder, vocabulary: Vocabulary, exif: Exif) -> dict[str, Any]:
     scale = encoder.logit_scale
     return {"encoder": encoder.provenance, "vocabulary": vocabulary.digest, "exif": exif, "logit_scale": scale}

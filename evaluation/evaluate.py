@@ -27,7 +27,7 @@ from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones import preset_named
 from regionspot.pipeline.datasets import photo_dir, read_dataset
-from regionspot.pipeline.encoder import load_encoder
+from regionspot.pipeline.encoder import load_text_encoder
 from regionspot.pipeline.failure_limit import ONE_PERCENT, FailureLimit
 from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.proposals import GROUND_TRUTH, with_boxes
@@ -153,7 +153,7 @@ def _baseline(
             raise InputError("a baseline without a checkpoint needs its encoder; give --preset")
         name = preset_named(asked.preset).encoder
     source, rule = asked.clip_weights or asked.weights, asked.preprocess or "direct"
-    encoder = load_encoder(name, source, device, asked.dtype, preprocess=rule)
+    encoder = load_text_encoder(name, source, device, asked.dtype, preprocess=rule)
     vocabulary = build_vocabulary(_names(manifest), _templates(asked, info), encoder)
     kind = CropBaseline if baseline == "crop" else PooledBaseline
     return kind(encoder, manifest, photos, vocabulary, exif=asked.exif), vocabulary

@@ -30,8 +30,9 @@ from regionspot.fusion.head import FusionHead
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones import PRESETS
-from regionspot.pipeline.encoder import SemanticEncoder, load_encoder
-from regionspot.pipeline.localizer import Localizer, load_localizer
+from regionspot.pipeline.encoder import load_text_encoder
+from regionspot.pipeline.localizer import load_localizer
+from regionspot.pipeline.models import Localizer, MaskingLocalizer, TextEncoder
 from regionspot.pipeline.photos import read_photo, to_rgb
 
 MASK_PIXELS = 50_000_000  # of the bool masks that are in memory at a time
@@ -76,7 +77,7 @@ class RegionSpot:
         self,
         head: FusionHead,
         localizer: Localizer,
-        encoder: SemanticEncoder,
+        encoder: TextEncoder,
         templates: Sequence[str],
     ) -> None:
         self.device = torch.device(encoder.device)
@@ -120,7 +121,7 @@ class RegionSpot:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         rule = preprocess or preprocess_of(loaded.info)
         localizer = load_localizer(localizer_name, sam_weights or weights, device, dtype, preprocess=rule)
-        encoder = load_encoder(encoder_name, clip_weights or weights, device, dtype, preprocess=rule)
+        encoder = load_text_encoder(encoder_name, clip_weights or weights, device, dtype, preprocess=rule)
         if check_weights:
             for backbone in (localizer, encoder):
                 _require_same_weights(path, loaded.info, backbone.name, backbone.provenance["weights_sha256"])
@@ -197,10 +198,14 @@ class RegionSpot:
     def _locate(self, picture: Prepared, embedding: Tensor, masks: bool) -> tuple[Tensor, Masks | None]:
         """Tokens (n, C) of one picture's boxes, and their masks, a few at a time: bool masks of 300 boxes are large."""
         if not masks:
-            return self.localizer.tokens(embedding, picture.boxes_xyxy, picture.size), None
+            found = self.localizer.tokens_of_pictures(embedding[None], [picture.boxes_xyxy], [picture.size])
+            return found[0], None
+        localizer = self.localizer
+        if not isinstance(localizer, MaskingLocalizer):
+            raise InputError(f"localizer {localizer.name}: draws no masks; ask for none")
         step = max(1, MASK_PIXELS // (picture.size[0] * picture.size[1]))
         pieces = [
-            self.localizer.tokens_and_masks(embedding, picture.boxes_xyxy[start : start + step], picture.size)
+            localizer.tokens_and_masks(embedding, picture.boxes_xyxy[start : start + step], picture.size)
             for start in range(0, max(1, len(picture.boxes_xyxy)), step)
         ]
         made = concatenate_masks([Masks.encode(bits) for _, bits in pieces])

@@ -12,7 +12,8 @@ from regionspot.cache.errors import ProvenanceMismatchError
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
-from regionspot.pipeline.encoder import SemanticEncoder, load_encoder
+from regionspot.pipeline.encoder import load_text_encoder
+from regionspot.pipeline.models import TextEncoder
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,8 @@ class EncoderOnDemand:
         return self._encoder.embed_prompts(prompts)
 
     @cached_property
-    def _encoder(self) -> SemanticEncoder:
-        encoder = load_encoder(self.name, self.source, self.device or "cpu")
+    def _encoder(self) -> TextEncoder:
+        encoder = load_text_encoder(self.name, self.source, self.device or "cpu")
         if encoder.weights_sha256 != self.weights_sha256:
             raise ProvenanceMismatchError(
                 f"{self.name}: the cache was made with weights {self.weights_sha256[:16]}, but "

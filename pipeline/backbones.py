@@ -6,17 +6,20 @@ loaders fill every tensor. The model libraries are imported when a model is buil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from importlib.metadata import version
+from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from regionspot.cache.errors import InputError
+from regionspot.pipeline.models import Asked
+from regionspot.pipeline.open_clip_models import BuiltClip, build_open_clip, model_and_tag
+from regionspot.pipeline.registry import stored_name
+from regionspot.pipeline.undrawn import undrawn
 from regionspot.pipeline.weight_files import StateDict
-from regionspot.pipeline.weights import OFFICIAL, OfficialFile
+from regionspot.pipeline.weights import OFFICIAL, LoadedWeights
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ def preset_named(name: str) -> Preset:
 
 # Names in segment_anything.sam_model_registry.
 SAM_MODELS = {"sam_vit_b": "vit_b", "sam_vit_l": "vit_l", "sam_vit_h": "vit_h"}
+MOBILE_SAM = "mobile_sam"
 # Names of open_clip's configurations. OpenAI trained with QuickGELU; the plain names would load the same weights
 # and compute with another activation, off by 8 % and with no warning.
 CLIP_MODELS = {
@@ -54,54 +58,18 @@ CLIP_MODELS = {
     "clip_vit_l_14": "ViT-L-14-quickgelu",
     "clip_vit_l_14_336": "ViT-L-14-336-quickgelu",
 }
-LOCALIZERS = (*SAM_MODELS, "toy_sam")
-ENCODERS = (*CLIP_MODELS, "toy_clip")
-OPEN_CLIP = "open_clip:"  # open_clip:MODEL or open_clip:MODEL:TAG, any other of its models
-
-# What a text or image tower may not have: the map needs a class token in front of the patches, and cutting prompts
-# at their end needs a causal text tower and open_clip's own tokenizer.
-UNSUPPORTED_VISION = ("timm_model_name", "attentional_pool", "pool_type", "final_ln_after_pool")
-UNSUPPORTED_TEXT = ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls", "pool_type", "proj_type")
 
 
-class Tokenizer(Protocol):
-    """Words to ids, as open_clip's SimpleTokenizer does; `encode` gives those of the words alone."""
-
-    sot_token_id: int
-    eot_token_id: int
-
-    def encode(self, text: str) -> list[int]: ...
-
-
-@dataclass(frozen=True)
-class BuiltClip:
-    """An open_clip CLIP without weights, and what goes with it: `mean` and `std` normalise a picture in [0, 1]."""
-
-    model: Any  # open_clip and segment_anything carry no types
-    tokenizer: Tokenizer
-    mean: Sequence[float]
-    std: Sequence[float]
-    official: OfficialFile | None = None
-    unpack: Callable[[StateDict], StateDict] = dict  # from what a file holds to the model's own state dict
-
-
-class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Leaves tensors as they are where an initialiser would draw them."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
-            return args[0]
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def undrawn() -> Iterator[None]:
-    """Build modules without initial weights: 1.6 s -> 0.1 s for SAM ViT-B, 7.4 s -> 0.1 s for CLIP ViT-L/14.
-
-    Every parameter must be loaded afterwards. The global random generator is left as it was.
-    """
-    with torch.random.fork_rng(devices=[]), _NoDraws():  # type: ignore[no-untyped-call]
-        yield
+def stated(asked: Asked, loaded: LoadedWeights, pixels: int, *packages: str) -> dict[str, Any]:
+    """What the provenance of every model says; `packages` are those whose versions might matter."""
+    return {
+        "model": stored_name(asked.name),
+        "weights_sha256": loaded.sha256,
+        "weights_origin": loaded.origin,
+        "input_pixels": pixels,
+        "dtype": asked.dtype,
+        "versions": {package: version(package) for package in ("torch", *packages, "regionspot")},
+    }
 
 
 def build_sam(name: str) -> Any:
@@ -111,17 +79,26 @@ def build_sam(name: str) -> Any:
 
         with undrawn():
             return build_toy_sam()
-    if name not in SAM_MODELS:
-        raise InputError(f"localizer {name!r}: unknown; expected one of {', '.join(LOCALIZERS)}")
+    if name not in (*SAM_MODELS, MOBILE_SAM):
+        raise InputError(f"{name!r}: is no SAM; expected one of {', '.join((*SAM_MODELS, MOBILE_SAM, 'toy_sam'))}")
     from segment_anything import sam_model_registry
 
     with undrawn():
-        return sam_model_registry[SAM_MODELS[name]]()
+        sam = sam_model_registry[SAM_MODELS.get(name, "vit_b")]()
+        if name == MOBILE_SAM:
+            from regionspot.pipeline.tiny_vit import TinyVitEncoder
+
+            sam.image_encoder = TinyVitEncoder()
+    return sam
 
 
-def encoder_name(name: str) -> str:
-    """The name under which an encoder's features are stored: one path component, so tags follow a colon."""
-    return name.replace("/", ":") if name.startswith(OPEN_CLIP) else name
+def sam_unpacker(name: str) -> Callable[[StateDict], StateDict]:
+    """From what a file of that name holds to the state dict of `build_sam`'s model."""
+    if name != MOBILE_SAM:
+        return dict
+    from regionspot.pipeline.tiny_vit import from_mobile_sam
+
+    return from_mobile_sam
 
 
 def build_clip(name: str) -> BuiltClip:
@@ -129,14 +106,8 @@ def build_clip(name: str) -> BuiltClip:
     if name == "toy_clip":
         return _build_toy_clip()
     if name in CLIP_MODELS:
-        return _build_open_clip(CLIP_MODELS[name], None, OFFICIAL[name])
-    if not name.startswith(OPEN_CLIP):
-        raise InputError(
-            f"encoder {name!r}: unknown; expected one of {', '.join(ENCODERS)}, or {OPEN_CLIP}MODEL:TAG with a model "
-            "and a pretrained tag of open_clip"
-        )
-    model, _, tag = encoder_name(name).removeprefix(OPEN_CLIP).partition(":")
-    return _build_open_clip(model, tag or None, None)
+        return build_open_clip(CLIP_MODELS[name], None, OFFICIAL[name])
+    return build_open_clip(*model_and_tag(name))
 
 
 def _build_toy_clip() -> BuiltClip:
@@ -157,58 +128,4 @@ def _build_toy_clip() -> BuiltClip:
     with undrawn():
         model = build_toy_clip()
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    return BuiltClip(model, toy_tokenizer(), mean, std, unpack=spread)
-
-
-def _build_open_clip(model: str, tag: str | None, official: OfficialFile | None) -> BuiltClip:
-    import open_clip
-
-    config = open_clip.get_model_config(model)
-    _check_supported(model, config)
-    published: dict[str, Any] = open_clip.get_pretrained_cfg(model, tag) if tag else {}
-    if tag and not published:
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model)) or "none"
-        raise InputError(f"encoder {OPEN_CLIP}{model}: has no pretrained tag {tag!r}; expected one of: {tags}")
-    if tag and published.get("quick_gelu", False) != config.get("quick_gelu", False):
-        other = model.removesuffix("-quickgelu") if config.get("quick_gelu") else f"{model}-quickgelu"
-        raise InputError(f"encoder {OPEN_CLIP}{model}: {tag!r} was trained with the other activation; use {other}")
-    with undrawn():
-        clip = open_clip.model.CLIP(**config)
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    return BuiltClip(
-        clip,
-        open_clip.get_tokenizer(model),
-        published.get("mean", mean),
-        published.get("std", std),
-        official or _published_file(model, tag, published),
-    )
-
-
-def _check_supported(model: str, config: dict[str, Any] | None) -> None:
-    if config is None:
-        raise InputError(f"encoder {OPEN_CLIP}{model}: open_clip has no model of this name (open_clip.list_models())")
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    odd = [key for key in UNSUPPORTED_VISION if vision.get(key)] + [key for key in UNSUPPORTED_TEXT if text.get(key)]
-    if isinstance(vision.get("layers"), list):
-        odd.append("layers of a ResNet")
-    if "multimodal_cfg" in config:
-        odd.append("multimodal_cfg")
-    if odd:
-        raise InputError(
-            f"encoder {OPEN_CLIP}{model}: its configuration has {', '.join(odd)}; expected a vision transformer with "
-            "a class token and open_clip's own causal text tower and tokenizer"
-        )
-
-
-def _published_file(model: str, tag: str | None, published: dict[str, Any]) -> OfficialFile | None:
-    """Where open_clip says that the weights of a tag are, stored under the model's and the tag's names."""
-    if not published:
-        return None
-    repository, _, file = published.get("hf_hub", "").rpartition("/")
-    if repository:
-        file = file or "open_clip_model.safetensors"  # open_clip.constants.HF_SAFE_WEIGHTS_NAME
-        url = f"https://huggingface.co/{repository}/resolve/main/{file}"
-    else:
-        url = published["url"]
-    suffix = url.rpartition(".")[2]
-    return OfficialFile(f"{model}.{tag}.{suffix}", url, None)
+    return BuiltClip(model, toy_tokenizer(), mean, std, unpack=spread, text_config={})

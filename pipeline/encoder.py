@@ -9,7 +9,6 @@ the rest for whoever wants CLIP's own space.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -17,16 +16,19 @@ from PIL import Image
 from torch import Tensor
 
 from regionspot.cache.errors import InputError
-from regionspot.pipeline.backbones import BuiltClip, Tokenizer, build_clip, encoder_name
-from regionspot.pipeline.dtypes import autocast, check_dtype
-from regionspot.pipeline.preprocess import Preprocess, preprocess_named
+from regionspot.pipeline.backbones import build_clip, stated
+from regionspot.pipeline.dtypes import autocast, resolve_dtype
+from regionspot.pipeline.models import Asked, SemanticEncoder, TextEncoder, missing_of
+from regionspot.pipeline.open_clip_models import Tokenizer
+from regionspot.pipeline.preprocess import preprocess_named
+from regionspot.pipeline.registry import ENCODERS, stored_name
 from regionspot.pipeline.weights import load_weights
 
 PROMPT_BATCH = 256
 
 
-class SemanticEncoder:
-    """A frozen CLIP. Made by `load_encoder`.
+class ClipEncoder:
+    """A frozen CLIP with a class token. Made by `load_encoder`; a `models.ProjectingEncoder`.
 
     name            registry name, which is also that of the feature set in a cache
     pixels          side of the square that a picture is squeezed into
@@ -37,25 +39,35 @@ class SemanticEncoder:
     weights_sha256  of the file that holds both towers; "random:SEED" for drawn weights
     """
 
-    def __init__(
-        self, name: str, clip: BuiltClip, provenance: dict[str, Any], device: str, dtype: str, preprocess: Preprocess
-    ) -> None:
-        self.name = name
-        self.provenance = provenance
-        self.weights_sha256: str = provenance["weights_sha256"]
-        self.device = torch.device(device)
+    def __init__(self, asked: Asked) -> None:
+        clip = build_clip(asked.name)
+        self.name = stored_name(asked.name)
+        loaded = load_weights(self.name, asked.weights, clip.model.state_dict(), clip.official, clip.unpack)
+        clip.model.load_state_dict(loaded.state_dict)
+        self.weights_sha256 = loaded.sha256
+        self.device = torch.device(asked.device)
         self._clip = clip.model.to(self.device).eval().requires_grad_(False)
         self._tokenizer: Tokenizer = clip.tokenizer
         self._normalisation = (tuple(clip.mean), tuple(clip.std))
-        self._dtype = dtype
-        self._preprocess = preprocess
+        self._dtype, self._preprocess = asked.dtype, asked.preprocess
         self.pixels: int = self._clip.visual.image_size[0]
+        self.provenance: dict[str, Any] = {
+            **stated(asked, loaded, self.pixels, "open_clip_torch"),
+            **asked.preprocess.clip_provenance(self.pixels),
+            "mean": list(clip.mean),
+            "std": list(clip.std),
+        }
         self.map_shape: tuple[int, int] = tuple(self._clip.visual.positional_embedding.shape)
         self.text_dim: int = self._clip.visual.proj.shape[1]
         self.logit_scale = float(self._clip.logit_scale.exp())
         taught = self._clip.token_embedding.weight.any(dim=1)
         # Only the toy CLIP has words that were never taught, rows of zeros in its word table.
         self._taught = None if taught.all() else frozenset(taught.nonzero()[:, 0].tolist())
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures to encode at a time."""
+        return 8
 
     def preprocess(self, photo: Image.Image) -> Tensor:
         """float32 (3, p, p), normalised."""
@@ -129,29 +141,28 @@ class SemanticEncoder:
 def load_encoder(
     name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, preprocess: str = "direct"
 ) -> SemanticEncoder:
-    """A semantic encoder of `backbones.ENCODERS`, or "open_clip:MODEL:TAG", with its weights.
+    """A semantic encoder of `registry.ENCODERS`, "open_clip:MODEL:TAG" or "package.module:Class", with its weights.
 
     `weights` is a source that `load_weights` knows. `dtype` is what the image tower computes in (float32, bfloat16,
-    float16); prompts and projections are always computed in float32. `preprocess` is a preset of preprocess.py.
+    float16, or "auto"); prompts and projections are always computed in float32. `preprocess` is a preset of
+    preprocess.py.
 
-    Raises InputError for an unknown name, dtype or preset, WeightsError for weights that cannot be had or do not fit.
+    Raises InputError for an unknown name, dtype or preset, or an encoder that lacks what one needs; WeightsError for
+    weights that cannot be had or do not fit.
     """
-    check_dtype(dtype)
-    rule = preprocess_named(preprocess)
-    name = encoder_name(name)
-    clip = build_clip(name)
-    loaded = load_weights(name, weights, clip.model.state_dict(), clip.official, clip.unpack)
-    clip.model.load_state_dict(loaded.state_dict)
-    pixels = clip.model.visual.image_size[0]
-    provenance = {
-        "model": name,
-        "weights_sha256": loaded.sha256,
-        "weights_origin": loaded.origin,
-        "input_pixels": pixels,
-        **rule.clip_provenance(pixels),
-        "mean": list(clip.mean),
-        "std": list(clip.std),
-        "dtype": dtype,
-        "versions": {package: version(package) for package in ("torch", "open_clip_torch", "regionspot")},
-    }
-    return SemanticEncoder(name, clip, provenance, device, dtype, rule)
+    dtype, rule = resolve_dtype(dtype, device, "encoder"), preprocess_named(preprocess)
+    model = ENCODERS.build(Asked(name, weights, device, dtype, rule))
+    if not isinstance(model, SemanticEncoder):
+        lacking = missing_of(model, SemanticEncoder)
+        raise InputError(f"encoder {name!r}: lacks {lacking}, which models.SemanticEncoder states")
+    return model
+
+
+def load_text_encoder(
+    name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, preprocess: str = "direct"
+) -> TextEncoder:
+    """The same for who needs its text tower too. Raises InputError also for an encoder that has none."""
+    model = load_encoder(name, weights, device, dtype, preprocess=preprocess)
+    if not isinstance(model, TextEncoder):
+        raise InputError(f"encoder {name!r}: has no text tower, which class names need; take one of models.TextEncoder")
+    return model

@@ -6,6 +6,7 @@ look at what it made.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -17,10 +18,10 @@ from torch import Tensor
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.progress import Progress
 from regionspot.cache.schema import PictureFeatures, Stored
+from regionspot.pipeline.batch_size import Halving
 from regionspot.pipeline.decoding import Decoded
-from regionspot.pipeline.encoder import SemanticEncoder
 from regionspot.pipeline.frozen_models import Backbones
-from regionspot.pipeline.localizer import Localizer
+from regionspot.pipeline.models import Localizer, SemanticEncoder
 
 
 def batches_of(pictures: Iterator[Decoded], size: int, part_size: int, progress: Progress) -> Iterator[list[Decoded]]:
@@ -62,6 +63,7 @@ class BatchEncoder:
         self.progress = progress
         self._manifest, self._backbones = manifest, backbones
         self._device = backbones.device
+        self._pieces = defaultdict[str, Halving](Halving)  # by model: a batch that fits one may be too much for another
         self.ignored_orientations = 0
 
     def __call__(self, batches: Iterable[list[Decoded]]) -> Iterator[PictureFeatures]:
@@ -96,7 +98,7 @@ class BatchEncoder:
             return
         with self.progress.timed("encode"):
             inputs = [self._on_device(picture.inputs[encoder.name]) for picture in wanting]
-            maps = encoder.encode(torch.stack(inputs)).float()
+            maps = self._pieces[encoder.name](lambda piece: encoder.encode(torch.stack(list(piece))), inputs).float()
             for picture, feature_map in zip(wanting, self._on_host(maps), strict=True):
                 outputs[picture.row][encoder.name] = feature_map
 
@@ -105,7 +107,8 @@ class BatchEncoder:
         if not wanting:
             return
         with self.progress.timed("encode"):
-            embeddings = localizer.encode([self._on_device(picture.inputs[localizer.name]) for picture in wanting])
+            inputs = [self._on_device(picture.inputs[localizer.name]) for picture in wanting]
+            embeddings = self._pieces[localizer.name](localizer.encode, inputs)
         with self.progress.timed("tokens"):
             boxes = [self._manifest.boxes_xyxy[self._manifest.regions(picture.row)] for picture in wanting]
             found = localizer.outputs_of_pictures(embeddings, boxes, [picture.size for picture in wanting])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -12,10 +13,13 @@ from regionspot.cache.encodings import Encoding
 from regionspot.cache.errors import InputError
 from regionspot.cache.schema import FeatureSet
 from regionspot.pipeline.backbones import preset_named
+from regionspot.pipeline.batch_size import batch_size_of
 from regionspot.pipeline.dtypes import resolve_dtype
-from regionspot.pipeline.encoder import SemanticEncoder, load_encoder
-from regionspot.pipeline.localizer import Localizer, load_localizer
+from regionspot.pipeline.encoder import load_encoder
+from regionspot.pipeline.localizer import load_localizer
+from regionspot.pipeline.models import FIRST, Localizer, SemanticEncoder
 from regionspot.pipeline.photos import Exif
+from regionspot.pipeline.registry import stored_name
 
 FLOAT16 = Encoding("float16")
 NONE = "none"  # in place of a model's name: leave it out
@@ -41,6 +45,7 @@ class Backbones:
         localizer: str | None = None,
         encoders: Sequence[str] = (),
         preprocess: str = "direct",
+        tokens: str = FIRST,
         held: Mapping[str, FeatureSet] | None = None,
     ) -> Backbones:
         """The models of a preset, or others in their place, on a GPU where there is one.
@@ -50,6 +55,7 @@ class Backbones:
         localizer   instead of the preset's; "none": leave it out
         encoders    likewise
         preprocess  "direct" or "reference"
+        tokens      "first", or "all": the three other mask tokens and the predicted IoU as well
         held        feature sets of the cache to go on with
 
         Raises InputError for names and dtypes that there are not, WeightsError for weights that cannot be had.
@@ -61,7 +67,7 @@ class Backbones:
         place = device or ("cuda" if torch.cuda.is_available() else "cpu")
 
         def dtype_of(name: str, kind: Literal["localizer", "encoder"]) -> str:
-            stored = (held or {}).get(name) if dtype == "auto" else None
+            stored = (held or {}).get(stored_name(name)) if dtype == "auto" else None
             return str(stored.provenance["dtype"]) if stored else resolve_dtype(dtype, place, kind)
 
         first = localizer or names.localizer
@@ -72,6 +78,7 @@ class Backbones:
                 place,
                 dtype_of(first, "localizer"),
                 preprocess=preprocess,
+                tokens=tokens,
             )
             if first != NONE
             else None
@@ -95,10 +102,10 @@ class Backbones:
         models = [model for model in (self.localizer, *self.encoders) if model is not None]
         return models[0].device if models else torch.device("cpu")
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
-        """Pictures to encode at a time, where nobody says otherwise."""
-        return 8 if self.localizer is None else self.localizer.batch_size
+        """Pictures to encode at a time, where nobody says otherwise; on a GPU found by trying, once."""
+        return batch_size_of([model for model in (self.localizer, *self.encoders) if model is not None])
 
     def feature_sets(
         self, exif: Exif = "auto", encoding: Encoding = FLOAT16, token_encoding: Encoding = FLOAT16

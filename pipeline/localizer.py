@@ -1,7 +1,7 @@
-"""The localizer: SAM's image encoder (sam_encoder.py) and mask decoder, as far as a token needs it (token_decoder.py).
+"""SAM as a localizer: its image encoder (sam_encoder.py), and of its mask decoder what is kept (region_tokens.py).
 
-A location token is what the mask decoder's transformer makes of its first mask query. The published method takes
-nothing else, so masks are upscaled only where somebody asks for them.
+Masks are upscaled only where somebody asks for them. MobileSAM is a SAM with another image encoder (tiny_vit.py), SAM 2
+a class of its own (sam2_localizer.py); all are loaded by name here.
 """
 
 # B pictures, n boxes, C token width (256), g side of the embedding (64), h, w pixels
@@ -9,8 +9,7 @@ nothing else, so masks are upscaled only where somebody asks for them.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from importlib.metadata import version
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,25 +19,25 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from regionspot.pipeline.backbones import build_sam
-from regionspot.pipeline.dtypes import check_dtype
-from regionspot.pipeline.preprocess import Preprocess, preprocess_named
+from regionspot.cache.errors import InputError
+from regionspot.pipeline.backbones import build_sam, sam_unpacker, stated
+from regionspot.pipeline.dtypes import autocast, resolve_dtype
+from regionspot.pipeline.models import ALL, FIRST, Asked, Localizer, missing_of
+from regionspot.pipeline.preprocess import preprocess_named
+from regionspot.pipeline.region_tokens import TOKEN_SLOT, RegionTokens
+from regionspot.pipeline.registry import LOCALIZERS
 from regionspot.pipeline.sam_encoder import SamEncoder
-from regionspot.pipeline.token_decoder import FIRST_MASK_TOKEN, TokenDecoder
+from regionspot.pipeline.token_decoder import FIRST_MASK_TOKEN
 from regionspot.pipeline.weights import load_weights
 
 # Of ImageNet, in 0..255 (segment_anything/build_sam.py).
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
-TOKEN_SLOT = 0  # the single-mask output of the mask decoder's four; the paper's choice
-# Boxes decoded at a time. Each carries some 15 MB of cells and scores through the decoder: few stay in a CPU's
-# caches (16 boxes of SAM ViT-B on one core: 0.30 s by 2 to 4, 0.37 s by 16), many keep a GPU's cores busy.
-TOKEN_CHUNK = {"cpu": 4, "cuda": 128}
 MASK_CHUNK = 8  # masks are interpolated in float32 at the original size: 48 MB each for a 12-megapixel photo
 
 
-class Localizer:
-    """A frozen SAM. Made by `load_localizer`.
+class SamLocalizer:
+    """A frozen SAM or MobileSAM. Made by `load_localizer`; a `models.MaskingLocalizer`.
 
     name        registry name, which is also that of the feature set in a cache
     pixels      the longer side of a picture on entry
@@ -46,20 +45,39 @@ class Localizer:
     provenance  what decides the tokens' values, JSON-able
     """
 
-    def __init__(
-        self, name: str, sam: Any, provenance: dict[str, Any], device: str, dtype: str, preprocess: Preprocess
-    ) -> None:
-        self.name = name
-        self.provenance = provenance
-        self.device = torch.device(device)
-        self._preprocess = preprocess
+    def __init__(self, asked: Asked) -> None:
+        sam = build_sam(asked.name)
+        loaded = load_weights(asked.name, asked.weights, sam.state_dict(), unpack=sam_unpacker(asked.name))
+        sam.load_state_dict(loaded.state_dict)
+        self.name = asked.name
+        self.device = torch.device(asked.device)
         self._sam = sam.to(self.device).eval().requires_grad_(False)
         self.pixels: int = self._sam.image_encoder.img_size
-        self.token_dim: int = self._sam.mask_decoder.transformer_dim
+        self._preprocess = asked.preprocess
+        self.provenance: dict[str, Any] = {
+            **stated(asked, loaded, self.pixels, "segment_anything"),
+            **asked.preprocess.sam_provenance(self.pixels),
+            "token_slot": TOKEN_SLOT,
+        }
         self._mean = torch.tensor(SAM_PIXEL_MEAN, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(SAM_PIXEL_STD, device=self.device).view(3, 1, 1)
-        self._encoder = SamEncoder(self._sam.image_encoder, dtype)
-        self._decoder = TokenDecoder(self._sam)
+        self._encoder = self._image_encoder(asked.dtype)
+        self._tokens = RegionTokens(self.name, self._sam, asked.tokens)
+        self.token_dim, self.outputs = self._tokens.width, self._tokens.outputs
+
+    def _image_encoder(self, dtype: str) -> Callable[[Tensor], Tensor]:
+        from segment_anything.modeling import ImageEncoderViT
+
+        encoder = self._sam.image_encoder
+        if isinstance(encoder, ImageEncoderViT):
+            return SamEncoder(encoder, dtype)
+
+        def plain(pictures: Tensor) -> Tensor:
+            with autocast(self.device, dtype):
+                embedding: Tensor = encoder(pictures)
+            return embedding.float()
+
+        return plain
 
     @property
     def batch_size(self) -> int:
@@ -80,7 +98,6 @@ class Localizer:
         # After normalising: the padding is 0, the mean colour, as in SAM's own preprocess.
         return F.pad(values, (0, self.pixels - values.shape[2], 0, self.pixels - values.shape[1]))
 
-    @torch.no_grad()
     def tokens(self, embedding: Tensor, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]) -> Tensor:
         """float32 (n, C): the location token of each box, in order.
 
@@ -90,7 +107,6 @@ class Localizer:
         """
         return self.tokens_of_pictures(embedding[None], [boxes_xyxy], [original_size])[0]
 
-    @torch.no_grad()
     def tokens_of_pictures(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
@@ -98,14 +114,13 @@ class Localizer:
 
         embeddings (B, C, g, g), boxes and sizes as for `tokens`, one entry a picture; returns B tensors (n, C).
         """
-        counts = [len(boxes) for boxes in boxes_xyxy]
-        scaled = [self._scaled(boxes, size) for boxes, size in zip(boxes_xyxy, original_sizes, strict=True)]
-        picture = np.repeat(np.arange(len(counts)), counts).tolist()
-        chunk = TOKEN_CHUNK["cuda" if self.device.type == "cuda" else "cpu"]
-        wanted = [FIRST_MASK_TOKEN + TOKEN_SLOT]
-        decoded = self._decoder.decode(embeddings.to(self.device).float(), torch.cat(scaled), picture, wanted, chunk)
-        none = torch.zeros(0, self.token_dim, device=self.device)
-        return list(torch.split(torch.cat([none, *(part.queries[:, 0] for part in decoded)]), counts))
+        return self._tokens.first(embeddings, self._all_scaled(boxes_xyxy, original_sizes))
+
+    def outputs_of_pictures(
+        self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """The same with all that `outputs` names: of each picture, tensors (n, *shape) by feature set."""
+        return self._tokens.kept(embeddings, self._all_scaled(boxes_xyxy, original_sizes))
 
     @torch.no_grad()
     def tokens_and_masks(
@@ -115,12 +130,17 @@ class Localizer:
         tokens, masks = [torch.zeros(0, self.token_dim, device=self.device)], [np.zeros((0, *original_size), np.bool_)]
         boxes, entered = self._scaled(boxes_xyxy, original_size), self._preprocess.sam_size(original_size, self.pixels)
         embeddings, wanted = embedding[None].to(self.device).float(), [FIRST_MASK_TOKEN + TOKEN_SLOT]
-        for part in self._decoder.decode(embeddings, boxes, [0] * len(boxes), wanted, MASK_CHUNK):
+        for part in self._tokens.decoder.decode(embeddings, boxes, [0] * len(boxes), wanted, MASK_CHUNK):
             tokens.append(part.queries[:, 0])
             logits = self._mask_logits(tokens[-1], part.cells)
             full = self._sam.postprocess_masks(logits, entered, original_size)
             masks.append((full[:, 0] > self._sam.mask_threshold).cpu().numpy())
         return torch.cat(tokens), np.concatenate(masks)
+
+    def _all_scaled(
+        self, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        return [self._scaled(boxes, size) for boxes, size in zip(boxes_xyxy, original_sizes, strict=True)]
 
     def _scaled(self, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]) -> Tensor:
         """Boxes in pixels of the encoder's input. float32 always: in bfloat16 their Fourier features lose a pixel."""
@@ -138,29 +158,27 @@ class Localizer:
 
 
 def load_localizer(
-    name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, preprocess: str = "direct"
+    name: str,
+    weights: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    preprocess: str = "direct",
+    tokens: str = FIRST,
 ) -> Localizer:
-    """A localizer of `backbones.LOCALIZERS` with its weights.
+    """A localizer of `registry.LOCALIZERS`, or "package.module:Class", with its weights.
 
     `weights` is a source that `load_weights` knows. `dtype` is what the image encoder computes in (float32,
-    bfloat16, float16); the token decoder always computes in float32. `preprocess` is a preset of preprocess.py.
+    bfloat16, float16, or "auto"); the token decoder always computes in float32. `preprocess` is a preset of
+    preprocess.py. `tokens` is "first", or "all" for the other mask tokens and the predicted IoUs as well.
 
-    Raises InputError for an unknown name, dtype or preset, WeightsError for weights that cannot be had or do not fit.
+    Raises InputError for an unknown name, dtype, preset or `tokens`, or a localizer that lacks what one needs;
+    WeightsError for weights that cannot be had or do not fit.
     """
-    check_dtype(dtype)
-    rule = preprocess_named(preprocess)
-    sam = build_sam(name)
-    loaded = load_weights(name, weights, sam.state_dict())
-    sam.load_state_dict(loaded.state_dict)
-    pixels = sam.image_encoder.img_size
-    provenance = {
-        "model": name,
-        "weights_sha256": loaded.sha256,
-        "weights_origin": loaded.origin,
-        "input_pixels": pixels,
-        **rule.sam_provenance(pixels),
-        "dtype": dtype,
-        "token_slot": TOKEN_SLOT,
-        "versions": {package: version(package) for package in ("torch", "segment_anything", "regionspot")},
-    }
-    return Localizer(name, sam, provenance, device, dtype, rule)
+    dtype, rule = resolve_dtype(dtype, device, "localizer"), preprocess_named(preprocess)
+    model = LOCALIZERS.build(Asked(name, weights, device, dtype, rule, tokens))
+    if not isinstance(model, Localizer):
+        raise InputError(f"localizer {name!r}: lacks {missing_of(model, Localizer)}, which models.Localizer states")
+    if tokens == ALL and len(model.outputs) == 1:
+        raise InputError(f"localizer {name!r}: keeps its location token only; leave out --tokens {tokens}")
+    return model

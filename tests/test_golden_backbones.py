@@ -56,7 +56,7 @@ def test_golden_sam_tokens_and_masks_are_those_of_the_authors(localizer, photo, 
     assert masks.sum((1, 2)).tolist() == expected["mask_area"].tolist()
     # These masks cover the whole photo or nearly so; the logits tell more.
     scaled = localizer._scaled(boxes[:2], size)
-    decoded = next(localizer._decoder.decode(embedding[None], scaled, [0, 0], [FIRST_MASK_TOKEN], 2))
+    decoded = next(localizer._tokens.decoder.decode(embedding[None], scaled, [0, 0], [FIRST_MASK_TOKEN], 2))
     assert relative_error(localizer._mask_logits(decoded.queries[:, 0], decoded.cells), expected["low_res"]) < RELATIVE
 
 

@@ -9,7 +9,7 @@ from open_clip import OPENAI_IMAGENET_TEMPLATES
 from PIL import Image
 from torch.nn import functional as F
 
-from regionspot.pipeline.encoder import SemanticEncoder, load_encoder
+from regionspot.pipeline.encoder import ClipEncoder, load_encoder
 from regionspot.pipeline.localizer import load_localizer
 from regionspot.pipeline.toy_backbones import TOY_WEIGHTS, build_toy_sam, known_token_ids, unknown_words
 from regionspot.pipeline.toy_pictures import COLOURS, SHAPES, TEXTURES, Picture, draw_picture
@@ -49,7 +49,7 @@ def held_out() -> list[Shown]:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> SemanticEncoder:
+def encoder() -> ClipEncoder:
     return load_encoder("toy_clip")
 
 
