@@ -1,0 +1,131 @@
+"""Workers to give parts to: those of this machine, one a GPU, or those of a running dask cluster.
+
+none         this process alone
+local        a worker a GPU of this machine, one where there is none
+local:8      eight workers on this machine
+tcp://...    the workers of a scheduler that runs there, however it and they were started
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from regionspot.cache.errors import InputError
+from regionspot.pipeline.dealing import HANDS
+
+if TYPE_CHECKING:
+    from distributed import Client
+
+log = logging.getLogger(__name__)
+
+CONNECT_SECONDS = 10
+_ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
+
+
+def check_scheduler(text: str) -> str:
+    """The text itself. Raises InputError where it is none of those above."""
+    if text == "none" or _ADDRESS.fullmatch(text) or _local_workers(text) is not None:
+        return text
+    raise InputError(f"scheduler {text!r}: expected none, local, local:8 (eight workers) or tcp://host:8786")
+
+
+def gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each; from the driver, for torch takes seconds to import."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return []
+    asked = subprocess.run([tool, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
+    return asked.stdout.split() if asked.returncode == 0 else []
+
+
+@contextmanager
+def connected(scheduler: str) -> Iterator[Client]:
+    """A client of the workers that `scheduler` names; those of this machine are started, and ended on leaving.
+
+    Raises InputError where no scheduler answers.
+    """
+    import distributed  # noqa: F401  half a second to import, and it sets its log up
+
+    # Dask's own words about workers that come and go are said in one line each by schedule.py.
+    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    count = _local_workers(scheduler)
+    with _running(scheduler) if count is None else _local(count) as client:
+        yield client
+
+
+def dashboard(client: Client) -> str | None:
+    """Address of the cluster's dashboard, None where it has none."""
+    info = client.scheduler_info(n_workers=0)
+    if "dashboard" not in info.get("services", {}):
+        return None
+    return client.dashboard_link
+
+
+def _local_workers(text: str) -> int | None:
+    words = re.fullmatch(r"local(?::([1-9]\d*))?", text)
+    if words is None:
+        return None
+    return int(words[1]) if words[1] else max(len(gpus()), 1)
+
+
+@contextmanager
+def _running(address: str) -> Iterator[Client]:
+    from distributed import Client  # half a second to import
+
+    try:
+        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise InputError(
+            f"{address}: no scheduler answers ({type(error).__name__}); is `dask scheduler` running there, and may "
+            "this machine reach its port?"
+        ) from error
+    with client:
+        yield client
+
+
+@contextmanager
+def _local(count: int) -> Iterator[Client]:
+    import dask
+    from distributed import Client, Nanny, Scheduler, SpecCluster  # half a second to import
+
+    # In place of dask's own, which would have each worker use one thread, and give every freed page back to the system.
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": {"DASK_LOGGING__DISTRIBUTED": "critical"}}):
+        workers = {
+            number: {
+                "cls": Nanny,
+                "options": {
+                    "nthreads": HANDS,
+                    "memory_limit": 0,  # no limit: features are large and flow through, nothing piles up in dask
+                    "env": worker_environment(number, count),
+                    "host": "127.0.0.1",
+                    "dashboard": False,
+                },
+            }
+            for number in range(count)
+        }
+        scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
+        with (
+            SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
+            Client(cluster, set_as_default=False) as client,
+        ):
+            yield client
+
+
+def worker_environment(number: int, count: int) -> dict[str, str]:
+    """What worker `number` of `count` finds set: a GPU, in turn where there are fewer, and its share of the cores."""
+    found, cores = gpus(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = str(max(cores // count, 1))
+    environment = {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    if found:
+        environment["CUDA_VISIBLE_DEVICES"] = found[number % len(found)]
+    return environment

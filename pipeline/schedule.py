@@ -1,0 +1,276 @@
+"""The client's side of a run on many workers: parts out, reports in, until every part is done.
+
+Dask brings the workers, their addresses and its dashboard. Which worker does which part is decided here, by a `Dealer`:
+a task names its worker, so none waits in a queue of one that has died or stands still. Nothing travels but the job
+(where the cache and the photos are), part numbers, and reports of some hundred bytes; features go from a worker to the
+cache.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from regionspot.cache.errors import CacheError
+from regionspot.cache.progress import Progress
+from regionspot.pipeline.clusters import dashboard
+from regionspot.pipeline.dealing import DEATHS, Dealer, Offer
+from regionspot.pipeline.part_worker import Job, PartReport, do_part
+
+if TYPE_CHECKING:
+    from distributed import Client, Future
+
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 0.5  # between two looks which workers there are
+SAY_SECONDS = 60.0  # between two lines about what is waited for
+
+
+@dataclass
+class Totals:
+    """What the workers did together, as far as they are.
+
+    parts           that they wrote; `others` were done by other runs meanwhile
+    seconds         since the begin; `busy`: those of all parts, of which `stages` has each stage's
+    most_workers    that were there at once
+    with_failures   parts some of whose pictures could not be read
+    """
+
+    pictures: int = 0
+    failed: int = 0
+    ignored: int = 0
+    regions: int = 0
+    bytes: int = 0
+    parts: int = 0
+    others: int = 0
+    most_workers: int = 0
+    seconds: float = 0.0
+    busy: float = 0.0
+    stages: Counter[str] = field(default_factory=Counter)
+    with_failures: list[int] = field(default_factory=list)
+
+    def add(self, report: PartReport) -> None:
+        """Count a part that one of the workers has written."""
+        self.parts += 1
+        self.pictures += report.pictures
+        self.failed += report.failed
+        self.ignored += report.ignored
+        self.regions += report.regions
+        self.bytes += report.bytes
+        if report.failed:
+            self.with_failures.append(report.part)
+        self.busy += report.seconds
+        self.stages.update(report.stages)
+
+    def shares(self) -> dict[str, float]:
+        """Each stage's share of the workers' time."""
+        return {stage: seconds / max(self.busy, 1e-9) for stage, seconds in self.stages.items()}
+
+
+def run_parts(
+    client: Client,
+    job: Job,
+    parts: Mapping[int, int],
+    totals: Totals,
+    check: Callable[[], None] = lambda: None,
+) -> None:
+    """Have the workers of `client` do `parts` (with the number of pictures of each), and say how far they are.
+
+    totals  counts what was done
+    check   called after each part; what it raises ends the run
+
+    At an interrupt the workers end what they hold, then KeyboardInterrupt is raised; at a second one at once. Raises
+    CacheError, in one line, when a part cannot be done or the scheduler is gone; what is written by then stays.
+    """
+    run = _Run(client, job, parts, totals, check)
+    try:
+        run.until(lambda: run.dealer.finished)
+    except KeyboardInterrupt:
+        run.finish_what_is_held()
+        raise
+    finally:
+        run.cancel()
+
+
+class _Run:
+    def __init__(
+        self, client: Client, job: Job, parts: Mapping[int, int], totals: Totals, check: Callable[[], None]
+    ) -> None:
+        self._client, self._job, self._pictures, self._check = client, job, parts, check
+        self._ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
+        self._offers: dict[str, tuple[Offer, Future]] = {}
+        self._polled = self._said = float("-inf")
+        self.stopping = False
+        self.dealer, self.totals = Dealer(parts), totals
+        self.progress = Progress(sum(parts.values()), "pictures")
+
+    def until(self, over: Callable[[], bool]) -> None:
+        """Deal parts out and take reports in, until that is so."""
+        while not over():
+            self._look_for_workers()
+            while not self.stopping and (offer := self.dealer.next_offer(time.monotonic())) is not None:
+                self._send(offer)
+            try:
+                future = self._ended.get(timeout=POLL_SECONDS / 2)
+            except queue.Empty:
+                continue
+            if (found := self._offers.pop(future.key, None)) is not None:
+                self._take_in(found[0], future)
+
+    def finish_what_is_held(self) -> None:
+        """Wait for the parts that workers hold now."""
+        self.stopping = True
+        log.info(
+            "stopping: the workers end the %d parts that they hold; interrupt again to leave them", len(self._offers)
+        )
+        self.until(lambda: not self._offers)
+
+    def cancel(self) -> None:
+        """Forget what is still under way: a second run of a part that is done, and what an error leaves."""
+        futures = [future for _, future in self._offers.values()]
+        self._offers.clear()
+        if futures and self._client.status == "running":
+            self._client.cancel(futures, force=True)
+
+    def _send(self, offer: Offer) -> None:
+        if offer.again:
+            log.info("part %d is offered to %s as well", offer.part, offer.worker)
+        future = self._client.submit(
+            do_part,
+            self._job,
+            offer.part,
+            offer.again,
+            key=f"part-{offer.part:05d}-{offer.number}",
+            workers=[offer.worker],
+            allow_other_workers=False,
+            pure=False,
+        )
+        self._offers[future.key] = (offer, future)
+        future.add_done_callback(self._ended.put)
+
+    def _take_in(self, offer: Offer, future: Future) -> None:
+        now = time.monotonic()
+        if future.status != "finished":
+            self._worker_failed(offer, _trouble_of(future))
+            return
+        report: PartReport = future.result()
+        if report.outcome in ("done", "there"):
+            self._part_is_done(offer, report, now)
+        elif report.outcome == "held":
+            self._say(f"waiting for part {offer.part}, which {report.message} is at work on")
+            self.dealer.is_held(offer, now)
+        elif report.outcome == "left":
+            self.dealer.is_left(offer)
+        else:
+            self._worker_failed(offer, report.message)
+
+    def _part_is_done(self, offer: Offer, report: PartReport, now: float) -> None:
+        new = offer.part not in self.dealer.done
+        self.dealer.is_done(offer, now)
+        self.totals.seconds = self.progress.seconds
+        if report.outcome == "done":
+            self.totals.add(report)
+            self._check()
+        elif new:
+            self.totals.others += 1
+        if new:
+            shares = self.totals.shares()
+            self.progress.stage_seconds = {stage: share * self.progress.seconds for stage, share in shares.items()}
+            self.progress.step(self._pictures[offer.part])
+
+    def _worker_failed(self, offer: Offer, message: str) -> None:
+        if not self.stopping:
+            log.warning("%s gets no more parts: %s", offer.worker, message)
+        self.dealer.has_failed(offer, f"worker {offer.worker}: {message}")
+
+    def _look_for_workers(self) -> None:
+        now = time.monotonic()
+        if now - self._polled < POLL_SECONDS:
+            return
+        self._polled = now
+        before = self.dealer.workers
+        for offer in self.dealer.workers_are(worker_threads(self._client)):
+            log.warning("%s is gone; part %d goes to another worker", offer.worker, offer.part)
+            self._forget(offer)
+        self.totals.most_workers = max(self.totals.most_workers, self.dealer.workers)
+        if self.dealer.workers != before:
+            link = dashboard(self._client)
+            log.info("%d workers%s", self.dealer.workers, f"; dashboard: {link}" if link else "")
+        if not self.dealer.workers:
+            self._say(f"{self._client.scheduler.address}: no worker is there; parts go out as soon as one is")
+
+    def _forget(self, offer: Offer) -> None:
+        for key, (of, future) in list(self._offers.items()):
+            if of.number == offer.number:
+                del self._offers[key]
+                self._client.cancel([future], force=True)
+
+    def _say(self, words: str) -> None:
+        now = time.monotonic()
+        if now - self._said >= SAY_SECONDS:
+            self._said = now
+            log.info("%s", words)
+
+
+def on_one_worker(client: Client, what: str, function: Callable[..., Any], *args: Any) -> Any:
+    """What a function returns on the first worker that is there, or on another one when that one dies.
+
+    what    what it does, for people: "prepares the cache"
+    Raises CacheError when workers die of it, cannot begin it, or the scheduler is gone.
+    """
+    for _ in range(DEATHS):
+        worker = _first_worker(client)
+        log.info("worker %s %s", worker, what)
+        future = client.submit(function, *args, workers=[worker], allow_other_workers=False, pure=False)
+        while not future.done() and worker in worker_threads(client):
+            with suppress(TimeoutError):
+                future.result(timeout=POLL_SECONDS)
+        if future.status == "finished":
+            return future.result()
+        if future.status == "error":
+            raise CacheError(f"worker {worker}: {_trouble_of(future)}")
+        client.cancel([future], force=True)
+    raise CacheError(
+        f"{DEATHS} workers died in turn where one {what}; look at their logs, then run the same command again"
+    )
+
+
+def worker_threads(client: Client) -> dict[str, int]:
+    """The workers that the scheduler knows of, and how many threads each has. Raises CacheError when it is gone."""
+    if client.status == "running":
+        try:
+            return dict(client.nthreads())
+        except (OSError, TimeoutError):
+            pass
+    raise CacheError(
+        f"{client.scheduler.address}: the scheduler is gone; the parts that are done stay: start it and its workers "
+        "again, then the same command goes on"
+    )
+
+
+def _first_worker(client: Client) -> str:
+    said = False
+    while not (found := worker_threads(client)):
+        if not said:
+            log.info("%s: no worker is there yet; waiting for the first one", client.scheduler.address)
+        said = True
+        time.sleep(POLL_SECONDS)
+    return next(iter(found))
+
+
+def _trouble_of(future: Future) -> str:
+    """Why a task has no result: the worker could not even begin it, or it died at that moment."""
+    error = future.exception() if future.status == "error" else None
+    if error is None:
+        return "died while at work on it"
+    last = (str(error).strip().splitlines() or [""])[-1]
+    return (
+        f"could not begin: {type(error).__name__}: {last}; the scheduler and its workers need the same regionspot, "
+        "dask and Python as this machine"
+    )
