@@ -1,0 +1,214 @@
+"""Extraction on a GPU: pictures a second of the whole stage and of each part of it, beside what the card can do.
+
+Everything takes a device, so that a machine without a GPU can run all of it on the CPU with toy models: the rehearsal.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks.bench_extract_authors import Authors
+from benchmarks.bench_extract_data import WEIGHTS, Job, boxes_in
+from benchmarks.goals import Report, say
+from regionspot.cache import FeatureCache
+from regionspot.cache.schema import PictureFeatures
+from regionspot.pipeline.backbones import build_clip, build_sam, preset_named
+from regionspot.pipeline.batch_size import batch_size_of
+from regionspot.pipeline.decoding import Decoder, decode_ahead
+from regionspot.pipeline.extract import extract, open_for_extraction
+from regionspot.pipeline.frozen_models import Backbones
+from regionspot.pipeline.sam_encoder import SamEncoder
+from regionspot.pipeline.weights import load_weights
+
+OBJECTS365, ALL_SETS = 660_000, 2_500_000  # pictures: Objects365 v1; with OpenImages and V3Det
+STEPS, STAGES, HOURS = "Steps on the device", "The whole stage", "Hours"
+
+
+@dataclass(frozen=True)
+class Scale:
+    """seconds: of each measurement; matrix: side of the product that the card's rate is taken from."""
+
+    preset: str
+    photos: int
+    part: int
+    seconds: float
+    matrix: int
+
+
+FULL_GPU = Scale("bl", photos=4096, part=512, seconds=5, matrix=8192)
+REHEARSAL = Scale("toy", photos=24, part=8, seconds=0.05, matrix=256)
+
+
+def measure_gpu(report: Report, scale: Scale, device: str, scratch: Path) -> None:
+    """Fill the report. Takes some five minutes on a GPU, two of them for compiling."""
+    shutil.rmtree(scratch, ignore_errors=True)
+    job = Job(scale.preset, scratch / "photos", scale.photos)
+    job.write_photos()
+    place = torch.device(device)
+    backbones = Backbones.load(scale.preset, WEIGHTS, device=device)
+    size = batch_size_of([model for model in (backbones.localizer, *backbones.encoders) if model is not None])
+    operations = operations_of(scale.preset)
+    say("matrix rate")
+    matrix = matrix_rate(place, scale)
+    report.add_row(STEPS, step=f"bfloat16 product of {scale.matrix} x {scale.matrix}", **_rates(None, matrix, matrix))
+    for step, (rate, work) in _steps(backbones, job, size, place, scale, operations).items():
+        report.add_row(STEPS, step=step, **_rates(rate, rate * work, matrix))
+    whole = _stages(report, backbones, job, size, scale, scratch)
+    report.add_goal(
+        "share of the card's matrix rate, whole stage", whole * sum(operations.values()) / matrix, at_least=0.4
+    )
+    for name, pictures in (("Objects365 v1", OBJECTS365), ("all three sets", ALL_SETS)):
+        report.add_row(HOURS, dataset=name, pictures=f"{pictures:,}", hours=pictures / whole / 3600)
+    shutil.rmtree(scratch)
+
+
+def _rates(pictures: float | None, operations: float, matrix: float) -> dict[str, float | None]:
+    return {"pictures/s": pictures, "TFLOP/s": operations / 1e12, "/ matrix rate": operations / matrix}
+
+
+def matrix_rate(device: torch.device, scale: Scale) -> float:
+    """Operations a second of one large bfloat16 product."""
+    one, other = torch.randn(2, scale.matrix, scale.matrix, device=device, dtype=torch.bfloat16)
+    return rate_of(lambda: one @ other, device, scale.seconds) * 2 * scale.matrix**3
+
+
+def rate_of(work: Callable[[], object], device: torch.device, seconds: float) -> float:
+    """Calls a second, after two that are not counted; none waits for the one before it."""
+    for _ in range(2):
+        work()
+    _wait(device)
+    calls, started = 0, time.perf_counter()
+    while time.perf_counter() - started < seconds:
+        for _ in range(4):  # so that the device, not this loop, sets the pace
+            work()
+        calls += 4
+        _wait(device)
+    return calls / (time.perf_counter() - started)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def operations_of(preset: str) -> dict[str, int]:
+    """Multiplications and additions of one picture in the official models' own products."""
+    names = preset_named(preset)
+    with torch.device("meta"):
+        sam, clip = build_sam(names.localizer).image_encoder, build_clip(names.encoder).model.visual
+    found = {}
+    for name, model, pixels in (("SAM", sam, sam.img_size), ("CLIP", clip, clip.image_size[0])):
+        with FlopCounterMode(display=False) as counter:  # with gradients on: PyTorch's fused layers are not counted
+            model(torch.zeros(1, 3, pixels, pixels, device="meta"))
+        found[name] = counter.get_total_flops()
+    return found
+
+
+def _steps(
+    backbones: Backbones, job: Job, size: int, device: torch.device, scale: Scale, operations: dict[str, int]
+) -> dict[str, tuple[float, float]]:
+    """Pictures a second of each step, and operations of a picture in it."""
+    localizer, (encoder,) = backbones.localizer, backbones.encoders
+    if localizer is None:
+        raise ValueError(f"preset {job.preset}: has no localizer")
+    pixels, dtype = localizer.pixels, localizer.provenance["dtype"]
+    pictures = torch.randn(size, 3, pixels, pixels, device=device)
+    squares = torch.randn(size, 3, encoder.pixels, encoder.pixels, device=device)
+    boxes = [boxes_in(job.size(row), job.boxes, row) for row in range(size)]
+    sizes = [job.size(row) for row in range(size)]
+    embeddings = torch.randn(size, localizer.token_dim, pixels // 16, pixels // 16, device=device)
+    eager, compiled = (_sam_encoder(job.preset, dtype, device, compile) for compile in (False, True))
+    graphs = torch.compile(_sam_encoder(job.preset, dtype, device, False), mode="reduce-overhead")
+    sam, clip = operations["SAM"], operations["CLIP"]
+    tried: dict[str, tuple[Callable[[], object], float]] = {
+        f"SAM encoder, {dtype}, batches of {size}": (lambda: eager(pictures), sam),
+        "the same, compiled": (lambda: compiled(pictures), sam),
+        "the same, compiled, CUDA graphs": (lambda: graphs(pictures), sam),
+        f"CLIP, {encoder.provenance['dtype']}, batches of {size}": (lambda: encoder.encode(squares), clip),
+        f"tokens of {job.boxes} boxes, float32": (lambda: localizer.tokens_of_pictures(embeddings, boxes, sizes), 0),
+    }
+    found = {}
+    for step, (work, of_picture) in tried.items():
+        say(step)
+        if device.type != "cuda":
+            torch.compiler.set_stance("force_eager")  # a rehearsal is over before a compiler is
+        found[step] = rate_of(work, device, scale.seconds) * size, of_picture
+    return found
+
+
+def _sam_encoder(preset: str, dtype: str, device: torch.device, compile: bool) -> SamEncoder:
+    name = preset_named(preset).localizer
+    sam = build_sam(name)
+    sam.load_state_dict(load_weights(name, WEIGHTS, sam.state_dict()).state_dict)
+    return SamEncoder(sam.image_encoder.to(device).eval().requires_grad_(False), dtype, compile)
+
+
+def _stages(report: Report, backbones: Backbones, job: Job, size: int, scale: Scale, scratch: Path) -> float:
+    """Rates of decoding alone, writing alone, the whole stage and the authors'; pictures a second of the whole."""
+    manifest = job.manifest()
+    say("decoding")
+    decoder = Decoder(manifest, job.folder, backbones, "auto")
+    names = [feature_set.name for feature_set in backbones.feature_sets()]
+    started = time.perf_counter()
+    with closing(decode_ahead(decoder, ((row, names) for row in range(job.photos)), None)) as decoded:
+        failed = sum(picture.failure is not None for picture in decoded)
+    taken = time.perf_counter() - started
+    if failed:
+        raise ValueError(f"{job.folder}: {failed} of {job.photos} photos could not be decoded")
+    report.add_row(STAGES, of=f"decode and resize alone, {os.cpu_count()} cores", **{"pictures/s": job.photos / taken})
+    say("writing")
+    pictures, gigabytes = _writing(backbones, job, scale.part, scratch / "written.zarr")
+    report.add_row(STAGES, of=f"write alone, {gigabytes:.3g} GB/s", **{"pictures/s": pictures})
+    say("whole stage")
+    cache = open_for_extraction(scratch / "whole.zarr", manifest, job.folder, backbones, part_size=scale.part)
+    extract(cache, job.folder, backbones, batch_size=size, parts=[0])  # warms up: kernels, workspaces, page cache
+    started = time.perf_counter()
+    summary = extract(cache, job.folder, backbones, batch_size=size)
+    ours = (job.photos - len(cache.part_rows(0))) / (time.perf_counter() - started)
+    say(summary.text())
+    report.add_row(STAGES, of=f"ours, batches of {size}; {_shares(summary.shares)}", **{"pictures/s": ours})
+    say("authors' path")
+    theirs = _authors(job, backbones.device, scale)
+    report.add_row(STAGES, of="authors, one at a time, float16 autocast", **{"pictures/s": theirs})
+    report.add_row(STAGES, of="ours / authors", **{"pictures/s": ours / theirs})
+    return ours
+
+
+def _shares(shares: dict[str, float]) -> str:
+    return ", ".join(f"{name} {share:.0%}" for name, share in shares.items())
+
+
+def _writing(backbones: Backbones, job: Job, part: int, path: Path) -> tuple[float, float]:
+    """Pictures and GB a second of the cache's writer, flushes and checksums included."""
+    cache = FeatureCache.open_or_create(path, job.manifest(), backbones.feature_sets(), part)
+    rows = cache.part_rows(0)
+    random, made = np.random.default_rng(0), {}
+    for feature_set in cache.feature_sets.values():
+        leading = () if feature_set.kind == "map" else (job.boxes,)
+        made[feature_set.name] = random.standard_normal((*leading, *feature_set.shape), np.float32).astype(np.float16)
+    started = time.perf_counter()
+    cache.write_part(0, (PictureFeatures(row, dict(made)) for row in rows))
+    taken = time.perf_counter() - started
+    written = len(rows) * sum(values.nbytes for values in made.values())
+    shutil.rmtree(path)
+    return len(rows) / taken, written / taken / 1e9
+
+
+def _authors(job: Job, device: torch.device, scale: Scale) -> float:
+    authors, photos = Authors(job, str(device)), 2
+    authors.whole(photos)
+    started, done = time.perf_counter(), 0
+    while time.perf_counter() - started < scale.seconds:
+        authors.whole(photos)
+        done += photos
+    return done / (time.perf_counter() - started)
