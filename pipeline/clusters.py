@@ -15,7 +15,7 @@ import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from regionspot.cache.errors import InputError
 from regionspot.pipeline.dealing import HANDS
