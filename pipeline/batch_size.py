@@ -56,8 +56,13 @@ def _fitting_on_gpu(model: Model) -> int:
     model.encode(blank[None])  # loads kernels and makes their workspaces, which stay and are no part of a batch
     batches = (blank.expand(count, *blank.shape) for count in (1, 2))
     one, two = (peak_bytes(partial(model.encode, batch), model.device) for batch in batches)
-    free, _ = torch.cuda.mem_get_info(model.device)
-    return fitting(one, two, int(SHARE * free))
+    return fitting(one, two, int(SHARE * free_bytes(model.device)))
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory of a GPU that can still be taken: what nobody has, and what PyTorch keeps of what was freed."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 def fitting(one: int, two: int, free: int) -> int:

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regionspot.pipeline.batch_size import free_bytes
+
 IOU_TOKEN = 0  # place of each query: the IoU token first, then the four mask tokens (MaskDecoder.predict_masks)
 FIRST_MASK_TOKEN = 1
 MASK_TOKENS = 4
@@ -91,7 +93,7 @@ class TokenDecoder:
         box = 4 * places * 3 * (width + self._last.heads * QUERIES)
         limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
         if device.type == "cuda":
-            limit = min(limit, int(FREE_SHARE * torch.cuda.mem_get_info(device)[0]))
+            limit = min(limit, int(FREE_SHARE * free_bytes(device)))
         return max(1, limit // box)
 
     def _share(self, embedding: Tensor) -> _Shared:

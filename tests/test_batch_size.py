@@ -40,7 +40,8 @@ class Fake:
 
 def test_a_gpu_is_asked_what_it_has_free_and_the_largest_model_decides(monkeypatch):
     model = Fake()
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (24 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * GB, 80 * GB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 9 * GB)  # 4 of them free, but not given back
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 5 * GB)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * GB + model.peak)
