@@ -20,9 +20,9 @@ class Ours:
     """Our path over the photos of a job; the steps are those of `Authors`."""
 
     def __init__(self, job: Job, dtype: str, device: str = "cpu") -> None:
-        keep_memory()
         self._job = job
         self._backbones = Backbones.load(job.preset, WEIGHTS, device=device, dtype=dtype)
+        keep_memory()  # as `extract` does it, when the models are there
         self._localizer, (self._encoder,) = self._backbones.localizer, self._backbones.encoders
         photo = Image.open(job.paths()[0]).convert("RGB")
         self._picture = self._localizer.preprocess(photo)
