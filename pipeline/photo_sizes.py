@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from regionspot.cache.home import home_folder
+from regionspot.pipeline.photos import open_regular
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,16 @@ def photo_sizes(folder: Path, names: Sequence[str]) -> NDArray[np.int64]:
 
 def _stamps(folder: Path, wanted: set[str]) -> dict[str, Stamp]:
     """The wanted photos that are there. One listing of the folder, not a look-up for each name."""
+    found = {}
     try:
         with os.scandir(folder) as entries:
-            stats = ((entry.name, entry.stat()) for entry in entries if entry.name in wanted)
-            return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats}
+            for entry in entries:
+                if entry.name in wanted:
+                    with suppress(OSError):  # a link to nothing, or to itself
+                        found[entry.name] = (entry.stat().st_size, entry.stat().st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError):
         return {}
+    return found
 
 
 def _read_headers(folder: Path, names: Sequence[str]) -> dict[str, Size]:
@@ -72,9 +77,9 @@ def _read_headers(folder: Path, names: Sequence[str]) -> dict[str, Size]:
 
 def _header_size(path: Path) -> Size | None:
     try:
-        with Image.open(path) as photo:  # reads the header alone
+        with open_regular(path) as file, Image.open(file) as photo:  # reads the header alone
             return photo.height, photo.width
-    except (OSError, ValueError, Image.DecompressionBombError):
+    except Exception:  # whatever broken bytes trip PIL's readers into
         return None
 
 

@@ -79,11 +79,11 @@ def decode_photo(
     """As `read_photo`, and what became of the EXIF orientation."""
     path = Path(path)
     try:
-        with _opened(path) as file, Image.open(file) as stored:
+        with open_regular(path) as file, Image.open(content := _bytes_of_jpeg(file)) as stored:
             _check_kind(path, stored)
             orientation = _orientation(stored)
             applied = orientation in TURNS and _applies(exif, orientation, stored.size, stated_size)
-            image = _pixels(file, stored)
+            image = _pixels(content, stored)
     except PhotoError:
         raise
     except Exception as error:  # PIL's decoders pass on whatever broken bytes trip them into
@@ -99,27 +99,32 @@ def decode_photo(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[BinaryIO]:
-    """The file, open for reading; a JPEG as all its bytes.
+def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """The file, open for reading.
 
-    Raises OSError, also for what is no file: a pipe would be waited for until somebody writes into it.
+    Raises OSError, also for what is empty or no file: a pipe would be waited for until somebody writes into it.
     """
     with open(path, "rb", opener=_without_waiting) as file:
         found = os.fstat(file.fileno())
         if not stat.S_ISREG(found.st_mode):
             raise OSError(errno.EINVAL, "it is a named pipe or a device, not a file")
-        magic = file.read(len(MAGIC))
-        if not magic:
+        if not file.peek(1):
             raise _EmptyFileError
-        file.seek(0)
-        yield BytesIO(file.read()) if magic == MAGIC and found.st_size <= JPEG_BYTES else file
+        yield file
+
+
+def _bytes_of_jpeg(file: BinaryIO) -> BinaryIO:
+    """A JPEG as all its bytes, any other file as it is."""
+    magic = file.read(len(MAGIC))
+    file.seek(0)
+    return BytesIO(file.read()) if magic == MAGIC and os.fstat(file.fileno()).st_size <= JPEG_BYTES else file
 
 
 def _without_waiting(path: str, flags: int) -> int:
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such flag, nor pipes among its files
 
 
-class _EmptyFileError(Exception):
+class _EmptyFileError(OSError):
     """The file has no bytes."""
 
 
@@ -131,10 +136,10 @@ def _check_kind(path: Path, stored: Image.Image) -> None:
         raise PhotoError(f"{path}: {_too_large()}")
 
 
-def _pixels(file: BinaryIO, stored: Image.Image) -> Image.Image:
+def _pixels(content: BinaryIO, stored: Image.Image) -> Image.Image:
     """The picture as RGB, of several frames the first."""
-    if stored.format == "JPEG" and isinstance(file, BytesIO):
-        pixels = decode_jpeg(file.getvalue())
+    if stored.format == "JPEG" and isinstance(content, BytesIO):
+        pixels = decode_jpeg(content.getvalue())
         # Pillow's header is the one that everything else believes.
         if pixels is not None and pixels.shape == (stored.height, stored.width, 3):
             return Image.fromarray(pixels)

@@ -22,6 +22,7 @@ from regionspot.pipeline import photos
 from regionspot.pipeline.datasets import read_dataset
 from regionspot.pipeline.extract import Backbones, extract
 from regionspot.pipeline.failure_limit import FailureLimit
+from regionspot.pipeline.photo_sizes import ABSENT, UNREADABLE, photo_sizes
 from regionspot.pipeline.photos import decode_photo
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "pictures.md"
@@ -76,7 +77,7 @@ def holding(content: bytes) -> Make:
 
 def half(format: str) -> Make:
     file = io.BytesIO()
-    COLOUR.save(file, format)
+    COLOUR.save(file, format, quality=100)
     return holding(file.getvalue()[: len(file.getvalue()) // 2])
 
 
@@ -305,6 +306,19 @@ def test_what_failed_is_recorded_with_the_reason_that_the_table_names(extracted)
 
 def test_the_orientations_that_were_not_applied_are_counted(extracted):
     assert extracted[1].ignored_orientations == 4
+
+
+def test_reading_sizes_from_the_headers_of_such_a_folder_neither_waits_nor_stops(extracted):
+    folder = extracted[0].path.parent / "photos"
+    expected = {
+        **dict.fromkeys(["missing.jpg", "dangling.jpg", "loop.jpg"], (ABSENT, ABSENT)),
+        **dict.fromkeys(
+            ["pipe.jpg", "device.jpg", "folder.jpg", "empty.jpg", "page.jpg", "bomb.png"], (UNREADABLE,) * 2
+        ),
+        **dict.fromkeys(["plain.jpg", "linked.jpg", "png_in_truth.jpg", "half.jpg"], (HEIGHT, WIDTH)),
+        "wide.jpg": (1_000, 30_000),
+    }
+    assert dict(zip(expected, map(tuple, photo_sizes(folder, list(expected)).tolist()), strict=True)) == expected
 
 
 def peak_bytes() -> int:
