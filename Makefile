@@ -37,11 +37,12 @@ help: ## list the targets
 
 setup: $(READY) ## make the environment and install everything, torch and torchvision pinned
 
+# SAM 2 without its CUDA kernel, which fills holes in masks: compiling it takes nvcc and minutes.
 # uv keeps one copy of torch's 5 GB for any number of clones; it is installed into the environment where it is missing.
 $(READY): pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@command -v uv >/dev/null || $(VENV)/bin/python -m pip install --quiet uv
-	uv pip install --quiet --python $(VENV)/bin/python $(TORCH) -e ".[dev]"
+	SAM2_BUILD_CUDA=0 uv pip install --quiet --python $(VENV)/bin/python $(TORCH) -e ".[dev]"
 	@touch $@
 
 $(BENCH_READY): pyproject.toml | $(READY)

@@ -57,7 +57,8 @@ class OpenClipEncoder:
         self._tokenize: Any = None
         self._dtype, self._preprocess = asked.dtype, asked.preprocess
         self._normalisation = (tuple(built.mean), tuple(built.std))
-        self.pixels: int = self._visual.image_size[0]
+        size = self._visual.image_size
+        self.pixels: int = size if isinstance(size, int) else size[0]
         # The authors' own filter, where they squeeze as we do and nothing has shrunk the picture before.
         self._squash = built.squash if asked.preprocess.name == "direct" else None
         self._has_class_token = _has_class_token(self._visual)

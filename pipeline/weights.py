@@ -203,7 +203,9 @@ def _draw(seed: int, name: str, shape: torch.Size) -> Tensor:
         return value  # SAM's Fourier frequencies have deviation 1 (segment_anything/modeling/prompt_encoder.py)
     if len(shape) >= 2:
         return value.mul_(0.7 / math.sqrt(math.prod(shape[1:])))
-    return value.mul_(0.02).add_(1.0 if len(shape) == 1 and name.endswith("weight") else 0.0)
+    # A batch norm's variances lie about 1, as its weights do: below 0 they have no root.
+    about_one = len(shape) == 1 and name.endswith(("weight", "running_var"))
+    return value.mul_(0.02).add_(1.0 if about_one else 0.0)
 
 
 def _official_path(official: OfficialFile) -> Path:
