@@ -141,6 +141,9 @@ def eval_lvis(
     clip_weights: ClipWeights = None,
     check_weights: Annotated[bool, typer.Option(help="refuse other backbones than the head was trained with")] = True,
     exif: ExifRule = "auto",
+    preprocess: Annotated[
+        str | None, typer.Option(help="direct or reference; default: as the features that the head was trained on")
+    ] = None,
     max_failures: MaxFailures = "1%",
     device: Device = None,
     dtype: Dtype = "float32",
@@ -171,6 +174,7 @@ def eval_lvis(
         clip_weights=clip_weights,
         device=device,
         dtype=dtype,
+        preprocess=preprocess,
         check_weights=check_weights,
         max_failures=FailureLimit.parse(max_failures),
     )

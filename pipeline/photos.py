@@ -170,6 +170,8 @@ def _reason(error: Exception) -> str:
         return "is not a picture in a format that is known"
     if isinstance(error, Image.DecompressionBombError):
         return _too_large()
+    if isinstance(error, MemoryError):
+        return "does not fit into the memory that is left"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     return f"is broken or cut off ({' '.join(str(error).split()) or type(error).__name__})"

@@ -1,4 +1,4 @@
-"""Every row of docs/pictures.md, made for real and extracted: what the tables say is what happens."""
+"""Every picture of docs/pictures.md, made for real and extracted: what its table says is what happens."""
 
 import ctypes
 import io
@@ -7,7 +7,6 @@ import os
 import re
 import struct
 import zlib
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,18 +37,15 @@ ALPHA = Image.fromarray(np.full((HEIGHT, WIDTH), 40, np.uint8))
 Make = Callable[[Path], Image.Image | None]  # writes the file; the picture that is expected, None: what Pillow reads
 
 
-def rows_of(heading: str) -> list[list[str]]:
-    """The cells of the table under a heading of the page, without its head."""
-    section = PAGE.read_text(encoding="utf-8").split(f"\n## {heading}\n")[1].split("\n## ")[0]
+def table() -> list[list[str]]:
+    """The cells of the page's table of pictures, without its head."""
+    section = PAGE.read_text(encoding="utf-8").split("\n## Pictures\n")[1].split("\n## ")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
 
 def in_backticks(cell: str) -> list[str]:
     return re.findall(r"`([^`]*)`", cell)
-
-
-# Pictures
 
 
 def saved(picture: Image.Image = COLOUR, expected: Image.Image | None = None, **options) -> Make:
@@ -225,15 +221,13 @@ def disturbed(opener: Callable[[str, int], int]) -> Callable[[str, int], int]:
     return open_it
 
 
-def annotation_file(path: Path, boxes: dict[str, list], sizes: dict[str, tuple[int, int]]) -> Path:
-    """COCO's form: the pictures of `boxes` with theirs, each x, y, width and height; sizes are height and width."""
+def annotation_file(path: Path) -> Path:
+    """COCO's form: every picture with one box, the whole of it."""
     images, annotations = [], []
-    for number, (name, of_picture) in enumerate(boxes.items(), 1):
-        height, width = sizes.get(name, (HEIGHT, WIDTH))
+    for number, name in enumerate(MAKE):
+        height, width = STATED.get(name, (HEIGHT, WIDTH))
         images.append({"id": number, "file_name": name, "height": height, "width": width})
-        annotations += [
-            {"id": len(annotations), "image_id": number, "category_id": 1, "bbox": box} for box in of_picture
-        ]
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": [0, 0, width, height]})
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     path.write_text(json.dumps(content))
     return path
@@ -251,9 +245,7 @@ def extracted(tmp_path_factory, backbones):
     folder = root / "photos"
     folder.mkdir()
     expected = {name: make(folder / name) for name, make in MAKE.items()}
-    boxes = {name: [[0, 0, *reversed(STATED.get(name, (HEIGHT, WIDTH)))]] for name in MAKE}
-    annotations = annotation_file(root / "boxes.json", boxes, STATED)
-    manifest = read_dataset("coco", root, "train", annotations=annotations)
+    manifest = read_dataset("coco", root, "train", annotations=annotation_file(root / "boxes.json"))
     cache = FeatureCache.open_or_create(root / "c.zarr", manifest, backbones.feature_sets(), 16)
     with pytest.MonkeyPatch.context() as patch, rights_of_an_ordinary_user():
         patch.setattr(photos, "_without_waiting", disturbed(photos._without_waiting))
@@ -267,14 +259,14 @@ def pillows(path: Path) -> Image.Image:
 
 
 def test_the_table_and_the_pictures_made_here_are_the_same():
-    named = [name for row in rows_of("Pictures") for name in in_backticks(row[0])]
+    named = [name for row in table() for name in in_backticks(row[0])]
     assert sorted(named) == sorted(MAKE)
 
 
 def test_what_is_extracted_are_the_features_of_the_picture_that_the_table_names(extracted, backbones):
     cache, _, expected = extracted
     folder, rows = cache.path.parent / "photos", {str(name): row for row, name in enumerate(cache.manifest.paths)}
-    wanted = [name for row in rows_of("Pictures") if row[2] == "extracted" for name in in_backticks(row[0])]
+    wanted = [name for row in table() if row[2] == "extracted" for name in in_backticks(row[0])]
     assert sorted(rows[name] for name in wanted) == cache.valid_rows().tolist()
     localizer, (encoder,) = backbones.localizer, backbones.encoders
     for name in wanted:
@@ -292,12 +284,7 @@ def test_what_is_extracted_are_the_features_of_the_picture_that_the_table_names(
 def test_what_failed_is_recorded_with_the_reason_that_the_table_names(extracted):
     cache, summary, _ = extracted
     reasons = {Path(failure.path).name: failure.reason for failure in cache.failures()}
-    stated = {
-        name: in_backticks(row[3])[0]
-        for row in rows_of("Pictures")
-        if row[2] == "failed"
-        for name in in_backticks(row[0])
-    }
+    stated = {name: in_backticks(row[3])[0] for row in table() if row[2] == "failed" for name in in_backticks(row[0])}
     assert sorted(reasons) == sorted(stated)
     assert [(name, reasons[name]) for name, reason in stated.items() if reason not in reasons[name]] == []
     assert not any("\n" in reason for reason in reasons.values())
@@ -346,46 +333,3 @@ def test_a_wide_picture_and_the_bombs_take_little_memory(extracted, backbones):
     encoder.preprocess(photo)
     # The pixels are 90 MB, 120 MB as Pillow holds them, and would be 360 MB as floats; the bombs 12 GB and 0.5 GB.
     assert peak_bytes() - before < 320e6
-
-
-# Boxes
-
-
-def parsed(words: str) -> list[float | None]:
-    return [None if word.strip() == "null" else float(word) for word in words.split(",")]
-
-
-def test_a_box_is_kept_clipped_or_dropped_and_counted_as_the_table_says_and_gets_its_own_token(tmp_path, backbones):
-    table = rows_of("Boxes")
-    given = [parsed(in_backticks(row[0])[0]) for row in table]
-    outcomes = [in_backticks(row[1]) or row[1] for row in table]
-    rng = np.random.default_rng(2)
-    corners = rng.uniform(0, 90, (1500, 2)).round(2)
-    many = np.concatenate([corners, rng.uniform(2, 25, (1500, 2)).round(2)], axis=1)
-    boxes = {"odd.png": given, "none.png": [], "many.png": many.tolist(), "all_dropped.png": [[10, 20, 0, 0]]}
-    annotations = annotation_file(tmp_path / "boxes.json", boxes, dict.fromkeys(boxes, (120, 200)))
-    for at, name in enumerate(boxes):
-        Image.fromarray(np.roll(COARSE, at, axis=1)).resize((200, 120)).save(tmp_path / name)
-
-    manifest = read_dataset("coco", tmp_path, "train", annotations=annotations)
-    kept = [parsed(outcome[0]) for outcome in outcomes if isinstance(outcome, list)]
-    assert manifest.boxes_xyxy[manifest.regions(0)].tolist() == kept
-    dropped = Counter(outcome for outcome in outcomes if isinstance(outcome, str))
-    dropped["dropped_under_1_px"] += 1  # that of the last picture
-    assert {reason: manifest.report[reason] for reason in dropped} == dropped
-    assert manifest.region_count.tolist() == [len(kept), 0, 1500, 0]
-
-    cache = FeatureCache.open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), 2)
-    assert extract(cache, tmp_path, backbones).failed == 0
-    assert cache.valid_rows().tolist() == [0, 1, 2, 3]
-    localizer, found = backbones.localizer, cache.read(np.arange(4))
-    assert found.region_mask.sum(axis=1).tolist() == [len(kept), 0, 1500, 0]
-    corners_of_many = np.concatenate([many[:, :2], many[:, :2] + many[:, 2:]], axis=1).astype(np.float32)
-    picked = rng.choice(1500, 15, replace=False)
-    for row, boxes_xyxy, regions in [(0, np.array(kept), range(len(kept))), (2, corners_of_many, picked)]:
-        photo = pillows(tmp_path / str(manifest.paths[row]))
-        embedding = localizer.encode([localizer.preprocess(photo)])[0]
-        for region in regions:  # each by itself, so that no token can be another box's
-            alone = localizer.tokens(embedding, boxes_xyxy[region : region + 1].astype(np.float32), (120, 200)).numpy()
-            error = np.abs(found.tokens[row] - alone).max(axis=1)
-            assert error[region] <= 2e-3 * np.abs(alone).max(), (row, region)
