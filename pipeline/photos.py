@@ -39,7 +39,7 @@ TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 QUARTER_TURNS = (5, 6, 7, 8)  # these swap height and width
-# Where Pillow itself refuses, too, as long as nobody changes its MAX_IMAGE_PIXELS. Such a picture takes 0.7 GB.
+# Where Pillow itself refuses, too, as long as nobody changes its MAX_IMAGE_PIXELS. Such a picture takes 0.9 GB.
 MAX_PIXELS = 178_956_970
 DRAWINGS = ("EPS", "WMF")  # Pillow would have other programs draw these
 JPEG_BYTES = 2**28  # a longer file is not read into memory at once
@@ -182,7 +182,13 @@ def _too_large() -> str:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of PIL as 8-bit RGB; transparency is dropped, 16-bit grey keeps its upper 8 bits."""
+    """Any mode of PIL as 8-bit RGB; transparency is dropped, 16-bit grey keeps its upper 8 bits.
+
+    What is RGB already comes back itself, decoded.
+    """
+    image.load()
+    if image.mode == "RGB":
+        return image  # `convert` would copy it
     if image.mode.startswith("I"):
         grey = np.asarray(image)
         # PIL would clip 16-bit values to 255, a white picture; a 32-bit one may hold 8-bit values all the same.
