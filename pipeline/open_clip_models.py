@@ -99,13 +99,14 @@ def build_open_clip(model: str, tag: str | None, official: OfficialFile | None =
     # Without a tag as with the first one: what a picture has to look like is the same for all of a model's.
     published = open_clip.get_pretrained_cfg(model, tag or tags[0]) if tags else {}
     text = None if config["text_cfg"].get("hf_model_name") else config["text_cfg"]
+    built = _built(config, text is not None)
     return BuiltClip(
-        model=_built(config, text is not None),
+        model=built,
         tokenizer=open_clip.get_tokenizer(model) if is_plain(config) else None,
         mean=published.get("mean", open_clip.OPENAI_DATASET_MEAN),
         std=published.get("std", open_clip.OPENAI_DATASET_STD),
         official=official or (_published_file(model, tag, published) if tag else None),
-        unpack=dict if text is not None else _image_tower,
+        unpack=dict if is_plain(config) else _older_names(built) if text is not None else _image_tower,
         squash=published.get("interpolation") if published.get("resize_mode") == "squash" else None,
         text_config=text,
     )
@@ -135,6 +136,24 @@ class _ImageTower(nn.Module):
 
 def _image_tower(weights: StateDict) -> StateDict:
     return {name: tensor for name, tensor in weights.items() if name.startswith("visual.")}
+
+
+def _older_names(model: Any) -> Callable[[StateDict], StateDict]:
+    """From the names and shapes that other programs, and open_clip before, wrote, to those of the model."""
+    from open_clip.convert import convert_state_dict
+    from open_clip.model import convert_to_custom_text_state_dict
+
+    def unpack(weights: StateDict) -> StateDict:
+        found: StateDict = convert_state_dict(model, dict(weights))
+        if not hasattr(model, "positional_embedding"):
+            found = convert_to_custom_text_state_dict(found)
+        for name in ("logit_scale", "logit_bias"):
+            own = getattr(model, name, None)
+            if own is not None and name in found and found[name].numel() == own.numel():
+                found[name] = found[name].reshape(own.shape)
+        return found
+
+    return unpack
 
 
 def _check_activation(model: str, tag: str, config: dict[str, Any]) -> None:

@@ -96,7 +96,7 @@ def test_it_is_a_localizer_without_masks_that_says_how_pictures_enter(localizer)
 def test_weights_of_another_size_are_refused(localizer, tmp_path):
     path = tmp_path / "sam2.pt"
     torch.save({"model": localizer._model.state_dict()}, path)
-    with pytest.raises(WeightsError, match="does not fit sam2.1_hiera_small"):
+    with pytest.raises(WeightsError, match=r"does not fit sam2\.1_hiera_small"):
         load_localizer("sam2.1_hiera_small", str(path))
 
 
