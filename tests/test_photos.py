@@ -1,5 +1,6 @@
 """Every photo becomes RGB in the orientation of its boxes, or is refused in one line."""
 
+import os
 import struct
 import zlib
 
@@ -9,6 +10,7 @@ from PIL import Image, ImageOps
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from regionspot.cache.errors import PhotoError
+from regionspot.pipeline import photos
 from regionspot.pipeline.photos import decode_photo, read_photo
 from regionspot.pipeline.preprocess import clip_input, sam_input, sam_size, scale_boxes
 
@@ -155,6 +157,32 @@ def test_a_photo_that_cannot_be_read_is_refused_in_one_line_with_its_path(tmp_pa
 def test_a_folder_in_place_of_a_photo_is_refused(tmp_path):
     with pytest.raises(PhotoError, match="cannot be read"):
         read_photo(tmp_path)
+
+
+def test_a_photo_too_large_for_what_memory_is_left_is_refused_as_such(tmp_path, monkeypatch):
+    def full(_):
+        raise MemoryError
+
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "photo.png")
+    monkeypatch.setattr(photos, "to_rgb", full)
+    with pytest.raises(PhotoError, match=r"photo.png: does not fit into the memory"):
+        read_photo(tmp_path / "photo.png")
+
+
+def test_photos_that_cannot_be_read_leave_no_file_open(tmp_path):
+    (tmp_path / "folder.jpg").mkdir()
+    os.mkfifo(tmp_path / "pipe.jpg")
+    (tmp_path / "empty.jpg").touch()
+    (tmp_path / "text.jpg").write_text("no picture")
+    stored_photo(tmp_path / "cut.jpg")
+    os.truncate(tmp_path / "cut.jpg", 650)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "cut.png")
+    os.truncate(tmp_path / "cut.png", 50)
+    before = len(os.listdir("/dev/fd"))
+    for path in tmp_path.iterdir():
+        with pytest.raises(PhotoError):
+            read_photo(path)
+    assert len(os.listdir("/dev/fd")) == before
 
 
 def test_sam_sizes_and_boxes_are_those_of_the_official_transform():
