@@ -8,6 +8,7 @@ tcp://...    the workers of a scheduler that runs there, however it and they wer
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
@@ -66,9 +67,10 @@ def connected(scheduler: str) -> Iterator[Client]:
 def dashboard(client: Client) -> str | None:
     """Address of the cluster's dashboard, None where it has none."""
     info = client.scheduler_info(n_workers=0)
-    if "dashboard" not in info.get("services", {}):
+    # Where the library that draws its pages is missing here, it is so in the environment of the scheduler.
+    if "dashboard" not in info.get("services", {}) or importlib.util.find_spec("bokeh") is None:
         return None
-    return client.dashboard_link
+    return str(client.dashboard_link)
 
 
 def _local_workers(text: str) -> int | None:

@@ -20,6 +20,7 @@ from regionspot.cache.errors import CacheError
 # A part is slow when it takes this many times as long as the median of the latest: batches and pictures differ by less.
 SLOW = 2.0
 LATEST = 101
+LEAST_SLOW_SECONDS = 1.0  # nothing is gained by doing less than that twice
 HANDS = 2  # parts a worker holds: one is decoded, or its files flushed, while the other one keeps the GPU busy
 # Parts that outlived so many workers are what killed them. Two may be chance: a machine dies with all of its workers.
 DEATHS = 4
@@ -159,11 +160,11 @@ class Dealer:
         """The part that has been under way for longest without an end in sight, if this worker is not at it itself."""
         if not self._latest:
             return None
-        usual = median(self._latest)
+        patience = max(SLOW * median(self._latest), LEAST_SLOW_SECONDS)
         newest: dict[int, float] = {}
         for offer in self.in_hand.values():
             if offer.part not in self.done:
                 newest[offer.part] = max(offer.since, newest.get(offer.part, offer.since))
         mine = {offer.part for offer in self.in_hand.values() if offer.worker == worker}
-        slow = [part for part, since in newest.items() if part not in mine and now - since > SLOW * usual]
+        slow = [part for part, since in newest.items() if part not in mine and now - since > patience]
         return min(slow, key=newest.__getitem__, default=None)

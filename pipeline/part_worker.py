@@ -21,7 +21,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Literal, Protocol
 
 from regionspot.cache.claims import Claims
@@ -136,6 +136,7 @@ class CacheParts:
             worker=self._worker,
             before_publish=lambda: self._require_still_ours(part) if claimed else self._take_over(part),
         )
+        seconds, stages = progress.seconds, dict(progress.stage_seconds)
         return PartReport(
             part,
             "done",
@@ -144,8 +145,8 @@ class CacheParts:
             ignored=self._features.ignored_orientations(rows),
             regions=record.regions,
             bytes=sum(record.files.values()),
-            seconds=progress.seconds,
-            stages={**progress.stage_seconds, "write": progress.seconds - sum(progress.stage_seconds.values())},
+            seconds=seconds,
+            stages={**stages, "write": seconds - sum(stages.values())},
         )
 
     def _until_done_elsewhere(self, part: int, pictures: Iterator[PictureFeatures]) -> Iterator[PictureFeatures]:
@@ -194,6 +195,14 @@ def do_part(job: Job, part: int, again: bool) -> PartReport:
         return _maker(job).make(part, again)
     except (RegionSpotError, OSError) as error:
         return PartReport(part, "failed", message=str(error))
+
+
+def do_task(job: Job, part: int, again: bool, topic: str, number: int) -> None:
+    """`do_part` as a task of dask; the report is told to who listens to `topic`, with the offer's number."""
+    from distributed import get_worker  # half a second to import, and there already in a worker
+
+    report = do_part(job, part, again)
+    get_worker().log_event(topic, {"number": number, "report": asdict(report)})
 
 
 def _maker(job: Job) -> PartMaker:

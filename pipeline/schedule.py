@@ -3,7 +3,8 @@
 Dask brings the workers, their addresses and its dashboard. Which worker does which part is decided here, by a `Dealer`:
 a task names its worker, so none waits in a queue of one that has died or stands still. Nothing travels but the job
 (where the cache and the photos are), part numbers, and reports of some hundred bytes; features go from a worker to the
-cache.
+cache. A report comes as an event, through the scheduler: as a task's result it would lie with the worker, which may die
+or freeze before it is fetched.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import logging
 import queue
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +23,7 @@ from regionspot.cache.errors import CacheError
 from regionspot.cache.progress import Progress
 from regionspot.pipeline.clusters import dashboard
 from regionspot.pipeline.dealing import DEATHS, Dealer, Offer
-from regionspot.pipeline.part_worker import Job, PartReport, do_part
+from regionspot.pipeline.part_worker import Job, PartReport, do_task
 
 if TYPE_CHECKING:
     from distributed import Client, Future
@@ -88,14 +90,12 @@ def run_parts(
     At an interrupt the workers end what they hold, then KeyboardInterrupt is raised; at a second one at once. Raises
     CacheError, in one line, when a part cannot be done or the scheduler is gone; what is written by then stays.
     """
-    run = _Run(client, job, parts, totals, check)
-    try:
-        run.until(lambda: run.dealer.finished)
-    except KeyboardInterrupt:
-        run.finish_what_is_held()
-        raise
-    finally:
-        run.cancel()
+    with _Run(client, job, parts, totals, check) as run:
+        try:
+            run.until(lambda: run.dealer.finished)
+        except KeyboardInterrupt:
+            run.finish_what_is_held()
+            raise
 
 
 class _Run:
@@ -103,12 +103,26 @@ class _Run:
         self, client: Client, job: Job, parts: Mapping[int, int], totals: Totals, check: Callable[[], None]
     ) -> None:
         self._client, self._job, self._pictures, self._check = client, job, parts, check
-        self._ended: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        self._offers: dict[str, tuple[Offer, Future]] = {}
+        self._topic = f"regionspot-{uuid.uuid4().hex}"
+        # The number of an offer with the worker's report, or with the future of a task that ended.
+        self._news: queue.SimpleQueue[tuple[int, PartReport | Future[Any]]] = queue.SimpleQueue()
+        self._offers: dict[int, tuple[Offer, Future[Any]]] = {}
         self._polled = self._said = float("-inf")
         self.stopping = False
         self.dealer, self.totals = Dealer(parts), totals
         self.progress = Progress(sum(parts.values()), "pictures")
+
+    def __enter__(self) -> _Run:
+        self._client.subscribe_topic(self._topic, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Forget what is still under way: a second run of a part that is done, and what an error leaves."""
+        futures = [future for _, future in self._offers.values()]
+        self._offers.clear()
+        if self._client.status == "running":
+            self._client.cancel(futures, force=True)
+            self._client.unsubscribe_topic(self._topic)
 
     def until(self, over: Callable[[], bool]) -> None:
         """Deal parts out and take reports in, until that is so."""
@@ -117,11 +131,15 @@ class _Run:
             while not self.stopping and (offer := self.dealer.next_offer(time.monotonic())) is not None:
                 self._send(offer)
             try:
-                future = self._ended.get(timeout=POLL_SECONDS / 2)
+                number, news = self._news.get(timeout=POLL_SECONDS / 2)
             except queue.Empty:
                 continue
-            if (found := self._offers.pop(future.key, None)) is not None:
-                self._take_in(found[0], future)
+            if number not in self._offers:
+                continue  # of a worker that was thought to be gone
+            if isinstance(news, PartReport):
+                self._take_in(self._offers.pop(number)[0], news)
+            elif news.status != "finished":
+                self._has_no_report(self._offers.pop(number)[0], news)
 
     def finish_what_is_held(self) -> None:
         """Wait for the parts that workers hold now."""
@@ -131,35 +149,31 @@ class _Run:
         )
         self.until(lambda: not self._offers)
 
-    def cancel(self) -> None:
-        """Forget what is still under way: a second run of a part that is done, and what an error leaves."""
-        futures = [future for _, future in self._offers.values()]
-        self._offers.clear()
-        if futures and self._client.status == "running":
-            self._client.cancel(futures, force=True)
-
     def _send(self, offer: Offer) -> None:
         if offer.again:
             log.info("part %d is offered to %s as well", offer.part, offer.worker)
         future = self._client.submit(
-            do_part,
+            do_task,
             self._job,
             offer.part,
             offer.again,
+            self._topic,
+            offer.number,
             key=f"part-{offer.part:05d}-{offer.number}",
             workers=[offer.worker],
             allow_other_workers=False,
             pure=False,
         )
-        self._offers[future.key] = (offer, future)
-        future.add_done_callback(self._ended.put)
+        self._offers[offer.number] = (offer, future)
+        future.add_done_callback(lambda ended: self._news.put((offer.number, ended)))
 
-    def _take_in(self, offer: Offer, future: Future) -> None:
+    def _hear(self, event: tuple[float, dict[str, Any]]) -> None:
+        """Called in dask's thread with what a worker said."""
+        number, report = event[1]["number"], event[1]["report"]
+        self._news.put((number, PartReport(**report)))
+
+    def _take_in(self, offer: Offer, report: PartReport) -> None:
         now = time.monotonic()
-        if future.status != "finished":
-            self._worker_failed(offer, _trouble_of(future))
-            return
-        report: PartReport = future.result()
         if report.outcome in ("done", "there"):
             self._part_is_done(offer, report, now)
         elif report.outcome == "held":
@@ -169,6 +183,13 @@ class _Run:
             self.dealer.is_left(offer)
         else:
             self._worker_failed(offer, report.message)
+
+    def _has_no_report(self, offer: Offer, future: Future[Any]) -> None:
+        trouble = _trouble_of(future)
+        if trouble is None:
+            self.dealer.is_left(offer)  # its worker has died, or is about to be found gone
+        else:
+            self._worker_failed(offer, trouble)
 
     def _part_is_done(self, offer: Offer, report: PartReport, now: float) -> None:
         new = offer.part not in self.dealer.done
@@ -203,13 +224,11 @@ class _Run:
             link = dashboard(self._client)
             log.info("%d workers%s", self.dealer.workers, f"; dashboard: {link}" if link else "")
         if not self.dealer.workers:
-            self._say(f"{self._client.scheduler.address}: no worker is there; parts go out as soon as one is")
+            self._say(f"{address_of(self._client)}: no worker is there; parts go out as soon as one is")
 
     def _forget(self, offer: Offer) -> None:
-        for key, (of, future) in list(self._offers.items()):
-            if of.number == offer.number:
-                del self._offers[key]
-                self._client.cancel([future], force=True)
+        if (found := self._offers.pop(offer.number, None)) is not None:
+            self._client.cancel([found[1]], force=True)
 
     def _say(self, words: str) -> None:
         now = time.monotonic()
@@ -228,13 +247,17 @@ def on_one_worker(client: Client, what: str, function: Callable[..., Any], *args
         worker = _first_worker(client)
         log.info("worker %s %s", worker, what)
         future = client.submit(function, *args, workers=[worker], allow_other_workers=False, pure=False)
-        while not future.done() and worker in worker_threads(client):
-            with suppress(TimeoutError):
-                future.result(timeout=POLL_SECONDS)
-        if future.status == "finished":
-            return future.result()
-        if future.status == "error":
-            raise CacheError(f"worker {worker}: {_trouble_of(future)}")
+        while worker in worker_threads(client):
+            try:
+                return future.result(timeout=POLL_SECONDS)
+            except TimeoutError:
+                continue
+            except CancelledError:
+                break
+            except Exception as error:
+                if (trouble := _trouble_of(future)) is None:
+                    break
+                raise CacheError(f"worker {worker}: {trouble}") from error
         client.cancel([future], force=True)
     raise CacheError(
         f"{DEATHS} workers died in turn where one {what}; look at their logs, then run the same command again"
@@ -249,26 +272,31 @@ def worker_threads(client: Client) -> dict[str, int]:
         except (OSError, TimeoutError):
             pass
     raise CacheError(
-        f"{client.scheduler.address}: the scheduler is gone; the parts that are done stay: start it and its workers "
+        f"{address_of(client)}: the scheduler is gone; the parts that are done stay: start it and its workers "
         "again, then the same command goes on"
     )
+
+
+def address_of(client: Client) -> str:
+    """Where the scheduler of a client is, or was."""
+    return str(getattr(client.scheduler, "address", "the scheduler"))
 
 
 def _first_worker(client: Client) -> str:
     said = False
     while not (found := worker_threads(client)):
         if not said:
-            log.info("%s: no worker is there yet; waiting for the first one", client.scheduler.address)
+            log.info("%s: no worker is there yet; waiting for the first one", address_of(client))
         said = True
         time.sleep(POLL_SECONDS)
     return next(iter(found))
 
 
-def _trouble_of(future: Future) -> str:
-    """Why a task has no result: the worker could not even begin it, or it died at that moment."""
+def _trouble_of(future: Future[Any]) -> str | None:
+    """Why a worker could not even begin a task; None where it died while at work on it."""
     error = future.exception() if future.status == "error" else None
-    if error is None:
-        return "died while at work on it"
+    if error is None or type(error).__name__ == "KilledWorker":
+        return None
     last = (str(error).strip().splitlines() or [""])[-1]
     return (
         f"could not begin: {type(error).__name__}: {last}; the scheduler and its workers need the same regionspot, "

@@ -1,0 +1,87 @@
+"""An extraction whose GPU is simulated by sleeping: all but the encoders is the real thing, and nothing needs torch.
+
+What each picture's features are follows from its row, so the same cache comes out whoever writes which part. It serves
+to measure how a run scales to more workers than a machine has cores, and to kill workers by the hundred.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures
+from regionspot.cache.progress import Progress
+from regionspot.pipeline.part_worker import CacheParts, PartReport
+
+SETS = (FeatureSet("clip", "map", (5, 8)), FeatureSet("sam", "token", (6,)))
+
+
+def make_cache(path: Path, pictures: int, part_size: int) -> FeatureCache:
+    """An empty cache of made-up pictures with 0 to 6 regions each."""
+    counts = np.arange(pictures) % 7
+    regions = int(counts.sum())
+    manifest = Manifest(
+        dataset="toy",
+        split="train",
+        image_ids=np.arange(pictures),
+        paths=np.array([f"{row:06d}.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
+        heights=np.full(pictures, 480, np.int32),
+        widths=np.full(pictures, 640, np.int32),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        boxes_xyxy=np.tile(np.float32([10, 20, 30, 40]), (regions, 1)),
+        category_index=np.zeros(regions, np.int32),
+        annotation_ids=np.arange(regions),
+        categories=(Category(1, "shape"),),
+    )
+    return FeatureCache.create(path, manifest, SETS, part_size)
+
+
+@dataclass(frozen=True)
+class SimulatedJob:
+    """Parts of a `make_cache`, of which each picture keeps the worker's one GPU for so many seconds."""
+
+    cache: str
+    seconds: float = 0.0
+    run: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    def open(self) -> CacheParts:
+        cache = FeatureCache.open(self.cache, "a")
+        return CacheParts(cache, list(cache.feature_sets), _SimulatedFeatures(cache, self.seconds))
+
+
+class _SimulatedFeatures:
+    def __init__(self, cache: FeatureCache, seconds: float) -> None:
+        self._cache, self._seconds = cache, seconds
+        self._gpu = threading.Lock()
+
+    def of_rows(self, rows: range, names: Sequence[str], progress: Progress) -> Iterator[PictureFeatures]:
+        regions = self._cache.manifest.region_count
+        for row in rows:
+            with progress.timed("encode"), self._gpu:
+                time.sleep(self._seconds)
+            rng, count = np.random.default_rng(row), int(regions[row])
+            shapes = {each.name: each.shape if each.kind == "map" else (count, *each.shape) for each in SETS}
+            yield PictureFeatures(row, {name: rng.standard_normal(shapes[name]) for name in names})
+
+    def ignored_orientations(self, rows: range) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class NothingToDo:
+    """A job whose parts take no time at all: what is left is the cost of giving them out."""
+
+    def open(self) -> NothingToDo:
+        return self
+
+    def make(self, part: int, again: bool) -> PartReport:
+        return PartReport(part, "done", pictures=1)
+
+    def close(self) -> None:
+        pass
