@@ -38,7 +38,8 @@ class FeatureSet:
     """One backbone's output over all pictures (`map`: one record a picture) or all regions (`token`: one row a region).
 
     name        folder under features/: letters, digits, `_`, `-` and `.`
-    shape       of one record: (T, D) of a map, class token first; (C,) of a token
+    shape       of one record: (T, D) of a map, class token first unless `class_token` in the provenance is false;
+                (C,) of a token
     dtype       as stored: float16, float32, bfloat16 (on disk its 16 bits, as uint16) or int8 (with a float16 scale
                 for each row of D or C channels)
     provenance  JSON-able, all that decides the numbers: model, weights sha256, input size, resize rule. Its

@@ -3,7 +3,7 @@
 photo with its regions | map as colours, by PCA | likeness of one region to every patch
 """
 
-# T map tokens: class token, then g x g patches row by row; D width
+# T map tokens: class token, where there is one, then g x g patches row by row; D width
 
 from __future__ import annotations
 
@@ -109,12 +109,14 @@ def _map_set(cache: FeatureCache, name: str | None) -> FeatureSet | None:
 
 
 def _patches(cache: FeatureCache, row: int, maps: FeatureSet) -> NDArray[np.float32]:
-    """float32 (g, g, D): the picture's map without its class token."""
+    """float32 (g, g, D): the picture's map without its class token, where it has one."""
     tokens, width = maps.shape
-    side = math.isqrt(tokens - 1)
-    if side * side != tokens - 1:
-        raise InputError(f"{cache.path}: {maps.name} has {tokens} tokens, expected one and a square of patches")
-    values = read_decoded(cache, maps.name, [row])[0, 1:].astype(np.float32)
+    first = 1 if maps.provenance.get("class_token", True) else 0
+    side = math.isqrt(tokens - first)
+    if side * side != tokens - first:
+        expected = "one and a square of patches" if first else "a square of patches"
+        raise InputError(f"{cache.path}: {maps.name} has {tokens} tokens, expected {expected}")
+    values = read_decoded(cache, maps.name, [row])[0, first:].astype(np.float32)
     return values.reshape(side, side, width)
 
 

@@ -1,15 +1,14 @@
 """docs/backbones.md: its backbone is added as it is printed there, and its tables say what the models say."""
 
-import os
 import re
 import shlex
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from regionspot import cli
 from regionspot.pipeline.backbones import CLIP_MODELS, build_clip
 from regionspot.pipeline.encoder import load_encoder
 from regionspot.pipeline.models import SemanticEncoder, TextEncoder
@@ -45,17 +44,12 @@ def test_the_backbone_has_about_forty_lines_and_is_an_encoder_without_text(dinov
     assert not isinstance(dinov2, TextEncoder)
 
 
-def test_the_command_and_the_program_below_it_run_and_print_what_stands_there(folder, monkeypatch, capsys):
-    command = [sys.executable, "-m", "regionspot.cli", *shlex.split(COMMAND)[1:], "--device", "cpu"]
-    run = subprocess.run(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
+def test_the_command_and_the_program_below_it_run_and_print_what_stands_there(folder, dinov2, monkeypatch, capsys):
     monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "argv", [*shlex.split(COMMAND), "--device", "cpu", "--dtype", "float32"])
+    with pytest.raises(SystemExit, match="^0$"):
+        cli.main()
+    capsys.readouterr()
     exec(compile(READING, str(DOCUMENT), "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out.strip() == PRINTED
 

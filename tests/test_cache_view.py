@@ -201,3 +201,14 @@ def test_every_region_and_word_fits_into_the_picture(made, captions, tmp_path):
     paper = np.array(cache_view.PAPER)
     assert (sheet[:, -cache_view.GAP :] == paper).all()
     assert (sheet[-4:] == paper).all()
+
+
+def test_a_map_without_a_class_token_gives_the_same_views(cache, tmp_path, captions):
+    show_picture(cache, 10)
+    expected = captions[1:]
+    bare = FeatureSet("siglip", "map", (GRID * GRID, 8), provenance={"class_token": False})
+    other = FeatureCache.create(tmp_path / "b.zarr", cache.manifest, [bare], part_size=2)
+    patches = {"siglip": patches_in_halves().reshape(-1, 8)}
+    other.write_part(0, [PictureFeatures(0, patches), PictureFeatures(1, {}, "b.jpg: is not there")])
+    show_picture(other, 10)
+    assert [words.replace("siglip", "clip") for words in captions[1:]] == expected
