@@ -65,9 +65,12 @@ class _SimulatedFeatures:
         for row in rows:
             with progress.timed("encode"), self._gpu:
                 time.sleep(self._seconds)
-            rng, count = np.random.default_rng(row), int(regions[row])
+            count = int(regions[row])
             shapes = {each.name: each.shape if each.kind == "map" else (count, *each.shape) for each in SETS}
-            yield PictureFeatures(row, {name: rng.standard_normal(shapes[name]) for name in names})
+            # Each set from a seed of its own: a part of which one set is there already is asked for the other alone.
+            yield PictureFeatures(
+                row, {name: np.random.default_rng([row, len(name)]).standard_normal(shapes[name]) for name in names}
+            )
 
     def ignored_orientations(self, rows: range) -> int:
         return 0
