@@ -28,7 +28,7 @@ CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones bench-cache bench-extract bench-encodings stress clean
+.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones bench-cache bench-extract bench-encodings bench-scaling stress clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench-extract: $(READY) ## extraction against the authors' path; on a GPU its ra
 
 bench-encodings: $(READY) ## what each encoding costs: bytes, features, AP (20 minutes on 2 cores)
 	python -m benchmarks.encodings $(ARGS)
+
+bench-scaling: $(READY) ## 1 to 64 workers with a simulated GPU, and what a part costs to give out (QUICK=1: a minute, build/bench)
+	python -m benchmarks.bench_scaling $(if $(QUICK),--quick) $(ARGS)
 
 stress: $(READY) ## damage, kill and starve caches in full (half an hour on 2 cores); what was counted into benchmarks/results
 	python -m benchmarks.stress $(ARGS)

@@ -192,7 +192,7 @@ _opening = threading.Lock()
 def do_part(job: Job, part: int, again: bool) -> PartReport:
     """The task that a worker is given. What the user can mend comes back as words, so that no traceback travels."""
     try:
-        return _maker(job).make(part, again)
+        return opened(job).make(part, again)
     except (RegionSpotError, OSError) as error:
         return PartReport(part, "failed", message=str(error))
 
@@ -205,7 +205,7 @@ def do_task(job: Job, part: int, again: bool, topic: str, number: int) -> None:
     get_worker().log_event(topic, {"number": number, "report": asdict(report)})
 
 
-def _maker(job: Job) -> PartMaker:
+def opened(job: Job) -> PartMaker:
     """What the job opens, opened by the first thread that asks; that of an earlier job is closed."""
     with _opening:
         if job not in _opened:
