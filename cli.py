@@ -77,6 +77,8 @@ def train(
     cache: Annotated[list[str], typer.Option(help="a cache to learn from, a folder or URL; may be given again")],
     out: Annotated[Path, typer.Option(help="folder of the head, its checkpoints, metrics and curves")],
     preset: Preset = "bl",
+    localizer: Annotated[str | None, typer.Option(help="learn from this one's tokens instead of the preset's")] = None,
+    encoder: Annotated[str | None, typer.Option(help="learn from this one's maps instead of the preset's")] = None,
     schedule: Annotated[str, typer.Option(help="the run's rates and length: paper or toy")] = "paper",
     ratio: Annotated[
         list[float] | None, typer.Option(help="share of the batches, one a cache; default: by size")
@@ -100,20 +102,22 @@ def train(
     from regionspot.fusion.config import train_config
     from regionspot.fusion.train import train as run
     from regionspot.pipeline.backbones import preset_named
+    from regionspot.pipeline.registry import stored_name
 
     config = train_config(schedule, iterations=iterations, batch_size=batch_size, lr=lr, seed=seed)
     sets = preset_named(preset)
+    tokens, maps = stored_name(localizer or sets.localizer), stored_name(encoder or sets.encoder)
     caches = [FeatureCache.open(path, local_copy=local_copy, local_limit=local_limit) for path in cache]
-    vocabularies = [cache_vocabulary(one, sets.encoder, templates, clip_weights or weights, device) for one in caches]
+    vocabularies = [cache_vocabulary(one, maps, templates, clip_weights or weights, device) for one in caches]
     result = run(
         caches,
         vocabularies,
         out,
         config,
-        preset=preset,
+        preset=None if localizer or encoder else preset,
         ratios=ratio,
-        map_set=sets.encoder,
-        token_set=sets.localizer,
+        map_set=maps,
+        token_set=tokens,
         resume=resume,
         device=device,
         checkpoint_every=checkpoint_every,

@@ -47,7 +47,7 @@ def test_the_backbone_has_about_forty_lines_and_is_an_encoder_without_text(dinov
 def test_the_command_and_the_program_below_it_run_and_print_what_stands_there(folder, dinov2, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [*shlex.split(COMMAND), "--device", "cpu", "--dtype", "float32"])
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         cli.main()
     capsys.readouterr()
     exec(compile(READING, str(DOCUMENT), "exec"), {"__name__": "__main__"})

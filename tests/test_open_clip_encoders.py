@@ -12,11 +12,14 @@ import pytest
 import torch
 from PIL import Image
 
+from regionspot import cli
 from regionspot.cache.errors import InputError
+from regionspot.evaluation.baselines import PooledBaseline
 from regionspot.pipeline import open_clip_models
 from regionspot.pipeline.encoder import ClipEncoder, load_encoder, load_text_encoder
 from regionspot.pipeline.models import ProjectingEncoder, TextEncoder
 from regionspot.pipeline.open_clip_models import config_of, is_plain
+from regionspot.pipeline.toy_world import make_toy_world
 
 TEXT = {"context_length": 16, "vocab_size": 49_408, "width": 32, "heads": 2, "layers": 1}
 TIMM = {"image_size": 160, "timm_model_pretrained": False}
@@ -212,3 +215,43 @@ def test_a_tag_of_another_model_is_refused_with_those_there_are():
         load_encoder("open_clip:ViT-B-16-SigLIP2:openai", "random:0")
     official = open_clip_models.build_open_clip("PE-Core-T-16-384", "meta").official
     assert official.url.startswith("https://huggingface.co/timm/PE-Core-T-16-384/resolve/main/")
+
+
+@pytest.mark.usefixtures("home")
+def test_a_head_learns_from_maps_without_a_class_token_and_names_regions_by_them(
+    configs, tmp_path, monkeypatch, capsys
+):
+    world, cache, out = make_toy_world(tmp_path / "world", 40, seed=1), str(tmp_path / "a.zarr"), tmp_path / "run"
+    name = "open_clip:tiny-convnext"
+    random = ["--clip-weights", "random:0"]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["regionspot", *map(str, arguments), "--device", "cpu"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, capsys.readouterr().err
+
+    run(
+        "extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--encoder", name, "--limit", 8, *random
+    )
+    some = ["--iterations", 2, "--batch-size", 2, "--templates", "plain"]
+    run("train", "--cache", cache, "--out", out, "--preset", "toy", "--encoder", name, *some, *random)
+    photo = next(world.rglob("*.jpg"))
+    capsys.readouterr()
+    run(
+        "predict",
+        photo,
+        "--checkpoint",
+        out / "head.safetensors",
+        "--boxes",
+        "0,0,50,50",
+        "--names",
+        "star,moon",
+        *random,
+    )
+    assert '"star"' in capsys.readouterr().out
+
+
+def test_the_baseline_that_pools_a_map_asks_for_one_that_can_be_projected(encoders):
+    with pytest.raises(InputError, match=r"tiny-pe: its map has no projection .* take the baseline of crops"):
+        PooledBaseline(encoders["tiny-pe"], None, None, None)
