@@ -9,6 +9,7 @@ the rest for whoever wants CLIP's own space.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -98,18 +99,20 @@ class ClipEncoder:
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
         """float32 (P, text_dim): CLIP's embeddings of the prompts, in their order, not normalised.
 
-        Computed in batches of about equal length, each cut behind its longest prompt: the text tower is causal, so
-        what would follow a prompt's end cannot change it. A class name in a template has 8 tokens of the 77.
+        Computed in batches of equal length, cut behind the prompts' ends: the text tower is causal, so what would
+        follow an end cannot change it. A class name in a template has 8 tokens of the 77.
 
         Raises InputError for a prompt that does not fit the tower's length, start and end included, and for one with
         words that the toy encoder was never taught.
         """
         ids = [self._ids(prompt) for prompt in prompts]
-        order = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         found = torch.empty(len(ids), self.text_dim, device=self.device)
-        for start in range(0, len(order), PROMPT_BATCH):
-            rows = order[start : start + PROMPT_BATCH]
-            found[rows] = self._embed_ids([ids[row] for row in rows])
+        by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        for _, group in groupby(by_length, key=lambda row: len(ids[row])):
+            equal = list(group)
+            for start in range(0, len(equal), PROMPT_BATCH):
+                rows = equal[start : start + PROMPT_BATCH]
+                found[rows] = self._embed_ids([ids[row] for row in rows])
         return found
 
     def _ids(self, prompt: str) -> list[int]:
@@ -127,14 +130,11 @@ class ClipEncoder:
         return ids
 
     def _embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """What open_clip's CLIP.encode_text computes, on sequences as long as the longest of these."""
-        clip, lengths = self._clip, [len(row) for row in ids]
-        longest = max(lengths)
-        padded = torch.tensor([[*row, *[0] * (longest - len(row))] for row in ids], device=self.device)
-        values = clip.token_embedding(padded) + clip.positional_embedding[:longest]
-        values = clip.ln_final(clip.transformer(values, attn_mask=clip.attn_mask[:longest, :longest]))
-        ends = values[torch.arange(len(ids)), torch.tensor(lengths) - 1]
-        embedded: Tensor = ends @ clip.text_projection
+        """What open_clip's CLIP.encode_text computes, on sequences of equal length that end at their prompts' ends."""
+        clip, length = self._clip, len(ids[0])
+        values = clip.token_embedding(torch.tensor(ids, device=self.device)) + clip.positional_embedding[:length]
+        values = clip.transformer(values, attn_mask=clip.attn_mask[:length, :length])
+        embedded: Tensor = clip.ln_final(values[:, -1]) @ clip.text_projection
         return embedded
 
 

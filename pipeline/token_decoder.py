@@ -33,9 +33,9 @@ FIRST_MASK_TOKEN = 1
 MASK_TOKENS = 4
 QUERIES = 1 + MASK_TOKENS + 2  # the two corners of a box come last
 
-# What a chunk of boxes may take. A box of SAM ViT-B carries 15 MB of cells and scores: few stay in a CPU's caches
-# (16 boxes on one core: 0.30 s by 2 to 4, 0.37 s by 16), many keep a GPU's cores busy.
-CHUNK_BYTES = {"cpu": 64_000_000, "cuda": 2_000_000_000}
+# What a chunk of boxes may take; one of SAM ViT-B carries 15 MB of cells and scores. On a CPU 16 together are a tenth
+# faster than 4 and more gain nothing, as long as their memory is not new each time (allocator.py).
+CHUNK_BYTES = {"cpu": 256_000_000, "cuda": 2_000_000_000}
 FREE_SHARE = 0.1  # of a GPU's free memory at most: the next batch of pictures is under way beside it
 
 
@@ -116,7 +116,7 @@ class TokenDecoder:
             queries, cells = self._later_layer(layer, queries, cells, places)
         # Stacked one by one: a list as an index would be copied to the device, and the host wait for it.
         asked, queries = (torch.stack([each[:, w] for w in wanted], 1) for each in (queries + places, queries))
-        attended = self._last.to_cells(asked, cells, cells + self._positions)
+        attended = self._last.to_cells(asked, cells, self._positions)
         return self._norm(queries + attended), cells
 
     def _first_layer(self, places: Tensor, runs: Sequence[tuple[slice, _Shared]]) -> tuple[Tensor, Tensor]:
@@ -135,12 +135,16 @@ class TokenDecoder:
     def _later_layer(self, layer: _Layer, queries: Tensor, cells: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
         asked = queries + places
         queries = layer.norm1(queries + layer.own(asked, asked, queries))
-        placed = cells + self._positions
-        queries = layer.norm2(queries + layer.to_image.to_cells(queries + places, cells, placed))
+        queries = layer.norm2(queries + layer.to_image.to_cells(queries + places, cells, self._positions))
         queries = layer.norm3_of_mlp(queries)
-        weights = layer.from_image.weights_of_cells(queries + places, placed)
-        torch.baddbmm(cells, weights.mT, layer.from_image.folded_values(queries), out=placed)
-        return queries, layer.norm4(placed)
+        weights = layer.from_image.weights_of_cells(queries + places, cells, self._positions)
+        cells.baddbmm_(weights.mT, layer.from_image.folded_values(queries))
+        return queries, layer.norm4(cells)
+
+
+def _met(asked: Tensor, cells: Tensor, positions: Tensor) -> Tensor:
+    """(n, Q, P): (n, Q, C) by cells (n, P, C) plus positions (P, C), a sum that is never written out."""
+    return (asked @ positions.mT).baddbmm_(asked, cells.mT)
 
 
 @dataclass(frozen=True)
@@ -205,12 +209,12 @@ class _Attention:
         weights = (asked @ shared.keys.mT).softmax(-1)
         return self._combined(weights @ shared.values).view(n, count, -1)
 
-    def to_cells(self, queries: Tensor, cells: Tensor, placed: Tensor) -> Tensor:
-        """(n, K, C): queries (n, K, C) attending to cells (n, P, C) of their own, with keys made from `placed`."""
+    def to_cells(self, queries: Tensor, cells: Tensor, positions: Tensor) -> Tensor:
+        """(n, K, C): queries (n, K, C) attending to cells (n, P, C) of their own, which lie at `positions` (P, C)."""
         n, count, _ = queries.shape
         asked = self._scaled_queries(queries.flatten(0, 1)) @ self._k  # (H, n * K, C)
         asked = asked.view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)  # (n, H * K, C)
-        seen = (asked @ placed.mT).softmax(-1) @ cells
+        seen = _met(asked, cells, positions).softmax(-1) @ cells
         seen = seen.view(n, self.heads, count, -1).transpose(0, 1).flatten(1, 2)  # (H, n * K, C)
         return self._combined(seen @ self._v.mT + self._v_bias.mT).view(n, count, -1)
 
@@ -220,13 +224,13 @@ class _Attention:
         met = self._scaled_keys(keys.flatten(0, 1)) @ shared.queries.mT  # (H, n * K, P)
         return met.view(self.heads, n, count, -1).transpose(0, 1).softmax(2).flatten(1, 2)
 
-    def weights_of_cells(self, keys: Tensor, placed: Tensor) -> Tensor:
+    def weights_of_cells(self, keys: Tensor, cells: Tensor, positions: Tensor) -> Tensor:
         """The same for cells (n, P, C) of each box's own."""
         n, count, _ = keys.shape
         split = self._scaled_keys(keys.flatten(0, 1))  # (H, n * K, c)
         folded = (split @ self._q).view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)  # (n, H * K, C)
         constant = (split @ self._q_bias).view(self.heads, n, count, 1).transpose(0, 1).flatten(1, 2)
-        met = torch.baddbmm(constant, folded, placed.mT)
+        met = _met(folded, cells, positions).add_(constant)
         return met.view(n, self.heads, count, -1).softmax(2).flatten(1, 2)
 
     def folded_values(self, queries: Tensor) -> Tensor:
