@@ -64,9 +64,10 @@ def measure_gpu(report: Report, scale: Scale, device: str, scratch: Path) -> Non
     for step, (rate, work) in _steps(backbones, job, size, place, scale, operations).items():
         report.add_row(STEPS, step=step, **_rates(rate, rate * work, matrix))
     whole = _stages(report, backbones, job, size, scale, scratch)
-    report.add_goal(
-        "share of the card's matrix rate, whole stage", whole * sum(operations.values()) / matrix, at_least=0.4
-    )
+    share = whole * sum(operations.values()) / matrix
+    report.add_row(STAGES, of="ours, share of the card's matrix rate", **{"pictures/s": share})
+    if place.type == "cuda":
+        report.add_goal("share of the card's matrix rate, whole stage", share, at_least=0.4)
     for name, pictures in (("Objects365 v1", OBJECTS365), ("all three sets", ALL_SETS)):
         report.add_row(HOURS, dataset=name, pictures=f"{pictures:,}", hours=pictures / whole / 3600)
     shutil.rmtree(scratch)

@@ -24,16 +24,17 @@ _side: Any = None  # of this process, if it is one of a Contender's
 
 
 class Contender:
-    """Makes a side by `make(*arguments)` in a process of its own and runs its steps there."""
+    """Makes a side by `make(*arguments)` in a process of its own, while others are made, and runs its steps there."""
 
     def __init__(self, environment: Mapping[str, str], make: Callable[..., Any], *arguments: Any) -> None:
         self._pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         with _environment(environment):  # glibc reads it when a process starts
-            self._pool.submit(_prepare, make, *arguments).result()
+            self._made = self._pool.submit(_prepare, make, *arguments)
         self.results: dict[str, Any] = {}
 
     def __call__(self, step: str, *arguments: Any) -> float:
         """CPU seconds of all threads of the process for the step; what it returned is kept in `results`."""
+        self._made.result()
         taken, self.results[step] = self._pool.submit(_timed, step, *arguments).result()
         return taken
 
