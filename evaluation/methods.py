@@ -125,7 +125,8 @@ def check_features(checkpoint: Path, info: HeadInfo, cache: FeatureCache) -> tup
 
     Raises ProvenanceMismatchError where the cache lacks them or they come from other weights.
     """
-    by_kind = {each.kind: each.name for each in cache.feature_sets.values()}
+    # The first of each kind, where a head states none: what is kept beside location tokens comes behind them.
+    by_kind = {each.kind: each.name for each in reversed(cache.feature_sets.values())}
     names = (info.localizer or by_kind.get("token", ""), info.encoder or by_kind.get("map", ""))
     for name in names:
         if name not in cache.feature_sets:

@@ -7,13 +7,19 @@ import numpy as np
 import pytest
 import torch
 
+from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
+from regionspot.evaluation.methods import check_features
+from regionspot.fusion.checkpoint import HeadInfo
 from regionspot.pipeline import registry
+from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.encoder import load_encoder
+from regionspot.pipeline.extract import extract
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.localizer import load_localizer
 from regionspot.pipeline.models import Asked
 from regionspot.pipeline.registry import ENCODERS, LOCALIZERS, register_encoder, register_localizer, stored_name
+from regionspot.pipeline.toy_world import make_toy_world
 
 MODULE = """
 import torch
@@ -134,3 +140,21 @@ def test_all_tokens_of_sam_are_the_official_decoders_and_the_first_is_what_it_is
     alone = load_localizer("toy_sam", "random:0").tokens_of_pictures(embeddings, boxes, [(80, 120), (50, 50)])
     assert float((found[0][name] - alone[0]).abs().max() / alone[0].abs().max()) <= 1e-5
     assert localizer.provenance == load_localizer("toy_sam", "random:0").provenance
+
+
+def test_all_tokens_are_added_to_a_cache_of_location_tokens_which_stay_as_they_are(tmp_path):
+    world = make_toy_world(tmp_path / "world", 40, seed=1)
+    manifest, photos = read_dataset("toy", world, "train").head(4), photo_dir("toy", world)
+    rows, kept = np.arange(4), []
+    for tokens in ("first", "all"):
+        backbones = Backbones.load("toy", device="cpu", tokens=tokens)
+        cache = FeatureCache.open_or_create(tmp_path / "a.zarr", manifest, backbones.feature_sets(), 2)
+        extract(cache, photos, backbones)
+        kept.append({name: cache.read(rows, token_set=name).tokens for name in backbones.localizer.outputs})
+    first, read = kept[0]["toy_sam"], kept[1]
+    assert np.array_equal(read["toy_sam"], first)
+    assert np.abs(read["toy_sam_slots"][..., :128] - first).max() <= 2e-3 * np.abs(first).max()
+    assert np.isfinite(read["toy_sam_iou"]).all()
+    assert read["toy_sam_iou"].shape == (*first.shape[:2], 4)
+    # A head that the authors released states no set; it was trained on location tokens.
+    assert check_features(tmp_path, HeadInfo(), cache) == ("toy_sam", "toy_clip")
