@@ -58,7 +58,8 @@ def connected(scheduler: str) -> Iterator[Client]:
     import distributed  # noqa: F401  half a second to import, and it sets its log up
 
     # Dask's own words about workers that come and go are said in one line each by schedule.py.
-    logging.getLogger("distributed").setLevel(logging.CRITICAL)
+    for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     count = _local_workers(scheduler)
     with _running(scheduler) if count is None else _local(count) as client:
         yield client

@@ -7,16 +7,20 @@ all that is sent are the real thing.
 import importlib
 import json
 import os
+import random
 import resource
 import signal
+import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from regionspot.cache import FeatureCache
+from regionspot.cache.claims import Claims
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.verify import verify
 from regionspot.pipeline import part_worker
@@ -206,3 +210,159 @@ def test_local_workers_get_a_gpu_each_and_their_share_of_the_cores(monkeypatch):
     assert {each["OMP_NUM_THREADS"] for each in found} == {"2"}
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert "CUDA_VISIBLE_DEVICES" not in worker_environment(0, 1)
+
+
+class Cluster:
+    """A dask scheduler and workers as processes of their own, as on other machines."""
+
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+        self._folder, self._host = folder, host
+        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), "DASK_LOGGING__DISTRIBUTED": "critical"}
+        self._environment |= {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s"}
+        self.processes: list[subprocess.Popen] = []
+
+    def _start(self, what: str, *options: str, inside: tuple[str, ...] = ()) -> subprocess.Popen:
+        command = [*inside, sys.executable, "-m", f"distributed.cli.dask_{what}", *options]
+        log = (self._folder / "dask.log").open("ab")
+        self.processes.append(subprocess.Popen(command, env=self._environment, stdout=log, stderr=log))
+        return self.processes[-1]
+
+    def scheduler(self, port: int = 0) -> subprocess.Popen:
+        file = self._folder / "scheduler.json"
+        file.unlink(missing_ok=True)
+        started = self._start(
+            "scheduler", "--host", self._host, "--port", str(port), "--no-dashboard", "--scheduler-file", str(file)
+        )
+        while not file.exists() or not file.read_bytes():
+            assert started.poll() is None, (self._folder / "dask.log").read_text()
+            time.sleep(0.01)
+        self.address = json.loads(file.read_bytes())["address"]
+        return started
+
+    def worker(self, inside: tuple[str, ...] = ()) -> subprocess.Popen:
+        options = ("--nthreads", "2", "--memory-limit", "0", "--no-nanny", "--no-dashboard")
+        return self._start("worker", self.address, *options, inside=inside)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    started = Cluster(tmp_path)
+    yield started
+    started.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_workers_outlive_their_scheduler_and_a_new_one_goes_on(cluster, cache, undisturbed, seed, stress_result):
+    rng, begun = random.Random(seed), time.monotonic()
+    scheduler = cluster.scheduler()
+    port = int(cluster.address.rpartition(":")[2])
+    workers = [cluster.worker(), cluster.worker()]
+    with connected(cluster.address) as client:
+        run = Run(client, cache, 0.02)
+        run.has_written(rng.randrange(1, 6))
+        scheduler.kill()
+        with pytest.raises(CacheError, match=r"the scheduler is gone; .* the same command goes on"):
+            run.end()
+    if rng.random() < 0.5:
+        for worker in workers:
+            worker.kill()
+    cluster.scheduler(port)
+    cluster.worker()
+    with connected(cluster.address) as client:
+        Run(client, cache, 0.0).end()
+    must_equal(cache, undisturbed)
+    stress_result(seeds=[seed], seconds=time.monotonic() - begun, schedulers=1, lost=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_killed_frozen_and_woken_in_full(tmp_path, undisturbed, seed, stress_result):
+    rng, counts, begun = random.Random(seed), Counter(), time.monotonic()
+    with connected("local:4") as client:
+        for number in range(12):
+            cache = simulated.make_cache(tmp_path / f"{number}.zarr", PICTURES, PART_SIZE)
+            frozen: list[int] = []
+            found = list(pids(client).values())
+            run = Run(client, cache, rng.choice((0.01, 0.03)))
+            for moment in sorted(rng.sample(range(len(PARTS)), 3)):
+                run.has_written(moment)
+                victim = rng.choice([pid for pid in found if pid not in frozen])
+                if rng.random() < 0.5 and len(frozen) < 2:
+                    os.kill(victim, signal.SIGSTOP)
+                    frozen.append(victim)
+                    counts["frozen"] += 1
+                else:
+                    found.remove(victim)
+                    os.kill(victim, signal.SIGKILL)
+                    counts["killed"] += 1
+            counts["parts"] += run.end().parts
+            must_equal(cache, undisturbed)
+            for pid in frozen:
+                os.kill(pid, signal.SIGCONT)
+            while len(worker_threads(client)) < 4 or len(pids(client)) < 4:
+                time.sleep(0.05)
+            while any(path.name[0].isdigit() for path in (cache.path / "claims").iterdir()):
+                with Claims(cache.storage):
+                    time.sleep(0.05)
+            must_equal(cache, undisturbed)
+            counts["caches"] += 1
+    stress_result(seeds=[seed], seconds=time.monotonic() - begun, lost=0, **counts)
+
+
+@pytest.fixture
+def host():
+    """A network namespace as another machine: `ip netns exec NAME ...`, joined by a cable that can be pulled."""
+    name = f"rs{os.getpid()}"
+    try:
+        for words in (
+            f"netns add {name}",
+            f"link add {name}a type veth peer name {name}b netns {name}",
+            f"addr add 10.231.7.1/30 dev {name}a",
+            f"link set {name}a up",
+            f"-n {name} addr add 10.231.7.2/30 dev {name}b",
+            f"-n {name} link set {name}b up",
+            f"-n {name} link set lo up",
+        ):
+            subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine permits no network namespaces: {getattr(error, 'stderr', error)}")
+    yield name
+    subprocess.run(["ip", "link", "del", f"{name}a"], capture_output=True)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_cut_off_from_the_network_and_brought_back(tmp_path, host, cache, undisturbed, seed, stress_result):
+    rng, begun = random.Random(seed), time.monotonic()
+    cluster = Cluster(tmp_path, "10.231.7.1")
+    try:
+        cluster.scheduler()
+        cluster.worker()
+        away = cluster.worker(inside=("ip", "netns", "exec", host))
+        with connected(cluster.address) as client:
+            while len(worker_threads(client)) < 2:
+                time.sleep(0.01)
+            run = Run(client, cache, 0.03)
+            run.has_written(rng.randrange(1, 5))
+            subprocess.run(["ip", "link", "set", f"{host}a", "down"], check=True)
+            if rng.random() < 0.5:
+                run.has_written(7)
+                subprocess.run(["ip", "link", "set", f"{host}a", "up"], check=True)
+            run.end()
+            must_equal(cache, undisturbed)
+            subprocess.run(["ip", "link", "set", f"{host}a", "up"], check=True)
+            # Either it is a worker again, or it has given its connection up and ended, as one without a nanny does.
+            while away.poll() is None and len(worker_threads(client)) < 2:
+                time.sleep(0.05)
+        must_equal(cache, undisturbed)
+    finally:
+        cluster.end()
+    stress_result(seeds=[seed], seconds=time.monotonic() - begun, cut=1, lost=0)
