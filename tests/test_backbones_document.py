@@ -31,10 +31,11 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.fixture
-def dinov2(folder, monkeypatch):
-    monkeypatch.syspath_prepend(folder)
-    yield load_encoder("dinov2:Dinov2", "random:0")
+@pytest.fixture(scope="module")
+def dinov2(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(folder)
+        yield load_encoder("dinov2:Dinov2", "random:0")
     sys.modules.pop("dinov2", None)
 
 

@@ -93,11 +93,12 @@ def test_it_is_a_localizer_without_masks_that_says_how_pictures_enter(localizer)
     assert "sam2" in localizer.provenance["versions"]
 
 
-def test_weights_of_another_size_are_refused(localizer, tmp_path):
+def test_weights_of_something_else_are_refused(monkeypatch, tmp_path):
     path = tmp_path / "sam2.pt"
-    torch.save({"model": localizer._model.state_dict()}, path)
-    with pytest.raises(WeightsError, match=r"does not fit sam2\.1_hiera_small"):
-        load_localizer("sam2.1_hiera_small", str(path))
+    torch.save({"model": {"image_encoder.trunk.pos_embed": torch.zeros(1, 96, 7, 7)}}, path)
+    monkeypatch.setattr(sam2_localizer, "build_sam2", partial(sam2_localizer.build_sam2, overrides=SMALL))
+    with pytest.raises(WeightsError, match=r"does not fit sam2\.1_hiera_tiny"):
+        load_localizer("sam2.1_hiera_tiny", str(path))
 
 
 def test_other_tokens_than_first_and_all_are_refused(monkeypatch):
