@@ -82,6 +82,7 @@ def main() -> None:
     _measure_steps(report, scale, job)
     measure_decoders(report, job.paths()[: len(SIZES)], rounds=5 if asked.quick else 20, long_side=1024)
     measure_errors(report, scratch / "world", pictures=2 if asked.quick else 16)
+    shutil.rmtree(scratch)
     report.finish(asked.results)
 
 

@@ -20,6 +20,7 @@ The residual stream stays in float32 whatever the products are computed in.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,13 +37,14 @@ class SamEncoder:
     """The image encoder of one SAM. `encoder` is segment_anything's ImageEncoderViT, on its device, in float32.
 
     compile   by torch.compile, which takes minutes when the first batch comes, and again for another batch size
+    flex      global attention by PyTorch's flex_attention: no wider products, but slow unless compiled for a GPU
     """
 
-    def __init__(self, encoder: Any, dtype: str, compile: bool = False) -> None:
+    def __init__(self, encoder: Any, dtype: str, compile: bool = False, flex: bool = False) -> None:
         self._patch_embed, self._neck = encoder.patch_embed, encoder.neck
         self._positions: Tensor = encoder.pos_embed.detach()
         self._dtype = DTYPES[dtype]
-        self._blocks = [_Block(block, encoder.pos_embed.shape[1], self._dtype) for block in encoder.blocks]
+        self._blocks = [_Block(block, encoder.pos_embed.shape[1], self._dtype, flex) for block in encoder.blocks]
         self._run = torch.compile(self._forward) if compile else self._forward
 
     @torch.no_grad()
@@ -64,7 +66,7 @@ class SamEncoder:
 class _Block:
     """One transformer block, over windows or over the whole picture."""
 
-    def __init__(self, block: Any, grid: int, dtype: torch.dtype) -> None:
+    def __init__(self, block: Any, grid: int, dtype: torch.dtype, flex: bool) -> None:
         attention = block.attn
         self._norm1, self._norm2 = block.norm1, block.norm2
         self._qkv, self._out = _Linear(attention.qkv, dtype), _Linear(attention.proj, dtype)
@@ -73,6 +75,7 @@ class _Block:
         self._scale: float = attention.scale
         self._side: int = block.window_size or grid
         self._windows = math.ceil(grid / self._side)  # along one side; one of them when attention is global
+        self._flex = flex and self._windows == 1
         self._bias_h = _relative(attention.rel_pos_h.detach(), self._side).to(dtype)
         self._bias_w = _relative(attention.rel_pos_w.detach(), self._side).to(dtype)
         places = torch.arange(self._side**2, device=self._bias_h.device)
@@ -90,9 +93,13 @@ class _Block:
         pictures, grid, _, _ = x.shape
         qkv = self._cut(self._qkv(x))  # (n windows of all pictures, w * w, 3 C)
         split = qkv.view(*qkv.shape[:2], 3, self._heads, -1).permute(2, 0, 3, 1, 4)  # (3, n, H, w * w, c)
-        by_rows = x.device.type == "cpu" and self._windows == 1
-        seen = (self._attend_by_rows if by_rows else self._attend)(*(each.contiguous() for each in split))
+        seen = self._kernel(x.device)(*(each.contiguous() for each in split))
         return self._out(self._joined(seen.transpose(1, 2).flatten(2), pictures, grid)).view_as(x)
+
+    def _kernel(self, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        if self._flex:
+            return self._attend_flexibly
+        return self._attend_by_rows if device.type == "cpu" and self._windows == 1 else self._attend
 
     def _cut(self, qkv: Tensor) -> Tensor:
         pictures, grid, _, width = qkv.shape
@@ -119,6 +126,19 @@ class _Block:
         # The kernel wants values as wide as keys; what the zeros give is cut off again.
         padded = F.pad(values, (0, picked.shape[3] - values.shape[3]))
         return F.scaled_dot_product_attention(extended, picked, padded, scale=1.0)[..., : values.shape[3]]
+
+    def _attend_flexibly(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The same by a kernel that is compiled with the biases in it, which it adds to each score on the way."""
+        from torch.nn.attention.flex_attention import flex_attention  # brings the compiler with it
+
+        side = self._side
+        of_rows, of_columns = (each.flatten(2, 3) for each in self._biases(queries))
+
+        def biased(score: Tensor, picture: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score + of_rows[picture, head, query, key // side] + of_columns[picture, head, query, key % side]
+
+        seen: Tensor = flex_attention(queries, keys, values, score_mod=biased, scale=self._scale)
+        return seen
 
     def _attend_by_rows(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """The same for one head and some rows of queries at a time."""

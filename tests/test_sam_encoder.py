@@ -59,6 +59,12 @@ def test_the_kernel_of_a_gpu_gives_the_same_on_a_cpu():
     assert error(block._attend_by_rows(queries, keys, values), one_kernel) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flexible_attention_gives_the_same():
+    encoder = drawn(4)
+    assert error(SamEncoder(encoder, "float32", flex=True)(pictures()), encoder(pictures())) < 1e-5
+
+
 def test_tables_of_another_grid_are_interpolated_as_the_official_encoder_does():
     encoder = drawn(4)
     for block in encoder.blocks:
