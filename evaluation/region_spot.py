@@ -45,7 +45,7 @@ class Region:
     box_xyxy  x1, y1, x2, y2 in pixels of the picture
     name      the likeliest of the names asked about; score is its softmax probability among these names
     scores    the likeliest few names with their scores, best first
-    mask      bool (h, w), SAM's mask of the box; None where masks were not asked for
+    mask      bool (h, w), SAM's mask of the box; None where masks were not asked for, or the localizer draws none
     """
 
     box_xyxy: tuple[float, float, float, float]
@@ -154,7 +154,8 @@ class RegionSpot:
         vocabulary = self.vocabulary(names, templates)
         if not len(checked):
             return []
-        found = self.score([self.prepare(photo, checked)], self.text(vocabulary), masks)[0]
+        drawn = masks and isinstance(self.localizer, MaskingLocalizer)
+        found = self.score([self.prepare(photo, checked)], self.text(vocabulary), drawn)[0]
         return [
             _region(box, probabilities, vocabulary.names, top, None if found.masks is None else found.masks.decode(row))
             for row, (box, probabilities) in enumerate(zip(checked, found.probabilities, strict=True))
@@ -202,7 +203,7 @@ class RegionSpot:
             return found[0], None
         localizer = self.localizer
         if not isinstance(localizer, MaskingLocalizer):
-            raise InputError(f"localizer {localizer.name}: draws no masks; ask for none")
+            raise InputError(f"localizer {localizer.name}: draws no masks; ask for none (--no-masks)")
         step = max(1, MASK_PIXELS // (picture.size[0] * picture.size[1]))
         pieces = [
             localizer.tokens_and_masks(embedding, picture.boxes_xyxy[start : start + step], picture.size)

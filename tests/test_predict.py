@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -63,6 +64,18 @@ def test_every_box_gets_the_likeliest_of_the_names_and_a_mask_of_the_picture(spo
         assert region.mask.shape == (120, 200)
         assert region.mask.dtype == bool
         assert json.loads(json.dumps(region.as_json()))["name"] == region.name
+
+
+def test_a_localizer_that_draws_no_masks_names_boxes_and_refuses_to_make_masks(spot, pixels):
+    names = ("device", "preprocess", "encode", "tokens_of_pictures", "name", "provenance")
+    bare = SimpleNamespace(**{name: getattr(spot.localizer, name) for name in names})
+    other = RegionSpot(spot.head, bare, spot.encoder, spot.templates)
+    found = other.predict(pixels, BOXES, NAMES)
+    assert [region.name for region in found] == [region.name for region in spot.predict(pixels, BOXES, NAMES)]
+    assert all(region.mask is None for region in found)
+    prepared = other.prepare(Image.fromarray(pixels), np.array(BOXES, np.float32))
+    with pytest.raises(InputError, match=r"localizer toy_sam: draws no masks; .*--no-masks"):
+        other.score([prepared], other.text(other.vocabulary(NAMES)), masks=True)
 
 
 def test_a_picture_is_the_same_from_a_file_pil_or_numpy(spot, pixels, tmp_path):
