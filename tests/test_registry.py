@@ -1,7 +1,7 @@
 """Backbones by name: ours, those of other packages, and what is said of names that are none."""
 
+import importlib
 import sys
-from importlib.metadata import EntryPoint
 
 import numpy as np
 import pytest
@@ -80,9 +80,12 @@ def test_a_program_registers_its_own_and_gets_what_was_asked_for(package):
         register_encoder("my:grey", Grey)
 
 
-def test_an_installed_package_brings_its_own_by_an_entry_point(package, monkeypatch):
-    points = [EntryPoint("their_grey", "their_models:Grey", "regionspot.encoders")]
-    monkeypatch.setattr(registry, "entry_points", lambda group: points if group == "regionspot.encoders" else [])
+def test_an_installed_package_brings_its_own_by_an_entry_point(package):
+    installed = package / "their_package-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[regionspot.encoders]\ntheir_grey = their_models:Grey\n")
+    importlib.invalidate_caches()
     assert load_encoder("their_grey").map_shape == (4, 1)
     assert "their_grey" in ENCODERS.names()
     with pytest.raises(InputError, match="their_grey"):
