@@ -112,6 +112,7 @@ def _local(count: int) -> Iterator[Client]:
                     "env": worker_environment(number, count),
                     "host": "127.0.0.1",
                     "dashboard": False,
+                    "preload": ["regionspot.pipeline.part_worker"],  # its dask_setup
                 },
             }
             for number in range(count)

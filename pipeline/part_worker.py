@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -212,6 +213,11 @@ def opened(job: Job) -> PartMaker:
             close_all()
             _opened[job] = job.open()
         return _opened[job]
+
+
+def dask_setup(_: object) -> None:
+    """Called by dask in a worker of this machine: a terminal's Ctrl-C is for the command, which tells the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def close_all() -> None:
