@@ -60,6 +60,9 @@ def extract(
     preprocess: Annotated[
         str, typer.Option(help="direct, or reference: through 800 x 1333 pixels first, as the authors do")
     ] = "direct",
+    tokens: Annotated[
+        str, typer.Option(help="first: location tokens; all: the other mask tokens and predicted IoUs as well")
+    ] = "first",
     exif: ExifRule = "auto",
     part_size: Annotated[int, typer.Option(help="pictures a part, the unit of resuming")] = 512,
     batch_size: Annotated[int | None, typer.Option(help="pictures an encoder call; default: what suits")] = None,
@@ -100,6 +103,7 @@ def extract(
         localizer=localizer,
         encoders=encoder or (),
         preprocess=preprocess,
+        tokens=tokens,
         held=held_sets(cache),
     )
     extraction = Extraction(
