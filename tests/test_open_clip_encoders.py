@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from regionspot import cli
+from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
 from regionspot.evaluation.baselines import PooledBaseline
 from regionspot.pipeline import open_clip_models
 from regionspot.pipeline.encoder import ClipEncoder, load_encoder, load_text_encoder
 from regionspot.pipeline.models import ProjectingEncoder, TextEncoder
 from regionspot.pipeline.open_clip_models import config_of, is_plain
+from regionspot.pipeline.registry import stored_name
 from regionspot.pipeline.toy_world import make_toy_world
 
 TEXT = {"context_length": 16, "vocab_size": 49_408, "width": 32, "heads": 2, "layers": 1}
@@ -224,6 +226,7 @@ def test_a_head_learns_from_maps_without_a_class_token_and_names_regions_by_them
     world, cache, out = make_toy_world(tmp_path / "world", 40, seed=1), str(tmp_path / "a.zarr"), tmp_path / "run"
     name = "open_clip:tiny-convnext"
     random = ["--clip-weights", "random:0"]
+    kept = ["--tokens", "all", "--limit", 8, *random]
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["regionspot", *map(str, arguments), "--device", "cpu"])
@@ -231,11 +234,10 @@ def test_a_head_learns_from_maps_without_a_class_token_and_names_regions_by_them
             cli.main()
         assert not stop.value.code, capsys.readouterr().err
 
-    run(
-        "extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--encoder", name, "--limit", 8, *random
-    )
+    run("extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--encoder", name, *kept)
     some = ["--iterations", 2, "--batch-size", 2, "--templates", "plain"]
     run("train", "--cache", cache, "--out", out, "--preset", "toy", "--encoder", name, *some, *random)
+    assert set(FeatureCache.open(cache).feature_sets) == {"toy_sam", "toy_sam_slots", "toy_sam_iou", stored_name(name)}
     photo = next(world.rglob("*.jpg"))
     capsys.readouterr()
     run(
