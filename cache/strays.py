@@ -10,6 +10,10 @@ from regionspot.cache.header import Header
 from regionspot.cache.schema import part_files, record_file
 from regionspot.cache.storage import Storage
 
+# What runs of `extract` tell of themselves. Nobody reads features by it, so no checksum covers it.
+SUMMARY = "summary.md"
+RUNS = "runs"  # folder of a file for each run
+
 
 @dataclass(frozen=True)
 class Strays:
@@ -26,7 +30,7 @@ def find_strays(storage: Storage, header: Header, written: Mapping[str, Sequence
 
     Raises OSError where a folder cannot be listed.
     """
-    known = {"zarr.json", *header.files}
+    known = {"zarr.json", SUMMARY, *header.files}
     coming: set[str] = set()
     for name, feature_set in header.feature_sets.items():
         known.update(record_file(name, part) for part in written[name])

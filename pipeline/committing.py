@@ -6,6 +6,7 @@ import queue
 import threading
 from collections.abc import Iterator
 
+from regionspot.cache.progress import Progress
 from regionspot.cache.schema import PictureFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.sharing import SharedParts
@@ -18,8 +19,8 @@ class CommitThread:
     has no record and is done again by the next run.
     """
 
-    def __init__(self, cache: FeatureCache, parts: SharedParts) -> None:
-        self._cache, self._parts = cache, parts
+    def __init__(self, cache: FeatureCache, parts: SharedParts, progress: Progress) -> None:
+        self._cache, self._parts, self._progress = cache, parts, progress
         self._queue: queue.Queue[PictureFeatures | None] = queue.Queue(maxsize=64)
         self._abandoned = threading.Event()
         self._error: BaseException | None = None
@@ -44,7 +45,8 @@ class CommitThread:
             self.put(None)
         else:
             self._abandoned.set()
-        self._thread.join()
+        with self._progress.timed("write"):
+            self._thread.join()
         if kind is None and self._error is not None:
             raise self._error
 

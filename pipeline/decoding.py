@@ -71,9 +71,14 @@ class Decoder:
 Jobs = Generator[tuple[int, Sequence[str]], None, None]  # rows, and the feature sets wanted of each
 
 
+def default_threads() -> int:
+    """Threads that decode, where nobody says how many."""
+    return min(16, os.cpu_count() or 1)
+
+
 def decode_ahead(decoder: Decoder, jobs: Jobs, threads: int | None) -> Generator[Decoded, None, None]:
     """The pictures of `jobs`, in that order, decoded by threads that stay a little ahead. Closing it closes `jobs`."""
-    count = threads or min(16, os.cpu_count() or 1)
+    count = threads or default_threads()
     pending: deque[Future[Decoded]] = deque()
     with ThreadPoolExecutor(count, thread_name_prefix="decode") as pool, closing(jobs):
         try:

@@ -36,7 +36,7 @@ class SharedParts:
     """The parts of `cache`, or those of them in `only`, that lack one of the feature sets `names`.
 
     before    parts that were complete at the start
-    done      parts that this run wrote
+    done      parts that this run wrote, `bytes` are theirs
     pictures  pictures of all parts that this run has done, does or may still have to do
     """
 
@@ -50,12 +50,17 @@ class SharedParts:
         self._claimed: dict[int, list[str]] = {}
         self._round: Iterator[int] = iter(())
         self.before = self._asked - len(self._open)
-        self.done = 0
+        self.done = self.bytes = 0
         self.pictures = sum(len(cache.part_rows(part)) for part in self._open)
 
     @property
     def lacking_before(self) -> int:
         return self._asked - self.before
+
+    @property
+    def pending(self) -> int:
+        """Parts that neither this run nor another one is known to have written."""
+        return len(self._open) + len(self._claimed)
 
     def wait(self) -> bool:
         """Claim a part to begin with, waiting as long as others hold all there are; False when none is left.
@@ -89,7 +94,7 @@ class SharedParts:
         Raises CacheError when the disk refuses it.
         """
         try:
-            self._cache.write_part(
+            record = self._cache.write_part(
                 part,
                 pictures,
                 self._claimed[part],
@@ -103,6 +108,7 @@ class SharedParts:
             deque(pictures, maxlen=0)  # those of this part that are still to come
         else:
             self.done += 1
+            self.bytes += sum(record.files.values())
             del self._claimed[part]
         self._claims.release(part)
 

@@ -51,9 +51,9 @@ def new_cache(path, manifest, backbones) -> FeatureCache:
 
 
 def files_of(cache: Path) -> dict[str, bytes]:
-    """Every file but the part records, which hold seconds and the worker's name."""
+    """Every file but those that hold seconds and the worker's name: records of parts and runs, and the summary."""
     found = {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if not name.startswith("parts/")}
+    return {name: data for name, data in found.items() if not name.startswith(("parts/", "runs/", "summary.md"))}
 
 
 @pytest.fixture(scope="module")
