@@ -1,7 +1,7 @@
 """`make stress`: the tests that damage, kill and starve caches, in full, and what they counted.
 
-The tests are those of tests/test_flips.py, test_kills.py and test_faults.py that are marked `slow`; a seeded sample of
-each is in the usual run. What they count goes into build/stress, a file each, and from there into one table.
+The tests are those of tests/test_flips.py, test_kills.py, test_faults.py and test_workers.py that are marked `slow`; a
+sample of each is in the usual run. What they count goes into build/stress, a file each, and from there into one table.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ with scales, maps and tokens, one picture that failed. Everything is drawn from 
 
 def main() -> int:
     shutil.rmtree(COUNTED, ignore_errors=True)
-    say("the slow tests of flips, kills and faults, two at a time")
-    tests = [f"tests/test_{name}.py" for name in ("flips", "kills", "faults")]
+    say("the slow tests of flips, kills, faults and workers, two at a time")
+    tests = [f"tests/test_{name}.py" for name in ("flips", "kills", "faults", "workers")]
     command = [sys.executable, "-m", "pytest", "-m", "slow", "-n", "2", "--dist", "worksteal", *tests, *sys.argv[1:]]
     code = subprocess.run(command, cwd=ROOT).returncode
     counted = [json.loads(file.read_bytes()) for file in sorted(COUNTED.glob("*.json"))]
@@ -50,7 +50,9 @@ def main() -> int:
 def _report(counted: list[dict[str, Any]]) -> Report:
     packages = ("zarr", "numpy", "google-crc32c", "numcodecs")
     report = Report("stress", "What was done to caches, and what was lost", PROTOCOL, versions(packages))
-    flips, one_file, kills, faults = (_of(counted, name) for name in ("damage", "hdf5", "writers", "fault"))
+    flips, one_file, kills, faults, workers = (
+        _of(counted, name) for name in ("damage", "hdf5", "writers", "fault", "workers")
+    )
     report.add_goal("bits flipped and files cut short", _sum(flips, "damages"), at_least=10_000)
     report.add_goal(
         "of these found by `cache verify`, share", _sum(flips, "found") / _sum(flips, "damages"), at_least=1
@@ -58,7 +60,7 @@ def _report(counted: list[dict[str, Any]]) -> Report:
     report.add_goal("reads that gave wrong data", _sum(flips + one_file, "wrong"), at_most=0)
     report.add_goal("writers killed", _sum(kills, "kills"), at_least=1000)
     report.add_goal("kinds of fault", len(faults), at_least=10)
-    report.add_goal("committed parts lost or changed", _sum(kills, "lost") + _sum(faults, "lost"), at_most=0)
+    report.add_goal("committed parts lost or changed", _sum(kills + faults + workers, "lost"), at_most=0)
     for file, counts in _damages_by_file(flips).items():
         report.add_row("Damage", file=file, flips=counts["flip"], cuts=counts["cut"])
     for outcome in ("refused to open", "refused some reads", "read right"):
@@ -67,10 +69,18 @@ def _report(counted: list[dict[str, Any]]) -> Report:
         report.add_row("Damage to a cache in one HDF5 file", outcome=outcome, times=_sum(one_file, outcome))
     for kind in ("kills", "rounds", "caches", "committed parts verified"):
         report.add_row("Kills", what=kind, times=_sum(kills, kind))
+    for what in ("killed", "frozen", "schedulers", "cut", "caches"):
+        report.add_row("Workers", what=what, times=_sum(workers, what))
     for fault in sorted(faults, key=lambda each: str(each["fault"])):
         refused, through = fault.get("refused", 0), fault.get("went through", 0)
         report.add_row("Faults", fault=fault["fault"], runs=fault["runs"], refused=refused, through=through)
-    for name, tests in (("damage", flips), ("damage to one file", one_file), ("kills", kills), ("faults", faults)):
+    for name, tests in (
+        ("damage", flips),
+        ("damage to one file", one_file),
+        ("kills", kills),
+        ("faults", faults),
+        ("workers", workers),
+    ):
         seeds = sorted({seed for test in tests for seed in test["seeds"]})
         report.add_row("Seeds", what=name, seeds=", ".join(map(str, seeds)), seconds=_sum(tests, "seconds"))
     return report
