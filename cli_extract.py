@@ -75,7 +75,16 @@ def extract(
     exact: Annotated[bool, typer.Option("--exact", help="float32 throughout, as --dtype float32")] = False,
     encoding: Annotated[str, typer.Option(help="maps: float16, float32, bfloat16, int8 (half the bytes)")] = "float16",
     token_encoding: Annotated[str, typer.Option(help="tokens, likewise; either may end in +zstd")] = "float16",
+    scheduler: Annotated[
+        str,
+        typer.Option(
+            help="workers to share the parts among: none, local (one a GPU), local:8, or a dask cluster's tcp://host:8786"
+        ),
+    ] = "none",
     room_check: Annotated[bool, typer.Option(help="refuse a disk that is too small for the features")] = True,
+    metrics_port: Annotated[
+        int | None, typer.Option(help="serve Prometheus metrics at this port while it runs: 9400")
+    ] = None,
     take_over: TakeOver = False,
 ) -> None:
     """Run the frozen backbones over a dataset, once, into a cache. Killed and run again, it goes on.
@@ -83,15 +92,53 @@ def extract(
     Any number of runs may share a cache: start the same command again, here or on another machine.
     """
     from regionspot.cache.encodings import Encoding
+    from regionspot.cache.errors import InputError
+    from regionspot.pipeline.clusters import check_scheduler
     from regionspot.pipeline.datasets import photo_dir
     from regionspot.pipeline.extraction import Extraction
     from regionspot.pipeline.failure_limit import FailureLimit
     from regionspot.pipeline.frozen_models import Backbones
+    from regionspot.pipeline.job import ExtractJob, Models, Source
+    from regionspot.pipeline.on_workers import extract_on
     from regionspot.pipeline.outstanding import held_sets
     from regionspot.pipeline.photos import check_exif
 
     rule, failures = check_exif(exif), FailureLimit.parse(max_failures)
     encodings = Encoding.parse(encoding), Encoding.parse(token_encoding)
+    if check_scheduler(scheduler) != "none":
+        if dry_run or retry_failed or metrics_port is not None:
+            raise InputError(
+                f"scheduler {scheduler!r}: --dry-run, --retry-failed and --metrics-port are of one process; leave it out"
+            )
+        models = Models(
+            preset,
+            weights,
+            sam_weights,
+            clip_weights,
+            device,
+            "float32" if exact else dtype,
+            localizer=localizer,
+            encoders=tuple(encoder or ()),
+            preprocess=preprocess,
+            tokens=tokens,
+        )
+        job = ExtractJob(
+            cache,
+            Source(name, str(data), split, str(annotations) if annotations else None, boxes, limit),
+            models,
+            rule,
+            encoding,
+            token_encoding,
+            part_size=part_size,
+            parts=parts,
+            shard=shard,
+            batch_size=batch_size,
+            decode_threads=decode_threads,
+            max_failures=failures,
+            check_room=room_check,
+        )
+        typer.echo(f"{cache}: {extract_on(scheduler, job, take_over).text()}")
+        return
     manifest = manifest_of(name, data, split, annotations, boxes, limit)
     backbones = Backbones.load(
         preset,
@@ -121,6 +168,7 @@ def extract(
         max_failures=failures,
         check_room=room_check,
         take_over=take_over,
+        metrics_port=metrics_port,
     )
     done = extraction.plan() if dry_run else extraction.retry() if retry_failed else extraction.run()
     typer.echo(f"{cache}: {done.text()}")

@@ -21,6 +21,7 @@ from regionspot.pipeline.part_choice import parse_parts
 from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.retry import RetrySummary, retry
 from regionspot.pipeline.shards import parse_shard
+from regionspot.pipeline.watch import Watch
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Extraction:
     shard        only this share of the cache's parts: "3/16"
     check_room   refuse a disk that is too small
     take_over    no other run is alive: what dead ones have claimed is free at once
+    metrics_port serve Prometheus metrics there while it runs
     """
 
     cache: str
@@ -48,6 +50,7 @@ class Extraction:
     max_failures: FailureLimit = DEFAULT_FAILURES
     check_room: bool = True
     take_over: bool = False
+    metrics_port: int | None = None
 
     def plan(self) -> DryRun:
         """What a run would do, measured on a few pictures. Writes nothing."""
@@ -74,6 +77,7 @@ class Extraction:
             max_failures=self.max_failures,
             take_over=self.take_over,
             parts=self.only(cache.n_parts),
+            watch=Watch(metrics_port=self.metrics_port),
         )
 
     def prepare(self) -> FeatureCache:
