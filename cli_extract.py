@@ -108,7 +108,7 @@ def extract(
     if check_scheduler(scheduler) != "none":
         if dry_run or retry_failed or metrics_port is not None:
             raise InputError(
-                f"scheduler {scheduler!r}: --dry-run, --retry-failed and --metrics-port are of one process; leave it out"
+                f"scheduler {scheduler!r}: --dry-run, --retry-failed and --metrics-port want one process; leave it out"
             )
         models = Models(
             preset,
