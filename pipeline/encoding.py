@@ -117,10 +117,13 @@ class BatchEncoder:
                     outputs[picture.row][name] = self._on_host(values)
 
     def _on_device(self, values: Tensor) -> Tensor:
-        return values.to(self._device, non_blocking=True)
+        return values.to(self._device, non_blocking=self._device.type == "cuda")
 
     def _on_host(self, values: Tensor) -> Tensor:
-        return values.to("cpu", non_blocking=True)  # into pinned memory; to be read behind an event
+        # Only there is an event to wait for; elsewhere what has not arrived would be read.
+        return values.to(
+            "cpu", non_blocking=self._device.type == "cuda"
+        )  # into pinned memory; to be read behind an event
 
     def _collect(self, launched: _Launched) -> Iterator[PictureFeatures]:
         if launched.ready is not None:

@@ -94,7 +94,7 @@ class SamLocalizer:
         return self._encoder(torch.stack([self._normalised(picture) for picture in pictures]))
 
     def _normalised(self, picture: Tensor) -> Tensor:
-        values = (picture.to(self.device).float() - self._mean) / self._std
+        values = (self._on_device(picture).float() - self._mean) / self._std
         # After normalising: the padding is 0, the mean colour, as in SAM's own preprocess.
         return F.pad(values, (0, self.pixels - values.shape[2], 0, self.pixels - values.shape[1]))
 
@@ -145,7 +145,11 @@ class SamLocalizer:
     def _scaled(self, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]) -> Tensor:
         """Boxes in pixels of the encoder's input. float32 always: in bfloat16 their Fourier features lose a pixel."""
         scaled = self._preprocess.scale_boxes(boxes_xyxy, original_size, self.pixels)
-        return torch.from_numpy(scaled).to(self.device)
+        return self._on_device(torch.from_numpy(scaled))
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        # On CUDA alone the driver has taken what is not page-locked when it returns; the host need not wait for more.
+        return values.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _mask_logits(self, tokens: Tensor, cells: Tensor) -> Tensor:
         """float32 (k, 1, 4g, 4g): what MaskDecoder.predict_masks computes, for the one slot."""
