@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from regionspot.cache.errors import InputError
+from regionspot.cache.machine import processors
 from regionspot.pipeline.dealing import HANDS
 
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ _ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
 
 def check_scheduler(text: str) -> str:
     """The text itself. Raises InputError where it is none of those above."""
-    if text == "none" or _ADDRESS.fullmatch(text) or _local_workers(text) is not None:
+    if text == "none" or _ADDRESS.fullmatch(text) or local_workers(text) is not None:
         return text
     raise InputError(f"scheduler {text!r}: expected none, local, local:8 (eight workers) or tcp://host:8786")
 
@@ -60,7 +61,7 @@ def connected(scheduler: str) -> Iterator[Client]:
     # Dask's own words about workers that come and go are said in one line each by schedule.py.
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
-    count = _local_workers(scheduler)
+    count = local_workers(scheduler)
     with _running(scheduler) if count is None else _local(count) as client:
         yield client
 
@@ -74,7 +75,8 @@ def dashboard(client: Client) -> str | None:
     return str(client.dashboard_link)
 
 
-def _local_workers(text: str) -> int | None:
+def local_workers(text: str) -> int | None:
+    """How many workers of this machine a scheduler's words ask for; None for other words."""
     words = re.fullmatch(r"local(?::([1-9]\d*))?", text)
     if words is None:
         return None
@@ -127,8 +129,7 @@ def _local(count: int) -> Iterator[Client]:
 
 def worker_environment(number: int, count: int) -> dict[str, str]:
     """What worker `number` of `count` finds set: a GPU, in turn where there are fewer, and its share of the cores."""
-    found, cores = gpus(), len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    threads = str(max(cores // count, 1))
+    found, threads = gpus(), str(max(processors() // count, 1))
     environment = {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     if found:
         environment["CUDA_VISIBLE_DEVICES"] = found[number % len(found)]

@@ -10,10 +10,11 @@ from datetime import UTC, datetime
 
 from regionspot.cache.claims import Claims
 from regionspot.cache.errors import CacheError, InputError, NotACacheError
+from regionspot.cache.machine import processors
 from regionspot.cache.process import this_process
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.bottleneck import find_bottleneck
-from regionspot.pipeline.clusters import connected
+from regionspot.pipeline.clusters import connected, local_workers
 from regionspot.pipeline.failure_kinds import FailureCount
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.job import ExtractJob, Prepared
@@ -34,6 +35,8 @@ def extract_on(scheduler: str, job: ExtractJob, take_over: bool = False) -> Extr
     by then stays.
     """
     job = job.from_anywhere()
+    if (count := local_workers(scheduler)) and job.decode_threads is None:
+        job = replace(job, decode_threads=min(max(processors() // count, 1), 16))  # they share this machine's cores
     with connected(scheduler) as client:
         prepared: Prepared = on_one_worker(client, "prepares the cache", ExtractJob.prepare, job)
         if prepared.trouble:
