@@ -17,6 +17,7 @@ import typer
 from regionspot.cache.errors import RegionSpotError
 from regionspot.cache.progress import log_to
 from regionspot.cli_cache import cache_app
+from regionspot.cli_doctor import doctor
 from regionspot.cli_extract import extract
 from regionspot.cli_options import (
     Annotations,
@@ -70,6 +71,7 @@ def dataset(
 
 
 app.command()(extract)
+app.command()(doctor)
 
 
 @app.command()
