@@ -120,10 +120,8 @@ class BatchEncoder:
         return values.to(self._device, non_blocking=self._device.type == "cuda")
 
     def _on_host(self, values: Tensor) -> Tensor:
-        # Only there is an event to wait for; elsewhere what has not arrived would be read.
-        return values.to(
-            "cpu", non_blocking=self._device.type == "cuda"
-        )  # into pinned memory; to be read behind an event
+        # On CUDA into pinned memory, to be read behind an event. Elsewhere there is none to wait for.
+        return values.to("cpu", non_blocking=self._device.type == "cuda")
 
     def _collect(self, launched: _Launched) -> Iterator[PictureFeatures]:
         if launched.ready is not None:
