@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 EXAMPLES = 3  # paths that are kept of each kind
 # Reasons quote sizes and libraries' own words; a kind is what stays when these are taken out.
-_PARTICULARS = re.compile(r"\([^()]*\)|'[^']*'|\"[^\"]*\"")
+_PARTICULARS = re.compile(r"\s*\([^()]*\)|'[^']*'|\"[^\"]*\"")
 _MOST_KINDS = 30  # behind that all are one: a monitoring system keeps a series for each, for ever
 OTHER = "other"
 
