@@ -13,7 +13,7 @@ from regionspot.cache.schema import Geometry
 from regionspot.cache.storage import open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.dry_run import DryRun, dry_run
-from regionspot.pipeline.extract import DEFAULT_FAILURES, ExtractSummary, extract, open_for_extraction
+from regionspot.pipeline.extract import DEFAULT_FAILURES, extract, open_for_extraction
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.frozen_models import FLOAT16, Backbones
 from regionspot.pipeline.outstanding import Outstanding, outstanding, require_room
@@ -21,6 +21,7 @@ from regionspot.pipeline.part_choice import parse_parts
 from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.retry import RetrySummary, retry
 from regionspot.pipeline.shards import parse_shard
+from regionspot.pipeline.summary import ExtractSummary
 from regionspot.pipeline.watch import Watch
 
 
