@@ -121,7 +121,8 @@ def _failures(parts: Parts) -> str:
     return "\n\n".join(
         [
             "## Pictures that could not be read",
-            "They are listed with their reasons by `regionspot cache info`; `extract --retry-failed` tries them again.",
+            "The record of each part under `parts/` lists its own with their reasons; `extract --retry-failed` tries just those "
+            "again.",
             _table(
                 "what is wrong|pictures|for example",
                 [(each.kind, f"{each.count:,}", ", ".join(each.examples)) for each in kinds],
@@ -170,7 +171,7 @@ def _last_run(run: RunRecord) -> Iterator[str]:
     did, machine = run.summary, run.machine
     yield "## The latest run"
     if slow := did.bottleneck:
-        yield f"**Bottleneck: {slow.stage}, {slow.share:.0%} of the time.** {slow.advice}."
+        yield f"**Bottleneck: {slow.stage}, {slow.share:.0%} of the time.** {slow.advice[:1].upper()}{slow.advice[1:]}."
     rest = max(0.0, 1 - sum(did.shares.values()))
     stages = [*did.shares.items(), ("the rest", rest)]
     yield _table(
