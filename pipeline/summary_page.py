@@ -121,8 +121,7 @@ def _failures(parts: Parts) -> str:
     return "\n\n".join(
         [
             "## Pictures that could not be read",
-            "The record of each part under `parts/` lists its own with their reasons; `extract --retry-failed` tries just those "
-            "again.",
+            "Each part's record under `parts/` names its own, with reasons; `extract --retry-failed` tries them again.",
             _table(
                 "what is wrong|pictures|for example",
                 [(each.kind, f"{each.count:,}", ", ".join(each.examples)) for each in kinds],
