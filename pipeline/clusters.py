@@ -104,7 +104,9 @@ def _local(count: int) -> Iterator[Client]:
     from distributed import Client, Nanny, Scheduler, SpecCluster  # half a second to import
 
     # In place of dask's own, which would have each worker use one thread, and give every freed page back to the system.
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": {"DASK_LOGGING__DISTRIBUTED": "critical"}}):
+    # Nor are they profiled: a look at every thread a hundred times a second adds up where there are many.
+    environment = {"DASK_LOGGING__DISTRIBUTED": "critical", "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
+    with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}):
         workers = {
             number: {
                 "cls": Nanny,

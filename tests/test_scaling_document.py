@@ -50,7 +50,6 @@ def must_run(block: str, folder: Path) -> subprocess.CompletedProcess:
     command = ["bash", "-e", "-m", "-c", block]
     done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr, done.stderr
     return done
 
 
