@@ -21,7 +21,6 @@ from regionspot.cli_options import (
     Split,
     TakeOver,
     Weights,
-    manifest_of,
 )
 
 Dtype = Annotated[
@@ -91,26 +90,19 @@ def extract(
 
     Any number of runs may share a cache: start the same command again, here or on another machine.
     """
-    from regionspot.cache.encodings import Encoding
+    from dataclasses import replace
+
     from regionspot.cache.errors import InputError
     from regionspot.pipeline.clusters import check_scheduler
-    from regionspot.pipeline.datasets import photo_dir
-    from regionspot.pipeline.extraction import Extraction
     from regionspot.pipeline.failure_limit import FailureLimit
-    from regionspot.pipeline.frozen_models import Backbones
     from regionspot.pipeline.job import ExtractJob, Models, Source
     from regionspot.pipeline.on_workers import extract_on
-    from regionspot.pipeline.outstanding import held_sets
     from regionspot.pipeline.photos import check_exif
 
-    rule, failures = check_exif(exif), FailureLimit.parse(max_failures)
-    encodings = Encoding.parse(encoding), Encoding.parse(token_encoding)
-    if check_scheduler(scheduler) != "none":
-        if dry_run or retry_failed or metrics_port is not None:
-            raise InputError(
-                f"scheduler {scheduler!r}: --dry-run, --retry-failed and --metrics-port want one process; leave it out"
-            )
-        models = Models(
+    job = ExtractJob(
+        cache,
+        Source(name, str(data), split, str(annotations) if annotations else None, boxes, limit),
+        Models(
             preset,
             weights,
             sam_weights,
@@ -121,54 +113,25 @@ def extract(
             encoders=tuple(encoder or ()),
             preprocess=preprocess,
             tokens=tokens,
-        )
-        job = ExtractJob(
-            cache,
-            Source(name, str(data), split, str(annotations) if annotations else None, boxes, limit),
-            models,
-            rule,
-            encoding,
-            token_encoding,
-            part_size=part_size,
-            parts=parts,
-            shard=shard,
-            batch_size=batch_size,
-            decode_threads=decode_threads,
-            max_failures=failures,
-            check_room=room_check,
-        )
-        typer.echo(f"{cache}: {extract_on(scheduler, job, take_over).text()}")
-        return
-    manifest = manifest_of(name, data, split, annotations, boxes, limit)
-    backbones = Backbones.load(
-        preset,
-        weights,
-        sam_weights,
-        clip_weights,
-        device,
-        "float32" if exact else dtype,
-        localizer=localizer,
-        encoders=encoder or (),
-        preprocess=preprocess,
-        tokens=tokens,
-        held=held_sets(cache),
-    )
-    extraction = Extraction(
-        cache,
-        manifest,
-        photo_dir(name, data, split, manifest),
-        backbones,
-        rule,
-        *encodings,
+        ),
+        check_exif(exif),
+        encoding,
+        token_encoding,
         part_size=part_size,
         parts=parts,
         shard=shard,
         batch_size=batch_size,
         decode_threads=decode_threads,
-        max_failures=failures,
+        max_failures=FailureLimit.parse(max_failures),
         check_room=room_check,
-        take_over=take_over,
-        metrics_port=metrics_port,
     )
-    done = extraction.plan() if dry_run else extraction.retry() if retry_failed else extraction.run()
+    if check_scheduler(scheduler) == "none":
+        extraction = replace(job.extraction(), take_over=take_over, metrics_port=metrics_port)
+        done = extraction.plan() if dry_run else extraction.retry() if retry_failed else extraction.run()
+    elif dry_run or retry_failed or metrics_port is not None:
+        raise InputError(
+            f"scheduler {scheduler!r}: --dry-run, --retry-failed and --metrics-port want one process; leave it out"
+        )
+    else:
+        done = extract_on(scheduler, job, take_over)
     typer.echo(f"{cache}: {done.text()}")

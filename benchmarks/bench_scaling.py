@@ -31,10 +31,10 @@ MANY_PARTS = 6000  # of three million pictures
 
 PROTOCOL = f"""
 Workers are dask worker processes on this machine (`--scheduler local:N`) that run the real loop of a part: claim,
-features of {PICTURES} small pictures, files flushed and named, record, report. Only the encoders are replaced, by sleeping
-under a lock, as one GPU a worker is used by its two task threads: {PART_SECONDS:.2f} s a part, which is what 512 pictures
-take at 310 a second, the ceiling of SAM ViT-B with CLIP L/14 on an H200. Shorter parts would measure this machine's
-cores, which all workers share, instead of the scheduler.
+features of {PICTURES} small pictures, files flushed and named, record, report. Only the encoders are replaced, by
+sleeping under a lock, as one GPU a worker is used by its two task threads: {PART_SECONDS:.2f} s a part, which is what
+512 pictures take at 310 a second, the ceiling of SAM ViT-B with CLIP L/14 on an H200. Shorter parts would measure this
+machine's cores, which all workers share, instead of the scheduler.
 
 * Rate: parts a second over a whole run of {PARTS_EACH} parts a worker, the last ones included, when the workers have
   started and have opened the cache. Speedup is the rate of N workers over N times the rate of one.

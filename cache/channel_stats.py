@@ -96,14 +96,14 @@ def channel_stats(cache: FeatureCache, name: str) -> ChannelStats:
     from dask.callbacks import Callback
     from dask.delayed import delayed
 
-    parts = cache.dask(name).to_delayed().ravel().tolist()  # type: ignore[no-untyped-call]
+    parts = cache.dask(name).to_delayed().ravel().tolist()
     left_out = sum(len(cache.record(part, name).failures) for part in range(cache.n_parts))
     results = [delayed(moments)(part, dask_key_name=f"moments-{number}") for number, part in enumerate(parts)]
     while len(results) > 1:
         results = [delayed(joined)(results[at : at + _JOINED]) for at in range(0, len(results), _JOINED)]
     progress = Progress(cache.n_parts, "parts")
-    with Callback(posttask=lambda key, *_: _count(key, progress)):  # type: ignore[no-untyped-call]
-        whole: Moments = compute(results[0])[0]  # type: ignore[no-untyped-call]
+    with Callback(posttask=lambda key, *_: _count(key, progress)):
+        whole: Moments = compute(results[0])[0]
     if not whole.count:
         raise InputError(f"{cache.path}: {name} holds no features: every picture failed or has no region")
     return ChannelStats(name, whole.count, left_out, whole.mean, whole.squares / whole.count)

@@ -48,7 +48,7 @@ def dask_array(cache: FeatureCache, name: str) -> Array:
     key = pickle.dumps(cache)
     _opened[key] = cache
     sizes = [_entries(cache, feature_set, part) for part in range(cache.n_parts)]
-    array: Array = map_blocks(  # type: ignore[no-untyped-call]
+    array: Array = map_blocks(
         _read_part,
         key,
         name,

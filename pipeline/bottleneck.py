@@ -17,7 +17,7 @@ _ADVICE = {
     "faster or nearer disk, or share the cache with further machines: start the same command on each",
     "encode": "the encoders are the limit, as they should be: --dtype bfloat16 where --exact or float32 was asked for, "
     "more GPUs (--scheduler local), or the same command on further machines",
-    "encode on a CPU": "the encoders run on a CPU: a GPU is some hundred times as fast (--device cuda); without one, "
+    "encode on a CPU": "the encoders run on a CPU: a GPU is far faster (--device cuda); without one, "
     "--dtype bfloat16 on a processor that has it, or the same command on further machines",
     "tokens": "the token decoder is the limit: {regions:.0f} boxes a picture; fewer boxes (a higher score in --boxes), "
     "a GPU (--device cuda), or the same command on further machines",

@@ -24,6 +24,7 @@ from regionspot.cache.progress import Progress
 from regionspot.cache.schema import FeatureSet, PictureFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.failure_limit import FIRST_PICTURES, FailureLimit
+from regionspot.pipeline.outstanding import held_sets
 from regionspot.pipeline.part_worker import CacheParts
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ class ExtractJob:
         from regionspot.pipeline.watch import weights_of
 
         try:
-            extraction = self._extraction()
+            extraction = self.extraction(_loaded(self.run, self.models, held_sets(self.cache)))
             cache = extraction.prepare()
             names = [each.name for each in extraction.backbones.feature_sets(self.exif)]
             only = extraction.only(cache.n_parts)
@@ -162,23 +163,27 @@ class ExtractJob:
             )
         return CacheParts(cache, [asked.name for asked in wanted], PhotoFeatures(cache, backbones, self))
 
-    def _extraction(self) -> Extraction:
+    def extraction(self, backbones: Backbones | None = None) -> Extraction:
+        """The annotations read and the models loaded (or these), in this process.
+
+        Raises what reading a dataset, loading models and opening a cache raise.
+        """
         from regionspot.pipeline.datasets import photo_dir, read_dataset
         from regionspot.pipeline.extraction import Extraction  # imports torch
-        from regionspot.pipeline.outstanding import held_sets
+        from regionspot.pipeline.frozen_models import Backbones
         from regionspot.pipeline.proposals import with_boxes
 
         of = self.source
+        encodings = Encoding.parse(self.encoding), Encoding.parse(self.token_encoding)
         annotations = None if of.annotations is None else Path(of.annotations)
         manifest = with_boxes(read_dataset(of.name, Path(of.data), of.split, annotations), of.boxes).head(of.limit)
         return Extraction(
             self.cache,
             manifest,
             photo_dir(of.name, Path(of.data), of.split, manifest),
-            _loaded(self.run, self.models, held_sets(self.cache)),
+            backbones or Backbones.load(**asdict(self.models), held=held_sets(self.cache)),
             self.exif,
-            Encoding.parse(self.encoding),
-            Encoding.parse(self.token_encoding),
+            *encodings,
             part_size=self.part_size,
             parts=self.parts,
             shard=self.shard,

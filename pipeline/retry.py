@@ -20,6 +20,7 @@ from regionspot.pipeline.decoding import Decoder, decode_ahead
 from regionspot.pipeline.encoding import BatchEncoder
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.photos import Exif
+from regionspot.pipeline.summary_page import write_page
 
 Wanted = dict[int, list[str]]  # feature sets that lack a picture, by its row
 
@@ -86,6 +87,8 @@ def retry(
             claims.release(part)
             read += len(good)
             progress.step(len(rows))
+    if read:
+        write_page(cache)  # its list of failures is an older one
     return RetrySummary(read, progress.done - read, elsewhere, progress.seconds, reason)
 
 

@@ -250,6 +250,9 @@ def test_failed_pictures_that_can_be_read_now_are_put_in_their_places(with_failu
     cache = FeatureCache.open(extraction.cache, check="always")
     assert [failure.row for failure in cache.failures()] == [7]
     assert not verify(cache).problems
+    page = Path(extraction.cache, "summary.md").read_text()
+    assert str(cache.manifest.paths[7]) in page
+    assert str(cache.manifest.paths[2]) not in page
     after, expected = cache.read(np.array([2, 8])), undisturbed.read(np.array([2, 8]))
     np.testing.assert_allclose(after.feature_map, expected.feature_map, atol=4e-3)
     np.testing.assert_allclose(after.tokens, expected.tokens, atol=4e-3)

@@ -1,5 +1,7 @@
 """A cache's parts in shares, for runs without a scheduler."""
 
+from itertools import chain
+
 import pytest
 
 from regionspot.cache.errors import InputError
@@ -10,7 +12,7 @@ from regionspot.pipeline.shards import Shard, parse_shard
 @pytest.mark.parametrize("n_parts", [0, 1, 6, 16, 100])
 def test_every_part_is_in_exactly_one_shard_and_shards_differ_by_one_part_at_most(n_parts, count):
     shards = [list(parse_shard(f"{number}/{count}").parts(n_parts)) for number in range(1, count + 1)]
-    assert sorted(sum(shards, [])) == list(range(n_parts))
+    assert sorted(chain.from_iterable(shards)) == list(range(n_parts))
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
@@ -23,4 +25,5 @@ def test_shards_are_counted_from_one_and_interleaved():
 def test_what_is_no_shard_is_refused_in_one_line_that_shows_one(text):
     with pytest.raises(InputError, match="shard") as error:
         parse_shard(text)
-    assert "\n" not in str(error.value) and repr(text) in str(error.value)
+    assert "\n" not in str(error.value)
+    assert repr(text) in str(error.value)
