@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 POLL_SECONDS = 0.5  # between two looks which workers there are
 SAY_SECONDS = 60.0  # between two lines about what is waited for
+LOST_SECONDS = 5.0  # from the end of a task until its report, which was sent before, counts as lost
 
 
 @dataclass
@@ -103,10 +104,12 @@ class _Run:
         self, client: Client, job: Job, parts: Mapping[int, int], totals: Totals, check: Callable[[], None]
     ) -> None:
         self._client, self._job, self._pictures, self._check = client, job, parts, check
-        self._topic = f"regionspot-{uuid.uuid4().hex}"
+        self._run = uuid.uuid4().hex
+        self._topic = f"regionspot-{self._run}"
         # The number of an offer with the worker's report, or with the future of a task that ended.
         self._news: queue.SimpleQueue[tuple[int, PartReport | Future[Any]]] = queue.SimpleQueue()
         self._offers: dict[int, tuple[Offer, Future[Any]]] = {}
+        self._ended: dict[int, float] = {}  # when, by the number of their offers, tasks ended whose report is not here
         self._polled = self._said = float("-inf")
         self.stopping = False
         self.dealer, self.totals = Dealer(parts), totals
@@ -138,7 +141,9 @@ class _Run:
                 continue  # of a worker that was thought to be gone
             if isinstance(news, PartReport):
                 self._take_in(self._offers.pop(number)[0], news)
-            elif news.status != "finished":
+            elif news.status == "finished":
+                self._ended[number] = time.monotonic()
+            else:
                 self._has_no_report(self._offers.pop(number)[0], news)
 
     def finish_what_is_held(self) -> None:
@@ -159,7 +164,9 @@ class _Run:
             offer.again,
             self._topic,
             offer.number,
-            key=f"part-{offer.part:05d}-{offer.number}",
+            # Of this run alone: a worker may still be at a task of an earlier one that was cancelled, and would take
+            # one of the same key for it.
+            key=f"part-{offer.part:05d}-{offer.number}-{self._run}",
             workers=[offer.worker],
             allow_other_workers=False,
             pure=False,
@@ -219,12 +226,21 @@ class _Run:
         for offer in self.dealer.workers_are(worker_threads(self._client)):
             log.warning("%s is gone; part %d goes to another worker", offer.worker, offer.part)
             self._forget(offer)
+        self._give_up_lost_reports(now)
         self.totals.most_workers = max(self.totals.most_workers, self.dealer.workers)
         if self.dealer.workers != before:
             link = dashboard(self._client)
             log.info("%d workers%s", self.dealer.workers, f"; dashboard: {link}" if link else "")
         if not self.dealer.workers:
             self._say(f"{address_of(self._client)}: no worker is there; parts go out as soon as one is")
+
+    def _give_up_lost_reports(self, now: float) -> None:
+        """Have parts offered again whose reports did not come: what was done of them is found."""
+        for number in [number for number, since in self._ended.items() if now - since >= LOST_SECONDS]:
+            del self._ended[number]
+            if (found := self._offers.pop(number, None)) is not None:
+                log.warning("%s ended part %d without a report", found[0].worker, found[0].part)
+                self.dealer.is_left(found[0])
 
     def _forget(self, offer: Offer) -> None:
         if (found := self._offers.pop(offer.number, None)) is not None:
