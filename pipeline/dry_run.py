@@ -10,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 
+from regionspot.cache.info import size_text
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.progress import Progress, duration
 from regionspot.pipeline.decoding import Decoded, Decoder, decode_ahead
 from regionspot.pipeline.encoding import BatchEncoder, batches_of
 from regionspot.pipeline.frozen_models import Backbones
-from regionspot.pipeline.outstanding import Outstanding, gigabytes
+from regionspot.pipeline.outstanding import Outstanding
 from regionspot.pipeline.photos import Exif
 
 SAMPLE_SECONDS = 20.0
@@ -39,10 +40,10 @@ class DryRun:
     def text(self) -> str:
         """A few lines for people."""
         needed = self.needed
-        sizes = ", ".join(f"{name} {gigabytes(size)}" for name, size in needed.bytes.items())
+        sizes = ", ".join(f"{name} {size_text(size)}" for name, size in needed.bytes.items())
         lines = [
             f"{needed.pictures:,} pictures with {needed.regions:,} regions in {len(needed.parts):,} parts",
-            f"{gigabytes(needed.total_bytes)} to write ({sizes})",
+            f"{size_text(needed.total_bytes)} to write ({sizes})",
         ]
         if self.rate:
             hours = duration(needed.pictures / self.rate)

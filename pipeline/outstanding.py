@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.header import load_header
+from regionspot.cache.info import size_text
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry
 from regionspot.cache.shard import index_bytes
@@ -110,15 +111,7 @@ def require_room(address: str | Path, needed: Outstanding) -> None:
     free, asked = shutil.disk_usage(disk).free, int(needed.total_bytes * _SLACK)
     if asked > free:
         raise InputError(
-            f"{address}: {gigabytes(asked)} are needed for {needed.pictures:,} pictures, {disk} has {gigabytes(free)} "
+            f"{address}: {size_text(asked)} are needed for {needed.pictures:,} pictures, {disk} has {size_text(free)} "
             "free; make room, choose another disk, int8 (--encoding int8 halves it) or some --parts, or go on all the "
             "same with --no-room-check"
         )
-
-
-def gigabytes(size: float) -> str:
-    """Bytes in a unit that people compare disks in: 812 GB, 3.1 TB, 40 MB."""
-    for unit, name in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB")):
-        if size >= unit:
-            return f"{size / unit:.3g} {name}"
-    return f"{size / 1e3:.3g} kB"
