@@ -106,7 +106,13 @@ def _local(count: int) -> Iterator[Client]:
     # In place of dask's own, which would have each worker use one thread, and give every freed page back to the system.
     # Nor are they profiled: a look at every thread a hundred times a second adds up where there are many.
     environment = {"DASK_LOGGING__DISTRIBUTED": "critical", "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
-    with dask.config.set({"distributed.nanny.pre-spawn-environ": environment}):
+    settings = {
+        "distributed.nanny.pre-spawn-environ": environment,
+        # A worker that dies is started again by its nanny. Dask looks once more after this time, and if the worker has
+        # died anew just then, takes it off for good.
+        "distributed.deploy.lost-worker-timeout": "1000 days",
+    }
+    with dask.config.set(settings):
         workers = {
             number: {
                 "cls": Nanny,
