@@ -30,9 +30,9 @@ with scales, maps and tokens, one picture that failed. Everything is drawn from 
   those of an undisturbed run.
 * Faults: a fault begins at a drawn picture and call. The run goes through or ends with one line; then what is committed
   is verified, and the same run without the fault ends with the bytes of an undisturbed one.
-* Workers: four of a scheduler on this machine are killed, or frozen and woken, at drawn moments; two lose their scheduler
-  and get a new one; one is in another network namespace, whose cable is pulled and plugged in again. Each time the cache
-  ends complete, verified, and equal to the byte to that of one process.
+* Workers: four of a scheduler on this machine are killed, or frozen and woken, at drawn moments; two lose their
+  scheduler and get a new one; one is in another network namespace, whose cable is pulled and plugged in again. Each
+  time the cache ends complete, verified, and equal to the byte to that of one process.
 """
 
 
