@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 from benchmarks.goals import Report, options, say, versions
 from benchmarks.simulated import NothingToDo, SimulatedJob, make_cache
 from regionspot.cache.verify import verify
-from regionspot.pipeline.clusters import connected
-from regionspot.pipeline.schedule import Totals, run_parts, worker_threads
+from regionspot.pipeline.clusters import connected, worker_threads
+from regionspot.pipeline.schedule import Totals, run_parts
 
 if TYPE_CHECKING:
     from distributed import Client

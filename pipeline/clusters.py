@@ -14,20 +14,22 @@ import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.machine import processors
 from regionspot.pipeline.dealing import HANDS
 
 if TYPE_CHECKING:
-    from distributed import Client
+    from distributed import Client, Future
 
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
+RECONNECT_SECONDS = 30.0  # for a connection that broke; dask tries to mend it by itself
 _ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
 
 
@@ -75,6 +77,42 @@ def dashboard(client: Client) -> str | None:
     return str(client.dashboard_link)
 
 
+def worker_threads(client: Client) -> dict[str, int]:
+    """The workers that the scheduler knows of, and how many threads each has.
+
+    A connection that broke is given `RECONNECT_SECONDS` to stand again. Raises CacheError when the scheduler is gone.
+    """
+    deadline = time.monotonic() + RECONNECT_SECONDS
+    while client.status in ("running", "connecting") and time.monotonic() < deadline:
+        try:
+            if client.status == "running":
+                return dict(client.nthreads())
+        except (OSError, TimeoutError):
+            pass
+        time.sleep(0.05)
+    raise CacheError(
+        f"{address_of(client)}: the scheduler is gone; the parts that are done stay: start it and its workers "
+        "again, then the same command goes on"
+    )
+
+
+def address_of(client: Client) -> str:
+    """Where the scheduler of a client is, or was."""
+    return str(getattr(client.scheduler, "address", "the scheduler"))
+
+
+def trouble_of(future: Future[Any]) -> str | None:
+    """Why a worker could not even begin a task; None where it died while at work on it."""
+    error = future.exception() if future.status == "error" else None
+    if error is None or type(error).__name__ == "KilledWorker":
+        return None
+    last = (str(error).strip().splitlines() or [""])[-1]
+    return (
+        f"could not begin: {type(error).__name__}: {last}; the scheduler and its workers need the same regionspot, "
+        "dask and Python as this machine"
+    )
+
+
 def local_workers(text: str) -> int | None:
     """How many workers of this machine a scheduler's words ask for; None for other words."""
     words = re.fullmatch(r"local(?::([1-9]\d*))?", text)
@@ -103,11 +141,15 @@ def _local(count: int) -> Iterator[Client]:
     import dask
     from distributed import Client, Nanny, Scheduler, SpecCluster  # half a second to import
 
-    # In place of dask's own, which would have each worker use one thread, and give every freed page back to the system.
-    # Nor are they profiled: a look at every thread a hundred times a second adds up where there are many.
-    environment = {"DASK_LOGGING__DISTRIBUTED": "critical", "DASK_DISTRIBUTED__WORKER__PROFILE__ENABLED": "False"}
     settings = {
-        "distributed.nanny.pre-spawn-environ": environment,
+        # In place of dask's own, which would have each worker use one thread, and give every freed page back to the
+        # system.
+        "distributed.nanny.pre-spawn-environ": {"DASK_LOGGING__DISTRIBUTED": "critical"},
+        # Workers and their nannies look at themselves seldom: a profile of every thread a hundred times a second, the
+        # event loop fifty times, CPU and memory twice, and 64 idle workers would keep two cores busy with it.
+        "distributed.worker.profile.enabled": False,
+        "distributed.admin.tick.interval": "1s",
+        "distributed.admin.system-monitor.interval": "5s",
         # A worker that dies is started again by its nanny. Dask looks once more after this time, and if the worker has
         # died anew just then, takes it off for good.
         "distributed.deploy.lost-worker-timeout": "1000 days",

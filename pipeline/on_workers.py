@@ -18,7 +18,8 @@ from regionspot.pipeline.clusters import connected, local_workers
 from regionspot.pipeline.failure_kinds import FailureCount
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.job import ExtractJob, Prepared
-from regionspot.pipeline.schedule import Totals, on_one_worker, run_parts
+from regionspot.pipeline.one_worker import on_one_worker
+from regionspot.pipeline.schedule import Totals, run_parts
 from regionspot.pipeline.summary import COMPLETE, ExtractSummary, RunRecord
 from regionspot.pipeline.summary_page import publish
 

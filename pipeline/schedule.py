@@ -15,14 +15,12 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
-from concurrent.futures import CancelledError
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from regionspot.cache.errors import CacheError
 from regionspot.cache.progress import Progress
-from regionspot.pipeline.clusters import dashboard
-from regionspot.pipeline.dealing import DEATHS, Dealer, Offer
+from regionspot.pipeline.clusters import address_of, dashboard, trouble_of, worker_threads
+from regionspot.pipeline.dealing import Dealer, Offer
 from regionspot.pipeline.part_worker import Job, PartReport, do_task
 
 if TYPE_CHECKING:
@@ -109,14 +107,16 @@ class _Run:
         # The number of an offer with the worker's report, or with the future of a task that ended.
         self._news: queue.SimpleQueue[tuple[int, PartReport | Future[Any]]] = queue.SimpleQueue()
         self._offers: dict[int, tuple[Offer, Future[Any]]] = {}
+        self._given_up: dict[int, Offer] = {}  # whose workers may do the part all the same
         self._ended: dict[int, float] = {}  # when, by the number of their offers, tasks ended whose report is not here
+        self._connection: Any = None
         self._polled = self._said = float("-inf")
         self.stopping = False
         self.dealer, self.totals = Dealer(parts), totals
         self.progress = Progress(sum(parts.values()), "pictures")
 
     def __enter__(self) -> _Run:
-        self._client.subscribe_topic(self._topic, self._hear)
+        self._listen()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -138,8 +138,8 @@ class _Run:
             except queue.Empty:
                 continue
             if number not in self._offers:
-                continue  # of a worker that was thought to be gone
-            if isinstance(news, PartReport):
+                self._hear_late(number, news)
+            elif isinstance(news, PartReport):
                 self._take_in(self._offers.pop(number)[0], news)
             elif news.status == "finished":
                 self._ended[number] = time.monotonic()
@@ -179,6 +179,19 @@ class _Run:
         number, report = event[1]["number"], event[1]["report"]
         self._news.put((number, PartReport(**report)))
 
+    def _listen(self) -> None:
+        """Have the scheduler send what workers say; once for each connection, for a new scheduler knows nothing."""
+        if self._client.scheduler_comm is not self._connection:
+            self._connection = self._client.scheduler_comm
+            self._client.subscribe_topic(self._topic, self._hear)
+
+    def _hear_late(self, number: int, news: PartReport | Future[Any]) -> None:
+        """Of a worker that was thought to be gone, or that this process was cut off from."""
+        if (offer := self._given_up.pop(number, None)) is None:
+            return
+        if isinstance(news, PartReport) and news.outcome == "done":
+            self._part_is_done(offer, news, time.monotonic())
+
     def _take_in(self, offer: Offer, report: PartReport) -> None:
         now = time.monotonic()
         if report.outcome in ("done", "there"):
@@ -192,9 +205,10 @@ class _Run:
             self._worker_failed(offer, report.message)
 
     def _has_no_report(self, offer: Offer, future: Future[Any]) -> None:
-        trouble = _trouble_of(future)
-        if trouble is None:
-            self.dealer.is_left(offer)  # its worker has died, or is about to be found gone
+        trouble = trouble_of(future)
+        if trouble is None:  # its worker has died or is about to be found gone, or the connection broke
+            self._given_up[offer.number] = offer
+            self.dealer.is_left(offer)
         else:
             self._worker_failed(offer, trouble)
 
@@ -223,7 +237,9 @@ class _Run:
             return
         self._polled = now
         before = self.dealer.workers
-        for offer in self.dealer.workers_are(worker_threads(self._client)):
+        workers = worker_threads(self._client)
+        self._listen()
+        for offer in self.dealer.workers_are(workers):
             log.warning("%s is gone; part %d goes to another worker", offer.worker, offer.part)
             self._forget(offer)
         self._give_up_lost_reports(now)
@@ -244,6 +260,7 @@ class _Run:
 
     def _forget(self, offer: Offer) -> None:
         if (found := self._offers.pop(offer.number, None)) is not None:
+            self._given_up[offer.number] = offer
             self._client.cancel([found[1]], force=True)
 
     def _say(self, words: str) -> None:
@@ -251,70 +268,3 @@ class _Run:
         if now - self._said >= SAY_SECONDS:
             self._said = now
             log.info("%s", words)
-
-
-def on_one_worker(client: Client, what: str, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns on the first worker that is there, or on another one when that one dies.
-
-    what    what it does, for people: "prepares the cache"
-    Raises CacheError when workers die of it, cannot begin it, or the scheduler is gone.
-    """
-    for _ in range(DEATHS):
-        worker = _first_worker(client)
-        log.info("worker %s %s", worker, what)
-        future = client.submit(function, *args, workers=[worker], allow_other_workers=False, pure=False)
-        while worker in worker_threads(client):
-            try:
-                return future.result(timeout=POLL_SECONDS)
-            except TimeoutError:
-                continue
-            except CancelledError:
-                break
-            except Exception as error:
-                if (trouble := _trouble_of(future)) is None:
-                    break
-                raise CacheError(f"worker {worker}: {trouble}") from error
-        client.cancel([future], force=True)
-    raise CacheError(
-        f"{DEATHS} workers died in turn where one {what}; look at their logs, then run the same command again"
-    )
-
-
-def worker_threads(client: Client) -> dict[str, int]:
-    """The workers that the scheduler knows of, and how many threads each has. Raises CacheError when it is gone."""
-    if client.status == "running":
-        try:
-            return dict(client.nthreads())
-        except (OSError, TimeoutError):
-            pass
-    raise CacheError(
-        f"{address_of(client)}: the scheduler is gone; the parts that are done stay: start it and its workers "
-        "again, then the same command goes on"
-    )
-
-
-def address_of(client: Client) -> str:
-    """Where the scheduler of a client is, or was."""
-    return str(getattr(client.scheduler, "address", "the scheduler"))
-
-
-def _first_worker(client: Client) -> str:
-    said = False
-    while not (found := worker_threads(client)):
-        if not said:
-            log.info("%s: no worker is there yet; waiting for the first one", address_of(client))
-        said = True
-        time.sleep(POLL_SECONDS)
-    return next(iter(found))
-
-
-def _trouble_of(future: Future[Any]) -> str | None:
-    """Why a worker could not even begin a task; None where it died while at work on it."""
-    error = future.exception() if future.status == "error" else None
-    if error is None or type(error).__name__ == "KilledWorker":
-        return None
-    last = (str(error).strip().splitlines() or [""])[-1]
-    return (
-        f"could not begin: {type(error).__name__}: {last}; the scheduler and its workers need the same regionspot, "
-        "dask and Python as this machine"
-    )

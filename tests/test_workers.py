@@ -24,8 +24,9 @@ from regionspot.cache.claims import Claims
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.verify import verify
 from regionspot.pipeline import part_worker
-from regionspot.pipeline.clusters import check_scheduler, connected, worker_environment
-from regionspot.pipeline.schedule import Totals, on_one_worker, run_parts, worker_threads
+from regionspot.pipeline.clusters import check_scheduler, connected, worker_environment, worker_threads
+from regionspot.pipeline.one_worker import on_one_worker
+from regionspot.pipeline.schedule import Totals, run_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # workers are started with the same path, so that they can import the job, too
@@ -148,6 +149,19 @@ def test_a_frozen_worker_holds_nothing_up_and_when_it_wakes_it_leaves_what_was_t
         time.sleep(0.01)
     must_equal(cache, undisturbed)
     assert not list(cache.path.rglob("*.partial"))
+
+
+def test_a_connection_to_the_scheduler_that_breaks_is_mended_and_every_part_counts_once(client, cache, undisturbed):
+    with connected(client.scheduler.address) as mine:
+        run = Run(mine, cache, 0.05)
+        for parts in (1, 4):
+            run.has_written(parts)
+            while mine.status != "running":
+                time.sleep(0.002)
+            mine.loop.add_callback(mine.scheduler_comm.comm.abort)  # its socket, as a broken network would
+        totals = run.end()
+    assert totals.parts + totals.others == len(PARTS)
+    must_equal(cache, undisturbed)
 
 
 def test_a_worker_with_a_full_disk_is_set_aside_and_when_all_disks_are_full_the_run_says_so(
