@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 PICTURES = 16  # of a part: few, for what a part costs beside its GPU time does not grow with them
 PART_SECONDS = 512 / 310  # of GPU for a part of 512 pictures, at 310 pictures a second: the ceiling of an H200
-PARTS_EACH = 8
+PARTS_EACH = 24
 MANY_PARTS = 6000  # of three million pictures
 
 PROTOCOL = f"""
