@@ -11,9 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import CacheError, InputError
+from regionspot.cli import app
 from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.extract import extract
 from regionspot.pipeline.frozen_models import Backbones
@@ -98,14 +100,14 @@ def test_a_run_killed_in_the_middle_goes_on_to_the_bytes_of_one_never_stopped(wo
     path, manifest = tmp_path / "killed.zarr", read_dataset("toy", world, "train")
     whole = FeatureCache.open_or_create(tmp_path / "whole.zarr", manifest, backbones.feature_sets(), part_size=1)
     extract(whole, photo_dir("toy", world), backbones)
-    command = [sys.executable, "-m", "regionspot.cli", "extract", "toy", "--data", str(world), "--cache", str(path)]
-    command += ["--preset", "toy", "--part-size", "1", "--device", "cpu"]
-    committed = killed_between_two_parts(command, path)
+    words = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy"]
+    words += ["--part-size", "1", "--device", "cpu"]
+    committed = killed_between_two_parts([sys.executable, "-m", "regionspot.cli", *words], path)
     assert 1 <= committed < whole.n_parts, "killed between two parts"
-    done = subprocess.run(command, env=ONE_CORE, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
     assert files_of(path) == files_of(whole.path)
-    assert f"{committed} parts were there before" in done.stdout
+    assert f"{committed} parts were there before" in done.output
 
 
 def test_a_broken_and_a_missing_photo_are_recorded_and_the_rest_is_as_before(
