@@ -1,5 +1,21 @@
-"""Inference end to end from a picture and boxes, LVIS AP, labelled pictures."""
+"""Inference end to end from a picture and boxes, LVIS AP, labelled pictures.
 
-from regionspot.evaluation.region_spot import Region, RegionSpot
+Importing it loads neither torch nor a backbone, so that LVIS AP alone can be had in a moment; naming RegionSpot does.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from regionspot.evaluation.region_spot import Region, RegionSpot
 
 __all__ = ["Region", "RegionSpot"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from regionspot.evaluation import region_spot
+
+    return getattr(region_spot, name)

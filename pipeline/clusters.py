@@ -14,9 +14,8 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from regionspot.cache.errors import CacheError, InputError
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10
-RECONNECT_SECONDS = 30.0  # for a connection that broke; dask tries to mend it by itself
+RECONNECT_SECONDS = 30.0  # for a connection that broke
 _ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
 
 
@@ -68,6 +67,20 @@ def connected(scheduler: str) -> Iterator[Client]:
         yield client
 
 
+@contextmanager
+def client_of(address: str) -> Iterator[Client]:
+    """A client of the scheduler that runs there. Raises OSError or TimeoutError where none answers."""
+    from distributed import Client  # half a second to import
+
+    client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+    try:
+        yield client
+    finally:
+        # Dask's own attempt to mend a connection that broke fails an assertion at times, which comes out here.
+        with suppress(AssertionError, OSError, TimeoutError):
+            client.close()
+
+
 def dashboard(client: Client) -> str | None:
     """Address of the cluster's dashboard, None where it has none."""
     info = client.scheduler_info(n_workers=0)
@@ -78,19 +91,18 @@ def dashboard(client: Client) -> str | None:
 
 
 def worker_threads(client: Client) -> dict[str, int]:
-    """The workers that the scheduler knows of, and how many threads each has.
-
-    A connection that broke is given `RECONNECT_SECONDS` to stand again. Raises CacheError when the scheduler is gone.
-    """
-    deadline = time.monotonic() + RECONNECT_SECONDS
-    while client.status in ("running", "connecting") and time.monotonic() < deadline:
+    """The workers that the scheduler knows of, and how many threads each has. Raises CacheError when it is gone."""
+    if client.status == "running":
         try:
-            if client.status == "running":
-                return dict(client.nthreads())
+            return dict(client.nthreads())
         except (OSError, TimeoutError):
             pass
-        time.sleep(0.05)
-    raise CacheError(
+    raise gone(client)
+
+
+def gone(client: Client) -> CacheError:
+    """What there is to say when the scheduler of a client does not answer any more."""
+    return CacheError(
         f"{address_of(client)}: the scheduler is gone; the parts that are done stay: start it and its workers "
         "again, then the same command goes on"
     )
@@ -123,23 +135,21 @@ def local_workers(text: str) -> int | None:
 
 @contextmanager
 def _running(address: str) -> Iterator[Client]:
-    from distributed import Client  # half a second to import
-
-    try:
-        client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise InputError(
-            f"{address}: no scheduler answers ({type(error).__name__}); is `dask scheduler` running there, and may "
-            "this machine reach its port?"
-        ) from error
-    with client:
+    with ExitStack() as stack:
+        try:
+            client = stack.enter_context(client_of(address))
+        except (OSError, TimeoutError, ValueError) as error:
+            raise InputError(
+                f"{address}: no scheduler answers ({type(error).__name__}); is `dask scheduler` running there, and may "
+                "this machine reach its port?"
+            ) from error
         yield client
 
 
 @contextmanager
 def _local(count: int) -> Iterator[Client]:
     import dask
-    from distributed import Client, Nanny, Scheduler, SpecCluster  # half a second to import
+    from distributed import Nanny, Scheduler, SpecCluster  # half a second to import
 
     settings = {
         # In place of dask's own, which would have each worker use one thread, and give every freed page back to the
@@ -172,7 +182,7 @@ def _local(count: int) -> Iterator[Client]:
         scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
         with (
             SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
-            Client(cluster, set_as_default=False) as client,
+            client_of(cluster.scheduler_address) as client,
         ):
             yield client
 

@@ -15,11 +15,12 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from regionspot.cache.progress import Progress
-from regionspot.pipeline.clusters import address_of, dashboard, trouble_of, worker_threads
+from regionspot.pipeline.clusters import RECONNECT_SECONDS, address_of, client_of, dashboard, gone, trouble_of
 from regionspot.pipeline.dealing import Dealer, Offer
 from regionspot.pipeline.part_worker import Job, PartReport, do_task
 
@@ -92,6 +93,7 @@ def run_parts(
     with _Run(client, job, parts, totals, check) as run:
         try:
             run.until(lambda: run.dealer.finished)
+            run.hear_what_is_under_way()
         except KeyboardInterrupt:
             run.finish_what_is_held()
             raise
@@ -108,7 +110,9 @@ class _Run:
         self._news: queue.SimpleQueue[tuple[int, PartReport | Future[Any]]] = queue.SimpleQueue()
         self._offers: dict[int, tuple[Offer, Future[Any]]] = {}
         self._given_up: dict[int, Offer] = {}  # whose workers may do the part all the same
+        self._found_done: set[int] = set()  # parts that others did, as far as is known
         self._ended: dict[int, float] = {}  # when, by the number of their offers, tasks ended whose report is not here
+        self._clients = ExitStack()  # those made in place of one whose connection broke
         self._connection: Any = None
         self._polled = self._said = float("-inf")
         self.stopping = False
@@ -126,6 +130,7 @@ class _Run:
         if self._client.status == "running":
             self._client.cancel(futures, force=True)
             self._client.unsubscribe_topic(self._topic)
+        self._clients.close()
 
     def until(self, over: Callable[[], bool]) -> None:
         """Deal parts out and take reports in, until that is so."""
@@ -145,6 +150,16 @@ class _Run:
                 self._ended[number] = time.monotonic()
             else:
                 self._has_no_report(self._offers.pop(number)[0], news)
+
+    def hear_what_is_under_way(self) -> None:
+        """Wait for the reports of workers that may have done what was found done, so that it is counted as theirs."""
+        deadline = time.monotonic() + LOST_SECONDS
+        self.until(
+            lambda: (
+                time.monotonic() > deadline
+                or self._found_done.isdisjoint(offer.part for offer in self._given_up.values())
+            )
+        )
 
     def finish_what_is_held(self) -> None:
         """Wait for the parts that workers hold now."""
@@ -179,18 +194,38 @@ class _Run:
         number, report = event[1]["number"], event[1]["report"]
         self._news.put((number, PartReport(**report)))
 
+    def _workers(self) -> dict[str, int]:
+        """The workers there are and their threads; by a new connection where the one there was broke."""
+        deadline = time.monotonic() + RECONNECT_SECONDS
+        while time.monotonic() < deadline:
+            try:
+                if self._client.status != "running" or self._client.scheduler_comm is not self._connection:
+                    self._connect_again()
+                return dict(self._client.nthreads())
+            except (OSError, TimeoutError):
+                time.sleep(0.05)
+        raise gone(self._client)
+
+    def _connect_again(self) -> None:
+        """Dask mends a connection by itself, but trips over it at times, and sends nothing of the meantime again."""
+        log.warning("%s: the connection to the scheduler broke; connecting again", address_of(self._client))
+        self._client = self._clients.enter_context(client_of(address_of(self._client)))
+        for offer, _ in self._offers.values():  # what was sent last may never have arrived
+            self._given_up[offer.number] = offer
+            self.dealer.is_left(offer)
+        self._offers.clear()
+        self._listen()
+        for event in self._client.get_events(self._topic):
+            self._hear(event)
+
     def _listen(self) -> None:
-        """Have the scheduler send what workers say; once for each connection, for a new scheduler knows nothing."""
-        if self._client.scheduler_comm is not self._connection:
-            self._connection = self._client.scheduler_comm
-            self._client.subscribe_topic(self._topic, self._hear)
+        self._connection = self._client.scheduler_comm
+        self._client.subscribe_topic(self._topic, self._hear)
 
     def _hear_late(self, number: int, news: PartReport | Future[Any]) -> None:
         """Of a worker that was thought to be gone, or that this process was cut off from."""
-        if (offer := self._given_up.pop(number, None)) is None:
-            return
-        if isinstance(news, PartReport) and news.outcome == "done":
-            self._part_is_done(offer, news, time.monotonic())
+        if isinstance(news, PartReport) and news.outcome == "done" and number in self._given_up:
+            self._part_is_done(self._given_up.pop(number), news, time.monotonic())
 
     def _take_in(self, offer: Offer, report: PartReport) -> None:
         now = time.monotonic()
@@ -217,10 +252,12 @@ class _Run:
         self.dealer.is_done(offer, now)
         self.totals.seconds = self.progress.seconds
         if report.outcome == "done":
+            self._found_done.discard(offer.part)  # when the report came late
             self.totals.add(report)
-            self._check()
         elif new:
-            self.totals.others += 1
+            self._found_done.add(offer.part)
+        self.totals.others = len(self._found_done)
+        self._check()
         if new:
             shares = self.totals.shares()
             self.progress.stage_seconds = {stage: share * self.progress.seconds for stage, share in shares.items()}
@@ -237,9 +274,7 @@ class _Run:
             return
         self._polled = now
         before = self.dealer.workers
-        workers = worker_threads(self._client)
-        self._listen()
-        for offer in self.dealer.workers_are(workers):
+        for offer in self.dealer.workers_are(self._workers()):
             log.warning("%s is gone; part %d goes to another worker", offer.worker, offer.part)
             self._forget(offer)
         self._give_up_lost_reports(now)

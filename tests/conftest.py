@@ -20,12 +20,19 @@ import torch
 from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures, Ragged
 from regionspot.cache.claims import Claims
 from regionspot.cache.encodings import statistics_of
+from regionspot.cache.machine import processors
 from regionspot.pipeline.sharing import SharedParts
+from regionspot.pipeline.toy_world import make_toy_world
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-# Tests run two at a time on two cores; more threads each would only get in each other's way.
+# Tests keep the cores busy side by side; more threads each would only get in each other's way.
 torch.set_num_threads(1)
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """For `-n auto`: one more than there are cores, for tests wait for disks, servers and processes that die."""
+    return processors() + 1
 
 
 def _under_shared(name: str) -> Path:
@@ -45,6 +52,12 @@ def golden() -> Path:
 def coco_mini() -> Path:
     """Folder of 200 real photos with COCO and LVIS annotations and a detector's boxes."""
     return _under_shared("data/coco_mini")
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """A toy world of 32 pictures to train on and 8 to validate with, to be read and never changed."""
+    return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
 
 
 @pytest.fixture

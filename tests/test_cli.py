@@ -13,14 +13,8 @@ from PIL import Image
 from regionspot import cli
 from regionspot.cache import FeatureCache
 from regionspot.pipeline.datasets import DATASETS
-from regionspot.pipeline.toy_world import make_toy_world
 
 pytestmark = pytest.mark.usefixtures("home")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
 
 
 @pytest.fixture

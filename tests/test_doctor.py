@@ -6,9 +6,7 @@ import socket
 import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
-import pytest
 from typer.testing import CliRunner
 
 from regionspot.cli import app
@@ -16,7 +14,6 @@ from regionspot.pipeline import doctor_models, doctor_places
 from regionspot.pipeline.datasets import photo_dir
 from regionspot.pipeline.doctor import Asked, examine, is_healthy
 from regionspot.pipeline.doctor_machine import metrics_port, packages
-from regionspot.pipeline.toy_world import make_toy_world
 from regionspot.pipeline.weights import OFFICIAL
 
 
@@ -94,11 +91,6 @@ def test_a_cache_that_is_damaged_is_found(tmp_path):
     path.mkdir()
     (path / "zarr.json").write_text("{")
     assert states(doctor_places.cache_place(Asked(cache=str(path))))[0] == ("cache", "fail")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
 
 
 def test_a_dataset_is_read_its_photos_looked_for_and_one_is_opened(world, tmp_path):

@@ -20,16 +20,10 @@ from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.extract import extract
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.photos import read_photo
-from regionspot.pipeline.toy_world import make_toy_world
 
 PART_SIZE = 4
 PICTURES = 10
 ONE_CORE = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
 
 
 @pytest.fixture(scope="module")

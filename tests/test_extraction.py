@@ -26,15 +26,9 @@ from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.outstanding import outstanding
 from regionspot.pipeline.part_choice import parse_parts
 from regionspot.pipeline.retry import retry
-from regionspot.pipeline.toy_world import make_toy_world
 
 PART_SIZE = 4
 PICTURES = 10  # parts of 4, 4 and 2
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
 
 
 @pytest.fixture(scope="module")

@@ -25,15 +25,8 @@ from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.extract import extract
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.frozen_models import Backbones
-from regionspot.pipeline.toy_world import make_toy_world
 
 WEIGHTS = "random:0"  # equality and resuming do not ask for sense; the baselines' tests do
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    """A toy world whose validation split has 8 pictures."""
-    return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
 
 
 @pytest.fixture(scope="module", autouse=True)

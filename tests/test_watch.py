@@ -19,15 +19,9 @@ from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.failure_kinds import FailureCount, kind_of
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.summary import parse_run
-from regionspot.pipeline.toy_world import make_toy_world
 from regionspot.pipeline.watch import Watch
 
 PICTURES = 6
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory) -> Path:
-    return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
 
 
 @pytest.fixture(scope="module")

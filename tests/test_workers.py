@@ -10,11 +10,13 @@ import os
 import random
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -151,16 +153,45 @@ def test_a_frozen_worker_holds_nothing_up_and_when_it_wakes_it_leaves_what_was_t
     assert not list(cache.path.rglob("*.partial"))
 
 
-def test_a_connection_to_the_scheduler_that_breaks_is_mended_and_every_part_counts_once(client, cache, undisturbed):
-    with connected(client.scheduler.address) as mine:
+class Cable:
+    """A way to a port of this machine that can be cut, which breaks the connections that go through it."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._ends = port, []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        ends, self._ends = self._ends, []
+        for end in ends:
+            with suppress(OSError):  # it is broken already
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            near, far = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._port))
+            self._ends += [near, far]
+            for source, target in ((near, far), (far, near)):
+                threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_a_connection_to_the_scheduler_that_breaks_is_made_anew_and_every_part_counts_once(client, cache, undisturbed):
+    cable = Cable(int(client.scheduler.address.rpartition(":")[2]))
+    with connected(f"tcp://127.0.0.1:{cable.port}") as mine:
         run = Run(mine, cache, 0.05)
-        for parts in (1, 4):
+        for parts in (1, 3, 5):
             run.has_written(parts)
-            while mine.status != "running":
-                time.sleep(0.002)
-            mine.loop.add_callback(mine.scheduler_comm.comm.abort)  # its socket, as a broken network would
+            cable.cut()
         totals = run.end()
-    assert totals.parts + totals.others == len(PARTS)
+    assert (totals.parts, totals.pictures, totals.others) == (len(PARTS), PICTURES, 0)
     must_equal(cache, undisturbed)
 
 
