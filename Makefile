@@ -42,7 +42,7 @@ setup: $(READY) ## make the environment and install everything, torch and torchv
 $(READY): pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@command -v uv >/dev/null || $(VENV)/bin/python -m pip install --quiet uv
-	SAM2_BUILD_CUDA=0 uv pip install --quiet --python $(VENV)/bin/python $(TORCH) -e ".[dev]"
+	SAM2_BUILD_CUDA=0 uv pip install --quiet --compile-bytecode --python $(VENV)/bin/python $(TORCH) -e ".[dev]"
 	@touch $@
 
 $(BENCH_READY): pyproject.toml | $(READY)
