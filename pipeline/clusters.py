@@ -97,13 +97,13 @@ def worker_threads(client: Client) -> dict[str, int]:
             return dict(client.nthreads())
         except (OSError, TimeoutError):
             pass
-    raise gone(client)
+    raise gone(address_of(client))
 
 
-def gone(client: Client) -> CacheError:
-    """What there is to say when the scheduler of a client does not answer any more."""
+def gone(address: str) -> CacheError:
+    """What there is to say when a scheduler does not answer any more."""
     return CacheError(
-        f"{address_of(client)}: the scheduler is gone; the parts that are done stay: start it and its workers "
+        f"{address}: the scheduler is gone; the parts that are done stay: start it and its workers "
         "again, then the same command goes on"
     )
 

@@ -104,6 +104,7 @@ class _Run:
         self, client: Client, job: Job, parts: Mapping[int, int], totals: Totals, check: Callable[[], None]
     ) -> None:
         self._client, self._job, self._pictures, self._check = client, job, parts, check
+        self._address = address_of(client)  # which a client forgets when it loses its scheduler
         self._run = uuid.uuid4().hex
         self._topic = f"regionspot-{self._run}"
         # The number of an offer with the worker's report, or with the future of a task that ended.
@@ -204,12 +205,12 @@ class _Run:
                 return dict(self._client.nthreads())
             except (OSError, TimeoutError):
                 time.sleep(0.05)
-        raise gone(self._client)
+        raise gone(self._address)
 
     def _connect_again(self) -> None:
         """Dask mends a connection by itself, but trips over it at times, and sends nothing of the meantime again."""
-        log.warning("%s: the connection to the scheduler broke; connecting again", address_of(self._client))
-        self._client = self._clients.enter_context(client_of(address_of(self._client)))
+        log.warning("%s: the connection to the scheduler broke; connecting again", self._address)
+        self._client = self._clients.enter_context(client_of(self._address))
         for offer, _ in self._offers.values():  # what was sent last may never have arrived
             self._given_up[offer.number] = offer
             self.dealer.is_left(offer)
@@ -283,7 +284,7 @@ class _Run:
             link = dashboard(self._client)
             log.info("%d workers%s", self.dealer.workers, f"; dashboard: {link}" if link else "")
         if not self.dealer.workers:
-            self._say(f"{address_of(self._client)}: no worker is there; parts go out as soon as one is")
+            self._say(f"{self._address}: no worker is there; parts go out as soon as one is")
 
     def _give_up_lost_reports(self, now: float) -> None:
         """Have parts offered again whose reports did not come: what was done of them is found."""
