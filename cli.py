@@ -20,6 +20,7 @@ from regionspot.cli_cache import cache_app
 from regionspot.cli_doctor import doctor
 from regionspot.cli_extract import extract
 from regionspot.cli_options import (
+    EVALUATION_FAILURES,
     Annotations,
     Boxes,
     Checkpoint,
@@ -150,7 +151,7 @@ def eval_lvis(
     preprocess: Annotated[
         str | None, typer.Option(help="direct or reference; default: as the features that the head was trained on")
     ] = None,
-    max_failures: MaxFailures = "1%",
+    max_failures: MaxFailures = EVALUATION_FAILURES,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:

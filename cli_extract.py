@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from regionspot.cli_options import (
+    EXTRACTION_FAILURES,
     Annotations,
     Boxes,
     ClipWeights,
@@ -68,7 +69,7 @@ def extract(
     decode_threads: Annotated[
         int | None, typer.Option(help="that read pictures; default: a core each, 16 at most")
     ] = None,
-    max_failures: MaxFailures = "20%",
+    max_failures: MaxFailures = EXTRACTION_FAILURES,
     device: Device = None,
     dtype: Dtype = "auto",
     exact: Annotated[bool, typer.Option("--exact", help="float32 throughout, as --dtype float32")] = False,

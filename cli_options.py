@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from regionspot.cache.claims import CLAIM_SECONDS
+from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, EXTRACTION_LIMIT
 
 if TYPE_CHECKING:
     from regionspot.cache.manifest import Manifest
@@ -26,6 +27,7 @@ TakeOver = Annotated[
         f"run on another machine counts as gone when it shows no life for {CLAIM_SECONDS:.0f} seconds",
     ),
 ]
+EXTRACTION_FAILURES, EVALUATION_FAILURES = str(EXTRACTION_LIMIT), str(EVALUATION_LIMIT)
 
 Preset = Annotated[str, typer.Option(help="backbones: bb, bl, bl336 or toy")]
 OptionalPreset = Annotated[str | None, typer.Option(help="backbones, where the checkpoint does not state them")]
@@ -44,7 +46,9 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a 
 Dtype = Annotated[str, typer.Option(help="of the image encoders: float32, bfloat16 or float16")]
 LocalCopy = Annotated[Path | None, typer.Option(help="of a remote cache: keep what is read of it in this folder")]
 LocalLimit = Annotated[str | None, typer.Option(help="of --local-copy: 500GB; what was used least lately goes first")]
-MaxFailures = Annotated[str, typer.Option(help='stop when more pictures than this are broken: "1%" or "200"')]
+MaxFailures = Annotated[
+    str, typer.Option(help='stop when more images than this are broken: "1%" of all images, or "200"')
+]
 
 
 def manifest_of(name: str, data: Path, split: str, annotations: Path | None, boxes: str, limit: int | None) -> Manifest:

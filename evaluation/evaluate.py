@@ -28,7 +28,7 @@ from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones import preset_named
 from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.encoder import load_text_encoder
-from regionspot.pipeline.failure_limit import ONE_PERCENT, FailureLimit
+from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.proposals import GROUND_TRUTH, with_boxes
 
@@ -69,7 +69,7 @@ class LvisEvaluation:
     dtype: str = "float32"
     preprocess: str | None = None
     check_weights: bool = True
-    max_failures: FailureLimit = ONE_PERCENT
+    max_failures: FailureLimit = EVALUATION_LIMIT
 
 
 def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:

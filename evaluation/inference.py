@@ -35,7 +35,7 @@ from regionspot.evaluation.detections import (
     to_columns,
 )
 from regionspot.evaluation.scoring import RegionScores, Timed
-from regionspot.pipeline.failure_limit import ONE_PERCENT, FailureLimit
+from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, FailureLimit
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def infer(
     folder: Path,
     *,
     detections_per_picture: int = DETECTIONS_PER_PICTURE,
-    max_failures: FailureLimit = ONE_PERCENT,
+    max_failures: FailureLimit = EVALUATION_LIMIT,
 ) -> Inference:
     """The best detections of every picture of the method's manifest, going on with what `folder` already holds.
 
@@ -156,10 +156,10 @@ def _timed(progress: Progress, device: torch.device) -> Timed:
 
 def _stop_if_too_many_failed(manifest: Manifest, parts: Any, limit: FailureLimit) -> None:
     reasons = [reason for part in parts for reason in part.failures.values()]
-    if len(reasons) > (allowed := limit.of_all(len(manifest))):
+    if not limit.allows(len(reasons), len(manifest)):
         raise InputError(
-            f"{len(reasons)} of {len(manifest)} pictures could not be read, more than the {allowed:.0f} allowed "
-            f"(the first: {reasons[0]}); mend the photo folder, or allow more with --max-failures"
+            f"{len(reasons)} of {len(manifest)} images could not be read, more than --max-failures {limit} allows "
+            f"(the first: {reasons[0]}); check --data, or allow more"
         )
 
 

@@ -17,7 +17,7 @@ from regionspot.evaluation.ground_truth import read_ground_truth
 from regionspot.evaluation.inference import Inference, Method, infer
 from regionspot.evaluation.lvis_ap import lvis_ap
 from regionspot.evaluation.sheet import judged_sheet
-from regionspot.pipeline.failure_limit import ONE_PERCENT, FailureLimit
+from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, FailureLimit
 
 SHEET_PICTURES = 9
 # Stages that any method on the same pictures would share: opening them, and the two encoders' maps.
@@ -31,7 +31,7 @@ def evaluate_method(
     *,
     boxes: str = "ground truth",
     templates: tuple[str, ...] = (),
-    max_failures: FailureLimit = ONE_PERCENT,
+    max_failures: FailureLimit = EVALUATION_LIMIT,
     photos: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate, write `results.json` and `detections.json` into `out`, and return what results.json holds.

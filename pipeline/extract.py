@@ -23,14 +23,12 @@ from regionspot.pipeline.committing import CommitThread
 from regionspot.pipeline.decoding import Decoder, decode_ahead
 from regionspot.pipeline.encoding import BatchEncoder, batches_of
 from regionspot.pipeline.encoding_sample import ready_to_store
-from regionspot.pipeline.failure_limit import FailureLimit
+from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.frozen_models import FLOAT16, Backbones
 from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.sharing import SharedParts
 from regionspot.pipeline.summary import ExtractSummary
 from regionspot.pipeline.watch import Watch
-
-DEFAULT_FAILURES = FailureLimit(share=0.2)
 
 
 def open_for_extraction(
@@ -70,7 +68,7 @@ def extract(
     exif: Exif = "auto",
     batch_size: int | None = None,
     decode_threads: int | None = None,
-    max_failures: FailureLimit = DEFAULT_FAILURES,
+    max_failures: FailureLimit = EXTRACTION_LIMIT,
     take_over: bool = False,
     parts: Collection[int] | None = None,
     watch: Watch | None = None,
@@ -81,9 +79,9 @@ def extract(
     is there. `take_over` says that no other run is alive, so that what dead ones have claimed is free at once.
     `parts`: only these. `watch` tells of it while it works; the one by default writes summary.md into the cache.
 
-    A picture that cannot be read is recorded with its reason and skipped. Raises InputError when the first
-    pictures all fail, or when more than `max_failures` do (V3Det's copies lack many photos; a mistyped folder lacks
-    all); what is committed by then stays.
+    An image that cannot be read is recorded with its reason and skipped. Raises InputError when none of the first
+    images can be read, or when more than `max_failures` of all cannot (V3Det's copies lack many photos; a mistyped
+    folder lacks all); what is committed by then stays.
     """
     keep_memory()
     names = [feature_set.name for feature_set in backbones.feature_sets(exif)]
@@ -93,6 +91,7 @@ def extract(
         shared = SharedParts(cache, names, claims, parts)
         progress = watch.begin(shared)
         encode = BatchEncoder(cache.manifest, backbones, progress)
+        check = _FailureCheck(cache, parts, max_failures, photo_folder)
         while watch.wait():
             with (
                 CommitThread(cache, shared, progress) as writer,
@@ -103,5 +102,31 @@ def extract(
                     with progress.timed("write"):
                         writer.put(picture)
                     watch.picture(picture, encode.ignored_orientations)
-                    max_failures.check(watch.failures.total, progress, photo_folder, picture.failure)
+                    check(picture)
     return watch.summary()
+
+
+class _FailureCheck:
+    """Stops a run when too many of all images that it was asked for are broken, whichever run found them."""
+
+    def __init__(self, cache: FeatureCache, parts: Collection[int] | None, limit: FailureLimit, folder: Path) -> None:
+        self._cache, self._limit, self._folder = cache, limit, folder
+        self._parts = range(cache.n_parts) if parts is None else parts
+        self._broken: set[int] = set()  # rows
+        self._first_in_a_row = 0
+        self._one_was_read = False
+
+    def __call__(self, image: PictureFeatures) -> None:
+        if image.failure is None:
+            self._one_was_read = True
+            return
+        if not self._broken:  # reading all records takes an object store a while: only when it matters
+            asked = set(self._parts)
+            earlier = (failure.row for failure in self._cache.failures())
+            self._broken = {row for row in earlier if row // self._cache.part_size in asked}
+        self._broken.add(image.row)
+        self._first_in_a_row += not self._one_was_read
+        total = sum(len(self._cache.part_rows(part)) for part in self._parts)
+        self._limit.check(
+            len(self._broken), total, in_a_row=self._first_in_a_row, folder=self._folder, reason=image.failure
+        )

@@ -13,8 +13,8 @@ from regionspot.cache.schema import Geometry
 from regionspot.cache.storage import open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.dry_run import DryRun, dry_run
-from regionspot.pipeline.extract import DEFAULT_FAILURES, extract, open_for_extraction
-from regionspot.pipeline.failure_limit import FailureLimit
+from regionspot.pipeline.extract import extract, open_for_extraction
+from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.frozen_models import FLOAT16, Backbones
 from regionspot.pipeline.outstanding import Outstanding, outstanding, require_room
 from regionspot.pipeline.part_choice import parse_parts
@@ -48,7 +48,7 @@ class Extraction:
     shard: str | None = None
     batch_size: int | None = None
     decode_threads: int | None = None
-    max_failures: FailureLimit = DEFAULT_FAILURES
+    max_failures: FailureLimit = EXTRACTION_LIMIT
     check_room: bool = True
     take_over: bool = False
     metrics_port: int | None = None

@@ -1,21 +1,26 @@
-"""How many pictures may be broken before a run stops: some always are, but a mistyped folder breaks all of them."""
+"""How many images (or annotation records) may be broken before a run stops: some always are, a wrong folder breaks all.
+
+A share is a share of ALL that there is to do, not of what was seen so far: a run stops as soon as more are broken than
+may be broken in the end. So a few broken images at the start do not stop a good run, and in a small set, too, no more
+than the share is let through.
+"""
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from regionspot.cache.errors import InputError
-from regionspot.cache.progress import Progress
 
-# A wrong photo folder shows in the first pictures: stop before a part of nothing but failures is committed.
-FIRST_PICTURES = 10
+# A wrong image folder shows in the first images: stop before a part of nothing but failures is committed.
+FIRST_IMAGES = 10
 
 
 @dataclass(frozen=True)
 class FailureLimit:
-    """At most this share of the pictures seen so far, or this many of all; a share lets the first ten pass."""
+    """At most this share of all (0 to 1), or at most this count."""
 
     share: float | None = None
     count: int | None = None
@@ -23,40 +28,52 @@ class FailureLimit:
     @classmethod
     def parse(cls, text: str) -> FailureLimit:
         """ "1%" and "0.01" are shares, "200" is a count. Raises InputError for anything else."""
-        words = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip())
-        if words:
-            number, percent = float(words[1]), bool(words[2])
+        if match := re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip(), re.ASCII):
+            number, percent = float(match[1]), bool(match[2])
             if percent and number <= 100:
                 return cls(share=number / 100)
             if not percent and "." in text and number <= 1:
                 return cls(share=number)
             if not percent and "." not in text:
-                return cls(count=int(words[1]))
-        raise InputError(f'max failures {text!r}: expected a share like "1%" or "0.01", or a number like "200"')
+                return cls(count=int(match[1]))
+        raise InputError(f'max failures {text!r}: expected a share like "1%" or "0.01", or a count like "200"')
 
-    def allows(self, failed: int, seen: int) -> bool:
-        """Whether so many of so many may be broken."""
+    def __str__(self) -> str:
+        return f"{100 * self.share:g}%" if self.share is not None else str(self.count)
+
+    def of_all(self, total: int) -> int:
+        """How many of `total` may be broken."""
         if self.count is not None:
-            return failed <= self.count
-        return failed <= max(FIRST_PICTURES, (self.share or 0.0) * seen)
+            return self.count
+        # 0.29 * 100 is 28.999999999999996.
+        return math.floor((self.share or 0.0) * total + 1e-9)
 
-    def of_all(self, total: int) -> float:
-        """How many of `total` pictures may be broken, where all of them are known."""
-        return self.count if self.count is not None else (self.share or 0.0) * total
+    def allows(self, failed: int, total: int) -> bool:
+        """Whether `failed` of `total` may be broken."""
+        return failed <= self.of_all(total)
 
-    def check(self, failed: int, progress: Progress, photo_folder: Path, reason: str | None) -> None:
-        """Raises InputError when the picture just done, broken for `reason`, is one too many or all of the first are.
+    def check(self, failed: int, total: int, *, in_a_row: int, folder: Path, reason: str) -> None:
+        """To be called after each broken image.
 
-        reason   None for a picture that is not broken
+        failed    broken images so far, those that earlier runs recorded included
+        total     images there are to do, those that earlier runs did included
+        in_a_row  broken images with which this run began
+        reason    why the last one is broken
+
+        Raises InputError when `failed` is more than the limit, or when all of the first FIRST_IMAGES are broken (unless
+        100% may be).
         """
-        if reason is None:
-            return
-        seen, first = progress.done, min(FIRST_PICTURES, progress.total)
-        if failed == seen == first or not self.allows(failed, seen):
+        if not self.allows(failed, total):
             raise InputError(
-                f"{photo_folder}: {failed} of the first {seen} pictures could not be read (the last: {reason}); "
-                "check --data, or allow more with --max-failures"
+                f"{folder}: {failed:,} of {total:,} images could not be read, more than --max-failures {self} allows "
+                f"(the last: {reason}); check --data, or allow more"
+            )
+        if in_a_row >= FIRST_IMAGES and self.share != 1:
+            raise InputError(
+                f"{folder}: none of the first {in_a_row} images could be read (the last: {reason}); check --data, or "
+                "let all images fail with --max-failures 100%"
             )
 
 
-ONE_PERCENT = FailureLimit(share=0.01)
+EXTRACTION_LIMIT = FailureLimit(share=0.2)
+EVALUATION_LIMIT = FailureLimit(share=0.01)

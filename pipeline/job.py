@@ -23,7 +23,7 @@ from regionspot.cache.header import require_same_features
 from regionspot.cache.progress import Progress
 from regionspot.cache.schema import FeatureSet, PictureFeatures
 from regionspot.cache.store import FeatureCache
-from regionspot.pipeline.failure_limit import FIRST_PICTURES, FailureLimit
+from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FIRST_IMAGES, FailureLimit
 from regionspot.pipeline.outstanding import held_sets
 from regionspot.pipeline.part_worker import CacheParts
 
@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from regionspot.pipeline.photos import Exif
 
 _DASKS_TRIM_THRESHOLD = "65536"  # distributed.yaml: distributed.nanny.pre-spawn-environ
-_DEFAULT_FAILURES = FailureLimit(share=0.2)
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class ExtractJob:
     shard: str | None = None
     batch_size: int | None = None
     decode_threads: int | None = None
-    max_failures: FailureLimit = _DEFAULT_FAILURES
+    max_failures: FailureLimit = EXTRACTION_LIMIT
     check_room: bool = True
     photos: str = ""
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
@@ -226,7 +225,7 @@ class PhotoFeatures:
             size = job.batch_size or self._backbones.batch_size
             for picture in encode(batches_of(decoded, size, self._cache.part_size, progress)):
                 self._one_was_read |= picture.failure is None
-                if not self._one_was_read and picture.row + 1 - rows.start >= min(FIRST_PICTURES, len(rows)):
+                if not self._one_was_read and picture.row + 1 - rows.start >= min(FIRST_IMAGES, len(rows)):
                     raise InputError(
                         f"{job.photos}: none of a part's first pictures could be read (the last: {picture.failure}); "
                         "check --data, and that this machine sees it"

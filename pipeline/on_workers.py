@@ -70,11 +70,11 @@ class _WorkersRun:
 
     def check(self, limit: FailureLimit) -> None:
         """Raises InputError when more pictures are broken than `limit` allows."""
-        failed, seen = self.totals.failed, self.totals.pictures
-        if not limit.allows(failed, seen):
+        failed, total = self.totals.failed, sum(self.sizes().values())
+        if not limit.allows(failed, total):
             raise InputError(
-                f"{self._prepared.photos}: {failed} of the first {seen} pictures could not be read; check --data, or "
-                "allow more with --max-failures"
+                f"{self._prepared.photos}: {failed:,} of {total:,} images could not be read, more than --max-failures "
+                f"{limit} allows; check --data, or allow more"
             )
 
     def summary(self) -> ExtractSummary:

@@ -17,38 +17,6 @@ from regionspot.pipeline.datasets import DATASETS
 pytestmark = pytest.mark.usefixtures("home")
 
 
-@pytest.fixture
-def regionspot(monkeypatch, capsys):
-    """`regionspot("extract", "toy", ...)` gives the exit code, stdout and stderr of that command."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["regionspot", *map(str, arguments)])
-        try:
-            cli.main()
-            code = 0
-        except SystemExit as stop:
-            code = stop.code or 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return run
-
-
-@pytest.fixture
-def refused(regionspot):
-    """`refused("needs this", "extract", ...)`: exit code 2 and one line on stderr that holds the words."""
-
-    def run(words: str, *arguments) -> None:
-        code, _, err = regionspot(*arguments)
-        lines = [line for line in err.splitlines() if line.startswith("regionspot: ")]
-        assert code == 2, err
-        assert len(lines) == 1, err
-        assert words in lines[0], lines[0]
-        assert "Traceback" not in err
-
-    return run
-
-
 def extract(world, cache, *more) -> tuple:
     return ("extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--limit", 3, *more)
 

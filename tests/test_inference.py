@@ -252,7 +252,7 @@ def test_an_unreadable_picture_is_counted_and_tried_again_later(manifest, tmp_pa
 
 def test_more_unreadable_pictures_than_allowed_stop_the_run(manifest, tmp_path, parts_of_two):
     method = Counted(manifest, broken=[0, 1])
-    with pytest.raises(InputError, match=r"2 of 8 pictures could not be read.*picture 0 is broken"):
+    with pytest.raises(InputError, match=r"2 of 8 images could not be read.*picture 0 is broken"):
         infer(method, tmp_path, max_failures=FailureLimit(share=0.2))
     assert method.asked == [0, 1]
 
