@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import InputError, unknown_name
 
 if TYPE_CHECKING:  # schema.py imports Statistics from here
     from regionspot.cache.schema import FeatureSet
@@ -60,7 +60,7 @@ class Encoding(NamedTuple):
         """An encoding as people write it: `int8`, `float16+zstd`. Raises InputError for what is none."""
         dtype, plus, compression = words.partition("+")
         if dtype not in STORED or compression != ("zstd" if plus else ""):
-            raise InputError(f"encoding {words!r}: expected one of {', '.join(STORED)}, or one of them and +zstd")
+            raise unknown_name("encoding", words, STORED, ", or one of them with +zstd")
         return cls(dtype, "zstd" if plus else None)
 
     def __str__(self) -> str:

@@ -17,6 +17,9 @@ Each message is one line: the file, the field, what was found, what was expected
 The command line prints that line and exits with 2.
 """
 
+import difflib
+from collections.abc import Iterable
+
 
 class RegionSpotError(Exception):
     """Root of the tree."""
@@ -64,3 +67,15 @@ class NotExtractedError(CacheError, LookupError):
 
 class CorruptPartError(CacheError):
     """Stored bytes do not match their checksum."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], more: str = "") -> InputError:
+    """The error for a `name` that is none of the `known` ones; it names the one that was probably meant.
+
+    more   what else could be given
+    """
+    names = list(known)
+    lower = {each.lower(): each for each in reversed(names)}
+    close = difflib.get_close_matches(name.lower(), lower, 1)
+    meant = f"; did you mean {lower[close[0]]!r}?" if close else ""
+    return InputError(f"{kind} {name!r}: unknown; expected one of {', '.join(names)}{more}{meant}")

@@ -6,6 +6,12 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from regionspot.cache.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
 
 _MEMINFO, _OWN_GROUPS, _GROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
 
@@ -21,6 +27,37 @@ def available_memory() -> int:
     # Without /proc all that the machine has: better than a guess.
     free = int(said[1]) * 1024 if said else os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return min([free, *_group_limits()])
+
+
+def compute_device(asked: str | None = None) -> torch.device:
+    """The device to compute on: "cpu", "cuda", "cuda:1", ...; None: a GPU where there is one, else the CPU.
+
+    Raises InputError for a name that torch does not know, and for a device that does not compute on this machine.
+    """
+    import torch  # takes seconds, and this package is used without
+
+    if asked is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise InputError(f"--device {asked}: torch knows no such device; expected cpu, cuda or cuda:1") from None
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    if device.type == "cuda" and (not count or not torch.cuda.is_available()):
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        raise InputError(
+            f"--device {asked}: this torch sees no CUDA device (torch {torch.__version__}, {built}); see what "
+            "`nvidia-smi` and `regionspot doctor` say, or take --device cpu"
+        )
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"--device {asked}: there is none; this torch sees cuda:0 to cuda:{count - 1}")
+    try:
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, ImportError):
+        raise InputError(
+            f"--device {asked}: this torch cannot compute on it here; expected cpu, cuda or cuda:1"
+        ) from None
+    return device
 
 
 def _group_limits() -> Iterator[int]:

@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
-import torch
 
-from regionspot.cache.errors import AnnotationError, InputError, ProvenanceMismatchError
+from regionspot.cache.errors import AnnotationError, InputError, ProvenanceMismatchError, unknown_name
+from regionspot.cache.machine import compute_device
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.baselines import CropBaseline, PooledBaseline
@@ -31,6 +31,8 @@ from regionspot.pipeline.encoder import load_text_encoder
 from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.proposals import GROUND_TRUTH, with_boxes
+
+Baseline = Literal["crop", "pooled"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +57,7 @@ class LvisEvaluation:
     annotations: Path | None = None
     checkpoint: Path | None = None
     preset: str | None = None
-    baseline: Literal["crop", "pooled"] | None = None
+    baseline: Baseline | None = None
     cache: str | Path | None = None
     boxes: str = GROUND_TRUTH
     limit: int | None = None
@@ -94,8 +96,8 @@ def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
 
 
 def _check_options(asked: LvisEvaluation) -> None:
-    if asked.baseline not in (None, "crop", "pooled"):
-        raise InputError(f"baseline {asked.baseline!r}: expected crop or pooled")
+    if asked.baseline is not None and asked.baseline not in get_args(Baseline):
+        raise unknown_name("baseline", asked.baseline, get_args(Baseline))
     if asked.cache is not None and asked.baseline is not None:
         raise InputError(f"baseline {asked.baseline}: runs from photos, not from a cache; leave --cache away")
 
@@ -115,7 +117,7 @@ def _annotation_file(data: Path, manifest: Manifest) -> Path:
 
 
 def _method(asked: LvisEvaluation, manifest: Manifest, photos: Path) -> tuple[Method, Vocabulary]:
-    device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = str(compute_device(asked.device))
     if asked.cache is not None:
         return _from_cache(asked, asked.cache, manifest, device)
     if asked.baseline is not None:

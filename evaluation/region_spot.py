@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from regionspot.cache.errors import InputError, WeightsError
+from regionspot.cache.machine import compute_device
 from regionspot.evaluation.boxes import check_boxes
 from regionspot.evaluation.detections import Masks, concatenate_masks
 from regionspot.evaluation.scoring import RegionScores, Timed, head_digest, head_probabilities
@@ -118,7 +119,7 @@ class RegionSpot:
         path = Path(checkpoint)
         loaded = load_checkpoint(path, preset)
         localizer_name, encoder_name = backbones_of(path, loaded.info)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        device = str(compute_device(device))
         rule = preprocess or preprocess_of(loaded.info)
         localizer = load_localizer(localizer_name, sam_weights or weights, device, dtype, preprocess=rule)
         encoder = load_text_encoder(encoder_name, clip_weights or weights, device, dtype, preprocess=rule)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import InputError, unknown_name
 from regionspot.fusion.head import HEADS
 
 Precision = Literal["auto", "float32", "bfloat16"]
@@ -97,5 +97,5 @@ def train_config(preset: str, **overrides: Any) -> TrainConfig:
     Raises InputError for an unknown preset, and for values that cannot train.
     """
     if preset not in TRAIN_PRESETS:
-        raise InputError(f"schedule {preset!r}: expected one of {', '.join(TRAIN_PRESETS)}")
+        raise unknown_name("schedule", preset, TRAIN_PRESETS)
     return replace(TRAIN_PRESETS[preset], **{name: value for name, value in overrides.items() if value is not None})

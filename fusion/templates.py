@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import unknown_name
 
 SLOT = "{}"
 
@@ -47,7 +47,7 @@ def template_set(name: str) -> tuple[str, ...]:
     try:
         return TEMPLATES[name]
     except KeyError:
-        raise InputError(f"templates {name!r}: expected one of {', '.join(TEMPLATES)}") from None
+        raise unknown_name("templates", name, TEMPLATES) from None
 
 
 def _openai_imagenet() -> tuple[str, ...]:

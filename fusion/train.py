@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from regionspot.cache.errors import InputError
+from regionspot.cache.machine import compute_device
 from regionspot.cache.progress import duration
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.batches import BatchPlan, Planned, read_ahead
@@ -85,7 +86,7 @@ def train(
     folder = RunFolder(out_dir)
     folder.claim(identity, resume)
     info = run_info(sources, vocabularies, identity)
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = compute_device(device)
     # Forked, so that seeding every step leaves the caller's random numbers alone.
     with torch.random.fork_rng(devices=[place] if place.type == "cuda" else []):
         torch.manual_seed(config.seed)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import InputError, unknown_name
 from regionspot.pipeline.models import Asked
 from regionspot.pipeline.open_clip_models import BuiltClip, build_open_clip, model_and_tag
 from regionspot.pipeline.registry import stored_name
@@ -44,7 +44,7 @@ PRESETS = {
 def preset_named(name: str) -> Preset:
     """Raises InputError for a name that is none of PRESETS."""
     if name not in PRESETS:
-        raise InputError(f"preset {name!r}: expected one of {', '.join(PRESETS)}")
+        raise unknown_name("preset", name, PRESETS)
     return PRESETS[name]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from regionspot.cache.errors import AnnotationError, InputError
+from regionspot.cache.errors import AnnotationError, unknown_name
 from regionspot.cache.manifest import Manifest
 from regionspot.pipeline.coco_form import Form, cut_to_images, read_coco_form
 from regionspot.pipeline.inventory import DatasetReport, describe
@@ -151,14 +151,12 @@ def _dataset(name: str) -> Dataset:
     try:
         return DATASETS[name]
     except KeyError:
-        raise InputError(f"there is no dataset {name!r}; there are {', '.join(DATASETS)}") from None
+        raise unknown_name("dataset", name, DATASETS) from None
 
 
 def _annotation_file(name: str, dataset: Dataset, data: Path, split: str) -> Path:
     if split not in dataset.files:
-        raise InputError(
-            f"{name} has no split {split!r}; it has {', '.join(dataset.files)}, others by naming their annotation file"
-        )
+        raise unknown_name(f"{name} split", split, dataset.files, "; any other with its file in --annotations")
     return _find(name, data, dataset.files[split])
 
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import unknown_name
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
@@ -18,7 +18,7 @@ Kind = Literal["localizer", "encoder"]
 def check_dtype(dtype: str) -> str:
     """The name itself. Raises InputError for one that is not in DTYPES."""
     if dtype not in DTYPES:
-        raise InputError(f"dtype {dtype!r}: unknown; expected one of {', '.join((AUTO, *DTYPES))}")
+        raise unknown_name("dtype", dtype, (AUTO, *DTYPES))
     return dtype
 
 

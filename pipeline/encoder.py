@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from regionspot.cache.errors import InputError
+from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones import build_clip, stated
 from regionspot.pipeline.dtypes import autocast, resolve_dtype
 from regionspot.pipeline.models import Asked, SemanticEncoder, TextEncoder, missing_of
@@ -150,8 +151,8 @@ def load_encoder(
     Raises InputError for an unknown name, dtype or preset, or an encoder that lacks what one needs; WeightsError for
     weights that cannot be had or do not fit.
     """
-    dtype, rule = resolve_dtype(dtype, device, "encoder"), preprocess_named(preprocess)
-    model = ENCODERS.build(Asked(name, weights, device, dtype, rule))
+    place, rule = str(compute_device(device)), preprocess_named(preprocess)
+    model = ENCODERS.build(Asked(name, weights, place, resolve_dtype(dtype, place, "encoder"), rule))
     if not isinstance(model, SemanticEncoder):
         lacking = missing_of(model, SemanticEncoder)
         raise InputError(f"encoder {name!r}: lacks {lacking}, which models.SemanticEncoder states")

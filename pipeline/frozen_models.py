@@ -11,6 +11,7 @@ import torch
 
 from regionspot.cache.encodings import Encoding
 from regionspot.cache.errors import InputError
+from regionspot.cache.machine import compute_device
 from regionspot.cache.schema import FeatureSet
 from regionspot.pipeline.backbones import preset_named
 from regionspot.pipeline.batch_size import batch_size_of
@@ -64,7 +65,7 @@ class Backbones:
         chosen = [name for name in (list(encoders) or [names.encoder]) if name != NONE]
         if clip_weights and len(chosen) > 1:
             raise InputError(f"clip weights {clip_weights}: are of one encoder, asked for are {', '.join(chosen)}")
-        place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        place = str(compute_device(device))
 
         def dtype_of(name: str, kind: Literal["localizer", "encoder"]) -> str:
             stored = (held or {}).get(stored_name(name)) if dtype == "auto" else None

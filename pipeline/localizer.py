@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from regionspot.cache.errors import InputError
+from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones import build_sam, sam_unpacker, stated
 from regionspot.pipeline.dtypes import autocast, resolve_dtype
 from regionspot.pipeline.models import ALL, FIRST, Asked, Localizer, missing_of
@@ -179,8 +180,8 @@ def load_localizer(
     Raises InputError for an unknown name, dtype, preset or `tokens`, or a localizer that lacks what one needs;
     WeightsError for weights that cannot be had or do not fit.
     """
-    dtype, rule = resolve_dtype(dtype, device, "localizer"), preprocess_named(preprocess)
-    model = LOCALIZERS.build(Asked(name, weights, device, dtype, rule, tokens))
+    place, rule = str(compute_device(device)), preprocess_named(preprocess)
+    model = LOCALIZERS.build(Asked(name, weights, place, resolve_dtype(dtype, place, "localizer"), rule, tokens))
     if not isinstance(model, Localizer):
         raise InputError(f"localizer {name!r}: lacks {missing_of(model, Localizer)}, which models.Localizer states")
     if tokens == ALL and len(model.outputs) == 1:

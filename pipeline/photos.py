@@ -23,7 +23,7 @@ from typing import BinaryIO, Literal, cast, get_args
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from regionspot.cache.errors import InputError, PhotoError
+from regionspot.cache.errors import PhotoError, unknown_name
 from regionspot.pipeline.jpeg import MAGIC, decode_jpeg
 
 Exif = Literal["auto", "apply", "ignore"]
@@ -56,7 +56,7 @@ class Photo:
 def check_exif(rule: str) -> Exif:
     """The rule itself. Raises InputError for one that is none."""
     if rule not in get_args(Exif):
-        raise InputError(f"exif {rule!r}: expected one of {', '.join(get_args(Exif))}")
+        raise unknown_name("exif", rule, get_args(Exif))
     return cast("Exif", rule)
 
 

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import unknown_name
 
 # As stated in provenance; a cache made by another rule is another cache.
 SAM_RESIZE = "PIL bilinear, long side {pixels}, sizes int(x + 0.5), zero padding at right and bottom"
@@ -123,7 +123,7 @@ PREPROCESS = {
 def preprocess_named(name: str) -> Preprocess:
     """Raises InputError for a name that is none of PREPROCESS."""
     if name not in PREPROCESS:
-        raise InputError(f"preprocess {name!r}: unknown; expected one of {', '.join(PREPROCESS)}")
+        raise unknown_name("preprocess", name, PREPROCESS)
     return PREPROCESS[name]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import unknown_name
 from regionspot.pipeline.models import ALL, TOKENS
 from regionspot.pipeline.token_decoder import FIRST_MASK_TOKEN, IOU_TOKEN, MASK_TOKENS, TokenDecoder
 
@@ -37,7 +37,7 @@ class RegionTokens:
 
     def __init__(self, name: str, sam: Any, tokens: str) -> None:
         if tokens not in TOKENS:
-            raise InputError(f"tokens {tokens!r}: unknown; expected one of {', '.join(TOKENS)}")
+            raise unknown_name("tokens", tokens, TOKENS)
         self.decoder = TokenDecoder(sam)
         self.width: int = self.decoder.width
         self._name, self._iou_head = name, sam.mask_decoder.iou_prediction_head

@@ -16,7 +16,7 @@ from importlib.metadata import EntryPoint, entry_points
 from importlib.util import find_spec
 from typing import Any
 
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import InputError, unknown_name
 from regionspot.pipeline.models import Asked
 
 Builder = Callable[[Asked], Any]
@@ -79,15 +79,15 @@ class Registry:
             return _imported(others[name].value, self.kind, name)
         if PLACE.fullmatch(name):
             return _imported(name, self.kind, name)
-        raise InputError(f"{self.kind} {name!r}: unknown; expected one of {self._choice()}")
+        raise unknown_name(self.kind, name, self._choice())
 
     def _of_packages(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=self.group)}
 
-    def _choice(self) -> str:
+    def _choice(self) -> list[str]:
         known = [f"{name} (needs regionspot[{e.extra}])" if e.missing else name for name, e in self.entries.items()]
         families = [f"{beginning}:MODEL[:TAG]" for beginning in self.families]
-        return ", ".join([*known, *self._of_packages(), *families, "package.module:Class"])
+        return [*known, *self._of_packages(), *families, "package.module:Class"]
 
 
 def stored_name(name: str) -> str:

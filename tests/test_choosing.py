@@ -165,7 +165,7 @@ def test_a_cache_is_extended_by_the_options_of_extract(tmp_path, regionspot):
         (("merge", "c.zarr", "c.zarr", "--out", "out"), "6 pictures are in more than one of them"),
         (("convert", "c.zarr", "out", "--to", "clip"), "expected a feature set and its encoding once"),
         (("convert", "c.zarr", "out", "--to", "clip=int8", "--to", "clip=float32"), "its encoding once"),
-        (("convert", "c.zarr", "out", "--to", "clip=int9"), "encoding 'int9': expected one of"),
+        (("convert", "c.zarr", "out", "--to", "clip=int9"), "encoding 'int9': unknown; expected one of"),
         (("copy", "none.zarr", "out"), "no such cache"),
     ],
 )

@@ -8,11 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from regionspot import cli
 from regionspot.cache import FeatureCache
+from regionspot.cache.errors import InputError
 from regionspot.pipeline.datasets import DATASETS
+from regionspot.pipeline.encoder import load_encoder
+from regionspot.pipeline.localizer import load_localizer
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -156,3 +160,41 @@ def test_a_schedule_that_is_not_there_is_refused(refused, cache, tmp_path):
 
 def test_a_cache_without_the_presets_features_says_which_it_holds(refused, cache, tmp_path):
     refused("toy_sam, toy_clip", "train", "--cache", cache, "--preset", "bb", "--out", tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "meant"),
+    [
+        (("dataset", "LVIS", "--data", "."), "lvis"),
+        (("dataset", "opnimages", "--data", "."), "openimages"),
+        (("dataset", "coco", "--data", ".", "--split", "vall"), "val"),
+        (("extract", "toy", "--data", ".", "--cache", "c", "--encoding", "int-8"), "int8"),
+    ],
+)
+def test_a_misspelt_name_is_answered_with_the_one_that_was_meant(refused, arguments, meant):
+    refused(f"did you mean {meant!r}?", *arguments)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [
+        ("cuda", "--device cuda: this torch sees no CUDA device"),
+        ("cuda:1", "--device cuda:1: this torch sees no CUDA device"),
+        ("tpu", "--device tpu: torch knows no such device; expected cpu, cuda or cuda:1"),
+        ("cuda:-1", "--device cuda:-1: torch knows no such device"),
+        ("meta", "--device meta: this torch cannot compute on it here"),
+        ("mps", "--device mps: this torch cannot compute on it here"),
+    ],
+)
+def test_a_device_that_there_is_not_is_refused_by_every_command_in_one_line(
+    refused, world, cache, tmp_path, device, words
+):
+    refused(words, *extract(world, tmp_path / "c.zarr", "--device", device))
+    refused(words, "train", "--cache", cache, "--preset", "toy", "--out", tmp_path / "run", "--device", device)
+    evaluate = ("eval-lvis", "--dataset", "toy", "--data", world, "--preset", "toy", "--baseline", "pooled")
+    refused(words, *evaluate, "--out", tmp_path / "eval", "--device", device)
+    for load in (load_localizer, load_encoder):
+        with pytest.raises(InputError, match=words):
+            load("toy_sam" if load is load_localizer else "toy_clip", device=device)
+    assert not list(tmp_path.iterdir())

@@ -357,9 +357,9 @@ def test_an_absent_annotation_file_is_told_with_the_names_and_places_looked_at(t
 
 
 def test_unknown_names_of_datasets_and_splits_are_told_with_those_there_are(tmp_path):
-    with pytest.raises(InputError, match="no dataset 'imagenet'; there are o365, o365v2, openimages"):
+    with pytest.raises(InputError, match="dataset 'imagenet': unknown; expected one of o365, o365v2, openimages"):
         read_dataset("imagenet", tmp_path)
-    with pytest.raises(InputError, match="o365 has no split 'test'; it has train, val"):
+    with pytest.raises(InputError, match="o365 split 'test': unknown; expected one of train, val"):
         read_dataset("o365", tmp_path, "test")
 
 

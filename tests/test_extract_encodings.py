@@ -72,7 +72,7 @@ def test_statistics_are_those_of_the_features_and_stay_when_the_run_goes_on(extr
 
 @pytest.mark.parametrize("option", ["--encoding", "--token-encoding"])
 def test_an_encoding_that_there_is_not_is_refused_before_any_work(extracted, option):
-    with pytest.raises(ValueError, match="encoding 'int4': expected one of float16, float32, bfloat16, int8"):
+    with pytest.raises(ValueError, match="encoding 'int4': unknown; expected one of float16, float32, bfloat16, int8"):
         extracted("none.zarr", option, "int4")
 
 

@@ -205,10 +205,10 @@ def test_backbones_that_the_head_was_not_trained_on_are_refused_unless_asked_for
     [
         ({"checkpoint": None}, "give --checkpoint"),
         ({"checkpoint": None, "baseline": "crop"}, "give --preset"),
-        ({"baseline": "best"}, "expected crop or pooled"),
+        ({"baseline": "best"}, "expected one of crop, pooled"),
         ({"limit": 0}, "expected at least 1"),
         ({"templates": "none such"}, "expected one of"),
-        ({"split": "test"}, "has no split"),
+        ({"split": "test"}, "toy split 'test'"),
     ],
 )
 def test_options_that_do_not_fit_are_named_in_one_line(asked, change, message):
