@@ -3,7 +3,8 @@
 Ours is a safetensors file of the head alone, with what it was trained on in its header. A released file is a
 pickled `{"model": {...}}` in which the head stands behind `model.` among SAM's and CLIP's weights; it states neither
 its preset nor its vocabulary, so the preset is told from the shapes where they allow it. It is opened by torch's
-restricted unpickler, which builds tensors and refuses everything else.
+restricted unpickler, which builds tensors and refuses everything else. Files of the same names without the authors'
+nesting, or with that of other training programs (cache/state_dicts.py), are opened as released ones.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor
 
 from regionspot.cache.errors import InputError, WeightsError
+from regionspot.cache.state_dicts import WRAPPERS, check_fit, require_finite, state_dict_of, unwrapped
 from regionspot.fusion.head import HEADS, FusionHead, HeadConfig
 from regionspot.fusion.tensor_file import read_tensor_file, write_tensor_file
 
@@ -76,14 +78,25 @@ def load_checkpoint(path: Path, preset: str | None = None) -> Checkpoint:
     `preset` ("bb", "bl", "bl336") says which of the authors' models a released file is; it is needed where the shapes
     fit two of them. Given for a file that states its own, the two must agree.
 
-    Raises WeightsError for a file that is missing, is no such checkpoint, may not be opened safely or does not fit;
-    InputError for a preset that is unknown or missing.
+    Raises WeightsError for a file that is missing, is no such checkpoint, may not be opened safely, does not fit or
+    holds NaN or infinity; InputError for a preset that is unknown or missing.
     """
     if preset is not None and preset not in HEADS:
         raise InputError(f"preset {preset!r}: expected one of {', '.join(HEADS)}")
     if not path.is_file():
         raise WeightsError(f"{path}: there is no such checkpoint file")
-    return _load_released(path, preset) if _is_pickle(path) else _load_ours(path, preset)
+    if _is_pickle(path):
+        return _load_released(path, state_dict_of(path, _unpickle(path)), preset)
+    tensors, document = read_tensor_file(path)
+    if document is not None and document.get("kind") == KIND:
+        return _load_ours(path, tensors, document, preset)
+    state = unwrapped(tensors)
+    if any(_own_name(name) for name in state):
+        return _load_released(path, state, preset)
+    kind = f" (it is a {document.get('kind')})" if document else ""
+    raise WeightsError(
+        f"{path}: is a safetensors file, but no head that `regionspot train` wrote{kind}; give a run's head.safetensors"
+    )
 
 
 def _is_pickle(path: Path) -> bool:
@@ -92,10 +105,7 @@ def _is_pickle(path: Path) -> bool:
         return file.read(4).startswith((b"PK", b"\x80"))
 
 
-def _load_ours(path: Path, preset: str | None) -> Checkpoint:
-    tensors, document = read_tensor_file(path)
-    if document is None or document.get("kind") != KIND:
-        raise WeightsError(f"{path}: is a safetensors file, but no head that `regionspot train` wrote")
+def _load_ours(path: Path, tensors: dict[str, Tensor], document: dict[str, Any], preset: str | None) -> Checkpoint:
     if document.get("format") != FORMAT:
         raise WeightsError(
             f"{path}: has format {document.get('format')}, this version reads {FORMAT}; use the version that wrote it"
@@ -115,62 +125,74 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _load_released(path: Path, preset: str | None) -> Checkpoint:
-    state, ignored = _split(path, _unpickle(path))
-    shapes = _config_of(path, state)
-    fitting = [name for name, config in HEADS.items() if config == shapes]
+def _load_released(path: Path, tensors: Mapping[str, Tensor], preset: str | None) -> Checkpoint:
+    state, ignored = _split(path, tensors)
+    shapes = _shapes_of(path, state)
+    fitting = [
+        name for name, config in HEADS.items() if all(getattr(config, field) == n for field, n in shapes.items())
+    ]
     if preset is None and len(fitting) > 1:
         raise InputError(f"{path}: has the shapes of {' and of '.join(fitting)}; say which with --preset")
     if not fitting or (preset is not None and preset not in fitting):
-        wanted = HEADS[preset] if preset else None
-        raise WeightsError(f"{path}: its head is {shapes}, which is not {wanted or 'any of ' + ', '.join(HEADS)}")
+        wanted = f"{preset}, {HEADS[preset]}" if preset else f"any of {', '.join(HEADS)}"
+        found = ", ".join(f"{field}={number}" for field, number in shapes.items())
+        raise WeightsError(f"{path}: its head has {found}, which is not {wanted}; give the preset it was made for")
     if ignored:
         log.info("%s: not needed and left out: %s", path, ", ".join(f"{n} tensors of {m}" for m, n in ignored.items()))
-    return Checkpoint(_build(path, shapes, state), HeadInfo(preset=preset or fitting[0]), ignored)
+    name = preset or fitting[0]
+    return Checkpoint(_build(path, HEADS[name], state), HeadInfo(preset=name), ignored)
 
 
-def _unpickle(path: Path) -> Mapping[str, Any]:
-    """The state dict of a released file. Mapped where that is possible, as most of its gigabytes are not needed."""
+def _unpickle(path: Path) -> Any:
+    """What a pickled file holds. Mapped where that is possible, as most of its gigabytes are not needed."""
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
         raise WeightsError(f"{path}: holds more than tensors, so it could run code, and is not opened") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path}: cannot be read as a checkpoint ({reason})") from None
-    state = loaded.get("model", loaded) if isinstance(loaded, Mapping) else None
-    if not isinstance(state, Mapping):
-        raise WeightsError(f"{path}: holds a {type(loaded).__name__}, expected a checkpoint {{'model': state dict}}")
-    return state
 
 
-def _split(path: Path, state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, int]]:
+def _split(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
     """The head's own tensors under our names, in float32, and how many there were of every other module."""
     ours, others = {}, Counter[str]()
     for key, value in state.items():
-        name = str(key).removeprefix(RELEASED_PREFIX)
-        if name.startswith(SUBMODULES) and isinstance(value, Tensor):
+        if name := _own_name(key):
             # A copy: what torch mapped would change with the file.
             ours[name] = value.to(torch.float32, copy=True)
         else:
-            others[name.split(".")[0]] += 1
+            others[_unprefixed(key).split(".")[0]] += 1
     if not ours:
         raise WeightsError(f"{path}: holds no fusion head (no tensor named model.to_clip, model.decoder, ...)")
     return ours, dict(others)
 
 
-def _config_of(path: Path, state: Mapping[str, Tensor]) -> HeadConfig:
-    """The head that has these shapes. The number of attention heads leaves no trace in them: the authors' 8."""
+def _own_name(key: str) -> str | None:
+    """Our name of one of the head's tensors; None for a tensor of another module."""
+    name = _unprefixed(key)
+    return name if name.startswith(SUBMODULES) else None
+
+
+def _unprefixed(key: str) -> str:
+    """Without the authors' `model.` and wrappers' prefixes, in any order; no name of the head begins like one."""
+    for prefix in (RELEASED_PREFIX, *WRAPPERS):
+        if key.startswith(prefix):
+            return _unprefixed(key.removeprefix(prefix))
+    return key
+
+
+def _shapes_of(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
+    """The fields of a HeadConfig that a state dict's shapes tell; they do not tell attention heads and dropout."""
     try:
         width, token_dim = state["to_clip.weight"].shape
-        layers = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("decoder.layers."))
-        return HeadConfig(
-            token_dim=token_dim,
-            width=width,
-            text_dim=state["projector.weight"].shape[0],
-            layers=layers,
-            ffn=state["decoder.layers.0.linear1.weight"].shape[0],
-        )
+        return {
+            "token_dim": token_dim,
+            "width": width,
+            "text_dim": state["projector.weight"].shape[0],
+            "layers": 1 + max(int(name.split(".")[2]) for name in state if name.startswith("decoder.layers.")),
+            "ffn": state["decoder.layers.0.linear1.weight"].shape[0],
+        }
     except (KeyError, ValueError, IndexError) as error:
         raise WeightsError(f"{path}: its fusion head is incomplete ({error})") from None
 
@@ -178,13 +200,7 @@ def _config_of(path: Path, state: Mapping[str, Tensor]) -> HeadConfig:
 def _build(path: Path, config: HeadConfig, state: Mapping[str, Tensor]) -> FusionHead:
     with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
         head = FusionHead(config)
-    expected = {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
-    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    for name in expected.keys() | found.keys():
-        if expected.get(name) != found.get(name):
-            raise WeightsError(
-                f"{path}: {name} has shape {found.get(name, 'none: it is missing')}, "
-                f"expected {expected.get(name, 'no such tensor')}"
-            )
+    check_fit(path, "the fusion head", state, head.state_dict())
+    require_finite(path, state)
     head.load_state_dict(dict(state), assign=True)
     return head.requires_grad_(True).eval()

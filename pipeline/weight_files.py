@@ -10,21 +10,18 @@ from __future__ import annotations
 import hashlib
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from regionspot.cache.errors import WeightsError
+from regionspot.cache.state_dicts import state_dict_of, unwrapped
 
 StateDict = dict[str, Tensor]
-
-# Where training programs keep the state dict in a checkpoint that holds more (open_clip, segment-anything's users).
-NESTED_UNDER = ("state_dict", "model")
-SHOWN_NAMES = 3  # of each kind, in the message about a state dict that does not fit
 
 
 def read_state_dict(path: Path, trusted: Collection[str] = ()) -> tuple[StateDict, str]:
@@ -52,7 +49,7 @@ def _read(path: Path, file: BinaryIO, sha256: str, trusted: Collection[str]) -> 
         )
     try:
         if _holds_safetensors(file):
-            return load_file(path)
+            return unwrapped(load_file(path))
         if _holds_torchscript(file):
             return _tensors_of_program(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
@@ -61,7 +58,7 @@ def _read(path: Path, file: BinaryIO, sha256: str, trusted: Collection[str]) -> 
             f"{path}: is damaged, or holds more than tensors (code in a pickle is never run); "
             "expected a state dict saved by torch.save or as safetensors"
         ) from None
-    return _tensors_of(path, content)
+    return state_dict_of(path, content)
 
 
 def _holds_safetensors(file: BinaryIO) -> bool:
@@ -87,37 +84,3 @@ def _tensors_of_program(file: BinaryIO) -> StateDict:
         # torch wants programs exported another way; these archives are as they are.
         warnings.simplefilter("ignore", FutureWarning)
         return dict(torch.jit.load(file, map_location="cpu").state_dict())  # type: ignore[no-untyped-call]
-
-
-def _tensors_of(path: Path, content: Any) -> StateDict:
-    """The state dict in what torch.load gave, out of a checkpoint's nesting and DataParallel's `module.`"""
-    for key in NESTED_UNDER:
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
-        raise WeightsError(f"{path}: holds {type(content).__name__}, expected a state dict: tensors by name")
-    return {str(name).removeprefix("module."): tensor for name, tensor in content.items()}
-
-
-def check_fit(path: Path, model: str, found: StateDict, expected: Mapping[str, Tensor]) -> None:
-    """Raise WeightsError unless `found` has exactly the names and shapes of `expected`, the model's state dict."""
-    reshaped = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
-        for name in expected
-        if name in found and found[name].shape != expected[name].shape
-    ]
-    wrong = {
-        "missing": [name for name in expected if name not in found],
-        "not part of it": [name for name in found if name not in expected],
-        "of another shape": reshaped,
-    }
-    parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in wrong.items() if names]
-    if parts:
-        raise WeightsError(
-            f"{path}: does not fit {model}: of its {len(expected)} tensors {', '.join(parts)}; "
-            f"give the weights of {model}"
-        )
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:SHOWN_NAMES]) + (", ..." if len(names) > SHOWN_NAMES else "")

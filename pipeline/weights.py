@@ -25,7 +25,8 @@ from torch import Tensor
 
 from regionspot.cache.errors import WeightsError
 from regionspot.cache.home import home_folder
-from regionspot.pipeline.weight_files import StateDict, check_fit, read_state_dict
+from regionspot.cache.state_dicts import check_fit, require_finite
+from regionspot.pipeline.weight_files import StateDict, read_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -136,7 +137,7 @@ def load_weights(
     what a file holds where the two differ.
 
     Raises WeightsError when there is no such file, when an official one has other bytes, when it may not be
-    opened safely, or when it does not fit the model.
+    opened safely, when it does not fit the model, or when it holds NaN or infinity.
     """
     if source is not None and source.startswith(RANDOM):
         return LoadedWeights(draw_weights(_seed(source), expected), source, source)
@@ -151,6 +152,7 @@ def load_weights(
         )
     weights = unpack({key: tensor for key, tensor in state_dict.items() if key not in NOT_WEIGHTS})
     check_fit(path, name, weights, expected)
+    require_finite(path, weights)
     return LoadedWeights(weights, sha256, _origin(name, path, sha256 in known))
 
 

@@ -72,10 +72,25 @@ def save_with_sizes(path: Path) -> None:
         lambda path: torch.save(EXPECTED, path, _use_new_zipfile_serialization=False),
         lambda path: torch.save({"model": EXPECTED}, path),
         lambda path: save_file(EXPECTED, path),
+        lambda path: save_file({f"module.{name}": value for name, value in EXPECTED.items()}, path),
+        lambda path: torch.save({"model_state_dict": EXPECTED, "epoch": 3}, path),
+        lambda path: torch.save({"model": {"state_dict": EXPECTED}}, path),
+        lambda path: torch.save({f"_orig_mod.{name}": value for name, value in EXPECTED.items()}, path),
         save_checkpoint,
         save_with_sizes,
     ],
-    ids=["torch", "old torch", "nested", "safetensors", "open_clip checkpoint", "OpenAI's numbers"],
+    ids=[
+        "torch",
+        "old torch",
+        "nested",
+        "safetensors",
+        "safetensors, DDP",
+        "model_state_dict",
+        "nested twice",
+        "compiled",
+        "open_clip checkpoint",
+        "OpenAI's numbers",
+    ],
 )
 def test_a_state_dict_loads_from_any_of_the_usual_files_and_its_hash_is_kept(tmp_path, save):
     path = tmp_path / "fine_tuned.pt"
@@ -152,6 +167,22 @@ def test_weights_of_another_model_are_refused_with_what_does_not_fit(tmp_path):
     assert "1 missing (norm)" in message
     assert "1 not part of it (head.bias)" in message
     assert "layer.weight (32, 9) instead of (32, 64)" in message
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(tmp_path, value):
+    broken = {name: tensor.half() for name, tensor in EXPECTED.items()}
+    broken["layer.bias"][5] = value
+    torch.save(broken, tmp_path / "broken.pth")
+    assert refusal(tmp_path / "broken.pth").startswith(
+        f"{tmp_path / 'broken.pth'}: layer.bias holds NaN or infinity (1 of 32 numbers)"
+    )
+
+
+def test_a_submodule_called_module_is_not_taken_for_a_wrapper(tmp_path):
+    named = {f"module.{name}" if name == "norm" else name: value for name, value in EXPECTED.items()}
+    torch.save(named, tmp_path / "named.pth")
+    assert load_weights(NAME, str(tmp_path / "named.pth"), named).state_dict.keys() == named.keys()
 
 
 def test_a_missing_file_is_named(tmp_path):
