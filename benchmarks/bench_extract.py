@@ -25,7 +25,7 @@ from benchmarks.bench_extract_gpu import FULL_GPU, REHEARSAL, measure_gpu
 from benchmarks.bench_extract_ours import Ours
 from benchmarks.bench_extract_process import DEFAULT_MALLOC, TUNED_MALLOC, Contender
 from benchmarks.goals import SCRATCH, Report, Samples, interleaved, options, ratio, say, versions
-from regionspot.pipeline.dtypes import cpu_has_bfloat16
+from regionspot.pipeline.dtypes import cpu_computes
 
 PACKAGES = ["torch", "torchvision", "segment-anything", "open_clip_torch", "pillow", "numpy"]
 TABLE = "CPU seconds, one thread"
@@ -150,7 +150,7 @@ def _measure_bfloat16(
 ) -> None:
     """Adds our times in bfloat16 to `found`: once, where the CPU has to emulate it."""
     say("bfloat16")
-    rounds, few = (scale.rounds, scale) if cpu_has_bfloat16() else (1, replace(scale, photos=1))
+    rounds, few = (scale.rounds, scale) if cpu_computes("bfloat16") else (1, replace(scale, photos=1))
     side = Contender(DEFAULT_MALLOC, Ours, job, "bfloat16")
     for step in ("encoder", "CLIP", "whole stage"):
         run = _steps(few)[step]
@@ -175,7 +175,9 @@ def _add_step(report: Report, step: str, samples: Samples) -> None:
 
 
 def _add_goals(report: Report, step: str, side: str, goal: Goal, samples: Samples) -> None:
-    emulated = " (emulated: this CPU has no instructions for it)" if side == ROUGH and not cpu_has_bfloat16() else ""
+    emulated = (
+        " (emulated: this CPU has no instructions for it)" if side == ROUGH and not cpu_computes("bfloat16") else ""
+    )
     for baseline, least in ((DEFAULT, goal.over_default), (TUNED, goal.over_tuned)):
         if least is not None:
             report.add_goal(f"{step}: {baseline} / {side}{emulated}", ratio(samples, baseline, side), at_least=least)
@@ -196,7 +198,7 @@ and their postprocessing, one file a picture. The whole stage is `extract` into 
 def _protocol(scale: Scale) -> str:
     few = (
         ""
-        if cpu_has_bfloat16()
+        if cpu_computes("bfloat16")
         else " This CPU emulates bfloat16: its figures are of one round and of the smaller photo."
     )
     sizes = " and ".join(f"{width} x {height}" for width, height in SIZES)

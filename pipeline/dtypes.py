@@ -1,54 +1,100 @@
-"""What the image encoders may compute in. Weights stay float32; autocast rounds on the way into each product."""
+"""What the image encoders compute in. Weights stay float32; autocast rounds on the way into each product.
+
+The dtype decides the features' bytes, so it is chosen once: "auto" becomes the name of a dtype where a feature set is
+made, that name stands in its provenance, and whoever resumes, retries, evaluates or predicts with these features takes
+it from there (`dtype_of`).
+"""
 
 from __future__ import annotations
 
+import logging
+import os
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 import torch
 
-from regionspot.cache.errors import unknown_name
+from regionspot.cache.errors import InputError, unknown_name
+
+log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
+# Any of these instruction sets will do (keys of torch.cpu.get_capabilities; the last of each is ARM's).
+CPU_INSTRUCTIONS = {
+    "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "float16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 Kind = Literal["localizer", "encoder"]
 
 
-def check_dtype(dtype: str) -> str:
-    """The name itself. Raises InputError for one that is not in DTYPES."""
-    if dtype not in DTYPES:
-        raise unknown_name("dtype", dtype, (AUTO, *DTYPES))
-    return dtype
+def dtype_of(provenance: Mapping[str, Any]) -> str:
+    """The name in DTYPES that features of this provenance were computed in; "auto" where it states none.
+
+    Imported tokens state none, and neither do backbones of other packages that know no dtypes.
+    """
+    dtype = provenance.get("dtype")
+    return dtype if isinstance(dtype, str) and dtype in DTYPES else AUTO
 
 
 def resolve_dtype(asked: str, device: str | torch.device, kind: Kind) -> str:
-    """The name in DTYPES that `asked` means on this device; "auto" is the fastest that costs no accuracy to speak of.
+    """The name in DTYPES that `asked` means on this device, which can compute in it.
 
-    On a GPU that is bfloat16 for SAM, about as near as float16 there and never out of range, and float16 for CLIP,
-    where bfloat16 is eight times as far off. On a CPU it is bfloat16 where there are instructions for it: emulated, it
-    takes four times as long as float32, which is what every other device gets. Errors: benchmarks/results/extract.md.
+    "auto" is float32 on every CPU, so that a cache does not depend on which of several machines came first. On a GPU it
+    is bfloat16 for SAM, about as near as float16 there and never out of range, and float16 for CLIP, where bfloat16 is
+    eight times as far off. Errors: benchmarks/results/extract.md.
 
-    Raises InputError for a name that is neither "auto" nor in DTYPES.
+    A CPU without instructions for a dtype emulates it, and a warning says so once. Raises InputError for a name that is
+    neither "auto" nor in DTYPES, and for a dtype that the device cannot compute in.
     """
-    if asked != AUTO:
-        return check_dtype(asked)
     place = torch.device(device)
-    if place.type == "cuda":
+    if asked == AUTO:
+        if place.type != "cuda":
+            return "float32"
         return "bfloat16" if kind == "localizer" and gpu_has_bfloat16(place) else "float16"
-    return "bfloat16" if place.type == "cpu" and cpu_has_bfloat16() else "float32"
+    if asked not in DTYPES:
+        raise unknown_name("dtype", asked, (AUTO, *DTYPES))
+    if asked == "bfloat16" and place.type == "cuda" and not gpu_has_bfloat16(place):
+        major, minor = torch.cuda.get_device_capability(place)
+        raise InputError(
+            f"dtype bfloat16: {place} has compute capability {major}.{minor}, bfloat16 takes 8.0 or later; use such a "
+            "GPU, --device cpu, or another --dtype with a cache of its own"
+        )
+    if asked != "float32" and not torch.amp.is_autocast_available(place.type):
+        raise InputError(f"dtype {asked}: torch does not compute in it on {place.type}; use float32")
+    if place.type == "cpu" and not cpu_computes(asked):
+        _warn_of_emulation(asked)
+    return asked
 
 
 def gpu_has_bfloat16(device: torch.device) -> bool:
-    """Whether its tensor cores multiply bfloat16: from compute capability 8.0 on (CUDA C++ Programming Guide)."""
+    """Whether its tensor cores multiply bfloat16: from compute capability 8.0 on (CUDA C++ Programming Guide).
+
+    Older ones hold bfloat16 numbers, but cuBLAS and the attention kernels refuse to multiply them.
+    """
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def cpu_has_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16: AVX512-BF16 or AMX on x86, the BF16 extension on ARM."""
-    # A torch that cannot say what its CPU has computes in float32, which is never wrong.
-    found: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(found.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+def cpu_computes(dtype: str) -> bool:
+    """Whether this CPU has instructions for products in `dtype`. Nothing but speed depends on it.
+
+    REGIONSPOT_CPU_DTYPES, a list such as "float32,bfloat16", stands in for what the CPU says, so that the tests can be
+    run as on another machine.
+    """
+    if dtype == "float32":
+        return True
+    if (stated := os.environ.get("REGIONSPOT_CPU_DTYPES")) is not None:
+        return dtype in stated.split(",")
+    # Of a torch that cannot say what its CPU has, nothing is known: a warning too many costs little.
+    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(has.get(name, False) for name in CPU_INSTRUCTIONS[dtype])
+
+
+@cache
+def _warn_of_emulation(dtype: str) -> None:
+    log.warning("this CPU has no instructions for %s and emulates it, slower than float32", dtype)
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from regionspot.cache.encodings import Encoding
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.schema import Geometry
 from regionspot.cache.storage import open_storage
@@ -16,7 +16,7 @@ from regionspot.pipeline.dry_run import DryRun, dry_run
 from regionspot.pipeline.extract import extract, open_for_extraction
 from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.frozen_models import FLOAT16, Backbones
-from regionspot.pipeline.outstanding import Outstanding, outstanding, require_room
+from regionspot.pipeline.outstanding import Outstanding, held_sets, outstanding, require_room
 from regionspot.pipeline.part_choice import parse_parts
 from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.retry import RetrySummary, retry
@@ -67,11 +67,11 @@ class Extraction:
 
     def run(self) -> ExtractSummary:
         """Extract what is missing, unless the disk is too small for it."""
-        cache = self.prepare()
+        cache, backbones = self.prepare()
         return extract(
             cache,
             self.photos,
-            self.backbones,
+            backbones,
             exif=self.exif,
             batch_size=self.batch_size,
             decode_threads=self.decode_threads,
@@ -81,8 +81,12 @@ class Extraction:
             watch=Watch(metrics_port=self.metrics_port),
         )
 
-    def prepare(self) -> FeatureCache:
-        """The cache to go on with, made where there is none, unless the disk is too small for what is missing."""
+    def prepare(self) -> tuple[FeatureCache, Backbones]:
+        """The cache, made where there is none, unless the disk is too small for what is missing; and its models.
+
+        These are `backbones`, or the same in another dtype: where that was left to choose, it is the cache's, also when
+        another run has made the cache since `backbones` were loaded.
+        """
         if self.check_room:
             require_room(self.cache, self._outstanding())
         return self._open()
@@ -93,23 +97,32 @@ class Extraction:
             raise InputError(
                 f"{self.cache}: there is no cache to try failed pictures of; extract without --retry-failed"
             )
-        cache = self._open()
+        cache, backbones = self._open()
         return retry(
             cache,
             self.photos,
-            self.backbones,
+            backbones,
             exif=self.exif,
             decode_threads=self.decode_threads,
             take_over=self.take_over,
             parts=self.only(cache.n_parts),
         )
 
-    def _open(self) -> FeatureCache:
+    def _open(self) -> tuple[FeatureCache, Backbones]:
+        try:
+            return self._opened_for(self.backbones), self.backbones
+        except ProvenanceMismatchError:
+            following = self.backbones.following(held_sets(self.cache))
+            if following is self.backbones:
+                raise
+        return self._opened_for(following), following
+
+    def _opened_for(self, backbones: Backbones) -> FeatureCache:
         return open_for_extraction(
             self.cache,
             self.manifest,
             self.photos,
-            self.backbones,
+            backbones,
             self.exif,
             self.encoding,
             self.token_encoding,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
 
 import torch
 
@@ -15,7 +14,7 @@ from regionspot.cache.machine import compute_device
 from regionspot.cache.schema import FeatureSet
 from regionspot.pipeline.backbones import preset_named
 from regionspot.pipeline.batch_size import batch_size_of
-from regionspot.pipeline.dtypes import resolve_dtype
+from regionspot.pipeline.dtypes import AUTO, dtype_of
 from regionspot.pipeline.encoder import load_encoder
 from regionspot.pipeline.localizer import load_localizer
 from regionspot.pipeline.models import FIRST, Localizer, SemanticEncoder
@@ -28,10 +27,14 @@ NONE = "none"  # in place of a model's name: leave it out
 
 @dataclass(frozen=True)
 class Backbones:
-    """A localizer, semantic encoders, or both: all that one reading of a picture is used for."""
+    """A localizer, semantic encoders, or both: all that one reading of an image is used for.
+
+    reload   `load` with the same arguments, where it was left to it to choose the dtype
+    """
 
     localizer: Localizer | None = None
     encoders: tuple[SemanticEncoder, ...] = ()
+    reload: Callable[..., Backbones] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
     def load(
@@ -52,7 +55,7 @@ class Backbones:
         """The models of a preset, or others in their place, on a GPU where there is one.
 
         weights, sam_weights, clip_weights   sources that `load_weights` knows: for all, and instead of that for one
-        dtype       of the image encoders; "auto": what `held` was made with, else what suits the device
+        dtype       of the image encoders; "auto": what `held` was made in, else what `resolve_dtype` says of the device
         localizer   instead of the preset's; "none": leave it out
         encoders    likewise
         preprocess  "direct" or "reference"
@@ -67,30 +70,44 @@ class Backbones:
             raise InputError(f"clip weights {clip_weights}: are of one encoder, asked for are {', '.join(chosen)}")
         place = str(compute_device(device))
 
-        def dtype_of(name: str, kind: Literal["localizer", "encoder"]) -> str:
-            stored = (held or {}).get(stored_name(name)) if dtype == "auto" else None
-            return str(stored.provenance["dtype"]) if stored else resolve_dtype(dtype, place, kind)
+        def dtype_for(name: str) -> str:
+            stored = (held or {}).get(stored_name(name)) if dtype == AUTO else None
+            return dtype if stored is None else dtype_of(stored.provenance)
 
         first = localizer or names.localizer
-        loaded = (
-            load_localizer(
-                first,
-                sam_weights or weights,
-                place,
-                dtype_of(first, "localizer"),
-                preprocess=preprocess,
-                tokens=tokens,
-            )
-            if first != NONE
-            else None
-        )
         return cls(
-            loaded,
+            load_localizer(first, sam_weights or weights, place, dtype_for(first), preprocess=preprocess, tokens=tokens)
+            if first != NONE
+            else None,
             tuple(
-                load_encoder(name, clip_weights or weights, place, dtype_of(name, "encoder"), preprocess=preprocess)
+                load_encoder(name, clip_weights or weights, place, dtype_for(name), preprocess=preprocess)
                 for name in chosen
             ),
+            reload=None
+            if dtype != AUTO
+            else partial(
+                cls.load,
+                preset,
+                weights,
+                sam_weights,
+                clip_weights,
+                device,
+                localizer=localizer,
+                encoders=encoders,
+                preprocess=preprocess,
+                tokens=tokens,
+            ),
         )
+
+    def following(self, held: Mapping[str, FeatureSet]) -> Backbones:
+        """These models, loaded again where the feature sets that are held were made in another dtype than they have.
+
+        Where the dtype was asked for by name they stay as they are, and whoever compares them with the feature sets
+        refuses them.
+        """
+        models = [model for model in (self.localizer, *self.encoders) if model is not None and model.name in held]
+        differ = any(dtype_of(held[model.name].provenance) != dtype_of(model.provenance) for model in models)
+        return self.reload(held=held) if self.reload is not None and differ else self
 
     def __post_init__(self) -> None:
         names = [each.name for each in self.encoders]

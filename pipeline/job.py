@@ -131,8 +131,8 @@ class ExtractJob:
 
         try:
             extraction = self.extraction(_loaded(self.run, self.models, held_sets(self.cache)))
-            cache = extraction.prepare()
-            names = [each.name for each in extraction.backbones.feature_sets(self.exif)]
+            cache, backbones = extraction.prepare()
+            names = [each.name for each in backbones.feature_sets(self.exif)]
             only = extraction.only(cache.n_parts)
         except (RegionSpotError, OSError) as error:
             return Prepared(trouble=str(error))
@@ -263,13 +263,18 @@ _models: dict[tuple[str, Models], Backbones] = {}  # of this process's run: `pre
 def _loaded(run: str, models: Models, held: dict[str, FeatureSet]) -> Backbones:
     from regionspot.pipeline.frozen_models import Backbones  # imports torch
 
-    if (run, models) not in _models:
+    key = run, models
+    if key in _models:
+        loaded = _models[key].following(held)
+    else:
         _models.clear()
         # Dask sets this for its workers and so keeps glibc from being told to keep freed memory (allocator.py).
         if os.environ.get("MALLOC_TRIM_THRESHOLD_") == _DASKS_TRIM_THRESHOLD:
             del os.environ["MALLOC_TRIM_THRESHOLD_"]
-        loaded, turn = Backbones.load(**asdict(models), held=held), threading.Lock()
+        loaded = Backbones.load(**asdict(models), held=held)
+    if loaded is not _models.get(key):
+        turn = threading.Lock()
         localizer = None if loaded.localizer is None else cast("Any", _OneAtATime(loaded.localizer, turn))
         encoders = tuple(cast("Any", _OneAtATime(encoder, turn)) for encoder in loaded.encoders)
-        _models[run, models] = Backbones(localizer, encoders)
-    return _models[run, models]
+        _models[key] = replace(loaded, localizer=localizer, encoders=encoders)
+    return _models[key]
