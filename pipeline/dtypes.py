@@ -42,18 +42,12 @@ def dtype_of(provenance: Mapping[str, Any]) -> str:
 def resolve_dtype(asked: str, device: str | torch.device, kind: Kind) -> str:
     """The name in DTYPES that `asked` means on this device, which can compute in it.
 
-    "auto" is float32 on every CPU, so that a cache does not depend on which of several machines came first. On a GPU it
-    is bfloat16 for SAM, about as near as float16 there and never out of range, and float16 for CLIP, where bfloat16 is
-    eight times as far off. Errors: benchmarks/results/extract.md.
-
     A CPU without instructions for a dtype emulates it, and a warning says so once. Raises InputError for a name that is
     neither "auto" nor in DTYPES, and for a dtype that the device cannot compute in.
     """
     place = torch.device(device)
     if asked == AUTO:
-        if place.type != "cuda":
-            return "float32"
-        return "bfloat16" if kind == "localizer" and gpu_has_bfloat16(place) else "float16"
+        return auto_dtype(place, kind)
     if asked not in DTYPES:
         raise unknown_name("dtype", asked, (AUTO, *DTYPES))
     if asked == "bfloat16" and place.type == "cuda" and not gpu_has_bfloat16(place):
@@ -67,6 +61,17 @@ def resolve_dtype(asked: str, device: str | torch.device, kind: Kind) -> str:
     if place.type == "cpu" and not cpu_computes(asked):
         _warn_of_emulation(asked)
     return asked
+
+
+def auto_dtype(device: torch.device, kind: Kind) -> str:
+    """What suits a device: float32 on every CPU, so that no cache depends on which of several machines came first.
+
+    On a GPU bfloat16 for SAM, about as near as float16 there and never out of range, and float16 for CLIP, where
+    bfloat16 is eight times as far off. Errors: benchmarks/results/extract.md.
+    """
+    if device.type != "cuda":
+        return "float32"
+    return "bfloat16" if kind == "localizer" and gpu_has_bfloat16(device) else "float16"
 
 
 def gpu_has_bfloat16(device: torch.device) -> bool:
