@@ -29,11 +29,11 @@ from regionspot.cli_options import (
     DatasetName,
     Device,
     Dtype,
-    ExifRule,
     Limit,
     LocalCopy,
     LocalLimit,
     MaxFailures,
+    OptionalExif,
     OptionalPreset,
     Preset,
     SamWeights,
@@ -146,14 +146,16 @@ def eval_lvis(
     weights: Weights = None,
     sam_weights: SamWeights = None,
     clip_weights: ClipWeights = None,
-    check_weights: Annotated[bool, typer.Option(help="refuse other backbones than the head was trained with")] = True,
-    exif: ExifRule = "auto",
+    check_weights: Annotated[
+        bool, typer.Option(help="refuse other weights and features than the head was trained on")
+    ] = True,
+    exif: OptionalExif = None,
     preprocess: Annotated[
         str | None, typer.Option(help="direct or reference; default: as the features that the head was trained on")
     ] = None,
     max_failures: MaxFailures = EVALUATION_FAILURES,
     device: Device = None,
-    dtype: Dtype = "float32",
+    dtype: Dtype = "auto",
 ) -> None:
     """LVIS AP of a head or a baseline, end to end from photos. Killed and run again, it goes on."""
     from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
@@ -175,7 +177,7 @@ def eval_lvis(
         limit=limit,
         masks=masks,
         templates=templates,
-        exif=check_exif(exif),
+        exif=check_exif(exif) if exif else None,
         weights=weights,
         sam_weights=sam_weights,
         clip_weights=clip_weights,
@@ -202,6 +204,7 @@ def predict(
     sam_weights: SamWeights = None,
     clip_weights: ClipWeights = None,
     device: Device = None,
+    dtype: Dtype = "auto",
 ) -> None:
     """Name the boxes of one picture: JSON to stdout, the labelled picture to --out."""
     from regionspot.evaluation.boxes import parse_boxes, parse_names
@@ -213,7 +216,7 @@ def predict(
     picture = read_photo(photo, exif="apply")
     target = check_picture_name(out) if out else None
     spot = RegionSpot.load(
-        checkpoint, weights, device, preset=preset, sam_weights=sam_weights, clip_weights=clip_weights
+        checkpoint, weights, device, preset=preset, sam_weights=sam_weights, clip_weights=clip_weights, dtype=dtype
     )
     regions = spot.predict(picture, asked, words, templates, masks=target is not None, top=top)
     if target:

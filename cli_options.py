@@ -43,7 +43,16 @@ SamWeights = Annotated[str | None, typer.Option(help="this SAM file instead")]
 ClipWeights = Annotated[str | None, typer.Option(help="this CLIP file instead")]
 ExifRule = Annotated[str, typer.Option(help="orientation: auto (where the stated size asks for it), apply or ignore")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one")]
-Dtype = Annotated[str, typer.Option(help="of the image encoders: float32, bfloat16 or float16")]
+OptionalExif = Annotated[
+    str | None,
+    typer.Option(help="orientation: auto, apply or ignore; default: as for the features that the head was trained on"),
+]
+Dtype = Annotated[
+    str,
+    typer.Option(
+        help="of the image encoders: float32, bfloat16, float16, or auto: as of the features the head was trained on"
+    ),
+]
 LocalCopy = Annotated[Path | None, typer.Option(help="of a remote cache: keep what is read of it in this folder")]
 LocalLimit = Annotated[str | None, typer.Option(help="of --local-copy: 500GB; what was used least lately goes first")]
 MaxFailures = Annotated[

@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.claims import Claims
+from regionspot.cache.compatibility import require_same_features
 from regionspot.cache.encodings import decode
 from regionspot.cache.errors import ProvenanceMismatchError
-from regionspot.cache.header import require_same_features
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.matching import first_difference, rows_by_id, same_categories
 from regionspot.cache.progress import Progress, duration

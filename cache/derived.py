@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from regionspot.cache.compatibility import require_same_features
 from regionspot.cache.copying import CopySummary, copy_features, read_stored
 from regionspot.cache.encodings import Encoding, Statistics, decode, statistics_of
 from regionspot.cache.errors import InputError
-from regionspot.cache.header import require_same_features
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.reader import open_reader
 from regionspot.cache.schema import FeatureSet

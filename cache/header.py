@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from regionspot.cache.compatibility import require_same_features
 from regionspot.cache.durable import file_crc, from_json, is_sealed, seal, to_json
 from regionspot.cache.errors import InputError, NotACacheError, ProvenanceMismatchError, SchemaVersionError
 from regionspot.cache.exchange import aside
@@ -216,34 +217,3 @@ def require_same_sets(cache: str, stored: Header, asked: Header) -> None:
     for name in stored.feature_sets.keys() & asked.feature_sets.keys():
         for difference in require_same_features(cache, stored.feature_sets[name], asked.feature_sets[name]):
             log.warning("%s: going on with other software for %s: %s", cache, name, difference)
-
-
-def require_same_features(cache: str, stored: FeatureSet, asked: FeatureSet) -> list[str]:
-    """Software versions that differ, as text, when all that decides the numbers is equal.
-
-    Statistics are not compared: they are a sample's, and whoever goes on with a cache takes those that it has.
-    Raises ProvenanceMismatchError naming the first field that differs, what is stored and what was asked for.
-    """
-    was, now = _flat(stored), _flat(asked)
-    differing = [name for name in sorted(was | now) if was.get(name) != now.get(name)]
-    told = [f"{name} is {was.get(name)!r}, asked for {now.get(name)!r}" for name in differing]
-    refused = [text for name, text in zip(differing, told, strict=True) if not name.startswith("provenance.versions")]
-    if refused:
-        raise ProvenanceMismatchError(
-            f"{cache}: feature set {stored.name} was made otherwise than asked for: {'; '.join(refused)}; "
-            "ask for the same, or give another cache folder"
-        )
-    return told
-
-
-def _flat(feature_set: FeatureSet) -> dict[str, Any]:
-    """Every field of a feature set but its statistics under its dotted name."""
-
-    def walk(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping) and value:
-            for key, inner in value.items():
-                yield from walk(f"{prefix}.{key}" if prefix else key, inner)
-        else:
-            yield prefix, value
-
-    return dict(walk("", {**asdict(feature_set), "statistics": None}))

@@ -68,6 +68,7 @@ class CropBaseline:
         self._text = vocabulary.embeddings.to(self.device)
         self._reader = PhotoReader(manifest, photos, self._prepare, exif)
         self.identity = {**_identity(encoder, vocabulary, exif), "margin": margin}
+        self.features = {encoder.name: {**encoder.provenance, "exif": exif}}
 
     def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:
         """One answer a row; stages "photo", "cut crops", "clip on crops"."""
@@ -114,6 +115,7 @@ class PooledBaseline:
         self._text = vocabulary.embeddings.to(self.device)
         self._reader = PhotoReader(manifest, photos, self._prepare, exif)
         self.identity = _identity(encoder, vocabulary, exif)
+        self.features = {encoder.name: {**encoder.provenance, "exif": exif}}
 
     def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:
         """One answer a row; stages "photo", "clip", "pool"."""

@@ -5,6 +5,7 @@ The numbers themselves are made in `results`; here is only what has to be found,
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +18,10 @@ from regionspot.cache.machine import compute_device
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.baselines import CropBaseline, PooledBaseline
+from regionspot.evaluation.head_features import features_of
 from regionspot.evaluation.inference import Method
-from regionspot.evaluation.methods import HeadOnCache, HeadOnPhotos, check_features
-from regionspot.evaluation.region_spot import RegionSpot, backbones_of
+from regionspot.evaluation.methods import HeadOnCache, HeadOnPhotos
+from regionspot.evaluation.region_spot import RegionSpot
 from regionspot.evaluation.results import evaluate_method
 from regionspot.evaluation.vocabularies import cache_vocabulary
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
@@ -27,10 +29,13 @@ from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones import preset_named
 from regionspot.pipeline.datasets import photo_dir, read_dataset
+from regionspot.pipeline.dtypes import AUTO
 from regionspot.pipeline.encoder import load_text_encoder
 from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, FailureLimit
-from regionspot.pipeline.photos import Exif
+from regionspot.pipeline.photos import Exif, check_exif
 from regionspot.pipeline.proposals import GROUND_TRUTH, with_boxes
+
+log = logging.getLogger(__name__)
 
 Baseline = Literal["crop", "pooled"]
 
@@ -47,7 +52,9 @@ class LvisEvaluation:
     boxes        "gt", or a detector's proposals file
     limit        only the first pictures; AP is then that of these pictures alone
     templates    a template set; None: those that the head was trained with
-    preprocess   "direct" or "reference"; None: that of the features that the head was trained on (a baseline: direct)
+    exif, preprocess, dtype   of images; by default (None, None, "auto") those of the features that the head was trained
+                 on, which are always those of `cache`; a baseline: "auto", "direct", what suits the device
+    check_weights  refuse weights and features other than those that the head was trained on; else that is only said
     """
 
     data: Path
@@ -63,12 +70,12 @@ class LvisEvaluation:
     limit: int | None = None
     masks: bool = True
     templates: str | None = None
-    exif: Exif = "auto"
+    exif: Exif | None = None
     weights: str | None = None
     sam_weights: str | None = None
     clip_weights: str | None = None
     device: str | None = None
-    dtype: str = "float32"
+    dtype: str = AUTO
     preprocess: str | None = None
     check_weights: bool = True
     max_failures: FailureLimit = EVALUATION_LIMIT
@@ -139,26 +146,36 @@ def _from_photos(
         preprocess=asked.preprocess,
         check_weights=asked.check_weights,
     )
+    exif = asked.exif or check_exif(spot.exif or "auto")
+    if spot.exif not in (None, exif):
+        log.warning(
+            "%s: was trained on images turned by --exif %s; evaluated with %s, as asked for",
+            asked.checkpoint,
+            spot.exif,
+            exif,
+        )
     vocabulary = spot.vocabulary(_names(manifest), asked.templates)
-    return HeadOnPhotos(spot, manifest, photos, vocabulary, masks=asked.masks, exif=asked.exif), vocabulary
+    return HeadOnPhotos(spot, manifest, photos, vocabulary, masks=asked.masks, exif=exif), vocabulary
 
 
 def _baseline(
     asked: LvisEvaluation, baseline: str, manifest: Manifest, photos: Path, device: str
 ) -> tuple[CropBaseline | PooledBaseline, Vocabulary]:
+    dtype = asked.dtype
     if asked.checkpoint is not None:
         info = load_checkpoint(asked.checkpoint, asked.preset).info
-        _, name = backbones_of(asked.checkpoint, info)
+        maps = features_of(asked.checkpoint, info).maps
+        name, dtype = maps.name, maps.dtype if asked.dtype == AUTO else asked.dtype
     else:
         info = HeadInfo(preset=asked.preset)
         if asked.preset is None:
             raise InputError("a baseline without a checkpoint needs its encoder; give --preset")
         name = preset_named(asked.preset).encoder
     source, rule = asked.clip_weights or asked.weights, asked.preprocess or "direct"
-    encoder = load_text_encoder(name, source, device, asked.dtype, preprocess=rule)
+    encoder = load_text_encoder(name, source, device, dtype, preprocess=rule)
     vocabulary = build_vocabulary(_names(manifest), _templates(asked, info), encoder)
     kind = CropBaseline if baseline == "crop" else PooledBaseline
-    return kind(encoder, manifest, photos, vocabulary, exif=asked.exif), vocabulary
+    return kind(encoder, manifest, photos, vocabulary, exif=asked.exif or "auto"), vocabulary
 
 
 def _from_cache(
@@ -166,11 +183,27 @@ def _from_cache(
 ) -> tuple[HeadOnCache, Vocabulary]:
     checkpoint, cache = load_checkpoint(_checkpoint(asked), asked.preset), FeatureCache.open(path)
     _require_same_boxes(asked, cache, manifest)
-    sets = check_features(_checkpoint(asked), checkpoint.info, cache)
+    trained = features_of(_checkpoint(asked), checkpoint.info)
+    trained.require_cache(cache, strict=asked.check_weights)
+    sets = trained.tokens.name, trained.maps.name
+    _require_as_extracted(asked, cache, sets)
     source = asked.clip_weights or asked.weights
     vocabulary = cache_vocabulary(cache, sets[1], _templates(asked, checkpoint.info), source, device)
     method = HeadOnCache(checkpoint.head, cache, vocabulary, sets, limit=asked.limit, device=device)
     return method, vocabulary
+
+
+def _require_as_extracted(asked: LvisEvaluation, cache: FeatureCache, sets: Sequence[str]) -> None:
+    """An option that says how images become features has no say over those that were extracted already."""
+    given = {"exif": asked.exif, "preprocess": asked.preprocess, "dtype": None if asked.dtype == AUTO else asked.dtype}
+    for name in sets:
+        stated = cache.feature_sets[name].provenance
+        for option, value in given.items():
+            if value is not None and stated.get(option, value) != value:
+                raise ProvenanceMismatchError(
+                    f"{cache.path}: its {name} features were extracted with --{option} {stated[option]}, asked for is "
+                    f"{value}; leave --{option} out, or evaluate from images without --cache"
+                )
 
 
 def _require_same_boxes(asked: LvisEvaluation, cache: FeatureCache, manifest: Manifest) -> None:

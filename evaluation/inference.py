@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -54,6 +54,7 @@ class Method(Protocol):
 
     name      as it stands in tables
     identity  what decides its numbers besides the manifest, ready for JSON
+    features  provenance of the features that it scores, by backbone
     """
 
     @property
@@ -64,6 +65,9 @@ class Method(Protocol):
 
     @property
     def identity(self) -> dict[str, Any]: ...
+
+    @property
+    def features(self) -> Mapping[str, Mapping[str, Any]]: ...
 
     @property
     def device(self) -> torch.device: ...

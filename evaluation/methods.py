@@ -19,13 +19,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from regionspot.cache.errors import PhotoError, ProvenanceMismatchError
+from regionspot.cache.errors import PhotoError
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference import Unreadable
 from regionspot.evaluation.region_spot import Prepared, RegionSpot
 from regionspot.evaluation.scoring import RegionScores, Timed, head_digest, head_probabilities
-from regionspot.fusion.checkpoint import HeadInfo
 from regionspot.fusion.decoding import decode_on_device
 from regionspot.fusion.head import FusionHead
 from regionspot.fusion.vocabulary import Vocabulary
@@ -56,6 +55,7 @@ class HeadOnPhotos:
         self._reader = PhotoReader(manifest, photos, self._prepare, exif)
         self._batch = spot.localizer.batch_size
         self.identity = {**spot.identity(), "vocabulary": vocabulary.digest, "masks": masks, "exif": exif}
+        self.features = {each.name: {**each.provenance, "exif": exif} for each in (spot.localizer, spot.encoder)}
 
     def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:
         """One answer a row; stages "photo", "sam", "clip", "tokens" (and masks), "head"."""
@@ -96,6 +96,7 @@ class HeadOnCache:
             "vocabulary": vocabulary.digest,
             "features": {name: cache.feature_sets[name].provenance for name in feature_sets},
         }
+        self.features = {name: cache.feature_sets[name].provenance for name in feature_sets}
 
     def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:
         """One answer a row; stages "read", "head". Raises NotExtractedError for a part that is not written yet."""
@@ -118,31 +119,6 @@ class HeadOnCache:
             counts = batch.region_mask.sum(axis=1).tolist()
             tokens: list[Tensor] = [padded[place, :count] for place, count in enumerate(counts)]
             return head_probabilities(self._head, tokens, feature_maps, self._text)
-
-
-def check_features(checkpoint: Path, info: HeadInfo, cache: FeatureCache) -> tuple[str, str]:
-    """Names of the token and the map set of the cache that this head was trained on.
-
-    Raises ProvenanceMismatchError where the cache lacks them or they come from other weights.
-    """
-    # The first of each kind, where a head states none: what is kept beside location tokens comes behind them.
-    by_kind = {each.kind: each.name for each in reversed(cache.feature_sets.values())}
-    names = (info.localizer or by_kind.get("token", ""), info.encoder or by_kind.get("map", ""))
-    for name in names:
-        if name not in cache.feature_sets:
-            held = ", ".join(cache.feature_sets) or "none"
-            raise ProvenanceMismatchError(
-                f"{cache.path}: holds the feature sets {held}; {checkpoint} was trained on {name or 'others'}, "
-                "extract them into this cache first"
-            )
-        found = cache.feature_sets[name].provenance.get("weights_sha256")
-        expected = info.weights_sha256.get(name, found)
-        if found != expected:
-            raise ProvenanceMismatchError(
-                f"{cache.path}: its {name} has weights {str(found)[:16]}, {checkpoint} was trained on "
-                f"{str(expected)[:16]}; extract again with those"
-            )
-    return names
 
 
 class PhotoReader(Generic[T]):

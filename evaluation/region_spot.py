@@ -9,11 +9,11 @@ what `predict` says is what AP was measured on.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,20 +21,23 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from regionspot.cache.errors import InputError, WeightsError
+from regionspot.cache.errors import InputError
 from regionspot.cache.machine import compute_device
 from regionspot.evaluation.boxes import check_boxes
 from regionspot.evaluation.detections import Masks, concatenate_masks
+from regionspot.evaluation.head_features import TrainedOn, features_of
 from regionspot.evaluation.scoring import RegionScores, Timed, head_digest, head_probabilities
-from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
+from regionspot.fusion.checkpoint import load_checkpoint
 from regionspot.fusion.head import FusionHead
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
-from regionspot.pipeline.backbones import PRESETS
+from regionspot.pipeline.dtypes import AUTO
 from regionspot.pipeline.encoder import load_text_encoder
 from regionspot.pipeline.localizer import load_localizer
 from regionspot.pipeline.models import Localizer, MaskingLocalizer, TextEncoder
 from regionspot.pipeline.photos import read_photo, to_rgb
+
+Model = TypeVar("Model")
 
 MASK_PIXELS = 50_000_000  # of the bool masks that are in memory at a time
 
@@ -80,11 +83,15 @@ class RegionSpot:
         localizer: Localizer,
         encoder: TextEncoder,
         templates: Sequence[str],
+        *,
+        exif: str | None = None,
     ) -> None:
+        """`exif` is the rule by which the images that the head was trained on were turned, where that is known."""
         self.device = torch.device(encoder.device)
         self.head = head.to(self.device).eval().requires_grad_(False)
         self.localizer, self.encoder = localizer, encoder
         self.templates = tuple(templates)
+        self.exif = exif
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers besides pictures, boxes and names, ready for JSON."""
@@ -101,34 +108,42 @@ class RegionSpot:
         preset: str | None = None,
         sam_weights: str | None = None,
         clip_weights: str | None = None,
-        dtype: str = "float32",
+        dtype: str = AUTO,
         preprocess: str | None = None,
         check_weights: bool = True,
     ) -> RegionSpot:
-        """A checkpoint with the backbones that it names.
+        """A checkpoint with the backbones that it names, which make features as those that it was trained on.
 
         weights        source of both backbones' weights, as `load_weights` knows them; sam_weights and clip_weights
                        go before it. None: the official files
         device         "cpu", "cuda", ...; None: a GPU where there is one
         preset         which model a file released by the authors is, where its shapes do not tell
+        dtype          of the image encoders; "auto": that of the features which the head was trained on, or where
+                       its checkpoint states none, what suits the device
         preprocess     a preset of pipeline/preprocess.py; None: that of the features which the head was trained on
         check_weights  refuse backbones other than those that the head was trained with
 
-        Raises WeightsError for a checkpoint or weights that cannot be loaded or do not belong together.
+        Another dtype or preprocessing than the head's own is taken with a warning. Raises WeightsError for a checkpoint
+        or weights that cannot be loaded or do not belong together, InputError for a dtype that the device cannot
+        compute in.
         """
         path = Path(checkpoint)
         loaded = load_checkpoint(path, preset)
-        localizer_name, encoder_name = backbones_of(path, loaded.info)
+        trained = features_of(path, loaded.info)
         device = str(compute_device(device))
-        rule = preprocess or preprocess_of(loaded.info)
-        localizer = load_localizer(localizer_name, sam_weights or weights, device, dtype, preprocess=rule)
-        encoder = load_text_encoder(encoder_name, clip_weights or weights, device, dtype, preprocess=rule)
-        if check_weights:
-            for backbone in (localizer, encoder):
-                _require_same_weights(path, loaded.info, backbone.name, backbone.provenance["weights_sha256"])
+
+        def load_as(load: Callable[..., Model], one: TrainedOn, source: str | None) -> Model:
+            resolved = one.dtype if dtype == AUTO else dtype
+            return load(one.name, source or weights, device, resolved, preprocess=preprocess or one.preprocess)
+
+        localizer = load_as(load_localizer, trained.tokens, sam_weights)
+        encoder = load_as(load_text_encoder, trained.maps, clip_weights)
+        asked = [name for name, given in (("dtype", dtype != AUTO), ("preprocess", preprocess)) if given]
+        provenances = {each.name: each.provenance for each in (localizer, encoder)}
+        trained.require_backbones(provenances, asked, strict=check_weights)
         # The authors evaluate with the templates that they train with; their files do not state them.
         templates = loaded.info.templates or template_set("reference")
-        return cls(loaded.head, localizer, encoder, templates)
+        return cls(loaded.head, localizer, encoder, templates, exif=trained.exif)
 
     def predict(
         self,
@@ -212,36 +227,6 @@ class RegionSpot:
         ]
         made = concatenate_masks([Masks.encode(bits) for _, bits in pieces])
         return torch.cat([tokens for tokens, _ in pieces]), made
-
-
-def backbones_of(path: Path, info: HeadInfo) -> tuple[str, str]:
-    """Names of the localizer and the encoder that a head belongs to. WeightsError where it states neither."""
-    preset = PRESETS.get(info.preset) if info.preset else None
-    localizer = info.localizer or (preset and preset.localizer)
-    encoder = info.encoder or (preset and preset.encoder)
-    if not localizer or not encoder:
-        raise WeightsError(f"{path}: names neither its backbones nor a preset; train it again with --preset")
-    return localizer, encoder
-
-
-def preprocess_of(info: HeadInfo) -> str:
-    """The preset of pipeline/preprocess.py that made the features which a head was trained on.
-
-    A file that the authors released names no features; theirs are made by the preset that is called after them.
-    """
-    stated = [cache["map"]["preprocess"] for cache in info.caches if "preprocess" in cache.get("map", {})]
-    if stated:
-        return str(stated[0])
-    return "direct" if info.localizer else "reference"
-
-
-def _require_same_weights(path: Path, info: HeadInfo, name: str, found: str) -> None:
-    expected = info.weights_sha256.get(name, found)
-    if found != expected:
-        raise WeightsError(
-            f"{path}: was trained on {name} with weights {expected[:16]}, but {found[:16]} are loaded; "
-            "give the weights that its cache was extracted with, or ask for no such check"
-        )
 
 
 def _photo(image: Image.Image | NDArray[np.uint8] | Path | str) -> Image.Image:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,22 @@ def _protocol(method: Method, annotations: Path, boxes: str, templates: tuple[st
         "detections_per_picture": DETECTIONS_PER_PICTURE,
         "box": "as given, not refined",
         "mask": "SAM's single mask for the box",
+        **_stated(method.features),
         "unreadable_pictures": "count as pictures without detections",
         "templates": len(templates),
     }
+
+
+def _stated(features: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """How the features were made: one value, or one a backbone where they differ; nothing where none states it."""
+    told = {}
+    for field in ("preprocess", "dtype", "exif"):
+        values = {name: str(provenance[field]) for name, provenance in features.items() if field in provenance}
+        if len(values) == len(features) and len(set(values.values())) == 1:
+            told[field] = next(iter(values.values()))
+        elif values:
+            told[field] = ", ".join(f"{name} {value}" for name, value in values.items())
+    return told
 
 
 def _seconds_per_picture(found: Inference) -> dict[str, float]:

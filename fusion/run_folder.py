@@ -25,6 +25,8 @@ from regionspot.fusion.head import FusionHead
 from regionspot.fusion.tensor_file import read_tensor_file, write_tensor_file
 
 KIND = "training state"
+# Of a feature set in run.json: not every version wrote them all. Compared where both records have one.
+OPTIONAL = ("shape", "encoding", "dtype")
 
 Identity = Mapping[str, Any]
 
@@ -107,7 +109,8 @@ class RunFolder:
 def _differences(held: Any, asked: Any, name: str = "") -> Iterator[str]:
     """What differs between two JSON documents, in words, depth first."""
     if isinstance(held, dict) and isinstance(asked, dict):
-        for key in sorted(held.keys() | asked.keys()):
+        keys = held.keys() | asked.keys()
+        for key in sorted(keys.difference(OPTIONAL) | (held.keys() & asked.keys())):
             yield from _differences(held.get(key), asked.get(key), f"{name}.{key}" if name else key)
     elif isinstance(held, list) and isinstance(asked, list) and len(held) == len(asked):
         for index, (one, other) in enumerate(zip(held, asked, strict=True)):

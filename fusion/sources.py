@@ -1,11 +1,12 @@
 """What training learns from: caches with their vocabularies, whether they belong together, and what they are.
 
-Caches of one run must come from the same backbones and each vocabulary from the text encoder that belongs to the
-maps: a mixture would train without complaint and recognise nothing.
+Features of one run must have been made alike (cache/compatibility.py) and each vocabulary by the text encoder that
+belongs to the maps: a mixture would train without complaint and recognise nothing.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.batch_reader import BatchReader
+from regionspot.cache.compatibility import compare, description
 from regionspot.cache.errors import InputError
 from regionspot.cache.schema import FeatureSet
 from regionspot.cache.store import FeatureCache
@@ -21,6 +23,8 @@ from regionspot.fusion.checkpoint import HeadInfo
 from regionspot.fusion.config import TrainConfig
 from regionspot.fusion.head import HeadConfig
 from regionspot.fusion.vocabulary import Vocabulary
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,9 +41,11 @@ class Source:
 def open_source(cache: FeatureCache, map_set: str | None = None, token_set: str | None = None) -> Source:
     """Pick the feature sets (default: the only one of their kind) and the usable rows of a cache.
 
-    Raises InputError when it holds no such set, several to choose from, or no picture to learn from.
+    Raises InputError when it holds no such set, several to choose from, two that saw the images turned differently, or
+    no image to learn from.
     """
     maps, tokens = _feature_set(cache, "map", map_set), _feature_set(cache, "token", token_set)
+    require_same_orientation(cache, tokens, maps)
     valid = cache.valid_rows([maps.name, tokens.name])
     known = np.concatenate([[0], np.cumsum(cache.manifest.category_index >= 0)])[cache.manifest.offsets]
     rows = valid[np.diff(known)[valid] > 0]
@@ -59,6 +65,16 @@ def _feature_set(cache: FeatureCache, kind: Literal["map", "token"], name: str |
         asked = "training needs one; name it" if name is None else f"{name!r} was asked for"
         raise InputError(f"{cache.path}: its {kind} feature sets are: {', '.join(of_kind) or 'none'}; {asked}")
     return of_kind[name]
+
+
+def require_same_orientation(cache: FeatureCache, tokens: FeatureSet, maps: FeatureSet) -> None:
+    """Raises InputError for tokens and maps of images that were turned by different EXIF rules."""
+    rules = [each.provenance.get("exif") for each in (tokens, maps)]
+    if None not in rules and rules[0] != rules[1]:
+        raise InputError(
+            f"{cache.path}: {tokens.name} was extracted with --exif {rules[0]} and {maps.name} with --exif {rules[1]}, "
+            "so their images are not turned alike; extract both again with one rule"
+        )
 
 
 def head_config_for(sources: Sequence[Source], vocabularies: Sequence[Vocabulary], config: TrainConfig) -> HeadConfig:
@@ -84,11 +100,27 @@ def head_config_for(sources: Sequence[Source], vocabularies: Sequence[Vocabulary
 
 
 def _require_same_backbones(source: Source, first: Source) -> None:
-    for ours, reference in ((source.maps, first.maps), (source.tokens, first.tokens)):
-        if (ours.name, ours.shape, _weights(ours)) != (reference.name, reference.shape, _weights(reference)):
+    for ours, theirs in ((source.maps, first.maps), (source.tokens, first.tokens)):
+        here, there = source.cache.path, first.cache.path
+        if ours.name != theirs.name:
             raise InputError(
-                f"{source.cache.path}: its {ours.kind} features are {_describe(ours)}, those of {first.cache.path} are "
-                f"{_describe(reference)}; train on features of the same backbones"
+                f"{here}: its {ours.kind} features are {ours.name}, those of {there} are {theirs.name}; "
+                "train on features of the same backbones"
+            )
+        compared = compare(description(theirs), description(ours))
+        if compared.deciding:
+            raise InputError(
+                f"{here}: its {ours.name} {ours.shape} features were made otherwise than those of {there}: "
+                f"{compared.text('{field} is {found}, there {expected}')}; train on features of the same backbones, "
+                f"made alike: extract this cache again with {compared.options() or 'the same options'}"
+            )
+        if compared.unstated:
+            log.warning(
+                "%s and %s: only one of them states of its %s features: %s; trained on as if they were made alike",
+                there,
+                here,
+                ours.name,
+                ", ".join(compared.unstated),
             )
 
 
@@ -129,13 +161,18 @@ def run_identity(
             "manifest": source.cache.manifest.digest(),
             "pictures": len(source.rows),
             "share": round(float(share), 9),
-            "map": {"name": source.maps.name, "dtype": source.maps.dtype, **source.maps.provenance},
-            "token": {"name": source.tokens.name, "dtype": source.tokens.dtype, **source.tokens.provenance},
+            "map": _record(source.maps),
+            "token": _record(source.tokens),
             "vocabulary": vocabulary.digest,
         }
         for source, vocabulary, share in zip(sources, vocabularies, shares, strict=True)
     ]
     return {"preset": preset, "config": asdict(config), "caches": caches}
+
+
+def _record(feature_set: FeatureSet) -> dict[str, Any]:
+    """What run.json and the head keep of a feature set: its description, its name, and how it was stored."""
+    return {"name": feature_set.name, "encoding": feature_set.dtype, **description(feature_set)}
 
 
 def run_info(sources: Sequence[Source], vocabularies: Sequence[Vocabulary], identity: dict[str, Any]) -> HeadInfo:

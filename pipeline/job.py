@@ -17,9 +17,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from regionspot.cache.compatibility import require_same_features
 from regionspot.cache.encodings import Encoding
 from regionspot.cache.errors import InputError, RegionSpotError
-from regionspot.cache.header import require_same_features
 from regionspot.cache.progress import Progress
 from regionspot.cache.schema import FeatureSet, PictureFeatures
 from regionspot.cache.store import FeatureCache

@@ -293,7 +293,7 @@ def test_training_from_any_encoding_takes_the_same_course(cache, tmp_path, dtype
         courses.append([line["loss"] for line in read_metrics(tmp_path / name / "metrics.jsonl")])
     assert courses[0] != courses[1]
     assert courses[1] == pytest.approx(courses[0], rel=0.02)
-    with pytest.raises(InputError, match=r"its caches\[0\]\.map\.dtype is"):
+    with pytest.raises(InputError, match=r"its caches\[0\]\.map\.encoding is"):
         train([cache], [make_vocabulary()], tmp_path / dtype, config, resume=True)
 
 
@@ -345,6 +345,18 @@ def test_a_folder_that_holds_another_run_says_what_differs(cache, undisturbed):
     with pytest.raises(InputError) as error:
         train([cache], [make_vocabulary()], undisturbed, replace(CONFIG, lr=0.5), preset="toy", resume=True)
     assert "its config.lr is 0.002, asked for is 0.5" in one_line(error)
+
+
+def test_a_run_of_a_version_that_recorded_less_of_the_features_is_resumed(cache, tmp_path):
+    config = replace(CONFIG, iterations=2)
+    train([cache], [make_vocabulary()], tmp_path / "run", config)
+    record = tmp_path / "run" / "run.json"
+    held = json.loads(record.read_text())
+    for each in (held["caches"][0]["map"], held["caches"][0]["token"]):
+        del each["shape"]
+        each["dtype"] = each.pop("encoding")
+    record.write_text(json.dumps(held))
+    assert train([cache], [make_vocabulary()], tmp_path / "run", config, resume=True).step == 2
 
 
 def test_a_folder_that_holds_something_else_is_left_alone(cache, tmp_path):
