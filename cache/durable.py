@@ -1,8 +1,9 @@
 """Files that appear under their name whole or not at all, and are still there after a power cut.
 
-A file is written beside its place as `<name>.<host>-<pid>.partial`, flushed, renamed, and its folder flushed: without
-the first flush a rename can survive a power cut that the bytes did not, without the second the rename itself is lost.
-The host and process in the name tell a later run whether the writer is still alive.
+A file is written beside its place as `<name>.<host>-<pid>-<start>-<random>.partial`, flushed, renamed, and its folder
+flushed: without the first flush a rename can survive a power cut that the bytes did not, without the second the rename
+itself is lost. The random digits keep apart two threads that write the same file; the host, the process id and the time
+at which that process started tell a later run whether the writer is still alive.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import google_crc32c
 
-from regionspot.cache.process import process_place
+from regionspot.cache.process import has_ended, process_place, this_process
 
 # No dots or dashes, so that the end of a partial file's name can be taken apart again. Machines and containers may
 # share a host's name; where one's process ids mean nothing to another, the mark behind it differs.
 _HOST = re.sub(r"\W", "_", f"{socket.gethostname()}_{google_crc32c.value(repr(process_place()).encode()):08x}")
-_PARTIAL = re.compile(r"\.(?P<host>\w+)-(?P<pid>\d+)\.partial$")
+# Earlier versions wrote neither the start nor the random digits; their leftovers are still removed.
+_PARTIAL = re.compile(r"\.(?P<host>\w+)-(?P<pid>\d+)(-(?P<start>\d+)-[0-9a-f]{8})?\.partial$")
 # crc32c of any bytes with their own crc32c behind them, whatever they are: it follows from how a CRC is made.
 _RESIDUE = 0x48674BC7
 # Bytes after which the disk is told to begin: it then writes while the next ones are computed, and the flush at the end
@@ -40,7 +42,7 @@ class DurableFile:
     def __init__(self, final: Path) -> None:
         self.final = final
         self.partial = partial_path(final)
-        self._fd = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._fd = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
         self._written = self._begun = 0
 
     def write(self, data: Any) -> None:
@@ -155,8 +157,9 @@ def sync_tree(folder: Path) -> None:
 
 
 def partial_path(final: Path) -> Path:
-    """Where this process writes what shall become `final`."""
-    return final.with_name(f"{final.name}.{_HOST}-{os.getpid()}.partial")
+    """A new name, beside `final`, for what this process writes before it becomes `final`."""
+    writer = this_process()
+    return final.with_name(f"{final.name}.{_HOST}-{writer.pid}-{writer.started}-{secrets.token_hex(4)}.partial")
 
 
 def is_partial(name: str) -> bool:
@@ -167,31 +170,42 @@ def is_partial(name: str) -> bool:
 def remove_abandoned(folder: Path, prefix: str = "") -> None:
     """Remove partial files and folders under `folder`, not below it, whose writer is gone; leave those of living ones.
 
-    A writer of this machine is asked for by its process id. One of another machine, or from before this one was started
-    anew, cannot be, so what it left counts as abandoned only after a day without a change.
+    A writer of this machine is looked up by its process id and start. One of another machine, or from before this one
+    was restarted, cannot be, so what it left counts as abandoned only after a day without a change, by the clock of
+    the file system: machines' own clocks may be days apart.
     """
+    unknown = []
     for path in folder.glob(f"{prefix}*.partial"):
-        if _is_abandoned(path):
-            # Another run may be removing the same one just now; what stays is removed by the next.
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        name = _PARTIAL.search(path.name)
+        if name is None:
+            continue  # not ours
+        start = int(name["start"] or 0)
+        if name["host"] == _HOST and has_ended(int(name["pid"]), start):
+            _remove(path)
+        elif name["host"] != _HOST or not start:
+            unknown.append(path)
+    if unknown and (now := _file_system_time(folder)) is not None:
+        for path in unknown:
+            with suppress(FileNotFoundError):  # renamed or removed meanwhile
+                if now - path.stat().st_mtime > _ABANDONED_SECONDS:
+                    _remove(path)
 
 
-def _is_abandoned(path: Path) -> bool:
-    name = _PARTIAL.search(path.name)
-    if name is None:
-        return False  # not ours
+def _remove(path: Path) -> None:
+    # Another run may be removing the same one just now; what stays is removed by the next.
+    shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def _file_system_time(folder: Path) -> float | None:
+    """The modification time that a file written now gets; None where nothing can be written."""
     try:
-        idle = time.time() - path.stat().st_mtime
-    except FileNotFoundError:
-        return False  # renamed or removed meanwhile
-    return idle > _ABANDONED_SECONDS or (name["host"] == _HOST and not _is_alive(int(name["pid"])))
-
-
-def _is_alive(pid: int) -> bool:
+        probe = DurableFile(folder / "clock")
+    except OSError:
+        return None
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True  # another user's process
-    return True
+        probe.write(b".")
+        return probe.partial.stat().st_mtime
+    except OSError:
+        return None
+    finally:
+        probe.discard()

@@ -39,16 +39,22 @@ class Process:
 
     def is_gone(self) -> bool:
         """Whether it certainly runs no more; False where that cannot be known."""
-        if not self.is_here():
-            return False
-        try:
-            os.kill(self.pid, 0)
-        except ProcessLookupError:
-            return True
-        except PermissionError:
-            pass  # another user's; what /proc says of it may be hidden
-        started = _started(self.pid)
-        return started is not None and started != self.started
+        return self.is_here() and has_ended(self.pid, self.started)
+
+
+def has_ended(pid: int, started: int = 0) -> bool:
+    """Whether a process of this machine certainly runs no more.
+
+    started   clock ticks from the boot to its start, which tell it from a later process with the same id; 0: unknown
+    """
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # another user's; what /proc says of it may be hidden
+    found = _started(pid)
+    return found is not None and (found < 0 or (started > 0 and found != started))
 
 
 def this_process() -> Process:

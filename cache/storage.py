@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
@@ -163,8 +162,7 @@ class LocalStorage(Storage):
 
     def write_new(self, name: str, data: bytes) -> bool:
         final = self._place(name)
-        # Two threads of one process may want the same new file; what they write first must not be the same one.
-        file = DurableFile(final.with_name(f"{final.name}.{threading.get_ident()}"))
+        file = DurableFile(final)
         try:
             file.write(data)
             file.finish()

@@ -113,17 +113,18 @@ def _link_all(
             return False
         new_path.parent.mkdir(parents=True, exist_ok=True)
         partial = partial_path(new_path)
-        partial.unlink(missing_ok=True)
         try:
             os.link(path, partial)
         except OSError as error:
             if error.errno not in _NO_LINK:
                 raise
             return False
-        if not number:
-            before_publish()
-        os.replace(partial, new_path)  # over what a killed run may have left there
-        partial.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+        try:
+            if not number:
+                before_publish()
+            os.replace(partial, new_path)  # over what a killed run may have left there
+        finally:
+            partial.unlink(missing_ok=True)  # a rename between two names of one file does nothing
     return True
 
 

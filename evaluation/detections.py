@@ -7,7 +7,6 @@ million rows of five columns are 300 MB. The mask of a region is encoded once, h
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle
+
+from regionspot.cache.durable import partial_path
 
 DETECTIONS_PER_PICTURE = 300  # LVIS's own limit (lvis/results.py, LVISResults.__init__)
 
@@ -210,7 +211,7 @@ def from_columns(columns: Any) -> Detections:
 
 def write_results_json(path: Path, detections: Detections) -> None:
     """Write LVIS's results form: a JSON list with image_id, category_id, bbox (XYWH), score and, with masks, RLE."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     with partial.open("w", encoding="utf-8") as file:
         file.write("[")
         file.writelines(_json_rows(detections.as_dicts()))

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from regionspot.cache.durable import partial_path
 from regionspot.cache.home import home_folder
 from regionspot.pipeline.photos import open_regular
 
@@ -110,7 +111,7 @@ def _remember(folder: Path, there: dict[str, Stamp], known: dict[str, Size]) -> 
     columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
     table = pa.table({name: pa.array(column) for name, column in zip(_COLUMNS, columns, strict=True)})
     for place in _places(folder):
-        partial = place.with_name(f"{place.name}.{os.getpid()}.partial")
+        partial = partial_path(place)
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(table, partial)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from regionspot.cache.durable import partial_path
 from regionspot.cache.errors import WeightsError
 from regionspot.cache.home import home_folder
 from regionspot.cache.state_dicts import check_fit, require_finite
@@ -229,7 +229,7 @@ def _official_path(official: OfficialFile) -> Path:
 def _download(official: OfficialFile, path: Path) -> None:
     """Fetch into a file beside `path` that takes its name only once its SHA-256 is right."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    partial = partial_path(path)
     log.info("downloading %s to %s", official.url, path)
     try:
         sha256 = _stream(official, partial)

@@ -6,7 +6,9 @@ import os
 import random
 import shutil
 import signal
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -260,28 +262,55 @@ def require_sets_as_before(path, before):
     return cache
 
 
-def test_only_what_dead_writers_left_is_removed(undisturbed, tmp_path):
+def test_only_what_dead_writers_left_is_removed(undisturbed, tmp_path, monkeypatch):
     path = shutil.copytree(undisturbed / "full", tmp_path / "c.zarr")
     dead = forked(lambda: None)
     assert not was_killed(dead)
-    folder = path / MAPS.array
+    folder, me = path / MAPS.array, os.getpid()
     ours = durable.partial_path(folder / "c.1.0.0").name
-    of = {
+    start = ours.split("-")[-2]
+    earlier_form = ours.rsplit("-", 2)[0] + ".partial"
+    kept = {
         "living": ours,
-        "dead": ours.replace(f"-{os.getpid()}.", f"-{dead}."),
-        "elsewhere": f"c.1.0.0.otherhost-{dead}.partial",
-        "elsewhere, long ago": "c.2.0.0.otherhost-1.partial",
-        "living, long ago": "c.3" + ours.removeprefix("c.1"),
+        "living, long ago": durable.partial_path(folder / "c.3.0.0").name,
+        "living, in the earlier form": earlier_form,
+        "elsewhere": f"c.1.0.0.otherhost-{dead}-{start}-00000000.partial",
         "somebody's own": "notes.partial",
     }
-    for name in of.values():
+    removed = {
+        "dead": ours.replace(f"-{me}-", f"-{dead}-"),
+        "dead, its id in use again": ours.replace(f"-{start}-", "-1-"),
+        "dead, in the earlier form": earlier_form.replace(f"-{me}.", f"-{dead}."),
+        "elsewhere, long ago": "c.2.0.0.otherhost-1-1-00000000.partial",
+        "elsewhere, long ago, in the earlier form": "c.2.0.0.otherhost-1.partial",
+    }
+    for what, name in (kept | removed).items():
         (folder / name).write_bytes(b"x")
-    for name in ("elsewhere, long ago", "living, long ago"):
-        os.utime(folder / of[name], (time.time() - 2 * 86_400,) * 2)
+        if "long ago" in what:
+            os.utime(folder / name, (time.time() - 2 * 86_400,) * 2)
     FeatureCache.open(path)
-    assert len(list(folder.glob("*.partial"))) == len(of)
+    assert len(list(folder.glob("*.partial"))) == len(kept | removed)
+    # A machine whose own clock is wrong removes nothing that another one is writing, and leaves nothing for it.
+    wrong = time.time() + 30 * 86_400
+    monkeypatch.setattr(time, "time", lambda: wrong)
     FeatureCache.open(path, "a")
-    assert {left.name for left in folder.glob("*.partial")} == {of["living"], of["elsewhere"], of["somebody's own"]}
+    assert {left.name for left in folder.glob("*.partial")} == set(kept.values())
+
+
+def test_two_threads_that_write_the_same_part_leave_a_whole_one(undisturbed, manifest, tmp_path):
+    path = shutil.copytree(undisturbed / "empty", tmp_path / "c.zarr")
+    cache, together = FeatureCache.open(path, "a"), threading.Barrier(2)
+
+    def pictures():
+        for row in cache.part_rows(0):
+            together.wait(10)  # in step, so that a file that both write gets the records of both
+            yield features_of(manifest, row)
+
+    with ThreadPoolExecutor(2) as pool:
+        for written in [pool.submit(cache.write_part, 0, pictures()) for _ in range(2)]:
+            written.result()
+    extract(path, manifest)
+    assert content(path) == content(undisturbed / "full")
 
 
 def test_runs_that_add_feature_sets_at_once_all_find_theirs_in_the_cache(undisturbed, manifest, tmp_path):
