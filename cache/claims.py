@@ -74,8 +74,9 @@ class Claims:
     dead_after   seconds without a beat after which another run counts as dead
     beat_every   seconds between this run's own beats
 
-    `claim` and `release` are for one thread at a time and part. What is claimed is a part, or anything by its name
-    (lower-case letters). Methods raise CacheError where the store refuses.
+    Safe to use from several threads: what one of them has claimed, no other one gets before it is released, which is
+    for whoever got it alone. What is claimed is a part, or anything by its name (lower-case letters). Methods raise
+    CacheError where the store refuses.
     """
 
     def __init__(
@@ -89,6 +90,8 @@ class Claims:
         self.dead_after, self.beat_every = dead_after, beat_every
         self.process, self.run = this_process(), uuid.uuid4().hex
         self._storage, self._take_over = storage, take_over
+        self._lock = threading.Lock()
+        self._claiming: set[What] = set()  # what a thread of this run is reaching for
         self._held: dict[What, _Held] = {}
         self._watched: dict[str, tuple[bytes | None, float]] = {}
         self._stop = threading.Event()
@@ -115,7 +118,7 @@ class Claims:
             log.warning("%s: %s/ could not be tidied up: %s", self._storage.address, FOLDER, failure)
 
     def claim(self, what: What) -> bool:
-        """Make something this run's own; False when a run that lives has it.
+        """Make something this run's own; False when a run that is alive has it, also when it is this one.
 
         Ask afterwards whether it still needs to be done: who had it before may just have finished it.
         """
@@ -123,9 +126,10 @@ class Claims:
             return self._claim(what)
 
     def take_over(self, what: What) -> bool:
-        """Make something this run's own although a run that lives may have it, which finds out by `still_ours`.
+        """Make something this run's own although another run may be alive and have it, which learns by `still_ours`.
 
-        False when a third run did the same at this moment. What has been done of it is to be asked for afterwards.
+        False when a third run did the same at this moment, or when another thread of this run has it. What has been
+        done of it is to be asked for afterwards.
         """
         with self._store_errors():
             return self._claim(what, by_force=True)
@@ -170,7 +174,7 @@ class Claims:
 
         A store that refuses is only said in the log: what was done is done, and the claim ends with the run.
         """
-        held = self._held.pop(what, None)
+        held = self._held.get(what)
         if held is None:
             return
         try:
@@ -181,8 +185,20 @@ class Claims:
                 self._remove_stray(held)
         except OSError as failure:
             log.warning("%s: the claim of %s stays until this run ends: %s", self._storage.address, what, failure)
+        finally:
+            del self._held[what]
 
     def _claim(self, what: What, by_force: bool = False) -> bool:
+        with self._lock:
+            if what in self._claiming or what in self._held:
+                return False
+            self._claiming.add(what)
+        try:
+            return self._write_claim(what, by_force)
+        finally:
+            self._claiming.remove(what)
+
+    def _write_claim(self, what: What, by_force: bool) -> bool:
         chain = read_chain(self._storage, what)
         if chain and not (by_force or self._is_dead(chain[-1])):
             return False

@@ -5,9 +5,13 @@ import faulthandler
 import json
 import os
 import signal
+import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import chain
 from types import SimpleNamespace
 
 import pytest
@@ -71,6 +75,17 @@ def child(function):
         os.close(heard)
 
 
+@contextmanager
+def often_switching():
+    """Threads take turns as often as they can, so that what is not safe between them shows."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
 def holds_part_0(storage):
     """For a child: claim part 0 and live until it is killed."""
 
@@ -123,6 +138,42 @@ def test_a_run_that_ends_by_an_error_lets_go_of_everything(storage):
     with pytest.raises(KeyboardInterrupt):
         claim_two_and_fail()
     assert files(storage) == []
+
+
+def test_what_a_thread_of_a_run_has_no_other_thread_of_it_gets(storage, clock, monkeypatch):
+    with claims_of(storage) as ours, claims_of(storage) as other:
+        assert ours.claim(0)
+        assert not ours.claim(0)
+        assert not ours.take_over(0)
+        # Nor when its own beats do not arrive, which has other runs count it as dead.
+        wait_for_a_beat(storage, ours.run)
+        monkeypatch.setattr(storage, "write", lambda name, data: None)
+        for _ in range(2):
+            assert not ours.claim(0)
+            clock.now += claims.CLAIM_SECONDS
+        assert ours.still_ours(0)
+        assert other.take_over(0)
+        assert not ours.take_over(0), "its thread has not found out yet"
+        ours.release(0)
+        assert other.still_ours(0)
+        assert ours.take_over(0)
+
+
+def test_of_many_threads_of_one_run_that_reach_for_a_part_at_once_one_gets_it(storage):
+    parts, threads = range(100), 4
+    together = threading.Barrier(threads)
+
+    def reach(_):
+        got = []
+        for part in parts:
+            together.wait(10)
+            if ours.claim(part):
+                got.append(part)
+        return got
+
+    with claims_of(storage) as ours, ThreadPoolExecutor(threads) as pool, often_switching():
+        assert sorted(chain(*pool.map(reach, range(threads)))) == list(parts)
+        assert all(ours.still_ours(part) for part in parts)
 
 
 def test_claims_of_a_killed_process_of_this_machine_are_free_at_once(storage, clock):
