@@ -26,6 +26,8 @@ SLOTS = "records_of_a_part"  # attribute of a dataset of records
 class Descriptor:
     """A file by positioned reads, closed when nobody holds it any more."""
 
+    stays = True
+
     def __init__(self, path: Path) -> None:
         self._path, self.fd = path, -1
         self.fd = os.open(path, os.O_RDONLY)
@@ -76,6 +78,7 @@ class PiecedShard:
     begins: list[int]
     places: list[int]
     size: int
+    stays = True
 
     @classmethod
     def of(cls, file: ShardFile, records: Records, part: int) -> PiecedShard:

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.durable import file_crc
-from regionspot.cache.records import PartRecord, load_record
+from regionspot.cache.records import PartIndex, PartRecord, load_record
 from regionspot.cache.schema import FeatureSet, checksum_file, record_file, scale_file, shard_file
 from regionspot.cache.shard import decompress, index_bytes, parse_index, without_crc
 from regionspot.cache.shard_files import ReplacedError, ShardFile
@@ -39,16 +39,21 @@ class DamagedError(Exception):
 class PartReader:
     """Reads records by their slot. Safe to use from several threads and after a fork.
 
+    record     what was written of it
     failures   why pictures could not be read when they were extracted, by row
-    seen       1 for each slot whose record was read, and found sound the first time where that was asked for
+    seen       1 for each slot whose record was read, and found sound the first time where that was asked for; always 0
+               where the bytes may be others the next time, as in an object store
 
     Raises FileNotFoundError where the part is not written, DamagedError for files that are not as they were written,
     OSError for what the disk or the network refuses.
     """
 
-    def __init__(self, storage: Storage, feature_set: FeatureSet, part: int, slots: int, open_shard: OpenShard) -> None:
-        record = load_part_record(storage, feature_set, part)
-        self.number, self.first_row = part, record.first_row
+    def __init__(
+        self, storage: Storage, feature_set: FeatureSet, index: PartIndex, part: int, slots: int, open_shard: OpenShard
+    ) -> None:
+        self.generation = 0  # PartOpener counts them
+        record = self.record = load_part_record(storage, feature_set, index, part)
+        self.first_row = record.first_row
         self.failures = {failure.row: failure.reason for failure in record.failures}
         self.compressed = feature_set.compression is not None
         self.seen = bytearray(slots)
@@ -79,14 +84,14 @@ class PartReader:
                 decompress(stored.data, out)
             except ValueError as error:
                 raise DamagedError(self._data.name, str(error)) from None
-        self.seen[slot] = 1
+        self.seen[slot] = self._data.file.stays
 
     def read_some(self, slot: int, skipped: int, out: Bytes, skipped_scales: int, scales: Bytes) -> None:
         """Fill `out` from within an uncompressed record, after the bytes skipped; nothing is checked."""
         self._data.read(slot, skipped, out)
         if self._scales is not None:
             self._scales.read(slot, skipped_scales, scales)
-        self.seen[slot] = 1
+        self.seen[slot] = self._data.file.stays
 
 
 class _Shard:
@@ -122,16 +127,15 @@ class _Shard:
             raise DamagedError(self.name, f"is cut off: {error}") from None
 
 
-def load_part_record(storage: Storage, feature_set: FeatureSet, part: int) -> PartRecord:
+def load_part_record(storage: Storage, feature_set: FeatureSet, index: PartIndex, part: int) -> PartRecord:
     """A part's record. Raises FileNotFoundError where it is not written, DamagedError, OSError."""
     name = record_file(feature_set.name, part)
     try:
         record = load_record(storage, name)
-    except (ValueError, TypeError, KeyError) as error:
+    except ValueError as error:
         raise DamagedError(name, str(error)) from None
-    needed = {shard_file(feature_set, part)} | ({scale_file(feature_set, part)} if feature_set.has_scales else set())
-    if record.part != part or not needed <= record.files.keys():
-        raise DamagedError(name, f"is the record of part {record.part} with files {sorted(record.files)}")
+    if misfit := index.misfit(part, record):
+        raise DamagedError(name, misfit)
     return record
 
 

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.manifest import Manifest
-from regionspot.cache.records import PartRecord
+from regionspot.cache.records import PartRecord, part_identity, set_crc
 from regionspot.cache.schema import Failure, FeatureSet, Geometry, PictureFeatures, Stored, record_file
 from regionspot.cache.set_writers import MapWriter, SetWriter, TokenWriter
 from regionspot.cache.storage import Storage
@@ -105,7 +105,9 @@ class PartWriter:
             # files finds it missing and writes it again.
             for writer, one in zip(self._writers, finished, strict=True):
                 name = record_file(writer.feature_set.name, self._part)
-                replace(record, files=one.files, checksums=one.checksums).save(self._storage, name)
+                identity = part_identity(self._rows, self._manifest, set_crc(writer.feature_set))
+                stored = replace(record, files=one.files, checksums=one.checksums, identity=identity)
+                stored.save(self._storage, name)
         return replace(
             record,
             files={name: size for one in finished for name, size in one.files.items()},

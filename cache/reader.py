@@ -7,6 +7,7 @@ whenever it needs them.
 
 from __future__ import annotations
 
+import errno
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import lru_cache
@@ -18,7 +19,7 @@ from regionspot.cache.errors import CacheError, CorruptPartError, NotExtractedEr
 from regionspot.cache.machine import available_memory, processors
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.part_reader import SCALE_BYTES, Bytes, DamagedError, PartReader, load_part_record
-from regionspot.cache.records import PartRecord
+from regionspot.cache.records import PartIndex, PartRecord
 from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry
 from regionspot.cache.shard_files import Access, ReplacedError, ShardOpener
 from regionspot.cache.storage import Storage
@@ -29,18 +30,30 @@ _KEPT_BYTES = 64 << 20  # of a reader's parts: 4,000 of 512 records, a terabyte 
 _PART_BYTES = 4000  # of a part, whatever its records
 _LEAST_PARTS = 16  # whatever their records
 _ANNOUNCED = 32  # records that a disk is asked for at once: with fewer it idles, more of them would push out others
+_TRIES = 3  # of a picture whose files are replaced while it is read
 _THREADS = 4  # of a local cache: each copies 5 to 10 GB/s, and no GPU is fed with more
 
 
 class PartOpener:
-    """Opens parts by their number. Apart from the reader, so that one that is let go of closes its files at once."""
+    """Opens parts by their number. Apart from the reader, so that one that is let go of closes its files at once.
 
-    def __init__(self, storage: Storage, feature_set: FeatureSet, slots: int, mapped: bool) -> None:
-        self._storage, self._feature_set, self._slots = storage, feature_set, slots
+    generation   how often files were found to be replaced, so far; an opened part keeps that of when it was opened
+    """
+
+    def __init__(self, storage: Storage, feature_set: FeatureSet, index: PartIndex, slots: int, mapped: bool) -> None:
+        self._storage, self._feature_set, self._index, self._slots = storage, feature_set, index, slots
         self._open_shard = ShardOpener(storage, mapped)
+        self.generation = 0
 
     def __call__(self, part: int) -> PartReader:
-        return PartReader(self._storage, self._feature_set, part, self._slots, self._open_shard)
+        generation = self.generation
+        opened = PartReader(self._storage, self._feature_set, self._index, part, self._slots, self._open_shard)
+        opened.generation = generation
+        return opened
+
+    def begin_generation(self) -> None:
+        self.generation += 1
+        self._open_shard.forget_files()
 
 
 class FeatureReader(ABC):
@@ -67,7 +80,9 @@ class FeatureReader(ABC):
         self.threads = min(_THREADS, processors()) if local else storage.readers
         slots = geometry.slots(feature_set)
         most = max(_LEAST_PARTS, _KEPT_BYTES // (_PART_BYTES + slots * (37 if feature_set.has_scales else 21)))
-        self._parts = lru_cache(maxsize=most)(PartOpener(storage, feature_set, slots, self._mapped))
+        self._index = PartIndex(feature_set, geometry, manifest)
+        self._opener = PartOpener(storage, feature_set, self._index, slots, self._mapped)
+        self._parts = lru_cache(maxsize=most)(self._opener)
 
     def read(self, rows: Sequence[int], outs: Sequence[Bytes], scales: Sequence[Bytes]) -> None:
         """Read the features of the pictures at `rows`.
@@ -86,12 +101,12 @@ class FeatureReader(ABC):
             try:
                 self._read_one(part, row, outs[index], scales[index])
             except (ReplacedError, DamagedError, OSError) as error:
-                self._read_again(error, row, outs[index], scales[index])
+                self._read_again(error, part, row, outs[index], scales[index])
 
     def record(self, part: int) -> PartRecord:
         """A part's record. Raises FileNotFoundError where it is not written, CorruptPartError where it is damaged."""
         try:
-            return load_part_record(self._storage, self.feature_set, part)
+            return load_part_record(self._storage, self.feature_set, self._index, part)
         except DamagedError as error:
             raise self._corrupt(part, error.file, str(error)) from None
 
@@ -125,12 +140,14 @@ class FeatureReader(ABC):
         return part
 
     def _opened_again(self, error: Exception, row: int) -> PartReader:
-        """The part of a row, where a copy of a damaged file was kept that can be fetched again.
+        """The part of a row whose files did not fit each other, where they do now; otherwise raises what is wrong.
 
-        Otherwise raises what is wrong.
+        They may be those of a part that was just being replaced, or copies of another store's that are damaged.
         """
         number = row // self._part_size
-        if isinstance(error, DamagedError) and self._storage.forget(error.file):
+        if isinstance(error, DamagedError):
+            self._storage.forget(error.file)
+            self._begin_generation()
             try:
                 return self._parts(number)
             except (DamagedError, OSError) as again:
@@ -144,18 +161,47 @@ class FeatureReader(ABC):
             )
         raise self._refused(row, error)
 
-    def _read_again(self, error: Exception, row: int, out: Bytes, scales: Bytes) -> None:
-        """Read a picture once more where its files may be others by now; otherwise raises what is wrong."""
-        if isinstance(error, ReplacedError) or (isinstance(error, DamagedError) and self._storage.forget(error.file)):
-            self._parts.cache_clear()  # what is known of the files is not theirs any more
+    def _read_again(self, error: Exception, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
+        """Read a picture again while its files may be others by now; otherwise raises what is wrong."""
+        for _ in range(_TRIES):
+            if not self._may_be_others(error, part):
+                break
+            part = self._renewed(part, row)
             try:
-                return self._read_one(self._part_of(row), row, out, scales)
+                return self._read_one(part, row, out, scales)
             except (ReplacedError, DamagedError, OSError) as again:
                 error = again
         if isinstance(error, DamagedError):
             what = f"the record of {self._picture(row)} {error}"
             raise self._corrupt(row // self._part_size, error.file, what)
         raise self._refused(row, error)
+
+    def _may_be_others(self, error: Exception, part: PartReader) -> bool:
+        """Whether the files of an open part may have been replaced, or copies of them are dropped that were wrong."""
+        if isinstance(error, ReplacedError) or (isinstance(error, OSError) and error.errno == errno.ESTALE):
+            return True
+        if not isinstance(error, DamagedError):
+            return False
+        try:
+            replaced = self.record(part.record.part) != part.record
+        except (CacheError, OSError):
+            replaced = True  # that of a part that is just being replaced, or what is wrong is told when it is opened
+        return self._storage.forget(error.file) or replaced
+
+    def _renewed(self, part: PartReader, row: int) -> PartReader:
+        """A part opened anew: by the first that finds its files replaced, for all rows and threads that do later."""
+        if part.generation == self._opener.generation:
+            self._begin_generation()
+        now = self._part_of(row)
+        if now.generation != self._opener.generation:  # another thread had begun to open it before
+            self._parts.cache_clear()
+            now = self._part_of(row)
+        return now
+
+    def _begin_generation(self) -> None:
+        """Let go of all that is open: what is opened from now on is what lies there now."""
+        self._opener.begin_generation()
+        self._parts.cache_clear()
 
     def _must_check(self, part: PartReader, slot: int) -> bool:
         return self._check == "always" or (self._check == "first" and not part.seen[slot])

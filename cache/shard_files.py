@@ -43,9 +43,13 @@ class ReplacedError(Exception):
 
 
 class ShardFile(Protocol):
-    """An opened shard. Safe to use from several threads and after a fork."""
+    """An opened shard. Safe to use from several threads and after a fork.
+
+    stays   whether its bytes stay as they are for as long as it is open, also when another file takes its place
+    """
 
     size: int
+    stays: bool
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill the contiguous `out`. Raises EOFError where the file ends before, OSError, ReplacedError."""
@@ -56,6 +60,8 @@ class ShardFile(Protocol):
 
 class MappedShard:
     """A local shard as memory. Python's own map would keep a descriptor open (until 3.13's `trackfd`)."""
+
+    stays = True
 
     def __init__(self, path: Path) -> None:
         self._path = os.fsencode(path)
@@ -115,6 +121,8 @@ class _OpenFile:
 class PreadShard:
     """A local shard by positioned reads, which share no file position."""
 
+    stays = True
+
     def __init__(self, path: Path, files: Callable[[Path], _OpenFile]) -> None:
         self._path, self._files = path, files
         file = files(path)
@@ -144,6 +152,8 @@ class PreadShard:
 
 class StoredShard:
     """A shard by byte ranges of a storage, for which several threads read at a time."""
+
+    stays = False  # each range is looked up by the file's name
 
     def __init__(self, storage: Storage, name: str, size: int) -> None:
         self._storage, self._name, self.size = storage, name, size
@@ -176,6 +186,10 @@ class ShardOpener:
         if shard.size != size:
             raise ValueError(f"has {shard.size} bytes, {size} were written")
         return shard
+
+    def forget_files(self) -> None:
+        """Close the descriptors that are kept: other files may have taken the place of theirs."""
+        self._files.cache_clear()
 
 
 def most_open_files() -> int:

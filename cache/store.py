@@ -95,8 +95,8 @@ class FeatureCache(ReadableCache):
     ) -> FeatureCache:
         """Open a cache: "r" to read, which never writes; "a" to extract into.
 
-        check   when to compare a record with its checksum: "first" (the first time this process reads it),
-                "always" or "never"
+        check   when to compare a record with its checksum: "first" (the first time this process reads it; of a record
+                that comes over a network every time, since its file may have been replaced), "always" or "never"
         access  how local features are read: "map" (the fastest for what stays in memory), "pread" (which gives an
                 error where a map kills the process: a file cut short that very moment, a failing disk), "auto" (maps
                 for what fits into half of the free memory)

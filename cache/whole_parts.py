@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from regionspot.cache.durable import file_crc, partial_path, sync_folder
 from regionspot.cache.errors import CacheError, CorruptPartError
-from regionspot.cache.records import PartRecord
+from regionspot.cache.records import PartRecord, part_identity, set_crc
 from regionspot.cache.schema import FeatureSet, part_files, record_file
 from regionspot.cache.shard import ShardWriter, index_bytes, parse_index, with_crc, without_crc
 from regionspot.cache.storage import NewFile, Storage
@@ -98,9 +98,22 @@ def take_part(
         checksums = {new: record.checksums[old] for old, new in names if old in record.checksums}
     else:
         sizes, checksums = _copy_files(source, target, before_publish)
-    first = target.cache.part_rows(target.part).start
-    failures = tuple(replace(each, row=each.row - record.first_row + first) for each in record.failures)
-    return replace(record, part=target.part, first_row=first, files=sizes, checksums=checksums, failures=failures)
+    rows = target.cache.part_rows(target.part)
+    failures = tuple(replace(each, row=each.row - record.first_row + rows.start) for each in record.failures)
+    identity = None  # a record of an earlier version says nothing of its identity, and stays as it is
+    if record.identity is not None:
+        identity = part_identity(
+            target.cache.part_rows(target.part), target.cache.manifest, set_crc(target.feature_set)
+        )
+    return replace(
+        record,
+        part=target.part,
+        first_row=rows.start,
+        files=sizes,
+        checksums=checksums,
+        failures=failures,
+        identity=identity,
+    )
 
 
 def _link_all(

@@ -562,7 +562,7 @@ def test_checks_are_made_when_they_were_asked_for(cache):
 
 def test_a_part_put_in_anothers_place_is_found(cache):
     (cache.path / "parts/clip/00000.json").write_bytes((cache.path / "parts/clip/00001.json").read_bytes())
-    with pytest.raises(CorruptPartError, match="is the record of part 1"):
+    with pytest.raises(CorruptPartError, match="part: found 1, expected 0"):
         FeatureCache.open(cache.path).read([0])
 
 
