@@ -7,7 +7,7 @@ anew, form one endless row that is cut into batches, so none is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import lru_cache
@@ -74,7 +74,7 @@ class Planned:
 
 def read_ahead(
     sources: Sequence[Source], plan: BatchPlan, first: int, last: int, pinned: bool = False
-) -> Iterator[Planned]:
+) -> Generator[Planned, None, None]:
     """The batches of steps first to last - 1, the next ones being read meanwhile.
 
     pinned   in page-locked memory, for copies to a GPU

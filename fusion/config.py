@@ -1,7 +1,9 @@
-"""What decides a training run's numbers, and the named configurations.
+"""What decides a training run's numbers, the named configurations, and when a run saves.
 
 `paper` is the authors' (configs/Base-RegionSpot.yaml and configs/objects365_*.yaml of Surrey-UP-Lab/RegionSpot).
-Milestones are shares of the run and not steps, so a run of other length keeps the shape of its schedule.
+Milestones are shares of the run and not steps, so a run of another length keeps the shape of its schedule. A run that
+is lengthened has the learning rates of the longer run from then on: where it was stopped before its first milestone,
+its numbers are those of a run that was that long from the start.
 """
 
 from __future__ import annotations
@@ -13,6 +15,12 @@ from regionspot.cache.errors import InputError, unknown_name
 from regionspot.fusion.head import HEADS
 
 Precision = Literal["auto", "float32", "bfloat16"]
+
+# A run saves after so many steps, and when so many seconds have passed since it saved or, the first time, began: a
+# killed run loses what it did since then.
+CHECKPOINT_STEPS = 2000
+CHECKPOINT_SECONDS = 600.0
+FIRST_CHECKPOINT_SECONDS = 60.0
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,10 @@ def read_metrics(path: Path) -> list[Metrics]:
     return lines
 
 
+def _line_of(metrics: Metrics) -> str:
+    return json.dumps(metrics, allow_nan=False) + "\n"
+
+
 class Meter:
     """Averages over intervals and writes them.
 
@@ -45,19 +49,37 @@ class Meter:
     seconds            of training so far, over all runs
     """
 
-    def __init__(self, path: Path, first_step: int, iterations: int) -> None:
+    def __init__(self, path: Path, first_step: int, iterations: int, interval: Metrics | None = None) -> None:
+        """`interval` is what `open_interval` gave when the checkpoint of `first_step` was saved."""
         kept = [line for line in read_metrics(path) if line["step"] <= first_step]
-        write_file(path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        write_file(path, "".join(_line_of(line) for line in kept).encode())
         self._path, self._first, self._iterations = path, first_step, iterations
         self._earlier = kept[-1]["seconds"] if kept else 0.0
         self._begin = self._shown = time.perf_counter()
         self.last: Metrics | None = kept[-1] if kept else None
         self._reset()
+        if interval:
+            self._steps, self._pictures = interval["steps"], interval["pictures"]
+            self._loss, self._grad_norm, self._waited = interval["loss"], interval["grad_norm"], interval["waited"]
+            self._since -= interval["span"]
+            self._earlier = interval["seconds"]
 
     def _reset(self) -> None:
         self._since = time.perf_counter()
         self._steps = self._pictures = 0
         self._loss = self._grad_norm = self._waited = 0.0
+
+    def open_interval(self) -> Metrics:
+        """Sums over the steps since the last line, for a checkpoint between two lines: a resumed run adds to them."""
+        return {
+            "steps": self._steps,
+            "pictures": self._pictures,
+            "loss": self._loss,
+            "grad_norm": self._grad_norm,
+            "waited": self._waited,
+            "span": time.perf_counter() - self._since,
+            "seconds": self.seconds,
+        }
 
     @property
     def seconds(self) -> float:
@@ -85,7 +107,7 @@ class Meter:
             "data_wait": round(self._waited / span, 4),
         }
         with self._path.open("a") as file:
-            file.write(json.dumps(self.last) + "\n")
+            file.write(_line_of(self.last))
         self._reset()
         now = time.perf_counter()
         if now - self._shown >= PROGRESS_SECONDS or step == self._iterations:

@@ -24,7 +24,7 @@ KEY = "regionspot"
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
     """Write the file whole or not at all. Raises OSError where the place cannot be written."""
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    metadata = {KEY: json.dumps(document, sort_keys=True, ensure_ascii=False)}
+    metadata = {KEY: json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False)}
     write_file(path, save(whole, metadata))
 
 
@@ -33,10 +33,20 @@ def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | No
 
     Raises WeightsError for a file that is missing, cut short or no safetensors file.
     """
+    return _read(path, with_tensors=True)
+
+
+def read_document(path: Path) -> dict[str, Any] | None:
+    """The document alone, without reading a tensor. Raises what `read_tensor_file` does."""
+    return _read(path, with_tensors=False)[1]
+
+
+def _read(path: Path, with_tensors: bool) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+            names = file.keys() if with_tensors else []
+            tensors = {name: file.get_tensor(name) for name in names}
         document = json.loads(metadata[KEY]) if KEY in metadata else None
     except FileNotFoundError:
         raise WeightsError(f"{path}: there is no such file") from None

@@ -1,6 +1,7 @@
-"""Training from a cache: which batches, which numbers, going on after a kill, and what is refused."""
+"""Training from a cache: which batches, which numbers, resuming after a kill, and what is refused."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -22,7 +23,9 @@ from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig, train_config
 from regionspot.fusion.decoding import decode_on_device
 from regionspot.fusion.head import HEADS
 from regionspot.fusion.metrics import read_metrics
+from regionspot.fusion.run_folder import RunFolder
 from regionspot.fusion.sources import open_source
+from regionspot.fusion.tensor_file import read_document
 from regionspot.fusion.train import train
 from regionspot.fusion.vocabulary import Vocabulary
 
@@ -229,35 +232,47 @@ def test_metrics_come_every_interval_and_at_every_checkpoint(undisturbed):
     assert [line["lr"] for line in lines] == [CONFIG.rate(line["step"] - 1) for line in lines]
 
 
-KILLED_AT_STEP_24 = """
-import os, signal, sys
+# It sends itself a signal inside the 24th step, before the update, or while it waits for the 25th batch.
+SIGNALLED = """
+import os, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, str(Path(sys.argv[1]).parent))
 import torch
 torch.set_num_threads(1)
 from test_training import CONFIG, FeatureCache, make_vocabulary, train
 module = sys.modules["regionspot.fusion.train"]
-honest, calls = module.region_loss, []
+number, while_waiting, seconds = int(sys.argv[4]), sys.argv[5] == "waiting", float(sys.argv[6])
+loss_of, batches_of, calls = module.region_loss, module.read_ahead, []
+
 def region_loss(*arguments):
     calls.append(1)
-    if len(calls) == 24:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return honest(*arguments)
-module.region_loss = region_loss
+    if len(calls) == 24 and not while_waiting:
+        os.kill(os.getpid(), number)
+    return loss_of(*arguments)
+
+def read_ahead(*arguments):
+    for planned in batches_of(*arguments):
+        if planned.step == 24 and while_waiting:
+            os.kill(os.getpid(), number)
+            time.sleep(100)
+        yield planned
+
+module.region_loss, module.read_ahead = region_loss, read_ahead
 train([FeatureCache.open(sys.argv[2])], [make_vocabulary()], Path(sys.argv[3]), CONFIG, preset="toy",
-      checkpoint_every=10, log_every=4)
+      checkpoint_every=10, checkpoint_seconds=seconds, log_every=4)
 """
 
 
-def test_a_run_killed_and_gone_on_with_gives_the_very_numbers_of_one_never_stopped(cache, undisturbed, tmp_path):
-    out = tmp_path / "run"
-    command = [sys.executable, "-c", KILLED_AT_STEP_24, __file__, str(cache.path), str(out)]
-    killed = subprocess.run(command, capture_output=True, text=True)
-    assert killed.returncode == -9, killed.stderr
-    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")][-1] == 20
-    with (out / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 24, "loss": 1.0}\n{"step": 2')
-    train([cache], [make_vocabulary()], out, CONFIG, preset="toy", resume=True, checkpoint_every=10, log_every=4)
+def signalled(cache, out, number, when="in a step", seconds=600.0) -> subprocess.CompletedProcess:
+    arguments = [__file__, cache.path, out, int(number), when.split()[-1], seconds]
+    return subprocess.run([sys.executable, "-c", SIGNALLED, *map(str, arguments)], capture_output=True, text=True)
+
+
+def step_saved(out) -> int:
+    return read_document(out / "last.state.safetensors")["step"]
+
+
+def require_same_run(out, undisturbed):
     for name in ("head.safetensors", "last.state.safetensors"):
         ours, theirs = load_file(out / name), load_file(undisturbed / name)
         assert ours.keys() == theirs.keys()
@@ -265,14 +280,75 @@ def test_a_run_killed_and_gone_on_with_gives_the_very_numbers_of_one_never_stopp
     assert numbers(out / "metrics.jsonl") == numbers(undisturbed / "metrics.jsonl")
 
 
-def test_going_on_with_a_finished_run_changes_nothing(cache, undisturbed):
+def resume(cache, out, config=CONFIG):
+    return train([cache], [make_vocabulary()], out, config, preset="toy", resume=True, checkpoint_every=10, log_every=4)
+
+
+def test_a_run_killed_and_resumed_gives_the_very_numbers_of_one_never_stopped(cache, undisturbed, tmp_path):
+    out = tmp_path / "run"
+    killed = signalled(cache, out, signal.SIGKILL)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert step_saved(out) == 20
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 24, "loss": 1.0}\n{"step": 2')
+    resume(cache, out)
+    require_same_run(out, undisturbed)
+
+
+def test_checkpoints_come_by_time_too_and_change_no_number(cache, undisturbed, tmp_path):
+    """Here after every step. The intervals of the metrics stay those of steps, though the run stopped inside one."""
+    out = tmp_path / "run"
+    killed = signalled(cache, out, signal.SIGKILL, seconds=1e-9)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert step_saved(out) == load_checkpoint(out / "head.safetensors").info.step == 23
+    assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [4, 8, 10, 12, 16, 20]
+    resume(cache, out)
+    require_same_run(out, undisturbed)
+
+
+@pytest.mark.parametrize(("number", "when"), [(signal.SIGINT, "in a step"), (signal.SIGTERM, "while waiting")])
+def test_a_signal_stops_a_run_with_a_checkpoint_of_the_step_under_way(cache, undisturbed, tmp_path, number, when):
+    out = tmp_path / "run"
+    stopped = signalled(cache, out, number, when)
+    assert stopped.returncode == -number, stopped.stderr
+    assert step_saved(out) == load_checkpoint(out / "head.safetensors").info.step == 24
+    resume(cache, out)
+    require_same_run(out, undisturbed)
+
+
+def test_a_longer_run_resumes_a_shorter_one_as_if_it_had_been_that_long(cache, tmp_path):
+    """Up to the first milestone; here there is none."""
+    short, long = (replace(CONFIG, iterations=count, warmup=1, milestones=()) for count in (15, 30))
+    for out in ("lengthened", "whole"):
+        train([cache], [make_vocabulary()], tmp_path / out, short if out == "lengthened" else long, preset="toy")
+    assert resume(cache, tmp_path / "lengthened", long).step == 30
+    heads = [load_file(tmp_path / out / "head.safetensors") for out in ("lengthened", "whole")]
+    assert all(torch.equal(heads[0][name], heads[1][name]) for name in heads[0])
+    record = json.loads((tmp_path / "lengthened" / "run.json").read_text())
+    assert record["lengthened"] == [{"step": 15, "from": 15, "to": 30}]
+    assert resume(cache, tmp_path / "lengthened", long).step == 30
+    with pytest.raises(InputError, match=r"holds a run of 30 steps, asked for are 15; .*longer and not shorter"):
+        resume(cache, tmp_path / "lengthened", short)
+
+
+def test_a_lengthened_run_takes_the_learning_rates_of_the_longer_one_and_says_so(cache, tmp_path, caplog):
+    short, long = (replace(CONFIG, iterations=count) for count in (10, 40))
+    train([cache], [make_vocabulary()], tmp_path / "run", short, preset="toy", log_every=1)
+    with caplog.at_level("INFO"):
+        train([cache], [make_vocabulary()], tmp_path / "run", long, preset="toy", resume=True, log_every=1)
+    rates = [line["lr"] for line in read_metrics(tmp_path / "run" / "metrics.jsonl")]
+    assert rates == [(short if step < 10 else long).rate(step) for step in range(40)]
+    assert "a run of 10 steps becomes one of 40; from step 11 on with the learning rates" in caplog.text
+
+
+def test_resuming_a_finished_run_changes_nothing(cache, undisturbed):
     before = {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.name != "curves.png"}
     result = train([cache], [make_vocabulary()], undisturbed, CONFIG, preset="toy", resume=True)
     assert result.step == CONFIG.iterations
     assert before == {path.name: path.read_bytes() for path in undisturbed.iterdir() if path.name != "curves.png"}
 
 
-def test_resume_begins_where_there_is_nothing_to_go_on_with(cache, tmp_path):
+def test_resume_begins_where_there_is_nothing_to_resume(cache, tmp_path):
     config = replace(CONFIG, iterations=3)
     assert train([cache], [make_vocabulary()], tmp_path / "run", config, resume=True).step == 3
 
@@ -336,9 +412,34 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(cache
 # Refusals
 
 
-def test_a_folder_that_holds_this_run_asks_for_resume(cache, undisturbed):
-    with pytest.raises(InputError, match="go on with --resume"):
-        train([cache], [make_vocabulary()], undisturbed, CONFIG, preset="toy")
+@pytest.mark.parametrize(("iterations", "longer"), [(40, ""), (400, " and make it one of 400")])
+def test_a_folder_that_holds_this_run_offers_to_resume_it(cache, undisturbed, iterations, longer):
+    with pytest.raises(InputError) as error:
+        train([cache], [make_vocabulary()], undisturbed, replace(CONFIG, iterations=iterations), preset="toy")
+    assert one_line(error) == (
+        f"{undisturbed}: holds this run already, at step 40 of 40; add --resume to resume it{longer}, or name another "
+        "folder"
+    )
+
+
+def test_a_folder_whose_run_saved_nothing_yet_offers_to_resume_it_too(cache, tmp_path):
+    RunFolder(tmp_path).claim({"config": {"iterations": 9}}, resume=False)
+    with pytest.raises(InputError, match="holds this run already, at step 0 of 9; add --resume"):
+        RunFolder(tmp_path).claim({"config": {"iterations": 9}}, resume=False)
+
+
+@pytest.mark.parametrize("option", [{"checkpoint_every": 0}, {"checkpoint_seconds": 0}, {"log_every": -1}])
+def test_an_interval_of_nothing_is_refused(cache, tmp_path, option):
+    with pytest.raises(InputError, match=f"training: {next(iter(option))} is"):
+        train([cache], [make_vocabulary()], tmp_path / "run", CONFIG, **option)
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_that_an_update_made_infinite_are_not_saved(cache, tmp_path):
+    with pytest.raises(InputError) as error:
+        train([cache], [make_vocabulary()], tmp_path / "run", replace(CONFIG, lr=1e39, warmup=0), checkpoint_every=1)
+    assert "step 1: the update left weights that are not finite" in one_line(error)
+    assert [path.name for path in (tmp_path / "run").iterdir() if path.suffix == ".safetensors"] == []
 
 
 def test_a_folder_that_holds_another_run_says_what_differs(cache, undisturbed):
