@@ -5,7 +5,6 @@ Everything takes a device, so that a machine without a GPU can run all of it on 
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from benchmarks.bench_extract_authors import Authors
 from benchmarks.bench_extract_data import WEIGHTS, Job, boxes_in
 from benchmarks.goals import Report, say
 from regionspot.cache import FeatureCache
+from regionspot.cache.machine import processors
 from regionspot.cache.schema import PictureFeatures
 from regionspot.pipeline.backbones import build_clip, build_sam, preset_named
 from regionspot.pipeline.batch_size import batch_size_of
@@ -172,7 +172,7 @@ def _stages(report: Report, backbones: Backbones, job: Job, size: int, scale: Sc
     taken = time.perf_counter() - started
     if failed:
         raise ValueError(f"{job.folder}: {failed} of {job.photos} photos could not be decoded")
-    report.add_row(STAGES, of=f"decode and resize alone, {os.cpu_count()} cores", **{"pictures/s": job.photos / taken})
+    report.add_row(STAGES, of=f"decode and resize alone, {processors()} cores", **{"pictures/s": job.photos / taken})
     say("writing")
     pictures, gigabytes = _writing(backbones, job, scale.part, scratch / "written.zarr")
     report.add_row(STAGES, of=f"write alone, {gigabytes:.3g} GB/s", **{"pictures/s": pictures})

@@ -137,7 +137,8 @@ def _write(cache: FeatureCache, path: Path) -> None:
         _write_columns(file, cache.storage)
         _write_files(file, cache.storage, whole, shards)
         provenance = json.loads(cache.storage.read("zarr.json"))["attributes"]
-        file.create_dataset("provenance", data=json.dumps(provenance, ensure_ascii=False), dtype=h5py.string_dtype())
+        text = json.dumps(provenance, ensure_ascii=False, allow_nan=False)
+        file.create_dataset("provenance", data=text, dtype=h5py.string_dtype())
 
 
 def _create_arrays(file: h5py.File, cache: FeatureCache, feature_set: FeatureSet) -> list[h5py.Dataset]:

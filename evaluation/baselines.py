@@ -29,6 +29,7 @@ from regionspot.evaluation.inference import Unreadable
 from regionspot.evaluation.methods import PhotoReader
 from regionspot.evaluation.scoring import RegionScores, Timed, class_probabilities
 from regionspot.fusion.vocabulary import Vocabulary
+from regionspot.pipeline.batch_size import Halving
 from regionspot.pipeline.models import ProjectingEncoder, TextEncoder
 from regionspot.pipeline.photos import Exif
 
@@ -66,6 +67,7 @@ class CropBaseline:
         self.manifest, self.device = manifest, torch.device(encoder.device)
         self._encoder, self._margin = encoder, margin
         self._text = vocabulary.embeddings.to(self.device)
+        self._pieces = Halving()
         self._reader = PhotoReader(manifest, photos, self._prepare, exif)
         self.identity = {**_identity(encoder, vocabulary, exif), "margin": margin}
         self.features = {encoder.name: {**encoder.provenance, "exif": exif}}
@@ -86,7 +88,7 @@ class CropBaseline:
             with timed("cut crops"):
                 crops = [self._encoder.preprocess(crop(picture.image, box, self._margin)) for box in boxes]
             with timed("clip on crops"):
-                embedded = self._encoder.embed_images(torch.stack(crops))
+                embedded = self._pieces(lambda piece: self._encoder.embed_images(torch.stack(list(piece))), crops)
                 found.append(class_probabilities(embedded, self._text, self._encoder.logit_scale))
         return RegionScores(np.concatenate(found))
 
@@ -113,6 +115,7 @@ class PooledBaseline:
         self.manifest, self.device = manifest, torch.device(encoder.device)
         self._encoder = encoder
         self._text = vocabulary.embeddings.to(self.device)
+        self._pieces = Halving()
         self._reader = PhotoReader(manifest, photos, self._prepare, exif)
         self.identity = _identity(encoder, vocabulary, exif)
         self.features = {encoder.name: {**encoder.provenance, "exif": exif}}
@@ -131,7 +134,8 @@ class PooledBaseline:
 
     def _score(self, pictures: Sequence[_Photo], timed: Timed) -> list[RegionScores]:
         with timed("clip"):
-            maps = self._encoder.encode(torch.stack([picture.clip for picture in pictures if picture.clip is not None]))
+            inputs = [image.clip for image in pictures if image.clip is not None]
+            maps = self._pieces(lambda piece: self._encoder.encode(torch.stack(list(piece))), inputs)
         with timed("pool"):
             return [self._pool(picture, each) for picture, each in zip(pictures, maps, strict=True)]
 

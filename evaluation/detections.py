@@ -224,4 +224,4 @@ def _json_rows(dicts: Iterable[dict[str, Any]]) -> Iterator[str]:
         if "segmentation" in detection:
             mask = detection["segmentation"]
             detection = {**detection, "segmentation": {**mask, "counts": mask["counts"].decode("ascii")}}
-        yield ("," if number else "") + "\n" + json.dumps(detection)
+        yield ("," if number else "") + "\n" + json.dumps(detection, allow_nan=False)

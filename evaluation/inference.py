@@ -81,7 +81,7 @@ class Method(Protocol):
 class Inference:
     """What a method said about some pictures.
 
-    failures  {image id: reason} of pictures that could not be read; they have no detections
+    failures  {image id: reason} of images that could not be read or scored; they have no detections
     seconds   of each stage, over all parts, also those of an earlier run
     """
 
@@ -130,6 +130,8 @@ def _infer_part(
         image_id, regions = int(manifest.image_ids[row]), manifest.regions(row)
         if isinstance(of_picture, Unreadable):
             failures[image_id] = of_picture.reason
+        elif problem := of_picture.not_finite():
+            failures[image_id] = f"{manifest.paths[row]}: {problem}"
         else:
             detections.append(
                 detections_of_picture(
@@ -207,7 +209,8 @@ class _Parts:
 
     def save(self, part: int, inference: Inference) -> None:
         notes = {"failures": inference.failures, "seconds": inference.seconds, "pictures": inference.pictures}
-        columns: dict[str, Any] = {"notes": np.array(json.dumps(notes)), **to_columns(inference.detections)}
+        text = json.dumps(notes, allow_nan=False)
+        columns: dict[str, Any] = {"notes": np.array(text), **to_columns(inference.detections)}
         buffer = io.BytesIO()
         np.savez(buffer, **columns)
         write_file(self._path(part), buffer.getvalue())

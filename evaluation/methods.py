@@ -6,7 +6,6 @@ backbone runs at all, and of CLIP only the text tower is loaded, if the class na
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,6 +27,8 @@ from regionspot.evaluation.scoring import RegionScores, Timed, head_digest, head
 from regionspot.fusion.decoding import decode_on_device
 from regionspot.fusion.head import FusionHead
 from regionspot.fusion.vocabulary import Vocabulary
+from regionspot.pipeline.batch_size import Halving
+from regionspot.pipeline.decoding import default_threads
 from regionspot.pipeline.photos import Exif, read_photo
 
 T = TypeVar("T")
@@ -89,6 +90,7 @@ class HeadOnCache:
         self.manifest = cache.manifest.head(limit)
         self._cache, self._sets = cache, feature_sets
         self._head = head.to(self.device).eval()
+        self._pieces = Halving()
         self._text = vocabulary.embeddings.to(self.device)
         self._failed = {failure.row: failure.reason for failure in cache.failures()}
         self.identity = {
@@ -118,7 +120,7 @@ class HeadOnCache:
             ).float()
             counts = batch.region_mask.sum(axis=1).tolist()
             tokens: list[Tensor] = [padded[place, :count] for place, count in enumerate(counts)]
-            return head_probabilities(self._head, tokens, feature_maps, self._text)
+            return head_probabilities(self._head, tokens, feature_maps, self._text, self._pieces)
 
 
 class PhotoReader(Generic[T]):
@@ -129,7 +131,7 @@ class PhotoReader(Generic[T]):
     ) -> None:
         """`prepare(photo, row)` makes of a picture what is wanted; it runs in the threads too."""
         self._manifest, self._photos, self._prepare, self._exif = manifest, photos, prepare, exif
-        self._threads = min(16, os.cpu_count() or 1)
+        self._threads = default_threads()
 
     def batches(self, rows: Sequence[int], size: int, timed: Timed) -> Iterator[list[T | Unreadable]]:
         """`size` prepared pictures at a time; waiting for them is the stage "photo"."""

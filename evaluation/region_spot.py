@@ -9,6 +9,7 @@ what `predict` says is what AP was measured on.
 from __future__ import annotations
 
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +32,7 @@ from regionspot.fusion.checkpoint import load_checkpoint
 from regionspot.fusion.head import FusionHead
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
+from regionspot.pipeline.batch_size import Halving
 from regionspot.pipeline.dtypes import AUTO
 from regionspot.pipeline.encoder import load_text_encoder
 from regionspot.pipeline.localizer import load_localizer
@@ -92,6 +94,7 @@ class RegionSpot:
         self.localizer, self.encoder = localizer, encoder
         self.templates = tuple(templates)
         self.exif = exif
+        self._pieces = defaultdict[str, Halving](Halving)  # by stage: a batch that fits one model may not fit another
 
     def identity(self) -> dict[str, Any]:
         """What decides the numbers besides pictures, boxes and names, ready for JSON."""
@@ -162,8 +165,8 @@ class RegionSpot:
         templates  a set's name or a list; None: those that the head was trained with
         top        how many names each region lists
 
-        Raises InputError for a box outside of the picture, an empty list of names, or a name that is too long;
-        PhotoError for a file that is no picture.
+        Raises InputError for a box outside of the picture, an empty list of names, a name that is too long, or scores
+        that are not finite; PhotoError for a file that is no picture.
         """
         photo = _photo(image)
         checked = check_boxes(boxes, (photo.height, photo.width))
@@ -172,6 +175,8 @@ class RegionSpot:
             return []
         drawn = masks and isinstance(self.localizer, MaskingLocalizer)
         found = self.score([self.prepare(photo, checked)], self.text(vocabulary), drawn)[0]
+        if problem := found.not_finite():
+            raise InputError(f"{image if isinstance(image, str | Path) else 'image'}: {problem}")
         return [
             _region(box, probabilities, vocabulary.names, top, None if found.masks is None else found.masks.decode(row))
             for row, (box, probabilities) in enumerate(zip(checked, found.probabilities, strict=True))
@@ -197,19 +202,23 @@ class RegionSpot:
     def score(
         self, pictures: Sequence[Prepared], text: Tensor, masks: bool = False, timed: Timed | None = None
     ) -> list[RegionScores]:
-        """Scores of the regions of each picture, for text embeddings (V, E).
+        """Scores of the regions of each image, for text embeddings (V, E).
 
-        `timed` is entered with the name of each stage: "sam", "clip", "tokens" or "tokens and masks", "head".
+        A batch that the GPU's memory does not hold is computed in halves, and so are all after it. `timed` is entered
+        with the name of each stage: "sam", "clip", "tokens" or "tokens and masks", "head".
         """
         timed = timed or _untimed
         with timed("sam"):
-            embeddings = self.localizer.encode([picture.sam for picture in pictures])
+            embeddings = self._pieces["sam"](self.localizer.encode, [image.sam for image in pictures])
         with timed("clip"):
-            feature_maps = self.encoder.encode(torch.stack([picture.clip for picture in pictures]))
+            feature_maps = self._pieces["clip"](
+                lambda piece: self.encoder.encode(torch.stack(list(piece))), [image.clip for image in pictures]
+            )
         with timed("tokens and masks" if masks else "tokens"):
             located = [self._locate(*each, masks) for each in zip(pictures, embeddings, strict=True)]
         with timed("head"):
-            probabilities = head_probabilities(self.head, [tokens for tokens, _ in located], feature_maps, text)
+            tokens = [of_image for of_image, _ in located]
+            probabilities = head_probabilities(self.head, tokens, feature_maps, text, self._pieces["head"])
         return [RegionScores(found, made) for found, (_, made) in zip(probabilities, located, strict=True)]
 
     def _locate(self, picture: Prepared, embedding: Tensor, masks: bool) -> tuple[Tensor, Masks | None]:

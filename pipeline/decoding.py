@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from regionspot.cache.errors import PhotoError
+from regionspot.cache.machine import processors
 from regionspot.cache.manifest import Manifest
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.photos import Exif, decode_photo
@@ -73,7 +73,7 @@ Jobs = Generator[tuple[int, Sequence[str]], None, None]  # rows, and the feature
 
 def default_threads() -> int:
     """Threads that decode, where nobody says how many."""
-    return min(16, os.cpu_count() or 1)
+    return min(16, processors())
 
 
 def decode_ahead(decoder: Decoder, jobs: Jobs, threads: int | None) -> Generator[Decoded, None, None]:

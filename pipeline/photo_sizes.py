@@ -23,6 +23,7 @@ from PIL import Image
 
 from regionspot.cache.durable import partial_path
 from regionspot.cache.home import home_folder
+from regionspot.cache.machine import processors
 from regionspot.pipeline.photos import open_regular
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def _stamps(folder: Path, wanted: set[str]) -> dict[str, Stamp]:
 
 def _read_headers(folder: Path, names: Sequence[str]) -> dict[str, Size]:
     """Sizes of the photos whose header can be read. Threads: most of the time is spent waiting for the disk."""
-    with ThreadPoolExecutor(max_workers=4 * (os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(max_workers=4 * processors()) as pool:
         sizes = pool.map(lambda name: _header_size(folder / name), names)
         return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
 

@@ -15,7 +15,6 @@ training pictures; here they are a property of the class, the same in every worl
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from regionspot.cache.errors import InputError
+from regionspot.cache.machine import processors
 from regionspot.pipeline.toy_pictures import COLOURS, SHAPES, TEXTURES, Look, draw_picture
 
 OBJECTS = (4, 9)  # objects in a picture
@@ -135,7 +135,7 @@ def _write_split(folder: Path, split: str, image_ids: Sequence[int], seed: int) 
         regions = [_region_entry(entry, picture.owner == number) for number, entry in enumerate(shown)]
         return Drawn(image_id, picture.owner.shape, regions)
 
-    with ThreadPoolExecutor(os.cpu_count()) as threads:
+    with ThreadPoolExecutor(processors()) as threads:
         annotations = _lvis_form(split, threads.map(write, zip(image_ids, dealt, strict=True)))
     (folder / f"toy_{split}.json").write_text(json.dumps(annotations))
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from regionspot.cache.durable import partial_path
 from regionspot.cache.errors import WeightsError
 from regionspot.cache.home import home_folder
+from regionspot.cache.machine import processors
 from regionspot.cache.state_dicts import check_fit, require_finite
 from regionspot.pipeline.weight_files import StateDict, read_state_dict
 
@@ -192,7 +193,7 @@ def draw_weights(seed: int, expected: Mapping[str, Tensor]) -> StateDict:
 
     Layers keep about the scale of their input, so activations neither vanish nor overflow in float16.
     """
-    with ThreadPoolExecutor() as pool:
+    with ThreadPoolExecutor(processors()) as pool:
         drawn = pool.map(lambda name: _draw(seed, name, expected[name].shape), expected)
         return dict(zip(expected, drawn, strict=True))
 

@@ -44,6 +44,29 @@ def boxes(*rows):
     return np.array(rows, np.float32)
 
 
+@pytest.mark.parametrize(("kind", "method"), [(CropBaseline, "embed_images"), (PooledBaseline, "encode")])
+def test_what_the_memory_of_a_gpu_does_not_hold_is_scored_in_halves(
+    encoder, vocabulary, manifest, world, monkeypatch, kind, method
+):
+    rows = range(8)
+    timed = _timed(Progress(8, "pictures"), torch.device("cpu"))
+    baseline = kind(encoder, manifest, photo_dir("toy", world, "val", manifest), vocabulary)
+    expected = [scores.probabilities for scores in baseline.score(rows, timed)]
+    compute, tried = getattr(encoder, method), []
+
+    def limited(batch):
+        tried.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError(f"{len(batch)} images")
+        return compute(batch)
+
+    monkeypatch.setattr(encoder, method, limited)
+    for one, other in zip(baseline.score(rows, timed), expected, strict=True):
+        np.testing.assert_allclose(one.probabilities, other, atol=1e-5)
+    assert max(tried) > 3
+    assert max(tried[tried.index(max(tried)) + 2 :]) <= 3
+
+
 def test_a_box_over_the_whole_picture_weighs_every_patch_the_same():
     assert pooling_weights(boxes([0, 0, 300, 100]), (300, 100), 4) == pytest.approx(np.full((1, 16), 1 / 16))
 

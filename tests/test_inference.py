@@ -123,6 +123,74 @@ def test_photos_and_cache_give_the_same_scores_up_to_its_rounding(world, spot, m
         assert np.abs(one.probabilities - other.probabilities).max() < 0.01
 
 
+class Small:
+    """A model on a GPU that holds `most` images at a time."""
+
+    def __init__(self, model, most=2):
+        self._model, self._most, self.sizes = model, most, []
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def _fits(self, images):
+        self.sizes.append(len(images))
+        if len(images) > self._most:
+            raise torch.OutOfMemoryError(f"{len(images)} images")
+
+    def encode(self, images):
+        self._fits(images)
+        return self._model.encode(images)
+
+    def __call__(self, tokens, mask, maps):
+        self._fits(tokens)
+        return self._model(tokens, mask, maps)
+
+
+def probabilities(method, manifest):
+    timed = inference._timed(inference.Progress(8, "pictures"), torch.device("cpu"))
+    return [scores.probabilities for scores in method.score(range(len(manifest)), timed)]
+
+
+def test_what_the_memory_of_a_gpu_does_not_hold_is_evaluated_in_halves(world, spot, manifest, cache):
+    vocabulary = spot.vocabulary([category.name for category in manifest.categories])
+    photos = photo_dir("toy", world, "val", manifest)
+    tight = RegionSpot(spot.head, Small(spot.localizer), Small(spot.encoder), spot.templates)
+    tight.head = Small(spot.head, most=1)
+    on_cache = HeadOnCache(spot.head, cache, vocabulary, ("toy_sam", "toy_clip"))
+    expected = probabilities(on_cache, manifest)
+    on_cache._head = Small(spot.head, most=3)
+    for found, wanted in (
+        (HeadOnPhotos(tight, manifest, photos, vocabulary, masks=False), probabilities(
+            HeadOnPhotos(spot, manifest, photos, vocabulary, masks=False), manifest)),
+        (on_cache, expected),
+    ):  # fmt: skip
+        for one, other in zip(probabilities(found, manifest), wanted, strict=True):
+            np.testing.assert_allclose(one, other, atol=1e-5)
+    assert tight.localizer.sizes == tight.encoder.sizes == [8, 4, 2, 2, 2, 2]
+    assert tight.head.sizes == [8, 4, 2] + 8 * [1]
+    assert on_cache._head.sizes == [8, 4] + 4 * [2]
+
+
+def test_an_image_whose_scores_are_not_finite_fails_and_the_others_are_scored(manifest, tmp_path, parts_of_two):
+    class Overflowing(Counted):
+        def score(self, rows, timed):
+            for row, scores in zip(rows, super().score(rows, timed), strict=True):
+                if row in self.overflowing:
+                    scores.probabilities[0, 0] = np.nan
+                yield scores
+
+    method = Overflowing(manifest)
+    method.overflowing = [5]
+    found = infer(method, tmp_path, max_failures=FailureLimit(share=0.2))
+    (reason,) = found.failures.values()
+    assert reason.startswith(f"{manifest.paths[5]}: 1 of ")
+    assert "scores are not finite" in reason
+    assert np.isfinite(found.detections.scores).all()
+    method.overflowing = range(8)
+    with pytest.raises(InputError, match="scores are not finite"):
+        infer(method, tmp_path / "all", max_failures=FailureLimit(share=0.2))
+
+
 def test_an_evaluation_names_its_protocol_and_leaves_results_that_other_tools_read(asked, manifest):
     found = evaluate_lvis(asked)
     assert found == json.loads((asked.out / "results.json").read_text())

@@ -1,6 +1,7 @@
 """The repository keeps its shape: one direction of imports, everything packaged, data files in the wheel."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -72,6 +73,29 @@ def test_the_wheel_holds_every_module_and_the_toy_weights(wheel):
     weights = {"regionspot/pipeline/toy_sam.safetensors", "regionspot/pipeline/toy_clip.safetensors"}
     assert modules | weights | {"regionspot/cli.py", "regionspot/__init__.py"} <= inside
     assert not [name for name in inside if name.startswith(("tests/", "regionspot/tests"))]
+
+
+def test_only_one_place_asks_how_many_processors_there_are():
+    """`os.cpu_count` does not know which of them this process may use, and ThreadPoolExecutor() asks it."""
+    asking = [
+        path.name
+        for folder in (*MAY_IMPORT, "benchmarks", ".")
+        for path in (ROOT / folder).glob("*.py")
+        if "cpu_count" in (text := path.read_text()) or "ThreadPoolExecutor()" in text
+    ]
+    assert asking == ["machine.py"]
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
+def test_a_process_that_may_use_one_processor_uses_one():
+    code = """
+import os
+os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+from regionspot.cache.machine import processors
+from regionspot.pipeline.decoding import default_threads
+print(processors(), default_threads())
+"""
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["1", "1"]
 
 
 def test_the_cache_imports_without_torch_or_the_backbones():

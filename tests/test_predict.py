@@ -156,6 +156,21 @@ def test_names_must_be_there_and_be_a_list(spot, pixels):
         spot.predict(pixels, BOXES, NAMES, templates="none such")
 
 
+def test_scores_that_are_not_finite_are_refused_by_the_images_name(spot, pixels, tmp_path):
+    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    overflowing = SimpleNamespace(
+        **{
+            name: getattr(spot.encoder, name)
+            for name in ("device", "preprocess", "embed_prompts", "name", "provenance")
+        },
+        weights_sha256=spot.encoder.weights_sha256,
+        encode=lambda batch: spot.encoder.encode(batch) * float("inf"),
+    )
+    other = RegionSpot(spot.head, spot.localizer, overflowing, spot.templates)
+    with pytest.raises(InputError, match=r"photo\.png: 6 of 6 scores are not finite"):
+        other.predict(tmp_path / "photo.png", BOXES, NAMES)
+
+
 def test_what_is_no_picture_is_refused(spot, pixels, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff nothing more")
