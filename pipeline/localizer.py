@@ -99,21 +99,14 @@ class SamLocalizer:
         # After normalising: the padding is 0, the mean colour, as in SAM's own preprocess.
         return F.pad(values, (0, self.pixels - values.shape[2], 0, self.pixels - values.shape[1]))
 
-    def tokens(self, embedding: Tensor, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]) -> Tensor:
-        """float32 (n, C): the location token of each box, in order.
-
-        embedding      (C, g, g)       of one picture
-        boxes_xyxy     float32 (n, 4)  in pixels of the original; n may be 0
-        original_size  (height, width)
-        """
-        return self.tokens_of_pictures(embedding[None], [boxes_xyxy], [original_size])[0]
-
     def tokens_of_pictures(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """The location tokens of several pictures' boxes, which go through the decoder together.
+        """B tensors float32 (n, C): the location tokens of several images' boxes, decoded together, in order.
 
-        embeddings (B, C, g, g), boxes and sizes as for `tokens`, one entry a picture; returns B tensors (n, C).
+        embeddings      (B, C, g, g)    as `encode` gives them
+        boxes_xyxy      float32 (n, 4)  each, in pixels of the original; n may be 0
+        original_sizes  (height, width) each
         """
         return self._tokens.first(embeddings, self._all_scaled(boxes_xyxy, original_sizes))
 
@@ -127,7 +120,7 @@ class SamLocalizer:
     def tokens_and_masks(
         self, embedding: Tensor, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]
     ) -> tuple[Tensor, NDArray[np.bool_]]:
-        """The location tokens as `tokens` gives them, and bool (n, h, w): each box's mask at the original size."""
+        """float32 (n, C): the location tokens of one image's boxes; bool (n, h, w): their masks at its own size."""
         tokens, masks = [torch.zeros(0, self.token_dim, device=self.device)], [np.zeros((0, *original_size), np.bool_)]
         boxes, entered = self._scaled(boxes_xyxy, original_size), self._preprocess.sam_size(original_size, self.pixels)
         embeddings, wanted = embedding[None].to(self.device).float(), [FIRST_MASK_TOKEN + TOKEN_SLOT]

@@ -47,6 +47,10 @@ def close(found, expected, relative=1e-5) -> bool:
     return float((found - expected).abs().max()) <= relative * float(expected.abs().max())
 
 
+def tokens_of(localizer, embedding, boxes, size):
+    return localizer.tokens_of_pictures(embedding[None], [boxes], [size])[0]
+
+
 def test_every_preset_names_backbones_that_exist():
     for preset in PRESETS.values():
         assert preset.localizer in LOCALIZERS.names()
@@ -91,14 +95,14 @@ def test_masks_are_those_of_the_official_predictor(localizer, embedding, photo):
     assert masks.dtype == bool
     assert 0.05 < masks.mean() < 0.95  # neither empty nor full: the comparison says something
     assert (masks != expected[:, 0].numpy()).mean() < 1e-3
-    assert close(tokens, localizer.tokens(embedding, BOXES, (photo.height, photo.width)))
+    assert close(tokens, tokens_of(localizer, embedding, BOXES, (photo.height, photo.width)))
 
 
 def test_tokens_do_not_depend_on_how_boxes_are_grouped(localizer, embedding, monkeypatch):
-    together = localizer.tokens(embedding, BOXES, (80, 120))
+    together = tokens_of(localizer, embedding, BOXES, (80, 120))
     monkeypatch.setattr(token_decoder, "CHUNK_BYTES", {"cpu": 1})
-    grouped = localizer.tokens(embedding, BOXES, (80, 120))
-    alone = torch.cat([localizer.tokens(embedding, box[None], (80, 120)) for box in BOXES])
+    grouped = tokens_of(localizer, embedding, BOXES, (80, 120))
+    alone = torch.cat([tokens_of(localizer, embedding, box[None], (80, 120)) for box in BOXES])
     assert together.shape == (len(BOXES), localizer.token_dim)
     assert close(grouped, together)
     assert close(alone, together)
@@ -108,7 +112,7 @@ def test_tokens_do_not_depend_on_how_boxes_are_grouped(localizer, embedding, mon
 def test_a_picture_without_boxes_has_no_tokens_and_no_masks(localizer, embedding):
     none = BOXES[:0]
     tokens, masks = localizer.tokens_and_masks(embedding, none, (80, 120))
-    assert tokens.shape == localizer.tokens(embedding, none, (80, 120)).shape == (0, localizer.token_dim)
+    assert tokens.shape == tokens_of(localizer, embedding, none, (80, 120)).shape == (0, localizer.token_dim)
     assert masks.shape == (0, 80, 120)
 
 
@@ -127,7 +131,7 @@ def test_a_smaller_dtype_rounds_the_encoders_and_leaves_the_token_decoder_in_flo
     assert rounded.dtype == torch.float32
     assert not close(rounded, embedding, 1e-6)
     assert close(rounded, embedding, 0.05)
-    assert torch.equal(small.tokens(embedding, BOXES, (80, 120)), localizer.tokens(embedding, BOXES, (80, 120)))
+    assert torch.equal(tokens_of(small, embedding, BOXES, (80, 120)), tokens_of(localizer, embedding, BOXES, (80, 120)))
     other, batch = load_encoder("toy_clip", "random:0", dtype=dtype), encoder.preprocess(photo)[None]
     assert not close(other.encode(batch), encoder.encode(batch), 1e-6)
     assert close(other.encode(batch), encoder.encode(batch), 0.05)

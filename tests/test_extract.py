@@ -65,7 +65,7 @@ def test_the_cache_holds_what_the_backbones_say_of_each_picture(world, manifest,
         photo = read_photo(photo_dir("toy", world) / str(manifest.paths[row]))
         size, boxes = (photo.height, photo.width), manifest.boxes_xyxy[manifest.regions(row)]
         embedding = backbones.localizer.encode([backbones.localizer.preprocess(photo)])[0]
-        tokens = backbones.localizer.tokens(embedding, boxes, size).numpy()
+        tokens = backbones.localizer.tokens_of_pictures(embedding[None], [boxes], [size])[0].numpy()
         feature_map = backbones.encoders[0].encode(backbones.encoders[0].preprocess(photo)[None])[0].numpy()
         batch = undisturbed.read(np.array([row]))
         assert np.abs(batch.tokens[0, : len(boxes)] - tokens).max() <= 2e-3 * np.abs(tokens).max()

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.cache.manifest import Manifest
-from regionspot.evaluation.region_spot import RegionSpot, preprocess_of
+from regionspot.evaluation.head_features import features_of
+from regionspot.evaluation.region_spot import RegionSpot
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.head import FusionHead, HeadConfig
 from regionspot.pipeline import preprocess
@@ -88,9 +89,9 @@ def test_clip_takes_the_reduced_picture_without_antialiasing(photo, reduced):
 def test_the_toy_backbones_give_by_reference_what_they_give_of_the_reduced_picture(photo, reduced, boxes):
     direct, by_reference = (load_localizer("toy_sam", preprocess=name) for name in ("direct", "reference"))
     in_reduced = (boxes.astype(np.float64) * [1049 / 341, 800 / 260, 1049 / 341, 800 / 260]).astype(np.float32)
-    expected = direct.tokens(direct.encode([direct.preprocess(reduced)])[0], in_reduced, (800, 1049))
+    expected = direct.tokens_of_pictures(direct.encode([direct.preprocess(reduced)]), [in_reduced], [(800, 1049)])[0]
     embedding = by_reference.encode([by_reference.preprocess(photo)])[0]
-    assert torch.equal(by_reference.tokens(embedding, boxes, (260, 341)), expected)
+    assert torch.equal(by_reference.tokens_of_pictures(embedding[None], [boxes], [(260, 341)])[0], expected)
     tokens, masks = by_reference.tokens_and_masks(embedding, boxes[:3], (260, 341))
     assert torch.allclose(tokens, expected[:3], atol=1e-5)
     assert masks.shape == (3, 260, 341)
@@ -128,9 +129,10 @@ def test_a_head_is_evaluated_by_the_preset_of_the_features_it_was_trained_on(tmp
     info = HeadInfo(
         preset="toy", localizer="toy_sam", encoder="toy_clip", caches=({"map": {"preprocess": "reference"}},)
     )
-    assert preprocess_of(info) == "reference"
-    assert preprocess_of(replace(info, caches=())) == "direct"
-    assert preprocess_of(HeadInfo(preset="bl")) == "reference", "the authors' own file"
+    released, unstated = HeadInfo(preset="bl"), replace(info, caches=())
+    for head, expected in ((info, "reference"), (unstated, "direct"), (released, "reference")):
+        taken = features_of(tmp_path, head)
+        assert (taken.tokens.preprocess, taken.maps.preprocess) == (expected, expected)
     head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
     save_checkpoint(tmp_path / "head.safetensors", head, info)
     found = [

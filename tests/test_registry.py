@@ -9,7 +9,7 @@ import torch
 
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
-from regionspot.evaluation.methods import check_features
+from regionspot.evaluation.head_features import features_of
 from regionspot.fusion.checkpoint import HeadInfo
 from regionspot.pipeline import registry
 from regionspot.pipeline.datasets import photo_dir, read_dataset
@@ -160,4 +160,5 @@ def test_all_tokens_are_added_to_a_cache_of_location_tokens_which_stay_as_they_a
     assert np.isfinite(read["toy_sam_iou"]).all()
     assert read["toy_sam_iou"].shape == (*first.shape[:2], 4)
     # A head that the authors released states no set; it was trained on location tokens.
-    assert check_features(tmp_path, HeadInfo(), cache) == ("toy_sam", "toy_clip")
+    taken = features_of(tmp_path, HeadInfo(preset="toy"))
+    assert (taken.tokens.name, taken.maps.name) == ("toy_sam", "toy_clip")

@@ -75,5 +75,5 @@ def test_a_box_is_kept_clipped_or_dropped_and_counted_as_the_table_says_and_gets
         embedding = localizer.encode([localizer.preprocess(read_photo(tmp_path / str(manifest.paths[row])))])[0]
         for region in regions:  # each by itself, so that it cannot be another box's
             box = expected[region : region + 1].astype(np.float32)
-            token = localizer.tokens(embedding, box, (HEIGHT, WIDTH)).numpy()
+            token = localizer.tokens_of_pictures(embedding[None], [box], [(HEIGHT, WIDTH)])[0].numpy()
             assert np.abs(found.tokens[row, region] - token).max() <= 2e-3 * np.abs(token).max(), (row, region)

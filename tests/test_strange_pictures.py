@@ -274,7 +274,8 @@ def test_what_is_extracted_are_the_features_of_the_picture_that_the_table_names(
         assert (picture.height, picture.width) == STATED.get(name, (HEIGHT, WIDTH)), name
         box = np.array([[0, 0, picture.width, picture.height]], np.float32)
         embedding = localizer.encode([localizer.preprocess(picture)])[0]
-        tokens = localizer.tokens(embedding, box, (picture.height, picture.width)).numpy()
+        size = (picture.height, picture.width)
+        tokens = localizer.tokens_of_pictures(embedding[None], [box], [size])[0].numpy()
         feature_map = encoder.encode(encoder.preprocess(picture)[None])[0].numpy()
         found = cache.read(np.array([rows[name]]))
         assert np.abs(found.tokens[0, :1] - tokens).max() <= 2e-3 * np.abs(tokens).max(), name
