@@ -9,6 +9,7 @@ what `predict` says is what AP was measured on.
 from __future__ import annotations
 
 import contextlib
+import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -37,7 +38,7 @@ from regionspot.pipeline.dtypes import AUTO
 from regionspot.pipeline.encoder import load_text_encoder
 from regionspot.pipeline.localizer import load_localizer
 from regionspot.pipeline.models import Localizer, MaskingLocalizer, TextEncoder
-from regionspot.pipeline.photos import read_photo, to_rgb
+from regionspot.pipeline.photos import Exif, Source, read_photo
 
 Model = TypeVar("Model")
 
@@ -150,25 +151,28 @@ class RegionSpot:
 
     def predict(
         self,
-        image: Image.Image | NDArray[np.uint8] | Path | str,
+        image: Source | NDArray[np.uint8],
         boxes: NDArray[np.float32] | Sequence[Sequence[float]],
         names: Sequence[str],
         templates: str | Sequence[str] | None = None,
         masks: bool = True,
         top: int = 5,
+        exif: Exif = "apply",
     ) -> list[Region]:
         """Name every box by one of `names`.
 
-        image      a picture, uint8 (h, w, 3) or (h, w), or a path; a file is turned upright as its EXIF says
-        boxes      (n, 4) x1, y1, x2, y2 in pixels of that picture; what reaches over its edge is cut off
+        image      a path, a file's content as bytes, a PIL image, or uint8 (h, w, 3) or (h, w)
+        boxes      (n, 4) x1, y1, x2, y2 in pixels of the image as it is seen; what reaches over its edge is cut off
         names      what a box may be; scores compare these with each other, so one name alone always scores 1
         templates  a set's name or a list; None: those that the head was trained with
         top        how many names each region lists
+        exif       "apply" turns the image upright as its EXIF or XMP says, also an image that PIL opened; boxes are
+                   those of the upright image. "ignore" takes it as stored. An array is taken as it is
 
-        Raises InputError for a box outside of the picture, an empty list of names, a name that is too long, or scores
-        that are not finite; PhotoError for a file that is no picture.
+        Raises InputError for a box outside of the image, an empty list of names, a name that is too long, or scores
+        that are not finite; PhotoError for an image that cannot be read.
         """
-        photo = _photo(image)
+        photo = _photo(image, exif)
         checked = check_boxes(boxes, (photo.height, photo.width))
         vocabulary = self.vocabulary(names, templates)
         if not len(checked):
@@ -238,16 +242,16 @@ class RegionSpot:
         return torch.cat([tokens for tokens, _ in pieces]), made
 
 
-def _photo(image: Image.Image | NDArray[np.uint8] | Path | str) -> Image.Image:
-    if isinstance(image, str | Path):
-        return read_photo(Path(image), exif="apply")
-    if isinstance(image, Image.Image):
-        return to_rgb(image)
+def _photo(image: Source | NDArray[np.uint8], exif: Exif) -> Image.Image:
+    if isinstance(image, str | os.PathLike | bytes | Image.Image):
+        return read_photo(image, exif=exif)
     grey_or_rgb = isinstance(image, np.ndarray) and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3))
     if not grey_or_rgb or image.dtype != np.uint8 or not image.size:
         found = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__
-        raise InputError(f"image is {found}, expected a path, a PIL picture or uint8 of shape (h, w, 3) or (h, w)")
-    return to_rgb(Image.fromarray(image))
+        raise InputError(
+            f"image is {found}, expected a path, bytes, a PIL image, or uint8 of shape (h, w, 3) or (h, w)"
+        )
+    return Image.fromarray(image).convert("RGB")
 
 
 def _region(

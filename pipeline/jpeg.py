@@ -1,15 +1,19 @@
-"""JPEG files to pixels by libjpeg-turbo's own interface, where that gives Pillow's very pixels in half the time.
+"""JPEG files to pixels by libjpeg-turbo's own interface, where that gives exactly Pillow's pixels in half the time.
 
-Pillow hands a file's bytes to libjpeg in pieces and moves every row twice. simplejpeg decodes straight into an array,
-without holding the interpreter. The two carry their own copies of libjpeg-turbo, and a Pillow may have been built
-with another library altogether; so before the first picture they are compared on samples of every kind that is left
-to simplejpeg, and where one pixel differs, Pillow decodes everything. What a cache holds never depends on which it was.
+Pillow hands a file's bytes to libjpeg in pieces and moves every row twice. simplejpeg decodes straight into an array
+and releases the GIL. The two carry their own copies of libjpeg-turbo, and a Pillow may have been built with another
+library altogether; so before the first image of a process they are compared on samples of every kind that is left to
+simplejpeg, and where one pixel differs, Pillow decodes everything. The features never depend on which one it was.
+
+Whether a file holds all its pixels is asked of simplejpeg alone, because Pillow cannot tell: it refuses a file that
+lacks nothing but its end marker, and makes up missing rows where anything at all follows the cut.
 """
 
 from __future__ import annotations
 
 import io
 import logging
+from collections import defaultdict
 from functools import lru_cache
 
 import numpy as np
@@ -20,10 +24,12 @@ from PIL import Image
 log = logging.getLogger(__name__)
 
 MAGIC = b"\xff\xd8\xff"  # start of image, and the first byte of the marker behind it
-# What simplejpeg calls them; the rest is Pillow's: CMYK and YCCK, of which it cannot make RGB as Pillow does.
+END = b"\xff\xd9"  # end of image
+# simplejpeg's names. CMYK and YCCK are left to Pillow: simplejpeg cannot make RGB of them as Pillow does.
 COLOUR_SPACES = ("YCbCr", "RGB", "Gray")
 # The array and Pillow's copy of it (four bytes a pixel) are held at once: 230 MB for the largest.
 MAX_PIXELS = 2**25
+COEFFICIENTS = 64  # of a block of 8 x 8 pixels
 
 
 def decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
@@ -34,17 +40,39 @@ def decode_jpeg(data: bytes) -> NDArray[np.uint8] | None:
     return _decoded(data) if gives_pillows_pixels() else None
 
 
+def ended(data: bytes) -> bytes:
+    """`data` up to an end marker, which is added where it is all that is missing.
+
+    Zeros behind the pixels, as in a file whose space was reserved before it was written, are dropped.
+
+    Raises OSError where pixels are missing, too. Pillow would read them from whatever lies behind the cut.
+    """
+    if data.endswith(END) or _scans(data)[1]:
+        return data
+    whole = data.rstrip(b"\0") + END
+    if _complaint(whole) is not None or not _scans(whole)[0]:
+        raise OSError("its pixels end early")
+    return whole
+
+
+def lacks_rows(data: bytes, last_row: NDArray[np.uint8]) -> bool:
+    """Whether the pixels end early, although Pillow decoded an image that ends in `last_row`, (w, 3).
+
+    libjpeg fills what is missing with grey and only warns; a file with damage elsewhere has a last row of its own.
+    """
+    flat = bool((last_row == last_row[0]).all())
+    return flat and "premature end" in (_complaint(data) or "")
+
+
 @lru_cache(maxsize=1)
 def gives_pillows_pixels() -> bool:
-    """Whether simplejpeg and Pillow agree in every pixel of every sample. Asked once a process; takes some 5 ms."""
+    """Whether simplejpeg and Pillow agree in every pixel of every sample. Computed once a process, in some 5 ms."""
     for sample in _samples():
-        found = _decoded(sample)
+        pixels = _decoded(sample)
         with Image.open(io.BytesIO(sample)) as stored:
             expected = np.asarray(stored.convert("RGB"))
-        if found is None or not np.array_equal(found, expected):
-            log.info(
-                "simplejpeg does not give the pixels of this Pillow, which decodes all JPEGs by itself, but slower"
-            )
+        if pixels is None or not np.array_equal(pixels, expected):
+            log.info("simplejpeg does not give this Pillow's pixels, so Pillow decodes every JPEG, more slowly")
             return False
     return True
 
@@ -61,14 +89,52 @@ def _decoded(data: bytes) -> NDArray[np.uint8] | None:
     return pixels
 
 
+def _complaint(data: bytes) -> str | None:
+    """The first thing libjpeg-turbo warns of or fails on while decoding; None for a file without a flaw."""
+    try:
+        colour_space = simplejpeg.decode_jpeg_header(data)[2]
+        output = "RGB" if colour_space in COLOUR_SPACES else "CMYK"
+        # All of the data are read, but an eighth of the width and height is computed.
+        simplejpeg.decode_jpeg(data, output, min_factor=8, strict=True)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def _scans(data: bytes) -> tuple[bool, bool]:
+    """Whether the scans state every coefficient to its last bit, and whether an end marker follows them.
+
+    A progressive file that was cut between two scans is a valid, blurred JPEG once it has an end marker. Markers and
+    headers: ITU-T T.81, B.1.1 and B.2; progressive scans: G.1.1.
+    """
+    components, exact = 0, defaultdict[int, set[int]](set)
+    at = 2
+    while (at := data.find(b"\xff", at)) >= 0 and data[at : at + 2] not in (END, b"\xff"):
+        marker = data[at + 1]
+        if marker in (0x00, 0x01, 0xFF) or 0xD0 <= marker <= 0xD7:  # stuffing, fill bytes and restarts have no length
+            at += 1 if marker == 0xFF else 2
+            continue
+        segment = data[at + 4 : at + 2 + int.from_bytes(data[at + 2 : at + 4], "big")]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC) and len(segment) > 5:  # a frame header
+            components = segment[5]
+        if marker == 0xDA and len(segment) > 5:  # a scan: components, first and last coefficient, which of their bits
+            *_, first, last, bits = segment
+            if bits & 0x0F == 0:
+                for component in segment[1 : 1 + 2 * segment[0] : 2]:
+                    exact[component].update(range(first, last + 1))
+        at += 4 + len(segment)
+    every = len(exact) == components and all(len(stated) == COEFFICIENTS for stated in exact.values())
+    return every, data[at : at + 2] == END if at >= 0 else False
+
+
 def _samples() -> list[bytes]:
     """Colour in each of Pillow's chroma samplings, and grey; each baseline and progressive, with odd sides."""
     noise = np.random.default_rng(0).integers(0, 256, (9, 13, 3), np.uint8)
     colour = Image.fromarray(noise).resize((67, 45), Image.Resampling.BILINEAR)
     samples = []
-    for picture, subsampling in [(colour, 0), (colour, 1), (colour, 2), (colour.convert("L"), 0)]:
+    for image, subsampling in [(colour, 0), (colour, 1), (colour, 2), (colour.convert("L"), 0)]:
         for progressive in (False, True):
             file = io.BytesIO()
-            picture.save(file, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
+            image.save(file, "JPEG", quality=90, subsampling=subsampling, progressive=progressive)
             samples.append(file.getvalue())
     return samples

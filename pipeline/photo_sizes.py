@@ -19,12 +19,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from PIL import Image
 
 from regionspot.cache.durable import partial_path
 from regionspot.cache.home import home_folder
 from regionspot.cache.machine import processors
-from regionspot.pipeline.photos import open_regular
+from regionspot.pipeline.image_kinds import read_header
+from regionspot.pipeline.photos import open_regular, stored_size
 
 log = logging.getLogger(__name__)
 
@@ -79,8 +79,9 @@ def _read_headers(folder: Path, names: Sequence[str]) -> dict[str, Size]:
 
 def _header_size(path: Path) -> Size | None:
     try:
-        with open_regular(path) as file, Image.open(file) as photo:  # reads the header alone
-            return photo.height, photo.width
+        with open_regular(path) as file, read_header(file) as photo:
+            width, height = stored_size(photo)
+            return height, width
     except Exception:  # whatever broken bytes trip PIL's readers into
         return None
 

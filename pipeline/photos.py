@@ -1,34 +1,39 @@
-"""Opening one photo: any mode to RGB, in the orientation that its boxes were drawn in.
+"""Reading one image: any format and mode to RGB of 8 bits, in the orientation that its boxes were drawn in.
 
-A folder of millions of pictures holds everything that has ever been given a picture's name. Whatever is found, it is
-either read as docs/pictures.md says or refused in one line: nothing here waits, runs a program or takes memory that
-the header did not announce.
+A folder of millions of images holds everything that was ever given an image's name. Each file is either read as
+docs/pictures.md says or refused in one line: nothing here blocks, runs another program or takes memory that the
+header did not announce.
 
-A camera may store a picture sideways and say so in EXIF. Some datasets annotate the stored pixels, others what a
-viewer shows; the size that the annotation states tells which, and boxes on the other one would be silently wrong.
+A camera may store an image sideways and say so in EXIF. Some datasets annotate the stored pixels, others what a
+viewer shows; the size in the annotation tells which, and boxes on the other one would be silently wrong.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import stat
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, Literal, cast, get_args
+from typing import BinaryIO, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from regionspot.cache.errors import PhotoError, unknown_name
-from regionspot.pipeline.jpeg import MAGIC, decode_jpeg
+from regionspot.pipeline.image_kinds import MAX_BYTES, NotAnImageError, read_header
+from regionspot.pipeline.jpeg import MAGIC, decode_jpeg, ended, lacks_rows
+from regionspot.pipeline.pixel_depth import UnscalableError, grey_of, is_deep, loses_low_bits, rgb_of_upper_bits
 
 Exif = Literal["auto", "apply", "ignore"]
+Source: TypeAlias = str | os.PathLike[str] | bytes | Image.Image  # a file, its content, or what Pillow opened
 
-# What makes a picture upright, by its orientation (EXIF 2.32, tag 0x0112; 1 is upright as stored).
+# What makes a stored image upright, by its orientation (EXIF 2.32, tag 0x0112; 1 is upright as stored).
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -38,71 +43,88 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+TURNS_BACK = {**TURNS, 6: TURNS[8], 8: TURNS[6]}  # the others are their own inverses
 QUARTER_TURNS = (5, 6, 7, 8)  # these swap height and width
-# Where Pillow itself refuses, too, as long as nobody changes its MAX_IMAGE_PIXELS. Such a picture takes 0.9 GB.
+XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
+# TIFF 6.0, section 8.
+NEW_SUBFILE_TYPE, IMAGE_WIDTH, IMAGE_LENGTH = 254, 256, 257
+# Where Pillow itself refuses, too, as long as nobody changes its MAX_IMAGE_PIXELS. Such an image takes 0.9 GB.
 MAX_PIXELS = 178_956_970
 DRAWINGS = ("EPS", "WMF")  # Pillow would have other programs draw these
-JPEG_BYTES = 2**28  # a longer file is not read into memory at once
+
+# Of damaged metadata, on which nothing here depends, and of images larger than half of MAX_PIXELS; each takes two lines
+# on the terminal. Set for the whole process, because the filters of a block of code are shared between threads.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
 class Photo:
-    """A decoded picture: RGB, 8 bits a channel. `orientation` is what became of EXIF's, "none" where it states none."""
+    """A decoded image: RGB, 8 bits a channel. `orientation` is what became of EXIF's, "none" where it states none."""
 
     image: Image.Image
     orientation: Literal["none", "applied", "ignored"]
 
 
 def check_exif(rule: str) -> Exif:
-    """The rule itself. Raises InputError for one that is none."""
+    """The rule itself. Raises InputError for one that does not exist."""
     if rule not in get_args(Exif):
         raise unknown_name("exif", rule, get_args(Exif))
     return cast("Exif", rule)
 
 
-def read_photo(
-    path: str | os.PathLike[str], stated_size: tuple[int, int] | None = None, exif: Exif = "auto"
-) -> Image.Image:
-    """The picture at `path` as RGB; transparency is dropped.
+def read_photo(source: Source, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> Image.Image:
+    """The image as RGB; transparency is dropped.
 
-    `stated_size` is (height, width) of the original as its annotation gives it. With "auto" the EXIF orientation is
-    applied exactly when that makes the picture this size, and ignored where no size is stated.
+    source       a path, a file's content, or an image that Pillow opened or made
+    stated_size  (height, width) of the original as its annotation gives it
+    exif         whether to apply the orientation that EXIF or XMP states. "auto": exactly when that makes the image
+                 of `stated_size`, so not where no size is stated
 
     Raises PhotoError when it is absent, broken, too large to be a photo, or of another size than stated.
     """
-    return decode_photo(path, stated_size, exif).image
+    return decode_photo(source, stated_size, exif).image
 
 
-def decode_photo(
-    path: str | os.PathLike[str], stated_size: tuple[int, int] | None = None, exif: Exif = "auto"
-) -> Photo:
-    """As `read_photo`, and what became of the EXIF orientation."""
-    path = Path(path)
+def decode_photo(source: Source, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> Photo:
+    """As `read_photo`, and what became of the orientation."""
+    name = _name(source)
     try:
-        with open_regular(path) as file, Image.open(content := _bytes_of_jpeg(file)) as stored:
-            _check_kind(path, stored)
-            orientation = _orientation(stored)
-            applied = orientation in TURNS and _applies(exif, orientation, stored.size, stated_size)
-            image = _pixels(content, stored)
-    except PhotoError:
-        raise
+        with _opened(source) as (stored, jpeg):
+            _check_kind(stored)
+            deep_colour = loses_low_bits(stored)
+            orientation = _orientation(stored)  # of a PNG, this loads the pixels
+            turns = orientation in TURNS
+            applied = turns and _applies(exif, orientation, stored_size(stored), stated_size)
+            image = _jpeg_pixels(stored, jpeg, name) if jpeg else to_rgb(stored, name, deep_colour)
+            # Pillow applies the orientation of a TIFF while it loads the pixels, and then removes the tag.
+            loaded_upright = turns and _orientation(stored) not in TURNS
     except Exception as error:  # PIL's decoders pass on whatever broken bytes trip them into
-        raise PhotoError(f"{path}: {_reason(error)}") from None
-    if applied:
-        image = image.transpose(TURNS[orientation])
+        raise PhotoError(f"{name}: {_reason(error)}") from None
+    if applied != loaded_upright:
+        image = image.transpose((TURNS if applied else TURNS_BACK)[orientation])
     if stated_size is not None and (image.height, image.width) != tuple(stated_size):
         raise PhotoError(
-            f"{path}: is {image.width} x {image.height} pixels (width x height), its annotation states "
+            f"{name}: is {image.width} x {image.height} pixels (width x height), its annotation states "
             f"{stated_size[1]} x {stated_size[0]}; boxes would not fit: is this another copy of the photos?"
         )
-    return Photo(image, "applied" if applied else "ignored" if orientation in TURNS else "none")
+    return Photo(image, "applied" if applied else "ignored" if turns else "none")
+
+
+def stored_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) as stored, for an image that may not be loaded yet.
+
+    Of a TIFF that is to be turned, Pillow gives the size before turning (until 10) or after it (since 11).
+    """
+    tags = getattr(image, "tag_v2", {})
+    return (tags[IMAGE_WIDTH], tags[IMAGE_LENGTH]) if IMAGE_WIDTH in tags else image.size
 
 
 @contextmanager
 def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """The file, open for reading.
 
-    Raises OSError, also for what is empty or no file: a pipe would be waited for until somebody writes into it.
+    Raises OSError, also for an empty file and for anything that is not a regular file, such as a pipe, whose reader
+    would wait until somebody writes into it.
     """
     with open(path, "rb", opener=_without_waiting) as file:
         found = os.fstat(file.fileno())
@@ -113,11 +135,25 @@ def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
         yield file
 
 
-def _bytes_of_jpeg(file: BinaryIO) -> BinaryIO:
-    """A JPEG as all its bytes, any other file as it is."""
-    magic = file.read(len(MAGIC))
-    file.seek(0)
-    return BytesIO(file.read()) if magic == MAGIC and os.fstat(file.fileno()).st_size <= JPEG_BYTES else file
+def _name(source: Source) -> str:
+    if isinstance(source, Image.Image):
+        return "the image"
+    return f"the image of {len(source):,} bytes" if isinstance(source, bytes) else str(Path(source))
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[tuple[Image.Image, bytes | None]]:
+    """The image with its header read, and of a JPEG its content."""
+    if isinstance(source, Image.Image):
+        yield source, None
+        return
+    with BytesIO(source) if isinstance(source, bytes) else open_regular(source) as file:
+        magic = file.read(len(MAGIC))
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        jpeg = file.read() if magic == MAGIC and size <= MAX_BYTES else None
+        with read_header(BytesIO(jpeg) if jpeg else file) as stored:
+            yield stored, jpeg
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -128,33 +164,53 @@ class _EmptyFileError(OSError):
     """The file has no bytes."""
 
 
-def _check_kind(path: Path, stored: Image.Image) -> None:
-    """Refuse, by its header alone, what may not be decoded."""
+def _check_kind(stored: Image.Image) -> None:
+    """Refuse, by its header alone, what must not be decoded."""
     if stored.format in DRAWINGS:
-        raise PhotoError(f"{path}: is a drawing ({stored.format}), not a picture of pixels")
+        raise NotAnImageError(f"is a drawing ({stored.format}), not an image of pixels")
     if stored.width * stored.height > MAX_PIXELS:
-        raise PhotoError(f"{path}: {_too_large()}")
+        raise Image.DecompressionBombError
+    if getattr(stored, "tag_v2", {}).get(NEW_SUBFILE_TYPE, 0) & 1:
+        raise NotAnImageError(
+            f"has a thumbnail of {stored.width} x {stored.height} pixels for its first page, as a camera's raw file; "
+            "convert the whole image to JPEG or PNG"
+        )
 
 
-def _pixels(content: BinaryIO, stored: Image.Image) -> Image.Image:
-    """The picture as RGB, of several frames the first."""
-    if stored.format == "JPEG" and isinstance(content, BytesIO):
-        pixels = decode_jpeg(content.getvalue())
-        # Pillow's header is the one that everything else believes.
-        if pixels is not None and pixels.shape == (stored.height, stored.width, 3):
-            return Image.fromarray(pixels)
-    return to_rgb(stored)
+def _jpeg_pixels(stored: Image.Image, data: bytes, name: str) -> Image.Image:
+    """The first image of a JPEG file as RGB, by the fastest decoder that gives Pillow's pixels.
+
+    A file may lack its end marker, but no pixels.
+    """
+    pixels = decode_jpeg(data)
+    # Pillow's header is the one that everything else believes.
+    if pixels is not None and pixels.shape == (stored.height, stored.width, 3):
+        return Image.fromarray(pixels)
+    whole = ended(data)
+    if whole is not data:
+        with Image.open(BytesIO(whole)) as again:
+            return _jpeg_pixels(again, whole, name)
+    image = to_rgb(stored, name)
+    last_row = np.asarray(image.crop((0, image.height - 1, image.width, image.height)))[0]
+    if lacks_rows(data, last_row):
+        raise OSError("its last rows are missing")
+    return image
 
 
 def _orientation(image: Image.Image) -> int:
     try:
-        return int(image.getexif().get(ExifTags.Base.Orientation, 1))
+        stated = image.getexif().get(ExifTags.Base.Orientation)
+        if stated is None:  # a Pillow older than 11.3 looks for XMP in PNG only
+            xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
+            match = XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
+            stated = match[1] if match else 1
+        return int(stated)
     except Exception:  # a damaged EXIF block says nothing about the pixels, and PIL raises all kinds of errors on it
         return 1
 
 
 def _applies(exif: Exif, orientation: int, size: tuple[int, int], stated_size: tuple[int, int] | None) -> bool:
-    """Whether to turn a picture stored as `size`, which is PIL's (width, height)."""
+    """Whether to turn an image stored as `size`, which is PIL's (width, height)."""
     if exif != "auto" or stated_size is None:
         return exif == "apply"
     height, width = stated_size
@@ -166,10 +222,12 @@ def _reason(error: Exception) -> str:
         return "is not there"
     if isinstance(error, _EmptyFileError):
         return "is empty (0 bytes)"
+    if isinstance(error, NotAnImageError | UnscalableError):
+        return str(error)
     if isinstance(error, UnidentifiedImageError):
-        return "is not a picture in a format that is known"
+        return "is not an image in a known format"
     if isinstance(error, Image.DecompressionBombError):
-        return _too_large()
+        return f"has too many pixels for a photo (more than {MAX_PIXELS:,})"
     if isinstance(error, MemoryError):
         return "does not fit into the memory that is left"
     if isinstance(error, OSError) and error.strerror:
@@ -177,22 +235,18 @@ def _reason(error: Exception) -> str:
     return f"is broken or cut off ({' '.join(str(error).split()) or type(error).__name__})"
 
 
-def _too_large() -> str:
-    return f"has too many pixels for a photo (more than {MAX_PIXELS:,})"
+def to_rgb(image: Image.Image, name: str, deep_colour: bool = False) -> Image.Image:
+    """Any mode of PIL as 8-bit RGB; transparency is dropped. Warnings call the image `name`.
 
+    deep_colour  `loses_low_bits` of the image before it was loaded
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any mode of PIL as 8-bit RGB; transparency is dropped, 16-bit grey keeps its upper 8 bits.
-
-    What is RGB already comes back itself, decoded.
+    What is RGB already comes back itself, decoded. Raises UnscalableError for values that 8 bits cannot show.
     """
     image.load()
-    if image.mode == "RGB":
-        return image  # `convert` would copy it
-    if image.mode.startswith("I"):
-        grey = np.asarray(image)
-        # PIL would clip 16-bit values to 255, a white picture; a 32-bit one may hold 8-bit values all the same.
-        image = Image.fromarray((grey >> 8 if grey.max(initial=0) > 255 else grey).clip(0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+    if is_deep(image):
+        image = grey_of(image, name)
+    elif image.mode in ("La", "RGBa"):  # alpha is multiplied in; only these conversions divide by it
+        image = image.convert(image.mode.upper())
+    if image.mode != "RGB":  # `convert` would copy it
+        image = image.convert("RGB")
+    return rgb_of_upper_bits(image, name) if deep_colour else image

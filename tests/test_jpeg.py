@@ -67,6 +67,74 @@ def test_what_simplejpeg_cannot_do_as_pillow_does_is_left_to_it(monkeypatch):
     assert decode_jpeg(jpeg_bytes()) is None
 
 
+KINDS = {
+    "baseline": (NOISE, {}),
+    "progressive": (NOISE, {"progressive": True}),
+    "grey": (NOISE.convert("L"), {}),
+    "restarts": (NOISE, {"restart_marker_blocks": 2}),
+    "for print": (NOISE.convert("CMYK"), {}),
+    "for print, progressive": (NOISE.convert("CMYK"), {"progressive": True}),
+}
+WITH_AND_WITHOUT_SIMPLEJPEG = pytest.mark.parametrize("decoder", ["simplejpeg", "Pillow"])
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """The pixels of a JPEG's content, with one decoder or the other; the reason where it is refused."""
+
+    def read(data: bytes, decoder: str) -> np.ndarray | str:
+        with monkeypatch.context() as patch:
+            if decoder == "Pillow":
+                patch.setattr(photos, "decode_jpeg", lambda _: None)
+            try:
+                return np.asarray(read_photo(data))
+            except PhotoError as error:
+                return str(error)
+
+    return read
+
+
+@WITH_AND_WITHOUT_SIMPLEJPEG
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_jpeg_may_lack_its_end_marker_but_no_pixels(read, kind, decoder):
+    picture, options = KINDS[kind]
+    whole = jpeg_bytes(picture, quality=90, **options)
+    for tail in (b"", b"\xff", bytes(4096), b"\xff\xd9", b"\xff\xd9" + b"anything behind it"):
+        assert np.array_equal(read(whole[:-2] + tail, decoder), pillows(whole)), tail
+    for kept in (len(whole) // 4, len(whole) // 2, len(whole) * 9 // 10, len(whole) - 12):
+        for tail in (b"", bytes(4096)):
+            assert "is broken or cut off" in read(whole[:kept] + tail, decoder), (kept, tail)
+
+
+@WITH_AND_WITHOUT_SIMPLEJPEG
+@pytest.mark.parametrize("kind", ["baseline", "grey", "for print"])
+def test_rows_that_are_missing_are_noticed_although_the_end_marker_is_there(read, kind, decoder):
+    whole = jpeg_bytes(KINDS[kind][0], quality=90)
+    assert "its last rows are missing" in read(whole[: len(whole) // 2] + b"\xff\xd9", decoder)
+
+
+@WITH_AND_WITHOUT_SIMPLEJPEG
+@pytest.mark.parametrize("kind", ["progressive", "for print, progressive"])
+def test_a_progressive_jpeg_that_ends_between_two_scans_is_cut_off(read, kind, decoder):
+    whole = jpeg_bytes(KINDS[kind][0], quality=90, progressive=True)
+    starts = [at for at in range(len(whole)) if whole[at : at + 2] == b"\xff\xc4"]  # the tables before each scan
+    assert len(starts) > 5
+    for start in starts[1:]:
+        assert "is broken or cut off" in read(whole[:start], decoder)
+
+
+@WITH_AND_WITHOUT_SIMPLEJPEG
+def test_of_two_images_in_a_file_the_first_counts(read, decoder):
+    file = io.BytesIO()
+    NOISE.save(file, "MPO", quality=90, save_all=True, append_images=[NOISE.rotate(180)])
+    whole = file.getvalue()
+    assert np.array_equal(read(whole, decoder), pillows(whole))
+    second = whole.rindex(b"\xff\xd8\xff")
+    assert np.array_equal(read(whole[: second + 900], decoder), pillows(whole))
+    assert np.array_equal(read(whole[: whole.rindex(b"\xff\xd9", 0, second)], decoder), pillows(whole))
+    assert "is broken or cut off" in read(whole[: second - 300], decoder)
+
+
 def outcome(path) -> np.ndarray | str:
     try:
         return np.asarray(read_photo(path))
@@ -101,5 +169,5 @@ def test_a_decoder_whose_pixels_are_off_by_one_is_not_used(monkeypatch):
 
 def test_a_jpeg_is_decoded_by_simplejpeg_where_it_may_be(tmp_path, monkeypatch):
     NOISE.save(tmp_path / "photo.jpg")
-    monkeypatch.setattr(photos, "to_rgb", lambda _: pytest.fail("Pillow decoded it"))
+    monkeypatch.setattr(photos, "to_rgb", lambda *_: pytest.fail("Pillow decoded it"))
     assert read_photo(tmp_path / "photo.jpg").size == NOISE.size

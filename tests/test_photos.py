@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from regionspot.cache.errors import PhotoError
@@ -61,47 +61,6 @@ def test_a_palette_with_transparent_colours_is_read_without_a_warning(tmp_path):
     assert read_photo(tmp_path / "sign.png").getpixel((3, 3)) == (200, 100, 50)
 
 
-def test_a_sideways_photo_is_turned_exactly_when_that_makes_the_stated_size(tmp_path):
-    path = stored_photo(tmp_path / "sideways.jpg", QUARTER_TURN)
-    upright = decode_photo(path, (WIDTH, HEIGHT))
-    assert (upright.image.size, upright.orientation) == ((HEIGHT, WIDTH), "applied")
-    assert is_red(upright.image.getpixel((10, 3)))
-    as_stored = decode_photo(path, (HEIGHT, WIDTH))
-    assert (as_stored.image.size, as_stored.orientation) == ((WIDTH, HEIGHT), "ignored")
-    assert is_red(as_stored.image.getpixel((3, 10)))
-
-
-def test_without_a_stated_size_the_orientation_is_ignored_and_that_can_be_counted(tmp_path):
-    paths = [stored_photo(tmp_path / f"{turn}.jpg", turn) for turn in (None, 1, 3, QUARTER_TURN, 99)]
-    assert [decode_photo(path).orientation for path in paths] == ["none", "none", "ignored", "ignored", "none"]
-    assert read_photo(paths[3]).size == (WIDTH, HEIGHT)
-
-
-def test_a_half_turn_is_left_as_stored_because_the_size_does_not_ask_for_it(tmp_path):
-    path = stored_photo(tmp_path / "upside_down.jpg", 3)
-    assert is_red(read_photo(path, (HEIGHT, WIDTH)).getpixel((3, 10)))
-    assert not is_red(read_photo(path, (HEIGHT, WIDTH), exif="apply").getpixel((3, 10)))
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_applying_an_orientation_puts_the_corners_where_pil_puts_them(tmp_path, orientation):
-    pixels = np.random.default_rng(0).integers(0, 255, (HEIGHT, WIDTH, 3), np.uint8)
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(pixels).save(tmp_path / "photo.png", exif=exif)
-    with Image.open(tmp_path / "photo.png") as stored:
-        expected = np.asarray(ImageOps.exif_transpose(stored))
-    assert np.array_equal(np.asarray(read_photo(tmp_path / "photo.png", exif="apply")), expected)
-
-
-def test_exif_can_be_forced_or_forbidden_and_must_then_still_fit(tmp_path):
-    path = stored_photo(tmp_path / "sideways.jpg", QUARTER_TURN)
-    assert read_photo(path, exif="apply").size == (HEIGHT, WIDTH)
-    assert read_photo(path, (HEIGHT, WIDTH), exif="ignore").size == (WIDTH, HEIGHT)
-    with pytest.raises(PhotoError, match="30 x 20 pixels"):
-        read_photo(path, (WIDTH, HEIGHT), exif="ignore")
-
-
 def test_a_photo_that_fits_neither_way_is_refused_with_both_sizes(tmp_path):
     path = stored_photo(tmp_path / "small_copy.jpg", QUARTER_TURN)
     with pytest.raises(PhotoError, match=r"small_copy.jpg: is 30 x 20 pixels .*states 300 x 200"):
@@ -133,7 +92,7 @@ def png_that_claims(width: int, height: int) -> bytes:
     [
         (None, "is not there"),
         (b"", "is empty"),
-        (b"<html>404 Not Found</html>", "is not a picture"),
+        (b"<html>404 Not Found</html>", "is HTML or XML, not an image"),
         ("half a jpeg", "is broken or cut off"),
         ("half a png", "is broken or cut off"),
         (png_that_claims(50_000, 50_000), "has too many pixels"),
@@ -160,7 +119,7 @@ def test_a_folder_in_place_of_a_photo_is_refused(tmp_path):
 
 
 def test_a_photo_too_large_for_what_memory_is_left_is_refused_as_such(tmp_path, monkeypatch):
-    def full(_):
+    def full(*_):
         raise MemoryError
 
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "photo.png")

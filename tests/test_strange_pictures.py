@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import PhotoError
@@ -22,12 +22,13 @@ from regionspot.pipeline.datasets import read_dataset
 from regionspot.pipeline.extract import Backbones, extract
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.photo_sizes import ABSENT, UNREADABLE, photo_sizes
-from regionspot.pipeline.photos import decode_photo
+from regionspot.pipeline.photos import TURNS, decode_photo
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "pictures.md"
 HEIGHT, WIDTH = 45, 64
 ALL_MAY_FAIL = FailureLimit(share=1.0)
 EXIF_ORIENTATION = 0x0112
+SRGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
 
 COARSE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
 COLOUR = Image.fromarray(COARSE).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
@@ -39,7 +40,7 @@ Make = Callable[[Path], Image.Image | None]  # writes the file; the picture that
 
 def table() -> list[list[str]]:
     """The cells of the page's table of pictures, without its head."""
-    section = PAGE.read_text(encoding="utf-8").split("\n## Pictures\n")[1].split("\n## ")[0]
+    section = PAGE.read_text(encoding="utf-8").split("\n## Images\n")[1].split("\n##")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
@@ -99,13 +100,13 @@ def secret(path: Path) -> None:
     path.chmod(0)
 
 
-def png_of(width: int, height: int) -> bytes:
+def png_of(width: int, height: int, depth: int = 1, colour: int = 0, rows: bytes = bytes(1000)) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
-    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
-    rows = zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 def jpeg_of(width: int, height: int) -> bytes:
@@ -134,8 +135,74 @@ def transparent_palette(path: Path) -> Image.Image:
     return picture.convert("RGB")
 
 
+def turned_as(format: str, orientation: int, expected_turned: bool) -> Make:
+    """In a lossless format; the expected pixels are turned here, not by Pillow, which turns a TIFF by itself."""
+
+    def make(path: Path) -> Image.Image:
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        COLOUR.save(path, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+        return COLOUR.transpose(TURNS[orientation]) if expected_turned else COLOUR
+
+    return make
+
+
+GREY = np.asarray(COLOUR.convert("L"))
+
+
+def of_values(values: np.ndarray, **options) -> Make:
+    """The file holds `values`; grey of 8 bits is expected."""
+    return saved(Image.fromarray(values), Image.fromarray(GREY).convert("RGB"), **options)
+
+
+def floats_of_any_range(path: Path) -> Image.Image:
+    flat = GREY.clip(*np.percentile(GREY, (5, 95), method="nearest")).astype(np.float32)  # no outliers
+    Image.fromarray(flat - 300).save(path)
+    stretched = (flat - flat.min()) * 255 / (flat.max() - flat.min())
+    return Image.fromarray(stretched.round().astype(np.uint8)).convert("RGB")
+
+
+def as_jpeg(change: Callable[[bytes], bytes], picture: Image.Image = COLOUR) -> Make:
+    """A JPEG whose bytes are changed; the pixels of the unchanged one are expected."""
+
+    def make(path: Path) -> Image.Image:
+        file = io.BytesIO()
+        picture.save(file, "JPEG")
+        path.write_bytes(change(file.getvalue()))
+        with Image.open(file) as whole:
+            return whole.convert("RGB")
+
+    return make
+
+
+def png_with(kind: bytes, body: bytes, checksum: int | None = None) -> Make:
+    def make(path: Path) -> Image.Image:
+        file = io.BytesIO()
+        COLOUR.save(file, "PNG")
+        png, checked = file.getvalue(), zlib.crc32(kind + body) if checksum is None else checksum
+        chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checked)
+        at = png.index(b"IDAT") - 4
+        path.write_bytes(png[:at] + chunk + png[at:])
+        return COLOUR
+
+    return make
+
+
+def dim_colours(path: Path) -> None:
+    """PNG of 16 bits a channel that uses 12 of them; Pillow cannot write one."""
+    rows = (np.asarray(COLOUR).astype(np.uint16) * 16).astype(">u2")
+    path.write_bytes(png_of(WIDTH, HEIGHT, depth=16, colour=2, rows=b"".join(b"\0" + row.tobytes() for row in rows)))
+
+
+def with_grey_alpha(path: Path) -> Image.Image:
+    rows = np.stack([GREY.astype(np.uint16) * 257, np.full(GREY.shape, 9)], 2).astype(">u2")
+    path.write_bytes(png_of(WIDTH, HEIGHT, depth=16, colour=4, rows=b"".join(b"\0" + row.tobytes() for row in rows)))
+    return Image.fromarray(GREY).convert("RGB")
+
+
 WIDE = Image.fromarray(COARSE).resize((30_000, 1_000), Image.Resampling.NEAREST)
 STATED = {"one_pixel.png": (1, 1), "wide.jpg": (1_000, 30_000), "other_size.jpg": (HEIGHT + 1, WIDTH)}
+STATED |= dict.fromkeys(["exif_6.tif", "exif_6.png", "exif_6.webp"], (WIDTH, HEIGHT))
 STATED |= {f"exif_{turn}.jpg": (WIDTH, HEIGHT) for turn in (5, 6, 7, 8)}  # height and width, (HEIGHT, WIDTH) for others
 
 MAKE: dict[str, Make] = {
@@ -156,14 +223,34 @@ MAKE: dict[str, Make] = {
     "grey.png": saved(COLOUR.convert("L"), COLOUR.convert("L").convert("RGB")),
     "palette.png": saved(COLOUR.convert("P"), COLOUR.convert("P").convert("RGB")),
     "sixteen_bit.png": sixteen_bits,
+    "twelve_bits.png": of_values(GREY.astype(np.uint16) * 16),
+    "floats.tif": of_values((GREY / 255).astype(np.float32)),
+    "floats_of_any_range.tif": floats_of_any_range,
+    "lab.tif": saved(ImageCms.profileToProfile(COLOUR, SRGB, LAB, outputMode="LAB")),
+    "cmyk.tif": saved(COLOUR.convert("CMYK")),
+    "alpha_sixteen_bit.png": with_grey_alpha,
+    "profile.png": saved(COLOUR, COLOUR, icc_profile=ImageCms.ImageCmsProfile(SRGB).tobytes()),
+    "large_profile.png": png_with(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 * 2**20))),
+    "damaged_text.png": png_with(b"tEXt", b"Comment\0text", checksum=1),
+    "gamma.png": png_with(b"gAMA", struct.pack(">I", 100_000)),
+    "no_end_marker.jpg": as_jpeg(lambda whole: whole[:-2]),
+    "more_behind_the_end.jpg": as_jpeg(lambda whole: whole + b"anything"),
     "alpha.png": saved(with_alpha(), COLOUR),
     "transparent_palette.png": transparent_palette,
     "animated.gif": saved(
         COLOUR.convert("P"), COLOUR.convert("P").convert("RGB"), save_all=True, append_images=[OTHER]
     ),
+    "animated.webp": saved(COLOUR, COLOUR, save_all=True, append_images=[OTHER], lossless=True),
+    # Copies: an image that was saved as JPEG keeps settings that TIFF cannot take.
+    "two_pages.tif": saved(COLOUR.copy(), COLOUR, save_all=True, append_images=[OTHER.copy()]),
     "animated.png": saved(COLOUR, COLOUR, save_all=True, append_images=[OTHER]),
     **{f"exif_{turn}.jpg": turned(turn, turn >= 5) for turn in range(1, 9)},
     "exif_6_annotated_as_stored.jpg": turned(6, False),
+    "exif_6.tif": turned_as("TIFF", 6, True),
+    "exif_6.png": turned_as("PNG", 6, True),
+    "exif_6.webp": turned_as("WEBP", 6, True),
+    "exif_8_annotated_as_stored.tif": turned_as("TIFF", 8, False),
+    "exif_3.tif": turned_as("TIFF", 3, False),
     "broken_exif.jpg": saved(exif=b"Exif\0\0 not what EXIF looks like"),
     "scratched.jpg": scratched,
     "one_pixel.png": saved(COLOUR.crop((0, 0, 1, 1)), COLOUR.crop((0, 0, 1, 1))),
@@ -173,6 +260,13 @@ MAKE: dict[str, Make] = {
     "dangling.jpg": link_to("nowhere.jpg"),
     "empty.jpg": lambda path: path.touch(),
     "page.jpg": holding(b"<html>404 Not Found</html>"),
+    "pointer.jpg": holding(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    "drawing.svg": holding(b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    "image.jxl": holding(b"\xff\x0a" + bytes(50)),
+    "raw_photo.tif": saved(tiffinfo={254: 1}),
+    "dim_colours.png": dim_colours,
+    "nothing_but_nan.tif": saved(Image.fromarray(np.full((HEIGHT, WIDTH), np.nan, np.float32))),
+    "rows_missing.jpg": as_jpeg(lambda whole: whole[: len(whole) * 3 // 4] + b"\xff\xd9"),
     "half.jpg": half("JPEG"),
     "half.png": half("PNG"),
     "cut_while_read.jpg": saved(),
@@ -293,7 +387,7 @@ def test_what_failed_is_recorded_with_the_reason_that_the_table_names(extracted)
 
 
 def test_the_orientations_that_were_not_applied_are_counted(extracted):
-    assert extracted[1].ignored_orientations == 4
+    assert extracted[1].ignored_orientations == 6
 
 
 def test_reading_sizes_from_the_headers_of_such_a_folder_neither_waits_nor_stops(extracted):
