@@ -9,6 +9,7 @@ what `predict` says is what AP was measured on.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -39,6 +40,8 @@ from regionspot.pipeline.encoder import load_text_encoder
 from regionspot.pipeline.localizer import load_localizer
 from regionspot.pipeline.models import Localizer, MaskingLocalizer, TextEncoder
 from regionspot.pipeline.photos import Exif, Source, read_photo
+
+log = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
 
@@ -163,7 +166,8 @@ class RegionSpot:
 
         image      a path, a file's content as bytes, a PIL image, or uint8 (h, w, 3) or (h, w)
         boxes      (n, 4) x1, y1, x2, y2 in pixels of the image as it is seen; what reaches over its edge is cut off
-        names      what a box may be; scores compare these with each other, so one name alone always scores 1
+        names      what a box may be; scores compare these with each other, so one name alone always scores 1, and a
+                   name given twice is taken once
         templates  a set's name or a list; None: those that the head was trained with
         top        how many names each region lists
         exif       "apply" turns the image upright as its EXIF or XMP says, also an image that PIL opened; boxes are
@@ -174,7 +178,7 @@ class RegionSpot:
         """
         photo = _photo(image, exif)
         checked = check_boxes(boxes, (photo.height, photo.width))
-        vocabulary = self.vocabulary(names, templates)
+        vocabulary = self.vocabulary(_each_once(names), templates)
         if not len(checked):
             return []
         drawn = masks and isinstance(self.localizer, MaskingLocalizer)
@@ -240,6 +244,16 @@ class RegionSpot:
         ]
         made = concatenate_masks([Masks.encode(bits) for _, bits in pieces])
         return torch.cat([tokens for tokens, _ in pieces]), made
+
+
+def _each_once(names: Sequence[str]) -> Sequence[str]:
+    """The names without repetitions, which would share their probability; a number of spaces makes no other name."""
+    if isinstance(names, str) or not all(isinstance(name, str) for name in names):
+        return names  # for `vocabulary` to refuse
+    once = dict.fromkeys(" ".join(name.split()) for name in names)
+    if len(once) < len(names):
+        log.warning("%d of %d names are given twice and taken once", len(names) - len(once), len(names))
+    return list(once)
 
 
 def _photo(image: Source | NDArray[np.uint8], exif: Exif) -> Image.Image:

@@ -1,9 +1,11 @@
 """Prompt templates: the sentences that a class name is put into before the text encoder reads it.
 
-The authors take the template list of the X-Decoder family of projects for training and evaluation alike: the bare
-name with a full stop, then OpenAI's 80 templates for ImageNet (openai/CLIP, Prompt_Engineering_for_ImageNet.ipynb).
-That is the set `reference`. A mean does not know an order, so only membership counts. `imagenet` is the 80 alone.
-`plain` costs one prompt a name instead of 81.
+    reference  81: the bare name with a full stop, and OpenAI's 80 for ImageNet
+    imagenet   the 80 alone (openai/CLIP, Prompt_Engineering_for_ImageNet.ipynb)
+    plain      the bare name with a full stop: one prompt a name instead of 81
+
+`reference` equals, as a set, what the authors train and evaluate with (Surrey-UP-Lab/RegionSpot,
+prompt_engineering.py). Their order differs, which changes nothing: a class's embedding is the mean over its prompts.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ the rest for whoever wants CLIP's own space.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
@@ -20,13 +21,16 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones import build_clip, stated
 from regionspot.pipeline.dtypes import autocast, resolve_dtype
-from regionspot.pipeline.models import Asked, SemanticEncoder, TextEncoder, missing_of
+from regionspot.pipeline.models import Asked, LimitedTextEncoder, SemanticEncoder, TextEncoder, missing_of
 from regionspot.pipeline.open_clip_models import Tokenizer
 from regionspot.pipeline.preprocess import preprocess_named
 from regionspot.pipeline.registry import ENCODERS, stored_name
 from regionspot.pipeline.weights import load_weights
 
+log = logging.getLogger(__name__)
+
 PROMPT_BATCH = 256
+NAMES_SHOWN = 3  # in a warning
 
 
 class ClipEncoder:
@@ -39,6 +43,7 @@ class ClipEncoder:
     logit_scale     what CLIP multiplies cosines by (about 100)
     provenance      what decides the maps' values, JSON-able
     weights_sha256  of the file that holds both towers; "random:SEED" for drawn weights
+    known_words     of the toy CLIP: the words that its text tower was taught; empty where it reads any
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -65,6 +70,7 @@ class ClipEncoder:
         taught = self._clip.token_embedding.weight.any(dim=1)
         # Only the toy CLIP has words that were never taught, rows of zeros in its word table.
         self._taught = None if taught.all() else frozenset(taught.nonzero()[:, 0].tolist())
+        self.known_words = self._words_taught()
 
     @property
     def batch_size(self) -> int:
@@ -124,11 +130,26 @@ class ClipEncoder:
                 f"{self._clip.context_length}; shorten it"
             )
         if self._taught is not None and not self._taught.issuperset(ids):
-            from regionspot.pipeline.toy_backbones import unknown_words
-
-            words = ", ".join(unknown_words(prompt, self._taught))
-            raise InputError(f"prompt {prompt!r}: {self.name} was never taught {words}; name what its world holds")
+            raise InputError(
+                f"prompt {prompt!r}: {self.name} was never taught {', '.join(self.unknown_words(prompt))}; it knows "
+                f"{', '.join(self.known_words)}: ask for names of these words, or take another preset's features"
+            )
         return ids
+
+    def _words_taught(self) -> tuple[str, ...]:
+        if self._taught is None:
+            return ()
+        from regionspot.pipeline.toy_backbones import known_words
+
+        return known_words(self._taught)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the toy CLIP was never taught, in their order; none for any other CLIP."""
+        if self._taught is None:
+            return []
+        from regionspot.pipeline.toy_backbones import unknown_words
+
+        return unknown_words(text, self._taught)
 
     def _embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
         """What open_clip's CLIP.encode_text computes, on sequences of equal length that end at their prompts' ends."""
@@ -137,6 +158,25 @@ class ClipEncoder:
         values = clip.transformer(values, attn_mask=clip.attn_mask[:length, :length])
         embedded: Tensor = clip.ln_final(values[:, -1]) @ clip.text_projection
         return embedded
+
+
+def warn_of_unknown_names(encoders: Sequence[SemanticEncoder], names: Sequence[str]) -> None:
+    """Say of an encoder that cannot read a dataset's class names that no head on its maps will know them."""
+    for encoder in encoders:
+        if not isinstance(encoder, LimitedTextEncoder) or not encoder.known_words:
+            continue
+        unknown = [name for name in names if encoder.unknown_words(name)]
+        if unknown:
+            log.warning(
+                "%s cannot read %s of the %s class names of this dataset (%s%s): its features can be extracted, but no "
+                "head trained or evaluated by these names; it knows the words %s",
+                encoder.name,
+                f"{len(unknown):,}",
+                f"{len(names):,}",
+                ", ".join(unknown[:NAMES_SHOWN]),
+                ", ..." if len(unknown) > NAMES_SHOWN else "",
+                ", ".join(encoder.known_words),
+            )
 
 
 def load_encoder(

@@ -13,6 +13,7 @@ from regionspot.cache.schema import Geometry
 from regionspot.cache.storage import open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.dry_run import DryRun, dry_run
+from regionspot.pipeline.encoder import warn_of_unknown_names
 from regionspot.pipeline.extract import extract, open_for_extraction
 from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.frozen_models import FLOAT16, Backbones
@@ -54,7 +55,8 @@ class Extraction:
     metrics_port: int | None = None
 
     def plan(self) -> DryRun:
-        """What a run would do, measured on a few pictures. Writes nothing."""
+        """What a run would do, measured on a few images. Writes nothing."""
+        self._warn_of_unknown_names()
         return dry_run(
             self._outstanding(),
             self.manifest,
@@ -89,6 +91,7 @@ class Extraction:
         """
         if self.check_room:
             require_room(self.cache, self._outstanding())
+        self._warn_of_unknown_names()
         return self._open()
 
     def retry(self) -> RetrySummary:
@@ -107,6 +110,9 @@ class Extraction:
             take_over=self.take_over,
             parts=self.only(cache.n_parts),
         )
+
+    def _warn_of_unknown_names(self) -> None:
+        warn_of_unknown_names(self.backbones.encoders, [category.name for category in self.manifest.categories])
 
     def _open(self) -> tuple[FeatureCache, Backbones]:
         try:

@@ -153,6 +153,17 @@ class TextEncoder(SemanticEncoder, Protocol):
 
 
 @runtime_checkable
+class LimitedTextEncoder(TextEncoder, Protocol):
+    """An encoder that reads some words only, such as the toy one; `known_words` is empty where it reads any."""
+
+    known_words: tuple[str, ...]
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that it cannot read, in their order."""
+        ...
+
+
+@runtime_checkable
 class ProjectingEncoder(TextEncoder, Protocol):
     """An encoder that takes each token of its map into the text's space, not whole pictures alone."""
 

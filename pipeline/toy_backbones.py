@@ -90,6 +90,12 @@ def unknown_words(prompt: str, token_ids: frozenset[int]) -> list[str]:
     return [word for word in words if not token_ids.issuperset(toy_tokenizer().encode(word))]
 
 
+def known_words(token_ids: frozenset[int]) -> tuple[str, ...]:
+    """The words of the toy world's class names that a toy CLIP was taught: textures, colours and shapes."""
+    words = dict.fromkeys(word for entry in toy_classes() for word in entry.look.name.split())
+    return tuple(sorted(word for word in words if not unknown_words(word, token_ids)))
+
+
 def known_token_ids() -> list[int]:
     """Sorted ids of every token in a prompt about the toy world: all its class names and words in all 80 templates."""
     names = {entry.look.name for entry in toy_classes()}

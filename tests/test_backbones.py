@@ -191,7 +191,10 @@ def test_the_toy_encoder_knows_the_words_that_ship_and_refuses_others_by_name(ta
     ids = torch.zeros(1, 77, dtype=torch.long)
     ids[0, :4] = torch.tensor(encoder._ids("red circle"))
     assert close(encoder.embed_prompts(["red circle"]), whole.eval().encode_text(ids))
-    with pytest.raises(InputError, match=r"prompt 'red zebra': toy_clip was never taught zebra"):
+    assert encoder.known_words == ("circle", "red")
+    with pytest.raises(
+        InputError, match=r"prompt 'red zebra': toy_clip was never taught zebra; it knows circle, red: "
+    ):
         encoder.embed_prompts(["red circle", "red zebra"])
 
 

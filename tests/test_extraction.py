@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from regionspot.cache import FeatureCache
+from regionspot.cache import Category, FeatureCache
 from regionspot.cache.encodings import Encoding
 from regionspot.cache.errors import InputError
 from regionspot.cache.storage import LocalStorage
@@ -70,6 +70,24 @@ def features_files(cache: Path) -> dict[str, bytes]:
 
 
 # --- which parts ---
+
+
+def test_class_names_that_the_toy_encoder_cannot_read_are_told_before_anything_is_extracted(
+    world, manifest, backbones, tmp_path, caplog
+):
+    words = ("person", "red circle", "traffic light", "striped zebra", "dog")
+    categories = tuple(Category(number + 1, word) for number, word in enumerate(words))
+    photos, path = photo_dir("toy", world), str(tmp_path / "c.zarr")
+    index = manifest.category_index % len(words)
+    Extraction(path, replace(manifest, categories=categories, category_index=index), photos, backbones).prepare()
+    (said,) = [record.getMessage() for record in caplog.records if "cannot read" in record.getMessage()]
+    assert said.startswith(
+        "toy_clip cannot read 4 of the 5 class names of this dataset (person, traffic light, striped"
+    )
+    assert "it knows the words blue, checkered, circle" in said
+    caplog.clear()
+    Extraction(str(tmp_path / "toy.zarr"), manifest, photos, backbones).prepare()
+    assert not caplog.text
 
 
 def test_parts_are_numbers_and_spans():

@@ -147,9 +147,19 @@ def test_a_box_that_cannot_be_is_named(spot, pixels, boxes, message):
         spot.predict(pixels, boxes, NAMES)
 
 
+def test_a_name_given_twice_is_taken_once_and_said(spot, pixels, caplog):
+    once = spot.predict(pixels, BOXES, NAMES, masks=False)
+    assert spot.predict(pixels, BOXES, [*NAMES, " red  star"], masks=False) == once
+    assert "1 of 4 names are given twice and taken once" in caplog.text
+
+
 def test_names_must_be_there_and_be_a_list(spot, pixels):
     with pytest.raises(InputError, match="there are no names"):
         spot.predict(pixels, BOXES, [])
+    with pytest.raises(InputError, match="name 2 of 2 is '', expected a word or more"):
+        spot.predict(pixels, BOXES, ["red star", " \t"])
+    with pytest.raises(InputError, match="name 1 of 1 is 7, expected a word or more"):
+        spot.predict(pixels, BOXES, [7])
     with pytest.raises(InputError, match="expected a list of names such as"):
         spot.predict(pixels, BOXES, "dog,cat")
     with pytest.raises(InputError, match="expected one of"):
