@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.manifest import Manifest
-from regionspot.cache.records import PartRecord, part_identity, set_crc
+from regionspot.cache.records import PartRecord, batches_of_sizes, part_identity, set_crc
 from regionspot.cache.schema import Failure, FeatureSet, Geometry, PictureFeatures, Stored, record_file
 from regionspot.cache.set_writers import MapWriter, SetWriter, TokenWriter
 from regionspot.cache.storage import Storage
@@ -40,6 +40,7 @@ class PartWriter:
         self._rows = geometry.rows(part)
         self._done = 0
         self._failures: list[Failure] = []
+        self._batch_sizes: list[dict[str, int]] = []  # of each row so far, by feature set
         self._started = time.monotonic()
         self._writers: list[SetWriter] = []
         try:
@@ -68,6 +69,7 @@ class PartWriter:
                     writer.append(row, regions, _of_set(picture, writer.feature_set))
                 else:
                     writer.skip(regions)
+        self._batch_sizes.append(picture.batch_sizes)
         self._done += 1
 
     def commit(self, worker: str, before_publish: Callable[[], None] | None = None) -> PartRecord:
@@ -104,10 +106,15 @@ class PartWriter:
             # Last on purpose: a part counts as done once its record exists, so a run killed between two
             # files finds it missing and writes it again.
             for writer, one in zip(self._writers, finished, strict=True):
-                name = record_file(writer.feature_set.name, self._part)
-                identity = part_identity(self._rows, self._manifest, set_crc(writer.feature_set))
-                stored = replace(record, files=one.files, checksums=one.checksums, identity=identity)
-                stored.save(self._storage, name)
+                name = writer.feature_set.name
+                stored = replace(
+                    record,
+                    files=one.files,
+                    checksums=one.checksums,
+                    identity=part_identity(self._rows, self._manifest, set_crc(writer.feature_set)),
+                    batches=batches_of_sizes(sizes.get(name) for sizes in self._batch_sizes),
+                )
+                stored.save(self._storage, record_file(name, self._part))
         return replace(
             record,
             files={name: size for one in finished for name, size in one.files.items()},

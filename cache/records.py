@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
+from itertools import accumulate, groupby
 from typing import Any
 
 import google_crc32c
@@ -24,6 +26,8 @@ class PartRecord:
     failures                       pictures that could not be read; their records are empty, their tokens zero
     worker, seconds                who wrote it and how long that took, for the run's own accounting
     identity                       `part_identity` of what it was written for; None in records of earlier versions
+    batches                        how its images were computed together, in row order: (8, 64) is 64 batches of 8.
+                                   Rounding depends on it. () where it is not known
     """
 
     part: int
@@ -36,6 +40,13 @@ class PartRecord:
     worker: str
     seconds: float
     identity: int | None = None
+    batches: tuple[tuple[int, int], ...] = ()
+
+    def batch_rows(self) -> list[range]:
+        """The rows of each batch; [] where they are not known."""
+        sizes = [size for size, count in self.batches for _ in range(count)]
+        starts = accumulate(sizes, initial=self.first_row)
+        return [range(start, start + size) for start, size in zip(starts, sizes, strict=False)]
 
     def save(self, storage: Storage, name: str) -> None:
         storage.write(name, self.to_json())
@@ -67,6 +78,8 @@ class PartIndex:
             ("checksums", sorted(record.checksums), [checksum_file(self._feature_set, part)]),
             ("rows that failed", failed, sorted(set(failed) & set(rows))),
         ]
+        if record.batches:
+            facts.append(("images in batches", sum(size * count for size, count in record.batches), len(rows)))
         if manifest is not None:
             facts.append(("regions", record.regions, int(manifest.offsets[rows.stop] - manifest.offsets[rows.start])))
             there = [failure for failure in record.failures if failure.row in rows]
@@ -100,6 +113,17 @@ def part_identity(rows: range, manifest: Manifest, set_crc: int) -> int:
     return int(crc)
 
 
+def batches_of_sizes(sizes: Iterable[int | None]) -> tuple[tuple[int, int], ...]:
+    """`PartRecord.batches`, from how many images each row was computed together with; () where that cannot be told."""
+    batches = []
+    for size, rows in groupby(sizes):
+        count = len(list(rows))
+        if size is None or count % size:
+            return ()
+        batches.append((size, count // size))
+    return tuple(batches)
+
+
 def load_record(storage: Storage, name: str) -> PartRecord:
     """Read a record. Raises ValueError when it is damaged, FileNotFoundError when the part is not written."""
     return parse_record(storage.read(name))
@@ -118,8 +142,9 @@ def parse_record(data: bytes) -> PartRecord:
         raise ValueError("does not match its own checksum")
     try:
         failures = tuple(Failure(**_known(Failure, failure)) for failure in words["failures"])
-        return PartRecord(**{**_known(PartRecord, words), "failures": failures})
-    except (TypeError, KeyError, AttributeError) as error:
+        batches = tuple((size, count) for size, count in words.get("batches", ()))
+        return PartRecord(**{**_known(PartRecord, words), "failures": failures, "batches": batches})
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"is no record of a part: {error}") from None
 
 

@@ -62,10 +62,12 @@ def _with_changes(
 ) -> Iterator[PictureFeatures]:
     reader = open_reader(cache.storage, feature_set, cache.manifest, cache.geometry, "always")
     failures = {failure.row: failure.reason for failure in record.failures}
+    sizes = {row: {feature_set.name: len(batch)} for batch in record.batch_rows() for row in batch}
     for row in rows:
         if row in pictures:
             yield pictures[row]
         elif row in failures:
-            yield PictureFeatures(row, {}, failures[row])
+            yield PictureFeatures(row, {}, failures[row], sizes.get(row, {}))
         else:
-            yield PictureFeatures(row, {feature_set.name: read_stored(reader, cache.manifest, row)})
+            stored = read_stored(reader, cache.manifest, row)
+            yield PictureFeatures(row, {feature_set.name: stored}, batch_sizes=sizes.get(row, {}))

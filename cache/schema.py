@@ -172,11 +172,14 @@ class PictureFeatures:
     features[map set]    floating (T, D)
     features[token set]  floating (regions of the picture, C), in the manifest's order; or either of them `Stored`
     failure              why the picture could not be read; its features are then left out
+    batch_sizes[set]     images that were computed together, this one included, where that is known; also of one that
+                         failed, for its place in the batch stayed blank
     """
 
     row: int
     features: dict[str, NDArray[Any] | Stored]
     failure: str | None = None
+    batch_sizes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 # Past this a GPU computes no faster, and a batch of preprocessed pictures takes 100 MB of pinned memory and its time.
 LARGEST = 32
@@ -81,32 +84,45 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 class Halving:
-    """Runs batches through a model in pieces that fit, `most` pictures at a time; None while all have fitted."""
+    """Runs batches through a model in pieces that fit, `most` images at a time; None while all have fitted."""
 
     def __init__(self) -> None:
         self.most: int | None = None
 
     def __call__(self, encode: Callable[[Sequence[Tensor]], Tensor], batch: Sequence[Tensor]) -> Tensor:
-        """`encode(batch)`, whose results lie along the first dimension, one a picture.
+        """`encode(batch)`, whose results lie along the first dimension, one an image.
 
-        Raises torch.OutOfMemoryError when not even one picture fits.
+        Raises torch.OutOfMemoryError when not even one image fits.
         """
-        found: list[Tensor] = []
+        found = self.results(encode, batch) or [encode(batch)]
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    def results(self, compute: Callable[[Sequence[T]], R], batch: Sequence[T]) -> list[R]:
+        """What `compute` makes of each piece of the batch, in order: of all of it at once, where that fits.
+
+        Raises torch.OutOfMemoryError when not even one image fits.
+        """
+        found: list[R] = []
         done = 0
-        while done < len(batch) or not found:
+        while done < len(batch):
             piece = batch[done : done + (self.most or len(batch))]
-            result = self._tried(encode, piece)
+            result = self._tried(compute, piece)
             if result is None:
                 self._halve(len(piece))
             else:
                 found.append(result)
                 done += len(piece)
-        return found[0] if len(found) == 1 else torch.cat(found)
+        return found
 
-    def _tried(self, encode: Callable[[Sequence[Tensor]], Tensor], piece: Sequence[Tensor]) -> Tensor | None:
+    def sizes(self, count: int) -> list[int]:
+        """For each image of a batch of `count`, how many would be computed together with it, itself included."""
+        most = self.most or count
+        return [min(most, count - at // most * most) for at in range(count)]
+
+    def _tried(self, compute: Callable[[Sequence[T]], R], piece: Sequence[T]) -> R | None:
         """None when memory did not do; by then the traceback, which holds on to what was computed, is gone."""
         try:
-            return encode(piece)
+            return compute(piece)
         except torch.OutOfMemoryError:
             if len(piece) <= 1:
                 raise

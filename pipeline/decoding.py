@@ -20,36 +20,36 @@ from regionspot.pipeline.photos import Exif, decode_photo
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """One picture ready for the models that want it, or the reason why it is not.
+class DecodedImage:
+    """One image ready for the models that want it, or the reason why it is not.
 
-    inputs   what each model takes, by the model's name
-    size     (height, width) of the original
+    inputs   what each model takes, by the model's name; none where the image could not be read
+    size     (height, width) of the original; None where it was not read
     """
 
     row: int
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    size: tuple[int, int] = (0, 0)
+    size: tuple[int, int] | None = None
     orientation_ignored: bool = False
     failure: str | None = None
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads a picture once and resizes it for each model whose features are wanted of it. Called from threads."""
+    """Reads an image once and resizes it for each model whose features are wanted of it. Called from threads."""
 
     manifest: Manifest
     photo_folder: Path
     backbones: Backbones
     exif: Exif
 
-    def __call__(self, row: int, names: Sequence[str]) -> Decoded:
+    def __call__(self, row: int, names: Sequence[str]) -> DecodedImage:
         stated = (int(self.manifest.heights[row]), int(self.manifest.widths[row]))
         try:
             photo = decode_photo(self.photo_folder / str(self.manifest.paths[row]), stated, self.exif)
         except PhotoError as error:
-            return Decoded(row, failure=str(error))
-        return Decoded(
+            return DecodedImage(row, failure=str(error))
+        return DecodedImage(
             row,
             inputs=self._inputs(photo.image, names),
             size=(photo.image.height, photo.image.width),
@@ -76,10 +76,10 @@ def default_threads() -> int:
     return min(16, processors())
 
 
-def decode_ahead(decoder: Decoder, jobs: Jobs, threads: int | None) -> Generator[Decoded, None, None]:
-    """The pictures of `jobs`, in that order, decoded by threads that stay a little ahead. Closing it closes `jobs`."""
+def decode_ahead(decoder: Decoder, jobs: Jobs, threads: int | None) -> Generator[DecodedImage, None, None]:
+    """The images of `jobs`, in that order, decoded by threads that stay a little ahead. Closing it closes `jobs`."""
     count = threads or default_threads()
-    pending: deque[Future[Decoded]] = deque()
+    pending: deque[Future[DecodedImage]] = deque()
     with ThreadPoolExecutor(count, thread_name_prefix="decode") as pool, closing(jobs):
         try:
             for row, names in jobs:

@@ -13,7 +13,7 @@ import numpy as np
 from regionspot.cache.info import size_text
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.progress import Progress, duration
-from regionspot.pipeline.decoding import Decoded, Decoder, decode_ahead
+from regionspot.pipeline.decoding import DecodedImage, Decoder, decode_ahead
 from regionspot.pipeline.encoding import BatchEncoder, batches_of
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.outstanding import Outstanding
@@ -84,7 +84,7 @@ def dry_run(
     return DryRun(needed, rate, sample, len(failures), failures[-1] if failures else None)
 
 
-def _for_a_while(batches: Iterator[list[Decoded]]) -> Iterator[list[Decoded]]:
+def _for_a_while(batches: Iterator[list[DecodedImage]]) -> Iterator[list[DecodedImage]]:
     """The batches that begin within SAMPLE_SECONDS, but two at least."""
     begin = time.perf_counter()
     for number, batch in enumerate(batches):

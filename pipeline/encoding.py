@@ -1,4 +1,9 @@
-"""Decoded pictures in, features out: batches through the encoders, their boxes through the token decoder together.
+"""Decoded images in, features out: batches through the encoders, their boxes through the token decoder together.
+
+How a product rounds depends on the shape of its batch. So every image has a fixed slot: batch k of a part is its rows
+from k * B on, whichever parts a run has done before, and an image that cannot be read, or of which nothing is wanted,
+leaves its slot blank (zeros, and its boxes) instead of moving its neighbours. Their bytes then depend on the batch's
+shape alone, which the part's record states.
 
 On a GPU the results of a batch are fetched when the next one is under way, so the device never waits for the host to
 look at what it made.
@@ -7,56 +12,93 @@ look at what it made.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from regionspot.cache.errors import CorruptPartError
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.progress import Progress
 from regionspot.cache.schema import PictureFeatures, Stored
+from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.batch_size import Halving
-from regionspot.pipeline.decoding import Decoded
+from regionspot.pipeline.decoding import DecodedImage
 from regionspot.pipeline.frozen_models import Backbones
-from regionspot.pipeline.models import Localizer, SemanticEncoder
+from regionspot.pipeline.models import Backbone, Localizer, SemanticEncoder
 
 
-def batches_of(pictures: Iterator[Decoded], size: int, part_size: int, progress: Progress) -> Iterator[list[Decoded]]:
-    """Lists of `size` pictures, shorter at a part's end; waiting for them is the decoders' share of the time.
+def batches_of(
+    images: Iterator[DecodedImage], size: int, part_size: int, progress: Progress
+) -> Iterator[list[DecodedImage]]:
+    """Lists of `size` images, shorter at a part's end; waiting for them is the decoders' share of the time.
 
-    None spans two parts: how a product rounds may depend on what else is in its batch, and a part shall hold the same
-    bytes whichever parts its run has done before.
+    `images` are those of whole parts, in order, the unreadable ones among them. No batch spans two parts: a part shall
+    hold the same bytes whichever parts its run has done before.
     """
-    batch: list[Decoded] = []
+    batch: list[DecodedImage] = []
     while True:
         with progress.timed("decode"):
-            picture = next(pictures, None)
-        if picture is None:
+            image = next(images, None)
+        if image is None:
             break
-        batch.append(picture)
-        if len(batch) == size or (picture.row + 1) % part_size == 0:
+        batch.append(image)
+        if len(batch) == size or (image.row + 1) % part_size == 0:
             yield batch
             batch = []
     if batch:
         yield batch
 
 
+def images_at_a_time(asked: int | None, cache: FeatureCache, names: Sequence[str], backbones: Backbones) -> int:
+    """The batch size of a run: what is asked for, else that of the parts that are there, else what suits the models.
+
+    The second so that a resumed run gives the bytes of one that was never stopped, also on a GPU with more memory. It
+    needs all the feature sets `names` to have been made in batches of one size.
+    """
+    if asked is not None:
+        return asked
+    sizes = {_recorded_size(cache, name) for name in names}
+    recorded = sizes.pop() if len(sizes) == 1 else None
+    return recorded or backbones.batch_size
+
+
+def _recorded_size(cache: FeatureCache, name: str) -> int | None:
+    written = set(range(cache.n_parts)).difference(cache.pending_parts([name]))
+    try:
+        batches = cache.record(min(written), name).batches if written else ()
+    except CorruptPartError:  # for `cache verify` to report
+        return None
+    return batches[0][0] if batches else None
+
+
+@dataclass
+class _Slot:
+    """What the models made of one image of a batch: on the host, once the batch is ready.
+
+    batch_sizes   as `PictureFeatures` has them
+    """
+
+    features: dict[str, Tensor] = field(default_factory=dict)
+    batch_sizes: dict[str, int] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class _Launched:
-    """A batch that the device is at work on. `outputs`: by row, feature set and on the host, once `ready` is."""
+    """A batch that the device is at work on, until `ready`."""
 
-    batch: list[Decoded]
-    outputs: dict[int, dict[str, Tensor]]
+    batch: list[DecodedImage]
+    slots: list[_Slot]
     ready: torch.cuda.Event | None
 
 
 class BatchEncoder:
-    """Runs the backbones over batches of decoded pictures, in order.
+    """Runs the backbones over batches of decoded images, in order.
 
-    ignored_orientations   pictures so far whose EXIF would have turned them, but whose annotations want them as stored
+    ignored_orientations   images so far whose EXIF would have turned them, but whose annotations want them as stored
     """
 
     def __init__(self, manifest: Manifest, backbones: Backbones, progress: Progress) -> None:
@@ -66,8 +108,8 @@ class BatchEncoder:
         self._pieces = defaultdict[str, Halving](Halving)  # by model: a batch that fits one may be too much for another
         self.ignored_orientations = 0
 
-    def __call__(self, batches: Iterable[list[Decoded]]) -> Iterator[PictureFeatures]:
-        """The wanted features of each picture, in order; one that failed passes with its reason."""
+    def __call__(self, batches: Iterable[list[DecodedImage]]) -> Iterator[PictureFeatures]:
+        """The wanted features of each image, in order; one that failed passes with its reason."""
         under_way: _Launched | None = None
         for batch in batches:
             launched = self._launch(batch)
@@ -80,41 +122,66 @@ class BatchEncoder:
         if under_way is not None:
             yield from self._collect(under_way)
 
-    def _launch(self, batch: list[Decoded]) -> _Launched:
-        outputs: dict[int, dict[str, Tensor]] = {picture.row: {} for picture in batch}
+    def _launch(self, batch: list[DecodedImage]) -> _Launched:
+        slots = [_Slot() for _ in batch]
         for encoder in self._backbones.encoders:
-            self._encode(encoder, batch, outputs)
-        if self._backbones.localizer is not None:
-            self._localize(self._backbones.localizer, batch, outputs)
+            self._fill(slots, batch, encoder, [encoder.name], self._maps_by(encoder))
+        if (localizer := self._backbones.localizer) is not None:
+            self._fill(slots, batch, localizer, localizer.outputs, self._tokens_by(localizer))
         ready = None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
             ready.record()
-        return _Launched(batch, outputs, ready)
+        return _Launched(batch, slots, ready)
 
-    def _encode(self, encoder: SemanticEncoder, batch: list[Decoded], outputs: dict[int, dict[str, Tensor]]) -> None:
-        wanting = [picture for picture in batch if encoder.name in picture.inputs]
-        if not wanting:
+    def _fill(
+        self,
+        slots: list[_Slot],
+        batch: list[DecodedImage],
+        model: Backbone,
+        names: Collection[str],
+        compute: Callable[[Sequence[_Input]], list[dict[str, Tensor]]],
+    ) -> None:
+        """Put the feature sets `names` of a model into the slots of the images that they are wanted of."""
+        pieces, there = self._pieces[model.name], [model.name in image.inputs for image in batch]
+        if not any(there):
+            for slot, size in zip(slots, pieces.sizes(len(batch)), strict=True):
+                slot.batch_sizes.update(dict.fromkeys(names, size))
             return
-        with self.progress.timed("encode"):
-            inputs = [self._on_device(picture.inputs[encoder.name]) for picture in wanting]
-            maps = self._pieces[encoder.name](lambda piece: encoder.encode(torch.stack(list(piece))), inputs).float()
-            for picture, feature_map in zip(wanting, self._on_host(maps), strict=True):
-                outputs[picture.row][encoder.name] = feature_map
+        some = batch[there.index(True)].inputs[model.name]
+        blank = torch.zeros(some.shape, dtype=some.dtype, device=self._device)
+        inputs = [_Input(image, image.inputs.get(model.name, blank)) for image in batch]
+        results = ((features, len(piece)) for piece in pieces.results(compute, inputs) for features in piece)
+        for slot, wanted, (features, size) in zip(slots, there, results, strict=True):
+            slot.batch_sizes.update(dict.fromkeys(names, size))
+            if wanted:
+                slot.features.update(features)
 
-    def _localize(self, localizer: Localizer, batch: list[Decoded], outputs: dict[int, dict[str, Tensor]]) -> None:
-        wanting = [picture for picture in batch if localizer.name in picture.inputs]
-        if not wanting:
-            return
-        with self.progress.timed("encode"):
-            inputs = [self._on_device(picture.inputs[localizer.name]) for picture in wanting]
-            embeddings = self._pieces[localizer.name](localizer.encode, inputs)
-        with self.progress.timed("tokens"):
-            boxes = [self._manifest.boxes_xyxy[self._manifest.regions(picture.row)] for picture in wanting]
-            found = localizer.outputs_of_pictures(embeddings, boxes, [picture.size for picture in wanting])
-            for picture, of_picture in zip(wanting, found, strict=True):
-                for name, values in of_picture.items():
-                    outputs[picture.row][name] = self._on_host(values)
+    def _maps_by(self, encoder: SemanticEncoder) -> Callable[[Sequence[_Input]], list[dict[str, Tensor]]]:
+        def compute(inputs: Sequence[_Input]) -> list[dict[str, Tensor]]:
+            with self.progress.timed("encode"):
+                maps = encoder.encode(torch.stack([self._on_device(each.values) for each in inputs])).float()
+                return [{encoder.name: feature_map} for feature_map in self._on_host(maps)]
+
+        return compute
+
+    def _tokens_by(self, localizer: Localizer) -> Callable[[Sequence[_Input]], list[dict[str, Tensor]]]:
+        manifest = self._manifest
+
+        def compute(inputs: Sequence[_Input]) -> list[dict[str, Tensor]]:
+            with self.progress.timed("encode"):
+                embeddings = localizer.encode([self._on_device(each.values) for each in inputs])
+            with self.progress.timed("tokens"):
+                boxes = [manifest.boxes_xyxy[manifest.regions(each.image.row)] for each in inputs]
+                # The stated size of an image that was not read is as good as any: nobody gets its tokens.
+                sizes = [each.image.size or self._stated_size(each.image.row) for each in inputs]
+                found = localizer.outputs_of_pictures(embeddings, boxes, sizes)
+                return [{name: self._on_host(values) for name, values in features.items()} for features in found]
+
+        return compute
+
+    def _stated_size(self, row: int) -> tuple[int, int]:
+        return max(int(self._manifest.heights[row]), 1), max(int(self._manifest.widths[row]), 1)
 
     def _on_device(self, values: Tensor) -> Tensor:
         return values.to(self._device, non_blocking=self._device.type == "cuda")
@@ -127,9 +194,17 @@ class BatchEncoder:
         if launched.ready is not None:
             with self.progress.timed("encode"):
                 launched.ready.synchronize()
-        for picture in launched.batch:
-            self.ignored_orientations += picture.orientation_ignored
+        for image, slot in zip(launched.batch, launched.slots, strict=True):
+            self.ignored_orientations += image.orientation_ignored
             features: dict[str, NDArray[Any] | Stored] = {
-                name: values.numpy() for name, values in launched.outputs[picture.row].items()
+                name: values.numpy() for name, values in slot.features.items()
             }
-            yield PictureFeatures(picture.row, features, picture.failure)
+            yield PictureFeatures(image.row, features, image.failure, slot.batch_sizes)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """An image and what one model takes of it; zeros for a blank slot."""
+
+    image: DecodedImage
+    values: Tensor

@@ -21,7 +21,7 @@ from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.allocator import keep_memory
 from regionspot.pipeline.committing import CommitThread
 from regionspot.pipeline.decoding import Decoder, decode_ahead
-from regionspot.pipeline.encoding import BatchEncoder, batches_of
+from regionspot.pipeline.encoding import BatchEncoder, batches_of, images_at_a_time
 from regionspot.pipeline.encoding_sample import ready_to_store
 from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.frozen_models import FLOAT16, Backbones
@@ -85,6 +85,7 @@ def extract(
     """
     keep_memory()
     names = [feature_set.name for feature_set in backbones.feature_sets(exif)]
+    size = images_at_a_time(batch_size, cache, names, backbones)
     decoder = Decoder(cache.manifest, photo_folder, backbones, exif)
     watch = watch or Watch()
     with watch.over(cache, backbones, decode_threads), Claims(cache.storage, take_over=take_over) as claims:
@@ -97,8 +98,7 @@ def extract(
                 CommitThread(cache, shared, progress) as writer,
                 closing(decode_ahead(decoder, shared.jobs(), decode_threads)) as decoded,
             ):
-                batches = batches_of(decoded, batch_size or backbones.batch_size, cache.part_size, progress)
-                for picture in encode(batches):
+                for picture in encode(batches_of(decoded, size, cache.part_size, progress)):
                     with progress.timed("write"):
                         writer.put(picture)
                     watch.picture(picture, encode.ignored_orientations)

@@ -106,6 +106,7 @@ class Extraction:
             self.photos,
             backbones,
             exif=self.exif,
+            batch_size=self.batch_size,
             decode_threads=self.decode_threads,
             take_over=self.take_over,
             parts=self.only(cache.n_parts),

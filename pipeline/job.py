@@ -204,6 +204,10 @@ class PhotoFeatures:
     """Features of a part's pictures from their photos; for several threads at once."""
 
     def __init__(self, cache: FeatureCache, backbones: Backbones, job: ExtractJob) -> None:
+        from regionspot.pipeline.encoding import images_at_a_time  # imports torch
+
+        names = [feature_set.name for feature_set in backbones.feature_sets(job.exif)]
+        self._batch_size = images_at_a_time(job.batch_size, cache, names, backbones)
         self._cache, self._backbones, self._job = cache, backbones, job
         self._ignored: dict[range, int] = {}
         self._one_was_read = False
@@ -222,8 +226,7 @@ class PhotoFeatures:
         encode = BatchEncoder(manifest, self._backbones, progress)
         jobs = ((row, names) for row in rows)
         with closing(decode_ahead(decoder, jobs, job.decode_threads)) as decoded:
-            size = job.batch_size or self._backbones.batch_size
-            for picture in encode(batches_of(decoded, size, self._cache.part_size, progress)):
+            for picture in encode(batches_of(decoded, self._batch_size, self._cache.part_size, progress)):
                 self._one_was_read |= picture.failure is None
                 if not self._one_was_read and picture.row + 1 - rows.start >= min(FIRST_IMAGES, len(rows)):
                     raise InputError(

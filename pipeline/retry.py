@@ -1,35 +1,36 @@
-"""Just the pictures that could not be read, tried again: photos were restored, or fetched from another mirror.
+"""`regionspot extract --retry-failed`: the images that could not be read, tried again.
 
-Only they are decoded and encoded; what a part holds of the others is copied as it lies.
+Only they are decoded. Each is computed in the place that it has in its part's batches, whose shape the part's record
+states; all other places stay blank. It so gets the bytes that it would have had, and what the part holds of the others
+is copied as it is stored.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from regionspot.cache.claims import Claims
 from regionspot.cache.progress import Progress, duration
 from regionspot.cache.rewriting import rewrite_part
 from regionspot.cache.schema import PictureFeatures
 from regionspot.cache.store import FeatureCache
-from regionspot.pipeline.decoding import Decoder, decode_ahead
+from regionspot.pipeline.decoding import DecodedImage, Decoder, decode_ahead
 from regionspot.pipeline.encoding import BatchEncoder
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.summary_page import write_page
 
-Wanted = dict[int, list[str]]  # feature sets that lack a picture, by its row
-
 
 @dataclass(frozen=True)
 class RetrySummary:
-    """What became of the pictures that had failed.
+    """What became of the images that had failed.
 
-    read      pictures that are there now
+    read      images that are there now
     failed    that still cannot be read; `reason` is the last one's
     elsewhere that other runs are at work on
     """
@@ -43,8 +44,8 @@ class RetrySummary:
     def text(self) -> str:
         """One line for people."""
         if not self.read + self.failed + self.elsewhere:
-            return "nothing to try again: no picture has failed"
-        words = [f"{self.read:,} pictures read that had failed, {duration(self.seconds)}"]
+            return "nothing to try again: no image has failed"
+        words = [f"{self.read:,} images read that had failed, {duration(self.seconds)}"]
         if self.failed:
             words.append(f"{self.failed:,} still cannot be read (the last: {self.reason})")
         if self.elsewhere:
@@ -58,53 +59,101 @@ def retry(
     backbones: Backbones,
     *,
     exif: Exif = "auto",
+    batch_size: int | None = None,
     decode_threads: int | None = None,
     take_over: bool = False,
     parts: Collection[int] | None = None,
 ) -> RetrySummary:
-    """Run the backbones over the pictures that failed and write the parts anew in which some can be read now.
+    """Run the backbones over the images that failed and write the parts anew in which some can be read now.
+
+    batch_size   of parts whose records do not state how they were computed: those of earlier versions, or put together
+                 from several parts by `cache merge`
 
     Parts that are not written at all are left to `extract`. Killed at any moment, it can be run again; a part that
     was being replaced just then is made by the next `extract`.
     """
-    wanted = _failed(cache, [each.name for each in backbones.feature_sets(exif)], parts)
+    names = [each.name for each in backbones.feature_sets(exif)]
+    missing = _missing(cache, names, parts, lambda: batch_size or backbones.batch_size)
+    counts = {part: len({row for some in sets for row in some.rows}) for part, sets in missing.items()}
     decoder = Decoder(cache.manifest, photo_folder, backbones, exif)
-    progress = Progress(sum(map(len, wanted.values())), "failed pictures")
+    progress = Progress(sum(counts.values()), "failed images")
     encode = BatchEncoder(cache.manifest, backbones, progress)
     read = elsewhere = 0
     reason: str | None = None
     with Claims(cache.storage, take_over=take_over) as claims:
-        for part, rows in wanted.items():
+        for part, sets in missing.items():
             if not claims.claim(part):
-                elsewhere += len(rows)
+                elsewhere += counts[part]
                 continue
-            jobs = ((row, names) for row, names in sorted(rows.items()))
-            with closing(decode_ahead(decoder, jobs, decode_threads)) as decoded:
-                found = {picture.row: picture for picture in encode([one] for one in decoded)}
-            good = {row: picture for row, picture in found.items() if picture.failure is None}
-            reason = next((each.failure for each in reversed(found.values()) if each.failure), reason)
-            _replace(cache, part, {row: rows[row] for row in good}, found, claims)
+            there: set[int] = set()
+            for some in sets:
+                images = _computed(some, decoder, encode, decode_threads)
+                good = {image.row: image for image in images if image.failure is None}
+                reason = next((image.failure for image in reversed(images) if image.failure), reason)
+                if good:
+                    _replace(cache, part, some.names, good, claims)
+                there.update(good)
             claims.release(part)
-            read += len(good)
-            progress.step(len(rows))
+            read += len(there)
+            progress.step(counts[part])
     if read:
         write_page(cache)  # its list of failures is an older one
     return RetrySummary(read, progress.done - read, elsewhere, progress.seconds, reason)
 
 
-def _failed(cache: FeatureCache, names: Sequence[str], parts: Collection[int] | None) -> dict[int, Wanted]:
-    """By part, the rows that failed and the feature sets that lack them."""
-    found: defaultdict[int, Wanted] = defaultdict(dict)
+@dataclass(frozen=True)
+class _Missing:
+    """Images of one part that feature sets lack, and how the part's images are computed together.
+
+    rows      of the images, rising
+    batches   the rows of each batch of the part, in order
+    names     of the feature sets
+    """
+
+    rows: tuple[int, ...]
+    batches: tuple[range, ...]
+    names: list[str]
+
+
+def _missing(
+    cache: FeatureCache, names: Sequence[str], parts: Collection[int] | None, batch_size: Callable[[], int]
+) -> dict[int, list[_Missing]]:
+    """By part, what failed; feature sets that lack the same images and were computed alike together."""
+    found: defaultdict[int, dict[Any, _Missing]] = defaultdict(dict)
     for name in names:
         written = set(range(cache.n_parts)) - set(cache.pending_parts([name]))
         for part in sorted(written if parts is None else written.intersection(parts)):
-            for failure in cache.record(part, name).failures:
-                found[part].setdefault(failure.row, []).append(name)
-    return dict(sorted(found.items()))
+            record = cache.record(part, name)
+            if not record.failures:
+                continue
+            rows = tuple(failure.row for failure in record.failures)
+            batches = record.batch_rows() or _in_batches_of(batch_size(), cache.part_rows(part))
+            alike = _Missing(rows, tuple(batches), [])
+            found[part].setdefault((alike.rows, alike.batches), alike).names.append(name)
+    return {part: list(sets.values()) for part, sets in sorted(found.items())}
 
 
-def _replace(cache: FeatureCache, part: int, good: Wanted, found: dict[int, PictureFeatures], claims: Claims) -> None:
-    """Write each feature set of the part anew that one of the pictures was read for."""
-    for name in sorted({name for names in good.values() for name in names}):
-        changes = {row: found[row] for row, names in good.items() if name in names}
-        rewrite_part(cache, part, name, changes, str(claims.process), lambda: claims.require_ours(part))
+def _in_batches_of(size: int, rows: range) -> list[range]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def _computed(
+    missing: _Missing, decoder: Decoder, encode: BatchEncoder, decode_threads: int | None
+) -> list[PictureFeatures]:
+    """The images that are missing, each computed in its own place of its batch, or the reason why it is still not."""
+    wanted = set(missing.rows)
+    jobs = ((row, missing.names) for row in missing.rows)
+    with closing(decode_ahead(decoder, jobs, decode_threads)) as decoded:
+        batches = (
+            [next(decoded) if row in wanted else DecodedImage(row) for row in rows]
+            for rows in missing.batches
+            if not wanted.isdisjoint(rows)
+        )
+        return [image for image in encode(batches) if image.row in wanted]
+
+
+def _replace(
+    cache: FeatureCache, part: int, names: Sequence[str], good: Mapping[int, PictureFeatures], claims: Claims
+) -> None:
+    for name in names:
+        rewrite_part(cache, part, name, good, str(claims.process), lambda: claims.require_ours(part))
