@@ -109,14 +109,14 @@ class HeadFeatures:
             # How an image is turned is no matter of the backbones.
             fields = {name: value for name, value in trained.fields.items() if name != "exif"}
             compared = compare(fields, provenances[trained.name])
-            problem = f"{self.checkpoint}: was trained on {trained.name} with "
-            problem += compared.text("{field} {expected}, but {found}")
             if strict and trained.refused(compared, asked):
                 raise WeightsError(
-                    f"{problem} are loaded; give the weights and options that its cache was extracted with, or ask for "
-                    "no such check (--no-check-weights)"
+                    f"{self.checkpoint}: was trained on {trained.name} with "
+                    f"{compared.text('{field} {expected}, but {found}')} are loaded; give the weights and options that "
+                    "its cache was extracted with, or ask for no such check (--no-check-weights)"
                 )
-            self._warn(compared, trained, f"{problem} are used")
+            form = "{field} {found}, trained with {expected}"
+            self._warn(compared, trained, f"{self.checkpoint}: runs on {trained.name} with {compared.text(form)}")
 
     def _warn(self, compared: Comparison, trained: TrainedOn, problem: str) -> None:
         if compared.deciding:

@@ -163,7 +163,7 @@ def test_predict_and_evaluation_compute_in_the_dtype_of_the_heads_features(extra
     assert json.loads((asked.out / "results.json").read_text())["protocol"]["dtype"] == "bfloat16"
     spot = RegionSpot.load(head, device="cpu")
     assert (spot.localizer.provenance["dtype"], spot.encoder.provenance["dtype"]) == ("bfloat16", "bfloat16")
-    assert "was trained on" not in caplog.text
+    assert "trained with" not in caplog.text
     on_cache = replace(asked, checkpoint=head, cache=extracted(dtype="bfloat16").path)
     with pytest.raises(ProvenanceMismatchError, match="extracted with --dtype bfloat16, asked for is float32"):
         evaluate_lvis(replace(on_cache, dtype="float32"))
@@ -172,8 +172,8 @@ def test_predict_and_evaluation_compute_in_the_dtype_of_the_heads_features(extra
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"dtype": "float32"}, "was trained on toy_sam with dtype bfloat16, but float32 are used"),
-        ({"preprocess": "reference"}, "was trained on toy_clip with preprocess direct, but reference are used"),
+        ({"dtype": "float32"}, "runs on toy_sam with dtype float32, trained with bfloat16; scores may be worse"),
+        ({"preprocess": "reference"}, "runs on toy_clip with preprocess reference, trained with direct; scores may"),
     ],
 )
 def test_another_dtype_or_preprocessing_is_taken_aloud(extracted, tmp_path, caplog, options, said):
