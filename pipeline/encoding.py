@@ -12,7 +12,7 @@ look at what it made.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -109,7 +109,7 @@ class BatchEncoder:
         self.ignored_orientations = 0
 
     def __call__(self, batches: Iterable[list[DecodedImage]]) -> Iterator[PictureFeatures]:
-        """The wanted features of each image, in order; one that failed passes with its reason."""
+        """The wanted features of each image, in order; one that failed, or whose features did, has its reason."""
         under_way: _Launched | None = None
         for batch in batches:
             launched = self._launch(batch)
@@ -199,7 +199,19 @@ class BatchEncoder:
             features: dict[str, NDArray[Any] | Stored] = {
                 name: values.numpy() for name, values in slot.features.items()
             }
-            yield PictureFeatures(image.row, features, image.failure, slot.batch_sizes)
+            failure = image.failure or self._not_finite(image.row, slot.features)
+            yield PictureFeatures(image.row, features, failure, slot.batch_sizes)
+
+    def _not_finite(self, row: int, features: Mapping[str, Tensor]) -> str | None:
+        """Why an image fails whose features hold NaN or infinity: it must cost itself only, and never be stored."""
+        for name, values in features.items():
+            # Both show in the extremes, which take no memory for a mask.
+            if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
+                return (
+                    f"{self._manifest.paths[row]}: its {name} features are not finite; the backbone overflows in its "
+                    "dtype: extract into another cache with --dtype float32"
+                )
+        return None
 
 
 @dataclass(frozen=True)

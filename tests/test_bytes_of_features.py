@@ -251,3 +251,35 @@ def test_nothing_depends_on_what_the_cpu_has_instructions_for(
     extraction_of(tmp_path / "c.zarr", manifest, photo_dir("toy", world), again).run()
     assert contents(tmp_path / "c.zarr") == contents(unbroken.path)
     assert FeatureCache.open(tmp_path / "c.zarr").feature_sets == unbroken.feature_sets
+
+
+class Overflowing:
+    """An encoder whose map of one image is not finite, as float16's is of rare ones."""
+
+    def __init__(self, encoder, at):
+        self._encoder, self._at, self._seen = encoder, at, 0
+
+    def __getattr__(self, name):
+        return getattr(self._encoder, name)
+
+    def encode(self, batch):
+        maps = self._encoder.encode(batch)
+        if 0 <= self._at - self._seen < len(maps):
+            maps[self._at - self._seen, 3, 5] = float("nan")
+        self._seen += len(maps)
+        return maps
+
+
+def test_an_image_whose_features_are_not_finite_fails_alone_and_nothing_of_it_is_stored(
+    manifest, photos, backbones, tmp_path
+):
+    overflowing = replace(backbones, encoders=(Overflowing(backbones.encoders[0], at=4),))
+    summary = extraction_of(tmp_path / "a.zarr", manifest, photos, overflowing).run()
+    assert summary.failed == 1
+    cache = FeatureCache.open(tmp_path / "a.zarr")
+    (failure,) = cache.failures()
+    assert failure.row == 4
+    assert failure.reason.startswith(f"{manifest.paths[4]}: its toy_clip features are not finite; ")
+    assert cache.valid_rows().tolist() == [row for row in range(IMAGES) if row != 4]
+    extraction_of(tmp_path / "a.zarr", manifest, photos, backbones).retry()
+    assert len(FeatureCache.open(tmp_path / "a.zarr").valid_rows()) == IMAGES
