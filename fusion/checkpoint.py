@@ -41,7 +41,8 @@ class HeadInfo:
     preset             name of the pair of backbones ("bl"); None where training was given none
     localizer, encoder names of the feature sets it was trained on
     weights_sha256     of the backbones: {feature set name: hex}
-    caches             one record a cache: its dataset, its manifest's digest, its share of the batches
+    caches             one record a cache: its dataset, its manifest's digest, its share of the batches, and under "map"
+                       and "token" how these features were made (provenance, shape) and stored (encoding)
     vocabularies       digests, one a cache
     templates          of those vocabularies, so that evaluation can put its names into the same sentences
     step               iterations done

@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from regionspot.fusion.head import HEADS
 from regionspot.fusion.metrics import read_metrics
 from regionspot.fusion.run_folder import RunFolder
 from regionspot.fusion.sources import open_source
+from regionspot.fusion.stop_signals import StopSignals
 from regionspot.fusion.tensor_file import read_document
 from regionspot.fusion.train import train
 from regionspot.fusion.vocabulary import Vocabulary
@@ -221,7 +223,10 @@ def test_the_loss_falls_and_the_head_knows_what_it_was_trained_on(undisturbed, c
     assert (checkpoint.info.preset, checkpoint.info.step) == ("toy", CONFIG.iterations)
     assert (checkpoint.info.localizer, checkpoint.info.encoder) == ("tokens", "maps")
     assert checkpoint.info.weights_sha256 == {"maps": "w" * 64, "tokens": "t" * 64}
-    assert checkpoint.info.caches[0]["manifest"] == cache.manifest.digest()
+    (record,) = checkpoint.info.caches
+    assert record["manifest"] == cache.manifest.digest()
+    assert record["map"] == {"name": "maps", "encoding": "float16", "shape": [5, 16], "weights_sha256": "w" * 64}
+    assert record["token"] == {"name": "tokens", "encoding": "float16", "shape": [8], "weights_sha256": "t" * 64}
     assert (undisturbed / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -314,6 +319,29 @@ def test_a_signal_stops_a_run_with_a_checkpoint_of_the_step_under_way(cache, und
     assert step_saved(out) == load_checkpoint(out / "head.safetensors").info.step == 24
     resume(cache, out)
     require_same_run(out, undisturbed)
+
+
+def test_a_second_signal_takes_effect_at_once():
+    with StopSignals():
+        signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_a_signal_that_the_process_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with StopSignals() as signals:
+            signal.raise_signal(signal.SIGINT)
+            assert signals.interruptible(lambda: 7) == 7
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_training_runs_in_another_thread_than_the_main_one(cache, tmp_path):
+    with ThreadPoolExecutor(1) as pool:
+        config = replace(CONFIG, iterations=2)
+        assert pool.submit(train, [cache], [make_vocabulary()], tmp_path / "run", config).result().step == 2
 
 
 def test_a_longer_run_resumes_a_shorter_one_as_if_it_had_been_that_long(cache, tmp_path):
