@@ -24,7 +24,7 @@ from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.drawing import Colour, Drawn, colours_of, draw_regions
 from regionspot.evaluation.map_views import box_likeness, pca_colours, stretched
 from regionspot.evaluation.sheet import GAP, INK, PAPER, QUIET
-from regionspot.pipeline.photos import read_photo
+from regionspot.pipeline.photos import Exif, exif_of, read_photo
 
 BLANK = (214, 213, 209)  # where there is no photo
 HEAT_OPACITY = 0.68
@@ -59,7 +59,8 @@ def show_picture(
     """
     manifest = cache.manifest
     row = manifest.row_of(image_id)
-    photo, remark = _photo(manifest, row, photos)
+    exif = exif_of(each.provenance for each in cache.feature_sets.values())
+    photo, remark = _photo(manifest, row, photos, exif)
     drawn = _regions(manifest, row)
     chosen = _chosen(cache, image_id, drawn, region, photo.size)
     maps = _map_set(cache, map_set)
@@ -145,14 +146,14 @@ def _chosen(
     return int(np.where(areas < 0.5, areas, -areas).argmax())
 
 
-def _photo(manifest: Manifest, row: int, photos: Path | None) -> tuple[Image.Image, str]:
-    """The photo, or grey of its size, and what to say of that."""
+def _photo(manifest: Manifest, row: int, photos: Path | None, exif: Exif) -> tuple[Image.Image, str]:
+    """The image, or grey of its size, and a remark on that."""
     height, width = int(manifest.heights[row]), int(manifest.widths[row])
     blank = Image.new("RGB", (width, height), BLANK)
     if photos is None:
         return blank, "; no folder of photos given"
     try:
-        return read_photo(photos / str(manifest.paths[row]), (height, width)), ""
+        return read_photo(photos / str(manifest.paths[row]), (height, width), exif), ""
     except PhotoError as error:
         return blank, f"; photo {str(error).partition(': ')[2].partition(';')[0]}"
 

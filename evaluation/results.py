@@ -19,6 +19,7 @@ from regionspot.evaluation.inference import Inference, Method, infer
 from regionspot.evaluation.lvis_ap import lvis_ap
 from regionspot.evaluation.sheet import judged_sheet
 from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, FailureLimit
+from regionspot.pipeline.photos import exif_of
 
 SHEET_PICTURES = 9
 # Stages that any method on the same pictures would share: opening them, and the two encoders' maps.
@@ -64,9 +65,9 @@ def evaluate_method(
     }
     write_results_json(out / "detections.json", found.detections)
     if photos is not None:
-        judged_sheet(method.manifest, photos, found.detections, SHEET_PICTURES, title=method.name).save(
-            out / "sheet.png"
-        )
+        exif = exif_of(method.features.values())
+        sheet = judged_sheet(method.manifest, photos, found.detections, SHEET_PICTURES, title=method.name, exif=exif)
+        sheet.save(out / "sheet.png")
     write_file(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
 

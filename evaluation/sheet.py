@@ -14,7 +14,7 @@ from regionspot.cache.errors import PhotoError
 from regionspot.cache.manifest import NO_CATEGORY, Manifest
 from regionspot.evaluation.detections import Detections
 from regionspot.evaluation.drawing import Drawn, draw_regions
-from regionspot.pipeline.photos import read_photo
+from regionspot.pipeline.photos import Exif, read_photo
 
 RIGHT, WRONG = (70, 200, 90), (235, 70, 60)
 PAPER, INK, QUIET = (250, 250, 248), (25, 25, 25), (110, 110, 110)
@@ -58,28 +58,34 @@ def _fitted(image: Image.Image, cell: int) -> Image.Image:
 
 
 def judged_sheet(
-    manifest: Manifest, photos: Path, detections: Detections, pictures: int = 6, columns: int = 3, title: str = ""
+    manifest: Manifest,
+    photos: Path,
+    detections: Detections,
+    pictures: int = 6,
+    columns: int = 3,
+    title: str = "",
+    exif: Exif = "auto",
 ) -> Image.Image:
-    """A sheet of the first pictures with the best name of every region.
+    """A sheet of the first images with the best name of every region.
 
-    Where the manifest knows the region's class, a right name is green and a wrong one red, with the truth behind it.
-    Pictures that cannot be read or have no detections are passed over.
+    Where the manifest knows the region's class, a right name is green and a wrong one red, with the right one behind
+    it. Images that cannot be read or have no detections are left out. `exif` is the rule of the features.
     """
     drawn: list[Captioned] = []
     for row in range(len(manifest)):
         if len(drawn) == pictures:
             break
-        picture = _judged(manifest, photos, detections, row)
+        picture = _judged(manifest, photos, detections, row, exif)
         if picture is not None:
             drawn.append(picture)
     return contact_sheet(drawn, columns, title=title)
 
 
-def _judged(manifest: Manifest, photos: Path, detections: Detections, row: int) -> Captioned | None:
+def _judged(manifest: Manifest, photos: Path, detections: Detections, row: int, exif: Exif) -> Captioned | None:
     stated = (int(manifest.heights[row]), int(manifest.widths[row]))
     best = _best_of_regions(detections.take(detections.image_ids == manifest.image_ids[row]))
     try:
-        photo = read_photo(photos / str(manifest.paths[row]), stated)
+        photo = read_photo(photos / str(manifest.paths[row]), stated, exif)
     except PhotoError:
         return None
     if not len(best):

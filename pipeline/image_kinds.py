@@ -86,7 +86,7 @@ def read_header(file: BinaryIO) -> Image.Image:
         try:
             importlib.import_module(plugin.module)
         except ImportError:
-            raise NotAnImageError(f"is a {plugin.name} image; to read it, `pip install {plugin.package}`") from None
+            raise NotAnImageError(f"is in {plugin.name} format; to read it, `pip install {plugin.package}`") from None
         file.seek(0)
         return Image.open(file)
     raise NotAnImageError(_what_it_is(head, plugin))
@@ -103,7 +103,7 @@ def _what_it_is(head: bytes, plugin: Plugin | None) -> str:
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark and white space
     name = plugin.name if plugin else next((name for magic, name in IMAGES.items() if start.startswith(magic)), None)
     if name:
-        return f"is a {name} image that Pillow cannot read: its header is damaged, or its kind of pixels is not known"
+        return f"is in {name} format but cannot be read; it is cut off, damaged, or of a kind that Pillow does not know"
     return next(
         (what for magic, what in OTHERS.items() if start.startswith(magic)), "is not an image in a known format"
     )

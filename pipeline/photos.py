@@ -15,12 +15,12 @@ import os
 import re
 import stat
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import BinaryIO, Literal, TypeAlias, cast, get_args
+from typing import Any, BinaryIO, Literal, TypeAlias, cast, get_args
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -72,6 +72,11 @@ def check_exif(rule: str) -> Exif:
     return cast("Exif", rule)
 
 
+def exif_of(provenances: Iterable[Mapping[str, Any]]) -> Exif:
+    """The rule by which the images of these feature sets were turned; "auto" where none states it."""
+    return check_exif(next((each["exif"] for each in provenances if "exif" in each), "auto"))
+
+
 def read_photo(source: Source, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> Image.Image:
     """The image as RGB; transparency is dropped.
 
@@ -86,7 +91,7 @@ def read_photo(source: Source, stated_size: tuple[int, int] | None = None, exif:
 
 
 def decode_photo(source: Source, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> Photo:
-    """As `read_photo`, and what became of the orientation."""
+    """As `read_photo`, and what became of the orientation, which the image itself no longer states."""
     name = _name(source)
     try:
         with _opened(source) as (stored, jpeg):
@@ -102,6 +107,9 @@ def decode_photo(source: Source, stated_size: tuple[int, int] | None = None, exi
         raise PhotoError(f"{name}: {_reason(error)}") from None
     if applied != loaded_upright:
         image = image.transpose((TURNS if applied else TURNS_BACK)[orientation])
+    if turns:  # whoever is given this image must not find the orientation and apply it again
+        image = image.copy() if image is stored else image
+        image.info = {}
     if stated_size is not None and (image.height, image.width) != tuple(stated_size):
         raise PhotoError(
             f"{name}: is {image.width} x {image.height} pixels (width x height), its annotation states "

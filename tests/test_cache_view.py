@@ -1,6 +1,7 @@
 """A picture of a cache to look at: equal patches look equal, what is like a region is bright, and nothing crashes."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -119,6 +120,23 @@ def test_a_patch_that_the_box_covers_in_part_counts_in_part():
 def test_a_box_without_area_is_like_the_patch_that_it_lies_in(box):
     likeness = box_likeness(patches_in_halves(), np.array(box, np.float32))
     np.testing.assert_allclose(likeness[:, 2:], 1)
+
+
+@pytest.mark.parametrize(("rule", "first"), [("apply", (0, 0, 255)), ("ignore", (255, 0, 0)), (None, (255, 0, 0))])
+def test_the_image_is_turned_by_the_rule_of_the_features(made, cache, tmp_path, monkeypatch, rule, first):
+    views, original = [], cache_view.side_by_side
+    monkeypatch.setattr(cache_view, "side_by_side", lambda each, title: views.extend(each) or original(each, title))
+    sets = [MAPS if rule is None else replace(MAPS, provenance={"exif": rule})]
+    turned = FeatureCache.create(tmp_path / "turned.zarr", cache.manifest, sets, part_size=2)
+    turned.write_part(0, [PictureFeatures(row, {"clip": np.zeros(MAPS.shape)}) for row in (0, 1)])
+    halves = np.zeros((120, 160, 3), np.uint8)
+    halves[:, :80, 0] = halves[:, 80:, 2] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.fromarray(halves).save(tmp_path / "b.jpg", "PNG", exif=exif)
+    show_picture(turned, 11, tmp_path)
+    image = views[0].image
+    assert image.getpixel((image.width // 4, image.height * 3 // 4)) == first
 
 
 def test_three_views_stand_side_by_side_and_say_what_they_show(cache, made, captions):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from regionspot.cache.errors import InputError, ProvenanceMismatchError, WeightsError
 from regionspot.cache.store import FeatureCache
@@ -390,3 +391,21 @@ def test_the_sheet_marks_wrong_names_in_red_and_right_ones_in_green(world, manif
     green, red = ((sheet == colour).all(axis=-1).sum() for colour in ((70, 200, 90), (235, 70, 60)))
     assert green > 500
     assert red > 2 * green
+
+
+def test_a_sheet_turns_images_by_the_rule_of_the_features(world, manifest, tmp_path):
+    photos, path = photo_dir("toy", world, "val", manifest), str(manifest.paths[0])
+    detections = infer(Counted(manifest), tmp_path / "inference").detections
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    for folder, angle in (("upright", 0), ("stored", 180)):
+        (tmp_path / folder / path).parent.mkdir(parents=True)
+        Image.open(photos / path).rotate(angle).save(
+            tmp_path / folder / path, "PNG", **({"exif": exif} if angle else {})
+        )
+    sheets = [
+        np.asarray(judged_sheet(manifest, tmp_path / folder, detections, 1, exif=rule))
+        for folder, rule in [("upright", "auto"), ("stored", "apply"), ("stored", "ignore")]
+    ]
+    assert np.array_equal(sheets[0], sheets[1])
+    assert not np.array_equal(sheets[0], sheets[2])

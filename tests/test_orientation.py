@@ -146,6 +146,7 @@ def test_every_format_and_orientation_follows_the_rule_however_the_image_is_give
             assert_seen(photo.image, seen)
             expected = "none" if orientation == 1 else "applied" if orientation in turned else "ignored"
             assert photo.orientation == expected, (size, rule, type(source))
+            assert decode_photo(photo.image, exif="apply").orientation == "none"
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -181,6 +182,7 @@ def test_an_image_that_was_turned_in_memory_is_not_turned_again():
 
 def test_an_opened_image_stays_as_it_was():
     opened = Image.open(io.BytesIO(FORMATS["JPEG"](6)))
-    decode_photo(opened, exif="apply")
-    assert opened.size == (WIDTH, HEIGHT)
-    assert np.asarray(opened).shape == STORED.shape
+    for rule in ("apply", "ignore"):
+        decode_photo(opened, exif=rule)
+        assert np.asarray(opened).shape == STORED.shape
+        assert opened.getexif()[ORIENTATION] == 6

@@ -1,4 +1,5 @@
 import json
+import os
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -88,14 +89,25 @@ def test_a_picture_is_the_same_from_a_file_pil_or_numpy(spot, pixels, tmp_path):
     assert answers[0][0].mask is None
 
 
-def test_a_file_is_turned_upright_before_boxes_are_laid_on_it(spot, pixels, tmp_path):
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_an_image_is_turned_upright_before_boxes_are_laid_on_it_however_it_is_given(
+    spot, pixels, tmp_path, regionspot, checkpoint, format
+):
     exif = Image.Exif()
     exif[0x0112] = 6  # stored lying on its side: turn by a quarter to see it
-    path = tmp_path / "turned.png"
-    Image.fromarray(np.rot90(pixels).copy()).save(path, exif=exif)
-    turned = spot.predict(path, BOXES, NAMES)
-    assert turned[0].mask.shape == (120, 200)
-    assert turned[0].scores == spot.predict(pixels, BOXES, NAMES)[0].scores
+    path = tmp_path / "turned"
+    stored = np.rot90(pixels).copy()
+    Image.fromarray(stored).save(path, format, exif=exif)
+    expected = spot.predict(pixels, BOXES, NAMES, masks=False)
+    for image in (path, str(path), path.read_bytes(), Image.open(path)):
+        assert spot.predict(image, BOXES, NAMES, masks=False) == expected
+    boxes, names = ";".join(",".join(map(str, box)) for box in BOXES), ",".join(NAMES)
+    given = ("--checkpoint", checkpoint, "--boxes", boxes, "--names", names, "--weights", WEIGHTS)
+    code, out, err = regionspot("predict", path, *given)
+    assert code == 0, err
+    assert json.loads(out) == [region.as_json() for region in expected]
+    on_its_side = spot.predict(stored, [[5, 5, 60, 90]], NAMES, masks=False)
+    assert spot.predict(path, [[5, 5, 60, 90]], NAMES, masks=False, exif="ignore") == on_its_side
 
 
 def test_one_box_scores_the_same_whatever_boxes_stand_around_it_in_another_call(spot, pixels):
@@ -190,6 +202,32 @@ def test_what_is_no_picture_is_refused(spot, pixels, tmp_path):
         spot.predict(tmp_path / "absent.jpg", BOXES, NAMES)
     with pytest.raises(InputError, match="float64 of shape"):
         spot.predict(pixels / 255, BOXES, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("nothing", "is not there"),
+        ("folder", "cannot be read (Is a directory)"),
+        ("empty", "is empty (0 bytes)"),
+        ("pipe", "cannot be read (it is a named pipe or a device, not a file"),
+        ("device", "cannot be read (it is a named pipe or a device, not a file"),
+        ("text", "is HTML or XML, not an image"),
+        ("half", "is broken or cut off"),
+    ],
+)
+def test_the_command_line_refuses_what_is_no_image_in_one_line(refused, pixels, tmp_path, kind, reason):
+    path = tmp_path / "image.jpg"
+    {
+        "nothing": lambda: None,
+        "folder": path.mkdir,
+        "empty": path.touch,
+        "pipe": lambda: os.mkfifo(path),
+        "device": lambda: path.symlink_to("/dev/zero"),
+        "text": lambda: path.write_text("<html>"),
+        "half": lambda: (Image.fromarray(pixels).save(path), os.truncate(path, path.stat().st_size // 2)),
+    }[kind]()
+    refused(f"{path}: {reason}", "predict", path, "--checkpoint", "x", "--boxes", "1,1,9,9", "--names", "dog")
 
 
 def test_a_checkpoint_is_loaded_only_with_the_backbones_that_it_was_trained_on(checkpoint):
