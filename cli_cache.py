@@ -73,7 +73,7 @@ def import_tokens(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="the authors' token files, <image id>.pth")],
     cache: Annotated[str, typer.Option(help="the cache of the same pictures and regions")],
     allow_missing: Annotated[
-        bool, typer.Option("--allow-missing", help="record pictures without a readable file as failed")
+        bool, typer.Option("--allow-missing", help="record images without a usable file as failed")
     ] = False,
 ) -> None:
     """Take location tokens from the authors' published files instead of running SAM."""

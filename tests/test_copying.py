@@ -367,7 +367,7 @@ def test_what_is_none_of_the_pictures_is_refused(made, tmp_path):
         (lambda made, out: convert(made / "ten", out, {"sam": Encoding("int4")}), "dtype is 'int4', expected one of"),
         (
             lambda made, out: convert(made / "ten", out, {"sam": Encoding.parse("int8+gzip")}),
-            "one of them and [+]zstd",
+            "one of them with [+]zstd",
         ),
     ],
 )

@@ -3,6 +3,7 @@
 import os
 import pickle
 import shutil
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def refused(files, address, caplog, *, allow_missing=False) -> tuple[str, list[s
 def test_every_regions_token_is_what_its_file_holds(files, address):
     summary = import_tokens(files, address)
     assert (summary.pictures, summary.parts, summary.failed) == (7, 3, 0)
-    assert "7 pictures in 3 parts" in summary.text()
+    assert "tokens of 7 of 7 images in 3 parts" in summary.text()
     cache = FeatureCache.open(address)
     batch = cache.read(np.arange(7))
     for row, count in enumerate(COUNTS):
@@ -145,7 +146,7 @@ def test_missing_files_are_refused_with_their_names_and_count(files, address, ca
     for name in ("10", "p5"):
         (files / f"{name}.pth").unlink()
     line, named = refused(files, address, caplog)
-    assert "of 7 token files 2 are missing or unreadable" in line
+    assert "of the token files 2 are missing or unusable" in line
     assert "--allow-missing" in line
     assert named == [f"{files / '10.pth'}: is not there", f"{files / '-9147483648.pth'}: is not there"]
 
@@ -159,16 +160,65 @@ def test_missing_files_are_recorded_as_failures_where_that_is_asked_for(files, a
     assert cache.valid_rows().tolist() == [0, 1, 4, 5, 6]
 
 
-def test_a_file_of_other_regions_is_refused_by_picture(files, address, caplog):
+def test_images_whose_files_are_of_other_regions_are_left_out_and_the_others_taken(files, address, caplog):
     save(files / "10.pth", tokens_of(0)[:1], [7])
     save(files / "14.pth", tokens_of(4), [7, 3, 3, 7])
-    line, named = refused(files, address, caplog, allow_missing=True)
-    assert "2 do not fit the regions" in line
-    assert named == [
-        f"{files / '10.pth'}: has 1 tokens, picture 10 (row 0) has 2 regions",
-        f"{files / '14.pth'}: 1 of 4 classes are not those of picture 14 (row 4); "
+    with caplog.at_level("WARNING"):
+        summary = import_tokens(files, address)
+    assert (summary.pictures, summary.differing, summary.missing) == (7, 2, 0)
+    assert "tokens of 5 of 7 images" in summary.text()
+    assert "2 whose file is of other regions; these are recorded as failed" in summary.text()
+    cache = FeatureCache.open(address)
+    assert cache.valid_rows().tolist() == [1, 2, 3, 5, 6]
+    batch = cache.read([2])
+    np.testing.assert_array_equal(batch.tokens[0, :3], tokens_of(2)[:, 0].astype(np.float16))
+    named = [
+        f"{files / '10.pth'}: has 1 tokens, image 10 (row 0) has 2 regions: 1 bowl fewer",
+        f"{files / '14.pth'}: 1 of 4 classes are not those of image 14 (row 4); "
         "the first, of region 1, is 3, expected 7",
     ]
+    assert [failure.reason for failure in cache.failures()] == named
+    assert [record.getMessage() for record in caplog.records][:2] == named
+
+
+def with_report(address, **report):
+    """The same cache, whose annotations left these out."""
+    manifest = replace(FeatureCache.open(address).manifest, report=report)
+    shutil.rmtree(address)
+    FeatureCache.create(address, manifest, [], part_size=3)
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        (
+            {"dropped_crowd": 2, "dropped_fake": 5, "dropped_under_1_px": 1},
+            "3 files differ: 6 tokens more than regions, 0 fewer; of its annotations the cache leaves out 2 crowd, "
+            "5 fake, 1 under 1 px: the authors kept those that are fake or under 1 px, 6 in all",
+        ),
+        ({"dropped_crowd": 6, "dropped_fake": 6}, "do not tell which of them the authors kept"),
+        ({"dropped_crowd": 3}, "do not tell which of them the authors kept"),
+        ({"corrected_names": 6}, "leaves out no annotation of its file, so they were made from another one"),
+    ],
+)
+def test_it_is_told_which_annotations_the_authors_kept(files, address, caplog, report, words):
+    with_report(address, **report)
+    for name, row, classes in (("10", 0, [7, 3, 7]), ("12", 2, [3, 3, 0, 3, 99]), ("p5", 5, [3, 7, 7, 7, 7])):
+        tokens = np.resize(tokens_of(row), (len(classes), 1, 256))
+        save(files / f"{name}.pth", tokens, classes)
+    with caplog.at_level("WARNING"):
+        assert import_tokens(files, address).differing == 3
+    told = [record.getMessage() for record in caplog.records]
+    assert words in told[-1]
+    assert f"{files / '10.pth'}: has 3 tokens, image 10 (row 0) has 2 regions: 1 cup more" in told
+
+
+def test_where_more_files_differ_than_fit_nothing_is_written(files, address, caplog):
+    for name in ("10", "12", "14", "16"):
+        save(files / f"{name}.pth", tokens_of(4)[:3], [7, 7, 99])
+    line, named = refused(files, address, caplog, allow_missing=True)
+    assert "4 are of other regions than their images have and only 2 fit" in line
+    assert len(named) == 4
 
 
 def test_a_region_without_a_class_takes_a_token_of_any(files, address):
@@ -181,7 +231,7 @@ def test_of_many_wrong_files_the_first_are_named_and_the_rest_counted(tmp_path, 
     FeatureCache.create(tmp_path / "c.zarr", manifest, [], part_size=5)
     (tmp_path / "none").mkdir()
     line, named = refused(tmp_path / "none", tmp_path / "c.zarr", caplog)
-    assert "of 14 token files 14 are missing" in line
+    assert "of the token files 14 are missing" in line
     assert (len(named), named[-1]) == (11, "... and 4 others")
 
 
@@ -189,7 +239,7 @@ def test_code_in_a_file_is_refused_in_one_line_and_never_run(files, address, cap
     (files / "12.pth").write_bytes(pickle.dumps(Trap(tmp_path / "ran"), protocol=2))
     torch.save({"mask_tokens": tokens_of(3), "classes": Trap(tmp_path / "ran")}, files / "14.pth")
     line, named = refused(files, address, caplog)
-    assert "2 are missing or unreadable" in line
+    assert "2 are missing or unusable" in line
     assert all("code in it is never run" in each for each in named)
     assert not (tmp_path / "ran").exists()
 
