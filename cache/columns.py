@@ -101,32 +101,48 @@ def load_manifest(storage: Storage, header: Header) -> Manifest:
     Raises NotACacheError when its arrays are damaged or are not those that the header speaks of.
     """
     cache = storage.address
-    _require_undamaged(storage, header)
+    written_again = _require_undamaged(storage, header)
     try:
-        group = zarr.open_group(storage.zarr_store(), mode="r")
+        # Others may have consolidated the metadata, before an array came or changed; each array's own counts.
+        group = zarr.open_group(storage.zarr_store(), mode="r", zarr_format=3, use_consolidated=False)
         manifest = _read_manifest(group, header)
-        whole = manifest.digest() == header.digest
+        wrong = "" if manifest.digest() == header.digest else "do not match the digest in zarr.json"
     except Exception as error:  # each codec of zarr raises its own
-        raise NotACacheError(f"{cache}: images/ or regions/ cannot be read, restore them: {error!s:.200}") from error
-    if not whole:
-        raise NotACacheError(f"{cache}: images/ or regions/ do not match the digest in zarr.json; restore the folder")
-    return manifest
+        wrong = f"cannot be read ({' '.join(str(error).split()):.200})"
+    if not wrong:
+        return manifest
+    if written_again:
+        raise NotACacheError(
+            f"{cache}/{written_again[0]}: was written again by another program, and by it images/ or regions/ {wrong}; "
+            "`regionspot cache repair` makes it again, or put it back from a copy of the cache"
+        )
+    raise NotACacheError(f"{cache}: images/ or regions/ {wrong}; put them back from a copy of the cache")
 
 
-def _require_undamaged(storage: Storage, header: Header) -> None:
-    """Raises NotACacheError for a file that is not as it was made.
+def _require_undamaged(storage: Storage, header: Header) -> list[str]:
+    """Raises NotACacheError for a file that is not as it was made; those are returned that may do no harm.
 
-    A Zarr library takes a chunk that is missing, or is looked for under another name, for one of fill values.
+    A Zarr library takes a chunk that is missing, or is looked for under another name, for one of fill values. An
+    array's metadata may have been written again by another program that added attributes: what is read by it is held
+    against the manifest's digest, which covers all but the federated lists.
     """
     names = [name for name in header.files if name.startswith(("images/", "regions/"))]
     try:
         with ThreadPoolExecutor(storage.readers) as pool:
             damages = list(pool.map(lambda name: header.damage(storage, name), names))
+        damaged = {name: damage for name, damage in zip(names, damages, strict=True) if damage}
+        written_again = [name for name in damaged if _is_covered_by_the_digest(name) and storage.exists(name)]
     except OSError as error:
         raise NotACacheError(f"{storage.address}: cannot be read: {error}; mend the disk or its permissions") from None
-    for name, damage in zip(names, damages, strict=True):
-        if damage:
+    for name, damage in damaged.items():
+        if name not in written_again:
             raise NotACacheError(f"{storage.address}/{name}: {damage}; put it back from a copy of the cache")
+    return written_again
+
+
+def _is_covered_by_the_digest(name: str) -> bool:
+    """Whether a file is metadata of an array whose values the manifest's digest covers, or of a group of them."""
+    return name.endswith("/zarr.json") and not name.startswith(("images/negative", "images/not_exhaustive"))
 
 
 def _read_manifest(group: zarr.Group, header: Header) -> Manifest:

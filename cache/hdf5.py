@@ -27,6 +27,7 @@ from regionspot.cache.errors import CacheError, CacheExistsError, InputError, No
 from regionspot.cache.hdf5_shards import SLOTS
 from regionspot.cache.hdf5_storage import DATA, FORM, FORM_VERSION, INDEX, INDEX_CRC
 from regionspot.cache.header import load_header
+from regionspot.cache.metadata import damaged_files
 from regionspot.cache.progress import Progress
 from regionspot.cache.schema import FeatureSet
 from regionspot.cache.shard import ZSTD_LEVEL
@@ -111,9 +112,9 @@ def _written_parts(cache: FeatureCache, name: str) -> list[int]:
 def _made_with_the_cache(storage: Storage) -> list[str]:
     """All files but those of the parts. Raises NotACacheError for one that is not as it was made."""
     header = load_header(storage)
-    for name in header.files:
-        if damage := header.damage(storage, name):
-            raise NotACacheError(f"{storage.address}/{name}: {damage}; put it back from a copy of the cache")
+    damaged, _ = damaged_files(storage, header, storage.readers)
+    for name, damage in damaged.items():
+        raise NotACacheError(f"{storage.address}/{name}: {damage}; put it back from a copy of the cache")
     return ["zarr.json", *header.files]
 
 
@@ -151,7 +152,9 @@ def _create_arrays(file: h5py.File, cache: FeatureCache, feature_set: FeatureSet
         scales = (1, *feature_set.scale_shape)
         arrays.append(_create_array(file, feature_set.scales, shape[:-1], scales, np.dtype("<f2"), None))
     for array in arrays:
-        array.attrs.update(json.loads(cache.storage.read(f"{array.name[1:]}/zarr.json"))["attributes"])
+        attributes = json.loads(cache.storage.read(f"{array.name[1:]}/zarr.json"))["attributes"]
+        for name, value in attributes.items():  # others may have added some that HDF5 has no type for
+            array.attrs[name] = value if isinstance(value, str | int | float) else json.dumps(value)
         array.attrs[SLOTS] = cache.geometry.slots(feature_set)
     return arrays
 
@@ -196,7 +199,7 @@ def _write_columns(file: h5py.File, storage: Storage) -> None:
     import zarr  # takes a second
 
     for folder in ("images", "regions"):
-        group = zarr.open_group(storage.zarr_store(), path=folder, mode="r")
+        group = zarr.open_group(storage.zarr_store(), path=folder, mode="r", zarr_format=3, use_consolidated=False)
         for name, column in sorted(group.arrays()):
             dtype = _hdf5_dtype(column)
             checked = {"chunks": column.chunks, "fletcher32": True} if column.size else {}

@@ -83,6 +83,7 @@ class Header:
         """Write the attributes into the group's zarr.json, whole or not at all."""
         document = json.loads(storage.read("zarr.json"))
         document["attributes"] |= {"regionspot_schema": SCHEMA_VERSION, "regionspot": seal(self._to_json())}
+        document.pop("consolidated_metadata", None)  # of what the cache held before
         storage.write("zarr.json", to_json(document))
 
     def _to_json(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from regionspot.cache.compatibility import UNDECISIVE
 from regionspot.cache.durable import from_json, is_sealed, seal, to_json
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.schema import Failure, FeatureSet, Geometry, checksum_file, part_files
@@ -96,8 +97,9 @@ class PartIndex:
 def set_crc(feature_set: FeatureSet) -> int:
     """crc32c of all that decides a feature set's bytes but the images."""
     words = feature_set.to_json()
-    decides = ("name", "kind", "shape", "dtype", "compression", "statistics", "provenance")
-    return int(google_crc32c.value(to_json({name: words[name] for name in decides})))
+    decides = {name: words[name] for name in ("name", "kind", "shape", "dtype", "compression", "statistics")}
+    provenance = {name: value for name, value in feature_set.provenance.items() if name not in UNDECISIVE}
+    return int(google_crc32c.value(to_json({**decides, "provenance": provenance})))
 
 
 def part_identity(rows: range, manifest: Manifest, set_crc: int) -> int:

@@ -11,13 +11,10 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from regionspot.cache.check_part import PartCheck
 from regionspot.cache.claims import Claims
@@ -25,11 +22,11 @@ from regionspot.cache.durable import file_crc, to_json
 from regionspot.cache.errors import CacheError, NotACacheError
 from regionspot.cache.findings import Problem, VerifyReport, counted
 from regionspot.cache.header import Header, load_header
-from regionspot.cache.manifest import Manifest, Ragged
+from regionspot.cache.manifest import Manifest
+from regionspot.cache.metadata import ROOT, expected_metadata
 from regionspot.cache.schema import FeatureSet, part_files, record_file
 from regionspot.cache.storage import Storage, open_storage
 from regionspot.cache.store import FeatureCache
-from regionspot.cache.verify import ROOT
 
 log = logging.getLogger(__name__)
 
@@ -134,21 +131,17 @@ class _Repair:
 
     def _remake(self, names: set[str]) -> set[str]:
         """Make metadata again from the header; those of the names for which that gave what was there, to the byte."""
-        from regionspot.cache.layout import build_cache  # zarr takes a second to import
-
         made: set[str] = set()
         if "zarr.json" in names:
             document = json.loads(self._storage.read("zarr.json"))
             self._write("zarr.json", to_json({**ROOT, "attributes": document["attributes"]}))
             made.add("zarr.json")
         if names - made:
-            with tempfile.TemporaryDirectory() as folder:
-                build_cache(Path(folder), _blank_manifest(self._header), self._header)
-                for name in names - made:
-                    data = Path(folder, name).read_bytes() if Path(folder, name).exists() else b""
-                    if file_crc(data) == self._header.files.get(name):
-                        self._write(name, data)
-                        made.add(name)
+            expected = expected_metadata(self._header)
+            for name in (names - made) & expected.keys():
+                if file_crc(expected[name]) == self._header.files.get(name):
+                    self._write(name, expected[name])
+                    made.add(name)
         return made
 
     def _write(self, name: str, data: bytes) -> None:
@@ -160,29 +153,3 @@ def _parts(problems: Iterable[Problem], header: Header) -> Iterator[tuple[Proble
     for problem in problems:
         if problem.part is not None and problem.feature_set in header.feature_sets:
             yield problem, header.feature_sets[problem.feature_set], problem.part
-
-
-def _blank_manifest(header: Header) -> Manifest:
-    """As many pictures as the header says, without a region: its arrays' metadata are those of the real one.
-
-    But for what tells how many categories all the federated lists hold, which only the real one knows.
-    """
-    pictures = header.geometry.pictures
-    zeros = np.zeros(pictures, np.int64)
-    none = Ragged(np.zeros(pictures + 1, np.int64), np.zeros(0, np.int32))
-    return Manifest(
-        dataset=header.dataset,
-        split=header.split,
-        image_ids=zeros,
-        paths=np.full(pictures, "", dtype=np.dtypes.StringDType()),
-        heights=zeros.astype(np.int32),
-        widths=zeros.astype(np.int32),
-        offsets=none.offsets,
-        boxes_xyxy=np.zeros((0, 4), np.float32),
-        category_index=np.zeros(0, np.int32),
-        annotation_ids=np.zeros(0, np.int64),
-        categories=header.categories,
-        scores=np.zeros(0, np.float32) if "regions/score/zarr.json" in header.files else None,
-        negatives=none if "images/negative_count/zarr.json" in header.files else None,
-        not_exhaustive=none if "images/not_exhaustive_count/zarr.json" in header.files else None,
-    )

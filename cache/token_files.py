@@ -24,8 +24,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from regionspot.cache.compatibility import require_same_features
 from regionspot.cache.errors import InputError
-from regionspot.cache.header import require_same_features
 from regionspot.cache.manifest import NO_CATEGORY, Manifest
 from regionspot.cache.progress import Progress, duration
 from regionspot.cache.schema import FeatureSet, PictureFeatures

@@ -20,18 +20,19 @@ from pathlib import Path
 from queue import SimpleQueue
 
 from regionspot.cache.check_part import PartCheck
-from regionspot.cache.durable import to_json
+from regionspot.cache.durable import from_json, to_json
 from regionspot.cache.errors import InputError, NotACacheError
-from regionspot.cache.findings import Problem, VerifyReport
+from regionspot.cache.findings import Mend, Problem, VerifyReport, counted
 from regionspot.cache.header import Header, load_header
 from regionspot.cache.manifest import Manifest
+from regionspot.cache.metadata import ROOT, damaged_files, document_difference, out_of_date
 from regionspot.cache.progress import Progress
 from regionspot.cache.schema import record_file
 from regionspot.cache.storage import Storage, open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.strays import find_strays
 
-ROOT = {"zarr_format": 3, "node_type": "group"}  # of the root's zarr.json, beside its attributes
+_WRITTEN_AGAIN = "was written again by another program; what it says of the data is right"
 _NAMED_STRAYS = 20  # files that are none of the cache's: so many are named, the rest counted
 
 
@@ -79,33 +80,49 @@ class _Verification:
         )
 
     def _check_root(self) -> set[str]:
-        """The rest of the document that holds the header: others may add attributes, and nothing else."""
+        """The rest of the document that holds the header: what it says, and what others have added."""
         before = len(self._problems)
         with self._readable("zarr.json"):
             stored = self._storage.read("zarr.json")
             document = json.loads(stored)
-            rest = {key: value for key, value in document.items() if key != "attributes"}
-            if rest != ROOT:
-                self._problems.append(Problem("zarr.json", None, None, f"is {rest}, expected {ROOT}", "remake"))
+            if difference := document_difference(document, ROOT):
+                self._problems.append(Problem("zarr.json", None, None, difference, "remake"))
+            elif (consolidated := document.get("consolidated_metadata")) is not None:
+                self._warnings.append(self._told_of(consolidated))
             elif to_json(document) != stored:
-                self._warnings.append("zarr.json: was written again by another program; what it says is right")
+                self._warnings.append(f"zarr.json: {_WRITTEN_AGAIN}")
         return {problem.path for problem in self._problems[before:]}
+
+    def _told_of(self, consolidated: object) -> str:
+        """What there is to say of consolidated metadata in the root, by which only other programs read."""
+        names = [name for name in self._header.files if name.endswith("/zarr.json")]
+        with ThreadPoolExecutor(self._threads) as pool:
+            documents = list(pool.map(self._document, names))
+        there = {name.removesuffix("/zarr.json"): each for name, each in zip(names, documents, strict=True)}
+        if wrong := out_of_date(consolidated, there):
+            return (
+                f"zarr.json: its consolidated metadata is out of date for {counted(len(wrong), 'array')}, the first is "
+                f"{wrong[0]}: other Zarr programs may read by it; make it anew with zarr.consolidate_metadata"
+            )
+        return "zarr.json: holds consolidated metadata, which is right and not needed"
+
+    def _document(self, name: str) -> object:
+        try:
+            return from_json(self._storage.read(name))
+        except (OSError, ValueError):
+            return None  # looked at by itself
 
     def _check_made_files(self) -> set[str]:
         """Look at the files that were made with the cache; the names of those that are not as they were."""
-        with ThreadPoolExecutor(self._threads) as pool:
-            problems = [problem for problem in pool.map(self._made_file, self._header.files) if problem]
-        self._problems += problems
-        return {problem.path for problem in problems}
-
-    def _made_file(self, name: str) -> Problem | None:
-        try:
-            damage = self._header.damage(self._storage, name)
-        except OSError as error:
-            return _unreadable(name, error)
-        return (
-            Problem(name, None, None, damage, "remake" if name.endswith("zarr.json") else "restore") if damage else None
-        )
+        damaged, written_again = damaged_files(self._storage, self._header, self._threads)
+        self._warnings += [f"{name}: {_WRITTEN_AGAIN}" for name in written_again]
+        for name, damage in damaged.items():
+            mend: Mend = "remake" if name.endswith("zarr.json") else "restore"
+            problem = (
+                _unreadable(name, damage) if isinstance(damage, OSError) else Problem(name, None, None, damage, mend)
+            )
+            self._problems.append(problem)
+        return set(damaged)
 
     def _manifest(self) -> Manifest | None:
         from regionspot.cache.columns import load_manifest  # zarr takes a second to import

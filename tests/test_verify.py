@@ -10,9 +10,11 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 import pytest
+import zarr
 
-from regionspot.cache import InputError, NotACacheError, SchemaVersionError
+from regionspot.cache import FeatureCache, FeatureSet, InputError, NotACacheError, SchemaVersionError
 from regionspot.cache.durable import partial_path, to_json
+from regionspot.cache.hdf5 import export_hdf5
 from regionspot.cache.records import load_record
 from regionspot.cache.repair import repair
 from regionspot.cache.shard import with_crc
@@ -142,9 +144,152 @@ def test_the_root_document_is_looked_at_beyond_our_own_words(full):
     (full / "zarr.json").write_bytes(to_json({**document, "node_type": "array"}))
     (problem,) = verify(full).problems
     assert (problem.path, problem.mend) == ("zarr.json", "remake")
+    assert problem.reason == "node_type is 'array', expected 'group'"
     document["attributes"]["somebody"] = {"note": 1}
     (full / "zarr.json").write_bytes(to_json(document))
     assert verify(full).sound
+
+
+AGAIN = "was written again by another program; what it says of the data is right"
+
+
+def consolidated(full):
+    zarr.consolidate_metadata(full)
+
+
+def consolidated_and_then_extended(full):
+    zarr.consolidate_metadata(full / "features/clip")
+    consolidated(full)
+    cache = FeatureCache.open(full)
+    FeatureCache.open_or_create(full, cache.manifest, [FeatureSet("more", "map", (2, 2))])
+
+
+def consolidated_of_another_time(full):
+    consolidated(full)
+    edit_json(full / "zarr.json", lambda document: document["consolidated_metadata"]["metadata"].pop("features/sam"))
+
+
+def attributes_in_zarr(full):
+    group = zarr.open_group(full)
+    group.attrs["lab"] = "north"
+    for name in ("features/clip/feature_map", "images/path", "regions", "features/clip-int8/feature_map"):
+        group[name].attrs["note"] = {"by": "me"}
+
+
+def names_of_dimensions(full):
+    edit_json(full / "features/sam/token/zarr.json", lambda document: document.update(dimension_names=["a", "b", "c"]))
+
+
+def written_in_another_form(full):
+    for name in ("zarr.json", "features/clip/feature_map/zarr.json", "images/id/zarr.json"):
+        document = json.loads((full / name).read_bytes())
+        (full / name).write_text(json.dumps(dict(sorted(document.items(), reverse=True)), separators=(",", ":")))
+
+
+def an_empty_configuration(full):
+    edit_json(full / "images/id/zarr.json", lambda document: document["codecs"][-1].update(configuration={}))
+
+
+def metadata_of_format_2_beside(full):
+    (full / ".zgroup").write_text('{"zarr_format": 2}')
+    (full / ".zmetadata").write_text("{}")
+
+
+HARMLESS = {
+    consolidated: ["zarr.json: holds consolidated metadata, which is right and not needed"],
+    consolidated_and_then_extended: [f"features/clip/zarr.json: {AGAIN}"],
+    consolidated_of_another_time: [
+        "zarr.json: its consolidated metadata is out of date for 1 array, the first is features/sam: other Zarr "
+        "programs may read by it; make it anew with zarr.consolidate_metadata"
+    ],
+    attributes_in_zarr: [
+        f"{name}/zarr.json: {AGAIN}"
+        for name in ("features/clip-int8/feature_map", "features/clip/feature_map", "images/path", "regions")
+    ],
+    names_of_dimensions: [f"features/sam/token/zarr.json: {AGAIN}"],
+    written_in_another_form: [
+        f"{name}: {AGAIN}" for name in ("features/clip/feature_map/zarr.json", "images/id/zarr.json", "zarr.json")
+    ],
+    an_empty_configuration: [f"images/id/zarr.json: {AGAIN}"],
+    metadata_of_format_2_beside: [f"{name}: is no file of this cache" for name in (".zgroup", ".zmetadata")],
+}
+
+
+@pytest.mark.parametrize("change", HARMLESS, ids=lambda change: change.__name__)
+@pytest.mark.filterwarnings("ignore")  # Zarr has words of its own for claims/, parts/ and .zgroup
+def test_what_zarr_tools_write_without_harm_is_a_line_and_no_problem(full, change, tmp_path):
+    right = FeatureCache.open(full)
+    change(full)
+    report = verify(full)
+    assert report.sound, report.text()
+    assert [line for line in sorted(report.warnings) if f"zarr.json: {AGAIN}" != line] == [
+        line for line in HARMLESS[change] if f"zarr.json: {AGAIN}" != line
+    ]
+    assert all("\n" not in line and len(line) < 300 for line in report.warnings)
+    cache = FeatureCache.open(full)
+    assert cache.manifest.digest() == right.manifest.digest()
+    rows = right.valid_rows()
+    found, expected = (each.read(rows, map_set="clip", token_set="sam") for each in (cache, right))
+    np.testing.assert_array_equal(found.feature_map, expected.feature_map)
+    export_hdf5(cache, tmp_path / "c.h5")
+    assert len(FeatureCache.open(tmp_path / "c.h5")) == len(cache)
+
+
+def edit_json(file, change):
+    document = json.loads(file.read_bytes())
+    change(document)
+    file.write_text(json.dumps(document, indent=2))
+
+
+HARMFUL = {
+    "another dtype": (
+        "features/clip/feature_map",
+        lambda document: document.update(data_type="float32"),
+        "data_type is 'float32', expected 'float16'",
+    ),
+    "another shape": (
+        "features/sam/token",
+        lambda document: document["shape"].__setitem__(0, 2),
+        "shape is [2, 128, 6], expected [3, 128, 6]",
+    ),
+    "no codec": ("features/clip-zstd/feature_map", lambda document: document.update(codecs=[]), "codecs is []"),
+    "another fill value": ("features/clip/crc32c", lambda document: document.update(fill_value=1), "fill_value is 1"),
+    "other chunk keys": (
+        "images/id",
+        lambda document: document["chunk_key_encoding"]["configuration"].update(separator="/"),
+        "chunk_key_encoding is {'name': 'default', 'configuration': {'separator': '/'}}, expected",
+    ),
+    "our own attribute gone": (
+        "features/clip-zstd/feature_map",
+        lambda document: document.update(attributes={"note": 1}),
+        "attribute regionspot_dtype is not 'bfloat16'",
+    ),
+    "a field that nobody knows": ("regions", lambda document: document.update(colour="red"), "colour is 'red'"),
+    "a federated list of another length": (
+        "images/negative_category",
+        lambda document: document.update(shape=[9]),
+        "is not what was written",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "change", "words"), HARMFUL.values(), ids=HARMFUL)
+def test_metadata_that_says_otherwise_is_a_problem_in_one_line(full, small, small_folder, name, change, words):
+    edit_json(full / name / "zarr.json", change)
+    (problem,) = verify(full).problems
+    assert words in problem.reason
+    assert (problem.path, problem.mend) == (f"{name}/zarr.json", "remake")
+    assert len(str(problem)) < 400
+    repair(full, verify(full))
+    if "negative" not in name:
+        assert small.content(full) == small.content(small_folder / "full")
+
+
+@pytest.mark.parametrize("name", ["images/id", "images/negative_category", "regions/box"])
+def test_a_column_whose_metadata_says_otherwise_is_not_read(full, name):
+    edit_json(full / name / "zarr.json", lambda document: document["shape"].__setitem__(0, 2))
+    with pytest.raises(NotACacheError, match=f"{name}/zarr.json: .*put it back from a copy of the cache"):
+        FeatureCache.open(full)
 
 
 def test_quick_leaves_out_the_records_bytes_and_nothing_else(full):
