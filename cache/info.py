@@ -13,10 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from regionspot.cache.durable import from_json
 from regionspot.cache.progress import duration
 from regionspot.cache.records import PartRecord
 from regionspot.cache.schema import SCHEMA_VERSION, Failure, FeatureSet
 from regionspot.cache.store import FeatureCache
+from regionspot.cache.strays import RUNS
 
 _NAMED_WRITERS = 4  # of a cluster's many, the busiest are named
 _DIGEST_DIGITS = 12  # of a SHA-256, enough to tell two apart at a glance; the JSON has all 64
@@ -30,7 +32,8 @@ class SetInfo:
     parts, pictures, regions   written so far; `pending` parts are not
     bytes                      on disk, with indexes, scales and checksums
     bytes_as_float16           of the same features as bare float16
-    seconds                    that the parts took, each from its first picture to its last, summed up
+    seconds                    that the parts took, each from its first picture to its last, summed up; parts that were
+                               written at the same time count each, and so do all feature sets of a part
     writers                    parts by who wrote them, busiest first
     """
 
@@ -48,10 +51,25 @@ class SetInfo:
     seconds: float
     writers: dict[str, int]
 
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The latest run of `extract` that wrote anything, as its record under runs/ tells it.
+
+    started    UTC, ISO 8601
+    worker     host:process
+    seconds    from its start to its end
+    """
+
+    started: str
+    worker: str
+    pictures: int
+    seconds: float
+
     @property
     def rate(self) -> float:
-        """Pictures a second and writer; 0 where no time was recorded."""
-        return self.pictures / self.seconds if self.seconds else 0.0
+        """Pictures a second."""
+        return self.pictures / max(self.seconds, 1e-9)
 
 
 @dataclass(frozen=True)
@@ -60,6 +78,7 @@ class CacheInfo:
 
     failed     pictures that could not be read
     failures   these by reason, most frequent first; numbers in a reason are N, so that equal troubles count together
+    last_run   None where no run has left a record: the features were imported, or written by a program's own means
     """
 
     path: str
@@ -76,11 +95,18 @@ class CacheInfo:
     feature_sets: tuple[SetInfo, ...]
     failed: int
     failures: dict[str, int]
+    last_run: RunInfo | None = None
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second of the last run; 0 where there is none."""
+        return self.last_run.rate if self.last_run else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, with every feature set's `rate`, for json.dumps."""
-        sets = [{**asdict(each), "rate": round(each.rate, 3)} for each in self.feature_sets]
-        return {**asdict(self), "feature_sets": sets}
+        """All of it, for json.dumps. The `rate` of a feature set is the last run's, which wrote all of them at once."""
+        rate = round(self.rate, 3)
+        sets = [{**asdict(each), "rate": rate if each.parts else 0.0} for each in self.feature_sets]
+        return {**asdict(self), "feature_sets": sets, "rate": rate}
 
     def text(self) -> str:
         """Some lines for people."""
@@ -111,7 +137,21 @@ def describe_cache(cache: FeatureCache) -> CacheInfo:
         feature_sets=tuple(_set_info(each, records[each.name], cache.n_parts) for each in cache.feature_sets.values()),
         failed=len(failures),
         failures=dict(causes.most_common()),
+        last_run=_last_run(cache),
     )
+
+
+def _last_run(cache: FeatureCache) -> RunInfo | None:
+    for name in sorted(cache.storage.names(RUNS), reverse=True):  # a name begins with the time of the start
+        try:
+            words = from_json(cache.storage.read(f"{RUNS}/{name}"))
+            summary = words["summary"]
+            run = RunInfo(str(words["started"]), str(words["worker"]), int(summary["pictures"]), summary["seconds"])
+            if run.rate > 0:
+                return run
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # somebody else's file, or one of a later version
+    return None
 
 
 def part_records(cache: FeatureCache, name: str) -> Iterator[PartRecord]:
@@ -167,6 +207,7 @@ def _head(info: CacheInfo) -> list[str]:
         "made from": ", ".join(files),
         "when read": ", ".join(found),
         "features": f"{size_text(total)} in {len(info.feature_sets)} sets; schema version {info.schema}",
+        "last run": _run_text(info.last_run),
     }
     return [f"{info.path}: {info.dataset} {info.split}", *_labelled(lines)]
 
@@ -181,7 +222,6 @@ def _set_lines(one: SetInfo, info: CacheInfo) -> list[str]:
         "input": _input_text(told),
         "software": ", ".join(f"{name} {number}" for name, number in told.pop("versions", {}).items()),
         "also": ", ".join(f"{name} {_value_text(value)}" for name, value in told.items()),
-        "speed": f"{one.rate:.3g} pictures/s, {size_text(one.bytes / one.seconds)}/s a writer" if one.seconds else "",
         "written by": _writers_text(one.writers),
     }
     return [f"{one.name}: {what.format(*one.shape)}, {one.encoding}", *_labelled(lines)]
@@ -195,9 +235,16 @@ def _parts_text(one: SetInfo, info: CacheInfo) -> str:
     if not one.pending:
         return f"all {one.parts:,}"
     pending = f"{one.parts:,} of {info.parts:,}; {one.pending:,} pending"
-    if not one.rate:
+    if not info.rate:
         return pending
-    return f"{pending}, {duration(one.pending * info.part_size / one.rate)} of one writer's work"
+    return f"{pending}, {duration(one.pending * info.part_size / info.rate)} at the last run's rate"
+
+
+def _run_text(run: RunInfo | None) -> str:
+    if run is None:
+        return ""
+    done = f"{run.pictures:,} pictures in {duration(run.seconds)}, {run.rate:.3g} pictures/s"
+    return f"{done}; by {run.worker}, begun {run.started[:16].replace('T', ' ')} UTC"
 
 
 def _size_line(one: SetInfo) -> str:

@@ -10,6 +10,8 @@ import pytest
 from regionspot.cache import Category, CorruptPartError, FeatureCache, FeatureSet, InputError, Manifest, PictureFeatures
 from regionspot.cache.info import describe_cache, size_text
 from regionspot.cache.listing import list_pictures
+from regionspot.pipeline.summary import ExtractSummary, RunRecord
+from regionspot.pipeline.summary_page import publish
 
 MAPS = FeatureSet(
     "clip",
@@ -71,7 +73,7 @@ def test_it_counts_parts_sizes_and_pictures_of_each_feature_set(cache):
     assert (maps.parts, maps.pending, maps.pictures, maps.bytes) == (2, 1, 4, on_disk)
     assert maps.bytes_as_float16 == 4 * 5 * 8 * 2
     assert maps.writers == {"gpu1:7": 2}
-    assert (tokens.parts, tokens.pending, tokens.bytes, tokens.rate) == (0, 3, 0, 0)
+    assert (tokens.parts, tokens.pending, tokens.bytes) == (0, 3, 0)
 
 
 def test_equal_troubles_count_together_whatever_the_path_and_the_numbers(cache):
@@ -119,7 +121,27 @@ def test_the_json_holds_all_of_it(cache):
     assert (words["schema"], words["pictures"], words["failed"]) == (1, 7, 2)
     assert [each["name"] for each in words["feature_sets"]] == ["clip", "sam"]
     assert words["feature_sets"][0]["provenance"]["weights_sha256"] == "ab" * 32
-    assert words["feature_sets"][0]["rate"] >= 0
+    assert (words["rate"], words["last_run"]) == (0, None)
+
+
+def ran(cache, started, pictures, seconds):
+    summary = ExtractSummary(pictures, 0, 1, 0, 0, 0, seconds, {})
+    run = RunRecord(started, "gpu1:7", "complete", {}, {}, {}, summary)
+    publish(cache, run)
+
+
+def test_the_rate_is_that_of_the_last_run_and_not_of_the_parts_each_by_itself(cache):
+    assert "pictures/s" not in describe_cache(cache).text()
+    ran(cache, "2026-01-02T03:04:05+00:00", 3, 100.0)
+    ran(cache, "2026-01-03T03:04:05+00:00", 3, 1.5)
+    ran(cache, "2026-01-04T03:04:05+00:00", 0, 0.5)  # found nothing to do
+    cache.storage.write("runs/notes.json", b"[]")
+    info = describe_cache(cache)
+    assert info.rate == 2
+    words = info.as_json()
+    assert (words["rate"], [each["rate"] for each in words["feature_sets"]]) == (2, [2, 0])
+    assert "last run    3 pictures in 2s, 2 pictures/s; by gpu1:7, begun 2026-01-03 03:04 UTC" in info.text()
+    assert "2 of 3; 1 pending, 2s at the last run's rate" in info.text()
 
 
 def test_a_damaged_record_is_named_with_the_mend(cache):
