@@ -61,8 +61,9 @@ class CommitThread:
     def _pictures(self, first: PictureFeatures, count: int) -> Iterator[PictureFeatures]:
         yield first
         for _ in range(count - 1):
-            if (picture := self._next()) is not None:
-                yield picture
+            if (picture := self._next()) is None:
+                return  # the part is not whole, which its writer says
+            yield picture
 
     def _next(self) -> PictureFeatures | None:
         while not self._abandoned.is_set():

@@ -34,7 +34,7 @@ class _Collector:
         )
         yield CounterMetricFamily("regionspot_regions", "Regions of these pictures", watch.regions)
         yield CounterMetricFamily("regionspot_bytes_written", "Bytes of the parts that this run wrote", watch.bytes)
-        yield CounterMetricFamily("regionspot_parts", "Parts that this run wrote", parts.done if parts else 0)
+        yield CounterMetricFamily("regionspot_parts", "Parts that this run wrote", parts.counts.done if parts else 0)
         failures = CounterMetricFamily(
             "regionspot_failures", "Pictures that could not be read, by what is wrong with them", labels=["kind"]
         )
@@ -50,7 +50,7 @@ class _Collector:
         yield GaugeMetricFamily(
             "regionspot_parts_pending",
             "Parts that neither this run nor another has written",
-            parts.pending if parts else 0,
+            parts.counts.pending if parts else 0,
         )
         yield GaugeMetricFamily(
             "regionspot_pictures_pending", "Pictures that this run may still have to do", progress.total - progress.done

@@ -75,7 +75,7 @@ class Watch:
     def begin(self, parts: SharedParts) -> Progress:
         """The run knows its parts now; the progress that it is to time its stages with."""
         self.parts = parts
-        self.progress = Progress(parts.pictures, "pictures", detail=self._detail)
+        self.progress = Progress(parts.counts.pictures, "pictures", detail=self._detail)
         return self.progress
 
     def wait(self) -> bool:
@@ -92,17 +92,18 @@ class Watch:
         if picture.failure is not None:
             self.failures.add(str(manifest.paths[picture.row]), picture.failure)
         if parts is not None:
-            self.progress.total = parts.pictures  # others may have done some of them meanwhile
+            self.progress.total = parts.counts.pictures  # others may have done some of them meanwhile
         self.progress.step()
 
     @property
     def bytes(self) -> int:
         """Written by this run so far, in whole parts."""
-        return self.parts.bytes if self.parts else 0
+        return self.parts.counts.bytes if self.parts else 0
 
     def summary(self) -> ExtractSummary:
         """The run as it stands now."""
-        progress, parts, shares = self.progress, self.parts, self.progress.shares()
+        progress, shares = self.progress, self.progress.shares()
+        parts = self.parts.counts if self.parts else None
         bottleneck = find_bottleneck(
             shares,
             device=self._device,
@@ -115,12 +116,12 @@ class Watch:
             failed=self.failures.total,
             parts=parts.done if parts else 0,
             parts_before=parts.before if parts else 0,
-            parts_of_others=parts.lacking_before - parts.done - parts.pending if parts else 0,
+            parts_of_others=parts.others if parts else 0,
             ignored_orientations=self.ignored_orientations,
             seconds=progress.seconds,
             shares=shares,
             regions=self.regions,
-            bytes=self.bytes,
+            bytes=parts.bytes if parts else 0,
             bottleneck=bottleneck,
             failures=self.failures.kinds(),
         )
