@@ -43,8 +43,8 @@ class Ours:
         """Tokens by the embedding that `encode` made last, for the error that its dtype leaves in them."""
         return self._tokens(self._encoded, count)
 
-    def clip(self) -> NDArray[np.float32]:
-        return self._encoder.encode(self._square[None])[0].cpu().numpy()
+    def clip(self, images: int = 1) -> NDArray[np.float32]:
+        return self._encoder.encode(self._square.expand(images, -1, -1, -1))[0].cpu().numpy()
 
     def text(self, count: int) -> NDArray[np.float32]:
         return self._encoder.embed_prompts(prompts(count)).cpu().numpy()

@@ -22,7 +22,7 @@ from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones import build_clip, stated
 from regionspot.pipeline.dtypes import autocast, resolve_dtype
 from regionspot.pipeline.models import Asked, LimitedTextEncoder, SemanticEncoder, TextEncoder, missing_of
-from regionspot.pipeline.open_clip_models import Tokenizer
+from regionspot.pipeline.open_clip_models import Tokenizer, contiguous_attention
 from regionspot.pipeline.preprocess import preprocess_named
 from regionspot.pipeline.registry import ENCODERS, stored_name
 from regionspot.pipeline.weights import load_weights
@@ -54,6 +54,7 @@ class ClipEncoder:
         self.weights_sha256 = loaded.sha256
         self.device = torch.device(asked.device)
         self._clip = clip.model.to(self.device).eval().requires_grad_(False)
+        contiguous_attention(self._clip.visual, self.device, asked.dtype)
         self._tokenizer: Tokenizer = clip.tokenizer
         self._normalisation = (tuple(clip.mean), tuple(clip.std))
         self._dtype, self._preprocess = asked.dtype, asked.preprocess

@@ -23,7 +23,7 @@ from regionspot.pipeline.backbones import build_clip, stated
 from regionspot.pipeline.dtypes import autocast
 from regionspot.pipeline.encoder import PROMPT_BATCH, ClipEncoder
 from regionspot.pipeline.models import Asked
-from regionspot.pipeline.open_clip_models import config_of, is_plain, model_and_tag
+from regionspot.pipeline.open_clip_models import config_of, contiguous_attention, is_plain, model_and_tag
 from regionspot.pipeline.registry import stored_name
 from regionspot.pipeline.weights import load_weights
 
@@ -53,6 +53,7 @@ class OpenClipEncoder:
         self.device = torch.device(asked.device)
         self._model = built.model.to(self.device).eval().requires_grad_(False)
         self._visual = self._model.visual
+        contiguous_attention(self._visual, self.device, asked.dtype)
         self._open_clip_name, self._text_config = model_and_tag(asked.name)[0], built.text_config
         self._tokenize: Any = None
         self._dtype, self._preprocess = asked.dtype, asked.preprocess

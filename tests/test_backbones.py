@@ -8,12 +8,14 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 from segment_anything import SamPredictor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.pipeline import token_decoder
 from regionspot.pipeline.backbones import CLIP_MODELS, PRESETS, build_clip, build_sam
 from regionspot.pipeline.encoder import load_encoder
 from regionspot.pipeline.localizer import load_localizer
+from regionspot.pipeline.open_clip_models import contiguous_attention
 from regionspot.pipeline.registry import ENCODERS, LOCALIZERS, stored_name
 from regionspot.pipeline.undrawn import undrawn
 from regionspot.pipeline.weights import OFFICIAL, draw_weights
@@ -136,6 +138,39 @@ def test_a_smaller_dtype_rounds_the_encoders_and_leaves_the_token_decoder_in_flo
     assert not close(other.encode(batch), encoder.encode(batch), 1e-6)
     assert close(other.encode(batch), encoder.encode(batch), 0.05)
     assert torch.equal(other.embed_prompts(["a cat"]), encoder.embed_prompts(["a cat"]))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numbers in the largest tensor that an operation is given; of an expanded one, which bmm copies, all of them."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.numbers = max([self.numbers, *(each.numel() for each in args if isinstance(each, torch.Tensor))])
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_no_weight_of_attention_is_copied_for_each_place_of_a_batch(dtype):
+    encoder = load_encoder("toy_clip", "random:0", dtype=dtype)
+    places, width = encoder.map_shape
+    with LargestTensor() as largest:
+        encoder.encode(torch.zeros(8, 3, encoder.pixels, encoder.pixels))
+    assert 0 < largest.numbers <= max(8 * 4 * places * width, 8 * 3 * encoder.pixels**2)  # hidden values, or images
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("inputs", ["qqq", "qkk", "qkv"])
+def test_attention_on_contiguous_memory_gives_what_it_gave(inputs, dtype):
+    attention = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval().to(dtype)
+    drawn = {name: torch.randn(3, places, 16, dtype=dtype) for name, places in (("q", 5), ("k", 7), ("v", 7))}
+    drawn["v"] = drawn["v"] if "v" in inputs else drawn["k"]
+    with torch.no_grad():
+        expected = attention(*(drawn[name] for name in inputs))
+        contiguous_attention(torch.nn.Sequential(attention), torch.device("cpu"), "bfloat16")
+        found = attention(*(drawn[name] for name in inputs))
+    for ours, theirs in zip(found, expected, strict=True):
+        assert close(ours.float(), theirs.float(), 1e-6 if dtype == torch.float32 else 0.02)
 
 
 def test_the_map_projected_at_the_class_token_is_clips_own_embedding(encoder, photo):
