@@ -142,9 +142,14 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
             for key, inner in value.items():
                 yield from walk(f"{name}.{key}" if name else key, inner)
         else:
-            yield name, value
+            yield name, _plain(value)
 
     return dict(walk("", fields))
+
+
+def _plain(value: Any) -> Any:
+    """A value as it comes back from JSON: a provenance in memory may hold tuples where a stored one has lists."""
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: Any) -> str:

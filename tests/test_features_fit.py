@@ -269,6 +269,10 @@ def test_what_does_not_decide_the_numbers_is_not_refused(other):
     assert not compare(description(MADE), description(other)).deciding
 
 
+def test_a_provenance_in_memory_equals_the_one_that_was_stored():
+    assert not compare(description(MADE), {**description(MADE), "shape": (5, 8), "mean": (0.1,)}).deciding
+
+
 def test_another_shape_is_another_feature_set():
     (difference,) = compare(description(MADE), description(replace(MADE, shape=(10, 8)))).deciding
     assert (difference.field, difference.expected, difference.found) == ("shape", [5, 8], [10, 8])
