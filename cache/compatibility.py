@@ -86,7 +86,8 @@ class Comparison:
 def compare(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Comparison:
     """Hold two descriptions of a feature set, as `description` gives them, against each other."""
     was, now = _flat(expected), _flat(found)
-    differing = [Difference(name, was[name], now[name]) for name in was.keys() & now.keys() if was[name] != now[name]]
+    shared = was.keys() & now.keys()
+    differing = [Difference(name, was[name], now[name]) for name in shared if _plain(was[name]) != _plain(now[name])]
     deciding = [each for each in differing if not _is_undecisive(each.field)]
     fields = {each.field for each in deciding}
     if fields & {"model", "input_pixels", "preprocess"}:  # the resize rule follows from these, in a long sentence
@@ -142,7 +143,7 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
             for key, inner in value.items():
                 yield from walk(f"{name}.{key}" if name else key, inner)
         else:
-            yield name, _plain(value)
+            yield name, value
 
     return dict(walk("", fields))
 
