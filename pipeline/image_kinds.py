@@ -11,6 +11,7 @@ import importlib
 import os
 import struct
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass
 from io import BytesIO
 from typing import BinaryIO
@@ -82,13 +83,17 @@ def read_header(file: BinaryIO) -> Image.Image:
         return Image.open(file)
     except UnidentifiedImageError:
         plugin = _plugin(head)
-    if plugin and plugin.format not in Image.OPEN:
-        try:
-            importlib.import_module(plugin.module)
-        except ImportError:
-            raise NotAnImageError(f"is in {plugin.name} format; to read it, `pip install {plugin.package}`") from None
+    if plugin:
+        if plugin.format not in Image.OPEN:
+            try:
+                importlib.import_module(plugin.module)
+            except ImportError:
+                raise NotAnImageError(
+                    f"is in {plugin.name} format; to read it, `pip install {plugin.package}`"
+                ) from None
         file.seek(0)
-        return Image.open(file)
+        with suppress(UnidentifiedImageError):  # another thread may have imported it just now, so try again anyway
+            return Image.open(file)
     raise NotAnImageError(_what_it_is(head, plugin))
 
 

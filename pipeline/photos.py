@@ -46,8 +46,8 @@ TURNS = {
 TURNS_BACK = {**TURNS, 6: TURNS[8], 8: TURNS[6]}  # the others are their own inverses
 QUARTER_TURNS = (5, 6, 7, 8)  # these swap height and width
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
-# TIFF 6.0, section 8.
-NEW_SUBFILE_TYPE, IMAGE_WIDTH, IMAGE_LENGTH = 254, 256, 257
+# TIFF 6.0, sections 5 and 8.
+NEW_SUBFILE_TYPE, IMAGE_WIDTH, IMAGE_LENGTH, COLOR_MAP = 254, 256, 257, 320
 # Where Pillow itself refuses, too, as long as nobody changes its MAX_IMAGE_PIXELS. Such an image takes 0.9 GB.
 MAX_PIXELS = 178_956_970
 DRAWINGS = ("EPS", "WMF")  # Pillow would have other programs draw these
@@ -253,6 +253,10 @@ def to_rgb(image: Image.Image, name: str, deep_colour: bool = False) -> Image.Im
     image.load()
     if is_deep(image):
         image = grey_of(image, name)
+    elif image.mode == "P" and (values := getattr(image, "tag_v2", {}).get(COLOR_MAP)) and max(values) < 256:
+        # Written with 8 bits a value instead of 16, of which Pillow takes the upper 8: all black.
+        image = image.copy()
+        image.putpalette(np.reshape(values, (3, -1)).T.astype(np.uint8).tobytes())
     elif image.mode in ("La", "RGBa"):  # alpha is multiplied in; only these conversions divide by it
         image = image.convert(image.mode.upper())
     if image.mode != "RGB":  # `convert` would copy it

@@ -127,32 +127,34 @@ def test_a_format_that_needs_a_plugin_is_refused_with_its_name(monkeypatch, cont
 
 
 STAND_IN = """
+import time
 from PIL import Image
-
-class File(Image.Image):
-    pass
 
 def opened(file, name):
     image = Image.new("RGB", (3, 2), (10, 20, 30))
     image.format = "HEIF"
     return image
 
+time.sleep(0.05)
 Image.register_open("HEIF", opened, lambda head: head[4:12] == b"ftypheic")
 """
 
 
-def test_a_plugin_is_used_as_soon_as_it_is_installed(tmp_path):
+def test_a_plugin_is_used_as_soon_as_it_is_installed_by_all_threads(tmp_path):
     (tmp_path / "pillow_heif").mkdir()
     (tmp_path / "pillow_heif" / "__init__.py").touch()
     (tmp_path / "pillow_heif" / "HeifImagePlugin.py").write_text(STAND_IN)
     (tmp_path / "image.jpg").write_bytes(box(b"heic"))
-    script = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
-        "from regionspot.pipeline.photos import read_photo\n"
-        f"for _ in range(2): print(read_photo({str(tmp_path / 'image.jpg')!r}).getpixel((0, 0)))"
-    )
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.split("\n")[:2] == ["(10, 20, 30)"] * 2, done.stderr
+    script = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from regionspot.pipeline.photos import read_photo
+sys.path.insert(0, sys.argv[1])
+with ThreadPoolExecutor(16) as pool:
+    print({read.getpixel((0, 0)) for read in pool.map(read_photo, [sys.argv[1] + "/image.jpg"] * 64)})
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert done.stdout == "{(10, 20, 30)}\n", done.stderr
 
 
 def test_damaged_metadata_is_not_worth_a_word(tmp_path):

@@ -61,6 +61,19 @@ def test_a_palette_with_transparent_colours_is_read_without_a_warning(tmp_path):
     assert read_photo(tmp_path / "sign.png").getpixel((3, 3)) == (200, 100, 50)
 
 
+@pytest.mark.parametrize("bits", [8, 16])
+def test_the_palette_of_a_tiff_may_have_8_bits_a_value_although_it_should_have_16(tmp_path, bits):
+    picture = Image.new("P", (WIDTH, HEIGHT), 1)
+    picture.putpalette([0, 0, 0, 200, 100, 50])
+    picture.save(tmp_path / "sign.tif")
+    with Image.open(tmp_path / "sign.tif") as stored:
+        values = [value // 256 << (bits - 8) for value in stored.tag_v2[320]]
+    content = (tmp_path / "sign.tif").read_bytes()
+    written = b"".join(struct.pack("<H", value) for value in stored.tag_v2[320])
+    changed = content.replace(written, b"".join(struct.pack("<H", value) for value in values))
+    assert read_photo(changed).getpixel((3, 3)) == (200, 100, 50)
+
+
 def test_a_photo_that_fits_neither_way_is_refused_with_both_sizes(tmp_path):
     path = stored_photo(tmp_path / "small_copy.jpg", QUARTER_TURN)
     with pytest.raises(PhotoError, match=r"small_copy.jpg: is 30 x 20 pixels .*states 300 x 200"):
