@@ -239,13 +239,13 @@ def toy_world(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="folder for everything that it makes")],
-    pictures: Annotated[int, typer.Option(help="of the toy world")] = 1000,
+    pictures: Annotated[int, typer.Option(help="of the toy world")] = 3000,
     seed: Annotated[int, typer.Option(help="of the toy world")] = 0,
 ) -> None:
     """The main job on a toy world, every stage by its public command; needs no download."""
     from regionspot.evaluation.demo import run_demo
 
-    typer.echo(run_demo(out, pictures, seed))
+    typer.echo(run_demo(lambda arguments: app(arguments, standalone_mode=False), out, pictures, seed))
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
 """The main job on a toy world, every stage by its public command: what a newcomer runs first.
 
-Each stage is a process of its own, so the demo shows (and checks) what a user would type, and goes on where it was
-stopped because the stages do. What it adds is the table that sets the head beside two ways to use the same frozen
-CLIP without any training.
+The stages run one after the other in this process, as importing torch for each would cost more than some of them do;
+each is printed as the command that a user would type, and is given to the command line as just that. A stopped demo
+resumes because the stages do. What it adds is the table that sets the head beside two ways to use the same frozen CLIP
+without any training.
 """
 
 from __future__ import annotations
@@ -10,9 +11,8 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import subprocess
-import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,25 @@ def commands(out: Path, pictures: int, seed: int) -> list[list[str]]:
     ]
 
 
-def run_demo(out: Path, pictures: int = 1000, seed: int = 0) -> str:
-    """Run every command, write `report.md` and return the table with where everything lies.
+def run_demo(run: Callable[[Sequence[str]], object], out: Path, pictures: int = 3000, seed: int = 0) -> str:
+    """Give `run` the arguments of every command, write `report.md` and return the table with where everything lies.
 
-    Raises RegionSpotError, naming the command, when one fails; run again, the demo goes on with that one.
+    Raises RegionSpotError, naming the command, when one fails; run again, the demo resumes with that one.
     """
     begin = time.perf_counter()
     for arguments in commands(out, pictures, seed):
-        _run(arguments)
+        command, started = f"regionspot {shlex.join(arguments)}", time.perf_counter()
+        log.info("\n$ %s", command)
+        try:
+            run(arguments)
+        except RegionSpotError as error:
+            raise RegionSpotError(f"demo: `{command}` failed: {error}; run the demo again to resume with it") from error
+        log.info("(%s)", duration(time.perf_counter() - started))
     found = {name: _results(out / folder) for name, folder in ((HEAD, "head"), (CROP, "crop"), (POOLED, "pooled"))}
     rows = [row_of(results, "bbox", name) for name, results in found.items()]
     masks = [row_of(found[HEAD], "segm", f"{HEAD}, masks")]
     write_file(out / "report.md", f"{ap_markdown([*rows, *masks])}\n\n{LEGEND}\n".encode())
-    title = (
-        f"toy world, {found[HEAD]['pictures']} validation pictures, ground-truth boxes; rare classes never trained on"
-    )
+    title = f"toy world, {found[HEAD]['pictures']} validation images, ground-truth boxes; rare classes never trained on"
     return "\n".join(
         [
             "",
@@ -64,21 +68,12 @@ def run_demo(out: Path, pictures: int = 1000, seed: int = 0) -> str:
             "",
             LEGEND,
             "",
-            f"{out}/head/sheet.png   labelled pictures, right names in green",
+            f"{out}/head/sheet.png   labelled images, right names in green",
             f"{out}/run/curves.png   the training run",
             f"{out}/report.md        this table; results.json and detections.json in head/, crop/, pooled/",
             f"in all {duration(time.perf_counter() - begin)}",
         ]
     )
-
-
-def _run(arguments: list[str]) -> None:
-    log.info("\n$ regionspot %s", shlex.join(arguments))
-    done = subprocess.run([sys.executable, "-m", "regionspot.cli", *arguments])
-    if done.returncode:
-        raise RegionSpotError(
-            f"demo: `regionspot {shlex.join(arguments)}` failed, see above; run the demo again to go on"
-        )
 
 
 def _results(folder: Path) -> dict[str, Any]:

@@ -1,18 +1,18 @@
-"""A picture with its regions on it: boxes, translucent masks, names and scores that can be read.
+"""An image with its regions on it: boxes, translucent masks, names and scores that can be read.
 
-Two things make such pictures useless and are avoided here: labels in a fixed font size, unreadable on a large photo
-and covering a small one, and labels on top of each other. Sizes follow the picture, and every label takes the free
-place nearest to its box. Pillow draws it all, with the font that it brings along.
+Two things make such images useless and are avoided here: labels in a fixed font size, unreadable on a large photo and
+covering a small one, and labels on top of each other or of an object. Sizes follow the image, and every label takes the
+free place nearest to its box, with a line to it where that is not beside it. Pillow draws it all, with its own font.
 """
 
 from __future__ import annotations
 
 import colorsys
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,31 +42,49 @@ class Drawn:
     colour: Colour | None = None
 
 
+@dataclass(frozen=True)
+class Placed:
+    """A region on the canvas: its box in canvas pixels, its mask in pixels of the image."""
+
+    box: Rectangle
+    label: str
+    mask: NDArray[np.bool_] | None
+    colour: Colour
+
+
 def colours_of(names: Sequence[str]) -> dict[str, Colour]:
     """A colour a name, in the order in which names first appear; as different as their number allows."""
     return {name: _colour(place) for place, name in enumerate(dict.fromkeys(names))}
 
 
-def draw_regions(photo: Image.Image, regions: Sequence[Drawn], least_side: int = LEAST_SIDE) -> Image.Image:
+def draw_regions(
+    photo: Image.Image, regions: Sequence[Drawn], least_side: int = LEAST_SIDE, opacity: float = MASK_OPACITY
+) -> Image.Image:
     """A copy of `photo` (RGB) with the regions on it, enlarged by a whole factor to a long side of `least_side`.
 
     Large regions are drawn first, so that small ones inside them stay visible. Regions without a colour get one by
-    their label.
+    their label. Masks are tinted with `opacity`, 0 to 1; their rims are drawn in any case.
     """
     factor = max(1, math.ceil(least_side / max(photo.size)))
     canvas = photo.convert("RGB").resize((photo.width * factor, photo.height * factor), Image.Resampling.BICUBIC)
     palette = colours_of([region.label for region in regions])
-    ordered = sorted(regions, key=lambda region: -_area(region.box_xyxy))
-    coloured = [(region, region.colour or palette[region.label]) for region in ordered]
-    for region, colour in coloured:
-        if region.mask is not None:
-            _paint_mask(canvas, region.mask, colour)
-    pen = ImageDraw.Draw(canvas)
     width = max(2, round(max(canvas.size) / 300))
-    boxes = [_scaled(region.box_xyxy, factor, canvas.size) for region, _ in coloured]
-    for box, (_, colour) in zip(boxes, coloured, strict=True):
-        _frame(pen, box, colour, width)
-    _write_labels(pen, canvas.size, boxes, [(region.label, colour) for region, colour in coloured], width)
+    placed = [
+        Placed(
+            _scaled(region.box_xyxy, factor, canvas.size),
+            region.label,
+            region.mask,
+            region.colour or palette[region.label],
+        )
+        for region in sorted(regions, key=lambda region: -_area(region.box_xyxy))
+    ]
+    for region in placed:
+        if region.mask is not None:
+            _paint_mask(canvas, region.mask, region.colour, opacity)
+    pen = ImageDraw.Draw(canvas)
+    for region in placed:
+        _frame(pen, region.box, region.colour, width)
+    _write_labels(pen, canvas.size, placed, width)
     return canvas
 
 
@@ -111,15 +129,19 @@ def _scaled(box: NDArray[np.float32], factor: int, size: tuple[int, int]) -> Rec
     return left, top, max(right, left + 2), max(bottom, top + 2)
 
 
-def _paint_mask(canvas: Image.Image, mask: NDArray[np.bool_], colour: Colour) -> None:
+def _paint_mask(canvas: Image.Image, mask: NDArray[np.bool_], colour: Colour, opacity: float) -> None:
     """Tint the mask and draw its rim, in place."""
-    stencil = Image.fromarray(mask.astype(np.uint8) * 255).resize(canvas.size, Image.Resampling.NEAREST)
+    stencil = Image.fromarray(_enlarged(mask, canvas.size).astype(np.uint8) * 255)
     tint = Image.new("RGB", canvas.size, colour)
-    canvas.paste(tint, mask=stencil.point([round(level * MASK_OPACITY) for level in range(256)]))
+    canvas.paste(tint, mask=stencil.point([round(level * opacity) for level in range(256)]))
     rim_width = 2 * max(1, round(max(canvas.size) / 900)) + 1  # an odd window, as the filter wants it
     inside = np.asarray(stencil.filter(ImageFilter.MinFilter(rim_width)))
     rim = Image.fromarray(np.where(inside > 0, 0, np.asarray(stencil)).astype(np.uint8))
     canvas.paste(tint, mask=rim)
+
+
+def _enlarged(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST), bool)
 
 
 def _frame(pen: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width: int) -> None:
@@ -132,23 +154,41 @@ def _frame(pen: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width: int)
 def _write_labels(
     pen: ImageDraw.ImageDraw,
     size: tuple[int, int],
-    boxes: Sequence[Rectangle],
-    labels: Sequence[tuple[str, Colour]],
+    regions: Sequence[Placed],
     width: int,
 ) -> None:
     """Write small regions' labels first: they have the fewest places near their box."""
     font = font_for(size)
     ascent = pen.textbbox((0, 0), "Ág", font=font)
     pad = max(2, round((ascent[3] - ascent[1]) / 5))
-    taken: list[Rectangle] = []
-    for box, (label, colour) in reversed(list(zip(boxes, labels, strict=True))):
-        text = _shortened(pen, label, font, size[0] - 2 * pad)
-        extent = (pen.textlength(text, font=font) + 2 * pad, ascent[3] - ascent[1] + 2 * pad)
-        place = _free_place(box, extent, size, taken, boxes, width)
-        taken.append(place)
-        pen.rectangle(place, fill=colour, outline=(20, 20, 20))
-        ink = (0, 0, 0) if _luminance(colour) > 0.36 else (255, 255, 255)
+    obstacles = _obstacles(size, regions)
+    written: list[tuple[Placed, str, Rectangle]] = []
+    for region in reversed(regions):
+        text = _shortened(pen, region.label, font, size[0] - 2 * pad)
+        extent = (math.ceil(pen.textlength(text, font=font)) + 2 * pad, math.ceil(ascent[3] - ascent[1]) + 2 * pad)
+        place = _free_place(region.box, extent, obstacles, width)
+        left, top, right, bottom = (round(edge) for edge in place)
+        obstacles.solid[top : bottom + 1, left : right + 1] = True
+        if _gaps(np.array(place), region.box).max() > extent[1] / 2:
+            _leader(pen, place, region, width)
+        written.append((region, text, place))
+    for region, text, place in written:  # after all lines: these may pass below a label
+        pen.rectangle(place, fill=region.colour, outline=(20, 20, 20))
+        ink = (0, 0, 0) if _luminance(region.colour) > 0.36 else (255, 255, 255)
         pen.text((place[0] + pad, place[1] + pad - ascent[1]), text, fill=ink, font=font)
+
+
+def _leader(pen: ImageDraw.ImageDraw, place: Rectangle, region: Placed, width: int) -> None:
+    """A line from a label to its box, where the two do not touch."""
+    ends = []
+    for axis in (0, 1):
+        low, high = max(place[axis], region.box[axis]), min(place[axis + 2], region.box[axis + 2])
+        middle = (low + high) / 2
+        between = (middle, middle) if low <= high else (place[axis + 2], region.box[axis])
+        ends.append(between if low <= high or place[axis + 2] < region.box[axis] else (place[axis], high))
+    line = list(zip(*ends, strict=True))
+    pen.line(line, fill=(20, 20, 20), width=width + 2)
+    pen.line(line, fill=region.colour, width=width)
 
 
 def _shortened(
@@ -166,49 +206,61 @@ def _luminance(colour: Colour) -> float:
     return (0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]) / 255
 
 
-def _free_place(
-    box: Rectangle,
-    extent: tuple[float, float],
-    size: tuple[int, int],
-    labels: Sequence[Rectangle],
-    boxes: Sequence[Rectangle],
-    width: int,
-) -> Rectangle:
-    """The best place for a label of this extent: in the picture, off other labels and small objects, near its box."""
-    room = np.array(size) - 1 - extent
-    corners = np.maximum(0, np.minimum(list(_places(box, extent, width)), room))
-    places = np.concatenate([corners, corners + extent], axis=1)
-    on_labels = _overlaps(places, labels).sum(axis=1) / (extent[0] * extent[1])
-    # Measured in shares of the box: a label hides a cup, but nothing of the table that it stands on.
-    on_boxes = (_overlaps(places, boxes) / [(b[2] - b[0]) * (b[3] - b[1]) for b in boxes]).sum(axis=1)
-    cost = 20 * on_labels + on_boxes + 0.02 * np.arange(len(places))
-    left, top, right, bottom = places[cost.argmin()].tolist()
-    return left, top, right, bottom
+@dataclass(frozen=True)
+class Obstacles:
+    """What a label should not hide, by pixels of the canvas (h, w).
+
+    solid   bool     masks and labels: a label lies there only where there is no other place at all
+    shares  float64  of the boxes without a mask, the share of a box that is one pixel: a label hides a cup, but nothing
+                     of the table that it stands on
+    """
+
+    solid: NDArray[np.bool_]
+    shares: NDArray[np.float64]
 
 
-def _places(box: Rectangle, extent: tuple[float, float], width: int) -> Iterator[tuple[float, float]]:
-    """Left-top corners to try for a label: the box's corners outside, inside, then down its sides and away from it."""
-    left, top, right, bottom = box
+def _obstacles(size: tuple[int, int], regions: Sequence[Placed]) -> Obstacles:
+    obstacles = Obstacles(np.zeros(size[::-1], bool), np.zeros(size[::-1]))
+    for region in regions:
+        if region.mask is not None and region.mask.any():
+            obstacles.solid[_enlarged(region.mask, size)] = True
+        else:
+            left, top, right, bottom = (round(edge) for edge in region.box)
+            obstacles.shares[top : bottom + 1, left : right + 1] += 1 / ((right - left + 1) * (bottom - top + 1))
+    return obstacles
+
+
+def _free_place(box: Rectangle, extent: tuple[int, int], obstacles: Obstacles, width: int) -> Rectangle:
+    """The place nearest to the box where a label of this extent (wide, high) hides nothing; where all places hide
+    something, the one that hides least. Above the box comes before below and beside it.
+    """
     wide, high = extent
-    outer, inner = left - width / 2, left + width
-    yield outer, top - high
-    yield inner, top + width
-    yield outer, bottom
-    for x in (right - wide, outer):
-        yield x, top - high
-        yield x, bottom
-    yield right, top
-    yield left - wide, top
-    for step in range(1, 12):
-        for x in (inner, right - wide - width, right, left - wide):
-            yield x, top + step * high
-        yield outer, top - (step + 1) * high
-        yield outer, bottom + step * high
+    rows, columns = obstacles.solid.shape
+    last_x, last_y = max(0, columns - 1 - wide), max(0, rows - 1 - high)
+    # Edge to edge with the box, and every few pixels of the canvas.
+    x = np.unique(np.clip([*range(0, last_x + 1, 5), box[0] - width / 2, box[0] + width, box[2] - wide], 0, last_x))
+    y = np.unique(np.clip([*range(0, last_y + 1, 5), box[1] - high, box[1] + width, box[3]], 0, last_y))
+    left, top = (values.ravel() for values in np.meshgrid(x.astype(int), y.astype(int)))
+    places = np.stack([left, top, left + wide, top + high], axis=1)
+    gap = np.hypot(*_gaps(places, box).T) / high
+    order = 0.1 * (top > box[1] - high) + 0.02 * np.abs(left - box[0]) / wide
+    hidden = 1000 * _sums(obstacles.solid, places) / (wide * high) + 10 * _sums(obstacles.shares, places)
+    place = places[(hidden + gap + order).argmin()].tolist()
+    return place[0], place[1], place[2], place[3]
 
 
-def _overlaps(places: NDArray[np.float64], others: Sequence[Rectangle]) -> NDArray[np.float64]:
-    """Area in pixels (P, N) that each of P rectangles (P, 4) shares with each of N others."""
-    ours, theirs = places[:, None], np.asarray(others, np.float64).reshape(1, -1, 4)
-    sides = np.minimum(ours[..., 2:], theirs[..., 2:]) - np.maximum(ours[..., :2], theirs[..., :2])
-    areas: NDArray[np.float64] = sides.clip(min=0).prod(axis=-1)
-    return areas
+def _gaps(places: NDArray[Any], box: Rectangle) -> NDArray[np.float64]:
+    """(..., 2): how far each rectangle XYXY lies from the box, along x and along y; 0 where they meet."""
+    low, high = np.array(box[:2]) - places[..., 2:], places[..., :2] - np.array(box[2:])
+    gaps: NDArray[np.float64] = np.maximum(low, high).clip(min=0)
+    return gaps
+
+
+def _sums(values: NDArray[Any], places: NDArray[Any]) -> NDArray[np.float64]:
+    """The sum of values (h, w) over each rectangle XYXY, its edges included."""
+    table = np.zeros((values.shape[0] + 1, values.shape[1] + 1))
+    table[1:, 1:] = values.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
+    left, top = places[:, 0], places[:, 1]
+    right, bottom = (np.minimum(places[:, 2 + k] + 1, values.shape[1 - k]) for k in (0, 1))
+    sums: NDArray[np.float64] = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
+    return sums

@@ -1,4 +1,4 @@
-"""A sheet of labelled pictures: what was recognised, right in green and wrong in red, to be taken in at a glance."""
+"""A sheet of labelled images: what was recognised, right in green and wrong in red, to be taken in at a glance."""
 
 from __future__ import annotations
 
@@ -101,7 +101,8 @@ def _judged(manifest: Manifest, photos: Path, detections: Detections, row: int, 
     known = [truth for truth in truths if truth is not None]
     right = sum(names[int(found)] == truth for found, truth in zip(best.category_ids, truths, strict=True))
     caption = f"{manifest.paths[row]}" + (f"   {right} of {len(known)} right" if known else "")
-    return Captioned(draw_regions(photo, drawn), caption)
+    # No tint: a green one would turn an orange thing yellow, and the eye could not check the name.
+    return Captioned(draw_regions(photo, drawn, opacity=0), caption)
 
 
 def _best_of_regions(detections: Detections) -> Detections:

@@ -86,10 +86,13 @@ class TrainConfig:
 
 TRAIN_PRESETS = {
     "paper": TrainConfig(),
-    # About a minute on two cores, with a rate that suits so few steps.
+    # A minute or two on two cores. Halved at each milestone, the rate keeps to a cosine within a factor of 1.5.
     "toy": TrainConfig(
         lr=1e-3,
         iterations=1200,
+        batch_size=32,
+        milestones=(0.36, 0.59, 0.72, 0.81, 0.87, 0.91),
+        decay=0.5,
         warmup=100,
         layers=HEADS["toy"].layers,
         heads=HEADS["toy"].heads,

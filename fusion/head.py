@@ -44,7 +44,7 @@ HEADS = {
     "bl": HeadConfig(width=1024, text_dim=768),
     "bl336": HeadConfig(width=1024, text_dim=768),
     # The toy backbones: 24 numbers a head suffice for their 192.
-    "toy": HeadConfig(token_dim=128, width=192, text_dim=128, layers=2, ffn=512, dropout=0.0),
+    "toy": HeadConfig(token_dim=128, width=192, text_dim=128, layers=2, ffn=512),
 }
 
 

@@ -42,6 +42,30 @@ def test_labels_of_crowded_boxes_do_not_cover_each_other(labels):
     assert sum(overlap(labels[i], labels[j]) for i, j in pairs) == 0
 
 
+def test_labels_cover_no_object_whose_mask_is_known(labels):
+    """Objects all over the image, as on the toy world's sheet: their corners and the gaps between them are free."""
+    y, x = np.mgrid[:480, :640]
+    discs = [(110, 120, 100), (330, 120, 100), (540, 130, 90), (120, 360, 105), (350, 350, 110), (560, 360, 70)]
+    masks = [(x - cx) ** 2 + (y - cy) ** 2 < r * r for cx, cy, r in discs]
+    crowd = [
+        Drawn(box(cx - r, cy - r, cx + r, cy + r), f"checkered purple disc 0.9{k}", mask)
+        for k, ((cx, cy, r), mask) in enumerate(zip(discs, masks, strict=True))
+    ]
+    draw_regions(grey(), crowd)
+    for number, (left, top, right, bottom) in enumerate(labels):
+        assert not any(mask[int(top) : int(bottom) + 1, int(left) : int(right) + 1].any() for mask in masks)
+        assert not any(overlap(labels[number], other) for other in labels[:number])
+
+
+def test_a_label_away_from_its_box_is_joined_to_it(labels):
+    everywhere = np.ones((480, 640), bool)
+    everywhere[:, 440:] = False
+    drawn = draw_regions(grey(), [Drawn(box(10, 200, 60, 250), "far", everywhere, (255, 0, 0))])
+    assert labels[0][0] >= 440
+    row = np.asarray(drawn)[200:260, 300]
+    assert (row == (255, 0, 0)).all(axis=-1).any()
+
+
 def test_labels_stay_inside_the_picture(labels):
     corners = [box(0, 0, 30, 20), box(610, 0, 640, 20), box(0, 470, 20, 480), box(600, 440, 640, 480)]
     draw_regions(grey(), [Drawn(corner, "a name that is rather long") for corner in corners])
