@@ -13,16 +13,12 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from benchmarks.goals import Report, options, say, versions
-from benchmarks.simulated import NothingToDo, SimulatedJob, make_cache
+from benchmarks.simulated import SimulatedJob, make_cache
 from regionspot.cache.verify import verify
-from regionspot.pipeline.clusters import connected, worker_threads
-from regionspot.pipeline.schedule import Totals, run_parts
-
-if TYPE_CHECKING:
-    from distributed import Client
+from regionspot.pipeline.clusters import Connection, connected
+from regionspot.pipeline.on_workers import Totals, run_parts
 
 PICTURES = 16  # of a part: few, for what a part costs beside its GPU time does not grow with them
 PART_SECONDS = 512 / 310  # of GPU for a part of 512 pictures, at 310 pictures a second: the ceiling of an H200
@@ -39,7 +35,7 @@ machine's cores, which all workers share, instead of the scheduler.
 * Rate: parts a second over a whole run of {PARTS_EACH} parts a worker, the last ones included, when the workers have
   started and have opened the cache. Speedup is the rate of N workers over N times the rate of one.
 * Every cache is verified afterwards.
-* Cost of a part: {MANY_PARTS:,} parts that do nothing on two workers; the CPU time of the process that holds client and
+* Cost of a part: {MANY_PARTS:,} parts of one picture on two workers; the CPU time of the process that holds client and
   scheduler, over the parts. Wall time is given beside it.
 """
 
@@ -56,7 +52,7 @@ def main() -> int:
         if count > 1:
             goal = f"speedup of {count} workers, over {count} times one worker"
             report.add_goal(goal, rates[count] / rates[1] / count, at_least=0.9)
-    say("parts that do nothing")
+    say("parts of one picture")
     _cost(report, 600 if asked.quick else MANY_PARTS)
     report.finish(asked.results)
     return 0
@@ -67,16 +63,16 @@ def _scale(report: Report, count: int, parts_each: int, rates: dict[int, float])
     folder = Path(tempfile.mkdtemp(prefix="scaling-"))
     try:
         cache, parts = make_cache(folder / "c.zarr", PICTURES * parts_each * count, PICTURES), parts_each * count
-        job, sizes = SimulatedJob(str(cache.path), PART_SECONDS / PICTURES), dict.fromkeys(range(parts), PICTURES)
+        job = SimulatedJob(str(cache.path), PART_SECONDS / PICTURES)
         started = time.perf_counter()
-        with connected(f"local:{count}") as client:
-            _all_there(client, count)
-            client.run(_open, job)
+        with connected(f"local:{count}") as connection:
+            connection.client.wait_for_workers(count)
+            connection.client.run(_open, job)
             ready, busy = time.perf_counter(), time.process_time()
             totals = Totals()
-            run_parts(client, job, sizes, totals)
+            run_parts(connection, job, cache, cache.feature_sets, range(parts), totals)
             seconds, busy = time.perf_counter() - ready, time.process_time() - busy
-            memory = sum(client.run(_memory_mb).values())
+            memory = sum(connection.client.run(_memory_mb).values())
         found = verify(cache.path)
         if not found.sound or found.pending or totals.parts != parts:
             raise RuntimeError(f"{count} workers: {totals.parts} of {parts} parts, {found.text()}")
@@ -100,19 +96,23 @@ def _scale(report: Report, count: int, parts_each: int, rates: dict[int, float])
 
 
 def _cost(report: Report, parts: int) -> None:
-    with connected("local:2") as client:
-        _all_there(client, 2)
-        run_parts(client, NothingToDo(), dict.fromkeys(range(50), 1), Totals())
-        wall, busy = time.perf_counter(), time.process_time()
-        run_parts(client, NothingToDo(), dict.fromkeys(range(parts), 1), Totals())
-        wall, busy = time.perf_counter() - wall, time.process_time() - busy
+    folder = Path(tempfile.mkdtemp(prefix="scaling-"))
+    try:
+        with connected("local:2") as connection:
+            connection.client.wait_for_workers(2)
+            _run_tiny_parts(connection, folder / "first.zarr", 50)
+            wall, busy = time.perf_counter(), time.process_time()
+            _run_tiny_parts(connection, folder / "c.zarr", parts)
+            wall, busy = time.perf_counter() - wall, time.process_time() - busy
+    finally:
+        shutil.rmtree(folder)
     report.add_row("Cost of a part", parts=parts, cpu_ms=busy / parts * 1e3, wall_ms=wall / parts * 1e3)
     report.add_goal(f"scheduler's and client's CPU ms a part, {parts:,} parts", busy / parts * 1e3, at_most=5)
 
 
-def _all_there(client: Client, count: int) -> None:
-    while len(worker_threads(client)) < count:
-        time.sleep(0.1)
+def _run_tiny_parts(connection: Connection, path: Path, parts: int) -> None:
+    cache = make_cache(path, parts, 1)
+    run_parts(connection, SimulatedJob(str(path)), cache, cache.feature_sets, range(parts), Totals())
 
 
 def _open(job: SimulatedJob) -> None:

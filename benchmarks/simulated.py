@@ -6,6 +6,8 @@ to measure how a run scales to more workers than a machine has cores, and to kil
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 import uuid
@@ -16,8 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures
-from regionspot.cache.progress import Progress
-from regionspot.pipeline.part_worker import CacheParts, PartReport
+from regionspot.pipeline.part_worker import Account, PartMaker
 
 SETS = (FeatureSet("clip", "map", (5, 8)), FeatureSet("sam", "token", (6,)))
 
@@ -44,47 +45,45 @@ def make_cache(path: Path, pictures: int, part_size: int) -> FeatureCache:
 
 @dataclass(frozen=True)
 class SimulatedJob:
-    """Parts of a `make_cache`, of which each picture keeps the worker's one GPU for so many seconds."""
+    """Parts of a `make_cache`, of which each image keeps the worker's one GPU for so many seconds.
+
+    failing, deadly   rows of an image that cannot be read, and of one that kills its worker
+    slow              process id of a worker that takes ten times as long
+    """
 
     cache: str
     seconds: float = 0.0
+    failing: int | None = None
+    deadly: int | None = None
+    slow: int | None = None
     run: str = field(default_factory=lambda: uuid.uuid4().hex)
 
-    def open(self) -> CacheParts:
+    def open(self) -> PartMaker:
         cache = FeatureCache.open(self.cache, "a")
-        return CacheParts(cache, list(cache.feature_sets), _SimulatedFeatures(cache, self.seconds))
+        return PartMaker(cache, list(cache.feature_sets), SimulatedFeatures(cache, self), self.run)
 
 
-class _SimulatedFeatures:
-    def __init__(self, cache: FeatureCache, seconds: float) -> None:
-        self._cache, self._seconds = cache, seconds
+class SimulatedFeatures:
+    """Features that follow from the row."""
+
+    def __init__(self, cache: FeatureCache, job: SimulatedJob) -> None:
+        self._cache, self._job = cache, job
+        self._seconds = job.seconds * (10 if job.slow == os.getpid() else 1)
         self._gpu = threading.Lock()
 
-    def of_rows(self, rows: range, names: Sequence[str], progress: Progress) -> Iterator[PictureFeatures]:
+    def of_rows(self, rows: range, names: Sequence[str], account: Account) -> Iterator[PictureFeatures]:
         regions = self._cache.manifest.region_count
         for row in rows:
-            with progress.timed("encode"), self._gpu:
+            with account.progress.timed("encode"), self._gpu:
                 time.sleep(self._seconds)
+            if row == self._job.deadly:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if row == self._job.failing:
+                yield PictureFeatures(row, {}, f"{row:06d}.jpg: is not there")
+                continue
             count = int(regions[row])
             shapes = {each.name: each.shape if each.kind == "map" else (count, *each.shape) for each in SETS}
             # Each set from a seed of its own: a part of which one set is there already is asked for the other alone.
             yield PictureFeatures(
                 row, {name: np.random.default_rng([row, len(name)]).standard_normal(shapes[name]) for name in names}
             )
-
-    def ignored_orientations(self, rows: range) -> int:
-        return 0
-
-
-@dataclass(frozen=True)
-class NothingToDo:
-    """A job whose parts take no time at all: what is left is the cost of giving them out."""
-
-    def open(self) -> NothingToDo:
-        return self
-
-    def make(self, part: int, again: bool) -> PartReport:
-        return PartReport(part, "done", pictures=1)
-
-    def close(self) -> None:
-        pass

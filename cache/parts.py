@@ -10,7 +10,7 @@ A run killed at any point leaves at most partial files and shards without a reco
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from types import TracebackType
@@ -72,11 +72,17 @@ class PartWriter:
         self._batch_sizes.append(picture.batch_sizes)
         self._done += 1
 
-    def commit(self, worker: str, before_publish: Callable[[], None] | None = None) -> PartRecord:
+    def commit(
+        self,
+        worker: str,
+        before_publish: Callable[[], None] | None = None,
+        account: Mapping[str, Any] | None = None,
+    ) -> PartRecord:
         """Put everything on disk under its name, and the record of each feature set last.
 
         before_publish   called when all is flushed, before the first file gets its name; what it raises leaves the
                          part unwritten
+        account          JSON for the record, as it is when `before_publish` has returned
         """
         if self._done != len(self._rows):
             raise InputError(
@@ -102,7 +108,7 @@ class PartWriter:
         with self._disk_errors():
             for writer in self._writers:
                 writer.publish()
-            record = replace(record, seconds=round(time.monotonic() - self._started, 3))
+            record = replace(record, seconds=round(time.monotonic() - self._started, 3), account=dict(account or {}))
             # Last on purpose: a part counts as done once its record exists, so a run killed between two
             # files finds it missing and writes it again.
             for writer, one in zip(self._writers, finished, strict=True):

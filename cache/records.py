@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -25,7 +25,8 @@ class PartRecord:
     files                          bytes of each file, by its path inside the cache
     checksums                      crc32c of the files that hold the records' checksums: through them, of all the part
     failures                       pictures that could not be read; their records are empty, their tokens zero
-    worker, seconds                who wrote it and how long that took, for the run's own accounting
+    worker, seconds                who wrote it and how long that took
+    account                        what else the run that wrote it keeps for its own accounting; may be empty
     identity                       `part_identity` of what it was written for; None in records of earlier versions
     batches                        how its images were computed together, in row order: (8, 64) is 64 batches of 8.
                                    Rounding depends on it. () where it is not known
@@ -40,6 +41,7 @@ class PartRecord:
     failures: tuple[Failure, ...]
     worker: str
     seconds: float
+    account: dict[str, Any] = field(default_factory=dict)
     identity: int | None = None
     batches: tuple[tuple[int, int], ...] = ()
 
@@ -86,9 +88,9 @@ class PartIndex:
             there = [failure for failure in record.failures if failure.row in rows]
             paths = [str(manifest.paths[failure.row]) for failure in there]
             facts.append(("pictures that failed", [failure.path for failure in there], paths))
-        for field, found, expected in facts:
+        for name, found, expected in facts:
             if found != expected:
-                return f"{field}: found {found}, expected {expected}"
+                return f"{name}: found {found}, expected {expected}"
         if manifest is not None and record.identity not in (None, part_identity(rows, manifest, self._set_crc)):
             return "was written for other images, boxes or backbones than this cache is of: a part of another cache"
         return None

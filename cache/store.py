@@ -7,10 +7,10 @@ killed run leaves whole parts or none.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,12 +211,14 @@ class FeatureCache(ReadableCache):
         feature_sets: Sequence[str] | None = None,
         worker: str = "",
         before_publish: Callable[[], None] | None = None,
+        account: Mapping[str, Any] | None = None,
     ) -> PartRecord:
         """Write those of the feature sets (default: all) that this part lacks, from its pictures in row order.
 
         `pictures` is consumed one by one, so memory does not grow with the part. Features of sets that are written
         already are left aside. Whatever is raised, also by the iterator, leaves this part unwritten and others as
-        they are. `before_publish` is called behind the last picture, before anything of the part can be seen.
+        they are. `before_publish` is called behind the last picture, before anything of the part can be seen; what
+        `account` holds then is kept in the part's records.
 
         Raises InputError for features that do not fit the picture, CacheError when the disk refuses them or the part
         is written already.
@@ -230,7 +232,7 @@ class FeatureCache(ReadableCache):
         with PartWriter(self.storage, self.manifest, self._geometry, part, sets) as writer:
             for picture in pictures:
                 writer.append(picture)
-            return writer.commit(worker, before_publish)
+            return writer.commit(worker, before_publish, account)
 
     def valid_rows(self, feature_sets: Sequence[str] | None = None) -> NDArray[np.int64]:
         """int64, rising: rows written in all of the feature sets (default: all), without pictures that failed."""

@@ -1,7 +1,7 @@
-"""Workers to give parts to: those of this machine, one a GPU, or those of a running dask cluster.
+"""Workers for `extract --scheduler`: dask workers of this machine, one a GPU, or those of a running dask cluster.
 
 none         this process alone
-local        a worker a GPU of this machine, one where there is none
+local        a worker on each GPU of this machine, one where there is none
 local:8      eight workers on this machine
 tcp://...    the workers of a scheduler that runs there, however it and they were started
 """
@@ -10,25 +10,26 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import re
-import shutil
-import subprocess
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from typing import TYPE_CHECKING, Any
+from contextlib import contextmanager, suppress
 
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.machine import processors
-from regionspot.pipeline.dealing import HANDS
-
-if TYPE_CHECKING:
-    from distributed import Client, Future
+from regionspot.pipeline.part_worker import PARTS_AT_ONCE, gpus
 
 log = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 10
-RECONNECT_SECONDS = 30.0  # for a connection that broke
+CONNECT_SECONDS = 10.0
+RECONNECT_SECONDS = 30.0
+WATCH_SECONDS = 0.5  # between two looks how many workers there are
+SAY_SECONDS = 60.0  # between two lines about what is waited for
+# A local worker that has not been heard of for so long is killed and started again (`worker-ttl`; dask looks as often
+# as that, so it takes up to twice as long). Not less: loading a model may keep a worker's interpreter for seconds.
+SILENT_SECONDS = 30.0
 _ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
 
 
@@ -39,158 +40,160 @@ def check_scheduler(text: str) -> str:
     raise InputError(f"scheduler {text!r}: expected none, local, local:8 (eight workers) or tcp://host:8786")
 
 
-def gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES may be set to for one GPU each; from the driver, for torch takes seconds to import."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return []
-    asked = subprocess.run([tool, "--query-gpu=index", "--format=csv,noheader"], capture_output=True, text=True)
-    return asked.stdout.split() if asked.returncode == 0 else []
+def local_workers(scheduler: str) -> int | None:
+    """How many workers of this machine are asked for; None for a scheduler that runs elsewhere."""
+    match = re.fullmatch(r"local(?::([1-9]\d*))?", scheduler)
+    if match is None:
+        return None
+    return int(match[1]) if match[1] else max(len(gpus()), 1)
+
+
+class Connection:
+    """A dask client of the scheduler at `address`; `workers` is the number of workers it had when last asked.
+
+    A connection may break while the scheduler lives, on a busy machine for instance. Dask's client then forgets all of
+    its tasks, and its own attempt to reconnect hangs or fails an assertion about one time in twenty. `renew` makes
+    another client instead.
+    """
+
+    def __init__(self, address: str) -> None:
+        self.address, self.workers = address, 0
+        self._looked = self._said = -math.inf
+        self._connect()
+
+    def _connect(self) -> None:
+        from distributed import Client
+
+        self.client = Client(self.address, timeout=CONNECT_SECONDS, set_as_default=False)
+        self._stream = self.client.scheduler_comm
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether tasks given to this client may be lost, also where dask has mended the connection since."""
+        return self.client.status != "running" or self.client.scheduler_comm is not self._stream
+
+    def renew(self) -> None:
+        """Connect again. Raises CacheError when no scheduler answers within RECONNECT_SECONDS."""
+        log.warning("%s: the connection to the scheduler broke; connecting again", self.address)
+        self.close()
+        deadline = time.monotonic() + RECONNECT_SECONDS
+        while time.monotonic() < deadline:
+            with suppress(OSError, TimeoutError):
+                return self._connect()
+            time.sleep(0.1)
+        raise CacheError(
+            f"{self.address}: the scheduler is gone; the parts that are done stay: start it and its workers again, "
+            "then run the same command again to resume"
+        )
+
+    def close(self) -> None:
+        """Disconnect. The scheduler drops the tasks that no worker has begun."""
+        # A client whose connection is broken may fail an assertion in here, or hang.
+        with suppress(AssertionError, OSError, TimeoutError):
+            self.client.close(timeout=5)
+
+    def watch_workers(self) -> None:
+        """Say how many workers there are when that has changed; asks at most every WATCH_SECONDS."""
+        if (now := time.monotonic()) - self._looked < WATCH_SECONDS:
+            return
+        self._looked, before = now, self.workers
+        try:
+            self.workers = len(self.client.nthreads())
+        except (OSError, TimeoutError):  # is_broken soon
+            return
+        if self.workers != before:
+            link = self._dashboard()
+            log.info("%d workers%s", self.workers, f"; dashboard: {link}" if link else "")
+        if not self.workers and now - self._said >= SAY_SECONDS:
+            self._said = now
+            log.info("%s: no worker is there; parts are given out as soon as one is", self.address)
+
+    def retire(self, worker: str) -> bool:
+        """Have a worker end, and its nanny not start it again; False where there is no other one."""
+        with suppress(OSError, TimeoutError):
+            if not self.client.nthreads().keys() - {worker}:
+                return False
+            self.client.retire_workers([worker])
+        return True
+
+    def _dashboard(self) -> str | None:
+        # Where bokeh, which draws the pages, is missing here, it is missing in the scheduler's environment too.
+        if importlib.util.find_spec("bokeh") is None:
+            return None
+        services = self.client.scheduler_info(n_workers=0).get("services", {})
+        return str(self.client.dashboard_link) if "dashboard" in services else None
 
 
 @contextmanager
-def connected(scheduler: str) -> Iterator[Client]:
-    """A client of the workers that `scheduler` names; those of this machine are started, and ended on leaving.
+def connected(scheduler: str) -> Iterator[Connection]:
+    """A connection to the workers that `scheduler` names; those of this machine are started, and ended on leaving.
 
     Raises InputError where no scheduler answers.
     """
     import distributed  # noqa: F401  half a second to import, and it sets its log up
 
-    # Dask's own words about workers that come and go are said in one line each by schedule.py.
+    # What dask says of workers that come and go is said in one line each by on_workers.py.
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     count = local_workers(scheduler)
-    with _running(scheduler) if count is None else _local(count) as client:
-        yield client
+    with _running(scheduler) if count is None else _local(count) as connection:
+        try:
+            yield connection
+        finally:
+            connection.close()
 
 
 @contextmanager
-def client_of(address: str) -> Iterator[Client]:
-    """A client of the scheduler that runs there. Raises OSError or TimeoutError where none answers."""
-    from distributed import Client  # half a second to import
-
-    client = Client(address, timeout=CONNECT_SECONDS, set_as_default=False)
+def _running(address: str) -> Iterator[Connection]:
     try:
-        yield client
-    finally:
-        # Dask's own attempt to mend a connection that broke fails an assertion at times, which comes out here.
-        with suppress(AssertionError, OSError, TimeoutError):
-            client.close()
-
-
-def dashboard(client: Client) -> str | None:
-    """Address of the cluster's dashboard, None where it has none."""
-    info = client.scheduler_info(n_workers=0)
-    # Where the library that draws its pages is missing here, it is so in the environment of the scheduler.
-    if "dashboard" not in info.get("services", {}) or importlib.util.find_spec("bokeh") is None:
-        return None
-    return str(client.dashboard_link)
-
-
-def worker_threads(client: Client) -> dict[str, int]:
-    """The workers that the scheduler knows of, and how many threads each has. Raises CacheError when it is gone."""
-    if client.status == "running":
-        try:
-            return dict(client.nthreads())
-        except (OSError, TimeoutError):
-            pass
-    raise gone(address_of(client))
-
-
-def gone(address: str) -> CacheError:
-    """What there is to say when a scheduler does not answer any more."""
-    return CacheError(
-        f"{address}: the scheduler is gone; the parts that are done stay: start it and its workers "
-        "again, then the same command goes on"
-    )
-
-
-def address_of(client: Client) -> str:
-    """Where the scheduler of a client is, or was."""
-    return str(getattr(client.scheduler, "address", "the scheduler"))
-
-
-def trouble_of(future: Future[Any]) -> str | None:
-    """Why a worker could not even begin a task; None where it died while at work on it."""
-    error = future.exception() if future.status == "error" else None
-    if error is None or type(error).__name__ == "KilledWorker":
-        return None
-    last = (str(error).strip().splitlines() or [""])[-1]
-    return (
-        f"could not begin: {type(error).__name__}: {last}; the scheduler and its workers need the same regionspot, "
-        "dask and Python as this machine"
-    )
-
-
-def local_workers(text: str) -> int | None:
-    """How many workers of this machine a scheduler's words ask for; None for other words."""
-    words = re.fullmatch(r"local(?::([1-9]\d*))?", text)
-    if words is None:
-        return None
-    return int(words[1]) if words[1] else max(len(gpus()), 1)
+        connection = Connection(address)
+    except (OSError, TimeoutError, ValueError) as error:
+        raise InputError(
+            f"{address}: no scheduler answers ({type(error).__name__}); is `dask scheduler` running there, and may "
+            "this machine reach its port?"
+        ) from error
+    yield connection
 
 
 @contextmanager
-def _running(address: str) -> Iterator[Client]:
-    with ExitStack() as stack:
-        try:
-            client = stack.enter_context(client_of(address))
-        except (OSError, TimeoutError, ValueError) as error:
-            raise InputError(
-                f"{address}: no scheduler answers ({type(error).__name__}); is `dask scheduler` running there, and may "
-                "this machine reach its port?"
-            ) from error
-        yield client
-
-
-@contextmanager
-def _local(count: int) -> Iterator[Client]:
+def _local(count: int) -> Iterator[Connection]:
     import dask
-    from distributed import Nanny, Scheduler, SpecCluster  # half a second to import
+    from distributed import LocalCluster
 
+    # Workers take these from the process that starts them, over their environment and configuration files.
     settings = {
         # In place of dask's own, which would have each worker use one thread, and give every freed page back to the
         # system.
         "distributed.nanny.pre-spawn-environ": {"DASK_LOGGING__DISTRIBUTED": "critical"},
-        # Workers and their nannies look at themselves seldom: a profile of every thread a hundred times a second, the
-        # event loop fifty times, CPU and memory twice, and 64 idle workers would keep two cores busy with it.
+        # 64 idle workers would keep two cores busy with looking at themselves: a profile of every thread a hundred
+        # times a second, the event loop fifty times, CPU and memory twice.
         "distributed.worker.profile.enabled": False,
         "distributed.admin.tick.interval": "1s",
         "distributed.admin.system-monitor.interval": "5s",
+        "distributed.scheduler.worker-ttl": f"{SILENT_SECONDS}s",
+        # A worker is given as many parts as it has threads; what waits, waits in the scheduler for whoever is free.
+        "distributed.scheduler.worker-saturation": 1.0,
         # A worker that dies is started again by its nanny. Dask looks once more after this time, and if the worker has
         # died anew just then, takes it off for good.
         "distributed.deploy.lost-worker-timeout": "1000 days",
     }
-    with dask.config.set(settings):
-        workers = {
-            number: {
-                "cls": Nanny,
-                "options": {
-                    "nthreads": HANDS,
-                    "memory_limit": 0,  # no limit: features are large and flow through, nothing piles up in dask
-                    "env": worker_environment(number, count),
-                    "host": "127.0.0.1",
-                    "dashboard": False,
-                    "preload": ["regionspot.pipeline.part_worker"],  # its dask_setup
-                },
-            }
-            for number in range(count)
-        }
-        scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "port": 0, "dashboard_address": "127.0.0.1:0"}}
-        with (
-            SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
-            client_of(cluster.scheduler_address) as client,
-        ):
-            yield client
+    with (
+        dask.config.set(settings),
+        LocalCluster(
+            n_workers=count,
+            threads_per_worker=PARTS_AT_ONCE,
+            memory_limit=0,  # no limit: features are large and flow through, nothing piles up in dask
+            host="127.0.0.1",
+            dashboard_address="127.0.0.1:0",
+            env=thread_counts(count),
+            preload=["regionspot.pipeline.part_worker"],  # its dask_setup
+            silence_logs=logging.CRITICAL,
+        ) as cluster,
+    ):
+        yield Connection(cluster.scheduler_address)
 
 
-def worker_environment(number: int, count: int) -> dict[str, str]:
-    """What worker `number` of `count` finds set: a GPU, in turn where there are fewer, and its share of the cores."""
-    found, threads = gpus(), str(max(processors() // count, 1))
-    environment = {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    if found:
-        environment["CUDA_VISIBLE_DEVICES"] = found[number % len(found)]
-    return environment
+def thread_counts(workers: int) -> dict[str, str]:
+    """The environment that has each of so many workers of this machine compute with its share of the cores."""
+    threads = str(max(processors() // workers, 1))
+    return {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}

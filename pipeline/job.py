@@ -19,13 +19,12 @@ from typing import TYPE_CHECKING, Any, cast
 
 from regionspot.cache.compatibility import require_same_features
 from regionspot.cache.encodings import Encoding
-from regionspot.cache.errors import InputError, RegionSpotError
-from regionspot.cache.progress import Progress
+from regionspot.cache.errors import InputError
 from regionspot.cache.schema import FeatureSet, PictureFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FIRST_IMAGES, FailureLimit
 from regionspot.pipeline.outstanding import held_sets
-from regionspot.pipeline.part_worker import CacheParts
+from regionspot.pipeline.part_worker import Account, PartMaker
 
 if TYPE_CHECKING:
     from regionspot.pipeline.extraction import Extraction
@@ -65,7 +64,7 @@ class Models:
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the first worker found, or the trouble it met.
+    """What the first worker found.
 
     photos   their folder
     names    of the feature sets to fill
@@ -81,7 +80,6 @@ class Prepared:
     machine: dict[str, str | int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     decode_threads: int = 0
-    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -129,13 +127,10 @@ class ExtractJob:
         from regionspot.pipeline.surroundings import machine, versions
         from regionspot.pipeline.watch import weights_of
 
-        try:
-            extraction = self.extraction(_loaded(self.run, self.models, held_sets(self.cache)))
-            cache, backbones = extraction.prepare()
-            names = [each.name for each in backbones.feature_sets(self.exif)]
-            only = extraction.only(cache.n_parts)
-        except (RegionSpotError, OSError) as error:
-            return Prepared(trouble=str(error))
+        extraction = self.extraction(_loaded(self.run, self.models, held_sets(self.cache)))
+        cache, backbones = extraction.prepare()
+        names = [each.name for each in backbones.feature_sets(self.exif)]
+        only = extraction.only(cache.n_parts)
         return Prepared(
             str(extraction.photos),
             tuple(names),
@@ -146,7 +141,7 @@ class ExtractJob:
             self.decode_threads or default_threads(),
         )
 
-    def open(self) -> CacheParts:
+    def open(self) -> PartMaker:
         """What a worker needs to make parts. Raises RegionSpotError where it lacks cache, photos or models."""
         if not Path(self.photos).is_dir():
             raise InputError(
@@ -160,7 +155,7 @@ class ExtractJob:
             require_same_features(
                 self.cache, stored, replace(asked, dtype=stored.dtype, compression=stored.compression)
             )
-        return CacheParts(cache, [asked.name for asked in wanted], PhotoFeatures(cache, backbones, self))
+        return PartMaker(cache, [asked.name for asked in wanted], PhotoFeatures(cache, backbones, self), self.run)
 
     def extraction(self, backbones: Backbones | None = None) -> Extraction:
         """The annotations read and the models loaded (or these), in this process.
@@ -209,10 +204,9 @@ class PhotoFeatures:
         names = [feature_set.name for feature_set in backbones.feature_sets(job.exif)]
         self._batch_size = images_at_a_time(job.batch_size, cache, names, backbones)
         self._cache, self._backbones, self._job = cache, backbones, job
-        self._ignored: dict[range, int] = {}
         self._one_was_read = False
 
-    def of_rows(self, rows: range, names: Sequence[str], progress: Progress) -> Iterator[PictureFeatures]:
+    def of_rows(self, rows: range, names: Sequence[str], account: Account) -> Iterator[PictureFeatures]:
         """The rows of one part, in batches as a run in one process makes them, so that the bytes are the same.
 
         Raises InputError when this worker has not read one photo yet and cannot read any of the first of this part: it
@@ -223,21 +217,18 @@ class PhotoFeatures:
 
         job, manifest = self._job, self._cache.manifest
         decoder = Decoder(manifest, Path(job.photos), self._backbones, job.exif)
-        encode = BatchEncoder(manifest, self._backbones, progress)
+        encode = BatchEncoder(manifest, self._backbones, account.progress)
         jobs = ((row, names) for row in rows)
         with closing(decode_ahead(decoder, jobs, job.decode_threads)) as decoded:
-            for picture in encode(batches_of(decoded, self._batch_size, self._cache.part_size, progress)):
+            for picture in encode(batches_of(decoded, self._batch_size, self._cache.part_size, account.progress)):
                 self._one_was_read |= picture.failure is None
                 if not self._one_was_read and picture.row + 1 - rows.start >= min(FIRST_IMAGES, len(rows)):
                     raise InputError(
                         f"{job.photos}: none of a part's first pictures could be read (the last: {picture.failure}); "
                         "check --data, and that this machine sees it"
                     )
+                account.ignored_orientations = encode.ignored_orientations
                 yield picture
-        self._ignored[rows] = encode.ignored_orientations
-
-    def ignored_orientations(self, rows: range) -> int:
-        return self._ignored.pop(rows, 0)
 
 
 class _OneAtATime:

@@ -4,6 +4,7 @@ The GPU is simulated by sleeping (benchmarks/simulated.py), so that workers star
 all that is sent are the real thing.
 """
 
+import functools
 import importlib
 import json
 import os
@@ -25,24 +26,22 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.claims import Claims
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.verify import verify
-from regionspot.pipeline import part_worker
-from regionspot.pipeline.clusters import check_scheduler, connected, worker_environment, worker_threads
-from regionspot.pipeline.one_worker import on_one_worker
-from regionspot.pipeline.schedule import Totals, run_parts
+from regionspot.pipeline import clusters, on_workers, part_worker
+from regionspot.pipeline.clusters import check_scheduler, connected, thread_counts
+from regionspot.pipeline.on_workers import Totals, run_once, run_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # workers are started with the same path, so that they can import the job, too
 simulated = importlib.import_module("benchmarks.simulated")
 
 PICTURES, PART_SIZE = 40, 4
-PARTS = dict.fromkeys(range(PICTURES // PART_SIZE), PART_SIZE)
+PARTS = range(PICTURES // PART_SIZE)
 
 
 @pytest.fixture(scope="module")
-def client():
+def connection():
     with connected("local:3") as found:
-        while len(worker_threads(found)) < 3:
-            time.sleep(0.01)
+        found.client.wait_for_workers(3)
         yield found
 
 
@@ -53,12 +52,13 @@ def cache(tmp_path) -> FeatureCache:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict[str, bytes]:
-    """What a run in one process writes."""
+    """What one process writes, without dask."""
     path = tmp_path_factory.mktemp("undisturbed") / "c.zarr"
     simulated.make_cache(path, PICTURES, PART_SIZE)
-    job = simulated.SimulatedJob(str(path))
-    assert {part_worker.do_part(job, part, False).outcome for part in PARTS} == {"done"}
-    part_worker.close_all()
+    maker = simulated.SimulatedJob(str(path)).open()
+    for part in PARTS:
+        maker.make(part)
+    maker.close()
     return content(path)
 
 
@@ -74,7 +74,7 @@ def content(folder: Path) -> dict[str, bytes]:
             data = path.read_bytes()
             if name.startswith("parts/"):
                 data = json.dumps(
-                    {k: v for k, v in json.loads(data).items() if k not in ("worker", "seconds", "crc32c")}
+                    {k: v for k, v in json.loads(data).items() if k not in ("worker", "seconds", "account", "crc32c")}
                 ).encode()
             found[name] = data
     return found
@@ -83,15 +83,15 @@ def content(folder: Path) -> dict[str, bytes]:
 class Run:
     """`run_parts` in a thread, so that the test can get in its way."""
 
-    def __init__(self, client, cache, seconds) -> None:
+    def __init__(self, connection, cache, seconds, **options) -> None:
         self.cache, self.totals, self.error = cache, Totals(), None
-        self.job = simulated.SimulatedJob(str(cache.path), seconds)
-        self._thread = threading.Thread(target=self._run, args=(client,), daemon=True)
+        self.job = simulated.SimulatedJob(str(cache.path), seconds, **options)
+        self._thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
         self._thread.start()
 
-    def _run(self, client) -> None:
+    def _run(self, connection) -> None:
         try:
-            run_parts(client, self.job, PARTS, self.totals)
+            run_parts(connection, self.job, self.cache, self.cache.feature_sets, PARTS, self.totals)
         except CacheError as error:
             self.error = error
 
@@ -107,8 +107,11 @@ class Run:
         return self.totals
 
 
-def pids(client) -> dict[str, int]:
-    return client.run(os.getpid)
+def pids(connection, count: int) -> list[int]:
+    """Process ids of the workers, when so many are there: one may be being started again."""
+    while len(found := connection.client.run(os.getpid)) < count:
+        time.sleep(0.01)
+    return list(found.values())
 
 
 def must_equal(cache, undisturbed) -> None:
@@ -118,39 +121,91 @@ def must_equal(cache, undisturbed) -> None:
     assert content(cache.path) == undisturbed
 
 
-def test_workers_share_the_parts_and_write_what_one_process_writes(client, cache, undisturbed):
-    totals = Run(client, cache, 0.005).end()
-    assert (totals.parts, totals.pictures, totals.failed, totals.others) == (len(PARTS), PICTURES, 0, 0)
+def test_workers_share_the_parts_and_write_what_one_process_writes(connection, cache, undisturbed):
+    totals = Run(connection, cache, 0.005).end()
+    assert (totals.parts, totals.pictures, totals.failures.total, totals.others) == (len(PARTS), PICTURES, 0, 0)
     assert totals.bytes > 0
     assert sum(totals.shares().values()) == pytest.approx(1)
     must_equal(cache, undisturbed)
 
 
-def test_a_killed_worker_has_its_parts_done_by_the_others(client, cache, undisturbed):
-    run = Run(client, cache, 0.02)
+def test_a_killed_worker_has_its_parts_done_by_the_others(connection, cache, undisturbed):
+    found = pids(connection, 3)
+    run = Run(connection, cache, 0.02)
     run.has_written(2)
-    os.kill(next(iter(pids(client).values())), signal.SIGKILL)
+    os.kill(found[0], signal.SIGKILL)
     assert run.end().parts == len(PARTS)
     must_equal(cache, undisturbed)
 
 
-def test_a_frozen_worker_holds_nothing_up_and_when_it_wakes_it_leaves_what_was_taken_over(client, cache, undisturbed):
-    while len(found := pids(client)) < 3:  # one is being started again after the test before
-        time.sleep(0.01)
-    run = Run(client, cache, 0.02)
-    run.has_written(3)
-    frozen = next(iter(found.values()))
-    os.kill(frozen, signal.SIGSTOP)
-    try:
-        run.end()
-        must_equal(cache, undisturbed)
-    finally:
-        os.kill(frozen, signal.SIGCONT)
-    # Woken, it drops its parts and lets go of them: then no claim is left but those of runs that hold nothing.
-    while any(path.name[0].isdigit() for path in (cache.path / "claims").iterdir()) or list(
-        cache.path.rglob("*.partial")
-    ):
-        time.sleep(0.01)
+def test_a_frozen_worker_is_replaced_and_its_parts_are_done_by_the_others(cache, undisturbed, monkeypatch):
+    # Takes ten seconds: dask waits for five at least, and its nanny asks for four before it kills.
+    monkeypatch.setattr(clusters, "SILENT_SECONDS", 2.0)
+    with connected("local:2") as connection:
+        found = pids(connection, 2)
+        run = Run(connection, cache, 0.02)
+        run.has_written(2)
+        os.kill(found[0], signal.SIGSTOP)
+        assert run.end().parts == len(PARTS)
+        assert found[0] not in pids(connection, 2)
+    must_equal(cache, undisturbed)
+
+
+def test_what_a_slow_worker_has_not_begun_is_done_by_the_others(connection, cache):
+    slow = pids(connection, 3)[0]
+    Run(connection, cache, 0.05, slow=slow).end()
+    by_worker = Counter(cache.record(part, "clip").worker.rpartition(":")[2] for part in PARTS)
+    assert by_worker[str(slow)] <= part_worker.PARTS_AT_ONCE
+
+
+def test_a_part_that_is_given_again_while_it_is_being_made_is_made_once(cache, undisturbed):
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Waiting:
+        def of_rows(self, rows, names, account):
+            begun.set()
+            go_on.wait()
+            yield from simulated.SimulatedFeatures(cache, simulated.SimulatedJob("")).of_rows(rows, names, account)
+
+    maker = part_worker.PartMaker(cache, list(cache.feature_sets), Waiting(), "a run")
+    first = threading.Thread(target=maker.make, args=(3,))
+    first.start()
+    begun.wait()
+    maker.make(3)
+    assert cache.missing_sets(3)
+    go_on.set()
+    first.join()
+    maker.close()
+    assert not cache.missing_sets(3)
+    assert not list(cache.path.rglob("*.partial"))
+
+
+def test_what_workers_wrote_while_the_connection_was_broken_counts_as_the_runs_and_what_others_wrote_does_not(
+    connection, cache
+):
+    job = simulated.SimulatedJob(str(cache.path), failing=5)
+    for job_of, part in ((job, 1), (simulated.SimulatedJob(str(cache.path)), 2)):
+        maker = job_of.open()
+        maker.make(part)
+        maker.close()
+    totals, failed = Totals(), []
+    run_parts(connection, job, cache, cache.feature_sets, PARTS, totals, lambda: failed.append(totals.failures.total))
+    assert (totals.parts, totals.others, totals.pictures) == (len(PARTS) - 1, 1, PICTURES - PART_SIZE)
+    assert failed[-1] == 1
+
+
+def test_a_part_that_another_run_has_is_waited_for_and_done_when_that_run_is_dead(
+    connection, cache, undisturbed, monkeypatch, caplog
+):
+    monkeypatch.setattr(on_workers, "HELD_SECONDS", 0.05)
+    caplog.set_level("INFO")
+    with Claims(cache.storage) as others:
+        others.claim(4)
+        run = Run(connection, cache, 0)
+        run.has_written(len(PARTS) - 1)
+        while "waiting for 1 parts" not in caplog.text:
+            time.sleep(0.01)
+    assert run.end().parts == len(PARTS)
     must_equal(cache, undisturbed)
 
 
@@ -184,8 +239,10 @@ class Cable:
             target.shutdown(socket.SHUT_WR)
 
 
-def test_a_connection_to_the_scheduler_that_breaks_is_made_anew_and_every_part_counts_once(client, cache, undisturbed):
-    cable = Cable(int(client.scheduler.address.rpartition(":")[2]))
+def test_a_connection_to_the_scheduler_that_breaks_is_made_anew_and_every_part_counts_once(
+    connection, cache, undisturbed
+):
+    cable = Cable(int(connection.address.rpartition(":")[2]))
     with connected(f"tcp://127.0.0.1:{cable.port}") as mine:
         run = Run(mine, cache, 0.05)
         for parts in (1, 3, 5):
@@ -196,44 +253,46 @@ def test_a_connection_to_the_scheduler_that_breaks_is_made_anew_and_every_part_c
     must_equal(cache, undisturbed)
 
 
-def test_a_worker_with_a_full_disk_is_set_aside_and_when_all_disks_are_full_the_run_says_so(
-    client, cache, undisturbed, caplog
-):
-    while len(found := pids(client)) < 3:
-        time.sleep(0.01)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+def test_a_worker_with_a_full_disk_is_set_aside_and_when_all_disks_are_full_the_run_says_so(cache, undisturbed, caplog):
+    with connected("local:3") as connection:
+        connection.client.wait_for_workers(3)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def limit(workers, size):
-        client.run(resource.setrlimit, resource.RLIMIT_FSIZE, (size, hard), workers=workers)
+        def limit(workers, size):
+            connection.client.run(resource.setrlimit, resource.RLIMIT_FSIZE, (size, hard), workers=workers)
 
-    first, *others = found
-    try:
+        first, *others = connection.client.nthreads()
         limit([first], 600)  # more than a claim takes, less than a part
-        run = Run(client, cache, 0.005)
-        assert run.end().parts == len(PARTS)
+        assert Run(connection, cache, 0.005).end().parts == len(PARTS)
         assert f"{first} gets no more parts" in caplog.text
         must_equal(cache, undisturbed)
         limit(others, 600)
         for record in (cache.path / "parts/sam").iterdir():
             record.unlink()
         with pytest.raises(CacheError, match=r"part . could not be written: File too large") as error:
-            Run(client, cache, 0.005).end()
+            Run(connection, cache, 0.005).end()
         assert "\n" not in str(error.value)
-    finally:
-        limit(list(found), soft)
-    Run(client, cache, 0.0).end()
+        limit(None, soft)
+        Run(connection, cache, 0.0).end()
     must_equal(cache, undisturbed)
 
 
-def test_a_function_is_run_by_one_worker_and_what_it_cannot_begin_is_said_in_one_line(client, monkeypatch):
-    assert on_one_worker(client, "counts", len, "abc") == 3
+def test_a_function_is_run_by_one_worker_and_what_it_cannot_begin_is_said_in_one_line(connection):
+    assert run_once(connection, len, "abc") == 3
 
-    def fails(future):
+    def fails(task):
         raise ModuleNotFoundError("No module named 'regionspot'")
 
     with pytest.raises(CacheError, match=r"ModuleNotFoundError: No module .* need the same regionspot") as error:
-        on_one_worker(client, "fails", fails, 1)
+        run_once(connection, fails, 1)
     assert "\n" not in str(error.value)
+
+
+def test_a_part_that_workers_die_of_ends_the_run_and_is_named(connection, cache):
+    with pytest.raises(CacheError, match=r"part 4: 4 workers died in turn") as error:
+        Run(connection, cache, 0, deadly=17).end()
+    assert "\n" not in str(error.value)
+    pids(connection, 3)
 
 
 @pytest.mark.parametrize("text", ["", "locals", "local:", "local:0", "local:-1", "host:8786", "tcp://", "3"])
@@ -253,12 +312,12 @@ def test_local_workers_get_a_gpu_each_and_their_share_of_the_cores(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
-    assert check_scheduler("local") == "local"
-    found = [worker_environment(number, 3) for number in range(3)]
-    assert [each["CUDA_VISIBLE_DEVICES"] for each in found] == ["4", "GPU-5", "4"]
-    assert {each["OMP_NUM_THREADS"] for each in found} == {"2"}
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    assert "CUDA_VISIBLE_DEVICES" not in worker_environment(0, 1)
+    assert clusters.local_workers("local") == 2
+    assert thread_counts(3) == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    with connected("local:3") as connection:
+        connection.client.wait_for_workers(3)
+        found = connection.client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+    assert sorted(found.values()) == ["4", "4", "GPU-5"]
 
 
 class Cluster:
@@ -276,7 +335,8 @@ class Cluster:
         self.processes.append(subprocess.Popen(command, env=self._environment, stdout=log, stderr=log))
         return self.processes[-1]
 
-    def scheduler(self, port: int = 0) -> subprocess.Popen:
+    def scheduler(self, port: int = 0, silent_seconds: int = 300) -> subprocess.Popen:
+        self._environment["DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL"] = f"{silent_seconds}s"
         file = self._folder / "scheduler.json"
         file.unlink(missing_ok=True)
         started = self._start(
@@ -312,19 +372,19 @@ def test_workers_outlive_their_scheduler_and_a_new_one_goes_on(cluster, cache, u
     scheduler = cluster.scheduler()
     port = int(cluster.address.rpartition(":")[2])
     workers = [cluster.worker(), cluster.worker()]
-    with connected(cluster.address) as client:
-        run = Run(client, cache, 0.02)
+    with connected(cluster.address) as connection:
+        run = Run(connection, cache, 0.02)
         run.has_written(rng.randrange(1, 6))
         scheduler.kill()
-        with pytest.raises(CacheError, match=r"the scheduler is gone; .* the same command goes on"):
+        with pytest.raises(CacheError, match=r"the scheduler is gone; .* run the same command again to resume"):
             run.end()
     if rng.random() < 0.5:
         for worker in workers:
             worker.kill()
     cluster.scheduler(port)
     cluster.worker()
-    with connected(cluster.address) as client:
-        Run(client, cache, 0.0).end()
+    with connected(cluster.address) as connection:
+        Run(connection, cache, 0.0).end()
     must_equal(cache, undisturbed)
     stress_result(seeds=[seed], seconds=time.monotonic() - begun, schedulers=1, lost=0)
 
@@ -332,31 +392,31 @@ def test_workers_outlive_their_scheduler_and_a_new_one_goes_on(cluster, cache, u
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize("seed", range(4))
-def test_workers_killed_frozen_and_woken_in_full(tmp_path, undisturbed, seed, stress_result):
+def test_workers_killed_frozen_and_woken_in_full(tmp_path, undisturbed, monkeypatch, seed, stress_result):
     rng, counts, begun = random.Random(seed), Counter(), time.monotonic()
-    with connected("local:4") as client:
+    monkeypatch.setattr(clusters, "SILENT_SECONDS", 2.0)
+    with connected("local:4") as connection:
         for number in range(4):
             cache = simulated.make_cache(tmp_path / f"{number}.zarr", PICTURES, PART_SIZE)
-            frozen: list[int] = []
-            found = list(pids(client).values())
-            run = Run(client, cache, rng.choice((0.01, 0.03)))
-            for moment in sorted(rng.sample(range(len(PARTS)), 3)):
+            found, frozen = pids(connection, 4), list[int]()
+            run = Run(connection, cache, rng.choice((0.01, 0.03)))
+            for moment in sorted(rng.sample(PARTS, 3)):
                 run.has_written(moment)
-                victim = rng.choice([pid for pid in found if pid not in frozen])
+                victim = rng.choice(found)
+                found.remove(victim)
                 if rng.random() < 0.5 and len(frozen) < 2:
                     os.kill(victim, signal.SIGSTOP)
                     frozen.append(victim)
                     counts["frozen"] += 1
                 else:
-                    found.remove(victim)
                     os.kill(victim, signal.SIGKILL)
                     counts["killed"] += 1
+            if rng.random() < 0.5:
+                wake(frozen)
             counts["parts"] += run.end().parts
             must_equal(cache, undisturbed)
-            for pid in frozen:
-                os.kill(pid, signal.SIGCONT)
-            while len(worker_threads(client)) < 4 or len(pids(client)) < 4:
-                time.sleep(0.05)
+            wake(frozen)
+            pids(connection, 4)
             while any(path.name[0].isdigit() for path in (cache.path / "claims").iterdir()):
                 with Claims(cache.storage):
                     time.sleep(0.05)
@@ -365,6 +425,37 @@ def test_workers_killed_frozen_and_woken_in_full(tmp_path, undisturbed, seed, st
             assert not list(cache.path.rglob("*.partial"))
             counts["caches"] += 1
     stress_result(seeds=[seed], seconds=time.monotonic() - begun, lost=0, **counts)
+
+
+def wake(frozen: list[int]) -> None:
+    for pid in frozen:
+        with suppress(ProcessLookupError):  # its nanny has killed it
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_frozen_worker_without_a_nanny_is_waited_out_and_when_it_wakes_it_leaves_what_was_taken_over(
+    cluster, cache, undisturbed, monkeypatch, seed, stress_result
+):
+    begun = time.monotonic()
+    monkeypatch.setattr(on_workers, "Claims", functools.partial(Claims, dead_after=3.0))
+    cluster.scheduler(silent_seconds=3)
+    workers = [cluster.worker() for _ in range(2)]
+    with connected(cluster.address) as connection:
+        connection.client.wait_for_workers(2)
+        run = Run(connection, cache, 0.03)
+        run.has_written(2 + seed)
+        workers[0].send_signal(signal.SIGSTOP)
+        assert run.end().parts == len(PARTS)
+    must_equal(cache, undisturbed)
+    workers[0].send_signal(signal.SIGCONT)
+    while any(path.name[0].isdigit() for path in (cache.path / "claims").iterdir()) or list(
+        cache.path.rglob("*.partial")
+    ):
+        time.sleep(0.01)
+    must_equal(cache, undisturbed)
+    stress_result(seeds=[seed], seconds=time.monotonic() - begun, frozen=1, lost=0)
 
 
 @pytest.fixture
@@ -398,10 +489,9 @@ def test_workers_cut_off_from_the_network_and_brought_back(tmp_path, host, cache
         cluster.scheduler()
         cluster.worker()
         away = cluster.worker(inside=("ip", "netns", "exec", host))
-        with connected(cluster.address) as client:
-            while len(worker_threads(client)) < 2:
-                time.sleep(0.01)
-            run = Run(client, cache, 0.03)
+        with connected(cluster.address) as connection:
+            connection.client.wait_for_workers(2)
+            run = Run(connection, cache, 0.03)
             run.has_written(rng.randrange(1, 5))
             subprocess.run(["ip", "link", "set", f"{host}a", "down"], check=True)
             if rng.random() < 0.5:
@@ -411,7 +501,7 @@ def test_workers_cut_off_from_the_network_and_brought_back(tmp_path, host, cache
             must_equal(cache, undisturbed)
             subprocess.run(["ip", "link", "set", f"{host}a", "up"], check=True)
             # Either it is a worker again, or it has given its connection up and ended, as one without a nanny does.
-            while away.poll() is None and len(worker_threads(client)) < 2:
+            while away.poll() is None and len(connection.client.nthreads()) < 2:
                 time.sleep(0.05)
         must_equal(cache, undisturbed)
     finally:
