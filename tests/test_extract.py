@@ -90,12 +90,14 @@ def killed_between_two_parts(command, path) -> int:
     return len(list(records.glob("*.json")))
 
 
-def test_a_run_killed_in_the_middle_goes_on_to_the_bytes_of_one_never_stopped(world, backbones, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_killed_in_the_middle_is_resumed_to_the_bytes_of_one_never_stopped(world, tmp_path, dtype):
     path, manifest = tmp_path / "killed.zarr", read_dataset("toy", world, "train")
-    whole = FeatureCache.open_or_create(tmp_path / "whole.zarr", manifest, backbones.feature_sets(), part_size=1)
-    extract(whole, photo_dir("toy", world), backbones)
+    backbones = Backbones.load("toy", device="cpu", dtype=dtype)
+    whole = FeatureCache.open_or_create(tmp_path / "whole.zarr", manifest, backbones.feature_sets(), part_size=3)
+    extract(whole, photo_dir("toy", world), backbones, batch_size=2)
     words = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy"]
-    words += ["--part-size", "1", "--device", "cpu"]
+    words += ["--part-size", "3", "--batch-size", "2", "--device", "cpu", "--dtype", dtype]
     committed = killed_between_two_parts([sys.executable, "-m", "regionspot.cli", *words], path)
     assert 1 <= committed < whole.n_parts, "killed between two parts"
     done = CliRunner().invoke(app, words)

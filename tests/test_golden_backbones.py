@@ -13,7 +13,8 @@ from regionspot.pipeline.localizer import load_localizer
 from regionspot.pipeline.token_decoder import FIRST_MASK_TOKEN
 
 GAIN = 0.7
-RELATIVE = 1e-4
+# Six to ten times what rounding leaves on a CPU; images reduced by the other preset move tokens by 4e-5.
+RELATIVE = 5e-6
 
 
 def relative_error(found, expected) -> float:
@@ -51,9 +52,9 @@ def test_golden_sam_tokens_and_masks_are_those_of_the_authors(localizer, photo, 
     boxes, size = np.asarray(stated["boxes_xyxy"], np.float32), (photo.height, photo.width)
     embedding = localizer.encode([localizer.preprocess(photo)])[0]
     tokens, masks = localizer.tokens_and_masks(embedding, boxes, size)
-    (tokens,) = localizer.tokens_of_pictures(embedding[None], [boxes], [size])
+    (alone,) = localizer.tokens_of_pictures(embedding[None], [boxes], [size])
     assert relative_error(tokens, expected["tokens"]) < RELATIVE
-    assert relative_error(tokens, expected["tokens"]) < RELATIVE
+    assert relative_error(alone, expected["tokens"]) < RELATIVE
     assert masks.sum((1, 2)).tolist() == expected["mask_area"].tolist()
     # These masks cover the whole photo or nearly so; the logits tell more.
     scaled = localizer._scaled(boxes[:2], size)

@@ -10,6 +10,8 @@ import torch
 from regionspot.fusion.head import HEADS, FusionHead, similarity_logits
 from regionspot.fusion.losses import region_loss
 
+RELATIVE = 5e-6  # four times what rounding leaves on a CPU
+
 
 def rand(tag: str, *shape: int) -> torch.Tensor:
     rng = np.random.RandomState(zlib.crc32(tag.encode()))
@@ -54,7 +56,7 @@ def test_golden_semantic_vectors_and_logits_equal_the_authors(head, inputs, expe
         semantic = head(inputs["tokens"], None, inputs["feature_map"])
         logits = similarity_logits(semantic, inputs["text"])
     for ours, theirs in ((semantic, expected["semantic"]), (logits, expected["logits"])):
-        assert np.abs(ours.numpy() - theirs).max() <= 1e-4 * np.abs(theirs).max()
+        assert np.abs(ours.numpy() - theirs).max() <= RELATIVE * np.abs(theirs).max()
 
 
 def test_golden_loss_and_every_gradient_norm_equal_the_authors(head, inputs, expected, facts):
@@ -63,9 +65,9 @@ def test_golden_loss_and_every_gradient_norm_equal_the_authors(head, inputs, exp
     semantic = head(inputs["tokens"], mask, inputs["feature_map"])
     loss = region_loss(semantic, inputs["text"], torch.from_numpy(expected["labels"]))
     loss.backward()
-    assert loss.item() == pytest.approx(facts["fusion"]["loss"], rel=1e-4)
+    assert loss.item() == pytest.approx(facts["fusion"]["loss"], rel=RELATIVE)
     norms = {name: parameter.grad.norm().item() for name, parameter in head.named_parameters()}
-    assert norms == pytest.approx(facts["fusion"]["grad_norms"], rel=1e-4)
+    assert norms == pytest.approx(facts["fusion"]["grad_norms"], rel=RELATIVE)
 
 
 def test_golden_numbers_are_untouched_by_padding(head, inputs, expected):
@@ -78,5 +80,5 @@ def test_golden_numbers_are_untouched_by_padding(head, inputs, expected):
     with torch.no_grad():
         semantic = head(tokens, mask, feature_map)
         alone = head(tokens[2:, :2], None, feature_map[2:])
-    assert np.abs(semantic[:2].numpy() - expected["semantic"]).max() <= 1e-4 * np.abs(expected["semantic"]).max()
-    torch.testing.assert_close(semantic[2:, :2], alone, rtol=1e-4, atol=1e-5)
+    assert np.abs(semantic[:2].numpy() - expected["semantic"]).max() <= RELATIVE * np.abs(expected["semantic"]).max()
+    torch.testing.assert_close(semantic[2:, :2], alone, rtol=RELATIVE, atol=5 * RELATIVE)
