@@ -101,9 +101,13 @@ def load_checkpoint(path: Path, preset: str | None = None) -> Checkpoint:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether torch wrote it: a ZIP archive, or in old files a bare pickle (protocol 2 opens with 0x80)."""
+    """Whether torch wrote it: a ZIP archive, or in old files a bare pickle (protocol 2 opens with 0x80).
+
+    A safetensors file opens with its header's length in 8 bytes, which may be any, and then the header, which is JSON.
+    """
     with path.open("rb") as file:
-        return file.read(4).startswith((b"PK", b"\x80"))
+        start = file.read(9)
+    return start.startswith((b"PK", b"\x80")) and start[8:] != b"{"
 
 
 def _load_ours(path: Path, tensors: dict[str, Tensor], document: dict[str, Any], preset: str | None) -> Checkpoint:

@@ -2,6 +2,7 @@
 
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,17 @@ def test_a_head_comes_back_with_its_numbers_and_what_it_was_trained_on(tmp_path,
     assert not loaded.head.training
     inputs = torch.randn(1, 3, 12), None, torch.randn(1, 5, 16)
     assert torch.equal(loaded.head(*inputs), head(*inputs))
+
+
+def test_a_head_is_ours_whatever_its_header_is_long(tmp_path, head):
+    """A safetensors file begins with that length, and one of 128 bytes more than a multiple of 256 like a pickle."""
+    firsts = set()
+    for length in range(0, 256, 8):  # the header is padded to 8 bytes
+        path = tmp_path / f"{length}.safetensors"
+        save_checkpoint(path, head, replace(INFO, templates=("{}" + "a" * length,)))
+        firsts.add(path.read_bytes()[0])
+        assert load_checkpoint(path).info.preset == "toy"
+    assert 0x80 in firsts
 
 
 def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path, head, monkeypatch):
