@@ -1,27 +1,35 @@
 """The command line: one command per verb, no logic of its own.
 
 Results go to stdout, progress and warnings to stderr. What the user can mend is said in one line with exit code 2;
-`--debug` shows where it came from. Modules are imported inside the commands, so that `--help` answers at once.
+`--debug` shows where it came from. Ctrl-C and SIGTERM end in one line as well (cli_signals.py). Modules are imported
+inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, cast
+from typing import Annotated
 
 import typer
 
-from regionspot.cache.errors import RegionSpotError
-from regionspot.cache.progress import log_to
+from regionspot.cache.errors import InputError, RegionSpotError
+from regionspot.cache.progress import CLEAR_LINE, log_to
 from regionspot.cli_cache import cache_app
 from regionspot.cli_doctor import doctor
 from regionspot.cli_extract import extract
 from regionspot.cli_options import (
     EVALUATION_FAILURES,
+    MOST_IMAGES,
+    MOST_STEPS,
     Annotations,
+    BaselineName,
     Boxes,
     Checkpoint,
     ClipWeights,
@@ -35,16 +43,23 @@ from regionspot.cli_options import (
     MaxFailures,
     OptionalExif,
     OptionalPreset,
+    PreprocessName,
     Preset,
     SamWeights,
+    ScheduleName,
+    Seed,
     Split,
     Templates,
+    TemplatesName,
     Weights,
+    WorldSeed,
+    WorldSize,
     manifest_of,
 )
+from regionspot.cli_signals import AGAIN, on_stop, signals_interrupt, stop_line
 
 app = typer.Typer(
-    help="Recognise any region of a picture by name.",
+    help="Recognise any region of an image by name.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     add_completion=False,
@@ -64,7 +79,7 @@ def _options(debug: Debug = False) -> None:
 def dataset(
     name: DatasetName, data: Data, split: Split = "train", annotations: Annotations = None, boxes: Boxes = "gt"
 ) -> None:
-    """Say what a dataset split holds, what reading it dropped and which photos are missing."""
+    """Say what a dataset split holds, what reading it dropped and which images are missing."""
     from regionspot.pipeline.datasets import describe, photo_dir
 
     manifest = manifest_of(name, data, split, annotations, boxes, None)
@@ -82,36 +97,44 @@ def train(
     preset: Preset = "bl",
     localizer: Annotated[str | None, typer.Option(help="learn from this one's tokens instead of the preset's")] = None,
     encoder: Annotated[str | None, typer.Option(help="learn from this one's maps instead of the preset's")] = None,
-    schedule: Annotated[str, typer.Option(help="the run's rates and length: paper or toy")] = "paper",
+    schedule: Annotated[ScheduleName, typer.Option(help="learning rates and length of the run")] = "paper",
     ratio: Annotated[
-        list[float] | None, typer.Option(help="share of the batches, one a cache; default: by size")
+        list[float] | None, typer.Option(min=0, help="share of the batches, one a cache; default: by size")
     ] = None,
-    iterations: Annotated[int | None, typer.Option(help="steps; the schedule keeps its shape")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="pictures a step")] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate")] = None,
-    seed: Annotated[int | None, typer.Option(help="of the weights, batches and dropout")] = None,
-    templates: Annotated[str, typer.Option(help="sentences around a name: reference, imagenet or plain")] = "reference",
+    iterations: Annotated[
+        int | None, typer.Option(min=1, max=MOST_STEPS, help="steps; the schedule keeps its shape")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=MOST_IMAGES, help="images a step")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="learning rate")] = None,
+    seed: Seed = None,
+    templates: Annotated[TemplatesName, typer.Option(help="sentences around a name")] = "reference",
     weights: Weights = None,
     clip_weights: ClipWeights = None,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
-    checkpoint_every: Annotated[int, typer.Option(help="steps")] = 2000,
+    checkpoint_every: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="steps")] = 2000,
     local_copy: LocalCopy = None,
     local_limit: LocalLimit = None,
     device: Device = None,
 ) -> None:
     """Train a fusion head from one or more caches."""
+    from regionspot.cache.outputs import check_output_folder
     from regionspot.cache.store import FeatureCache
     from regionspot.evaluation.vocabularies import cache_vocabulary
     from regionspot.fusion.config import train_config
     from regionspot.fusion.train import train as run
     from regionspot.pipeline.backbones import preset_named
     from regionspot.pipeline.registry import stored_name
+    from regionspot.pipeline.weights import check_source
 
+    check_output_folder(out, cache)
+    for source in (weights, clip_weights):
+        check_source(source)  # which a stored vocabulary does without
     config = train_config(schedule, iterations=iterations, batch_size=batch_size, lr=lr, seed=seed)
     sets = preset_named(preset)
     tokens, maps = stored_name(localizer or sets.localizer), stored_name(encoder or sets.encoder)
     caches = [FeatureCache.open(path, local_copy=local_copy, local_limit=local_limit) for path in cache]
     vocabularies = [cache_vocabulary(one, maps, templates, clip_weights or weights, device) for one in caches]
+    on_stop("run the same command with --resume to resume")
     result = run(
         caches,
         vocabularies,
@@ -133,7 +156,7 @@ def eval_lvis(
     data: Data,
     out: Annotated[Path, typer.Option(help="folder of the results and of what a later run goes on with")],
     checkpoint: Annotated[Path | None, typer.Option(help="a trained head, ours or one released by the authors")] = None,
-    baseline: Annotated[str | None, typer.Option(help="crop or pooled instead of a head, no training")] = None,
+    baseline: Annotated[BaselineName | None, typer.Option(help="instead of a head; needs no training")] = None,
     dataset: Annotated[str, typer.Option(help="lvis, or toy")] = "lvis",
     split: Split = "val",
     annotations: Annotations = None,
@@ -151,17 +174,16 @@ def eval_lvis(
     ] = True,
     exif: OptionalExif = None,
     preprocess: Annotated[
-        str | None, typer.Option(help="direct or reference; default: as the features that the head was trained on")
+        PreprocessName | None, typer.Option(help="default: as the features that the head was trained on")
     ] = None,
     max_failures: MaxFailures = EVALUATION_FAILURES,
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """LVIS AP of a head or a baseline, end to end from photos. Killed and run again, it goes on."""
+    """LVIS AP of a head or a baseline, end to end from images. Stopped and run again, it resumes."""
     from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
     from regionspot.evaluation.report import results_text
     from regionspot.pipeline.failure_limit import FailureLimit
-    from regionspot.pipeline.photos import check_exif
 
     asked = LvisEvaluation(
         data=data,
@@ -171,13 +193,13 @@ def eval_lvis(
         annotations=annotations,
         checkpoint=checkpoint,
         preset=preset,
-        baseline=cast("Literal['crop', 'pooled'] | None", baseline),
+        baseline=baseline,
         cache=cache,
         boxes=boxes,
         limit=limit,
         masks=masks,
         templates=templates,
-        exif=check_exif(exif) if exif else None,
+        exif=exif,
         weights=weights,
         sam_weights=sam_weights,
         clip_weights=clip_weights,
@@ -187,17 +209,22 @@ def eval_lvis(
         check_weights=check_weights,
         max_failures=FailureLimit.parse(max_failures),
     )
+    on_stop(AGAIN)
     typer.echo(results_text(evaluate_lvis(asked)))
 
 
 @app.command()
 def predict(
-    photo: Annotated[Path, typer.Argument(help="the picture")],
+    photo: Annotated[Path, typer.Argument(help="the image")],
     checkpoint: Checkpoint,
-    boxes: Annotated[str, typer.Option(help='"x1,y1,x2,y2;..." in pixels, or a JSON file of such boxes')],
-    names: Annotated[str, typer.Option(help='what a box may be: "dog,red umbrella", or a file with a name a line')],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="picture with boxes, masks, names and scores")] = None,
-    top: Annotated[int, typer.Option(help="names listed for each box")] = 5,
+    boxes: Annotated[str | None, typer.Option(help='"x1,y1,x2,y2;..." in pixels, or @FILE as --boxes-file')] = None,
+    names: Annotated[
+        str | None, typer.Option(help='what a box may be: "dog,red umbrella", or @FILE as --names-file')
+    ] = None,
+    boxes_file: Annotated[Path | None, typer.Option(help="JSON: [[x1, y1, x2, y2], ...]")] = None,
+    names_file: Annotated[Path | None, typer.Option(help="text: one name a line")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="image with boxes, masks, names and scores")] = None,
+    top: Annotated[int, typer.Option(min=1, help="names listed for each box")] = 5,
     preset: OptionalPreset = None,
     templates: Templates = None,
     weights: Weights = None,
@@ -206,29 +233,32 @@ def predict(
     device: Device = None,
     dtype: Dtype = "auto",
 ) -> None:
-    """Name the boxes of one picture: JSON to stdout, the labelled picture to --out."""
-    from regionspot.evaluation.boxes import parse_boxes, parse_names
-    from regionspot.evaluation.drawing import check_picture_name, labelled
+    """Name the boxes of one image: JSON to stdout, the labelled image to --out."""
+    from regionspot.cache.outputs import check_output_file
+    from regionspot.evaluation.boxes import boxes_from, names_from
+    from regionspot.evaluation.drawing import check_picture_name, labelled, save_picture
     from regionspot.evaluation.region_spot import RegionSpot
     from regionspot.pipeline.photos import read_photo
 
-    asked, words = parse_boxes(boxes), parse_names(names)
+    if out:
+        inputs = (photo, checkpoint, boxes_file, names_file, weights, sam_weights, clip_weights)
+        check_output_file(check_picture_name(out), inputs)
+    asked, words = boxes_from(boxes, boxes_file), names_from(names, names_file)
     picture = read_photo(photo, exif="apply")
-    target = check_picture_name(out) if out else None
     spot = RegionSpot.load(
         checkpoint, weights, device, preset=preset, sam_weights=sam_weights, clip_weights=clip_weights, dtype=dtype
     )
-    regions = spot.predict(picture, asked, words, templates, masks=target is not None, top=top)
-    if target:
-        labelled(picture, regions).save(target)
+    regions = spot.predict(picture, asked, words, templates, masks=out is not None, top=top)
     typer.echo(json.dumps([region.as_json() for region in regions], indent=1))
+    if out:
+        save_picture(labelled(picture, regions), out)
 
 
 @app.command("toy-world")
 def toy_world(
     out: Annotated[Path, typer.Argument(help="folder to write the world into")],
-    pictures: Annotated[int, typer.Option(help="training and validation together")] = 1000,
-    seed: Annotated[int, typer.Option(help="another seed, another world")] = 0,
+    pictures: WorldSize = 1000,
+    seed: WorldSeed = 0,
 ) -> None:
     """Draw a small world of named shapes with LVIS-form annotations; its rare classes are only in val."""
     from regionspot.pipeline.toy_world import make_toy_world
@@ -239,29 +269,60 @@ def toy_world(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="folder for everything that it makes")],
-    pictures: Annotated[int, typer.Option(help="of the toy world")] = 3000,
-    seed: Annotated[int, typer.Option(help="of the toy world")] = 0,
+    pictures: WorldSize = 3000,
+    seed: WorldSeed = 0,
 ) -> None:
     """The main job on a toy world, every stage by its public command; needs no download."""
     from regionspot.evaluation.demo import run_demo
 
-    typer.echo(run_demo(lambda arguments: app(arguments, standalone_mode=False), out, pictures, seed))
+    def stage(arguments: Sequence[str]) -> None:
+        try:
+            _run(arguments)
+        finally:
+            on_stop(AGAIN)  # the demo resumes, however this stage would by itself
+
+    on_stop(AGAIN)
+    typer.echo(run_demo(stage, out, pictures, seed))
 
 
 def main() -> None:
-    """Entry point of `regionspot`."""
-    try:
-        app()
-    except KeyboardInterrupt:
-        logging.shutdown()  # a progress line that is being drawn ends here
-        print("regionspot: stopped; the same command again goes on where it stopped", file=sys.stderr)
-        sys.exit(130)
-    except (RegionSpotError, OSError) as error:
-        if "--debug" in sys.argv:
-            raise
-        logging.shutdown()
-        print(f"regionspot: {error}", file=sys.stderr)
-        sys.exit(2)
+    """Entry point of `regionspot`: all ways in which a command can end."""
+    with signals_interrupt():
+        try:
+            # Not standalone: typer would draw a box around errors, and say nothing of Ctrl-C.
+            sys.exit(_run(sys.argv[1:]))
+        except (Exception, KeyboardInterrupt) as error:
+            # First: whatever fails while a signal is answered is not what the user wants to know.
+            line, code = stop_line() or _error_line(error) or (None, 1)
+            if line is None or "--debug" in sys.argv:
+                raise
+    logging.shutdown()  # a progress line that is being drawn ends here
+    with suppress(OSError):  # nobody may be listening any more
+        # A terminal has written ^C where the line begins.
+        clear = CLEAR_LINE if sys.stderr.isatty() else ""
+        print(f"{clear}regionspot: {' '.join(line.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _run(arguments: Sequence[str]) -> int:
+    """The command's exit code."""
+    for before, word in pairwise(["regionspot", *arguments]):
+        # An unset shell variable, nearly always. A path of this name would be the working folder.
+        if re.fullmatch(r"(--[\w-]+=)?\s*", word):
+            raise InputError(f"the argument behind {(word.strip() or before).removesuffix('=')} is empty; give a value")
+    code = app(list(arguments), standalone_mode=False)
+    if stop_line():  # which typer makes an exit code of its own of
+        raise KeyboardInterrupt
+    return int(code or 0)
+
+
+def _error_line(error: BaseException) -> tuple[str, int] | None:
+    """What the user is told of an error that can be mended, and the exit code; None for a bug of ours."""
+    if isinstance(error, RegionSpotError | OSError):
+        return str(error), 2
+    if hasattr(error, "format_message"):  # a wrong command line; typer has click's classes under different names
+        return error.format_message().replace("Value error, ", "") or "give one of these commands", 2
+    return None
 
 
 if __name__ == "__main__":

@@ -11,20 +11,32 @@ from typing import Annotated
 
 import typer
 
-from regionspot.cli_options import Annotations, Boxes, Data, DatasetName, Limit, Split, TakeOver, manifest_of
+from regionspot.cli_options import (
+    MOST_IMAGES,
+    MOST_THREADS,
+    Annotations,
+    Boxes,
+    Data,
+    DatasetName,
+    Limit,
+    Split,
+    TakeOver,
+    manifest_of,
+)
+from regionspot.cli_signals import AGAIN, on_stop
 
 cache_app = typer.Typer(help="Look at a cache, check it, grow it, copy it.", no_args_is_help=True)
 
 CachePath = Annotated[str, typer.Argument(metavar="PATH", help="the cache: a folder, a URL such as s3://..., or .h5")]
 NewCache = Annotated[str, typer.Argument(metavar="OUT", help="the new cache: a folder or a URL")]
-PartSize = Annotated[int | None, typer.Option(help="pictures a part; default: as many as before")]
+PartSize = Annotated[int | None, typer.Option(min=1, max=MOST_IMAGES, help="images a part; default: as many as before")]
 
 
 @cache_app.command()
 def info(
     path: CachePath, as_json: Annotated[bool, typer.Option("--json", help="all of it, for programs")] = False
 ) -> None:
-    """Say what a cache holds: feature sets, sizes, what made it, parts done and pending, pictures that failed."""
+    """Say what a cache holds: feature sets, sizes, what made it, parts done and pending, images that failed."""
     from regionspot.cache.info import describe_cache
     from regionspot.cache.store import FeatureCache
 
@@ -38,9 +50,9 @@ def ls(
     failed: Annotated[bool, typer.Option("--failed", help="those that could not be read, and why")] = False,
     pending: Annotated[bool, typer.Option("--pending", help="those that are not extracted yet")] = False,
     done: Annotated[bool, typer.Option("--done", help="those that every feature set holds")] = False,
-    limit: Annotated[int | None, typer.Option(help="lines at most")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="lines at most")] = None,
 ) -> None:
-    """List the pictures, a line each: row, id, size, regions, path, state."""
+    """List the images, a line each: row, id, size, regions, path, state."""
     from regionspot.cache.listing import STATES, list_pictures
     from regionspot.cache.store import FeatureCache
 
@@ -52,26 +64,32 @@ def ls(
 @cache_app.command()
 def show(
     path: CachePath,
-    image_id: Annotated[int, typer.Argument(help="the dataset's id of the picture, as `ls` lists it")],
-    out: Annotated[Path, typer.Option("--out", "-o", help="the picture to write")],
-    photos: Annotated[Path | None, typer.Option(help="folder of the photos; without it regions lie on grey")] = None,
-    region: Annotated[int | None, typer.Option(help="number of the region to compare; default: a large one")] = None,
+    image_id: Annotated[int, typer.Argument(help="the dataset's id of the image, as `ls` lists it")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the image file to write")],
+    photos: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="folder of the images; without it regions lie on grey"),
+    ] = None,
+    region: Annotated[
+        int | None, typer.Option(min=0, help="number of the region to compare; default: a large one")
+    ] = None,
     map_set: Annotated[str | None, typer.Option(help="feature set to look at; default: the only map")] = None,
 ) -> None:
-    """Draw one picture: its regions, its feature map as colours, and what in it is like one of the regions."""
+    """Draw one image: its regions, its feature map as colours, and what in it is like one of the regions."""
+    from regionspot.cache.outputs import check_output_file
     from regionspot.cache.store import FeatureCache
     from regionspot.evaluation.cache_view import show_picture
-    from regionspot.evaluation.drawing import check_picture_name
+    from regionspot.evaluation.drawing import check_picture_name, save_picture
 
-    target = check_picture_name(out)
-    show_picture(FeatureCache.open(path), image_id, photos, region, map_set).save(target)
-    typer.echo(f"{target}")
+    check_output_file(check_picture_name(out), (path, photos))
+    save_picture(show_picture(FeatureCache.open(path), image_id, photos, region, map_set), out)
+    typer.echo(f"{out}")
 
 
 @cache_app.command("import-tokens")
 def import_tokens(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="the authors' token files, <image id>.pth")],
-    cache: Annotated[str, typer.Option(help="the cache of the same pictures and regions")],
+    cache: Annotated[str, typer.Option(help="the cache of the same images and regions")],
     allow_missing: Annotated[
         bool, typer.Option("--allow-missing", help="record images without a usable file as failed")
     ] = False,
@@ -90,20 +108,24 @@ def stats(
 ) -> None:
     """Mean and variance of every channel of a feature set, over the whole cache in one pass."""
     from regionspot.cache.channel_stats import channel_stats, check_stats_name
+    from regionspot.cache.outputs import check_output_file
     from regionspot.cache.store import FeatureCache
 
-    target = check_stats_name(out) if out else None
+    if out:
+        check_output_file(check_stats_name(out), [path])
     found = channel_stats(FeatureCache.open(path), feature_set)
     typer.echo(found.text())
-    if target:
-        found.save(target)
+    if out:
+        found.save(out)
 
 
 @cache_app.command()
 def verify(
     path: CachePath,
     quick: Annotated[bool, typer.Option("--quick", help="leave the features' own bytes out")] = False,
-    threads: Annotated[int | None, typer.Option(help="parts at once; default: what suits the store")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="parts at once; default: what suits the store")
+    ] = None,
 ) -> None:
     """Look at every byte and count of a cache; exit code 1 and a list when something is wrong."""
     from regionspot.cache.verify import verify as run
@@ -156,10 +178,12 @@ def extend(
     annotations: Annotations = None,
     boxes: Boxes = "gt",
     limit: Limit = None,
-    part_size: Annotated[int, typer.Option(help="pictures a part, where there was only one part")] = 512,
+    part_size: Annotated[
+        int, typer.Option(min=1, max=MOST_IMAGES, help="images a part, where there was only one part")
+    ] = 512,
     take_over: TakeOver = False,
 ) -> None:
-    """Take in annotations that grew: new pictures come behind those that are there, for `extract` to go on with."""
+    """Take in annotations that grew: new images come behind those that are there, for the next `extract`."""
     from regionspot.cache.growth import extend as run
 
     manifest = manifest_of(name, data, split, annotations, boxes, limit)
@@ -172,9 +196,10 @@ def merge(
     out: Annotated[str, typer.Option("--out", "-o", help="the new cache: a folder or a URL")],
     part_size: PartSize = None,
 ) -> None:
-    """Put the pictures of several caches one after another into a new one. Killed and run again, it goes on."""
+    """Put the images of several caches one after another into a new one. Run again, it resumes."""
     from regionspot.cache.derived import merge as run
 
+    on_stop(AGAIN)
     typer.echo(f"{out}: {run(paths, out, part_size).text()}")
 
 
@@ -182,17 +207,18 @@ def merge(
 def subset(
     path: CachePath,
     out: NewCache,
-    ids: Annotated[Path | None, typer.Option(help="file of picture ids, one a line; their order is kept")] = None,
+    ids: Annotated[Path | None, typer.Option(help="file of image ids, one a line; their order is kept")] = None,
     category: Annotated[list[str] | None, typer.Option(help="with a region of this class; may be given again")] = None,
-    every: Annotated[int, typer.Option(help="of those each so many-th")] = 1,
-    first: Annotated[int | None, typer.Option(help="of those the first so many")] = None,
+    every: Annotated[int, typer.Option(min=1, help="of those each so many-th")] = 1,
+    first: Annotated[int | None, typer.Option(min=1, help="of those the first so many")] = None,
     part_size: PartSize = None,
 ) -> None:
-    """Take some pictures into a new cache. Killed and run again, it goes on."""
+    """Take some images into a new cache. Run again, it resumes."""
     from regionspot.cache.choosing import choose_rows, read_ids
     from regionspot.cache.derived import subset as run
     from regionspot.cache.store import FeatureCache
 
+    on_stop(AGAIN)
     cache = FeatureCache.open(path)
     wanted = read_ids(ids) if ids else None
     rows = choose_rows(cache.manifest, ids=wanted, categories=category or [], every=every, first=first)
@@ -208,16 +234,18 @@ def convert(
         typer.Option(metavar="SET=ENCODING", help="clip_vit_l_14=int8: float16, float32, bfloat16 or int8, or +zstd"),
     ],
 ) -> None:
-    """Store feature sets in another encoding in a new cache; others stay. Killed and run again, it goes on."""
+    """Store feature sets in another encoding in a new cache; others stay. Run again, it resumes."""
     from regionspot.cache.derived import convert as run
     from regionspot.cache.derived import encodings_of
 
+    on_stop(AGAIN)
     typer.echo(f"{out}: {run(path, out, encodings_of(to)).text()}")
 
 
 @cache_app.command()
 def copy(path: CachePath, out: NewCache) -> None:
-    """Copy a cache, also to or from an object store, and check it on the way. Killed and run again, it goes on."""
+    """Copy a cache, also to or from an object store, and check it on the way. Run again, it resumes."""
     from regionspot.cache.derived import copy as run
 
+    on_stop(AGAIN)
     typer.echo(f"{out}: {run(path, out).text()}")

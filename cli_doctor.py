@@ -8,22 +8,24 @@ from typing import Annotated
 
 import typer
 
-from regionspot.cli_options import Device, Split
+from regionspot.cli_options import Device, PresetName, Split
 
 
 def doctor(
     cache: Annotated[str | None, typer.Option(help="where features are to be written: room and write rate")] = None,
     data: Annotated[Path | None, typer.Option(help="folder of a dataset: annotations and photos")] = None,
-    dataset: Annotated[str, typer.Option(help="which one --data is")] = "o365",
+    dataset: Annotated[str, typer.Option(help="which dataset --data is")] = "o365",
     split: Split = "train",
     preset: Annotated[
-        str | None, typer.Option(help="bb, bl or bl336: its weights, and a picture through its models too")
+        PresetName | None, typer.Option(help="look at its weights, and send an image through its models too")
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="folder of the official files, or random:SEED; default: where downloads lie")
     ] = None,
     device: Device = None,
-    metrics_port: Annotated[int | None, typer.Option(help="whether `extract` could serve metrics there")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="whether `extract` could serve metrics there")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
 ) -> None:
     """Look at everything that extraction needs, in less than a minute; exit code 1 where something fails."""

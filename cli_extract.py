@@ -8,27 +8,33 @@ import typer
 
 from regionspot.cli_options import (
     EXTRACTION_FAILURES,
+    MOST_IMAGES,
+    MOST_THREADS,
     Annotations,
     Boxes,
     ClipWeights,
     Data,
     DatasetName,
     Device,
+    DtypeName,
     ExifRule,
     Limit,
     MaxFailures,
+    MetricsPort,
+    PreprocessName,
     Preset,
     SamWeights,
     Split,
     TakeOver,
+    TokensName,
     Weights,
 )
+from regionspot.cli_signals import AGAIN, on_stop
 
 Dtype = Annotated[
-    str,
+    DtypeName,
     typer.Option(
-        help="of the image encoders: float32, bfloat16, float16, or auto: the cache's own, then bfloat16 and float16 "
-        "where the hardware has them"
+        help="of the image encoders; auto: the cache's own, else bfloat16 and float16 where the hardware has them"
     ),
 ]
 
@@ -52,22 +58,24 @@ def extract(
         bool, typer.Option("--dry-run", help="say how much there is to do and how long it takes; write nothing")
     ] = False,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="try just the pictures again that could not be read")
+        bool, typer.Option("--retry-failed", help="try just the images again that could not be read")
     ] = False,
     weights: Weights = None,
     sam_weights: SamWeights = None,
     clip_weights: ClipWeights = None,
     preprocess: Annotated[
-        str, typer.Option(help="direct, or reference: through 800 x 1333 pixels first, as the authors do")
+        PreprocessName, typer.Option(help="reference: through 800 x 1333 pixels first, as the authors do")
     ] = "direct",
     tokens: Annotated[
-        str, typer.Option(help="first: location tokens; all: the other mask tokens and predicted IoUs as well")
+        TokensName, typer.Option(help="first: location tokens; all: the other mask tokens and predicted IoUs as well")
     ] = "first",
     exif: ExifRule = "auto",
-    part_size: Annotated[int, typer.Option(help="pictures a part, the unit of resuming")] = 512,
-    batch_size: Annotated[int | None, typer.Option(help="pictures an encoder call; default: what suits")] = None,
+    part_size: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="images a part, the unit of resuming")] = 512,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=MOST_IMAGES, help="images an encoder call; default: what suits")
+    ] = None,
     decode_threads: Annotated[
-        int | None, typer.Option(help="that read pictures; default: a core each, 16 at most")
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="that read images; default: a core each, 16 at most")
     ] = None,
     max_failures: MaxFailures = EXTRACTION_FAILURES,
     device: Device = None,
@@ -82,24 +90,40 @@ def extract(
         ),
     ] = "none",
     room_check: Annotated[bool, typer.Option(help="refuse a disk that is too small for the features")] = True,
-    metrics_port: Annotated[
-        int | None, typer.Option(help="serve Prometheus metrics at this port while it runs: 9400")
-    ] = None,
+    metrics_port: MetricsPort = None,
     take_over: TakeOver = False,
 ) -> None:
-    """Run the frozen backbones over a dataset, once, into a cache. Killed and run again, it goes on.
+    """Run the frozen backbones over a dataset, once, into a cache. Stopped and run again, it resumes.
 
-    Any number of runs may share a cache: start the same command again, here or on another machine.
+    Any number of runs may share a cache: start the same command on as many machines as there are.
     """
     from dataclasses import replace
 
+    from regionspot.cache.encodings import Encoding
     from regionspot.cache.errors import InputError
     from regionspot.pipeline.clusters import check_scheduler
     from regionspot.pipeline.failure_limit import FailureLimit
     from regionspot.pipeline.job import ExtractJob, Models, Source
     from regionspot.pipeline.on_workers import extract_on
-    from regionspot.pipeline.photos import check_exif
+    from regionspot.pipeline.part_choice import spans
+    from regionspot.pipeline.shards import parse_shard
 
+    # Before annotations are read and models loaded, which takes minutes.
+    for encoded in (encoding, token_encoding):
+        Encoding.parse(encoded)
+    if parts is not None:
+        spans(parts)
+    if shard is not None:
+        parse_shard(shard)
+    if exact and dtype not in ("auto", "float32"):
+        raise InputError(f"--exact is --dtype float32, and --dtype {dtype} was given as well; leave one of them out")
+    if dry_run and retry_failed:
+        raise InputError("--dry-run and --retry-failed: give one of the two")
+    on_workers = check_scheduler(scheduler) != "none"
+    if on_workers and (dry_run or retry_failed or metrics_port is not None):
+        raise InputError(
+            f"scheduler {scheduler!r}: --dry-run, --retry-failed and --metrics-port want one process; leave it out"
+        )
     job = ExtractJob(
         cache,
         Source(name, str(data), split, str(annotations) if annotations else None, boxes, limit),
@@ -115,7 +139,7 @@ def extract(
             preprocess=preprocess,
             tokens=tokens,
         ),
-        check_exif(exif),
+        exif,
         encoding,
         token_encoding,
         part_size=part_size,
@@ -126,13 +150,12 @@ def extract(
         max_failures=FailureLimit.parse(max_failures),
         check_room=room_check,
     )
-    if check_scheduler(scheduler) == "none":
+    if not dry_run:
+        on_stop(AGAIN)
+    if on_workers:
+        typer.echo(f"{cache}: {extract_on(scheduler, job, take_over).text()}")
+    else:
+        job.models.check()
         extraction = replace(job.extraction(), take_over=take_over, metrics_port=metrics_port)
         done = extraction.plan() if dry_run else extraction.retry() if retry_failed else extraction.run()
-    elif dry_run or retry_failed or metrics_port is not None:
-        raise InputError(
-            f"scheduler {scheduler!r}: --dry-run, --retry-failed and --metrics-port want one process; leave it out"
-        )
-    else:
-        done = extract_on(scheduler, job, take_over)
-    typer.echo(f"{cache}: {done.text()}")
+        typer.echo(f"{cache}: {done.text()}")

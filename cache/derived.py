@@ -20,6 +20,7 @@ from regionspot.cache.copying import CopySummary, copy_features, read_stored
 from regionspot.cache.encodings import Encoding, Statistics, decode, statistics_of
 from regionspot.cache.errors import InputError
 from regionspot.cache.manifest import Manifest
+from regionspot.cache.outputs import require_apart
 from regionspot.cache.reader import open_reader
 from regionspot.cache.schema import FeatureSet
 from regionspot.cache.store import FeatureCache
@@ -42,7 +43,13 @@ def merge(paths: Sequence[str | Path], out: str | Path, part_size: int | None = 
     for other in caches[1:]:
         _require_same_sets(first, other)
     manifest = Manifest.concatenate([cache.manifest for cache in caches])
-    return _make(caches, out, _noted(manifest, "merge", caches), first.feature_sets, part_size or first.part_size)
+    return _make(
+        caches,
+        out,
+        _noted(manifest, "merge", caches),
+        first.feature_sets,
+        first.part_size if part_size is None else part_size,
+    )
 
 
 def subset(path: str | Path, out: str | Path, rows: ArrayLike, part_size: int | None = None) -> CopySummary:
@@ -57,7 +64,7 @@ def subset(path: str | Path, out: str | Path, rows: ArrayLike, part_size: int | 
     if len(np.unique(wanted)) < len(wanted):
         raise InputError(f"{path}: a row is asked for twice; a cache holds a picture once")
     manifest = _noted(cache.manifest.select(wanted), "subset", [cache])
-    return _make([cache], out, manifest, cache.feature_sets, part_size or cache.part_size)
+    return _make([cache], out, manifest, cache.feature_sets, cache.part_size if part_size is None else part_size)
 
 
 def convert(path: str | Path, out: str | Path, encodings: Mapping[str, Encoding]) -> CopySummary:
@@ -103,6 +110,7 @@ def _make(
     part_size: int,
     link: bool = True,
 ) -> CopySummary:
+    require_apart(Path(out), [source.path for source in sources])
     made = FeatureCache.open_or_create(out, manifest, feature_sets.values(), part_size)
     return copy_features(sources, made, link=link)
 

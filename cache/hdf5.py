@@ -28,6 +28,7 @@ from regionspot.cache.hdf5_shards import SLOTS
 from regionspot.cache.hdf5_storage import DATA, FORM, FORM_VERSION, INDEX, INDEX_CRC
 from regionspot.cache.header import load_header
 from regionspot.cache.metadata import damaged_files
+from regionspot.cache.outputs import require_apart
 from regionspot.cache.progress import Progress
 from regionspot.cache.schema import FeatureSet
 from regionspot.cache.shard import ZSTD_LEVEL
@@ -53,6 +54,7 @@ def export_hdf5(cache: FeatureCache, out: str | Path) -> Path:
     out = Path(out)
     if out.suffix not in HDF5_ENDINGS:
         raise InputError(f"{out}: a cache in one file ends in .h5, so that it is opened as such; name it so")
+    require_apart(out, [cache.path])
     with _written_beside(out) as building:
         _write(cache, building)
         with building.open("rb") as file:

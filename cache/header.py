@@ -20,7 +20,7 @@ from regionspot.cache.durable import file_crc, from_json, is_sealed, seal, to_js
 from regionspot.cache.errors import InputError, NotACacheError, ProvenanceMismatchError, SchemaVersionError
 from regionspot.cache.exchange import aside
 from regionspot.cache.manifest import Category, Manifest
-from regionspot.cache.schema import SCHEMA_VERSION, FeatureSet, Geometry
+from regionspot.cache.schema import MAX_PART_SIZE, SCHEMA_VERSION, FeatureSet, Geometry
 from regionspot.cache.storage import LocalStorage, Storage
 
 log = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ class Header:
             raise InputError(
                 f"manifest {manifest.dataset}/{manifest.split} holds no picture: there is nothing to cache"
             )
-        if part_size < 1:
-            raise InputError(f"part_size is {part_size}, expected at least 1 picture")
+        if not 1 <= part_size <= MAX_PART_SIZE:
+            raise InputError(f"part_size is {part_size}, expected 1 to {MAX_PART_SIZE} images")
         return cls(
             dataset=manifest.dataset,
             split=manifest.split,

@@ -30,7 +30,7 @@ def list_pictures(cache: FeatureCache, states: Sequence[State] = STATES, limit: 
         raise InputError(f"{cache.path}: pictures are {', '.join(STATES)}; asked for {', '.join(unknown) or 'none'}")
     if limit is not None and limit < 1:
         raise InputError(f"{cache.path}: {limit} pictures were asked for, expected at least 1")
-    return islice(_lines(cache, states), limit)
+    return islice(_lines(cache, states), limit and min(limit, len(cache.manifest)))
 
 
 def _lines(cache: FeatureCache, states: Sequence[State]) -> Iterator[str]:

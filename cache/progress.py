@@ -26,7 +26,7 @@ _LOGGED_SECONDS = 5.0
 # by then, and a CPU that needs two minutes a batch still has done two or three of them.
 _WINDOW_SECONDS = 300.0
 _SAMPLES = 100  # of the window
-_CLEAR = "\r\x1b[K"  # to the line's begin, and all behind it gone (ECMA-48, EL)
+CLEAR_LINE = "\r\x1b[K"  # to the line's begin, and all behind it gone (ECMA-48, EL)
 
 
 class TerminalHandler(logging.StreamHandler[TextIO]):
@@ -38,7 +38,7 @@ class TerminalHandler(logging.StreamHandler[TextIO]):
 
     def emit(self, record: logging.LogRecord) -> None:
         text, draw = self.format(record), getattr(record, "drawn", False)
-        clear = _CLEAR if self._drawn else ""
+        clear = CLEAR_LINE if self._drawn else ""
         # A line that wraps could not be drawn over.
         self.stream.write(clear + (text[: shutil.get_terminal_size().columns - 1] if draw else text + "\n"))
         self.stream.flush()

@@ -26,6 +26,7 @@ from regionspot.cache.encodings import STORED, Statistics
 from regionspot.cache.errors import InputError
 
 SCHEMA_VERSION = 1
+MAX_PART_SIZE = 65_536  # images; a shard's index takes 16 bytes for each, read whole
 TOKEN_CHUNK = 64  # regions in one inner chunk: 32 KB of 256 float16, so small parts cost little and reads stay few
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")

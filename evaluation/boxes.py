@@ -1,13 +1,18 @@
-"""Boxes and names as a person gives them: a file, or on the command line.
+"""Boxes and names as a person gives them: as a list on the command line, or in a file.
 
-"10,20,110,220"                  x1,y1,x2,y2 in pixels of the picture
+"10,20,110,220"                  x1,y1,x2,y2 in pixels of the image
 "10,20,110,220; 5,5,60,80"       several
-boxes.json                       [[x1, y1, x2, y2], ...] or {"boxes": [[x1, y1, x2, y2], ...]}
-"dog,red umbrella"               names; or a text file with one a line, for names that hold commas
+@boxes.json                      [[x1, y1, x2, y2], ...] or {"boxes": [[x1, y1, x2, y2], ...]}
+"dog,red umbrella"               names
+@names.txt                       a text file with one name a line, for names that hold commas
+
+A list is never taken for a file's name, whatever files there are: a file is asked for by its option or by "@".
 """
 
 from __future__ import annotations
 
+import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,45 +23,90 @@ from numpy.typing import ArrayLike, NDArray
 
 from regionspot.cache.errors import AnnotationError, InputError
 
-FORM = 'expected "x1,y1,x2,y2;..." or a JSON file with [[x1, y1, x2, y2], ...]'
+log = logging.getLogger(__name__)
+
+FORM = '"x1,y1,x2,y2;..." or a JSON file with [[x1, y1, x2, y2], ...]'
+_SHOWN = 60  # characters of a list in an error
 
 
-def parse_boxes(given: str) -> NDArray[np.float32]:
-    """float32 (n, 4) from a file's name or from numbers.
+def boxes_from(text: str | None, file: Path | None) -> NDArray[np.float32]:
+    """float32 (n, 4) from `--boxes` or `--boxes-file`, of which one is given.
 
-    Raises InputError or AnnotationError where it is neither; `check_boxes` says whether they fit a picture.
+    Raises InputError or AnnotationError where it holds no boxes; `check_boxes` says whether they fit an image.
     """
-    path = Path(given)
-    if path.suffix.lower() == ".json" or (given.strip() and path.is_file()):
-        return _table(_read(path), str(path))
-    pieces = [piece for piece in given.split(";") if piece.strip()]
+    path = _file_asked_for("boxes", text, file)
+    return read_boxes(path) if path else parse_boxes(text or "")
+
+
+def names_from(text: str | None, file: Path | None) -> list[str]:
+    """Names from `--names` or `--names-file`, of which one is given. Raises InputError where it holds no name."""
+    path = _file_asked_for("names", text, file)
+    return read_names(path) if path else parse_names(text or "")
+
+
+def parse_boxes(text: str) -> NDArray[np.float32]:
+    """float32 (n, 4) from numbers. Raises InputError for anything else."""
+    pieces = [piece for piece in text.split(";") if piece.strip()]
     try:
         rows = [[float(number) for number in piece.split(",")] for piece in pieces]
     except ValueError:
-        raise InputError(f"boxes {given!r}: are neither numbers nor a file that is there; {FORM}") from None
-    return _table(rows, f"boxes {given!r}")
+        raise InputError(
+            f"boxes {_short(text)}: are not numbers; expected {FORM} by --boxes-file FILE or --boxes @FILE"
+        ) from None
+    return _table(rows, f"boxes {_short(text)}")
 
 
-def parse_names(given: str) -> list[str]:
-    """Names from a file with one a line, or from a list with commas. Raises InputError where there is none."""
-    path = Path(given)
-    if path.suffix.lower() == ".txt" or (given.strip() and path.is_file()):
-        try:
-            pieces = path.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: the names cannot be read ({error})") from None
-    else:
-        pieces = given.split(",")
-    names = [piece.strip() for piece in pieces if piece.strip()]
-    if not names:
-        raise InputError(f'names {given!r}: hold no name; expected "dog,red umbrella" or a file with one a line')
+def parse_names(text: str) -> list[str]:
+    """The names of a list with commas or line breaks. Raises InputError where there is none."""
+    if re.fullmatch(r"[^,\n]+\.(txt|csv|tsv|json|names)", text.strip(), re.IGNORECASE):
+        raise InputError(f"names {_short(text)}: is one name and looks like a file's; give it by --names-file or @")
+    return _checked_names(re.split("[,\n]", text), f"names {_short(text)}")
+
+
+def read_boxes(path: Path) -> NDArray[np.float32]:
+    """float32 (n, 4) from a JSON file. Raises AnnotationError or InputError for a file that holds something else."""
+    return _table(_read(path), str(path))
+
+
+def read_names(path: Path) -> list[str]:
+    """The names of a text file with one a line. Raises InputError for a file that holds none or cannot be read."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: the names cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: is no UTF-8 text; expected one name a line") from None
+    return _checked_names(text.split("\n"), str(path))
+
+
+def _file_asked_for(kind: str, text: str | None, file: Path | None) -> Path | None:
+    """The file; None where a list is given. Raises InputError unless one of the two is given."""
+    if (text is None) == (file is None):
+        raise InputError(f"--{kind} and --{kind}-file: give one of the two")
+    if text is not None and text.startswith("@"):
+        return Path(text[1:]).expanduser()
+    return file
+
+
+def _checked_names(pieces: Sequence[str], source: str) -> list[str]:
+    given = [piece.strip() for piece in pieces if piece.strip()]
+    if not given:
+        raise InputError(f'{source}: holds no name; expected "dog,red umbrella", or a file with one name a line')
+    names = list(dict.fromkeys(given))
+    if len(names) < len(given):
+        # Twice the same name would share its score.
+        log.warning("%s: %d names are given more than once, and used once", source, len(given) - len(names))
     return names
 
 
-def check_boxes(boxes: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
-    """float32 (n, 4): the boxes cut to a picture of `size` (height, width).
+def _short(text: str) -> str:
+    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
 
-    Raises InputError, naming the first box that is not x1 < x2, y1 < y2, or has less than a pixel in the picture.
+
+def check_boxes(boxes: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
+    """float32 (n, 4): the boxes cut to an image of `size` (height, width).
+
+    Raises InputError, naming the first box that is not x1 < x2, y1 < y2, or has less than a pixel in the image.
     """
     checked = _table(boxes, "boxes")
     height, width = size
@@ -66,7 +116,7 @@ def check_boxes(boxes: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
             raise InputError(f"box {number} of {len(checked)} is {box}, expected x1 < x2 and y1 < y2")
         if min(x2, width) - max(x1, 0) < 1 or min(y2, height) - max(y1, 0) < 1:
             raise InputError(
-                f"box {number} of {len(checked)} is {box}: less than a pixel of it is in the picture, which is "
+                f"box {number} of {len(checked)} is {box}: less than a pixel of it is in the image, which is "
                 f"{width} wide and {height} high; boxes are x1, y1, x2, y2 in pixels"
             )
     edges = np.array([width, height, width, height], np.float32)
@@ -79,9 +129,10 @@ def _table(rows: Any, source: str) -> NDArray[np.float32]:
             if isinstance(row, Sequence) and len(row) != 4:
                 raise InputError(f"{source}: box {number} has {len(row)} numbers, expected 4: x1, y1, x2, y2")
     try:
-        table = np.asarray(rows, np.float32)
+        with np.errstate(over="ignore"):  # what is too large becomes infinite, which is refused below
+            table = np.asarray(rows, np.float32)
     except (TypeError, ValueError):
-        raise InputError(f"{source}: holds something else than numbers; {FORM}") from None
+        raise InputError(f"{source}: holds something else than numbers; expected {FORM}") from None
     if table.size == 0:
         return np.zeros((0, 4), np.float32)
     if table.ndim != 2 or table.shape[1] != 4:
@@ -95,11 +146,11 @@ def _read(path: Path) -> Any:
     try:
         content = msgspec.json.decode(path.read_bytes())
     except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read ({error.strerror}); {FORM}") from None
+        raise AnnotationError(f"{path}: cannot be read ({error.strerror}); expected {FORM}") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise AnnotationError(f"{path}: is not JSON ({error}); {FORM}") from None
+        raise AnnotationError(f"{path}: is not JSON ({error}); expected {FORM}") from None
     if isinstance(content, dict):
         if "boxes" not in content:
-            raise AnnotationError(f'{path}: has no "boxes"; {FORM}')
+            raise AnnotationError(f'{path}: has no "boxes"; expected {FORM}')
         return content["boxes"]
     return content

@@ -8,6 +8,7 @@ free place nearest to its box, with a line to it where that is not beside it. Pi
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
+from regionspot.cache.durable import write_file
 from regionspot.cache.errors import InputError
 
 if TYPE_CHECKING:
@@ -100,10 +102,34 @@ def labelled(photo: Image.Image, regions: Sequence[Region]) -> Image.Image:
 
 
 def check_picture_name(path: Path) -> Path:
-    """The path itself. Raises InputError for an ending that is no picture format, before hours of work are lost."""
-    if path.suffix.lower() not in Image.registered_extensions():
-        raise InputError(f"{path}: no picture can be written with the ending {path.suffix!r}; expected .png or .jpg")
+    """The path itself. Raises InputError for an ending in whose format no image can be written."""
+    try:
+        _encoded(Image.new("RGB", (32, 32)), path)
+    except (KeyError, OSError, ValueError):
+        raise InputError(
+            f"{path}: no image can be written with the ending {path.suffix!r}; expected .png or .jpg"
+        ) from None
     return path
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write an image in the format of the path's ending, whole or not at all, in the place of what is there.
+
+    Raises InputError for an image that is too large for the format.
+    """
+    try:
+        content = _encoded(picture, path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: {picture.width} x {picture.height} pixels cannot be written in this format ({error}); take .png"
+        ) from None
+    write_file(path, content)
+
+
+def _encoded(picture: Image.Image, path: Path) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, Image.registered_extensions()[path.suffix.lower()])
+    return content.getvalue()
 
 
 def font_for(size: tuple[int, int]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

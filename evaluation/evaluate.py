@@ -22,7 +22,7 @@ from regionspot.evaluation.head_features import features_of
 from regionspot.evaluation.inference import Method
 from regionspot.evaluation.methods import HeadOnCache, HeadOnPhotos
 from regionspot.evaluation.region_spot import RegionSpot
-from regionspot.evaluation.results import evaluate_method
+from regionspot.evaluation.results import check_out, evaluate_method
 from regionspot.evaluation.vocabularies import cache_vocabulary
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.templates import template_set
@@ -87,6 +87,7 @@ def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
     Raises InputError, one line, for whatever of the files or options does not fit.
     """
     _check_options(asked)
+    check_out(asked.out, (asked.annotations, asked.boxes, asked.checkpoint, asked.cache))
     manifest = _manifest(asked)
     annotations = asked.annotations or _annotation_file(asked.data, manifest)
     photos = photo_dir(asked.dataset, asked.data, asked.split, manifest)

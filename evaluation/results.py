@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from regionspot.cache.durable import write_file
+from regionspot.cache.outputs import check_output_file, check_output_folder
 from regionspot.evaluation.detections import DETECTIONS_PER_PICTURE, write_results_json
+from regionspot.evaluation.drawing import save_picture
 from regionspot.evaluation.ground_truth import read_ground_truth
 from regionspot.evaluation.inference import Inference, Method, infer
 from regionspot.evaluation.lvis_ap import lvis_ap
@@ -21,9 +23,19 @@ from regionspot.evaluation.sheet import judged_sheet
 from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.photos import exif_of
 
+RESULTS, DETECTIONS, SHEET = "results.json", "detections.json", "sheet.png"
 SHEET_PICTURES = 9
 # Stages that any method on the same pictures would share: opening them, and the two encoders' maps.
 SHARED_STAGES = ("photo", "read", "sam", "clip")
+
+
+def check_out(out: Path, inputs: Iterable[str | Path | None]) -> None:
+    """Raises InputError where the results cannot be written into the folder `out`, or would replace an input."""
+    inputs = list(inputs)
+    check_output_folder(out, [each for each in inputs if each is not None and Path(each).is_dir()])
+    if out.is_dir():
+        for name in (RESULTS, DETECTIONS, SHEET):
+            check_output_file(out / name, inputs)
 
 
 def evaluate_method(
@@ -63,12 +75,12 @@ def evaluate_method(
         "seconds_per_picture": _seconds_per_picture(found),
         "identity": method.identity,
     }
-    write_results_json(out / "detections.json", found.detections)
+    write_results_json(out / DETECTIONS, found.detections)
     if photos is not None:
         exif = exif_of(method.features.values())
         sheet = judged_sheet(method.manifest, photos, found.detections, SHEET_PICTURES, title=method.name, exif=exif)
-        sheet.save(out / "sheet.png")
-    write_file(out / "results.json", (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
+        save_picture(sheet, out / SHEET)
+    write_file(out / RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
 
 

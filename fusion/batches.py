@@ -37,7 +37,7 @@ class BatchPlan:
         self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
         weights = np.asarray(sizes if ratios is None else ratios, dtype=np.float64)
         if weights.shape != (len(sizes),) or not (np.isfinite(weights).all() and (weights > 0).all()):
-            raise InputError(f"ratios {list(weights)}: expected {len(sizes)} numbers above 0, one a cache")
+            raise InputError(f"ratios {weights.tolist()}: expected {len(sizes)} numbers above 0, one a cache")
         self.shares = weights / weights.sum()
         # Two epochs a source are alive at once, where a batch spans the end of one.
         self._order = lru_cache(maxsize=2 * len(sizes))(self._shuffle)

@@ -8,6 +8,7 @@ its numbers are those of a run that was that long from the start.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -55,11 +56,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for name in ("iterations", "batch_size", "layers", "heads", "ffn", "lr", "clip_norm"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"training: {name} is {getattr(self, name)}, expected more than 0")
+            if not 0 < getattr(self, name) < math.inf:
+                raise InputError(f"training: {name} is {getattr(self, name)}, expected more than 0 and finite")
         for name in ("weight_decay", "warmup", "dropout", "seed"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"training: {name} is {getattr(self, name)}, expected 0 or more")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise InputError(f"training: {name} is {getattr(self, name)}, expected 0 or more and finite")
+        if self.seed >= 2**32:  # a million times as much is still a seed of torch's
+            raise InputError(f"training: seed is {self.seed}, expected less than {2**32}")
         if not self.dropout < 1:
             raise InputError(f"training: dropout is {self.dropout}, expected less than 1")
         if any(not 0 < share <= 1 for share in self.milestones) or list(self.milestones) != sorted(self.milestones):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from regionspot.cache.claims import Claims
 from regionspot.cache.encodings import Encoding
+from regionspot.cache.errors import InputError
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.progress import Progress
 from regionspot.cache.schema import PictureFeatures
@@ -83,6 +84,9 @@ def extract(
     images can be read, or when more than `max_failures` of all cannot (V3Det's copies lack many photos; a mistyped
     folder lacks all); what is committed by then stays.
     """
+    for name, number in (("batch_size", batch_size), ("decode_threads", decode_threads)):
+        if number is not None and number < 1:
+            raise InputError(f"extract: {name} is {number}, expected at least 1")
     keep_memory()
     names = [feature_set.name for feature_set in backbones.feature_sets(exif)]
     size = images_at_a_time(batch_size, cache, names, backbones)

@@ -28,7 +28,7 @@ class FailureLimit:
     @classmethod
     def parse(cls, text: str) -> FailureLimit:
         """ "1%" and "0.01" are shares, "200" is a count. Raises InputError for anything else."""
-        if match := re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text.strip(), re.ASCII):
+        if match := re.fullmatch(r"(\d{1,15}(?:\.\d{1,15})?)(%?)", text.strip(), re.ASCII):
             number, percent = float(match[1]), bool(match[2])
             if percent and number <= 100:
                 return cls(share=number / 100)

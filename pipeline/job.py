@@ -61,6 +61,22 @@ class Models:
     preprocess: str = "direct"
     tokens: str = "first"
 
+    def check(self) -> None:
+        """Raises InputError for a device, a backbone or weights that are not on this machine; loads nothing."""
+        from regionspot.cache.machine import compute_device  # imports torch
+        from regionspot.pipeline.frozen_models import NONE
+        from regionspot.pipeline.registry import ENCODERS, LOCALIZERS
+        from regionspot.pipeline.weights import check_source
+
+        compute_device(self.device)
+        for source in (self.weights, self.sam_weights, self.clip_weights):
+            check_source(source)
+        if self.localizer not in (None, NONE):
+            LOCALIZERS.builder(self.localizer)
+        for name in self.encoders:
+            if name != NONE:
+                ENCODERS.builder(name)
+
 
 @dataclass(frozen=True)
 class Prepared:

@@ -12,15 +12,23 @@ def parse_parts(text: str, n_parts: int) -> list[int]:
 
     Raises InputError for anything else and for a part that is none of the cache's 0 to n_parts - 1.
     """
-    found: set[int] = set()
+    chosen: set[int] = set()
+    for first, last in spans(text):
+        if last >= n_parts:
+            raise InputError(f"parts {text!r}: there is no part {last}; this cache has parts 0 to {n_parts - 1}")
+        chosen.update(range(first, last + 1))
+    return sorted(chosen)
+
+
+def spans(text: str) -> list[tuple[int, int]]:
+    """First and last part of each span in "3,7-9". Raises InputError for anything else."""
+    pairs = []
     for word in text.split(","):
-        numbers = re.fullmatch(r"\s*(\d+)\s*(?:-\s*(\d+)\s*)?", word)
+        numbers = re.fullmatch(r"\s*(\d{1,9})\s*(?:-\s*(\d{1,9})\s*)?", word, re.ASCII)
         if numbers is None:
             raise InputError(f'parts {text!r}: {word!r} is no part; expected numbers and spans like "3,7-9"')
         first, last = int(numbers[1]), int(numbers[2] or numbers[1])
         if last < first:
             raise InputError(f"parts {text!r}: {word.strip()} ends before it begins; did you mean {last}-{first}?")
-        if last >= n_parts:
-            raise InputError(f"parts {text!r}: there is no part {last}; this cache has parts 0 to {n_parts - 1}")
-        found.update(range(first, last + 1))
-    return sorted(found)
+        pairs.append((first, last))
+    return pairs

@@ -64,9 +64,10 @@ class Registry:
 
     def build(self, asked: Asked) -> Any:
         """The model that was asked for. Raises InputError for a name that is unknown or whose package is missing."""
-        return self._builder(asked.name)(asked)
+        return self.builder(asked.name)(asked)
 
-    def _builder(self, name: str) -> Builder:
+    def builder(self, name: str) -> Builder:
+        """What builds the model `name`. Raises InputError as `build` does."""
         entry = self.entries.get(name) or self.families.get(re.split("[:.]", name)[0])
         if entry is not None:
             if entry.missing:

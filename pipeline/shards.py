@@ -26,7 +26,7 @@ class Shard:
 
 def parse_shard(text: str) -> Shard:
     """ "3/16": the third of sixteen. Raises InputError for anything else, "0/16" and "17/16" among them."""
-    words = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", text)
+    words = re.fullmatch(r"\s*(\d{1,9})\s*/\s*(\d{1,9})\s*", text, re.ASCII)
     if words is None:
         raise InputError(f'shard {text!r}: expected a number and how many there are, like "3/16"')
     number, count = int(words[1]), int(words[2])

@@ -29,6 +29,7 @@ from pycocotools import mask as rle
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.machine import processors
+from regionspot.cache.outputs import check_output_folder
 from regionspot.pipeline.toy_pictures import COLOURS, SHAPES, TEXTURES, Look, draw_picture
 
 OBJECTS = (4, 9)  # objects in a picture
@@ -81,15 +82,16 @@ def make_toy_world(folder: Path | str, pictures: int = 1000, seed: int = 0) -> P
     """Write a world of `pictures` pictures, the first 80 % for training, and return its folder.
 
     The same `pictures` and `seed` give the same files, which replace those of an earlier world there. Pictures are
-    192 to 320 pixels a side and hold 4 to 9 objects. Raises InputError for fewer than 40 pictures, and where the
-    folder cannot be written.
+    192 to 320 pixels a side and hold 4 to 9 objects. Raises InputError for fewer than 40 pictures, for a folder that
+    holds something else than a toy world, and where it cannot be written.
     """
-    folder = Path(folder)
+    folder = check_output_folder(Path(folder))
     if pictures < FEWEST_PICTURES:
         raise InputError(
             f"toy world: {pictures} pictures asked for, expected at least {FEWEST_PICTURES}: "
             "fewer cannot show every rare class in validation"
         )
+    _require_own(folder)
     train = round(TRAIN_SHARE * pictures)
     try:
         _write_split(folder, "train", range(1, train + 1), seed)
@@ -99,6 +101,15 @@ def make_toy_world(folder: Path | str, pictures: int = 1000, seed: int = 0) -> P
             f"{folder}: the toy world cannot be written there ({error.strerror}); name another folder"
         ) from None
     return folder
+
+
+def _require_own(folder: Path) -> None:
+    """Raises InputError for a folder of somebody's own images, which those of the world could replace."""
+    own = {"photos": {"train", "val"}, "toy_train.json": set(), "toy_val.json": set()}
+    for inside, expected in ((folder, own.keys()), (folder / "photos", own["photos"])):
+        others = sorted(path.name for path in inside.glob("*") if path.name not in expected)
+        if others:
+            raise InputError(f"{inside}: holds {others[0]}, which is no part of a toy world; name an empty folder")
 
 
 def deal(classes: Sequence[ToyClass], split: str, pictures: int, rng: np.random.Generator) -> list[list[ToyClass]]:

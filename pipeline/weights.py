@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import re
 import time
 import urllib.error
 import urllib.request
@@ -123,6 +124,16 @@ def weights_folder() -> Path:
     return home_folder("weights")
 
 
+def check_source(source: str | None) -> None:
+    """Raises WeightsError for a source that `load_weights` cannot use: no file or folder, and no "random:SEED"."""
+    if source is None:
+        return
+    if source.startswith(RANDOM):
+        _seed(source)
+    elif not ((path := Path(source).expanduser()).is_file() or path.is_dir()):
+        raise WeightsError(f"{path}: there is no such weights file or folder; give one, or random:SEED")
+
+
 def load_weights(
     name: str,
     source: str | None,
@@ -140,6 +151,7 @@ def load_weights(
     Raises WeightsError when there is no such file, when an official one has other bytes, when it may not be
     opened safely, when it does not fit the model, or when it holds NaN or infinity.
     """
+    check_source(source)
     if source is not None and source.startswith(RANDOM):
         return LoadedWeights(draw_weights(_seed(source), expected), source, source)
     official = official or OFFICIAL.get(name)
@@ -183,7 +195,7 @@ def _find(name: str, source: str | None, official: OfficialFile | None) -> Path:
 
 def _seed(source: str) -> int:
     seed = source.removeprefix(RANDOM)
-    if not seed.isdecimal():
+    if not re.fullmatch(r"[0-9]{1,18}", seed):
         raise WeightsError(f"weights {source!r}: expected a whole number after {RANDOM!r}, as in random:0")
     return int(seed)
 

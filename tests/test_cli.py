@@ -146,7 +146,11 @@ def test_a_place_without_write_permission_is_named(refused, world, tmp_path):
 
 @pytest.mark.parametrize(
     ("option", "value", "words"),
-    [("--preset", "xl", "preset 'xl'"), ("--exif", "maybe", "exif 'maybe'"), ("--dtype", "int4", "dtype 'int4'")],
+    [
+        ("--preset", "xl", "'--preset': 'xl' is not one of 'bb', 'bl', 'bl336', 'toy'"),
+        ("--exif", "maybe", "'--exif': 'maybe' is not one of 'auto', 'apply', 'ignore'"),
+        ("--dtype", "int4", "'--dtype': 'int4' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
+    ],
 )
 def test_an_unknown_option_value_is_refused_with_the_ones_there_are(refused, world, tmp_path, option, value, words):
     refused(words, *extract(world, tmp_path / "c.zarr", option, value))
@@ -155,7 +159,7 @@ def test_an_unknown_option_value_is_refused_with_the_ones_there_are(refused, wor
 
 def test_a_schedule_that_is_not_there_is_refused(refused, cache, tmp_path):
     train = ("train", "--cache", cache, "--preset", "toy", "--out", tmp_path / "run")
-    refused("schedule 'long'", *train, "--schedule", "long")
+    refused("'--schedule': 'long' is not one of 'paper', 'toy'", *train, "--schedule", "long")
 
 
 def test_a_cache_without_the_presets_features_says_which_it_holds(refused, cache, tmp_path):

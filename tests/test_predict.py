@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from regionspot.cache.errors import AnnotationError, InputError, PhotoError, WeightsError
-from regionspot.evaluation.boxes import check_boxes, parse_boxes
+from regionspot.evaluation.boxes import boxes_from, check_boxes, names_from, parse_boxes
 from regionspot.evaluation.region_spot import RegionSpot
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.head import FusionHead, HeadConfig
@@ -252,16 +252,51 @@ def test_a_checkpoint_that_names_no_backbones_is_refused(tmp_path):
         ("1,2,3,4", [[1, 2, 3, 4]]),
         (" 1, 2.5, 3, 4 ; 5,6,7,8; ", [[1, 2.5, 3, 4], [5, 6, 7, 8]]),
         ("", []),
+        (";".join(["1,2,3,4"] * 100), [[1, 2, 3, 4]] * 100),
     ],
 )
 def test_boxes_are_read_from_the_command_line(given, expected):
-    assert parse_boxes(given).tolist() == expected
+    assert boxes_from(given, None).tolist() == expected
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("dog, red umbrella ,", ["dog", "red umbrella"]),
+        ("dog\ncat\n", ["dog", "cat"]),
+        ("dog,cat,dog", ["dog", "cat"]),
+        (",".join(f"name {number}" for number in range(1203)), [f"name {number}" for number in range(1203)]),
+    ],
+)
+def test_names_are_read_from_the_command_line(given, expected):
+    assert names_from(given, None) == expected
+
+
+def test_a_list_is_a_list_whatever_files_there_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("red star", "1,2,3,4", "dog"):
+        (tmp_path / name).write_text("[[5, 6, 7, 8]]")
+    assert names_from("red star", None) == ["red star"]
+    assert names_from("dog", None) == ["dog"]
+    assert boxes_from("1,2,3,4", None).tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("by_option", [True, False], ids=["by option", "by @"])
 @pytest.mark.parametrize("content", ["[[1, 2, 3, 4]]", '{"boxes": [[1, 2, 3, 4]]}'])
-def test_boxes_are_read_from_a_file(tmp_path, content):
-    (tmp_path / "boxes.json").write_text(content)
-    assert parse_boxes(str(tmp_path / "boxes.json")).tolist() == [[1, 2, 3, 4]]
+def test_boxes_are_read_from_a_file(tmp_path, content, by_option):
+    path = tmp_path / "boxes"
+    path.write_text(content)
+    found = boxes_from(None, path) if by_option else boxes_from(f"@{path}", None)
+    assert found.tolist() == [[1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("by_option", [True, False], ids=["by option", "by @"])
+@pytest.mark.parametrize("content", [b"dog, brown\ncat\n", b"\xef\xbb\xbfdog, brown\r\n\r\n cat"])
+def test_names_are_read_from_a_file_one_a_line(tmp_path, content, by_option):
+    path = tmp_path / "names"
+    path.write_bytes(content)
+    found = names_from(None, path) if by_option else names_from(f"@{path}", None)
+    assert found == ["dog, brown", "cat"]
 
 
 @pytest.mark.parametrize(
@@ -271,6 +306,7 @@ def test_boxes_are_read_from_a_file(tmp_path, content):
         ("[[1, 2", AnnotationError, "is not JSON"),
         ('{"box": []}', AnnotationError, 'has no "boxes"'),
         ('[[1, 2, 3, "x"]]', InputError, "something else than numbers"),
+        ("[[1, 2, 3, 1e300]]", InputError, "box 1 is not finite"),
     ],
 )
 def test_a_boxes_file_that_is_none_is_named(tmp_path, content, error, message):
@@ -278,15 +314,39 @@ def test_a_boxes_file_that_is_none_is_named(tmp_path, content, error, message):
     if content is not None:
         path.write_text(content)
     with pytest.raises(error, match=message) as caught:
-        parse_boxes(str(path))
+        boxes_from(None, path)
     assert str(path) in str(caught.value)
 
 
-def test_boxes_that_are_neither_numbers_nor_a_file_are_refused():
-    with pytest.raises(InputError, match="neither numbers nor a file"):
-        parse_boxes("dog")
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "No such file"), (b"", "holds no name"), (b" \n ", "holds no name"), (b"\xff\xfed\x00o\x00", "UTF-8")],
+)
+def test_a_names_file_that_is_none_is_named(tmp_path, content, message):
+    path = tmp_path / "names.txt"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(InputError, match=message) as caught:
+        names_from(None, path)
+    assert str(path) in str(caught.value)
+
+
+def test_boxes_that_are_no_numbers_are_refused_with_how_a_file_is_given():
+    with pytest.raises(InputError, match=r"are not numbers; expected .*--boxes-file"):
+        parse_boxes("boxes.json")
     with pytest.raises(InputError, match="box 1 has 3 numbers"):
         parse_boxes("1,2,3")
+
+
+def test_a_name_that_looks_like_a_file_is_refused_with_how_a_file_is_given():
+    with pytest.raises(InputError, match="one name and looks like a file's; give it by --names-file"):
+        names_from("coco_names.txt", None)
+
+
+def test_one_of_a_list_and_a_file_is_needed(tmp_path):
+    for text, file in ((None, None), ("dog", tmp_path / "names.txt")):
+        with pytest.raises(InputError, match="--names and --names-file: give one of the two"):
+            names_from(text, file)
 
 
 def test_checked_boxes_are_float32_and_leave_what_was_given_alone():

@@ -129,5 +129,5 @@ def test_too_few_pictures_and_an_unwritable_folder_are_refused_in_one_line(tmp_p
     with pytest.raises(InputError, match="expected at least 40"):
         make_toy_world(tmp_path, pictures=39)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="cannot be written there"):
+    with pytest.raises(InputError, match="is there already and no folder"):
         make_toy_world(tmp_path / "file", pictures=40)

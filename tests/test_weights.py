@@ -186,7 +186,7 @@ def test_a_submodule_called_module_is_not_taken_for_a_wrapper(tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    assert refusal(tmp_path / "absent.pth").startswith(f"{tmp_path / 'absent.pth'}: cannot be read")
+    assert refusal(tmp_path / "absent.pth").startswith(f"{tmp_path / 'absent.pth'}: there is no such weights file")
 
 
 def test_a_folder_gives_the_file_with_the_official_name(tmp_path):

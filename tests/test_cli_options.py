@@ -1,0 +1,180 @@
+"""Every option with values that cannot be: one line that names it, exit code 2, before anything is read or written."""
+
+import os
+from typing import get_args
+
+import pytest
+
+from regionspot import cli_options
+from regionspot.cache.encodings import Encoding
+from regionspot.evaluation.evaluate import Baseline
+from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig
+from regionspot.fusion.templates import TEMPLATES
+from regionspot.pipeline.backbones import PRESETS
+from regionspot.pipeline.dtypes import AUTO, DTYPES
+from regionspot.pipeline.models import TOKENS
+from regionspot.pipeline.photos import Exif
+from regionspot.pipeline.preprocess import PREPROCESS
+from regionspot.pipeline.toy_world import FEWEST_PICTURES
+
+# Each command with all that it needs. None of these files is there: a wrong option is refused before they are opened.
+COMMANDS = {
+    "dataset": ("coco", "--data", "data"),
+    "extract": ("coco", "--data", "data", "--cache", "c.zarr"),
+    "train": ("--cache", "c.zarr", "--out", "run"),
+    "eval-lvis": ("--data", "data", "--out", "eval", "--checkpoint", "head.safetensors"),
+    "predict": ("x.jpg", "--checkpoint", "head.safetensors", "--boxes", "1,2,3,4", "--names", "dog"),
+    "doctor": (),
+    "toy-world": ("world",),
+    "demo": ("demo",),
+    "cache ls": ("c.zarr",),
+    "cache show": ("c.zarr", "1", "-o", "x.png"),
+    "cache stats": ("c.zarr", "clip"),
+    "cache verify": ("c.zarr",),
+    "cache export": ("c.zarr", "c.h5"),
+    "cache extend": ("c.zarr", "coco", "--data", "data"),
+    "cache merge": ("c.zarr", "-o", "m.zarr"),
+    "cache subset": ("c.zarr", "s.zarr"),
+    "cache convert": ("c.zarr", "v.zarr", "--to", "clip=int8"),
+}
+WHOLE_NUMBERS = {
+    "extract": ("limit", "part-size", "batch-size", "decode-threads", "metrics-port"),
+    "train": ("iterations", "batch-size", "checkpoint-every"),
+    "eval-lvis": ("limit",),
+    "predict": ("top",),
+    "doctor": ("metrics-port",),
+    "toy-world": ("pictures",),
+    "demo": ("pictures",),
+    "cache ls": ("limit",),
+    "cache verify": ("threads",),
+    "cache extend": ("limit", "part-size"),
+    "cache merge": ("part-size",),
+    "cache subset": ("every", "first", "part-size"),
+}
+FROM_ZERO = {"train": ("seed",), "toy-world": ("seed",), "demo": ("seed",), "cache show": ("region",)}
+UNBOUNDED = ("limit", "top", "every", "first", "region")  # more than there is means all that there is
+CHOICES = {
+    "extract": ("preset", "preprocess", "tokens", "exif", "dtype"),
+    "train": ("preset", "schedule", "templates"),
+    "eval-lvis": ("preset", "baseline", "templates", "preprocess", "exif", "dtype"),
+    "predict": ("preset", "templates", "dtype"),
+    "doctor": ("preset",),
+}
+OTHERS = [
+    ("dataset", "--split", "vall", "coco split 'vall': unknown; expected one of train, val"),
+    ("extract", "--encoding", "int4", "encoding 'int4': unknown; expected one of float16"),
+    ("extract", "--token-encoding", "int8+gzip", "encoding 'int8+gzip': unknown"),
+    ("extract", "--parts", "3-", "parts '3-': '3-' is no part"),
+    ("extract", "--parts", "9-7", "did you mean 7-9?"),
+    ("extract", "--parts", "9" * 5000, "is no part"),
+    ("extract", "--shard", "0/4", "shards are counted from 1"),
+    ("extract", "--shard", "5/4", "shards are counted from 1"),
+    ("extract", "--shard", "x", "shard 'x': expected a number and how many there are"),
+    ("extract", "--scheduler", "local:0", "scheduler 'local:0': expected none, local, local:8"),
+    ("extract", "--max-failures", "120%", "max failures '120%'"),
+    ("extract", "--localizer", "sam_vit_x", "did you mean 'sam_vit_"),
+    ("extract", "--encoder", "clip_vit_l_15", "did you mean 'clip_vit_l_14'?"),
+    ("extract", "--weights", "nowhere", "nowhere: there is no such weights file or folder"),
+    ("extract", "--weights", "random:x", "expected a whole number after 'random:'"),
+    ("extract", "--sam-weights", "/dev/zero", "/dev/zero: there is no such weights file"),
+    ("extract", "--device", "tpu", "--device tpu: torch knows no such device"),
+    ("train", "--device", "tpu", "c.zarr: no such cache"),
+    ("train", "--lr", "nan", "--lr"),
+    ("train", "--lr", "0", "lr is 0.0, expected more than 0"),
+    ("train", "--lr", "inf", "lr is inf, expected more than 0 and finite"),
+    ("train", "--ratio", "-1", "'--ratio'"),
+    ("eval-lvis", "--max-failures", "many", "max failures 'many'"),
+    ("predict", "-o", "x.psd", "no image can be written with the ending '.psd'"),
+    ("predict", "-o", "nodir/x.png", "nodir/x.png: there is no folder nodir"),
+    ("cache show", "--photos", "nowhere", "'--photos'"),
+    ("cache convert", "--to", "maps=int9", "did you mean 'int8'?"),
+    ("cache stats", "-o", "x.txt", "written as .npz or .json"),
+]
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    yield
+    assert os.listdir(tmp_path) == []
+
+
+def told(regionspot, command: str, *more: str) -> str:
+    """The one line that a command is refused with."""
+    code, out, err = regionspot(*command.split(), *COMMANDS[command], *more)
+    assert (code, out) == (2, ""), err
+    assert err.startswith("regionspot: ")
+    assert len(err.splitlines()) == 1
+    return err
+
+
+def named(table: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+    return [(command, option) for command, options in table.items() for option in options]
+
+
+@pytest.mark.parametrize(("command", "option"), named(WHOLE_NUMBERS) + named(FROM_ZERO))
+def test_a_number_out_of_its_range_is_refused(regionspot, command, option):
+    values = ["-1", "1.5", "nan", "inf", "many"]
+    values += ["0"] * ((command, option) in named(WHOLE_NUMBERS)) + ["9" * 30] * (option not in UNBOUNDED)
+    for value in values:
+        assert f"--{option}'" in told(regionspot, command, f"--{option}={value}")
+
+
+@pytest.mark.parametrize(("command", "option"), named(CHOICES))
+def test_a_choice_that_there_is_not_is_refused_with_those_there_are(regionspot, command, option):
+    assert f"'--{option}': 'other' is not one of '" in told(regionspot, command, f"--{option}", "other")
+
+
+@pytest.mark.parametrize(("command", "option", "value", "words"), OTHERS, ids=lambda value: str(value)[:20])
+def test_any_other_wrong_value_is_refused(regionspot, command, option, value, words):
+    assert words in told(regionspot, command, option, value)
+
+
+@pytest.mark.parametrize("empty", ["", " ", "\t"])
+def test_an_empty_argument_is_refused_by_every_command(regionspot, empty):
+    for command in COMMANDS:
+        assert "empty" in told(regionspot, command, "--data", empty)
+        assert "the argument behind --out is empty" in told(regionspot, command, f"--out={empty}")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--exact", "--dtype", "bfloat16"), "--exact is --dtype float32"),
+        (("--dry-run", "--retry-failed"), "--dry-run and --retry-failed"),
+        (("--scheduler", "local", "--dry-run"), "want one process"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(regionspot, more, words):
+    assert words in told(regionspot, "extract", *more)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("exract",), "No such command 'exract'. Did you mean 'extract'?"),
+        (("extract", "coco", "--date", "d"), "No such option: --date"),
+        (("extract", "coco"), "Missing option '--data'"),
+        (("cache", "verify"), "Missing argument"),
+        (("predict", "x.jpg", "--checkpoint"), "requires an argument"),
+    ],
+)
+def test_a_command_line_that_is_none_is_answered_in_one_line(regionspot, arguments, words):
+    code, _, err = regionspot(*arguments)
+    assert code == 2
+    assert len(err.splitlines()) == 1
+    assert words.lower() in err.lower()
+
+
+def test_the_choices_are_those_of_the_library():
+    assert get_args(cli_options.PresetName) == tuple(PRESETS)
+    assert get_args(cli_options.DtypeName) == (AUTO, *DTYPES)
+    assert get_args(cli_options.PreprocessName) == tuple(PREPROCESS)
+    assert get_args(cli_options.TemplatesName) == tuple(TEMPLATES)
+    assert get_args(cli_options.ScheduleName) == tuple(TRAIN_PRESETS)
+    assert get_args(cli_options.TokensName) == tuple(TOKENS)
+    assert get_args(cli_options.ExifName) == get_args(Exif)
+    assert get_args(cli_options.BaselineName) == get_args(Baseline)
+    assert cli_options.WorldSize.__metadata__[0].min == FEWEST_PICTURES
+    TrainConfig(seed=cli_options.Seed.__metadata__[0].max, iterations=cli_options.MOST_STEPS)
+    assert Encoding.parse("int8+zstd")

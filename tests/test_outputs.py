@@ -1,0 +1,231 @@
+"""What a command writes is checked first, and never takes the place of what it reads, whatever links lead there."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from regionspot.cache import FeatureCache
+from regionspot.cache.errors import InputError
+from regionspot.cache.outputs import check_output_file, check_output_folder
+from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
+from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.pipeline.toy_world import make_toy_world
+
+pytestmark = pytest.mark.usefixtures("home")
+
+
+@pytest.fixture
+def photo(tmp_path) -> Path:
+    Image.new("RGB", (60, 40), (200, 30, 30)).save(tmp_path / "x.jpg")
+    return tmp_path / "x.jpg"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
+    path = tmp_path_factory.mktemp("head") / "head.safetensors"
+    save_checkpoint(path, head, HeadInfo(preset="toy", localizer="toy_sam", encoder="toy_clip", templates=("{}.",)))
+    return path
+
+
+@pytest.fixture
+def predict(regionspot, photo, checkpoint):
+    """`predict(out)` names a box of the photo."""
+    words = ("predict", photo, "--checkpoint", checkpoint, "--boxes", "1,1,30,30", "--names", "red star")
+    return lambda out: regionspot(*words, "--device", "cpu", "-o", out)
+
+
+# Each gives another name of a file.
+NAMES = {
+    "itself": lambda path: path,
+    "by a detour": lambda path: path.parent / "folder" / ".." / path.name,
+    "symbolic link": lambda path: _link(path, Path.symlink_to),
+    "hard link": lambda path: _link(path, Path.hardlink_to),
+    "link to its folder": lambda path: (
+        _link(path.parent / "folder", lambda link, _: link.symlink_to(path.parent)) / path.name
+    ),
+}
+
+
+def _link(path: Path, make) -> Path:
+    link = path.parent / ("link" if path.is_dir() else "folder/link.jpg")
+    make(link, path)
+    return link
+
+
+@pytest.fixture(params=NAMES)
+def other_name(request):
+    return NAMES[request.param]
+
+
+def test_an_input_is_never_replaced_by_whatever_name(photo, other_name):
+    (photo.parent / "folder").mkdir()
+    with pytest.raises(InputError, match="is an input of this command and must not be replaced"):
+        check_output_file(other_name(photo), [None, "s3://bucket/x", photo])
+
+
+def test_no_file_of_an_input_folder_is_replaced_but_new_ones_may_lie_in_it(photo):
+    (photo.parent / "in").symlink_to(photo.parent)
+    for folder in (photo.parent, photo.parent / "in"):
+        with pytest.raises(InputError, match="is an input"):
+            check_output_file(photo, [folder])
+        assert check_output_file(folder / "new.png", [photo.parent]) == folder / "new.png"
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("nodir/x.png", "there is no folder"),
+        ("x.jpg/x.png", "there is no folder"),
+        (".", "is there already and no file"),
+        ("pipe", "is there already and no file"),
+        ("/proc/x.png", "cannot be written"),
+    ],
+)
+def test_a_place_where_no_file_can_be_written_is_refused(photo, out, words):
+    os.mkfifo(photo.parent / "pipe")
+    with pytest.raises(InputError, match=words):
+        check_output_file(photo.parent / out)
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("x.jpg", "is there already and no folder"),
+        ("x.jpg/run", r"x\.jpg: is there already and no folder"),
+        ("/proc/run", "cannot be written"),
+        ("cache", "is, or is inside of, an input"),
+        ("cache/run", "is, or is inside of, an input"),
+        ("link/run", "is, or is inside of, an input"),
+        ("other", "is a Zarr store"),
+    ],
+)
+def test_a_place_where_no_folder_can_be_made_is_refused(photo, out, words):
+    folder = photo.parent
+    for name in ("cache", "other"):
+        (folder / name).mkdir()
+        (folder / name / "zarr.json").write_text("{}")
+    (folder / "link").symlink_to("cache")
+    with pytest.raises(InputError, match=words):
+        check_output_folder(folder / out, [folder / "cache"])
+    assert check_output_folder(folder / "new" / "run") == folder / "new" / "run"
+    assert not (folder / "new").exists()
+
+
+# --- predict ---
+
+
+def test_predict_never_replaces_its_photo(predict, photo, other_name):
+    (photo.parent / "folder").mkdir()
+    before = photo.read_bytes()
+    code, out, err = predict(other_name(photo))
+    assert (code, out) == (2, "")
+    assert "must not be replaced" in err
+    assert photo.read_bytes() == before
+
+
+def test_predict_replaces_an_earlier_result_and_leaves_what_it_is_linked_to(predict, photo):
+    kept = photo.parent / "kept.png"
+    kept.write_bytes(b"kept")
+    (photo.parent / "hard.png").hardlink_to(kept)
+    (photo.parent / "soft.png").symlink_to(kept)
+    for name in ("hard.png", "soft.png", "hard.png"):
+        code, out, err = predict(photo.parent / name)
+        assert code == 0, err
+        assert json.loads(out)[0]["name"] == "red star"
+        assert Image.open(photo.parent / name).width >= 640
+    assert kept.read_bytes() == b"kept"
+
+
+def test_predict_gives_its_answer_also_when_the_image_cannot_be_written_at_last(predict, photo, monkeypatch):
+    def full(path, content):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr("regionspot.evaluation.drawing.write_file", full)
+    code, out, err = predict(photo.parent / "named.png")
+    assert code == 2
+    assert json.loads(out)[0]["name"] == "red star"
+    assert "No space left on device" in err
+
+
+# --- the others ---
+
+
+def test_show_and_stats_replace_neither_cache_nor_photo(regionspot, small_folder, tmp_path):
+    cache = shutil.copytree(small_folder / "full", tmp_path / "c.zarr")
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "x.png")
+    (cache / "x.png").write_bytes(b"in the cache")
+    (cache / "x.json").write_bytes(b"in the cache")
+    name = next(iter(FeatureCache.open(cache).feature_sets))
+    for words in (
+        ("cache", "show", cache, "100", "-o", cache / "x.png"),
+        ("cache", "show", cache, "100", "--photos", tmp_path / "photos", "-o", tmp_path / "photos" / "x.png"),
+        ("cache", "stats", cache, name, "-o", cache / "x.json"),
+        ("cache", "stats", cache, name, "-o", cache / "zarr.json"),
+    ):
+        code, _, err = regionspot(*words)
+        assert code == 2, words
+        assert "must not be replaced" in err
+    assert (cache / "x.json").read_bytes() == (cache / "x.png").read_bytes() == b"in the cache"
+
+
+@pytest.mark.parametrize("name", ["results.json", "detections.json", "sheet.png"])
+def test_an_evaluation_does_not_write_over_its_inputs(regionspot, world, checkpoint, tmp_path, name):
+    (tmp_path / "eval").mkdir()
+    shutil.copy(world / "toy_val.json", tmp_path / "eval" / name)
+    shutil.copy(checkpoint, tmp_path / "head.safetensors")
+    words = ("eval-lvis", "--dataset", "toy", "--data", world, "--out", tmp_path / "eval")
+    for more in (("--annotations", tmp_path / "eval" / name), ("--boxes", tmp_path / "eval" / name)):
+        code, _, err = regionspot(*words, "--checkpoint", checkpoint, *more)
+        assert code == 2
+        assert f"{name}: is an input of this command" in err
+    assert os.listdir(tmp_path / "eval") == [name]
+
+
+@pytest.mark.parametrize("command", ["train", "eval-lvis"])
+def test_training_and_evaluation_write_nothing_into_a_cache(
+    regionspot, small_folder, world, checkpoint, tmp_path, command
+):
+    cache = shutil.copytree(small_folder / "full", tmp_path / "c.zarr")
+    before = sorted(cache.rglob("*"))
+    words = {
+        "train": ("train", "--cache", cache),
+        "eval-lvis": ("eval-lvis", "--dataset", "toy", "--data", world, "--cache", cache, "--checkpoint", checkpoint),
+    }[command]
+    for out in (cache, cache / "run", cache / "parts"):
+        code, _, err = regionspot(*words, "--out", out)
+        assert code == 2
+        assert "an input of this command" in err
+    assert sorted(cache.rglob("*")) == before
+
+
+def test_a_toy_world_is_drawn_into_no_folder_of_other_images(tmp_path):
+    for own in ("holiday.jpg", "photos/beach.jpg", "photos/train2017/000000000001.jpg"):
+        folder = tmp_path / own.replace("/", "-")
+        (folder / own).parent.mkdir(parents=True)
+        (folder / own).write_bytes(b"mine")
+        with pytest.raises(InputError, match="which is no part of a toy world; name an empty folder"):
+            make_toy_world(folder, 40)
+        assert [path for path in folder.rglob("*") if path.is_file()] == [folder / own]
+
+
+@pytest.mark.parametrize("out", ["c.zarr", "c.zarr/inside"])
+@pytest.mark.parametrize(
+    "words",
+    [("copy",), ("subset",), ("convert", "--to", "clip=float32"), ("merge", "-o")],
+    ids=lambda words: words[0],
+)
+def test_a_cache_is_not_made_inside_of_the_one_it_is_made_of(regionspot, small_folder, tmp_path, words, out):
+    cache = shutil.copytree(small_folder / "full", tmp_path / "c.zarr")
+    before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    command, *more = words
+    code, _, err = regionspot("cache", command, cache, *more, tmp_path / out)
+    assert code == 2, err
+    assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before
