@@ -12,7 +12,6 @@ record is read with one request; compressed ones have the size that the index st
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import google_crc32c
@@ -51,17 +50,6 @@ class ShardWriter:
 def index_bytes(slots: int) -> int:
     """Length of a shard's index with its checksum."""
     return slots * 16 + 4
-
-
-def read_offsets(fd: int, slots: int, record_bytes: int) -> NDArray[np.int64]:
-    """int64 (slots,): where each record begins, -1 for an empty slot, from an open shard.
-
-    Raises ValueError, saying what is wrong, when the index is damaged or is not one of records of that size.
-    """
-    end = os.fstat(fd).st_size - index_bytes(slots)
-    if end < 0:
-        raise ValueError(f"is too short to hold an index of {slots} records")
-    return parse_index(os.pread(fd, index_bytes(slots), end), end, record_bytes)[0]
 
 
 def parse_index(

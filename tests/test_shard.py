@@ -17,7 +17,6 @@ from regionspot.cache.shard import (
     decompress,
     index_bytes,
     parse_index,
-    read_offsets,
     with_crc,
 )
 
@@ -57,11 +56,8 @@ def write(path, records, slots):
 
 
 def offsets_of(path, record_bytes=RECORD_BYTES):
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        return read_offsets(fd, SLOTS, record_bytes)
-    finally:
-        os.close(fd)
+    data = path.read_bytes()
+    return parse_index(data[-index_bytes(SLOTS) :], len(data) - index_bytes(SLOTS), record_bytes)[0]
 
 
 def test_zarr_reads_what_our_writer_wrote(array, records):
