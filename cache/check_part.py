@@ -80,7 +80,8 @@ class PartCheck:
         except _Found as found:
             if found.path == record_file(feature_set.name, part) and found.reason == _MISSING:
                 return None  # dropped meanwhile: it is no written part any more
-            return Problem(found.path, part, feature_set.name, found.reason, found.mend)
+            mend = found.mend if self._storage.writable or found.mend != "drop" else "restore"
+            return Problem(found.path, part, feature_set.name, found.reason, mend)
         return None
 
     def _check(self, feature_set: FeatureSet, part: int) -> None:

@@ -32,13 +32,17 @@ def choose_rows(
     Raises InputError for ids and names that the manifest does not hold, and where no picture is left over.
     """
     if every < 1 or (first is not None and first < 1):
-        raise InputError(f"every {every} and first {first} were asked for, expected at least 1 of each")
+        name, value = ("every", every) if every < 1 else ("first", first)
+        raise InputError(f"{name} is {value}, expected at least 1")
     rows = np.arange(len(manifest)) if ids is None else _of_ids(manifest, ids)
     if categories:
         rows = rows[_holds(manifest, categories)[rows]]
     rows = rows[::every][:first]
     if not len(rows):
-        raise InputError(f"{manifest.dataset}/{manifest.split}: no picture is what was asked for; ask for less")
+        raise InputError(
+            f"{manifest.dataset}/{manifest.split}: none of its {len(manifest):,} images is one of the ids and has one "
+            "of the categories; give fewer conditions"
+        )
     return rows
 
 
@@ -48,7 +52,7 @@ def read_ids(path: Path) -> NDArray[np.int64]:
     Raises InputError for a file that cannot be read, and a line that is no id.
     """
     try:
-        lines = path.read_text().splitlines()
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read as a list of ids, one a line: {error}") from None
     ids = []

@@ -68,7 +68,7 @@ def _whole_set(cache: FeatureCache, name: str) -> FeatureSet:
     if pending:
         raise NotExtractedError(
             f"{cache.path}: {len(pending):,} of {cache.n_parts:,} parts of {name} are not written yet; run the same "
-            "`regionspot extract` again, it goes on where it stopped"
+            "`regionspot extract` again to resume"
         )
     return cache.feature_sets[name]
 

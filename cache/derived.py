@@ -43,13 +43,8 @@ def merge(paths: Sequence[str | Path], out: str | Path, part_size: int | None = 
     for other in caches[1:]:
         _require_same_sets(first, other)
     manifest = Manifest.concatenate([cache.manifest for cache in caches])
-    return _make(
-        caches,
-        out,
-        _noted(manifest, "merge", caches),
-        first.feature_sets,
-        first.part_size if part_size is None else part_size,
-    )
+    size = first.part_size if part_size is None else part_size
+    return _make(caches, out, _noted(manifest, "merge", caches), first.feature_sets, size)
 
 
 def subset(path: str | Path, out: str | Path, rows: ArrayLike, part_size: int | None = None) -> CopySummary:
@@ -61,8 +56,12 @@ def subset(path: str | Path, out: str | Path, rows: ArrayLike, part_size: int | 
     wanted = np.asarray(rows, dtype=np.int64).reshape(-1)
     if len(outside := wanted[(wanted < 0) | (wanted >= len(cache))]):
         raise InputError(f"{path}: there is no row {outside[0]}: this cache has rows 0 to {len(cache) - 1}")
-    if len(np.unique(wanted)) < len(wanted):
-        raise InputError(f"{path}: a row is asked for twice; a cache holds a picture once")
+    found, counts = np.unique(wanted, return_counts=True)
+    if (counts > 1).any():
+        row = int(found[counts > 1][0])
+        raise InputError(
+            f"{path}: image {cache.manifest.image_ids[row]} (row {row}) is asked for more than once; name it once"
+        )
     manifest = _noted(cache.manifest.select(wanted), "subset", [cache])
     return _make([cache], out, manifest, cache.feature_sets, cache.part_size if part_size is None else part_size)
 

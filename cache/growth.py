@@ -26,6 +26,7 @@ from regionspot.cache.header import Header, load_header
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.matching import first_difference, in_order_of, rows_by_id, same_categories
 from regionspot.cache.progress import Progress
+from regionspot.cache.schema import PART_SIZE
 from regionspot.cache.storage import LocalStorage, open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.whole_parts import Place, take_part
@@ -49,7 +50,7 @@ class Extended:
         return f"{came} came; {self.done:,} parts are done{pending}"
 
 
-def extend(path: str | Path, grown: Manifest, *, part_size: int = 512, take_over: bool = False) -> Extended:
+def extend(path: str | Path, grown: Manifest, *, part_size: int = PART_SIZE, take_over: bool = False) -> Extended:
     """Give the cache the pictures of `grown` that it does not hold yet, behind those that it holds.
 
     The pictures it holds have to be in `grown`, in any order and with nothing about them changed; categories may have

@@ -41,6 +41,7 @@ class Hdf5Storage(Storage):
 
     readers = 2
     on_disk = True
+    writable = False
 
     def __init__(self, path: Path) -> None:
         self.path, self.address = path, str(path)
@@ -90,6 +91,9 @@ class Hdf5Storage(Storage):
         empty = default_buffer_prototype().buffer.from_bytes(b"")
         return ZarrView(self, MemoryStore(dict.fromkeys(self._open().files, empty), read_only=True))
 
+    def mend(self, part: int) -> str:
+        return "copy the file anew, or export the cache again"
+
     def check_writable(self) -> None:
         raise self._read_only()
 
@@ -110,7 +114,7 @@ class Hdf5Storage(Storage):
 
     def _read_only(self) -> CacheError:
         return CacheError(
-            f"{self.path}: a cache in one file is only read; `regionspot cache import` makes a folder of it, to go on"
+            f"{self.path}: a cache in one file is only read; `regionspot cache import` makes a folder of it"
         )
 
     def _open(self) -> _Contents:

@@ -24,6 +24,8 @@ _SILENCE = 30.0  # seconds without an answer
 class HttpStorage(ObjectStorage):
     """A folder of a web server. It is never written to."""
 
+    writable = False
+
     def version(self, name: str) -> Version:
         return super().version(name or "zarr.json")  # a folder has no size of its own
 
@@ -44,7 +46,12 @@ class HttpStorage(ObjectStorage):
         return {name: None for name in names if "/" not in name}
 
     def check_writable(self) -> None:
-        raise CacheError(f"{self.address}: a web server is only read; open the cache for reading")
+        raise CacheError(
+            f"{self.address}: a web server is only read; `regionspot cache copy` makes a copy that can be written"
+        )
+
+    def mend(self, part: int) -> str:
+        return "have it repaired where it is written, or read a copy"
 
     def _page(self, folder: str) -> str:
         with urlopen(f"{self.address}/{folder}/" if folder else f"{self.address}/", timeout=_SILENCE) as answer:

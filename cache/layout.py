@@ -52,7 +52,8 @@ def create_cache(storage: Storage, manifest: Manifest, header: Header) -> None:
             _create_by_upload(storage, manifest, header)
     except OSError as error:
         raise CacheError(
-            f"{storage.address}: cannot be created: {error.strerror}; give a place with space where you may write"
+            f"{storage.address}: cannot be created: {error.strerror or error}; give a place with space where you may "
+            "write"
         ) from error
 
 
@@ -94,7 +95,7 @@ def _create_by_upload(storage: Storage, manifest: Manifest, header: Header) -> N
 
 
 def _exists_already(address: str) -> CacheExistsError:
-    return CacheExistsError(f"{address}: exists already; give another place, or open it to go on with it")
+    return CacheExistsError(f"{address}: exists already; give another place, or open it to resume")
 
 
 def build_cache(building: Path, manifest: Manifest, header: Header) -> None:

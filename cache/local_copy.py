@@ -232,7 +232,7 @@ def parse_bytes(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
-        raise InputError(f"{text!r} is no size; write it as 500GB, 1.5TB or 64GiB")
+        raise InputError(f"local limit {text!r} is no size; write it as 500GB, 1.5TB or 64GiB")
     return size
 
 

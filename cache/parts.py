@@ -146,8 +146,8 @@ class PartWriter:
             yield
         except OSError as error:
             raise CacheError(
-                f"{self._storage.address}: part {self._part} could not be written: {error.strerror}; "
-                "the finished parts are safe: mend the disk and run the same `regionspot extract` again"
+                f"{self._storage.address}: part {self._part} could not be written: {error.strerror or error}; "
+                "the finished parts are safe: mend that and run the same command again"
             ) from error
 
 

@@ -157,7 +157,7 @@ class FeatureReader(ABC):
         if isinstance(error, FileNotFoundError):
             raise NotExtractedError(
                 f"{self._storage.address}: {self._picture(row)} is in part {number} of {self.feature_set.name}, "
-                "which is not written yet; run the same `regionspot extract` again, it goes on where it stopped"
+                "which is not written yet; run the same `regionspot extract` again to resume"
             )
         raise self._refused(row, error)
 
@@ -210,10 +210,7 @@ class FeatureReader(ABC):
         return f"picture {self._manifest.image_ids[row]} (row {row}, {self._manifest.paths[row]})"
 
     def _corrupt(self, part: int, file: str, what: str) -> CorruptPartError:
-        return CorruptPartError(
-            f"{self._storage.address}: {file}: {what}; `regionspot cache repair` drops part {part}, then the same "
-            "`regionspot extract` makes it anew"
-        )
+        return CorruptPartError(f"{self._storage.address}: {file}: {what}; {self._storage.mend(part)}")
 
     def _refused(self, row: int, error: Exception) -> CacheError:
         why = getattr(error, "strerror", None) or str(error) or "its files keep changing"

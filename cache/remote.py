@@ -197,6 +197,9 @@ def open_remote(address: str, patience: float | None = None) -> Storage:
 def _patience() -> float:
     given = os.environ.get("REGIONSPOT_PATIENCE") or str(PATIENCE)
     try:
-        return float(given)
+        seconds = float(given)
     except ValueError:
-        raise InputError(f"REGIONSPOT_PATIENCE is {given!r}, expected a number of seconds") from None
+        seconds = -1.0
+    if not seconds >= 0:  # NaN neither
+        raise InputError(f"REGIONSPOT_PATIENCE is {given!r}, expected a number of seconds, 0 or more")
+    return seconds

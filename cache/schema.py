@@ -29,6 +29,8 @@ SCHEMA_VERSION = 1
 MAX_PART_SIZE = 65_536  # images; a shard's index takes 16 bytes for each, read whole
 TOKEN_CHUNK = 64  # regions in one inner chunk: 32 KB of 256 float16, so small parts cost little and reads stay few
 
+PART_SIZE = 512  # pictures: 270 MB of CLIP's maps, which is written and fetched as a whole
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _ARRAY_NAMES = {"map": "feature_map", "token": "token"}
 _COMPRESSIONS = (None, "zstd")

@@ -45,6 +45,7 @@ class Storage(ABC):
     address   what messages call it and what opens it again: a path or a URL
     readers   how many reads at once this store is fastest with
     on_disk   whether its bytes lie on a disk of this machine, so that one thread waits for nothing but that
+    writable  whether a cache there can be written at all
 
     Methods raise FileNotFoundError for a name that is not there and OSError for what the store refuses.
     """
@@ -52,6 +53,7 @@ class Storage(ABC):
     address: str
     readers: int
     on_disk = False
+    writable = True
 
     @abstractmethod
     def local_path(self, name: str) -> Path | None:
@@ -111,6 +113,10 @@ class Storage(ABC):
         True says that something was dropped, so that it is worth the while to read the file once more.
         """
         return False
+
+    def mend(self, part: int) -> str:
+        """What to do about a damaged part, for messages."""
+        return f"`regionspot cache repair` drops part {part}, then the same `regionspot extract` makes it again"
 
     def exists(self, name: str) -> bool:
         try:

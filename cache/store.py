@@ -29,7 +29,14 @@ from regionspot.cache.parts import PartWriter
 from regionspot.cache.reader import Check, FeatureReader, open_reader
 from regionspot.cache.reading import ReadableCache
 from regionspot.cache.records import PartRecord
-from regionspot.cache.schema import Failure, FeatureSet, Geometry, PictureFeatures, record_file
+from regionspot.cache.schema import (
+    PART_SIZE,
+    Failure,
+    FeatureSet,
+    Geometry,
+    PictureFeatures,
+    record_file,
+)
 from regionspot.cache.shard_files import Access
 from regionspot.cache.storage import LocalStorage, Storage, open_storage
 
@@ -71,7 +78,11 @@ class FeatureCache(ReadableCache):
 
     @classmethod
     def create(
-        cls, path: str | Path, manifest: Manifest, feature_sets: Iterable[FeatureSet], part_size: int = 512
+        cls,
+        path: str | Path,
+        manifest: Manifest,
+        feature_sets: Iterable[FeatureSet],
+        part_size: int = PART_SIZE,
     ) -> FeatureCache:
         """Make an empty cache for a manifest and open it for extraction.
 
@@ -122,12 +133,17 @@ class FeatureCache(ReadableCache):
 
     @classmethod
     def open_or_create(
-        cls, path: str | Path, manifest: Manifest, feature_sets: Iterable[FeatureSet], part_size: int = 512
+        cls,
+        path: str | Path,
+        manifest: Manifest,
+        feature_sets: Iterable[FeatureSet],
+        part_size: int = PART_SIZE,
     ) -> FeatureCache:
         """Go on with a cache, or make it. Feature sets that it does not hold yet are added and touch nothing else.
 
-        An existing cache keeps its own part size and order: annotations may list its pictures in another one, and for
-        one that was cut out of another cache those of the whole will do. Raises ProvenanceMismatchError, saying what
+        An existing cache keeps its own part size, which is said in the log where another one is asked for, and its
+        order: annotations may list its pictures in another one, and for one that was cut out of another cache those of
+        the whole will do. Raises ProvenanceMismatchError, saying what
         differs, when it was made from other annotations or backbones than asked for.
         """
         storage, asked = open_storage(path), Header.of(manifest, feature_sets, part_size)
@@ -141,6 +157,7 @@ class FeatureCache(ReadableCache):
             asked = Header.of(_as_stored(storage, stored, manifest), asked.feature_sets.values(), part_size)
         require_same_manifest(storage.address, stored, asked)
         require_same_sets(storage.address, stored, asked)
+        _tell_part_size(storage.address, stored.geometry, part_size)
         cache = cls.open(path, "a")
         if asked.feature_sets.keys() - stored.feature_sets.keys():
             with Claims(storage) as claims:
@@ -163,8 +180,8 @@ class FeatureCache(ReadableCache):
             header.save(self.storage)
         except OSError as error:
             raise CacheError(
-                f"{self.path}: feature sets {', '.join(new)} could not be added: {error.strerror}; "
-                "the cache is as it was: mend the disk and run this again"
+                f"{self.path}: feature sets {', '.join(new)} could not be added: {error.strerror or error}; "
+                "the cache is as it was: mend that and run the same command again"
             ) from error
         self._adopt(header)
 
@@ -293,10 +310,20 @@ def _with_local_copy(storage: Storage, folder: str | Path | None, limit: str | i
     if folder is None and limit is None:
         return storage
     if folder is None:
-        raise InputError(f"{storage.address}: a local limit of {limit} without a folder; name one with local_copy")
+        raise InputError(
+            f"{storage.address}: a local limit of {limit} without a folder; name one with local_copy (--local-copy)"
+        )
     from regionspot.cache.local_copy import NO_LIMIT, parse_bytes, with_local_copy  # only remote caches need it
 
     return with_local_copy(storage, folder, NO_LIMIT if limit is None else parse_bytes(str(limit)))
+
+
+def _tell_part_size(address: str, geometry: Geometry, asked: int) -> None:
+    # The default is not told from nothing asked for.
+    if asked != PART_SIZE and min(asked, geometry.pictures) != geometry.part_size:
+        log.warning(
+            "%s: keeps its parts of %d images; a part size of %d is for new caches", address, geometry.part_size, asked
+        )
 
 
 def _as_stored(storage: Storage, header: Header, asked: Manifest) -> Manifest:

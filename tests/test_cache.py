@@ -707,7 +707,7 @@ MISMATCHES = {
         replace(MAPS, provenance={**MAPS.provenance, "exif": "auto"}),
         "provenance.exif is None, asked for 'auto'",
     ),
-    "shape": (replace(MAPS, shape=(5, 16)), r"shape is \(5, 8\), asked for \(5, 16\)"),
+    "shape": (replace(MAPS, shape=(5, 16)), r"shape is \[5, 8\], asked for \[5, 16\]"),
     "dtype": (replace(MAPS, dtype="float32"), "dtype is 'float16', asked for 'float32'"),
 }
 
@@ -865,3 +865,12 @@ def test_the_checksums_of_files_tell_them_apart(cache):
     assert len(set(chunks.values())) == len({(cache.path / name).read_bytes() for name in chunks}) > 3
     records = [json.loads(path.read_bytes())["checksums"] for path in (cache.path / "parts").glob("*/*.json")]
     assert len({crc for record in records for crc in record.values()}) == len(records) == 6
+
+
+def test_an_existing_cache_keeps_its_part_size_and_says_so_where_another_one_is_asked_for(cache, manifest, caplog):
+    size = cache.part_size
+    for asked, told in ((512, 0), (size, 0), (len(manifest) + 5, 1), (size + 1, 1)):
+        caplog.clear()
+        with caplog.at_level("WARNING"):
+            assert FeatureCache.open_or_create(cache.path, manifest, [MAPS, TOKENS], asked).part_size == size
+        assert caplog.text.count(f"keeps its parts of {size} images; a part size of {asked} is for new caches") == told

@@ -55,9 +55,12 @@ def test_pictures_are_chosen_by_ids_then_categories_then_each_so_many_th(manifes
     [
         ({"ids": np.array([3, 4, 5])}, "holds no picture with 2 of the 3 ids, the first is 4"),
         ({"categories": ["red stare"]}, "has no category 'red stare'; take one like red star"),
-        ({"every": 0}, "expected at least 1 of each"),
-        ({"first": 0}, "expected at least 1 of each"),
-        ({"ids": np.array([3]), "categories": ["moon"]}, "no picture is what was asked for"),
+        ({"every": 0}, "every is 0, expected at least 1"),
+        ({"first": 0}, "first is 0, expected at least 1"),
+        (
+            {"ids": np.array([3]), "categories": ["moon"]},
+            "none of its 6 images is one of the ids and has one of the categories",
+        ),
     ],
 )
 def test_what_leads_to_no_picture_is_refused(manifest, asked, told):

@@ -30,6 +30,7 @@ from regionspot.cache import (
 from regionspot.cache.encodings import statistics_of
 from regionspot.cache.hdf5 import export_hdf5, import_hdf5
 from regionspot.cache.info import describe_cache
+from regionspot.cache.schema import shard_file
 from regionspot.cache.verify import verify
 
 COUNTS = [2, 0, 3, 1, 130, 2, 1, 0, 5]
@@ -259,6 +260,20 @@ def test_a_flipped_bit_anywhere_is_found_or_harms_nothing(made, zarr, tmp_path):
         else:
             require_same(cache, zarr, rows, map_set="clip", token_set="sam")
     assert found > 15
+
+
+def test_a_damaged_file_is_told_to_be_copied_anew_and_not_to_be_repaired(made, tmp_path):
+    whole = export_hdf5(FeatureCache.open(made / "a.zarr"), tmp_path / "whole.h5")
+    right, data = FeatureCache.open(whole), whole.read_bytes()
+    stored = right.storage.read(shard_file(right.feature_sets["clip"], 1))[:64]
+    assert data.count(stored) == 1
+    damaged = bytearray(data)
+    damaged[data.index(stored)] ^= 4
+    (tmp_path / "damaged.h5").write_bytes(damaged)
+    with pytest.raises(CorruptPartError, match="its checksum; copy the file anew, or export the cache again"):
+        FeatureCache.open(tmp_path / "damaged.h5").read(right.part_rows(1), map_set="clip", token_set="sam")
+    (problem,) = verify(tmp_path / "damaged.h5").problems
+    assert (problem.part, problem.mend) == (1, "restore")
 
 
 def test_a_damaged_part_is_not_exported(made, tmp_path):

@@ -588,3 +588,10 @@ def test_the_memory_of_a_writer_does_not_grow_with_its_file(s3):
     megabytes, size = map(int, out.split())
     assert size == 64 << 20
     assert megabytes < 40  # of 64: two pieces of 5 MB and what the network holds
+
+
+@pytest.mark.parametrize("given", ["nan", "-1", "a while"])
+def test_a_patience_that_is_none_is_refused(monkeypatch, given):
+    monkeypatch.setenv("REGIONSPOT_PATIENCE", given)
+    with pytest.raises(InputError, match=f"REGIONSPOT_PATIENCE is '{given}', expected a number of seconds, 0 or more"):
+        open_storage("memory://somewhere")
