@@ -102,7 +102,12 @@ def train(
         list[float] | None, typer.Option(min=0, help="share of the batches, one a cache; default: by size")
     ] = None,
     iterations: Annotated[
-        int | None, typer.Option(min=1, max=MOST_STEPS, help="steps; the schedule keeps its shape")
+        int | None,
+        typer.Option(
+            min=1,
+            max=MOST_STEPS,
+            help="steps; the schedule keeps its shape. More of them, with --resume, lengthen a run",
+        ),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, max=MOST_IMAGES, help="images a step")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="learning rate")] = None,
@@ -110,8 +115,12 @@ def train(
     templates: Annotated[TemplatesName, typer.Option(help="sentences around a name")] = "reference",
     weights: Weights = None,
     clip_weights: ClipWeights = None,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint in --out")] = False,
-    checkpoint_every: Annotated[int, typer.Option(min=1, max=MOST_STEPS, help="steps")] = 2000,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="from the last checkpoint in --out, if there is one")
+    ] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, max=MOST_STEPS, help="steps; a checkpoint is saved every 10 minutes as well")
+    ] = 2000,
     local_copy: LocalCopy = None,
     local_limit: LocalLimit = None,
     device: Device = None,
@@ -249,7 +258,7 @@ def predict(
         checkpoint, weights, device, preset=preset, sam_weights=sam_weights, clip_weights=clip_weights, dtype=dtype
     )
     regions = spot.predict(picture, asked, words, templates, masks=out is not None, top=top)
-    typer.echo(json.dumps([region.as_json() for region in regions], indent=1))
+    typer.echo(json.dumps([region.as_json() for region in regions], indent=1, allow_nan=False))
     if out:
         save_picture(labelled(picture, regions), out)
 

@@ -41,7 +41,7 @@ def info(
     from regionspot.cache.store import FeatureCache
 
     found = describe_cache(FeatureCache.open(path))
-    typer.echo(json.dumps(found.as_json(), indent=1) if as_json else found.text())
+    typer.echo(json.dumps(found.as_json(), indent=1, allow_nan=False) if as_json else found.text())
 
 
 @cache_app.command()

@@ -38,5 +38,5 @@ def doctor(
         if not as_json:
             typer.echo(finding.line())
     if as_json:
-        typer.echo(json.dumps(to_json(found), indent=1))
+        typer.echo(json.dumps(to_json(found), indent=1, allow_nan=False))
     raise typer.Exit(0 if is_healthy(found) else 1)

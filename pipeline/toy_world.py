@@ -148,7 +148,7 @@ def _write_split(folder: Path, split: str, image_ids: Sequence[int], seed: int) 
 
     with ThreadPoolExecutor(processors()) as threads:
         annotations = _lvis_form(split, threads.map(write, zip(image_ids, dealt, strict=True)))
-    (folder / f"toy_{split}.json").write_text(json.dumps(annotations))
+    (folder / f"toy_{split}.json").write_text(json.dumps(annotations, allow_nan=False))
 
 
 def _file_name(image_id: int) -> str:
