@@ -13,19 +13,21 @@ from dataclasses import dataclass
 _LEAST_SHARE = 0.3
 
 _ADVICE = {
-    "decode": "pictures come too slowly: give more --decode-threads ({threads} on {cores} cores), put the photos on a "
+    "decode": "images come too slowly: give more --decode-threads ({threads} on {cores} cores), put them on a "
     "faster or nearer disk, or share the cache with further machines: start the same command on each",
-    "encode": "the encoders are the limit, as they should be: --dtype bfloat16 where --exact or float32 was asked for, "
-    "more GPUs (--scheduler local), or the same command on further machines",
-    "encode on a CPU": "the encoders run on a CPU: a GPU is far faster (--device cuda); without one, "
-    "--dtype bfloat16 on a processor that has it, or the same command on further machines",
-    "tokens": "the token decoder is the limit: {regions:.0f} boxes a picture; fewer boxes (a higher score in --boxes), "
+    "encode": "the encoders are the limit, as they should be: {half}more GPUs (--scheduler local), or the same command "
+    "on further machines",
+    "encode on a CPU": "the encoders run on a CPU: a GPU is far faster (--device cuda); without one, {half}the same "
+    "command on further machines",
+    "tokens": "the token decoder is the limit: {regions:.0f} boxes an image; fewer boxes (a higher score in --boxes), "
     "a GPU (--device cuda), or the same command on further machines",
     "write": "the cache's disk is too slow: half the bytes with --encoding int8 --token-encoding int8, a faster or "
     "nearer disk; `regionspot doctor --cache PATH` measures its write rate",
     "wait": "other runs held the parts that were left: smaller parts (--part-size, for a new cache) end more evenly; "
     "if those runs are known to be gone, --take-over does their parts at once",
 }
+# A cache keeps the dtype that it was made in.
+_HALF = "--dtype bfloat16 in place of float32 (for a new cache), "
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,25 @@ class Bottleneck:
 
 
 def find_bottleneck(
-    shares: Mapping[str, float], *, device: str, regions_per_picture: float, decode_threads: int, cores: int
+    shares: Mapping[str, float],
+    *,
+    device: str,
+    regions_per_picture: float,
+    decode_threads: int,
+    cores: int,
+    half_is_faster: bool = False,
 ) -> Bottleneck | None:
-    """The bottleneck of a run with these shares; None where no stage stands out, as in a run of a few pictures.
+    """The bottleneck of a run with these shares; None where no stage stands out, as in a run of a few images.
 
-    shares   each stage's share of the run's time, 0 to 1
-    device   of the encoders: "cpu", "cuda", "cuda:1"
+    shares          each stage's share of the run's time, 0 to 1
+    device          of the encoders: "cpu", "cuda", "cuda:1"
+    half_is_faster  they compute in float32, and the device is faster in bfloat16
     """
     stage = max(shares, key=shares.__getitem__, default="")
     if not stage or shares[stage] < _LEAST_SHARE:
         return None
     on_cpu = stage == "encode" and device.startswith("cpu")
     words = _ADVICE.get("encode on a CPU" if on_cpu else stage, "")
-    advice = words.format(threads=decode_threads, cores=cores, regions=regions_per_picture)
+    half = _HALF if half_is_faster else ""
+    advice = words.format(threads=decode_threads, cores=cores, regions=regions_per_picture, half=half)
     return Bottleneck(stage, shares[stage], advice)

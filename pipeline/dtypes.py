@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Literal
 
@@ -100,6 +100,12 @@ def cpu_computes(dtype: str) -> bool:
 @cache
 def _warn_of_emulation(dtype: str) -> None:
     log.warning("this CPU has no instructions for %s and emulates it, slower than float32", dtype)
+
+
+def half_is_faster(dtypes: Iterable[str], device: torch.device) -> bool:
+    """Whether what is computed in one of these dtypes on a device would be done sooner in bfloat16."""
+    can = gpu_has_bfloat16(device) if device.type == "cuda" else device.type == "cpu" and cpu_computes("bfloat16")
+    return can and "float32" in dtypes
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:

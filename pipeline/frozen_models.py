@@ -14,7 +14,7 @@ from regionspot.cache.machine import compute_device
 from regionspot.cache.schema import FeatureSet
 from regionspot.pipeline.backbones import preset_named
 from regionspot.pipeline.batch_size import batch_size_of
-from regionspot.pipeline.dtypes import AUTO, dtype_of
+from regionspot.pipeline.dtypes import AUTO, dtype_of, half_is_faster
 from regionspot.pipeline.encoder import load_encoder
 from regionspot.pipeline.localizer import load_localizer
 from regionspot.pipeline.models import FIRST, Localizer, SemanticEncoder
@@ -119,6 +119,12 @@ class Backbones:
         """Where the models are; the CPU where there are none."""
         models = [model for model in (self.localizer, *self.encoders) if model is not None]
         return models[0].device if models else torch.device("cpu")
+
+    @property
+    def half_is_faster(self) -> bool:
+        """Whether an image encoder computes in float32 on a device that is faster in bfloat16."""
+        models = (self.localizer, *self.encoders)
+        return half_is_faster([dtype_of(model.provenance) for model in models if model is not None], self.device)
 
     @cached_property
     def batch_size(self) -> int:

@@ -87,6 +87,7 @@ class Prepared:
     parts    that are asked for; None: all
     models   name and origin of the weights of each
     machine, versions   of that worker
+    device   of the models, and whether they would be faster in bfloat16 than in the dtype that they compute in
     """
 
     photos: str = ""
@@ -96,6 +97,8 @@ class Prepared:
     machine: dict[str, str | int] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
     decode_threads: int = 0
+    device: str = "cpu"
+    half_is_faster: bool = False
 
 
 @dataclass(frozen=True)
@@ -155,6 +158,8 @@ class ExtractJob:
             machine(),
             versions(),
             self.decode_threads or default_threads(),
+            str(backbones.device),
+            backbones.half_is_faster,
         )
 
     def open(self) -> PartMaker:

@@ -332,10 +332,11 @@ class _WorkersRun:
         machine = self._prepared.machine
         bottleneck = find_bottleneck(
             shares,
-            device="cpu" if machine.get("gpu") == "none" else "cuda",
+            device=self._prepared.device,
             regions_per_picture=totals.regions / max(totals.pictures, 1),
             decode_threads=self._prepared.decode_threads,
             cores=int(machine.get("cores", 1)),
+            half_is_faster=self._prepared.half_is_faster,
         )
         return ExtractSummary(
             pictures=totals.pictures,
@@ -359,7 +360,7 @@ class _WorkersRun:
         try:
             yield
         except BaseException as error:
-            outcome = f"stopped: {error or type(error).__name__}"
+            outcome = f"stopped: {str(error) or type(error).__name__}"
             raise
         finally:
             if self.totals.parts:

@@ -56,14 +56,14 @@ class Watch:
         Raises InputError where metrics cannot be served.
         """
         self._reset()
-        self._cache, self._device = cache, str(backbones.device)
+        self._cache, self._device, self._half_is_faster = cache, str(backbones.device), backbones.half_is_faster
         self._decode_threads = decode_threads
         started, outcome = datetime.now(UTC).isoformat(), COMPLETE
         with self._metrics():
             try:
                 yield
             except BaseException as error:
-                outcome = f"stopped: {error or type(error).__name__}"
+                outcome = f"stopped: {str(error) or type(error).__name__}"
                 raise
             finally:
                 self.progress.finish()
@@ -110,6 +110,7 @@ class Watch:
             regions_per_picture=self.regions / max(progress.done, 1),
             decode_threads=self._decode_threads or default_threads(),
             cores=processors(),
+            half_is_faster=self._half_is_faster,
         )
         return ExtractSummary(
             pictures=progress.done,

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from regionspot import cli_extract
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
 from regionspot.cache.verify import verify
-from regionspot.pipeline import bottleneck, extract, summary_page
+from regionspot.pipeline import bottleneck, dtypes, extract, summary_page
 from regionspot.pipeline.bottleneck import find_bottleneck
 from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.failure_kinds import FailureCount, kind_of
+from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.summary import parse_run
 from regionspot.pipeline.watch import Watch
@@ -45,7 +47,8 @@ def cache(tmp_path, manifest, backbones) -> FeatureCache:
 
 
 def run(cache, world, backbones, **options):
-    return extract.extract(cache, photo_dir("toy", world), backbones, batch_size=2, **options)
+    options = {"batch_size": 2, "max_failures": FailureLimit(count=len(cache)), **options}
+    return extract.extract(cache, photo_dir("toy", world), backbones, **options)
 
 
 def test_a_run_leaves_a_summary_of_what_is_there_what_failed_and_how_fast_it_was(cache, world, backbones, manifest):
@@ -182,10 +185,30 @@ def test_the_bottleneck_comes_with_what_to_change_and_options_that_there_are():
         )
         assert (found.stage, found.share) == (stage, 0.8)
         assert found.advice
-    named = {word.strip("`(),;:") for each in bottleneck._ADVICE.values() for word in each.split() if "--" in word}
+    words = (*bottleneck._ADVICE.values(), bottleneck._HALF)
+    named = {word.strip("`(),;:") for each in words for word in each.split() if "--" in word}
     shared = Path(cli_extract.__file__).with_name("cli_options.py").read_text()
     for option in {word for word in named if word.startswith("--")}:
         assert option in options + shared or option[2:].replace("-", "_") + ":" in options
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_bfloat16_is_advised_only_where_it_is_not_in_use_and_faster(device):
+    asked = {"device": device, "regions_per_picture": 1, "decode_threads": 1, "cores": 1}
+    assert "bfloat16" not in find_bottleneck({"encode": 0.9}, **asked).advice
+    assert (
+        "--dtype bfloat16 in place of float32" in find_bottleneck({"encode": 0.9}, **asked, half_is_faster=True).advice
+    )
+
+
+@pytest.mark.parametrize("has_bfloat16", [True, False])
+def test_half_is_faster_than_float32_alone_and_where_there_are_instructions_for_it(monkeypatch, has_bfloat16):
+    monkeypatch.setattr(dtypes, "cpu_computes", lambda dtype: has_bfloat16)
+    cpu = torch.device("cpu")
+    assert dtypes.half_is_faster(["float32"], cpu) == has_bfloat16
+    assert dtypes.half_is_faster(["bfloat16", "float32"], cpu) == has_bfloat16
+    assert not dtypes.half_is_faster(["bfloat16"], cpu)
+    assert not dtypes.half_is_faster([], cpu)
 
 
 def test_a_run_without_a_stage_that_stands_out_gets_no_advice():
