@@ -37,42 +37,67 @@ def test_imports_flow_in_one_direction(package):
         assert others <= MAY_IMPORT[package], f"{package}/{path.name} imports {others}"
 
 
-def test_every_package_folder_is_listed_for_the_wheel():
-    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert {name.removeprefix("regionspot.") for name in listed} - {"regionspot"} == folders
-    assert not [path for folder in folders for path in (ROOT / folder).glob("*/__init__.py")], "folders are flat"
+@pytest.fixture(scope="module")
+def checkout() -> list[Path]:
+    """Files that git has, or would take in, relative to the root."""
+    words = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("this is no git checkout")
+    paths = {Path(name) for name in listed.stdout.split("\0") if name}
+    return sorted(path for path in paths if (ROOT / path).is_file())
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory) -> Path:
-    # From a copy: setuptools leaves its work in the folder it builds.
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE", "__init__.py", "cli.py"):
-        shutil.copy(ROOT / name, source / name)
-    for name in MAY_IMPORT:
-        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
-    command = [
-        sys.executable,
-        "-m",
-        "build",
-        "--wheel",
-        "--no-isolation",
-        "--outdir",
-        str(source / "dist"),
-        str(source),
-    ]
-    built = subprocess.run(command, capture_output=True, text=True)
+def shipped(checkout) -> set[str]:
+    """What a wheel must hold of the checkout: the modules of the root, and all that is in the packages."""
+    packages = {path.parts[0] for path in checkout if len(path.parts) == 2 and path.name == "__init__.py"}
+    return {
+        path.as_posix()
+        for path in checkout
+        if (path.suffix == ".py" if len(path.parts) == 1 else path.parts[0] in packages)
+    }
+
+
+def test_every_folder_of_a_package_is_listed_for_the_wheel(shipped):
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {Path(name).parent for name in shipped if name.endswith("__init__.py")}
+    assert sorted(listed) == sorted(".".join(("regionspot", *folder.parts)) for folder in folders)
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout, tmp_path_factory) -> zipfile.ZipFile:
+    source = tmp_path_factory.mktemp("source")  # a copy, for setuptools leaves its work in the folder it builds
+    for path in checkout:
+        (source / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, source / path)
+    words = ["build", "--wheel", "--no-isolation", "--outdir", str(source / "dist"), str(source)]
+    built = subprocess.run([sys.executable, "-m", *words], capture_output=True, text=True)
     assert built.returncode == 0, built.stdout + built.stderr
-    return next(source.glob("dist/*.whl"))
+    return zipfile.ZipFile(next(source.glob("dist/*.whl")))
 
 
-def test_the_wheel_holds_every_module_and_the_toy_weights(wheel):
-    inside = set(zipfile.ZipFile(wheel).namelist())
-    modules = {f"regionspot/{path.relative_to(ROOT)}" for folder in MAY_IMPORT for path in (ROOT / folder).glob("*.py")}
-    weights = {"regionspot/pipeline/toy_sam.safetensors", "regionspot/pipeline/toy_clip.safetensors"}
-    assert modules | weights | {"regionspot/cli.py", "regionspot/__init__.py"} <= inside
-    assert not [name for name in inside if name.startswith(("tests/", "regionspot/tests"))]
+def test_the_wheel_holds_all_of_the_packages_and_nothing_else(wheel, shipped):
+    inside = {name for name in wheel.namelist() if ".dist-info/" not in name}
+    assert inside == {f"regionspot/{name}" for name in shipped}
+
+
+def test_the_installed_wheel_starts_every_command(wheel, tmp_path):
+    wheel.extractall(tmp_path)  # which is all that installing a wheel of pure Python does
+    (entry_points,) = tmp_path.glob("*.dist-info/entry_points.txt")
+    assert "regionspot = regionspot.cli:main" in entry_points.read_text()
+    # Not this checkout, which is installed too: what is in PYTHONPATH comes first.
+    start = f"import regionspot.cli; assert regionspot.__file__.startswith({str(tmp_path)!r}); regionspot.cli.main()"
+    for words, expected in (((), "eval-lvis"), (("extract",), "--part-size"), (("cache", "verify"), "--threads")):
+        said = subprocess.run(
+            [sys.executable, "-c", start, *words, "--help"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"},
+        )
+        assert said.returncode == 0, said.stderr
+        assert expected in said.stdout
 
 
 def test_only_one_place_asks_how_many_processors_there_are():
