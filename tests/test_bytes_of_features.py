@@ -19,6 +19,7 @@ from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.extraction import Extraction
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.frozen_models import Backbones
+from regionspot.pipeline.job import ExtractJob, Models, Source
 
 IMAGES, PART_SIZE, BATCH_SIZE = 16, 7, 3  # parts of 3 + 3 + 1, 3 + 3 + 1 and 2 images
 BATCHES = [((3, 2), (1, 1)), ((3, 2), (1, 1)), ((2, 1),)]
@@ -91,7 +92,7 @@ def contents(path) -> dict[str, bytes]:
     found = {str(file.relative_to(path)): file.read_bytes() for file in Path(path).glob("features/**/c.*")}
     for file in Path(path).glob("parts/**/*.json"):
         words = json.loads(file.read_bytes())
-        written_by = ("worker", "seconds", "crc32c")
+        written_by = ("worker", "seconds", "account", "crc32c")
         found[str(file.relative_to(path))] = json.dumps({k: v for k, v in words.items() if k not in written_by})
     return found
 
@@ -152,6 +153,28 @@ def test_a_feature_set_added_later_has_the_bytes_of_one_made_with_the_others(ext
     replace(extraction(), backbones=Backbones(encoders=backbones.encoders)).run()
     extraction().run()
     assert contents(extraction().cache) == contents(unbroken.path)
+
+
+def test_a_worker_writes_the_bytes_of_one_process_whatever_is_broken(extraction, breaking, unbroken, world, photos):
+    cache, backbones = extraction().prepare()
+    dtype = backbones.localizer.provenance["dtype"]
+    job = ExtractJob(
+        str(cache.path),
+        Source("toy", str(world), limit=IMAGES),
+        Models("toy", device="cpu", dtype=dtype),
+        batch_size=BATCH_SIZE,
+        photos=str(photos),
+    )
+    broken = BROKEN["some of each part"]
+    mend = breaking(broken)
+    worker = job.open()
+    for part in (2, 0, 1):
+        worker.make(part)
+    worker.close()
+    assert_same_features(cache, unbroken, [row for row in range(IMAGES) if row not in broken])
+    mend()
+    assert extraction().retry().read == len(broken)
+    assert contents(cache.path) == contents(unbroken.path)
 
 
 @pytest.mark.parametrize("encoding", ["int8", "bfloat16+zstd"])
