@@ -80,6 +80,7 @@ bench-scaling: $(READY) ## 1 to 64 workers with a simulated GPU, and what a part
 stress: $(READY) ## damage, kill and starve caches in full (half an hour on 2 cores); what was counted into benchmarks/results
 	python -m benchmarks.stress $(ARGS)
 
+# As on a CPU without instructions for half precision: make test REGIONSPOT_CPU_DTYPES=float32; with: ...=float32,bfloat16
 test: $(READY) ## the tests, in parallel
 	python -m pytest -n auto --dist worksteal $(ARGS)
 

@@ -34,7 +34,8 @@ from regionspot.cli_signals import AGAIN, on_stop
 Dtype = Annotated[
     DtypeName,
     typer.Option(
-        help="of the image encoders; auto: the cache's own, else bfloat16 and float16 where the hardware has them"
+        help="of the image encoders; auto: the cache's own, else float32 on a CPU, on a GPU bfloat16 for SAM and "
+        "float16 for CLIP"
     ),
 ]
 
@@ -72,7 +73,10 @@ def extract(
     exif: ExifRule = "auto",
     part_size: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="images a part, the unit of resuming")] = 512,
     batch_size: Annotated[
-        int | None, typer.Option(min=1, max=MOST_IMAGES, help="images an encoder call; default: what suits")
+        int | None,
+        typer.Option(
+            min=1, max=MOST_IMAGES, help="images an encoder call; default: as in the parts there, else what suits"
+        ),
     ] = None,
     decode_threads: Annotated[
         int | None, typer.Option(min=1, max=MOST_THREADS, help="that read images; default: a core each, 16 at most")
