@@ -1,6 +1,6 @@
-"""How many pictures go through a model at a time: as many as the GPU's memory holds, found by trying one and two.
+"""How many images go through a model at a time: as many as the GPU's memory holds, found by trying one and two.
 
-What a batch needs is about a fixed part and the same again for each picture, so the peaks of one and of two pictures
+What a batch needs is about a fixed part and the same again for each image, so the peaks of one and of two images
 say what any number will take. Somebody else may take memory later, though: a batch that does not fit any more is
 run in halves, and so are all that follow it, instead of losing the run.
 """
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Past this a GPU computes no faster, and a batch of preprocessed pictures takes 100 MB of pinned memory and its time.
+# Past this a GPU computes no faster, and a batch of preprocessed images takes 100 MB of pinned memory and its time.
 LARGEST = 32
 SHARE = 0.8  # of the memory that is free: fragments, the token decoder and whoever else is on the GPU want some too
 
@@ -36,17 +36,17 @@ class Model(Protocol):
 
     def preprocess(self, photo: Image.Image) -> Tensor: ...
 
-    def encode(self, pictures: Any, /) -> Tensor: ...  # a stacked batch
+    def encode(self, images: Any, /) -> Tensor: ...  # a stacked batch
 
 
 def batch_size_of(models: Sequence[Model]) -> int:
-    """Pictures to send through these models at a time.
+    """Images to send through these models at a time.
 
     On a GPU found by trying, a power of two at most LARGEST: so runs on cards of about the same size, or with a little
-    less of it free, cut their pictures alike, and how a product rounds may depend on its batch. Elsewhere the least
+    less of it free, cut their images alike, and how a product rounds may depend on its batch. Elsewhere the least
     that one of them asks for, since a large model gains nothing there.
 
-    Raises torch.OutOfMemoryError when not even one picture fits.
+    Raises torch.OutOfMemoryError when not even one image fits.
     """
     if any(model.device.type != "cuda" for model in models):
         return min(model.batch_size for model in models)
@@ -54,7 +54,7 @@ def batch_size_of(models: Sequence[Model]) -> int:
 
 
 def _fitting_on_gpu(model: Model) -> int:
-    # As large as SAM takes it: blank pictures need the same memory as any.
+    # As large as SAM takes it: blank images need the same memory as any.
     blank = model.preprocess(Image.new("RGB", (1024, 1024)))
     model.encode(blank[None])  # loads kernels and makes their workspaces, which stay and are no part of a batch
     batches = (blank.expand(count, *blank.shape) for count in (1, 2))
@@ -69,7 +69,7 @@ def free_bytes(device: torch.device) -> int:
 
 
 def fitting(one: int, two: int, free: int) -> int:
-    """The largest power of two, at most LARGEST, of pictures in `free` bytes, by the peaks of one and two pictures."""
+    """The largest power of two, at most LARGEST, of images in `free` bytes, by the peaks of one and two images."""
     each = max(two - one, 1)
     most = max(1, (free - (one - each)) // each)
     return min(1 << (most.bit_length() - 1), LARGEST)
@@ -130,6 +130,6 @@ class Halving:
 
     def _halve(self, failed: int) -> None:
         self.most = failed // 2
-        log.warning("the GPU's memory does not hold %d pictures at a time; from here on %d", failed, self.most)
+        log.warning("the GPU's memory does not hold %d images at a time; from here on %d", failed, self.most)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # what is cached in pieces of the larger batch does not serve the smaller one

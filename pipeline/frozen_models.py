@@ -128,7 +128,7 @@ class Backbones:
 
     @cached_property
     def batch_size(self) -> int:
-        """Pictures to encode at a time, where nobody says otherwise; on a GPU found by trying, once."""
+        """Images to encode at a time, where nobody says otherwise; on a GPU found by trying, once."""
         return batch_size_of([model for model in (self.localizer, *self.encoders) if model is not None])
 
     def feature_sets(

@@ -94,7 +94,8 @@ class TokenDecoder:
         limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
         if device.type == "cuda":
             limit = min(limit, int(FREE_SHARE * free_bytes(device)))
-        return max(1, limit // box)
+        # A power of two: with a little more or less memory free, boxes are cut and so rounded alike.
+        return 1 << max(1, limit // box).bit_length() - 1
 
     def _share(self, embedding: Tensor) -> _Shared:
         """What all boxes of a picture have in common: its cells and the first layer's projections of them."""

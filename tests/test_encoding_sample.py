@@ -7,7 +7,7 @@ import pytest
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, InputError, Manifest, NotACacheError, PictureFeatures
 from regionspot.cache.encodings import statistics_of
-from regionspot.pipeline.encoding_sample import SAMPLE_PICTURES, ready_to_store, sample_rows, with_statistics
+from regionspot.pipeline.encoding_sample import SAMPLE_IMAGES, ready_to_store, sample_rows, with_statistics
 
 MAPS = FeatureSet("clip", "map", (3, 4), "int8")
 TOKENS = FeatureSet("sam", "token", (5,), "int8")
@@ -59,7 +59,7 @@ def backbones(manifest):
 
 def test_the_sample_is_spread_over_the_pictures_that_have_regions(manifest):
     rows = sample_rows(manifest)
-    assert len(rows) == len(set(rows)) == SAMPLE_PICTURES
+    assert len(rows) == len(set(rows)) == SAMPLE_IMAGES
     assert (rows[0], rows[-1]) == (0, len(manifest) - 1)
     assert manifest.region_count[rows].all()
     assert max(np.diff(rows)) <= 5
@@ -81,9 +81,7 @@ def test_statistics_are_those_of_the_pictures_that_can_be_read(manifest, backbon
 
 def test_a_sample_of_which_nothing_can_be_read_is_refused(manifest, backbones):
     backbones.broken = set(range(len(manifest)))
-    with pytest.raises(
-        InputError, match=r"none of 64 pictures could be read \(the last: truncated JPEG\); check --data"
-    ):
+    with pytest.raises(InputError, match=r"none of 64 images could be read \(the last: truncated JPEG\); check --data"):
         with_statistics([MAPS], manifest, backbones)
 
 
