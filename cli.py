@@ -26,6 +26,7 @@ from regionspot.cli_doctor import doctor
 from regionspot.cli_extract import extract
 from regionspot.cli_options import (
     EVALUATION_FAILURES,
+    EXTRACTION_FAILURES,
     MOST_IMAGES,
     MOST_STEPS,
     Annotations,
@@ -54,7 +55,6 @@ from regionspot.cli_options import (
     Weights,
     WorldSeed,
     WorldSize,
-    manifest_of,
 )
 from regionspot.cli_signals import AGAIN, on_stop, signals_interrupt, stop_line
 
@@ -77,13 +77,24 @@ def _options(debug: Debug = False) -> None:
 
 @app.command()
 def dataset(
-    name: DatasetName, data: Data, split: Split = "train", annotations: Annotations = None, boxes: Boxes = "gt"
+    name: DatasetName,
+    data: Data,
+    split: Split = "train",
+    annotations: Annotations = None,
+    boxes: Boxes = "gt",
+    max_failures: MaxFailures = EXTRACTION_FAILURES,
 ) -> None:
     """Say what a dataset split holds, what reading it dropped and which images are missing."""
-    from regionspot.pipeline.datasets import describe, photo_dir
+    from dataclasses import replace
 
-    manifest = manifest_of(name, data, split, annotations, boxes, None)
+    from regionspot.pipeline.datasets import describe, photo_dir, read_dataset, require_regions
+    from regionspot.pipeline.failure_limit import FailureLimit
+    from regionspot.pipeline.proposals import with_boxes
+
+    limit = FailureLimit.parse(max_failures)
+    manifest = with_boxes(read_dataset(name, data, split, annotations, max_failures=limit), boxes, limit)
     typer.echo(describe(manifest, photo_dir(name, data, split, manifest)).text())
+    require_regions(replace(manifest, remarks=()))  # they stand in the report
 
 
 app.command()(extract)

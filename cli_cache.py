@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from regionspot.cli_options import (
+    EXTRACTION_FAILURES,
     MOST_IMAGES,
     MOST_THREADS,
     Annotations,
@@ -19,9 +20,9 @@ from regionspot.cli_options import (
     Data,
     DatasetName,
     Limit,
+    MaxFailures,
     Split,
     TakeOver,
-    manifest_of,
 )
 from regionspot.cli_signals import AGAIN, on_stop
 
@@ -181,12 +182,16 @@ def extend(
     part_size: Annotated[
         int, typer.Option(min=1, max=MOST_IMAGES, help="images a part, where there was only one part")
     ] = 512,
+    max_failures: MaxFailures = EXTRACTION_FAILURES,
     take_over: TakeOver = False,
 ) -> None:
     """Take in annotations that grew: new images come behind those that are there, for the next `extract`."""
     from regionspot.cache.growth import extend as run
+    from regionspot.pipeline.datasets import read_split
+    from regionspot.pipeline.failure_limit import FailureLimit
 
-    manifest = manifest_of(name, data, split, annotations, boxes, limit)
+    allowed = FailureLimit.parse(max_failures)
+    manifest = read_split(name, data, split, annotations, boxes, limit, max_failures=allowed, may_be_empty=True)
     typer.echo(f"{path}: {run(path, manifest, part_size=part_size, take_over=take_over).text()}")
 
 

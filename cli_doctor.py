@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from regionspot.cli_options import Device, PresetName, Split
+from regionspot.cli_options import Annotations, Device, PresetName, Split
 
 
 def doctor(
@@ -16,6 +16,7 @@ def doctor(
     data: Annotated[Path | None, typer.Option(help="folder of a dataset: annotations and photos")] = None,
     dataset: Annotated[str, typer.Option(help="which dataset --data is")] = "o365",
     split: Split = "train",
+    annotations: Annotations = None,
     preset: Annotated[
         PresetName | None, typer.Option(help="look at its weights, and send an image through its models too")
     ] = None,
@@ -33,7 +34,7 @@ def doctor(
     from regionspot.pipeline.doctor import as_json as to_json
 
     found = []
-    for finding in examine(Asked(cache, data, dataset, split, preset, weights, device, metrics_port)):
+    for finding in examine(Asked(cache, data, dataset, split, preset, weights, device, metrics_port, annotations)):
         found.append(finding)
         if not as_json:
             typer.echo(finding.line())

@@ -7,16 +7,13 @@ choice is a Literal and not the library's own table, for that table imports torc
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from regionspot.cache.claims import CLAIM_SECONDS
 from regionspot.cache.schema import MAX_PART_SIZE
 from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, EXTRACTION_LIMIT
-
-if TYPE_CHECKING:
-    from regionspot.cache.manifest import Manifest
 
 PresetName = Literal["bb", "bl", "bl336", "toy"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
@@ -68,7 +65,7 @@ Dtype = Annotated[
 LocalCopy = Annotated[Path | None, typer.Option(help="of a remote cache: keep what is read of it in this folder")]
 LocalLimit = Annotated[str | None, typer.Option(help="of --local-copy: 500GB; what was used least lately goes first")]
 MaxFailures = Annotated[
-    str, typer.Option(help='stop when more images than this are broken: "1%" of all images, or "200"')
+    str, typer.Option(help='stop when more images, or annotations, than this are broken: "1%" of all, or "200"')
 ]
 MetricsPort = Annotated[
     int | None, typer.Option(min=1, max=65535, help="serve Prometheus metrics at this port while it runs: 9400")
@@ -79,11 +76,3 @@ WorldSeed = Annotated[int, typer.Option(**_SEED, help="another seed, another toy
 WorldSize = Annotated[int, typer.Option(min=40, max=1_000_000, help="of the toy world, training and validation")]
 # Upper bounds are where memory or threads run out, far beyond what anybody uses.
 MOST_IMAGES, MOST_THREADS, MOST_STEPS = MAX_PART_SIZE, 1024, 10_000_000
-
-
-def manifest_of(name: str, data: Path, split: str, annotations: Path | None, boxes: str, limit: int | None) -> Manifest:
-    """The split with the boxes asked for."""
-    from regionspot.pipeline.datasets import read_dataset
-    from regionspot.pipeline.proposals import with_boxes
-
-    return with_boxes(read_dataset(name, data, split, annotations), boxes).head(limit)

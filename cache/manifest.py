@@ -59,6 +59,7 @@ class Manifest:
     negatives, not_exhaustive         LVIS's federated lists per picture, as category indices; None elsewhere
     source                            JSON-able: {"files": {annotation file name: its SHA-256}}
     report                            what reading dropped or found odd, counts by reason; no part of the digest
+    remarks                           what a user should be told of the files, one line each; no part of a cache
 
     Raises InputError where the columns do not fit each other.
     """
@@ -79,6 +80,7 @@ class Manifest:
     not_exhaustive: Ragged | None = None
     source: dict[str, Any] = field(default_factory=dict)
     report: dict[str, int] = field(default_factory=dict)
+    remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         pictures, regions = len(self.image_ids), len(self.boxes_xyxy)
@@ -144,6 +146,7 @@ class Manifest:
             not_exhaustive=_select_ragged(self.not_exhaustive, rows),
             source=self.source,
             report=self.report,
+            remarks=self.remarks,
         )
 
     def head(self, pictures: int | None) -> Manifest:
@@ -179,6 +182,7 @@ class Manifest:
             not_exhaustive=_joined_ragged([one.not_exhaustive for one in manifests]),
             source={"files": {name: digest for one in manifests for name, digest in _files(one).items()}},
             report=dict(sum((Counter(one.report) for one in manifests), Counter())),
+            remarks=tuple(dict.fromkeys(line for one in manifests for line in one.remarks)),
         )
 
     def digest(self) -> str:

@@ -28,12 +28,12 @@ from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones import preset_named
-from regionspot.pipeline.datasets import photo_dir, read_dataset
+from regionspot.pipeline.datasets import photo_dir, read_split
 from regionspot.pipeline.dtypes import AUTO
 from regionspot.pipeline.encoder import load_text_encoder
 from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.photos import Exif, check_exif
-from regionspot.pipeline.proposals import GROUND_TRUTH, with_boxes
+from regionspot.pipeline.proposals import GROUND_TRUTH
 
 log = logging.getLogger(__name__)
 
@@ -112,7 +112,9 @@ def _check_options(asked: LvisEvaluation) -> None:
 
 def _manifest(asked: LvisEvaluation) -> Manifest:
     """The split with the boxes asked for, whole; `limit` cuts it later."""
-    return with_boxes(read_dataset(asked.dataset, asked.data, asked.split, asked.annotations), asked.boxes)
+    return read_split(
+        asked.dataset, asked.data, asked.split, asked.annotations, asked.boxes, max_failures=asked.max_failures
+    )
 
 
 def _annotation_file(data: Path, manifest: Manifest) -> Path:

@@ -1,8 +1,11 @@
 """Annotation files in COCO's form: one JSON object with `images`, `annotations` and `categories`.
 
-Objects365, V3Det, LVIS and COCO itself differ only in where a picture's path stands and in a few extra fields, which
-a `Form` states as data. Pictures keep the file's order, so do the regions of a picture; categories are sorted by id,
+Objects365, V3Det, LVIS and COCO itself differ only in where an image's path stands and in a few extra fields, which
+a `Form` states as data. Images keep the file's order, so do the regions of an image; categories are sorted by id,
 because Objects365 lists them in another order for each split.
+
+Only the fields that a manifest needs are read, and those as programs write them (json_values.py). A record that cannot
+be read is skipped and counted; but not a category, for every index behind it would then mean another class.
 """
 
 from __future__ import annotations
@@ -13,30 +16,38 @@ from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
 
 from regionspot.cache.manifest import Category, Manifest
-from regionspot.pipeline.annotation_file import AnnotationFile
-from regionspot.pipeline.columns import Floats, Ints, Lookup, RegionTable, manifest_of_pictures, ragged
+from regionspot.pipeline import json_values as values
+from regionspot.pipeline.annotation_file import AnnotationFile, SkippedRecords
+from regionspot.pipeline.coco_images import CocoImages, Id
+from regionspot.pipeline.columns import Floats, Lookup, RegionTable, column
+from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FailureLimit
+from regionspot.pipeline.json_values import FieldError
 
 log = logging.getLogger(__name__)
 
-Id: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
-Pixels: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Number: TypeAlias = float | None  # null: a coordinate that is not finite
+
+NO_ID = -1  # of an annotation that has none, or a name: nothing needs it
+XYWH = "4 numbers: x, y, width, height"
+_LISTS = ("images", "annotations", "categories")
+_FREQUENCIES = ("r", "c", "f")  # LVIS: rare, common, frequent
+# Annotations of other kinds, by a field that only they have.
+_OTHER_KINDS = {"caption": "captions", "segments_info": "panoptic segments"}
 
 
 @dataclass(frozen=True)
 class Form:
     """What one dataset's files do in their own way.
 
-    path_field   the picture's field that states its path, or an address that ends with it
-    path_parts   how many of the last parts of that are the path inside the photo folder; None: all
-    federated    whether each picture lists its negative and its not exhaustively annotated categories (LVIS)
+    path_field   the image's field that states its path, or an address that ends with it
+    path_parts   how many of the last parts of that are the path inside the image folder; None: all
+    federated    whether each image lists its negative and its not exhaustively annotated categories (LVIS)
     spelling     category names that are corrected, as found and as they should be
     """
 
@@ -46,39 +57,54 @@ class Form:
     spelling: Mapping[str, str] = field(default_factory=dict)
 
 
-class _Top(msgspec.Struct):
-    images: msgspec.Raw
-    annotations: msgspec.Raw
-    categories: msgspec.Raw
-
-
-class _Image(msgspec.Struct, gc=False):
-    id: Id
-    height: Pixels
-    width: Pixels
-    file_name: str = ""
-    coco_url: str = ""
-    neg_category_ids: list[Id] | None = None
-    not_exhaustive_category_ids: list[Id] | None = None
-
-
 class _Annotation(msgspec.Struct, gc=False):
     image_id: Id
     category_id: Id
     bbox: tuple[Number, Number, Number, Number]  # x, y, width, height
-    id: Id = -1
+    id: Id = NO_ID
     iscrowd: int | bool = False
     isfake: int | bool = False
 
 
-class _Category(msgspec.Struct):
-    id: Id
-    name: str
-    synset: str | None = None
-    frequency: Literal["r", "c", "f"] | None = None
-    synonyms: list[str] = []
-    definition: str | None = msgspec.field(name="def", default=None)
-    cat_info: Any = None  # V3Det's definition
+def read_coco_form(
+    path: Path, dataset: str, split: str, form: Form, max_failures: FailureLimit = EXTRACTION_LIMIT
+) -> Manifest:
+    """Read one file, of whose images and of whose annotations `max_failures` may be unreadable.
+
+    Raises AnnotationError, one line, where it is not what it should be.
+    """
+    file = AnnotationFile(path)
+    if file.is_list:
+        raise file.refuse(f"is a list, expected an object with {', '.join(_LISTS)}")
+    lists = file.decode(dict[str, msgspec.Raw])
+    for name in _LISTS:
+        if name not in lists:
+            there = ", ".join(list(lists)[:8]) or "nothing"
+            raise file.refuse(f"has no list `{name}`, which annotations in COCO's form have; it has {there}")
+    skipped = SkippedRecords(file, max_failures)
+    categories, names = _categories(file, lists["categories"], form)
+    images = CocoImages(file, form, categories)
+    images.read(lists["images"], skipped)
+    skipped.check("images")
+    manifest = _with_regions(file, lists["annotations"], images, images.manifest(dataset, split), skipped)
+    skipped.check("annotations")
+    report = {**names, **skipped.report, **manifest.report}
+    return replace(manifest, report=report, remarks=(*skipped.remarks, *manifest.remarks))
+
+
+def cut_to_images(manifest: Manifest, path: Path, split: str) -> Manifest:
+    """The images of `manifest` that the COCO-form file at `path` lists, in the manifest's order.
+
+    The report still counts what reading the whole of `manifest` dropped.
+    """
+    file = AnnotationFile(path)
+    listed = np.unique(np.array([image.id for image in file.decode(_ImageList).images], np.int64))
+    rows = Lookup(manifest.image_ids).find(listed)
+    if len(unknown := listed[rows < 0]):
+        whole = " and ".join(manifest.source["files"])
+        raise file.refuse(f"{len(unknown)} of its images are not in {whole}, the first has id {unknown[0]}")
+    files = {**manifest.source["files"], **file.source["files"]}
+    return replace(manifest.select(np.sort(rows)), split=split, source={"files": files})
 
 
 class _ImageId(msgspec.Struct):
@@ -89,46 +115,10 @@ class _ImageList(msgspec.Struct):
     images: list[_ImageId]
 
 
-def read_coco_form(path: Path, dataset: str, split: str, form: Form) -> Manifest:
-    """Read one file. Raises AnnotationError, one line, where it is not what it should be."""
-    file = AnnotationFile(path)
-    top = file.decode(_Top)
-    categories, corrected = _categories(file, top.categories, form)
-    category_of = Lookup(np.array([category.id for category in categories], np.int64))
-    pictures = _pictures(file, top.images, form, dataset, split, categories)
-    picture_of = Lookup(pictures.image_ids)
-    if len(repeated := picture_of.repeated()):
-        raise file.refuse(f"`images` holds {len(repeated)} ids more than once, the first is {repeated[0]}")
-    table = RegionTable(replace(pictures, report={"corrected_names": corrected} if corrected else {}))
-    for piece in file.slices("annotations", top.annotations, _Annotation):
-        _add(file, table, piece, picture_of, category_of)
-    return table.finish()
-
-
-def cut_to_images(manifest: Manifest, path: Path, split: str) -> Manifest:
-    """The pictures of `manifest` that the COCO-form file at `path` lists, in the manifest's order.
-
-    The report still counts what reading the whole of `manifest` dropped.
-    """
-    file = AnnotationFile(path)
-    listed = np.unique(np.array([image.id for image in file.decode(_ImageList).images], np.int64))
-    rows = Lookup(manifest.image_ids).find(listed)
-    if len(unknown := listed[rows < 0]):
-        whole = " and ".join(manifest.source["files"])
-        raise file.refuse(f"{len(unknown)} of its pictures are not in {whole}, the first has id {unknown[0]}")
-    files = {**manifest.source["files"], **file.source["files"]}
-    return replace(manifest.select(np.sort(rows)), split=split, source={"files": files})
-
-
 def xyxy(boxes_xywh: Floats) -> Floats:
     """Corners of boxes (M, 4) given as x, y, width, height."""
     with np.errstate(over="ignore", invalid="ignore"):  # what overflows is infinite, and dropped as such
         return np.concatenate([boxes_xywh[:, :2], boxes_xywh[:, :2] + boxes_xywh[:, 2:]], axis=1)
-
-
-def column(items: Sequence[Any], name: str, dtype: type[np.generic]) -> NDArray[Any]:
-    """One field of decoded objects as an array."""
-    return np.fromiter(map(attrgetter(name), items), dtype, len(items))
 
 
 def boxes_of(items: Sequence[Any]) -> Floats:
@@ -136,116 +126,102 @@ def boxes_of(items: Sequence[Any]) -> Floats:
     return np.array([item.bbox for item in items], np.float64).reshape(-1, 4)
 
 
-def _categories(file: AnnotationFile, raw: msgspec.Raw, form: Form) -> tuple[tuple[Category, ...], int]:
-    """The categories by rising id, and how many names were corrected."""
-    found = [category for piece in file.slices("categories", raw, _Category) for category in piece]
-    found.sort(key=attrgetter("id"))
-    for one, other in pairwise(found):
+def _categories(file: AnnotationFile, raw: msgspec.Raw, form: Form) -> tuple[tuple[Category, ...], dict[str, int]]:
+    """The categories by rising id, and what is to be reported of their names."""
+    listed = file.decode_part(raw)
+    if not isinstance(listed, list):
+        raise file.refuse(f"`categories` is {values.shown(listed)}, expected a list")
+    categories = []
+    for place, entry in enumerate(listed):
+        try:
+            categories.append(_category(values.record(entry), form))
+        except FieldError as error:
+            raise file.refuse(f"categories[{place}]{error}") from None
+    categories.sort(key=attrgetter("id"))
+    for one, other in pairwise(categories):
         if one.id == other.id:
-            raise file.refuse(f"`categories` holds id {one.id} more than once")
-    wrong = [name for category in found if (name := category.name.strip()) in form.spelling]
+            raise file.refuse(
+                f"`categories` holds id {one.id} more than once, as {one.name!r} and as {other.name!r}; give each "
+                "class an id of its own"
+            )
+    wrong = [name for entry in listed if (name := entry["name"].strip()) in form.spelling]
     if wrong:
         log.info("%s: corrected the spelling of %s", file.path.name, ", ".join(wrong))
-    return tuple(_category(category, form) for category in found), len(wrong)
+    # V3Det has classes of one name on purpose; elsewhere that is worth a look: a name is all that tells them apart.
+    repeated = len(categories) - len({category.name for category in categories})
+    report = {"corrected_names": len(wrong), "repeated_category_names": repeated}
+    return tuple(categories), {name: count for name, count in report.items() if count}
 
 
-def _category(category: _Category, form: Form) -> Category:
-    name = category.name.strip()
-    explained = category.cat_info if isinstance(category.cat_info, str) else None
+def _category(record: Mapping[str, Any], form: Form) -> Category:
+    """Raises FieldError for an id that is no number and for an empty name; what else is odd is left open."""
+    name = values.text("name", values.field(record, "name")).strip()
+    if not name:
+        raise values.wrong("name", record["name"], "the class in words, by which regions are recognised")
+    synonyms, frequency = record.get("synonyms"), record.get("frequency")
     return Category(
-        id=category.id,
+        id=values.whole("id", values.field(record, "id")),
         name=form.spelling.get(name, name),
-        synset=category.synset,
-        frequency=category.frequency,
-        synonyms=tuple(category.synonyms),
-        definition=category.definition or explained,
+        synset=_text_or_none(record.get("synset")),
+        frequency=frequency if frequency in _FREQUENCIES else None,
+        synonyms=tuple(each for each in synonyms if isinstance(each, str)) if isinstance(synonyms, list) else (),
+        definition=_text_or_none(record.get("def")) or _text_or_none(record.get("cat_info")),  # the latter: V3Det
     )
 
 
-def _pictures(
-    file: AnnotationFile, raw: msgspec.Raw, form: Form, dataset: str, split: str, categories: tuple[Category, ...]
+def _text_or_none(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _with_regions(
+    file: AnnotationFile, raw: msgspec.Raw, images: CocoImages, pictures: Manifest, skipped: SkippedRecords
 ) -> Manifest:
-    """The manifest's picture columns, in the file's order."""
-    ids, heights, widths = [], [], []
-    paths: list[str] = []
-    federated = _FederatedLists(file, categories)
-    for images in file.slices("images", raw, _Image):
-        if form.federated:
-            federated.add(images, len(paths))
-        ids.append(column(images, "id", np.int64))
-        heights.append(column(images, "height", np.int64))
-        widths.append(column(images, "width", np.int64))
-        paths.extend(_path(file, form, image, at) for at, image in enumerate(images, len(paths)))
-    if not paths:
-        raise file.refuse("`images` is empty")
-    return manifest_of_pictures(
-        dataset,
-        split,
-        np.concatenate(ids),
-        paths,
-        np.concatenate(heights),
-        np.concatenate(widths),
-        categories,
-        negatives=ragged(federated.negatives) if form.federated else None,
-        not_exhaustive=ragged(federated.not_exhaustive) if form.federated else None,
-        source=file.source,
+    """`pictures` with the regions of the list `raw`; those of images that were skipped go with them."""
+    picture_of = Lookup(pictures.image_ids)
+    category_of = Lookup(np.array([category.id for category in pictures.categories], np.int64))
+    left_out = np.array(sorted(images.left_out), np.int64)
+    table = RegionTable(pictures, file.path, "xywh")
+    for piece in file.slices("annotations", raw, _Annotation, _read_record, skipped):
+        image_ids = column(piece.items, "image_id", np.int64)
+        rows, categories = picture_of.find(image_ids), category_of.find(column(piece.items, "category_id", np.int64))
+        without_image = (rows < 0) & np.isin(image_ids, left_out)
+        known = ((rows >= 0) | without_image) & (categories >= 0)
+        for at in np.flatnonzero(~known).tolist():
+            skipped.add("annotations", f"annotations[{piece.places[at]}]{_unknown(piece.items[at], rows[at] < 0)}")
+        skipped.add_usable("annotations", int(known.sum()))
+        boxes = boxes_of(piece.items)[known]
+        table.add(
+            np.maximum(rows, 0)[known],
+            xyxy(boxes),
+            categories[known],
+            column(piece.items, "id", np.int64)[known],
+            stated=boxes,
+            drop={
+                "dropped_image_skipped": without_image[known],
+                "dropped_crowd": column(piece.items, "iscrowd", np.bool_)[known],
+                "dropped_fake": column(piece.items, "isfake", np.bool_)[known],
+            },
+        )
+    return table.finish()
+
+
+def _unknown(annotation: _Annotation, lacks_image: bool) -> str:
+    name, of = ("image_id", "images") if lacks_image else ("category_id", "categories")
+    return f".{name} is {getattr(annotation, name)}, which `{of}` lacks"
+
+
+def _read_record(value: Any) -> _Annotation:
+    record = values.record(value)
+    if "bbox" not in record:
+        for key, kind in _OTHER_KINDS.items():
+            if key in record:
+                raise FieldError(f" has no `bbox`: the file holds {kind}; boxes are in COCO's instances_*.json")
+    number = values.whole_or_none(record.get("id"))
+    return _Annotation(
+        image_id=values.image_id("image_id", values.field(record, "image_id")),
+        category_id=values.whole("category_id", values.field(record, "category_id")),
+        bbox=values.box("bbox", values.field(record, "bbox"), XYWH),
+        id=NO_ID if number is None else number,
+        iscrowd=values.flag("iscrowd", record.get("iscrowd")),
+        isfake=values.flag("isfake", record.get("isfake")),
     )
-
-
-class _FederatedLists:
-    """LVIS's two lists of every picture, category ids turned into indices."""
-
-    def __init__(self, file: AnnotationFile, categories: tuple[Category, ...]) -> None:
-        self.negatives: list[list[int]] = []
-        self.not_exhaustive: list[list[int]] = []
-        self._file = file
-        self._index = {category.id: index for index, category in enumerate(categories)}
-
-    def add(self, images: list[_Image], first: int) -> None:
-        for at, image in enumerate(images, first):
-            self.negatives.append(self._indices(image, at, "neg_category_ids"))
-            self.not_exhaustive.append(self._indices(image, at, "not_exhaustive_category_ids"))
-
-    def _indices(self, image: _Image, at: int, name: str) -> list[int]:
-        ids = getattr(image, name)
-        if ids is None:
-            raise self._file.refuse(f"LVIS's field `{name}` is missing - at `$.images[{at}]`")
-        try:
-            return [self._index[category] for category in ids]
-        except KeyError as error:
-            raise self._file.refuse(
-                f"`{name}` names category {error}, which `categories` lacks - at `$.images[{at}]`"
-            ) from None
-
-
-def _path(file: AnnotationFile, form: Form, image: _Image, at: int) -> str:
-    """Where the picture lies inside the photo folder; nothing that could lie outside of it."""
-    stated: str = getattr(image, form.path_field)
-    parts = stated.split("/")
-    where = f"at `$.images[{at}].{form.path_field}`"
-    if not stated:
-        raise file.refuse(f"the picture's `{form.path_field}` is missing or empty - {where}")
-    if ".." in parts or not parts[0] or "\\" in stated or "\0" in stated or parts[0][1:] == ":":
-        raise file.refuse(f"{stated!r} leaves the photo folder, where every picture must lie - {where}")
-    return "/".join(parts if form.path_parts is None else parts[-form.path_parts :])
-
-
-def _add(
-    file: AnnotationFile, table: RegionTable, piece: list[_Annotation], picture_of: Lookup, category_of: Lookup
-) -> None:
-    """One slice of annotations into the table."""
-    rows = _known(file, picture_of, column(piece, "image_id", np.int64), "image_id", "images")
-    categories = _known(file, category_of, column(piece, "category_id", np.int64), "category_id", "categories")
-    drop = {
-        "dropped_crowd": column(piece, "iscrowd", np.bool_),
-        "dropped_fake": column(piece, "isfake", np.bool_),
-    }
-    table.add(rows, xyxy(boxes_of(piece)), categories, column(piece, "id", np.int64), drop=drop)
-
-
-def _known(file: AnnotationFile, lookup: Lookup, ids: Ints, name: str, field_name: str) -> Ints:
-    found = lookup.find(ids)
-    if (found < 0).any():
-        unknown = ids[found < 0][0]
-        raise file.refuse(f"an annotation has {name} {unknown}, which `{field_name}` lacks")
-    return found

@@ -1,23 +1,37 @@
-"""The datasets that are known by name: where their files and photos lie, and how they are read.
+"""The datasets that are known by name: where their files and images lie, and how they are read.
 
-`read_dataset` gives the same columnar manifest whatever the dataset. Annotation files are looked for where people
-have them, in the data folder itself or in its `annotations/`; `annotations` names another one.
+`read_dataset` gives the same columnar manifest whatever the dataset, `read_split` what a command works on: the boxes
+asked for, and what is odd about the files said. Annotation files are looked for where people have them, in the data
+folder itself or in its `annotations/`; `annotations` names another one.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from regionspot.cache.errors import AnnotationError, unknown_name
+from regionspot.cache.errors import AnnotationError, InputError, unknown_name
 from regionspot.cache.manifest import Manifest
 from regionspot.pipeline.coco_form import Form, cut_to_images, read_coco_form
+from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.inventory import DatasetReport, describe
 from regionspot.pipeline.openimages import read_openimages
+from regionspot.pipeline.proposals import GROUND_TRUTH, with_boxes
 
-__all__ = ["DATASETS", "Dataset", "DatasetReport", "describe", "photo_dir", "read_dataset"]
+__all__ = [
+    "DATASETS",
+    "Dataset",
+    "DatasetReport",
+    "describe",
+    "photo_dir",
+    "read_dataset",
+    "read_split",
+    "require_regions",
+]
+
+log = logging.getLogger(__name__)
 
 # The misspelt names of Objects365 v2. All but the last two are those that MMDetection corrects
 # (tools/dataset_converters/zhiyuan_objv2_train_names_fix.csv, after Detic's Objects365_names_fix.csv).
@@ -43,7 +57,7 @@ _LVIS_FORM = Form(path_field="coco_url", path_parts=2, federated=True)
 _OPENIMAGES_CLASSES = ("class-descriptions-boxable.csv", "oidv7-class-descriptions-boxable.csv")
 _MINIVAL = "lvis_v1_minival_inserted_image_name.json"
 _SPLIT_ALIASES = {"validation": "val"}
-_PATHS_TRIED = 8  # of a manifest, to tell apart the folders where its photos may lie
+_PATHS_TRIED = 16  # of a manifest, to tell apart the folders where its images may lie
 
 
 @dataclass(frozen=True)
@@ -94,7 +108,7 @@ DATASETS = {
     "lvis": Dataset(
         "LVIS v1: lvis_v1_{train,val}.json, COCO's photos in train2017/, val2017/; split minival too",
         {"train": ("lvis_v1_train.json",), "val": ("lvis_v1_val.json",), "minival": ("lvis_v1_val.json",)},
-        photos=(".", "images", "coco"),
+        photos=(".", "images", "coco", "{split}2017", "images/{split}2017"),  # the last two: paths by file_name
         holding=("train2017", "val2017"),
         form=_LVIS_FORM,
     ),
@@ -113,13 +127,56 @@ DATASETS = {
 }
 
 
+def read_split(
+    name: str,
+    data: Path,
+    split: str = "train",
+    annotations: Path | None = None,
+    boxes: str | Path = GROUND_TRUTH,
+    limit: int | None = None,
+    *,
+    max_failures: FailureLimit = EXTRACTION_LIMIT,
+    may_be_empty: bool = False,
+) -> Manifest:
+    """The first `limit` images (None: all) of a split, with its annotated boxes ("gt") or those of a proposals file.
+
+    What the files have that a user should know is logged. Raises what `read_dataset` and `read_proposals` raise, and
+    InputError where no region is left, unless it `may_be_empty`.
+    """
+    manifest = with_boxes(read_dataset(name, data, split, annotations, max_failures=max_failures), boxes, max_failures)
+    if not may_be_empty:
+        require_regions(manifest)
+    for line in manifest.remarks:
+        log.warning("%s", line)
+    return manifest.head(limit)
+
+
+def require_regions(manifest: Manifest) -> None:
+    """Raises InputError where there is no region to extract, saying what became of the boxes."""
+    if len(manifest.boxes_xyxy):
+        return
+    counts = [f"{name.replace('_', ' ')}: {count:,}" for name, count in manifest.report.items()]
+    files = " and ".join(manifest.source.get("files", {}))
+    raise InputError(
+        f"{manifest.dataset} {manifest.split}: no region is left to extract of {files} ("
+        f"{', '.join(counts) or 'no boxes are listed'}){''.join(f'; {line}' for line in manifest.remarks)}; give boxes "
+        "by --boxes, or leave them out by --localizer none"
+    )
+
+
 def read_dataset(
-    name: str, data: Path, split: str = "train", annotations: Path | None = None, keep_groups: bool = False
+    name: str,
+    data: Path,
+    split: str = "train",
+    annotations: Path | None = None,
+    keep_groups: bool = False,
+    max_failures: FailureLimit = EXTRACTION_LIMIT,
 ) -> Manifest:
     """Read one split of the dataset `name` under the folder `data`.
 
     `annotations` is read instead of the file that the dataset's own names lead to; any split name will do then.
-    `keep_groups` keeps OpenImages' boxes around a group of things.
+    `keep_groups` keeps OpenImages' boxes around a group of things. Of the records, `max_failures` may be unreadable;
+    they are left out, counted in the manifest's report and told in its remarks.
 
     Raises InputError for an unknown name or split, AnnotationError for a file that is absent or not what it should be.
     """
@@ -127,8 +184,8 @@ def read_dataset(
     path = Path(annotations) if annotations else _annotation_file(name, dataset, data, split)
     if dataset.form is None:
         classes = _find(name, data, _OPENIMAGES_CLASSES)
-        return read_openimages(path, classes, photo_dir(name, data, split), split, keep_groups)
-    manifest = read_coco_form(path, name, split, dataset.form)
+        return read_openimages(path, classes, photo_dir(name, data, split), split, keep_groups, max_failures)
+    manifest = read_coco_form(path, name, split, dataset.form, max_failures)
     if name == "lvis" and split == "minival" and annotations is None:
         return cut_to_images(manifest, _find(name, data, (_MINIVAL,)), split)
     return manifest
@@ -137,14 +194,19 @@ def read_dataset(
 def photo_dir(name: str, data: Path, split: str = "train", manifest: Manifest | None = None) -> Path:
     """The folder that the manifest's paths start from.
 
-    Of the folders where this dataset's photos may lie, the one that holds the first photos of `manifest`, where that
-    is given; else the likeliest that is there. Where none is there, the place where it should be.
+    Of the folders where this dataset's images may lie, the one that holds most of some images of `manifest`, where
+    that is given; else the likeliest that is there. Where none is there, the place where it should be.
     """
     dataset, split = _dataset(name), _SPLIT_ALIASES.get(split, split)
     folders = [Path(data) / place.format(split=split) for place in dataset.photos]
-    holding = dataset.holding if manifest is None else tuple(manifest.paths[:_PATHS_TRIED].tolist())
-    found = [sum((folder / inside).exists() for inside in holding) for folder in folders]
-    return folders[int(np.argmax(found))]
+    holding = dataset.holding if manifest is None else _some_paths(manifest)
+    return max(folders, key=lambda folder: (sum(os.path.exists(folder / path) for path in holding), folder.is_dir()))
+
+
+def _some_paths(manifest: Manifest) -> list[str]:
+    """Spread over the manifest, for the first images may be just those that are missing."""
+    paths: list[str] = manifest.paths[:: max(1, len(manifest) // _PATHS_TRIED)].tolist()
+    return paths
 
 
 def _dataset(name: str) -> Dataset:

@@ -36,6 +36,7 @@ class Asked:
 
     cache     where features are to be written
     data      folder of the dataset, with its name and split
+    annotations   this file instead of the dataset's own
     preset    whose weights must be there and whose models a picture goes through; None: the toy's alone
     weights   a folder of the official files, or random:SEED; None: where they are downloaded to
     """
@@ -48,6 +49,7 @@ class Asked:
     weights: str | None = None
     device: str | None = None
     metrics_port: int | None = None
+    annotations: Path | None = None
 
 
 def examine(asked: Asked) -> Iterator[Finding]:

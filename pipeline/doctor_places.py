@@ -1,4 +1,4 @@
-"""The doctor's look at where features are to be written and where pictures are read from."""
+"""The doctor's look at where features are to be written and where images are read from."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 from regionspot.cache.errors import RegionSpotError
@@ -77,35 +78,41 @@ def _write_rate(storage: Storage) -> float:
 
 
 def dataset(asked: Asked) -> Iterator[Finding]:
-    """The annotations read, the photos looked for, and one of them opened."""
-    if asked.data is None:
+    """The annotations read, the images looked for, and one of them opened; without a folder, the annotations alone."""
+    if asked.data is None and asked.annotations is None:
         return
-    from regionspot.pipeline.datasets import describe, photo_dir, read_dataset
+    from regionspot.pipeline.datasets import describe, photo_dir, read_dataset, require_regions
     from regionspot.pipeline.photos import read_photo
 
+    data = Path(asked.annotations or "").parent if asked.data is None else Path(asked.data)
     try:
-        manifest = read_dataset(asked.dataset, Path(asked.data), asked.split)
-        folder = photo_dir(asked.dataset, Path(asked.data), asked.split, manifest)
+        manifest = read_dataset(asked.dataset, data, asked.split, asked.annotations)
+        folder = photo_dir(asked.dataset, data, asked.split, manifest)
+        require_regions(replace(manifest, remarks=()))
     except (RegionSpotError, OSError) as error:
         yield Finding("data", "fail", str(error))
         return
-    report = describe(manifest, folder)
+    for remark in manifest.remarks:
+        yield Finding("data", "warn", remark)
+    report = describe(manifest, folder, check_photos=asked.data is not None)
     missing = report.missing_photos or 0
-    text = f"{asked.dataset} {asked.split}: {len(manifest):,} pictures, {report.regions:,} regions"
-    if missing == len(manifest):
-        yield Finding("data", "fail", f"{text}; none of the photos is in {folder}", "check --data")
+    text = f"{asked.dataset} {asked.split}: {len(manifest):,} images, {report.regions:,} regions"
+    if asked.data is None:
+        yield Finding("data", "ok", f"{text} in {asked.annotations}; its images were not looked for", "give --data")
         return
     if missing:
-        first = ", ".join(report.first_missing)
+        none = missing == len(manifest)
         yield Finding(
-            "data", "warn", f"{text}; {missing:,} photos are not in {folder}: {first}", "fetch them, or go on"
+            "data", "fail" if none else "warn", f"{text}; {report.photos_text()}", "check --data, or fetch them"
         )
+        if none:
+            return
     else:
-        yield Finding("data", "ok", f"{text}; all photos are in {folder}")
+        yield Finding("data", "ok", f"{text}; {report.photos_text()}")
     path = next(folder / name for name in map(str, manifest.paths) if (folder / name).is_file())
     try:
         photo = read_photo(path)
     except RegionSpotError as error:
-        yield Finding("data", "warn", str(error), "`extract` lists such pictures and goes on")
+        yield Finding("data", "warn", str(error), "`extract` lists such images and goes on")
     else:
         yield Finding("data", "ok", f"{path.name} opens: {photo.width} x {photo.height} pixels")

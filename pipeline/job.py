@@ -183,15 +183,23 @@ class ExtractJob:
 
         Raises what reading a dataset, loading models and opening a cache raise.
         """
-        from regionspot.pipeline.datasets import photo_dir, read_dataset
+        from regionspot.pipeline.datasets import photo_dir, read_split
         from regionspot.pipeline.extraction import Extraction  # imports torch
-        from regionspot.pipeline.frozen_models import Backbones
-        from regionspot.pipeline.proposals import with_boxes
+        from regionspot.pipeline.frozen_models import NONE, Backbones
 
         of = self.source
         encodings = Encoding.parse(self.encoding), Encoding.parse(self.token_encoding)
         annotations = None if of.annotations is None else Path(of.annotations)
-        manifest = with_boxes(read_dataset(of.name, Path(of.data), of.split, annotations), of.boxes).head(of.limit)
+        manifest = read_split(
+            of.name,
+            Path(of.data),
+            of.split,
+            annotations,
+            of.boxes,
+            of.limit,
+            max_failures=self.max_failures,
+            may_be_empty=self.models.localizer == NONE,  # maps need no boxes
+        )
         return Extraction(
             self.cache,
             manifest,

@@ -62,8 +62,57 @@ def test_dataset_says_what_was_read_and_what_is_missing(regionspot, world, tmp_p
     next((copy / "photos" / "train").glob("*.jpg")).unlink()
     code, said, _ = regionspot("dataset", "toy", "--data", copy)
     assert code == 0
-    assert "32 pictures" in said
-    assert "photos: 1 are not in" in said
+    assert "32 images" in said
+    assert "images: 1 are not in" in said
+
+
+def coco_file(folder, boxes, name="a.jpg"):
+    """An annotation file of one image of 64 x 48 pixels, which is there."""
+    Image.new("RGB", (64, 48)).save(folder / "a.jpg")
+    annotations = [{"id": at, "image_id": 1, "category_id": 1, "bbox": box} for at, box in enumerate(boxes)]
+    images = [{"id": 1, "height": 48, "width": 64, "file_name": name, "coco_url": None}]
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "red star"}]}
+    (folder / "boxes.json").write_text(json.dumps(content))
+    return folder / "boxes.json"
+
+
+def test_dataset_tells_what_boxes_of_another_form_look_like_and_extract_does_too(regionspot, tmp_path, caplog):
+    file = coco_file(tmp_path, [[30, 20, 60, 40], [20, 30, 50, 40], [2, 2, 9, 9]])
+    words = ("coco", "--data", tmp_path, "--annotations", file)
+    code, said, _ = regionspot("dataset", *words)
+    assert code == 0
+    assert "clipped: 2\n" in said
+    told = (
+        f"{file}: 2 of 3 boxes are clipped and 0 dropped: they do not fit their images; they look like x1, y1, x2, y2"
+    )
+    assert told in said
+    code, _, err = regionspot("extract", *words, "--preset", "toy", "--cache", tmp_path / "c.zarr", "--dry-run")
+    assert (code, told in caplog.text) == (0, True), err
+    assert told not in said.replace(told, "", 1)
+
+
+def test_nothing_to_extract_is_an_error_but_for_maps_alone(regionspot, refused, tmp_path):
+    file = coco_file(tmp_path, [[0.1, 0.1, 0.5, 0.5]])
+    words = ("coco", "--data", tmp_path, "--annotations", file)
+    code, said, err = regionspot("dataset", *words)
+    assert code == 2
+    assert "dropped under 1 px: 1" in said
+    assert "look like x, y, width, height from 0 to 1" in said
+    assert err.startswith("regionspot: coco train: no region is left to extract of boxes.json (dropped under 1 px: 1)")
+    extract = ("extract", *words, "--preset", "toy", "--cache", tmp_path / "c.zarr")
+    refused("they look like x, y, width, height from 0 to 1", *extract)
+    code, _, err = regionspot(*extract, "--localizer", "none")
+    assert (code, len(FeatureCache.open(tmp_path / "c.zarr").valid_rows())) == (0, 1), err
+
+
+def test_max_failures_is_for_annotations_too(regionspot, refused, tmp_path):
+    file = coco_file(tmp_path, [[2, 2, 9, 9], None, [5, 5, 9, 9]])
+    words = ("dataset", "coco", "--data", tmp_path, "--annotations", file)
+    refused(
+        "1 of 3 annotations cannot be read, more than --max-failures 20% allows; the first: annotations[1].bbox", *words
+    )
+    code, said, err = regionspot(*words, "--max-failures", "50%")
+    assert (code, "skipped annotations: 1" in said, "annotations[1].bbox is null" in said) == (0, True, True), err
 
 
 def test_help_names_every_dataset(regionspot):

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+from PIL import Image
 from typer.testing import CliRunner
 
 from regionspot.cli import app
@@ -103,6 +104,25 @@ def test_a_dataset_is_read_its_photos_looked_for_and_one_is_opened(world, tmp_pa
     assert first.state == "warn"
     assert missing.name in first.text
     assert states(doctor_places.dataset(Asked(data=tmp_path, dataset="toy"))) == [("data", "fail")]
+
+
+def test_an_annotation_file_is_read_by_itself_or_with_the_images(tmp_path, regionspot):
+    path = tmp_path / "boxes.json"
+    images = [{"id": 1, "height": 20, "width": 30, "file_name": "a.jpg"}]
+    content = {"images": images, "categories": [{"id": 1, "name": "cat"}]}
+    path.write_text(json.dumps({**content, "annotations": [{"image_id": 1, "category_id": 1, "bbox": [1, 1, 28, 18]}]}))
+    _, said, _ = regionspot("doctor", "--annotations", path, "--json")
+    found = [each for each in json.loads(said)["findings"] if each["check"] == "data"]
+    assert [(each["state"], "1 images, 1 regions" in each["text"]) for each in found] == [("ok", True)]
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg")
+    asked = Asked(data=tmp_path, dataset="coco", annotations=path)
+    assert states(doctor_places.dataset(asked)) == [("data", "ok"), ("data", "ok")]
+    box = {"image_id": 1, "category_id": 1, "bbox": [20, 10, 29, 19]}
+    path.write_text(json.dumps({**content, "annotations": [box]}))
+    first, *_ = doctor_places.dataset(asked)
+    assert (first.state, "they look like x1, y1, x2, y2 in pixels" in first.text) == ("warn", True)
+    path.write_text(json.dumps({**content, "annotations": []}))
+    assert states(doctor_places.dataset(asked)) == [("data", "fail")]
 
 
 def test_a_port_in_use_fails_and_a_free_one_does_not():

@@ -11,7 +11,7 @@ from PIL import Image
 from regionspot.cache.errors import AnnotationError
 from regionspot.pipeline import photo_sizes as sizes_module
 from regionspot.pipeline.datasets import read_dataset
-from regionspot.pipeline.openimages import hex_id_of, image_id_of
+from regionspot.pipeline.openimages import image_id_of
 from regionspot.pipeline.photo_sizes import SIZES_NAME, photo_sizes
 
 HEADER = "ImageID,Source,LabelName,Confidence,XMin,XMax,YMin,YMax,IsOccluded,IsTruncated,IsGroupOf,IsDepiction,IsInside"
@@ -64,11 +64,11 @@ def test_the_header_of_v7s_class_file_is_no_class(world):
     assert [category.name for category in world.read(row(ONE)).categories] == ["Cat"]
 
 
-def test_image_ids_are_the_hex_digits_as_signed_numbers_and_back(world):
+def test_image_ids_are_the_hex_digits_as_signed_numbers(world):
     assert world.read(row(ONE), row(LAST)).image_ids.tolist() == [1, -1]
     for _ in range(100):
         hex_id = f"{random.getrandbits(64):016x}"
-        assert hex_id_of(image_id_of(hex_id)) == hex_id
+        assert image_id_of(hex_id) % 2**64 == int(hex_id, 16)
         assert -(2**63) <= image_id_of(hex_id) < 2**63
 
 
@@ -162,12 +162,13 @@ def test_nothing_is_left_beside_the_remembered_sizes(world):
     ("rows", "header", "told"),
     [
         ([row(ONE)], HEADER.replace("XMax", "XMaximum"), "XMax"),
-        ([row(ONE, corners="0.1,left,0.2,0.3")], HEADER, "left"),
-        ([row(ONE)[:30]], HEADER, "Expected 13 columns"),
-        ([row(ONE, group="")], HEADER, "IsGroupOf has empty fields"),
+        ([row(ONE, corners="0.1,left,0.2,0.3")], HEADER, '1 of 1 rows cannot be read, the first: XMax is "left"'),
+        ([row(ONE)[:30]], HEADER, "a row has 3 fields, expected 13"),
         ([], HEADER, "holds no boxes"),
-        ([row(ONE, "/m/unknown")], HEADER, "labels are not in the class file, the first is '/m/unknown'"),
-        ([row("0000000000000002")], HEADER, "holds none of its 1 photos"),
+        ([row(ONE, "/m/unknown")], HEADER, "LabelName is '/m/unknown', which class-descriptions-boxable.csv lacks"),
+        ([row("cat")], HEADER, "ImageID is 'cat', expected 16 hexadecimal digits"),
+        ([row("0000000000000002")], HEADER, "holds none of its 1 images that can be read"),
+        ([row(ONE).replace(",", ";")], HEADER.replace(",", ";"), "columns are separated by ';', expected commas"),
     ],
 )
 def test_a_broken_table_is_refused_with_one_line(world, rows, header, told):
@@ -179,16 +180,103 @@ def test_a_broken_table_is_refused_with_one_line(world, rows, header, told):
     assert "\n" not in message
 
 
-def test_image_ids_that_are_not_16_hex_digits_are_refused(world):
-    Image.new("RGB", (10, 10)).save(world.photos / "cat.jpg")
-    with pytest.raises(AnnotationError, match="ImageID 'cat' is not 16 hexadecimal digits"):
-        world.read(row("cat"))
+GOOD = [row(ONE, corners=f"0.{at},0.9,0.1,0.5") for at in range(10, 30)]
 
 
-def test_a_class_file_of_another_form_is_refused(world):
-    (world.folder / "class-descriptions-boxable.csv").write_text(f"{CAT},Cat\n{DOG}\n")
-    with pytest.raises(AnnotationError, match="line 2 has 1 fields, expected two"):
+@pytest.mark.parametrize(
+    ("bad", "told"),
+    [
+        (HEADER, 'XMin is "XMin", expected a number'),
+        (row(ONE)[:30], "a row has 3 fields, expected 13"),
+        (row(ONE, corners="0.1,left,0.2,0.3"), 'XMax is "left"'),
+        (row(ONE, "/m/unknown"), "LabelName is '/m/unknown'"),
+        (row("cat"), "ImageID is 'cat'"),
+    ],
+)
+def test_one_bad_row_is_left_out_counted_and_told(world, bad, told):
+    good = world.read(*GOOD)
+    manifest = world.read(*GOOD[:5], bad, *GOOD[5:])
+    assert manifest.digest() == good.digest()
+    assert manifest.report == {"skipped_rows": 1}
+    assert "1 of 21 rows cannot be read" in manifest.remarks[0]
+    assert told in manifest.remarks[0]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        lambda text: "\ufeff" + text,
+        lambda text: text.replace("\n", "\r\n"),
+        lambda text: text.replace(",", ", "),
+        lambda text: text.replace("\n", "\n\n"),
+        lambda text: text.replace("0,-1,0,", "0,-1,0.0,"),
+        lambda text: text.replace("0,-1,0,", "0,-1,False,"),
+        lambda text: text.replace("0,-1,0,", "0,-1,,"),
+        lambda text: text.replace(TWO, TWO.upper()),
+        lambda text: "\n".join(",".join(f'"{field}"' for field in line.split(",")) for line in text.splitlines()),
+    ],
+)
+def test_what_means_the_same_reads_the_same(world, changed):
+    good = world.read(row(ONE), row(TWO, corners=".1,1e-0,0,1"))
+    path = world.folder / "oidv6-train-annotations-bbox.csv"
+    path.write_text(changed(path.read_text()), newline="")
+    assert read_dataset("openimages", world.folder, "train").digest() == good.digest()
+
+
+@pytest.mark.parametrize("group", ["1", "1.0", "True", " 1"])
+def test_a_group_is_one_however_it_is_written(world, group):
+    assert world.read(row(ONE), row(ONE, group=group)).report == {"dropped_group": 1}
+
+
+def test_a_table_without_the_column_of_groups_keeps_all_boxes_and_tells(world):
+    narrow = "ImageID,LabelName,XMin,XMax,YMin,YMax"
+    manifest = world.read(f"{ONE},{CAT},0.1,0.5,0.25,0.75", header=narrow)
+    assert len(manifest.boxes_xyxy) == 1
+    assert "has no column IsGroupOf" in manifest.remarks[0]
+
+
+def test_boxes_in_pixels_are_told_and_so_are_corners_in_another_order_and_repeated_rows(world):
+    assert "look like x1, y1, x2, y2 in pixels" in world.read(row(ONE, corners="10,50,20,40")).remarks[0]
+    assert "their corners stand in another order" in world.read(row(ONE, corners="0.5,0.1,0.2,0.8")).remarks[0]
+    assert world.read(row(ONE), row(ONE), row(ONE, DOG)).report == {"repeated_boxes": 1}
+
+
+@pytest.mark.parametrize(
+    ("name", "there"), [("train_0/", "holds train_0/"), ("{}.JPG", "holds {}.JPG"), ("", "is empty")]
+)
+def test_where_no_image_is_found_what_the_folder_holds_is_told(world, name, there):
+    for photo in world.photos.iterdir():
+        photo.unlink()
+    path = world.photos / name.format(ONE)
+    path.mkdir(exist_ok=True) if name.endswith("/") or not name else path.touch()
+    with pytest.raises(AnnotationError, match=there.format(ONE)):
         world.read(row(ONE))
+
+
+@pytest.mark.parametrize(
+    ("classes", "told"),
+    [
+        (f"{CAT},Cat\n{DOG}\n", "class 2 has 1 fields, expected two"),
+        (
+            f"{CAT},Cat, tame\n",
+            "class 1 has 3 fields, expected two: machine id and name; a name with a comma stands in",
+        ),
+        (f"{CAT},\n", f"class 1 ({CAT}) has an empty name"),
+        (f"{CAT},Cat\n{DOG},Dog\n{CAT},Tom\n", f"machine id {CAT} is there twice, as class 1 and 3"),
+    ],
+)
+def test_a_class_file_of_another_form_is_refused(world, classes, told):
+    path = world.folder / "class-descriptions-boxable.csv"
+    path.write_text(classes)
+    with pytest.raises(AnnotationError) as caught:
+        world.read(row(ONE))
+    assert str(caught.value).startswith(f"{path}: {told}")
+
+
+def test_a_byte_order_mark_in_the_class_file_is_stepped_over(world):
+    good, path = world.read(row(ONE)), world.folder / "class-descriptions-boxable.csv"
+    path.write_text("\ufeff" + path.read_text())
+    assert world.read(row(ONE)).digest() == good.digest()
 
 
 def test_an_absent_class_file_is_told(world):

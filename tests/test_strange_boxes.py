@@ -59,6 +59,11 @@ def test_a_box_is_kept_clipped_or_dropped_and_counted_as_the_table_says_and_gets
     assert manifest.boxes_xyxy[manifest.regions(0)].tolist() == kept
     dropped = Counter(outcome for _, outcome in rows if isinstance(outcome, str))
     dropped["dropped_under_1_px"] += 1  # that of the last picture
+    for given, outcome in rows:
+        if isinstance(outcome, list):
+            x, y, width, height = given
+            dropped["clipped"] += outcome != [x, y, x + width, y + height]
+    dropped["repeated_boxes"] = len(kept) - len({tuple(box) for box in kept})
     assert manifest.report == dropped
 
     backbones = Backbones.load("toy", device="cpu", dtype="float32")
