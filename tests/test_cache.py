@@ -707,7 +707,7 @@ MISMATCHES = {
         replace(MAPS, provenance={**MAPS.provenance, "exif": "auto"}),
         "provenance.exif is None, asked for 'auto'",
     ),
-    "shape": (replace(MAPS, shape=(5, 16)), r"shape is \[5, 8\], asked for \[5, 16\]"),
+    "shape": (replace(MAPS, shape=(5, 16)), r"shape is \(5, 8\), asked for \(5, 16\)"),
     "dtype": (replace(MAPS, dtype="float32"), "dtype is 'float16', asked for 'float32'"),
 }
 

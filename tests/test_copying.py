@@ -363,8 +363,8 @@ def test_what_is_none_of_the_pictures_is_refused(made, tmp_path):
         (lambda made, out: subset(made / "ten", out, [1, 10]), "there is no row 10: this cache has rows 0 to 9"),
         (lambda made, out: subset(made / "ten", out, [1, 1]), r"image \d+ \(row 1\) is asked for more than once"),
         (lambda made, out: subset(made / "ten", out, []), "holds no picture"),
-        (lambda made, out: subset(made / "ten", out, [1], part_size=0), "part_size is 0, expected at least 1"),
-        (lambda made, out: merge([made / "ten"], out, part_size=0), "part_size is 0, expected at least 1"),
+        (lambda made, out: subset(made / "ten", out, [1], part_size=0), "part_size is 0, expected 1 to 65536 images"),
+        (lambda made, out: merge([made / "ten"], out, part_size=0), "part_size is 0, expected 1 to 65536 images"),
         (lambda made, out: convert(made / "ten", out, {"sma": Encoding("int8")}), "there is no feature set 'sma'"),
         (lambda made, out: convert(made / "ten", out, {"sam": Encoding("int4")}), "dtype is 'int4', expected one of"),
         (
