@@ -125,15 +125,6 @@ class Claims:
         with self._store_errors():
             return self._claim(what)
 
-    def take_over(self, what: What) -> bool:
-        """Make something this run's own although another run may be alive and have it, which learns by `still_ours`.
-
-        False when a third run did the same at this moment, or when another thread of this run has it. What has been
-        done of it is to be asked for afterwards.
-        """
-        with self._store_errors():
-            return self._claim(what, by_force=True)
-
     def wait_for(self, what: What) -> None:
         """`claim` it as soon as nobody has it."""
         while not self.claim(what):

@@ -140,11 +140,10 @@ def test_a_run_that_ends_by_an_error_lets_go_of_everything(storage):
     assert files(storage) == []
 
 
-def test_what_a_thread_of_a_run_has_no_other_thread_of_it_gets(storage, clock, monkeypatch):
+def test_what_a_thread_of_a_run_has_no_other_thread_of_it_gets(storage, elsewhere, clock, monkeypatch):
     with claims_of(storage) as ours, claims_of(storage) as other:
         assert ours.claim(0)
         assert not ours.claim(0)
-        assert not ours.take_over(0)
         # Nor when its own beats do not arrive, which has other runs count it as dead.
         wait_for_a_beat(storage, ours.run)
         monkeypatch.setattr(storage, "write", lambda name, data: None)
@@ -152,11 +151,12 @@ def test_what_a_thread_of_a_run_has_no_other_thread_of_it_gets(storage, clock, m
             assert not ours.claim(0)
             clock.now += claims.CLAIM_SECONDS
         assert ours.still_ours(0)
-        assert other.take_over(0)
-        assert not ours.take_over(0), "its thread has not found out yet"
+        assert not other.claim(0)  # is seen to stand still from now on
+        clock.now += claims.CLAIM_SECONDS
+        assert other.claim(0)
+        assert not ours.claim(0), "its thread has not found out yet"
         ours.release(0)
         assert other.still_ours(0)
-        assert ours.take_over(0)
 
 
 def test_of_many_threads_of_one_run_that_reach_for_a_part_at_once_one_gets_it(storage):
