@@ -77,8 +77,8 @@ bench-encodings: $(READY) ## what each encoding costs: bytes, features, AP (20 m
 bench-scaling: $(READY) ## 1 to 64 workers with a simulated GPU, and what a part costs to give out (QUICK=1: a minute, build/bench)
 	python -m benchmarks.bench_scaling $(if $(QUICK),--quick) $(ARGS)
 
-stress: $(READY) ## damage, kill and starve caches in full (half an hour on 2 cores); what was counted into benchmarks/results
-	python -m benchmarks.stress $(ARGS)
+stress: $(READY) ## damage, kill and starve caches in full (20 minutes on 2 cores); what was counted into benchmarks/results (QUICK=1: build/bench)
+	python -m benchmarks.stress $(if $(QUICK),--quick) $(ARGS)
 
 # As on a CPU without instructions for half precision: make test REGIONSPOT_CPU_DTYPES=float32; with: ...=float32,bfloat16
 test: $(READY) ## the tests, in parallel

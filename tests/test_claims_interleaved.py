@@ -7,6 +7,7 @@ checksums are for.
 
 import random
 import threading
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -203,10 +204,8 @@ class World:
         return process.host == "here" and process.pid >= 0 and self.runs[process.pid].killed
 
 
-@pytest.mark.parametrize(
-    "seeds", [range(80), pytest.param(range(80, 10_000), marks=[pytest.mark.slow, pytest.mark.timeout(3600)])]
-)
-def test_no_two_runs_that_are_awake_have_one_part_and_each_is_done_once(seeds, monkeypatch):
+def rounds(seeds, monkeypatch):
+    """Let runs have it out in a world of each seed; how often one took over from another."""
     takeovers = 0
     for seed in seeds:
         world = World(seed)
@@ -218,10 +217,24 @@ def test_no_two_runs_that_are_awake_have_one_part_and_each_is_done_once(seeds, m
             world.go()
             assert world.done.keys() == set(PARTS)
             with Claims(world.storage):
-                world.clock += CLAIM_SECONDS
+                world.clock += CLAIM_SECONDS + 1  # one more, for a sum of floats may come out a little less
             assert not world.storage.files
         except BaseException as failure:
             failure.add_note(f"seed {seed}")
             raise
         takeovers += world.takeovers
-    assert takeovers > len(seeds) / 10
+    return takeovers
+
+
+def test_no_two_runs_that_are_awake_have_one_part_and_each_is_done_once(monkeypatch):
+    assert rounds(range(80), monkeypatch) > 8
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(1, 5))
+def test_no_two_runs_that_are_awake_have_one_part_in_full(seed, monkeypatch, stress_result, stress_size):
+    started, number = time.monotonic(), stress_size(2500)
+    takeovers = rounds(range(seed * 10_000, seed * 10_000 + number), monkeypatch)
+    assert takeovers
+    stress_result(seeds=[seed], seconds=time.monotonic() - started, orders=number, takeovers=takeovers)

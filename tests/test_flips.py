@@ -9,8 +9,10 @@ from dataclasses import fields
 import numpy as np
 import pytest
 
-from regionspot.cache import CacheError, FeatureCache, Ragged
+from regionspot.cache import CacheError, FeatureCache, Ragged, metadata
 from regionspot.cache.hdf5 import export_hdf5
+from regionspot.cache.header import load_header
+from regionspot.cache.metadata import expected_metadata
 from regionspot.cache.verify import verify
 
 CUTS = 0.2  # share of the damages that cut a file short; the others flip one bit
@@ -95,10 +97,13 @@ def kind_of(name):
     return name.split("/")[0 if name.startswith(("images", "regions", "parts")) else 2]
 
 
-def stress(folder, tmp_path, seed, damages):
+def stress(folder, tmp_path, seed, damages, monkeypatch):
     """Damage one file after another, each mended again before the next; counts of what was found how."""
     path, rng = shutil.copytree(folder / "full", tmp_path / "c.zarr"), random.Random(seed)
     right, counts = Right(path), Counter()
+    # Made once and not for each of thousands of damages: it follows from the header, and takes as long as all the rest.
+    expected = expected_metadata(load_header(right.cache.storage))
+    monkeypatch.setattr(metadata, "expected_metadata", lambda header: expected)
     files = sorted(file for file in path.rglob("*") if file.is_file())
     for _ in range(damages):
         file = rng.choice(files)
@@ -128,8 +133,8 @@ def next_to(data, changed):
     return f"at byte {place}, {data[max(place - 12, 0) : place + 12]!r}"
 
 
-def test_damage_anywhere_is_found_and_never_read(small_folder, tmp_path):
-    counts = stress(small_folder, tmp_path, 0, 40)
+def test_damage_anywhere_is_found_and_never_read(small_folder, tmp_path, monkeypatch):
+    counts = stress(small_folder, tmp_path, 0, 40, monkeypatch)
     assert counts["refused to open"] > 3
     assert counts["refused some reads"] > 3
 
@@ -161,15 +166,17 @@ def test_damage_in_an_hdf5_file_is_never_read(small_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(1, 9))
-def test_damage_anywhere_is_found_and_never_read_in_full(small_folder, tmp_path, seed, stress_result):
-    started, damages = time.monotonic(), 1250
-    counts = stress(small_folder, tmp_path, seed, damages)
+def test_damage_anywhere_is_found_and_never_read_in_full(
+    small_folder, tmp_path, seed, monkeypatch, stress_result, stress_size
+):
+    started, damages = time.monotonic(), stress_size(1250)
+    counts = stress(small_folder, tmp_path, seed, damages, monkeypatch)
     stress_result(seeds=[seed], seconds=time.monotonic() - started, damages=damages, wrong=0, **counts)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_an_hdf5_file_in_full(small_folder, tmp_path, stress_result):
-    started, damages = time.monotonic(), 1000
+def test_an_hdf5_file_in_full(small_folder, tmp_path, stress_result, stress_size):
+    started, damages = time.monotonic(), stress_size(1000)
     counts = stress_one_file(small_folder, tmp_path, 1, damages)
     stress_result(seeds=[1], seconds=time.monotonic() - started, damages=damages, wrong=0, **counts)

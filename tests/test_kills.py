@@ -114,7 +114,7 @@ def test_writers_killed_at_any_moment_lose_nothing_and_end_with_the_same_bytes(s
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(1, 9))
-def test_writers_killed_at_any_moment_in_full(small, small_folder, tmp_path, seed, stress_result):
+def test_writers_killed_at_any_moment_in_full(small, small_folder, tmp_path, seed, stress_result, stress_size):
     started = time.monotonic()
-    counts = stress(small, small_folder, tmp_path, seed, 125)
+    counts = stress(small, small_folder, tmp_path, seed, stress_size(125))
     stress_result(seeds=[seed], seconds=time.monotonic() - started, lost=0, **counts)
