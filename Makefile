@@ -53,7 +53,7 @@ $(BENCH_READY): pyproject.toml | $(READY)
 demo: $(READY) ## the main job, small and real: a toy world, extract, train, evaluate; tables and pictures in build/demo
 	regionspot demo $(DEMO_OUT) $(ARGS)
 
-extract: $(READY) ## backbones over DATASET= once, into CACHE=; goes on where it stopped
+extract: $(READY) ## backbones over DATASET= once, into CACHE=; run again, it resumes
 	regionspot extract $(DATASET) --split $(SPLIT) --data "$(DATA)" --cache "$(CACHE)" --preset $(PRESET) --boxes "$(BOXES)" $(WEIGHTS_ARG) $(ARGS)
 
 train: $(READY) ## train the head from CACHE= into OUT=

@@ -71,7 +71,12 @@ def extract(
         TokensName, typer.Option(help="first: location tokens; all: the other mask tokens and predicted IoUs as well")
     ] = "first",
     exif: ExifRule = "auto",
-    part_size: Annotated[int, typer.Option(min=1, max=MOST_IMAGES, help="images a part, the unit of resuming")] = 512,
+    part_size: Annotated[
+        int | None,
+        typer.Option(
+            min=1, max=MOST_IMAGES, help="images a part, the unit of resuming; default: the cache's own, or 512"
+        ),
+    ] = None,
     batch_size: Annotated[
         int | None,
         typer.Option(
@@ -109,6 +114,7 @@ def extract(
     from regionspot.pipeline.failure_limit import FailureLimit
     from regionspot.pipeline.job import ExtractJob, Models, Source
     from regionspot.pipeline.on_workers import extract_on
+    from regionspot.pipeline.outstanding import check_part_size
     from regionspot.pipeline.part_choice import spans
     from regionspot.pipeline.shards import parse_shard
 
@@ -128,6 +134,8 @@ def extract(
         raise InputError(
             f"scheduler {scheduler!r}: --dry-run, --retry-failed and --metrics-port want one process; leave it out"
         )
+    if part_size is not None:
+        check_part_size(cache, part_size)
     job = ExtractJob(
         cache,
         Source(name, str(data), split, str(annotations) if annotations else None, boxes, limit),
@@ -146,7 +154,7 @@ def extract(
         exif,
         encoding,
         token_encoding,
-        part_size=part_size,
+        part_size=part_size or ExtractJob.part_size,
         parts=parts,
         shard=shard,
         batch_size=batch_size,

@@ -59,6 +59,6 @@ def find_bottleneck(
         return None
     on_cpu = stage == "encode" and device.startswith("cpu")
     words = _ADVICE.get("encode on a CPU" if on_cpu else stage, "")
-    half = _HALF if half_is_faster else ""
+    half = (f"{_HALF}or " if on_cpu else _HALF) if half_is_faster else ""
     advice = words.format(threads=decode_threads, cores=cores, regions=regions_per_picture, half=half)
     return Bottleneck(stage, shares[stage], advice)

@@ -127,15 +127,21 @@ class ExtractJob:
 
     def from_anywhere(self) -> ExtractJob:
         """The same with absolute paths: other machines have other working folders."""
+        from regionspot.pipeline.proposals import GROUND_TRUTH
+
+        boxes, random = self.source.boxes, "random:"  # as in weights.py, which imports torch
         source = replace(
             self.source,
             data=_absolute(self.source.data),
             annotations=self.source.annotations and _absolute(self.source.annotations),
-            boxes=_absolute(self.source.boxes, if_there=True),
+            # Words are words, whatever files there are of these names.
+            boxes=boxes if boxes == GROUND_TRUTH else _absolute(boxes, if_there=True),
         )
         weights = ("weights", "sam_weights", "clip_weights")
         named: dict[str, Any] = {
-            name: _absolute(found, if_there=True) for name in weights if (found := getattr(self.models, name))
+            name: _absolute(found, if_there=True)
+            for name in weights
+            if (found := getattr(self.models, name)) and not found.startswith(random)
         }
         models = replace(self.models, **named)
         return replace(self, cache=_absolute(self.cache), source=source, models=models)

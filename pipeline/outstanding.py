@@ -46,6 +46,20 @@ class Outstanding:
         return sum(self.bytes.values())
 
 
+def check_part_size(address: str | Path, part_size: int) -> None:
+    """Raises InputError where the cache at `address` has parts of another size, which no later run can change."""
+    storage = open_storage(address)
+    if not storage.exists(""):
+        return
+    held = load_header(storage).geometry
+    # A cache of fewer images than that has one part, which holds them all.
+    if held.part_size != min(part_size, held.pictures):
+        raise InputError(
+            f"{address}: has parts of {held.part_size} images, --part-size {part_size} was asked for; leave that "
+            "out, or name another cache"
+        )
+
+
 def held_sets(address: str | Path) -> dict[str, FeatureSet]:
     """The feature sets of the cache at `address`, by name; none where there is nothing yet."""
     storage = open_storage(address)

@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
 from regionspot.pipeline.datasets import DATASETS
 from regionspot.pipeline.encoder import load_encoder
+from regionspot.pipeline.job import ExtractJob, Models, Source
 from regionspot.pipeline.localizer import load_localizer
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -251,3 +253,22 @@ def test_a_device_that_there_is_not_is_refused_by_every_command_in_one_line(
         with pytest.raises(InputError, match=words):
             load("toy_sam" if load is load_localizer else "toy_clip", device=device)
     assert not list(tmp_path.iterdir())
+
+
+def test_another_part_size_than_the_caches_is_refused_and_its_own_is_taken(refused, regionspot, world, cache):
+    refused("has parts of 3 images, --part-size 2 was asked for", *extract(world, cache, "--part-size", 2))
+    for more in ((), ("--part-size", 512)):
+        code, said, err = regionspot(*extract(world, cache, *more))
+        assert (code, "nothing to do" in said) == (0, True), err
+
+
+def test_words_for_workers_stay_words_whatever_files_are_called_like_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("gt", "random:0", "boxes.json"):
+        (tmp_path / name).touch()
+    job = ExtractJob("c.zarr", Source("toy", "data"), Models(weights="random:0"))
+    sent = job.from_anywhere()
+    assert (sent.source.boxes, sent.models.weights) == ("gt", "random:0")
+    assert replace(job, source=Source("toy", "data", boxes="boxes.json")).from_anywhere().source.boxes == str(
+        tmp_path / "boxes.json"
+    )
