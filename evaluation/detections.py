@@ -7,7 +7,7 @@ million rows of five columns are 300 MB. The mask of a region is encoded once, h
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -209,18 +209,22 @@ def from_columns(columns: Any) -> Detections:
     )
 
 
-def write_results_json(path: Path, detections: Detections) -> None:
-    """Write LVIS's results form: a JSON list with image_id, category_id, bbox (XYWH), score and, with masks, RLE."""
+def write_results_json(path: Path, detections: Detections, image_names: Mapping[int, str] | None = None) -> None:
+    """Write LVIS's results form: a JSON list with image_id, category_id, bbox (XYWH), score and, with masks, RLE.
+
+    `image_names`: the name of each image whose id is one in the annotations, by the number that stands for it.
+    """
     partial = partial_path(path)
     with partial.open("w", encoding="utf-8") as file:
         file.write("[")
-        file.writelines(_json_rows(detections.as_dicts()))
+        file.writelines(_json_rows(detections.as_dicts(), image_names or {}))
         file.write("\n]\n")
     partial.replace(path)
 
 
-def _json_rows(dicts: Iterable[dict[str, Any]]) -> Iterator[str]:
+def _json_rows(dicts: Iterable[dict[str, Any]], image_names: Mapping[int, str]) -> Iterator[str]:
     for number, detection in enumerate(dicts):
+        detection["image_id"] = image_names.get(detection["image_id"], detection["image_id"])
         if "segmentation" in detection:
             mask = detection["segmentation"]
             detection = {**detection, "segmentation": {**mask, "counts": mask["counts"].decode("ascii")}}

@@ -18,6 +18,7 @@ from regionspot.cache.machine import compute_device
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.baselines import CropBaseline, PooledBaseline
+from regionspot.evaluation.ground_truth import read_ground_truth
 from regionspot.evaluation.head_features import features_of
 from regionspot.evaluation.inference import Method
 from regionspot.evaluation.methods import HeadOnCache, HeadOnPhotos
@@ -91,10 +92,13 @@ def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
     manifest = _manifest(asked)
     annotations = asked.annotations or _annotation_file(asked.data, manifest)
     photos = photo_dir(asked.dataset, asked.data, asked.split, manifest)
+    truth = read_ground_truth(annotations)  # before models are loaded, let alone run for hours
+    if asked.masks and asked.cache is None and asked.baseline is None:
+        truth.require_masks()
     method, vocabulary = _method(asked, manifest, photos)
     return evaluate_method(
         method,
-        annotations,
+        truth,
         asked.out,
         boxes="ground truth" if asked.boxes == GROUND_TRUTH else f"detector proposals, {Path(asked.boxes).name}",
         templates=vocabulary.templates,

@@ -16,7 +16,7 @@ from regionspot.cache.durable import write_file
 from regionspot.cache.outputs import check_output_file, check_output_folder
 from regionspot.evaluation.detections import DETECTIONS_PER_PICTURE, write_results_json
 from regionspot.evaluation.drawing import save_picture
-from regionspot.evaluation.ground_truth import read_ground_truth
+from regionspot.evaluation.ground_truth import GroundTruth, read_ground_truth
 from regionspot.evaluation.inference import Inference, Method, infer
 from regionspot.evaluation.lvis_ap import lvis_ap
 from regionspot.evaluation.sheet import judged_sheet
@@ -40,7 +40,7 @@ def check_out(out: Path, inputs: Iterable[str | Path | None]) -> None:
 
 def evaluate_method(
     method: Method,
-    annotations: Path,
+    annotations: Path | GroundTruth,
     out: Path,
     *,
     boxes: str = "ground truth",
@@ -56,7 +56,10 @@ def evaluate_method(
     Raises AnnotationError for a truth that cannot be evaluated, InputError where too many pictures are unreadable or
     `out` cannot be written.
     """
-    truth = read_ground_truth(annotations)  # hours of inference are no place to learn that it is damaged
+    truth = annotations if isinstance(annotations, GroundTruth) else read_ground_truth(annotations)
+    if method.identity.get("masks"):
+        truth.require_masks()  # not after hours of inference
+    names = truth.image_names
     found = infer(method, out / "parts", max_failures=max_failures)
     begin = time.perf_counter()
     ap = {"bbox": lvis_ap(truth, found.detections, "bbox", method.manifest.image_ids).values, "segm": None}
@@ -66,16 +69,16 @@ def evaluate_method(
     results = {
         "method": method.name,
         **ap,
-        "protocol": _protocol(method, annotations, boxes, templates),
+        "protocol": _protocol(method, truth.path, boxes, templates),
         "pictures": len(method.manifest),
-        "unreadable": {str(image_id): reason for image_id, reason in found.failures.items()},
+        "unreadable": {str(names.get(image, image)): reason for image, reason in found.failures.items()},
         "regions": len(method.manifest.boxes_xyxy),
         "detections": len(found.detections),
         "seconds": seconds,
         "seconds_per_picture": _seconds_per_picture(found),
         "identity": method.identity,
     }
-    write_results_json(out / DETECTIONS, found.detections)
+    write_results_json(out / DETECTIONS, found.detections, names)
     if photos is not None:
         exif = exif_of(method.features.values())
         sheet = judged_sheet(method.manifest, photos, found.detections, SHEET_PICTURES, title=method.name, exif=exif)

@@ -160,7 +160,7 @@ def require_regions(manifest: Manifest) -> None:
     raise InputError(
         f"{manifest.dataset} {manifest.split}: no region is left to extract of {files} ("
         f"{', '.join(counts) or 'no boxes are listed'}){''.join(f'; {line}' for line in manifest.remarks)}; give boxes "
-        "by --boxes, or leave them out by --localizer none"
+        "by --annotations or --boxes"
     )
 
 

@@ -423,7 +423,7 @@ def test_where_no_region_is_left_that_is_told_with_what_became_of_the_boxes(read
         require_regions(manifest)
     assert "they look like x, y, width, height from 0 to 1" in str(told.value)
     read(coco())
-    with pytest.raises(InputError, match=r"\(no boxes are listed\); give boxes by --boxes"):
+    with pytest.raises(InputError, match=r"\(no boxes are listed\); give boxes by --annotations or --boxes"):
         read_split("coco", tmp_path, annotations=tmp_path / "boxes.json")
     assert len(read_split("coco", tmp_path, annotations=tmp_path / "boxes.json", may_be_empty=True)) == 1
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from regionspot.cache.errors import InputError, ProvenanceMismatchError, WeightsError
+from regionspot.cache.errors import AnnotationError, InputError, ProvenanceMismatchError, WeightsError
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation import inference, lvis_ap
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
@@ -212,6 +212,53 @@ def test_an_evaluation_names_its_protocol_and_leaves_results_that_other_tools_re
     table = ap_table([row_of(found), row_of(found, "segm", "masks")])
     assert f"{100 * found['bbox']['AP']:.1f}" in table.splitlines()[2]
     assert ap_markdown([row_of(found)]).count("\n") == 2
+
+
+def ground_truth_with(world, path, change):
+    dataset = json.loads((world / "toy_val.json").read_text())
+    change(dataset)
+    path.write_text(json.dumps(dataset))
+    return path
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda d: d["annotations"][5].update(segmentation=[]),
+        lambda d: d["annotations"][5].update(segmentation=[[1, 2, 30, 40]]),
+        lambda d: d["annotations"][5].update(area="large"),
+        lambda d: d["categories"][5].pop("frequency"),
+    ],
+)
+def test_ground_truth_is_checked_before_models_are_loaded(asked, world, tmp_path, monkeypatch, change):
+    def loaded(*_, **__):
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(RegionSpot, "load", loaded)
+    path = ground_truth_with(world, tmp_path / "truth.json", change)
+    with pytest.raises(AnnotationError, match=r"cannot be evaluated, the first: (annotations|categories)\[5\]"):
+        evaluate_lvis(replace(asked, annotations=path))
+
+
+def test_masks_of_the_ground_truth_need_not_be_sound_where_none_are_evaluated(asked, world, tmp_path):
+    path = ground_truth_with(world, tmp_path / "truth.json", lambda d: d["annotations"][5].update(segmentation=None))
+    assert evaluate_lvis(replace(asked, annotations=path, masks=False, limit=1))["segm"] is None
+
+
+def test_results_name_images_whose_ids_are_names_and_ap_is_the_same(asked, world, tmp_path):
+    def named(dataset):
+        for image in dataset["images"]:
+            image["id"] = f"image {image['id']}"
+        for annotation in dataset["annotations"]:
+            annotation["image_id"] = f"image {annotation['image_id']}"
+
+    path = ground_truth_with(world, tmp_path / "named.json", named)
+    expected = evaluate_lvis(replace(asked, masks=False))
+    numbers = [each["image_id"] for each in json.loads((asked.out / "detections.json").read_text())]
+    found = evaluate_lvis(replace(asked, annotations=path, masks=False, out=tmp_path / "other"))
+    names = [each["image_id"] for each in json.loads((tmp_path / "other" / "detections.json").read_text())]
+    assert found["bbox"] == expected["bbox"]
+    assert names == [f"image {number}" for number in numbers]
 
 
 def test_a_limit_evaluates_the_first_pictures_against_their_own_truth_only(asked, manifest, tmp_path):

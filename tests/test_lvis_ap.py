@@ -17,6 +17,7 @@ from regionspot.evaluation.detections import (
 )
 from regionspot.evaluation.ground_truth import read_ground_truth
 from regionspot.evaluation.lvis_ap import METRICS, best_per_picture, lvis_ap
+from regionspot.pipeline.json_values import image_id
 
 SIDE = 128
 
@@ -200,30 +201,149 @@ def broken(truth, change):
     return json.dumps(dataset)
 
 
+def annotation_3(**fields):
+    return lambda truth: broken(truth, lambda d: d["annotations"][3].update(fields))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda truth: truth.read_text()[:-40], "is not whole JSON"),
+        (lambda truth: truth.read_text()[:-40], "is cut off"),
         (lambda truth: "[]", 'has no list "images"'),
-        (lambda truth: broken(truth, lambda d: d["images"][1].pop("neg_category_ids")), r"images\[1\] has no \"neg_"),
-        (lambda truth: broken(truth, lambda d: d["categories"][0].pop("frequency")), r"categories\[0\] has no \"freq"),
-        (lambda truth: broken(truth, lambda d: d["categories"][2].update(frequency="x")), "frequency 'x'"),
-        (lambda truth: broken(truth, lambda d: d["annotations"][3].update(id=0)), "counts as a miss"),
-        (lambda truth: broken(truth, lambda d: d["annotations"][3].update(image_id=9)), "image_id 9"),
-        (lambda truth: broken(truth, lambda d: d["annotations"][3].pop("segmentation")), "segmentation"),
+        (lambda truth: broken(truth, lambda d: d["images"][1].pop("neg_category_ids")), "images[1] has no `neg_"),
+        (lambda truth: broken(truth, lambda d: d["images"][1].update(neg_category_ids=[4])), "names category 4"),
+        (
+            lambda truth: broken(truth, lambda d: d["images"][1].update(id=1)),
+            "images[0] and images[1] have the same id 1",
+        ),
+        (lambda truth: broken(truth, lambda d: d["images"][1].pop("height")), "images[1] has no `height`"),
+        (
+            lambda truth: broken(truth, lambda d: d["categories"][0].pop("frequency")),
+            "categories[0] has no `frequency`",
+        ),
+        (lambda truth: broken(truth, lambda d: d["categories"][2].update(frequency="x")), '.frequency is "x"'),
+        (lambda truth: broken(truth, lambda d: d["categories"][2].update(id=3)), "have the same id 3"),
+        (annotation_3(image_id=9), ".image_id is 9, which the file does not define"),
+        (annotation_3(category_id=4), ".category_id is 4"),
+        (
+            annotation_3(area="large"),
+            '1 of 4 annotations cannot be evaluated, the first: annotations[3].area is "large"',
+        ),
+        (annotation_3(area=None), ".area is null"),
+        (annotation_3(area=-1), ".area is -1, expected a number from 0"),
+        (annotation_3(bbox=None), ".bbox is null"),
+        (annotation_3(bbox=[1, 2, float("nan"), 4]), ".bbox is [1, 2, null, 4]"),
+        (annotation_3(bbox=[1, 2, -3, 4]), ".bbox is [1, 2, -3, 4]"),
+        (
+            lambda truth: broken(truth, lambda d: d["annotations"][3].pop("segmentation")),
+            "has no `segmentation`; --no-masks",
+        ),
+        (annotation_3(segmentation=None), ".segmentation is null"),
+        (annotation_3(segmentation=[]), ".segmentation is [], expected polygons of at least 3 points"),
+        (annotation_3(segmentation=[[]]), ".segmentation is [[]]"),
+        (annotation_3(segmentation=[[5, 5, 30, 30]]), ".segmentation is [[5, 5, 30, 30]]"),
+        (annotation_3(segmentation=[[5, 5, 30, 5, 30, 30], [1, 2]]), ".segmentation is [[5, 5"),
+        (annotation_3(segmentation=[[5, 5, 30, 5, 30, 30, 7]]), ".segmentation is [[5, 5"),
+        (annotation_3(segmentation=[[5, 5, 30, "5", 30, 30]]), ".segmentation is [[5, 5"),
+        (annotation_3(segmentation=[[5, 5, 30, None, 30, 30]]), ".segmentation is [[5, 5"),
+        (annotation_3(segmentation=[5, 5, 30, 5, 30, 30]), ".segmentation is [5, 5"),
+        (annotation_3(segmentation={"size": [SIDE, SIDE]}), " has no `counts`"),
+        (annotation_3(segmentation={"size": [9, 9], "counts": [81]}), ".segmentation.size is [9, 9]"),
+        (annotation_3(segmentation={"size": [SIDE, SIDE], "counts": [0, 10]}), ".segmentation.counts is [0, 10]"),
+        (annotation_3(segmentation={"size": [SIDE, SIDE], "counts": "abc"}), '.segmentation.counts is "abc"'),
     ],
 )
 def test_annotations_that_lvis_would_stumble_over_are_named_in_one_line(truth, tmp_path, content, message):
     path = tmp_path / "broken.json"
     path.write_text(content(truth))
-    with pytest.raises(AnnotationError, match=message) as caught:
+    with pytest.raises(AnnotationError) as caught:
         lvis_ap(path, detections(PERFECT), "segm")
-    assert str(path) in str(caught.value)
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("ids", [[7, 7, 7, 7], [0, 1, 2, 3], [-4, -3, -2, -1], ["a", "b", None, 2**70], [1, 2, 2, 0]])
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_annotation_ids_do_not_change_ap_and_odd_ones_are_told(truth, tmp_path, caplog, ids, iou_type):
+    def change(dataset):
+        for entry, number in zip(dataset["annotations"], ids, strict=True):
+            entry["id"] = number
+
+    path = tmp_path / "ids.json"
+    path.write_text(broken(truth, change))
+    assert lvis_ap(path, detections(PERFECT), iou_type).values == pytest.approx(dict.fromkeys(METRICS, 1.0))
+    assert "annotation ids are missing, repeated, 0 or less; they are numbered anew" in caplog.text
+
+
+def test_ids_of_images_and_classes_may_be_zero_negative_huge_or_text(tmp_path, caplog):
+    boxes = [annotation(1, 1, 7, [10, 10, 20, 20]), annotation(2, 2, 3, [40, 40, 50, 50])]
+    path = write_truth(tmp_path / "truth.json", boxes, negatives={1: [3], 2: [7]})
+    rows = [(1, 7, [10, 10, 20, 20], 0.9), (2, 3, [40, 40, 50, 50], 0.8), (1, 3, [0, 0, 9, 9], 0.99)]
+    expected = lvis_ap(path, detections(rows), "bbox").values
+    for images, classes in (((0, -5), (-1, 0, -2)), ((2**62, -(2**63)), (2**40, 5, 2**41)), (("a", "b"), (1, 2, 3))):
+        image_of, class_of = dict(zip((1, 2), images, strict=True)), dict(zip((7, 3, 5), classes, strict=True))
+
+        def change(dataset, image_of=image_of, class_of=class_of):
+            for image in dataset["images"]:
+                image["id"] = image_of[image["id"]]
+                image["neg_category_ids"] = [class_of[each] for each in image["neg_category_ids"]]
+            for category in dataset["categories"]:
+                category["id"] = class_of[category["id"]]
+            for entry in dataset["annotations"]:
+                entry["image_id"], entry["category_id"] = image_of[entry["image_id"]], class_of[entry["category_id"]]
+
+        other = tmp_path / "other.json"
+        other.write_text(broken(path, change))
+        numbers = {image: image_id("", image) for image in images}
+        moved = [(numbers[image_of[image]], class_of[kind], box, score) for image, kind, box, score in rows]
+        assert lvis_ap(other, detections(moved), "bbox").values == expected
+    assert not caplog.text
+
+
+def test_numbers_as_text_evaluate_as_numbers(truth, tmp_path):
+    def change(dataset):
+        for entry in dataset["annotations"]:
+            entry.update(area=str(entry["area"]), image_id=float(entry["image_id"]), bbox=list(map(str, entry["bbox"])))
+
+    path = tmp_path / "text.json"
+    path.write_text("\ufeff" + broken(truth, change))
+    assert lvis_ap(path, detections(PERFECT), "bbox").values == pytest.approx(dict.fromkeys(METRICS, 1.0))
+
+
+def test_annotations_of_no_area_which_lvis_leaves_out_are_told(truth, tmp_path, caplog):
+    path = tmp_path / "flat.json"
+    path.write_text(broken(truth, lambda d: d["annotations"][3].update(area=0)))
+    read_ground_truth(path)
+    assert "1 annotations have area 0, and lvis leaves those out of AP" in caplog.text
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_masks_as_run_lengths_are_taken(truth, tmp_path, as_text):
+    def change(dataset):
+        for entry, mask in zip(dataset["annotations"], masks, strict=True):
+            entry["segmentation"] = mask
+
+    found = detections(PERFECT).masks
+    masks = [found[index] for index in range(4)]
+    if as_text:
+        masks = [{**mask, "counts": mask["counts"].decode()} for mask in masks]
+    else:
+        masks = [{"size": mask["size"], "counts": runs_of(found.decode(index))} for index, mask in enumerate(masks)]
+    path = tmp_path / "runs.json"
+    path.write_text(broken(truth, change))
+    assert lvis_ap(path, detections(PERFECT), "segm").values == pytest.approx(dict.fromkeys(METRICS, 1.0))
+
+
+def runs_of(mask):
+    flat = mask.T.reshape(-1)
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff([0, *edges, len(flat)]).tolist()
+    return [0, *runs] if flat[0] else runs
+
+
 def test_a_missing_annotation_file_is_named(tmp_path):
-    with pytest.raises(AnnotationError, match=r"absent.json: cannot be read"):
+    with pytest.raises(AnnotationError, match=r"absent.json: there is no such file"):
         lvis_ap(tmp_path / "absent.json", detections([]), "bbox")
 
 
@@ -232,7 +352,7 @@ def test_detections_that_do_not_belong_to_the_file_are_refused(truth):
         lvis_ap(truth, detections([(9, 3, [0, 0, 9, 9], 0.5)]), "bbox")
     with pytest.raises(InputError, match="class id 4"):
         lvis_ap(truth, detections([(1, 4, [0, 0, 9, 9], 0.5)]), "bbox")
-    with pytest.raises(InputError, match="no picture with id 9"):
+    with pytest.raises(InputError, match="no image with id 9"):
         lvis_ap(truth, detections(PERFECT), "bbox", np.array([9]))
     without = Detections(*(getattr(detections(PERFECT), name) for name in list(Detections.__dataclass_fields__)[:5]))
     with pytest.raises(InputError, match="have no masks"):
