@@ -120,8 +120,11 @@ PLUGINS = [
 
 @pytest.mark.parametrize(("content", "format", "module", "package"), PLUGINS)
 def test_a_format_that_needs_a_plugin_is_refused_with_its_name(monkeypatch, content, format, module, package):
-    monkeypatch.setitem(sys.modules, module, None)  # as if it were not installed
+    # As if it were not installed, also where another test has made Pillow use it already.
+    monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, f"{module}.HeifImagePlugin", None)
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name not in ("HEIF", "JXL")])
+    monkeypatch.setattr(Image, "OPEN", {name: how for name, how in Image.OPEN.items() if name not in ("HEIF", "JXL")})
     with pytest.raises(PhotoError, match=f"is in {format} format; to read it, `pip install {package}`$"):
         read_photo(content)
 
