@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+from regionspot import cli
 from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures, Ragged
 from regionspot.cache.claims import Claims
 from regionspot.cache.encodings import statistics_of
@@ -266,3 +267,35 @@ def stress_result(request) -> Callable[..., None]:
 def stress_size() -> Callable[[int], int]:
     """`stress_size(1000)`: so many in a full run of `make stress`, a fiftieth of it in a quick one."""
     return lambda full: full if os.environ.get("STRESS_QUICK") != "1" else math.ceil(full / 50)
+
+
+@pytest.fixture
+def regionspot(monkeypatch, capsys):
+    """`regionspot("extract", "toy", ...)` gives the exit code, stdout and stderr of that command."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["regionspot", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def refused(regionspot):
+    """`refused("needs this", "extract", ...)`: exit code 2 and one line on stderr that holds the words."""
+
+    def run(words: str, *arguments) -> None:
+        code, _, err = regionspot(*arguments)
+        lines = [line for line in err.splitlines() if line.startswith("regionspot: ")]
+        assert code == 2, err
+        assert len(lines) == 1, err
+        assert words in lines[0], lines[0]
+        assert "Traceback" not in err
+
+    return run
