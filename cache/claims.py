@@ -20,7 +20,8 @@ by `require_ours`, which is asked when a part is complete, right before it is pu
 falls asleep after that question, before the last rename, for longer than CLAIM_SECONDS. It then gives names to files
 that it wrote alone, under names of its own: the same bytes as the other run's, where their machines compute alike.
 Where these round differently and it dies halfway, a mixture stays behind. The checksums in the part's record tell it
-from a part: it is found when it is read or verified, and made again after `cache repair`.
+from a part: it is found when it is read or verified, and made again after `cache repair`. A run that sleeps that long
+inside `release` removes the claim of whoever took the part over, who therefore gives it up instead of publishing it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 Between two calls a run may be killed, or sleep for longer than the others wait for a beat. Not however from the
 question whether a part is still its own to the moment that it is published: that is what claims leave open, and what
-checksums are for.
+checksums are for. Nor does it sleep inside `release`, between the same question and the removal of its claim: whoever
+took the part over meanwhile would find its claim gone, and give the part up instead of publishing it.
 """
 
 import random
@@ -74,6 +75,7 @@ class Run:
     killed: bool = False
     ended: bool = False
     publishing: bool = False
+    releasing: bool = False
     sleeps_until: float = 0.0
     holds: dict[int, float] = field(default_factory=dict)  # parts, and when it reached for each
 
@@ -146,7 +148,9 @@ class World:
                 self.done[part] = me.number
             me.publishing = False
         del me.holds[part]
+        me.releasing = True
         ours.release(part)
+        me.releasing = False
 
     def require_alone(self, part, me, reached):
         for other in self.runs:
@@ -177,7 +181,7 @@ class World:
             return
         if fate < 0.01 and others > 1:
             run.killed = True
-        elif fate < 0.08:
+        elif fate < 0.08 and not run.releasing:
             run.sleeps_until = self.clock + self.random.uniform(0.8, 1.5) * CLAIM_SECONDS
 
     def show_life(self, awake):
