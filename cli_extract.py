@@ -106,21 +106,16 @@ def extract(
 
     Any number of runs may share a cache: start the same command on as many machines as there are.
     """
-    from dataclasses import replace
-
     from regionspot.cache.encodings import Encoding
     from regionspot.cache.errors import InputError
     from regionspot.pipeline.clusters import check_scheduler
+    from regionspot.pipeline.extract_config import ExtractConfig
     from regionspot.pipeline.failure_limit import FailureLimit
-    from regionspot.pipeline.job import ExtractJob, Models, Source
-    from regionspot.pipeline.on_workers import extract_on
     from regionspot.pipeline.outstanding import check_part_size
     from regionspot.pipeline.part_choice import spans
     from regionspot.pipeline.shards import parse_shard
 
     # Before annotations are read and models loaded, which takes minutes.
-    for encoded in (encoding, token_encoding):
-        Encoding.parse(encoded)
     if parts is not None:
         spans(parts)
     if shard is not None:
@@ -136,38 +131,47 @@ def extract(
         )
     if part_size is not None:
         check_part_size(cache, part_size)
-    job = ExtractJob(
-        cache,
-        Source(name, str(data), split, str(annotations) if annotations else None, boxes, limit),
-        Models(
-            preset,
-            weights,
-            sam_weights,
-            clip_weights,
-            device,
-            "float32" if exact else dtype,
-            localizer=localizer,
-            encoders=tuple(encoder or ()),
-            preprocess=preprocess,
-            tokens=tokens,
-        ),
-        exif,
-        encoding,
-        token_encoding,
-        part_size=part_size or ExtractJob.part_size,
+    config = ExtractConfig(
+        cache=cache,
+        dataset=name,
+        data=str(data),
+        split=split,
+        annotations=str(annotations) if annotations else None,
+        boxes=boxes,
+        limit=limit,
+        preset=preset,
+        localizer=localizer,
+        encoders=tuple(encoder or ()),
+        weights=weights,
+        sam_weights=sam_weights,
+        clip_weights=clip_weights,
+        device=device,
+        dtype="float32" if exact else dtype,
+        preprocess=preprocess,
+        tokens=tokens,
+        exif=exif,
+        encoding=Encoding.parse(encoding),
+        token_encoding=Encoding.parse(token_encoding),
+        part_size=part_size or ExtractConfig.part_size,
         parts=parts,
         shard=shard,
         batch_size=batch_size,
         decode_threads=decode_threads,
         max_failures=FailureLimit.parse(max_failures),
         check_room=room_check,
+        take_over=take_over,
+        metrics_port=metrics_port,
     )
     if not dry_run:
         on_stop(AGAIN)
     if on_workers:
-        typer.echo(f"{cache}: {extract_on(scheduler, job, take_over).text()}")
+        from regionspot.pipeline.on_workers import extract_on
+
+        typer.echo(f"{cache}: {extract_on(scheduler, config).text()}")
     else:
-        job.models.check()
-        extraction = replace(job.extraction(), take_over=take_over, metrics_port=metrics_port)
+        from regionspot.pipeline.extraction import Extraction  # imports torch
+
+        config.check_models()
+        extraction = Extraction.load(config)
         done = extraction.plan() if dry_run else extraction.retry() if retry_failed else extraction.run()
         typer.echo(f"{cache}: {done.text()}")

@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,7 @@ from regionspot.pipeline.backbones import build_clip, build_sam, preset_named
 from regionspot.pipeline.batch_size import batch_size_of
 from regionspot.pipeline.decoding import Decoder, decode_ahead
 from regionspot.pipeline.extract import extract, open_for_extraction
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.sam_encoder import SamEncoder
 from regionspot.pipeline.weights import load_weights
@@ -177,10 +178,11 @@ def _stages(report: Report, backbones: Backbones, job: Job, size: int, scale: Sc
     pictures, gigabytes = _writing(backbones, job, scale.part, scratch / "written.zarr")
     report.add_row(STAGES, of=f"write alone, {gigabytes:.3g} GB/s", **{"pictures/s": pictures})
     say("whole stage")
-    cache = open_for_extraction(scratch / "whole.zarr", manifest, job.folder, backbones, part_size=scale.part)
-    extract(cache, job.folder, backbones, batch_size=size, parts=[0])  # warms up: kernels, workspaces, page cache
+    config = ExtractConfig(part_size=scale.part, batch_size=size)
+    cache = open_for_extraction(scratch / "whole.zarr", manifest, job.folder, backbones, config)
+    extract(cache, job.folder, backbones, replace(config, parts="0"))  # warms up: kernels, workspaces, page cache
     started = time.perf_counter()
-    summary = extract(cache, job.folder, backbones, batch_size=size)
+    summary = extract(cache, job.folder, backbones, config)
     ours = (job.photos - len(cache.part_rows(0))) / (time.perf_counter() - started)
     say(summary.text())
     report.add_row(STAGES, of=f"ours, batches of {size}; {_shares(summary.shares)}", **{"pictures/s": ours})

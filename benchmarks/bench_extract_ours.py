@@ -13,6 +13,7 @@ from PIL import Image
 from benchmarks.bench_extract_data import WEIGHTS, Job, boxes_in, prompts
 from regionspot.pipeline.allocator import keep_memory
 from regionspot.pipeline.extract import extract, open_for_extraction
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.frozen_models import Backbones
 
 
@@ -56,7 +57,7 @@ class Ours:
         within = _Timed([self._localizer, self._encoder])
         cache = open_for_extraction(path, manifest, self._job.folder, self._backbones)
         started = time.process_time()
-        summary = extract(cache, self._job.folder, self._backbones, decode_threads=1)
+        summary = extract(cache, self._job.folder, self._backbones, ExtractConfig(decode_threads=1))
         taken = time.process_time() - started
         within.undo()
         if summary.failed:

@@ -34,6 +34,7 @@ from regionspot.fusion.config import train_config
 from regionspot.fusion.train import train as train_head
 from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.extract import extract, open_for_extraction
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.toy_world import make_toy_world
 
@@ -108,7 +109,9 @@ def extract_float32(dataset: str, data: Path, split: str, out: Path) -> Path:
     manifest = read_dataset(dataset, data, split)
     photos = photo_dir(dataset, data, split, manifest)
     backbones = Backbones.load("toy", device="cpu")
-    cache = open_for_extraction(out, manifest, photos, backbones, encoding=FLOAT32, token_encoding=FLOAT32)
+    cache = open_for_extraction(
+        out, manifest, photos, backbones, ExtractConfig(encoding=FLOAT32, token_encoding=FLOAT32)
+    )
     extract(cache, photos, backbones)
     return out
 

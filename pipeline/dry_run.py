@@ -15,9 +15,9 @@ from regionspot.cache.manifest import Manifest
 from regionspot.cache.progress import Progress, duration
 from regionspot.pipeline.decoding import DecodedImage, Decoder, decode_ahead
 from regionspot.pipeline.encoding import BatchEncoder, batches_of
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.outstanding import Outstanding
-from regionspot.pipeline.photos import Exif
 
 SAMPLE_SECONDS = 20.0
 SAMPLE_BATCHES = 8
@@ -54,27 +54,20 @@ class DryRun:
 
 
 def dry_run(
-    needed: Outstanding,
-    manifest: Manifest,
-    photo_folder: Path,
-    backbones: Backbones,
-    *,
-    exif: Exif = "auto",
-    batch_size: int | None = None,
-    decode_threads: int | None = None,
+    needed: Outstanding, manifest: Manifest, photo_folder: Path, backbones: Backbones, config: ExtractConfig
 ) -> DryRun:
     """Run the backbones over a sample of pictures spread evenly over the manifest; nothing is written.
 
     The first batch, in which libraries load and caches fill, is left out of the rate where there are more.
     """
-    size = batch_size or backbones.batch_size
+    size = config.batch_size or backbones.batch_size
     count = min(needed.pictures, SAMPLE_BATCHES * size)
     rows = np.linspace(0, len(manifest) - 1, count).round().astype(int).tolist() if count else []
-    names = [feature_set.name for feature_set in backbones.feature_sets(exif)]
-    decoder = Decoder(manifest, photo_folder, backbones, exif)
+    names = [feature_set.name for feature_set in config.feature_sets(backbones)]
+    decoder = Decoder(manifest, photo_folder, backbones, config.exif)
     encode = BatchEncoder(manifest, backbones, Progress(count, "pictures of the sample"))
     ends, failures = [time.perf_counter()], []
-    with closing(decode_ahead(decoder, ((row, names) for row in rows), decode_threads)) as decoded:
+    with closing(decode_ahead(decoder, ((row, names) for row in rows), config.decode_threads)) as decoded:
         for picture in encode(_for_a_while(batches_of(decoded, size, len(manifest) + 1, encode.progress))):
             ends.append(time.perf_counter())
             failures += [picture.failure] if picture.failure is not None else []

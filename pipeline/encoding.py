@@ -12,7 +12,8 @@ look at what it made.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,9 +27,20 @@ from regionspot.cache.progress import Progress
 from regionspot.cache.schema import PictureFeatures, Stored
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.batch_size import Halving
-from regionspot.pipeline.decoding import DecodedImage
+from regionspot.pipeline.decoding import DecodedImage, Decoder, Jobs, decode_ahead
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.models import Backbone, Localizer, SemanticEncoder
+
+
+def features_of(
+    jobs: Jobs, decoder: Decoder, encode: BatchEncoder, batch_size: int, part_size: int, threads: int | None
+) -> Generator[PictureFeatures, None, None]:
+    """Features of the images of `jobs`, in order: decoded ahead by threads, then encoded in batches.
+
+    All ways to extract go through here, in one process or in a worker, so that the bytes are the same.
+    """
+    with closing(decode_ahead(decoder, jobs, threads)) as decoded:
+        yield from encode(batches_of(decoded, batch_size, part_size, encode.progress))
 
 
 def batches_of(

@@ -13,109 +13,93 @@ from contextlib import closing
 from pathlib import Path
 
 from regionspot.cache.claims import Claims
-from regionspot.cache.encodings import Encoding
-from regionspot.cache.errors import InputError
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.progress import Progress
 from regionspot.cache.schema import PictureFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.allocator import keep_memory
 from regionspot.pipeline.committing import CommitThread
-from regionspot.pipeline.decoding import Decoder, decode_ahead
-from regionspot.pipeline.encoding import BatchEncoder, batches_of, images_at_a_time
+from regionspot.pipeline.decoding import Decoder
+from regionspot.pipeline.encoding import BatchEncoder, features_of, images_at_a_time
 from regionspot.pipeline.encoding_sample import ready_to_store
-from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FailureLimit
-from regionspot.pipeline.frozen_models import FLOAT16, Backbones
-from regionspot.pipeline.photos import Exif
+from regionspot.pipeline.extract_config import ExtractConfig
+from regionspot.pipeline.failure_limit import FailureLimit
+from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.sharing import SharedParts
 from regionspot.pipeline.summary import ExtractSummary
 from regionspot.pipeline.watch import Watch
 
+DEFAULTS = ExtractConfig()
+
 
 def open_for_extraction(
-    address: str | Path,
-    manifest: Manifest,
-    photo_folder: Path,
-    backbones: Backbones,
-    exif: Exif = "auto",
-    encoding: Encoding = FLOAT16,
-    token_encoding: Encoding = FLOAT16,
-    part_size: int = 512,
+    address: str | Path, manifest: Manifest, photo_folder: Path, backbones: Backbones, config: ExtractConfig = DEFAULTS
 ) -> FeatureCache:
-    """Go on with the cache at `address`, or make it for what the backbones write into it.
+    """Open the cache at `address`, or make it, for what the backbones write into it.
 
-    For int8 the backbones run over a few pictures first, unless the cache holds the feature set already. Raises
+    For int8 the backbones run over a few images first, unless the cache holds the feature set already. Raises
     InputError when none of these can be read, and what `FeatureCache.open_or_create` raises.
     """
 
-    def features_of(rows: list[int], names: list[str]) -> Iterator[PictureFeatures]:
-        decoder = Decoder(manifest, photo_folder, backbones, exif)
+    def features_of_sample(rows: list[int], names: list[str]) -> Iterator[PictureFeatures]:
+        decoder = Decoder(manifest, photo_folder, backbones, config.exif)
         progress = Progress(len(rows), "pictures of the sample")
         encode = BatchEncoder(manifest, backbones, progress)
-        with closing(decode_ahead(decoder, ((row, names) for row in rows), None)) as decoded:
-            for picture in encode([one] for one in decoded):
-                yield picture
-                progress.step()
+        jobs = ((row, names) for row in rows)
+        for image in features_of(jobs, decoder, encode, 1, 1, config.decode_threads):
+            yield image
+            progress.step()
 
-    sets = ready_to_store(address, manifest, backbones.feature_sets(exif, encoding, token_encoding), features_of)
-    return FeatureCache.open_or_create(address, manifest, sets, part_size)
+    sets = ready_to_store(address, manifest, config.feature_sets(backbones), features_of_sample)
+    return FeatureCache.open_or_create(address, manifest, sets, config.part_size)
 
 
 def extract(
     cache: FeatureCache,
     photo_folder: Path,
     backbones: Backbones,
-    *,
-    exif: Exif = "auto",
-    batch_size: int | None = None,
-    decode_threads: int | None = None,
-    max_failures: FailureLimit = EXTRACTION_LIMIT,
-    take_over: bool = False,
-    parts: Collection[int] | None = None,
+    config: ExtractConfig = DEFAULTS,
     watch: Watch | None = None,
 ) -> ExtractSummary:
     """Run the backbones over every part of `cache` that lacks a record of theirs, and only those it lacks.
 
     Other runs may be at work on the same cache: each does what no other one has claimed, and all end when every part
-    is there. `take_over` says that no other run is alive, so that what dead ones have claimed is free at once.
-    `parts`: only these. `watch` tells of it while it works; the one by default writes summary.md into the cache.
+    is there. Of `config` only counts how it is done, not from where. `watch` tells of the run while it is at work; the
+    one by default writes summary.md into the cache.
 
     An image that cannot be read is recorded with its reason and skipped. Raises InputError when none of the first
     images can be read, or when more than `max_failures` of all cannot (V3Det's copies lack many photos; a mistyped
     folder lacks all); what is committed by then stays.
     """
-    for name, number in (("batch_size", batch_size), ("decode_threads", decode_threads)):
-        if number is not None and number < 1:
-            raise InputError(f"extract: {name} is {number}, expected at least 1")
     keep_memory()
-    names = [feature_set.name for feature_set in backbones.feature_sets(exif)]
-    size = images_at_a_time(batch_size, cache, names, backbones)
-    decoder = Decoder(cache.manifest, photo_folder, backbones, exif)
-    watch = watch or Watch()
-    with watch.over(cache, backbones, decode_threads), Claims(cache.storage, take_over=take_over) as claims:
+    names = [feature_set.name for feature_set in config.feature_sets(backbones)]
+    size = images_at_a_time(config.batch_size, cache, names, backbones)
+    decoder = Decoder(cache.manifest, photo_folder, backbones, config.exif)
+    parts, threads = config.chosen_parts(cache.n_parts), config.decode_threads
+    watch = watch or Watch(metrics_port=config.metrics_port)
+    with watch.over(cache, backbones, threads), Claims(cache.storage, take_over=config.take_over) as claims:
         shared = SharedParts(cache, names, claims, parts)
         progress = watch.begin(shared)
         encode = BatchEncoder(cache.manifest, backbones, progress)
-        check = _FailureCheck(cache, parts, max_failures, photo_folder)
+        check = _FailureCheck(cache, parts, config.max_failures, photo_folder)
         while watch.wait():
             with (
                 CommitThread(cache, shared, progress) as writer,
-                closing(decode_ahead(decoder, shared.jobs(), decode_threads)) as decoded,
+                closing(features_of(shared.jobs(), decoder, encode, size, cache.part_size, threads)) as images,
             ):
-                for picture in encode(batches_of(decoded, size, cache.part_size, progress)):
+                for image in images:
                     with progress.timed("write"):
-                        writer.put(picture)
-                    watch.picture(picture, encode.ignored_orientations)
-                    check(picture)
+                        writer.put(image)
+                    watch.picture(image, encode.ignored_orientations)
+                    check(image)
     return watch.summary()
 
 
 class _FailureCheck:
     """Stops a run when too many of all images that it was asked for are broken, whichever run found them."""
 
-    def __init__(self, cache: FeatureCache, parts: Collection[int] | None, limit: FailureLimit, folder: Path) -> None:
-        self._cache, self._limit, self._folder = cache, limit, folder
-        self._parts = range(cache.n_parts) if parts is None else parts
+    def __init__(self, cache: FeatureCache, parts: Collection[int], limit: FailureLimit, folder: Path) -> None:
+        self._cache, self._limit, self._folder, self._parts = cache, limit, folder, parts
         self._broken: set[int] = set()  # rows
         self._first_in_a_row = 0
         self._one_was_read = False

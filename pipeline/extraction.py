@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
-from regionspot.cache.encodings import Encoding
 from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.schema import Geometry
@@ -15,73 +13,41 @@ from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.dry_run import DryRun, dry_run
 from regionspot.pipeline.encoder import warn_of_unknown_names
 from regionspot.pipeline.extract import extract, open_for_extraction
-from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FailureLimit
-from regionspot.pipeline.frozen_models import FLOAT16, Backbones
+from regionspot.pipeline.extract_config import ExtractConfig
+from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.outstanding import Outstanding, held_sets, outstanding, require_room
-from regionspot.pipeline.part_choice import parse_parts
-from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.retry import RetrySummary, retry
-from regionspot.pipeline.shards import parse_shard
 from regionspot.pipeline.summary import ExtractSummary
-from regionspot.pipeline.watch import Watch
 
 
 @dataclass(frozen=True)
 class Extraction:
-    """What is to become of one dataset split.
+    """An extraction whose annotations are read and whose models are loaded."""
 
-    parts        only these of the cache: "3,7-9"
-    shard        only this share of the cache's parts: "3/16"
-    check_room   refuse a disk that is too small
-    take_over    no other run is alive: what dead ones have claimed is free at once
-    metrics_port serve Prometheus metrics there while it runs
-    """
-
-    cache: str
+    config: ExtractConfig
     manifest: Manifest
     photos: Path
     backbones: Backbones
-    exif: Exif = "auto"
-    encoding: Encoding = FLOAT16
-    token_encoding: Encoding = FLOAT16
-    part_size: int = 512
-    parts: str | None = None
-    shard: str | None = None
-    batch_size: int | None = None
-    decode_threads: int | None = None
-    max_failures: FailureLimit = EXTRACTION_LIMIT
-    check_room: bool = True
-    take_over: bool = False
-    metrics_port: int | None = None
+
+    @classmethod
+    def load(cls, config: ExtractConfig, backbones: Backbones | None = None) -> Extraction:
+        """Read the annotations and load the models, unless these are given.
+
+        Raises what reading a dataset, loading models and opening a cache raise.
+        """
+        manifest = config.read_manifest()
+        loaded = backbones or config.load_backbones(held_sets(config.cache))
+        return cls(config, manifest, config.image_folder(manifest), loaded)
 
     def plan(self) -> DryRun:
         """What a run would do, measured on a few images. Writes nothing."""
         self._warn_of_unknown_names()
-        return dry_run(
-            self._outstanding(),
-            self.manifest,
-            self.photos,
-            self.backbones,
-            exif=self.exif,
-            batch_size=self.batch_size,
-            decode_threads=self.decode_threads,
-        )
+        return dry_run(self._outstanding(), self.manifest, self.photos, self.backbones, self.config)
 
     def run(self) -> ExtractSummary:
         """Extract what is missing, unless the disk is too small for it."""
         cache, backbones = self.prepare()
-        return extract(
-            cache,
-            self.photos,
-            backbones,
-            exif=self.exif,
-            batch_size=self.batch_size,
-            decode_threads=self.decode_threads,
-            max_failures=self.max_failures,
-            take_over=self.take_over,
-            parts=self.only(cache.n_parts),
-            watch=Watch(metrics_port=self.metrics_port),
-        )
+        return extract(cache, self.photos, backbones, self.config)
 
     def prepare(self) -> tuple[FeatureCache, Backbones]:
         """The cache, made where there is none, unless the disk is too small for what is missing; and its models.
@@ -89,28 +55,18 @@ class Extraction:
         These are `backbones`, or the same in another dtype: where that was left to choose, it is the cache's, also when
         another run has made the cache since `backbones` were loaded.
         """
-        if self.check_room:
-            require_room(self.cache, self._outstanding())
+        if self.config.check_room:
+            require_room(self.config.cache, self._outstanding())
         self._warn_of_unknown_names()
         return self._open()
 
     def retry(self) -> RetrySummary:
-        """Try the pictures again that could not be read. Raises InputError where there is no cache."""
-        if not open_storage(self.cache).exists(""):
-            raise InputError(
-                f"{self.cache}: there is no cache to try failed pictures of; extract without --retry-failed"
-            )
+        """Try the images again that could not be read. Raises InputError where there is no cache."""
+        address = self.config.cache
+        if not open_storage(address).exists(""):
+            raise InputError(f"{address}: there is no cache to try failed pictures of; extract without --retry-failed")
         cache, backbones = self._open()
-        return retry(
-            cache,
-            self.photos,
-            backbones,
-            exif=self.exif,
-            batch_size=self.batch_size,
-            decode_threads=self.decode_threads,
-            take_over=self.take_over,
-            parts=self.only(cache.n_parts),
-        )
+        return retry(cache, self.photos, backbones, self.config)
 
     def _warn_of_unknown_names(self) -> None:
         warn_of_unknown_names(self.backbones.encoders, [category.name for category in self.manifest.categories])
@@ -119,37 +75,17 @@ class Extraction:
         try:
             return self._opened_for(self.backbones), self.backbones
         except ProvenanceMismatchError:
-            following = self.backbones.following(held_sets(self.cache))
+            following = self.backbones.following(held_sets(self.config.cache))
             if following is self.backbones:
                 raise
         return self._opened_for(following), following
 
     def _opened_for(self, backbones: Backbones) -> FeatureCache:
-        return open_for_extraction(
-            self.cache,
-            self.manifest,
-            self.photos,
-            backbones,
-            self.exif,
-            self.encoding,
-            self.token_encoding,
-            self.part_size,
-        )
+        return open_for_extraction(self.config.cache, self.manifest, self.photos, backbones, self.config)
 
     def _outstanding(self) -> Outstanding:
-        sets = self.backbones.feature_sets(self.exif, self.encoding, self.token_encoding)
-        there = open_storage(self.cache).exists("")
-        n_parts = (
-            FeatureCache.open(self.cache).n_parts
-            if there
-            else Geometry.of(self.manifest.offsets, self.part_size).n_parts
-        )
-        return outstanding(self.cache, self.manifest, sets, self.part_size, self.only(n_parts))
-
-    def only(self, n_parts: int) -> Collection[int] | None:
-        """The parts that `parts` or `shard` names, of so many; None: all. Raises InputError for what names none."""
-        if self.parts is not None and self.shard is not None:
-            raise InputError(f"parts {self.parts!r} and shard {self.shard!r}: give one of the two")
-        if self.parts is not None:
-            return parse_parts(self.parts, n_parts)
-        return None if self.shard is None else parse_shard(self.shard).parts(n_parts)
+        address, part_size = self.config.cache, self.config.part_size
+        there = open_storage(address).exists("")
+        n_parts = FeatureCache.open(address).n_parts if there else Geometry.of(self.manifest.offsets, part_size).n_parts
+        sets, parts = self.config.feature_sets(self.backbones), self.config.chosen_parts(n_parts)
+        return outstanding(address, self.manifest, sets, part_size, parts)

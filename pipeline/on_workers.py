@@ -30,8 +30,8 @@ from regionspot.cache.records import PartRecord
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.bottleneck import find_bottleneck
 from regionspot.pipeline.clusters import SAY_SECONDS, Connection, connected, local_workers
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.failure_kinds import FailureCount
-from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.job import ExtractJob, Prepared
 from regionspot.pipeline.part_worker import Job, WorkerFailedError, do_part, when_idle
 from regionspot.pipeline.summary import COMPLETE, ExtractSummary, RunRecord
@@ -280,50 +280,45 @@ def trouble_of(error: Exception) -> str:
     )
 
 
-def extract_on(scheduler: str, job: ExtractJob, take_over: bool = False) -> ExtractSummary:
+def extract_on(scheduler: str, config: ExtractConfig) -> ExtractSummary:
     """Have the workers of `scheduler` (clusters.py says which there are) extract what the cache lacks.
-
-    take_over   no other run is alive: what dead ones have claimed is free at once
 
     At an interrupt the workers end the parts under way. Raises InputError and CacheError in one line when the cache
     cannot be made, too many images are broken, a part cannot be made or the scheduler is gone; what is written by then
     stays.
     """
-    job = job.from_anywhere()
-    if (count := local_workers(scheduler)) and job.decode_threads is None:
-        job = replace(job, decode_threads=min(max(processors() // count, 1), 16))  # they share this machine's cores
+    config = config.with_absolute_paths()
+    if (count := local_workers(scheduler)) and config.decode_threads is None:
+        config = replace(config, decode_threads=min(max(processors() // count, 1), 16))  # they share the cores
+    job = ExtractJob(config)
     with connected(scheduler) as connection:
         prepared: Prepared = run_once(connection, ExtractJob.prepare, job)
-        job, cache = replace(job, photos=prepared.photos), _opened(job.cache)
-        run = _WorkersRun(cache, prepared)
-
-        def check() -> None:
-            run.check(job.max_failures)
-
+        cache = _opened(config.cache)
+        run = _WorkersRun(cache, prepared, config)
         with run.recorded():
-            run_parts(connection, job, cache, prepared.names, run.pending, run.totals, check, take_over)
-    _tidy_up(job.cache)  # behind the workers of this machine, which have ended
+            run_parts(connection, job, cache, prepared.names, run.pending, run.totals, run.check, config.take_over)
+    _tidy_up(config.cache)  # behind the workers of this machine, which have ended
     return run.summary()
 
 
 class _WorkersRun:
     """What is told of a run: while it is at work, in the cache's summary.md, and at its end."""
 
-    def __init__(self, cache: FeatureCache, prepared: Prepared) -> None:
-        self._cache, self._prepared = cache, prepared
-        asked = set(range(cache.n_parts) if prepared.parts is None else prepared.parts)
+    def __init__(self, cache: FeatureCache, prepared: Prepared, config: ExtractConfig) -> None:
+        self._cache, self._prepared, self._limit = cache, prepared, config.max_failures
+        asked = set(config.chosen_parts(cache.n_parts))
         self.pending = [part for part in cache.pending_parts(prepared.names) if part in asked]
         self._images = sum(len(cache.part_rows(part)) for part in self.pending)
         self._before = len(asked) - len(self.pending)
         self.totals = Totals()
 
-    def check(self, limit: FailureLimit) -> None:
-        """Raises InputError when more pictures are broken than `limit` allows."""
+    def check(self) -> None:
+        """Raises InputError when more images are broken than the limit allows."""
         failed, total = self.totals.failures.total, self._images
-        if not limit.allows(failed, total):
+        if not self._limit.allows(failed, total):
             raise InputError(
-                f"{self._prepared.photos}: {failed:,} of {total:,} images could not be read, more than --max-failures "
-                f"{limit} allows; check --data, or allow more"
+                f"{self._prepared.images}: {failed:,} of {total:,} images could not be read, more than --max-failures "
+                f"{self._limit} allows; check --data, or allow more"
             )
 
     def summary(self) -> ExtractSummary:

@@ -21,8 +21,8 @@ from regionspot.cache.schema import PictureFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.decoding import DecodedImage, Decoder, decode_ahead
 from regionspot.pipeline.encoding import BatchEncoder
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.frozen_models import Backbones
-from regionspot.pipeline.photos import Exif
 from regionspot.pipeline.summary_page import write_page
 
 
@@ -53,41 +53,31 @@ class RetrySummary:
         return "; ".join(words)
 
 
-def retry(
-    cache: FeatureCache,
-    photo_folder: Path,
-    backbones: Backbones,
-    *,
-    exif: Exif = "auto",
-    batch_size: int | None = None,
-    decode_threads: int | None = None,
-    take_over: bool = False,
-    parts: Collection[int] | None = None,
-) -> RetrySummary:
+def retry(cache: FeatureCache, photo_folder: Path, backbones: Backbones, config: ExtractConfig) -> RetrySummary:
     """Run the backbones over the images that failed and write the parts anew in which some can be read now.
 
-    batch_size   of parts whose records do not state how they were computed: those of earlier versions, or put together
-                 from several parts by `cache merge`
+    The config's batch size is that of parts whose records do not state how they were computed: those of earlier
+    versions, or put together from several parts by `cache merge`.
 
     Parts that are not written at all are left to `extract`. Killed at any moment, it can be run again; a part that
     was being replaced just then is made by the next `extract`.
     """
-    names = [each.name for each in backbones.feature_sets(exif)]
-    missing = _missing(cache, names, parts, lambda: batch_size or backbones.batch_size)
+    names, parts = [each.name for each in config.feature_sets(backbones)], config.chosen_parts(cache.n_parts)
+    missing = _missing(cache, names, parts, lambda: config.batch_size or backbones.batch_size)
     counts = {part: len({row for some in sets for row in some.rows}) for part, sets in missing.items()}
-    decoder = Decoder(cache.manifest, photo_folder, backbones, exif)
+    decoder = Decoder(cache.manifest, photo_folder, backbones, config.exif)
     progress = Progress(sum(counts.values()), "failed images")
     encode = BatchEncoder(cache.manifest, backbones, progress)
     read = elsewhere = 0
     reason: str | None = None
-    with Claims(cache.storage, take_over=take_over) as claims:
+    with Claims(cache.storage, take_over=config.take_over) as claims:
         for part, sets in missing.items():
             if not claims.claim(part):
                 elsewhere += counts[part]
                 continue
             there: set[int] = set()
             for some in sets:
-                images = _computed(some, decoder, encode, decode_threads)
+                images = _computed(some, decoder, encode, config.decode_threads)
                 good = {image.row: image for image in images if image.failure is None}
                 reason = next((image.failure for image in reversed(images) if image.failure), reason)
                 if good:
@@ -116,13 +106,13 @@ class _Missing:
 
 
 def _missing(
-    cache: FeatureCache, names: Sequence[str], parts: Collection[int] | None, batch_size: Callable[[], int]
+    cache: FeatureCache, names: Sequence[str], parts: Collection[int], batch_size: Callable[[], int]
 ) -> dict[int, list[_Missing]]:
     """By part, what failed; feature sets that lack the same images and were computed alike together."""
     found: defaultdict[int, dict[Any, _Missing]] = defaultdict(dict)
     for name in names:
         written = set(range(cache.n_parts)) - set(cache.pending_parts([name]))
-        for part in sorted(written if parts is None else written.intersection(parts)):
+        for part in sorted(written.intersection(parts)):
             record = cache.record(part, name)
             if not record.failures:
                 continue

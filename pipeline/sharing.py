@@ -54,7 +54,7 @@ class PartCounts:
 
 
 class SharedParts:
-    """The parts of `cache`, or those of them in `only`, that lack one of the feature sets `names`.
+    """Those of the parts `asked` for (default: all) of `cache` that lack one of the feature sets `names`.
 
     counts   how they stand; replaced as a whole at every change, so any thread may read it
 
@@ -64,12 +64,12 @@ class SharedParts:
     """
 
     def __init__(
-        self, cache: FeatureCache, names: Sequence[str], claims: Claims, only: Collection[int] | None = None
+        self, cache: FeatureCache, names: Sequence[str], claims: Claims, asked: Collection[int] | None = None
     ) -> None:
         self._cache, self._names, self._claims = cache, names, claims
-        asked = set(range(cache.n_parts) if only is None else only)
+        asked = range(cache.n_parts) if asked is None else asked
         self._lock = threading.Lock()
-        self._open = asked.intersection(cache.pending_parts(names))  # neither done nor claimed by this run
+        self._open = set(asked).intersection(cache.pending_parts(names))  # neither done nor claimed by this run
         self._claimed: dict[int, list[str]] = {}
         self._round: Iterator[int] = iter(())
         pictures = sum(len(cache.part_rows(part)) for part in self._open)

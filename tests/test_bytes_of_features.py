@@ -16,10 +16,11 @@ import torch
 from regionspot.cache import FeatureCache
 from regionspot.cache.encodings import Encoding
 from regionspot.pipeline.datasets import photo_dir, read_dataset
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.extraction import Extraction
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.frozen_models import Backbones
-from regionspot.pipeline.job import ExtractJob, Models, Source
+from regionspot.pipeline.job import ExtractJob
 
 IMAGES, PART_SIZE, BATCH_SIZE = 16, 7, 3  # parts of 3 + 3 + 1, 3 + 3 + 1 and 2 images
 BATCHES = [((3, 2), (1, 1)), ((3, 2), (1, 1)), ((2, 1),)]
@@ -55,8 +56,8 @@ def photos(world, tmp_path) -> Path:
 
 def extraction_of(cache, manifest, photos, backbones, **fields) -> Extraction:
     usual = {"encoding": EXACT, "token_encoding": EXACT, "part_size": PART_SIZE, "batch_size": BATCH_SIZE}
-    limit = FailureLimit(count=IMAGES)
-    return Extraction(str(cache), manifest, photos, backbones, **{**usual, "max_failures": limit, **fields})
+    config = ExtractConfig(str(cache), **{**usual, "max_failures": FailureLimit(count=IMAGES), **fields})
+    return Extraction(config, manifest, photos, backbones)
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_broken_images_change_no_byte_of_the_others_and_get_their_own_by_a_retry
 ):
     mend = breaking(broken)
     assert extraction().run().failed == len(broken)
-    cache = FeatureCache.open(extraction().cache)
+    cache = FeatureCache.open(extraction().config.cache)
     good = [row for row in range(IMAGES) if row not in broken]
     assert cache.valid_rows().tolist() == good
     assert_same_features(cache, unbroken, good)
@@ -117,7 +118,7 @@ def test_broken_images_change_no_byte_of_the_others_and_get_their_own_by_a_retry
         assert [cache.record(part, name).batches for part in range(3)] == BATCHES
     mend()
     assert extraction(batch_size=None).retry().read == len(broken)
-    assert contents(extraction().cache) == contents(unbroken.path)
+    assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
 def test_a_retry_of_some_gives_each_of_them_its_bytes(extraction, breaking, unbroken):
@@ -125,10 +126,10 @@ def test_a_retry_of_some_gives_each_of_them_its_bytes(extraction, breaking, unbr
     extraction().run()
     mend_one()
     assert extraction().retry().read == 1
-    assert_same_features(FeatureCache.open(extraction().cache), unbroken, [0, 1, 2, 4, 6])
+    assert_same_features(FeatureCache.open(extraction().config.cache), unbroken, [0, 1, 2, 4, 6])
     mend_others()
     assert extraction(batch_size=5).retry().read == 3  # a part's own size is what counts
-    assert contents(extraction().cache) == contents(unbroken.path)
+    assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
 def test_feature_sets_that_lack_other_images_get_the_bytes_of_a_run_that_met_no_trouble(
@@ -139,32 +140,27 @@ def test_feature_sets_that_lack_other_images_get_the_bytes_of_a_run_that_met_no_
         assert replace(extraction(), backbones=models).run().failed == 2
         mend()
     assert extraction().retry().read == 3
-    assert contents(extraction().cache) == contents(unbroken.path)
+    assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
 @pytest.mark.parametrize("batch_size", [None, BATCH_SIZE])
 def test_a_resumed_run_computes_in_batches_of_the_size_that_is_there(extraction, unbroken, batch_size):
     extraction(parts="1").run()
     assert extraction(batch_size=batch_size).run().parts == 2
-    assert contents(extraction().cache) == contents(unbroken.path)
+    assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
 def test_a_feature_set_added_later_has_the_bytes_of_one_made_with_the_others(extraction, unbroken, backbones):
     replace(extraction(), backbones=Backbones(encoders=backbones.encoders)).run()
     extraction().run()
-    assert contents(extraction().cache) == contents(unbroken.path)
+    assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
-def test_a_worker_writes_the_bytes_of_one_process_whatever_is_broken(extraction, breaking, unbroken, world, photos):
+def test_a_worker_writes_the_bytes_of_one_process_whatever_is_broken(extraction, breaking, unbroken, photos):
     cache, backbones = extraction().prepare()
     dtype = backbones.localizer.provenance["dtype"]
-    job = ExtractJob(
-        str(cache.path),
-        Source("toy", str(world), limit=IMAGES),
-        Models("toy", device="cpu", dtype=dtype),
-        batch_size=BATCH_SIZE,
-        photos=str(photos),
-    )
+    config = ExtractConfig(str(cache.path), "toy", str(photos.parent), preset="toy", device="cpu", dtype=dtype)
+    job = ExtractJob(replace(config, batch_size=BATCH_SIZE))
     broken = BROKEN["some of each part"]
     mend = breaking(broken)
     worker = job.open()
@@ -187,10 +183,12 @@ def test_broken_images_change_no_byte_of_the_others_in_any_encoding(
     extraction(**encodings).prepare()  # int8 takes its statistics from a sample of the images that can be read now
     mend = breaking({0, 4, 8, 9, 10})
     extraction(**encodings).run()
-    assert_same_features(FeatureCache.open(extraction().cache), FeatureCache.open(whole.cache), [1, 2, 3, 5, 6, 7, 11])
+    assert_same_features(
+        FeatureCache.open(extraction().config.cache), FeatureCache.open(whole.config.cache), [1, 2, 3, 5, 6, 7, 11]
+    )
     mend()
     extraction(**encodings).retry()
-    assert contents(extraction().cache) == contents(whole.cache)
+    assert contents(extraction().config.cache) == contents(whole.config.cache)
 
 
 # --- what a part's record states ---
@@ -225,14 +223,14 @@ def test_batches_that_had_to_be_halved_are_recorded_and_retried_as_they_were(
     whole = extraction_of(tmp_path / "whole.zarr", manifest, photos, backbones, batch_size=6)
     small_memory(4)
     whole.run()
-    batches = {name: FeatureCache.open(whole.cache).record(0, name).batches for name in ("toy_clip", "toy_sam")}
+    batches = {name: FeatureCache.open(whole.config.cache).record(0, name).batches for name in ("toy_clip", "toy_sam")}
     assert batches == {"toy_clip": ((3, 2), (1, 1)), "toy_sam": ((6, 1), (1, 1))}
     mend = breaking({0, 4, 5})
     extraction(batch_size=6).run()
     mend()
     small_memory(IMAGES)
     assert extraction().retry().read == 3
-    assert contents(extraction().cache) == contents(whole.cache)
+    assert contents(extraction().config.cache) == contents(whole.config.cache)
 
 
 def test_a_retry_in_smaller_batches_than_the_parts_own_leaves_the_record_without_a_claim(
@@ -243,7 +241,7 @@ def test_a_retry_in_smaller_batches_than_the_parts_own_leaves_the_record_without
     mend()
     small_memory(1)
     assert extraction().retry().read == 1
-    cache = FeatureCache.open(extraction().cache)
+    cache = FeatureCache.open(extraction().config.cache)
     assert (cache.record(0, "toy_clip").batches, cache.record(0, "toy_sam").batches) == ((), ((3, 2), (1, 1)))
 
 
@@ -252,13 +250,13 @@ def test_a_part_whose_record_states_no_batches_is_retried_in_batches_of_what_is_
 ):
     mend = breaking({3, 8})
     extraction().run()
-    cache = FeatureCache.open(extraction().cache)
+    cache = FeatureCache.open(extraction().config.cache)
     for name in ("toy_clip", "toy_sam"):
         for part in range(3):  # as an earlier version wrote it
             replace(cache.record(part, name), batches=()).save(cache.storage, f"parts/{name}/{part:05d}.json")
     mend()
     assert extraction().retry().read == 2
-    assert_same_features(FeatureCache.open(extraction().cache), unbroken, range(IMAGES))
+    assert_same_features(FeatureCache.open(extraction().config.cache), unbroken, range(IMAGES))
 
 
 # --- the machine ---

@@ -12,9 +12,10 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.pipeline import dtypes
 from regionspot.pipeline.datasets import photo_dir, read_dataset
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.extraction import Extraction
 from regionspot.pipeline.frozen_models import Backbones
-from regionspot.pipeline.job import ExtractJob, Models, Source
+from regionspot.pipeline.job import ExtractJob
 
 IMAGES = 4
 
@@ -53,10 +54,11 @@ def features_of(cache, name="*") -> dict[str, bytes]:
 def extraction(world, tmp_path):
     """`extraction(name, dtype)`: one of the same few images into the cache of that name."""
 
-    def make(name, dtype, **models):
+    def make(name, dtype, parts=None, **models):
         manifest = read_dataset("toy", world, "train").head(IMAGES)
         backbones = Backbones.load("toy", device="cpu", dtype=dtype, **models)
-        return Extraction(str(tmp_path / name), manifest, photo_dir("toy", world), backbones, part_size=1)
+        config = ExtractConfig(str(tmp_path / name), part_size=1, parts=parts)
+        return Extraction(config, manifest, photo_dir("toy", world), backbones)
 
     return make
 
@@ -85,7 +87,7 @@ def test_two_unlike_machines_started_together_fill_one_cache_in_one_dtype(world,
     alone.run()
     for name in made_by_them:
         assert dtypes_of(cache)[name] == chosen
-        assert features_of(cache, name) == features_of(alone.cache, name)
+        assert features_of(cache, name) == features_of(alone.config.cache, name)
 
 
 @pytest.fixture
@@ -108,19 +110,20 @@ def test_a_run_takes_over_the_dtype_of_a_cache_made_after_its_models_were_loaded
     late, alone = extraction("c.zarr", "auto"), extraction("alone.zarr", "bfloat16")
     made_meanwhile("c.zarr", "bfloat16")
     assert late.run().parts == alone.run().parts == IMAGES
-    assert set(dtypes_of(late.cache).values()) == {"bfloat16"}
-    assert features_of(late.cache) == features_of(alone.cache)
+    assert set(dtypes_of(late.config.cache).values()) == {"bfloat16"}
+    assert features_of(late.config.cache) == features_of(alone.config.cache)
 
 
 def test_workers_take_over_the_dtype_of_a_cache_made_after_the_first_of_them_had_loaded_its_models(
     world, tmp_path, made_meanwhile
 ):
     path = tmp_path / "c.zarr"
-    job = ExtractJob(str(path), Source("toy", str(world), limit=IMAGES), Models("toy", device="cpu"), part_size=1)
+    config = ExtractConfig(str(path), "toy", str(world), limit=IMAGES, preset="toy", device="cpu", part_size=1)
+    job = ExtractJob(config)
     made_meanwhile(path.name, "bfloat16")
     prepared = job.prepare()
     assert sorted(prepared.names) == ["toy_clip", "toy_sam"]
-    opened = replace(job, photos=prepared.photos).open()  # refuses models of another dtype than the cache's
+    opened = job.open()  # refuses models of another dtype than the cache's
     opened.close()
     assert set(dtypes_of(path).values()) == {"bfloat16"}
 
@@ -133,11 +136,11 @@ def test_a_dtype_asked_for_by_name_stays_and_is_refused_where_the_cache_has_anot
 
 
 def test_a_resumed_run_and_a_retry_compute_in_the_dtype_of_the_cache(extraction):
-    replace(extraction("c.zarr", "bfloat16"), parts="0").run()
+    extraction("c.zarr", "bfloat16", parts="0").run()
     again = extraction("c.zarr", "auto")  # loaded without being told what the cache holds
     assert again.run().parts == IMAGES - 1
     assert "nothing to try again" in again.retry().text()
-    assert set(dtypes_of(again.cache).values()) == {"bfloat16"}
+    assert set(dtypes_of(again.config.cache).values()) == {"bfloat16"}
 
 
 def test_models_loaded_for_a_cache_compute_in_its_dtype_or_in_what_suits_the_device_where_it_states_none(extraction):

@@ -18,6 +18,7 @@ from regionspot.cache.errors import CacheError, InputError
 from regionspot.cli import app
 from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.extract import extract
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.photos import read_photo
 
@@ -55,7 +56,7 @@ def files_of(cache: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def undisturbed(world, manifest, backbones, tmp_path_factory) -> FeatureCache:
     cache = new_cache(tmp_path_factory.mktemp("undisturbed") / "c.zarr", manifest, backbones)
-    extract(cache, photo_dir("toy", world), backbones, batch_size=3)
+    extract(cache, photo_dir("toy", world), backbones, ExtractConfig(batch_size=3))
     return cache
 
 
@@ -95,7 +96,7 @@ def test_a_run_killed_in_the_middle_is_resumed_to_the_bytes_of_one_never_stopped
     path, manifest = tmp_path / "killed.zarr", read_dataset("toy", world, "train")
     backbones = Backbones.load("toy", device="cpu", dtype=dtype)
     whole = FeatureCache.open_or_create(tmp_path / "whole.zarr", manifest, backbones.feature_sets(), part_size=3)
-    extract(whole, photo_dir("toy", world), backbones, batch_size=2)
+    extract(whole, photo_dir("toy", world), backbones, ExtractConfig(batch_size=2))
     words = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy"]
     words += ["--part-size", "3", "--batch-size", "2", "--device", "cpu", "--dtype", dtype]
     committed = killed_between_two_parts([sys.executable, "-m", "regionspot.cli", *words], path)
@@ -134,7 +135,7 @@ def test_a_photo_of_another_size_than_its_annotations_state_is_not_used(photos, 
 def test_a_wrong_photo_folder_stops_the_run_before_anything_is_committed(manifest, backbones, tmp_path):
     cache = new_cache(tmp_path / "c.zarr", manifest, backbones)
     with pytest.raises(InputError, match=r"3 of 10 images could not be read.*check --data"):
-        extract(cache, tmp_path / "nowhere", backbones, batch_size=16)
+        extract(cache, tmp_path / "nowhere", backbones, ExtractConfig(batch_size=16))
     assert FeatureCache.open(cache.path).valid_rows().tolist() == []
 
 
@@ -143,10 +144,10 @@ def test_each_backbone_can_be_extracted_alone_and_the_other_added_later(
 ):
     path, folder = tmp_path / "c.zarr", photo_dir("toy", world)
     clip = Backbones(encoders=backbones.encoders)
-    extract(new_cache(path, manifest, clip), folder, clip, batch_size=3)
+    extract(new_cache(path, manifest, clip), folder, clip, ExtractConfig(batch_size=3))
     before = (path / "features/toy_clip/feature_map/c.0.0.0").stat().st_mtime_ns
     cache = new_cache(path, manifest, backbones)
-    assert extract(cache, folder, backbones, batch_size=3).parts == 3
+    assert extract(cache, folder, backbones, ExtractConfig(batch_size=3)).parts == 3
     assert (path / "features/toy_clip/feature_map/c.0.0.0").stat().st_mtime_ns == before
     rows = np.arange(PICTURES)
     assert np.array_equal(cache.read(rows).tokens, undisturbed.read(rows).tokens)
@@ -161,4 +162,4 @@ def test_what_stops_the_writer_stops_the_run_and_is_said(world, manifest, backbo
 
     monkeypatch.setattr(cache, "write_part", full)
     with pytest.raises(CacheError, match="no space left"):
-        extract(cache, photo_dir("toy", world), backbones, batch_size=1)
+        extract(cache, photo_dir("toy", world), backbones, ExtractConfig(batch_size=1))

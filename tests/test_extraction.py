@@ -20,6 +20,7 @@ from regionspot.cli import app
 from regionspot.pipeline import decoding
 from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.extract import extract
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.extraction import Extraction
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.frozen_models import Backbones
@@ -50,7 +51,7 @@ def photos(world, tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def undisturbed(world, manifest, backbones, tmp_path_factory) -> FeatureCache:
     path = str(tmp_path_factory.mktemp("undisturbed") / "c.zarr")
-    Extraction(path, manifest, photo_dir("toy", world), backbones, part_size=PART_SIZE).run()
+    Extraction(ExtractConfig(path, part_size=PART_SIZE), manifest, photo_dir("toy", world), backbones).run()
     return FeatureCache.open(path)
 
 
@@ -60,7 +61,8 @@ def asked(world, manifest, backbones, tmp_path):
 
     def extraction(**fields):
         folder = fields.pop("photos", photo_dir("toy", world))
-        return Extraction(str(tmp_path / "c.zarr"), manifest, folder, backbones, **{"part_size": PART_SIZE, **fields})
+        config = ExtractConfig(**{"cache": str(tmp_path / "c.zarr"), "part_size": PART_SIZE, **fields})
+        return Extraction(config, manifest, folder, backbones)
 
     return extraction
 
@@ -79,14 +81,15 @@ def test_class_names_that_the_toy_encoder_cannot_read_are_told_before_anything_i
     categories = tuple(Category(number + 1, word) for number, word in enumerate(words))
     photos, path = photo_dir("toy", world), str(tmp_path / "c.zarr")
     index = manifest.category_index % len(words)
-    Extraction(path, replace(manifest, categories=categories, category_index=index), photos, backbones).prepare()
+    strange = replace(manifest, categories=categories, category_index=index)
+    Extraction(ExtractConfig(path), strange, photos, backbones).prepare()
     (said,) = [record.getMessage() for record in caplog.records if "cannot read" in record.getMessage()]
     assert said.startswith(
         "toy_clip cannot read 4 of the 5 class names of this dataset (person, traffic light, striped"
     )
     assert "it knows the words blue, checkered, circle" in said
     caplog.clear()
-    Extraction(str(tmp_path / "toy.zarr"), manifest, photos, backbones).prepare()
+    Extraction(ExtractConfig(str(tmp_path / "toy.zarr")), manifest, photos, backbones).prepare()
     assert not caplog.text
 
 
@@ -106,7 +109,7 @@ def test_what_names_no_part_is_refused_in_one_line(text, said):
 def test_only_the_parts_asked_for_are_made_and_the_rest_another_time(asked, undisturbed):
     summary = asked(parts="0,2").run()
     assert (summary.pictures, summary.parts) == (6, 2)
-    cache = FeatureCache.open(asked().cache)
+    cache = FeatureCache.open(asked().config.cache)
     assert cache.pending_parts() == [1]
     assert asked(parts="0,2").run().parts == 0
     assert asked().run().parts == 1
@@ -116,7 +119,7 @@ def test_only_the_parts_asked_for_are_made_and_the_rest_another_time(asked, undi
 def test_all_shards_together_make_the_cache(asked, undisturbed):
     for shard in ("2/3", "3/3", "1/3"):
         assert asked(shard=shard).run().parts == 1
-    assert features_files(Path(asked().cache)) == features_files(undisturbed.path)
+    assert features_files(Path(asked().config.cache)) == features_files(undisturbed.path)
 
 
 def test_parts_and_a_shard_at_once_are_refused(asked):
@@ -131,10 +134,14 @@ def test_parts_and_a_shard_at_once_are_refused(asked):
 def test_the_bytes_that_are_foretold_are_those_that_are_written(asked, encoding):
     extraction = asked(encoding=Encoding.parse(encoding), token_encoding=Encoding.parse(encoding))
     foretold = extraction.plan().needed
-    assert not Path(extraction.cache).exists()
+    assert not Path(extraction.config.cache).exists()
     extraction.run()
     for name, size in foretold.bytes.items():
-        files = [path for path in Path(extraction.cache, "features", name).glob("**/c.*") if "crc32c" not in path.parts]
+        files = [
+            path
+            for path in Path(extraction.config.cache, "features", name).glob("**/c.*")
+            if "crc32c" not in path.parts
+        ]
         assert sum(path.stat().st_size for path in files) == size
     assert extraction.plan().needed.total_bytes == 0
 
@@ -146,13 +153,13 @@ def test_a_plan_says_how_much_there_is_and_how_long_it_takes_and_writes_nothing(
     assert plan.rate > 0
     assert "6 pictures" in plan.text()
     assert "nothing was written" in plan.text()
-    assert not Path(asked().cache).exists()
+    assert not Path(asked().config.cache).exists()
 
 
 def test_a_plan_counts_what_a_feature_set_lacks(asked, manifest, backbones):
     asked(parts="0").run()
     one = [each for each in backbones.feature_sets() if each.kind == "map"]
-    needed = outstanding(asked().cache, manifest, one, PART_SIZE)
+    needed = outstanding(asked().config.cache, manifest, one, PART_SIZE)
     assert needed.parts == (1, 2)
     assert set(needed.bytes) == {one[0].name}
 
@@ -169,7 +176,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(asked, monk
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed))
     with pytest.raises(InputError, match=r"are needed for 10 pictures.*free.*--no-room-check"):
         asked().run()
-    assert not Path(asked().cache).exists()
+    assert not Path(asked().config.cache).exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, int(needed * 1.02)))
     assert asked().run().parts == 3
 
@@ -190,13 +197,13 @@ def test_several_encoders_share_one_reading_of_a_picture(asked, tmp_path, monkey
     monkeypatch.setattr(decoding, "decode_photo", lambda *args: opened.append(args) or decode(*args))
     extraction = replace(asked(), backbones=both)
     extraction.run()
-    cache = FeatureCache.open(extraction.cache)
+    cache = FeatureCache.open(extraction.config.cache)
     assert set(cache.feature_sets) == {encoder.name for encoder in both.encoders}
     assert len(opened) == PICTURES
     for encoder in both.encoders:
-        alone = replace(asked(), cache=str(tmp_path / encoder.name), backbones=Backbones(encoders=(encoder,)))
+        alone = replace(asked(cache=str(tmp_path / encoder.name)), backbones=Backbones(encoders=(encoder,)))
         alone.run()
-        expected = FeatureCache.open(alone.cache).read(np.arange(PICTURES), map_set=encoder.name).feature_map
+        expected = FeatureCache.open(alone.config.cache).read(np.arange(PICTURES), map_set=encoder.name).feature_map
         np.testing.assert_array_equal(cache.read(np.arange(PICTURES), map_set=encoder.name).feature_map, expected)
 
 
@@ -207,8 +214,8 @@ def test_an_encoder_named_twice_is_refused():
 
 def test_a_cache_goes_on_in_the_dtype_that_it_was_made_in(asked, manifest, world):
     rounded = Backbones.load("toy", device="cpu", dtype="bfloat16")
-    path, folder = asked().cache, photo_dir("toy", world)
-    Extraction(path, manifest, folder, rounded, part_size=PART_SIZE, parts="0").run()
+    path, folder = asked().config.cache, photo_dir("toy", world)
+    Extraction(ExtractConfig(path, part_size=PART_SIZE, parts="0"), manifest, folder, rounded).run()
     held = FeatureCache.open(path).feature_sets
     again = Backbones.load("toy", device="cpu", held=held)
     assert {each.provenance["dtype"] for each in again.feature_sets()} == {"bfloat16"}
@@ -230,15 +237,15 @@ def with_failures(asked, photos, manifest):
 
 def test_failed_pictures_that_can_be_read_now_are_put_in_their_places(with_failures, undisturbed):
     extraction, mend = with_failures
-    before = FeatureCache.open(extraction.cache).read(np.array([0, 1, 3]))
+    before = FeatureCache.open(extraction.config.cache).read(np.array([0, 1, 3]))
     mend(2), mend(8)
     summary = extraction.retry()
     assert (summary.read, summary.failed) == (2, 1)
     assert "1 still cannot be read" in summary.text()
-    cache = FeatureCache.open(extraction.cache, check="always")
+    cache = FeatureCache.open(extraction.config.cache, check="always")
     assert [failure.row for failure in cache.failures()] == [7]
     assert not verify(cache).problems
-    page = Path(extraction.cache, "summary.md").read_text()
+    page = Path(extraction.config.cache, "summary.md").read_text()
     assert str(cache.manifest.paths[7]) in page
     assert str(cache.manifest.paths[2]) not in page
     after, expected = cache.read(np.array([2, 8])), undisturbed.read(np.array([2, 8]))
@@ -249,7 +256,9 @@ def test_failed_pictures_that_can_be_read_now_are_put_in_their_places(with_failu
 
 def test_pictures_that_fail_again_leave_every_byte_as_it_was(with_failures):
     extraction, _ = with_failures
-    before = {path: path.stat().st_mtime_ns for path in Path(extraction.cache).glob("[fp]*/**/*") if path.is_file()}
+    before = {
+        path: path.stat().st_mtime_ns for path in Path(extraction.config.cache).glob("[fp]*/**/*") if path.is_file()
+    }
     assert extraction.retry().failed == 3
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -275,17 +284,17 @@ def test_a_retry_killed_between_two_files_is_mended_by_the_next_extract(with_fai
         if name.startswith("parts/"):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    cache = FeatureCache.open(extraction.cache, "a")
+    cache = FeatureCache.open(extraction.config.cache, "a")
     pid = os.fork()
     if not pid:
         monkeypatch.setattr(LocalStorage, "remove", remove_and_die)
-        retry(cache, extraction.photos, extraction.backbones)
+        retry(cache, extraction.photos, extraction.backbones, extraction.config)
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    assert FeatureCache.open(extraction.cache).pending_parts() == [0]
-    extract(FeatureCache.open(extraction.cache, "a"), extraction.photos, extraction.backbones)
+    assert FeatureCache.open(extraction.config.cache).pending_parts() == [0]
+    extract(FeatureCache.open(extraction.config.cache, "a"), extraction.photos, extraction.backbones)
     assert extraction.retry().read == 3  # the killed run had come to one feature set of one part
-    assert features_files(Path(extraction.cache)) == features_files(undisturbed.path)
+    assert features_files(Path(extraction.config.cache)) == features_files(undisturbed.path)
 
 
 # --- the command ---

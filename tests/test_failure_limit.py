@@ -10,6 +10,7 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
 from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.extract import extract
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.frozen_models import Backbones
 
@@ -70,7 +71,8 @@ def run(world, manifest, backbones, tmp_path):
             if row not in missing:
                 os.link(photo_dir("toy", world) / path, folder / path)
         cache = FeatureCache.open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), part_size)
-        return extract(cache, folder, backbones, batch_size=4, max_failures=FailureLimit.parse(limit)).failed
+        config = ExtractConfig(batch_size=4, max_failures=FailureLimit.parse(limit))
+        return extract(cache, folder, backbones, config).failed
 
     return extract_without
 

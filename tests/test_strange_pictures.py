@@ -20,6 +20,7 @@ from regionspot.cache.errors import PhotoError
 from regionspot.pipeline import photos
 from regionspot.pipeline.datasets import read_dataset
 from regionspot.pipeline.extract import Backbones, extract
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.photo_sizes import ABSENT, UNREADABLE, photo_sizes
 from regionspot.pipeline.photos import TURNS, decode_photo
@@ -343,7 +344,7 @@ def extracted(tmp_path_factory, backbones):
     cache = FeatureCache.open_or_create(root / "c.zarr", manifest, backbones.feature_sets(), 16)
     with pytest.MonkeyPatch.context() as patch, rights_of_an_ordinary_user():
         patch.setattr(photos, "_without_waiting", disturbed(photos._without_waiting))
-        summary = extract(cache, folder, backbones, max_failures=ALL_MAY_FAIL)
+        summary = extract(cache, folder, backbones, ExtractConfig(max_failures=ALL_MAY_FAIL))
     return cache, summary, expected
 
 

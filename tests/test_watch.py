@@ -17,6 +17,7 @@ from regionspot.cache.verify import verify
 from regionspot.pipeline import bottleneck, dtypes, extract, summary_page
 from regionspot.pipeline.bottleneck import find_bottleneck
 from regionspot.pipeline.datasets import photo_dir, read_dataset
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.failure_kinds import FailureCount, kind_of
 from regionspot.pipeline.failure_limit import FailureLimit
 from regionspot.pipeline.frozen_models import Backbones
@@ -46,9 +47,9 @@ def cache(tmp_path, manifest, backbones) -> FeatureCache:
     return FeatureCache.open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), 2)
 
 
-def run(cache, world, backbones, **options):
-    options = {"batch_size": 2, "max_failures": FailureLimit(count=len(cache)), **options}
-    return extract.extract(cache, photo_dir("toy", world), backbones, **options)
+def run(cache, world, backbones, watch=None, parts=None):
+    config = ExtractConfig(batch_size=2, max_failures=FailureLimit(count=len(cache)), parts=parts)
+    return extract.extract(cache, photo_dir("toy", world), backbones, config, watch)
 
 
 def test_a_run_leaves_a_summary_of_what_is_there_what_failed_and_how_fast_it_was(cache, world, backbones, manifest):
@@ -77,7 +78,7 @@ def test_what_runs_tell_of_themselves_does_no_harm_to_verify_and_a_second_run_ad
 
 
 def test_runs_that_end_at_the_same_moment_are_all_in_the_summary(cache, world, backbones):
-    run(cache, world, backbones, parts=[0])
+    run(cache, world, backbones, parts="0")
     record = parse_run(next((cache.path / "runs").iterdir()).read_bytes())
     runs = [replace(record, worker=f"host:{number}") for number in range(12)]
     threads = [threading.Thread(target=summary_page.publish, args=(cache, each)) for each in runs]
