@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from regionspot.cache.claims import Claims
 from regionspot.cache.errors import CacheError, InputError, NotACacheError, NotExtractedError, RegionSpotError
@@ -161,11 +161,11 @@ class _Run:
             self._connection.watch_workers()
             self._totals.most_workers = max(self._totals.most_workers, self._connection.workers)
             batch = ended.next_batch(block=False)
-            self._tasks.difference_update(batch)
             for task in batch:
                 if task.status == "error":
-                    ended.update(self._try_elsewhere(task.key[1], task.exception()))
-            self._count([task.key[1] for task in batch])
+                    ended.update(self._try_elsewhere(_part_of(task), task.exception()))
+            self._tasks.difference_update(batch)
+            self._count([_part_of(task) for task in batch])
             if not batch:
                 time.sleep(0.05)
 
@@ -186,7 +186,11 @@ class _Run:
         this one is retired: its disk is full, it lacks the photos, its GPU is broken.
         """
         if not isinstance(error, WorkerFailedError):
-            raise CacheError(f"part {part}: {trouble_of(error)}") from error
+            time.sleep(
+                0.2
+            )  # dask counts a worker's death for all of its parts: others may reach the limit with this one
+            parts = sorted(_part_of(task) for task in self._tasks if task.status == "error")
+            raise CacheError(f"part {' or '.join(map(str, parts))}: {trouble_of(error)}") from error
         message = f"worker {error.worker}: {error.message}"
         if part in self._failed_on:
             raise CacheError(f"{message} (likewise on worker {self._failed_on[part]})")
@@ -236,6 +240,11 @@ class _Run:
             self._said = now
             names = ", ".join(holders)
             log.info("waiting for %d parts that others are at work on: %s", len(self.missing), names)
+
+
+def _part_of(task: Future[None]) -> int:
+    _, part = cast("tuple[str, int]", task.key)
+    return part
 
 
 def _is_free(claims: Claims, part: int) -> bool:
