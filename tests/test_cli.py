@@ -17,7 +17,7 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
 from regionspot.pipeline.datasets import DATASETS
 from regionspot.pipeline.encoder import load_encoder
-from regionspot.pipeline.job import ExtractJob, Models, Source
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.localizer import load_localizer
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -266,9 +266,7 @@ def test_words_for_workers_stay_words_whatever_files_are_called_like_them(tmp_pa
     monkeypatch.chdir(tmp_path)
     for name in ("gt", "random:0", "boxes.json"):
         (tmp_path / name).touch()
-    job = ExtractJob("c.zarr", Source("toy", "data"), Models(weights="random:0"))
-    sent = job.from_anywhere()
-    assert (sent.source.boxes, sent.models.weights) == ("gt", "random:0")
-    assert replace(job, source=Source("toy", "data", boxes="boxes.json")).from_anywhere().source.boxes == str(
-        tmp_path / "boxes.json"
-    )
+    config = ExtractConfig("c.zarr", "toy", "data", weights="random:0")
+    sent = config.with_absolute_paths()
+    assert (sent.boxes, sent.weights, sent.data) == ("gt", "random:0", str(tmp_path / "data"))
+    assert replace(config, boxes="boxes.json").with_absolute_paths().boxes == str(tmp_path / "boxes.json")
