@@ -18,7 +18,8 @@ from benchmarks.goals import Report, options, say, versions
 from benchmarks.simulated import SimulatedJob, make_cache
 from regionspot.cache.verify import verify
 from regionspot.pipeline.clusters import Connection, connected
-from regionspot.pipeline.on_workers import Totals, run_parts
+from regionspot.pipeline.on_workers import run_parts
+from regionspot.pipeline.watch import Watch
 
 PICTURES = 16  # of a part: few, for what a part costs beside its GPU time does not grow with them
 PART_SECONDS = 512 / 310  # of GPU for a part of 512 pictures, at 310 pictures a second: the ceiling of an H200
@@ -69,13 +70,14 @@ def _scale(report: Report, count: int, parts_each: int, rates: dict[int, float])
             connection.client.wait_for_workers(count)
             connection.client.run(_open, job)
             ready, busy = time.perf_counter(), time.process_time()
-            totals = Totals()
-            run_parts(connection, job, cache, cache.feature_sets, range(parts), totals)
+            watch = Watch()
+            watch.begin_by_workers(PICTURES * parts, 0)
+            run_parts(connection, job, cache, cache.feature_sets, range(parts), watch)
             seconds, busy = time.perf_counter() - ready, time.process_time() - busy
             memory = sum(connection.client.run(_memory_mb).values())
         found = verify(cache.path)
-        if not found.sound or found.pending or totals.parts != parts:
-            raise RuntimeError(f"{count} workers: {totals.parts} of {parts} parts, {found.text()}")
+        if not found.sound or found.pending or watch.stats.parts != parts:
+            raise RuntimeError(f"{count} workers: {watch.stats.parts} of {parts} parts, {found.text()}")
     finally:
         shutil.rmtree(folder)
     report.add_row(
@@ -111,8 +113,9 @@ def _cost(report: Report, parts: int) -> None:
 
 
 def _run_tiny_parts(connection: Connection, path: Path, parts: int) -> None:
-    cache = make_cache(path, parts, 1)
-    run_parts(connection, SimulatedJob(str(path)), cache, cache.feature_sets, range(parts), Totals())
+    cache, watch = make_cache(path, parts, 1), Watch()
+    watch.begin_by_workers(parts, 0)
+    run_parts(connection, SimulatedJob(str(path)), cache, cache.feature_sets, range(parts), watch)
 
 
 def _open(job: SimulatedJob) -> None:

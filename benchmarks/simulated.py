@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures
-from regionspot.pipeline.part_worker import Account, PartMaker
+from regionspot.pipeline.part_worker import PartMaker
+from regionspot.pipeline.run_stats import RunStats
 
 SETS = (FeatureSet("clip", "map", (5, 8)), FeatureSet("sam", "token", (6,)))
 
@@ -71,10 +72,10 @@ class SimulatedFeatures:
         self._seconds = job.seconds * (10 if job.slow == os.getpid() else 1)
         self._gpu = threading.Lock()
 
-    def of_rows(self, rows: range, names: Sequence[str], account: Account) -> Iterator[PictureFeatures]:
+    def of_rows(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[PictureFeatures]:
         regions = self._cache.manifest.region_count
         for row in rows:
-            with account.progress.timed("encode"), self._gpu:
+            with stats.timed("encode"), self._gpu:
                 time.sleep(self._seconds)
             if row == self._job.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)

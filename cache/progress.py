@@ -64,6 +64,7 @@ class Progress:
 
     interval   seconds between two lines; default: what suits a terminal or a log
     detail     gives further words for the line
+    shares     gives each stage's share of the time, where another one times the stages
     clock      seconds that only rise
 
     Time spent in `with progress.timed("encode"):` blocks shows as that stage's share of all time since the start; any
@@ -76,9 +77,10 @@ class Progress:
         unit: str,
         interval: float | None = None,
         detail: Callable[[], str] = str,
+        shares: Callable[[], dict[str, float]] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.total, self.unit, self._detail, self._clock = total, unit, detail, clock
+        self.total, self.unit, self._detail, self._shares, self._clock = total, unit, detail, shares, clock
         drawn = any(isinstance(handler, TerminalHandler) for handler in logging.getLogger().handlers)
         self.interval = interval if interval is not None else _DRAWN_SECONDS if drawn else _LOGGED_SECONDS
         self.done = 0
@@ -131,6 +133,8 @@ class Progress:
 
     def shares(self) -> dict[str, float]:
         """Share of the time since the start that each stage took, 0 to 1."""
+        if self._shares is not None:
+            return self._shares()
         with self._lock:
             return {stage: seconds / max(self.seconds, 1e-9) for stage, seconds in self.stage_seconds.items()}
 

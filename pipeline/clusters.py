@@ -49,7 +49,9 @@ def local_workers(scheduler: str) -> int | None:
 
 
 class Connection:
-    """A dask client of the scheduler at `address`; `workers` is the number of workers it had when last asked.
+    """A dask client of the scheduler at `address`.
+
+    workers, most_workers   how many it had when last asked, and at most
 
     A connection may break while the scheduler lives, on a busy machine for instance. Dask's client then forgets all of
     its tasks, and its own attempt to reconnect hangs or fails an assertion about one time in twenty. `renew` makes
@@ -57,7 +59,7 @@ class Connection:
     """
 
     def __init__(self, address: str) -> None:
-        self.address, self.workers = address, 0
+        self.address, self.workers, self.most_workers = address, 0, 0
         self._looked = self._said = -math.inf
         self._connect()
 
@@ -101,6 +103,7 @@ class Connection:
             self.workers = len(self.client.nthreads())
         except (OSError, TimeoutError):  # is_broken soon
             return
+        self.most_workers = max(self.most_workers, self.workers)
         if self.workers != before:
             link = self._dashboard()
             log.info("%d workers%s", self.workers, f"; dashboard: {link}" if link else "")

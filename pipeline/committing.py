@@ -6,9 +6,9 @@ import queue
 import threading
 from collections.abc import Iterator
 
-from regionspot.cache.progress import Progress
 from regionspot.cache.schema import PictureFeatures
 from regionspot.cache.store import FeatureCache
+from regionspot.pipeline.run_stats import RunStats
 from regionspot.pipeline.sharing import SharedParts
 
 
@@ -19,8 +19,8 @@ class CommitThread:
     has no record and is done again by the next run.
     """
 
-    def __init__(self, cache: FeatureCache, parts: SharedParts, progress: Progress) -> None:
-        self._cache, self._parts, self._progress = cache, parts, progress
+    def __init__(self, cache: FeatureCache, parts: SharedParts, stats: RunStats) -> None:
+        self._cache, self._parts, self._stats = cache, parts, stats
         self._queue: queue.Queue[PictureFeatures | None] = queue.Queue(maxsize=64)
         self._abandoned = threading.Event()
         self._error: BaseException | None = None
@@ -45,7 +45,7 @@ class CommitThread:
             self.put(None)
         else:
             self._abandoned.set()
-        with self._progress.timed("write"):
+        with self._stats.timed("write"):
             self._thread.join()
         if kind is None and self._error is not None:
             raise self._error

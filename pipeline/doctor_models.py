@@ -92,7 +92,7 @@ def _through(preset: str, source: str | None, device: str | None) -> Finding:
             sound = verified.sound and not summary.failed and _is_finite(cache)
     except (RegionSpotError, OSError) as error:
         return Finding("stages", "fail", f"{preset}: {error}", "mend that and ask the doctor again")
-    parts = {"load": loaded, **watch.progress.stage_seconds, "verify": verified.seconds}
+    parts = {"load": loaded, **watch.stats.stage_seconds, "verify": verified.seconds}
     parts.pop("wait", None)
     told = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in parts.items())
     text = f"{preset} on {backbones.device}: a picture with {_BOXES} boxes: {told}"

@@ -12,12 +12,13 @@ import numpy as np
 
 from regionspot.cache.info import size_text
 from regionspot.cache.manifest import Manifest
-from regionspot.cache.progress import Progress, duration
+from regionspot.cache.progress import duration
 from regionspot.pipeline.decoding import DecodedImage, Decoder, decode_ahead
 from regionspot.pipeline.encoding import BatchEncoder, batches_of
 from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.outstanding import Outstanding
+from regionspot.pipeline.run_stats import RunStats
 
 SAMPLE_SECONDS = 20.0
 SAMPLE_BATCHES = 8
@@ -65,10 +66,10 @@ def dry_run(
     rows = np.linspace(0, len(manifest) - 1, count).round().astype(int).tolist() if count else []
     names = [feature_set.name for feature_set in config.feature_sets(backbones)]
     decoder = Decoder(manifest, photo_folder, backbones, config.exif)
-    encode = BatchEncoder(manifest, backbones, Progress(count, "pictures of the sample"))
+    encode = BatchEncoder(manifest, backbones, RunStats())
     ends, failures = [time.perf_counter()], []
     with closing(decode_ahead(decoder, ((row, names) for row in rows), config.decode_threads)) as decoded:
-        for picture in encode(_for_a_while(batches_of(decoded, size, len(manifest) + 1, encode.progress))):
+        for picture in encode(_for_a_while(batches_of(decoded, size, len(manifest) + 1, encode.stats))):
             ends.append(time.perf_counter())
             failures += [picture.failure] if picture.failure is not None else []
     sample, start = len(ends) - 1, size if len(ends) - 1 > size else 0

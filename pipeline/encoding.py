@@ -23,13 +23,13 @@ from torch import Tensor
 
 from regionspot.cache.errors import CorruptPartError
 from regionspot.cache.manifest import Manifest
-from regionspot.cache.progress import Progress
 from regionspot.cache.schema import PictureFeatures, Stored
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.batch_size import Halving
 from regionspot.pipeline.decoding import DecodedImage, Decoder, Jobs, decode_ahead
 from regionspot.pipeline.frozen_models import Backbones
 from regionspot.pipeline.models import Backbone, Localizer, SemanticEncoder
+from regionspot.pipeline.run_stats import RunStats
 
 
 def features_of(
@@ -40,11 +40,11 @@ def features_of(
     All ways to extract go through here, in one process or in a worker, so that the bytes are the same.
     """
     with closing(decode_ahead(decoder, jobs, threads)) as decoded:
-        yield from encode(batches_of(decoded, batch_size, part_size, encode.progress))
+        yield from encode(batches_of(decoded, batch_size, part_size, encode.stats))
 
 
 def batches_of(
-    images: Iterator[DecodedImage], size: int, part_size: int, progress: Progress
+    images: Iterator[DecodedImage], size: int, part_size: int, stats: RunStats
 ) -> Iterator[list[DecodedImage]]:
     """Lists of `size` images, shorter at a part's end; waiting for them is the decoders' share of the time.
 
@@ -53,7 +53,7 @@ def batches_of(
     """
     batch: list[DecodedImage] = []
     while True:
-        with progress.timed("decode"):
+        with stats.timed("decode"):
             image = next(images, None)
         if image is None:
             break
@@ -110,15 +110,14 @@ class _Launched:
 class BatchEncoder:
     """Runs the backbones over batches of decoded images, in order.
 
-    ignored_orientations   images so far whose EXIF would have turned them, but whose annotations want them as stored
+    stats   counts the time in each stage and the ignored orientations
     """
 
-    def __init__(self, manifest: Manifest, backbones: Backbones, progress: Progress) -> None:
-        self.progress = progress
+    def __init__(self, manifest: Manifest, backbones: Backbones, stats: RunStats) -> None:
+        self.stats = stats
         self._manifest, self._backbones = manifest, backbones
         self._device = backbones.device
         self._pieces = defaultdict[str, Halving](Halving)  # by model: a batch that fits one may be too much for another
-        self.ignored_orientations = 0
 
     def __call__(self, batches: Iterable[list[DecodedImage]]) -> Iterator[PictureFeatures]:
         """The wanted features of each image, in order; one that failed, or whose features did, has its reason."""
@@ -171,7 +170,7 @@ class BatchEncoder:
 
     def _maps_by(self, encoder: SemanticEncoder) -> Callable[[Sequence[_Input]], list[dict[str, Tensor]]]:
         def compute(inputs: Sequence[_Input]) -> list[dict[str, Tensor]]:
-            with self.progress.timed("encode"):
+            with self.stats.timed("encode"):
                 maps = encoder.encode(torch.stack([self._on_device(each.values) for each in inputs])).float()
                 return [{encoder.name: feature_map} for feature_map in self._on_host(maps)]
 
@@ -181,9 +180,9 @@ class BatchEncoder:
         manifest = self._manifest
 
         def compute(inputs: Sequence[_Input]) -> list[dict[str, Tensor]]:
-            with self.progress.timed("encode"):
+            with self.stats.timed("encode"):
                 embeddings = localizer.encode([self._on_device(each.values) for each in inputs])
-            with self.progress.timed("tokens"):
+            with self.stats.timed("tokens"):
                 boxes = [manifest.boxes_xyxy[manifest.regions(each.image.row)] for each in inputs]
                 # The stated size of an image that was not read is as good as any: nobody gets its tokens.
                 sizes = [each.image.size or self._stated_size(each.image.row) for each in inputs]
@@ -204,10 +203,10 @@ class BatchEncoder:
 
     def _collect(self, launched: _Launched) -> Iterator[PictureFeatures]:
         if launched.ready is not None:
-            with self.progress.timed("encode"):
+            with self.stats.timed("encode"):
                 launched.ready.synchronize()
         for image, slot in zip(launched.batch, launched.slots, strict=True):
-            self.ignored_orientations += image.orientation_ignored
+            self.stats.ignored_orientations += image.orientation_ignored
             features: dict[str, NDArray[Any] | Stored] = {
                 name: values.numpy() for name, values in slot.features.items()
             }

@@ -8,7 +8,7 @@ have no record yet, and several runs at once divide them among themselves.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 
@@ -23,10 +23,12 @@ from regionspot.pipeline.decoding import Decoder
 from regionspot.pipeline.encoding import BatchEncoder, features_of, images_at_a_time
 from regionspot.pipeline.encoding_sample import ready_to_store
 from regionspot.pipeline.extract_config import ExtractConfig
-from regionspot.pipeline.failure_limit import FailureLimit
+from regionspot.pipeline.failure_limit import FailureCheck
 from regionspot.pipeline.frozen_models import Backbones
+from regionspot.pipeline.run_stats import RunStats
 from regionspot.pipeline.sharing import SharedParts
 from regionspot.pipeline.summary import ExtractSummary
+from regionspot.pipeline.surroundings import Environment
 from regionspot.pipeline.watch import Watch
 
 DEFAULTS = ExtractConfig()
@@ -44,7 +46,7 @@ def open_for_extraction(
     def features_of_sample(rows: list[int], names: list[str]) -> Iterator[PictureFeatures]:
         decoder = Decoder(manifest, photo_folder, backbones, config.exif)
         progress = Progress(len(rows), "pictures of the sample")
-        encode = BatchEncoder(manifest, backbones, progress)
+        encode = BatchEncoder(manifest, backbones, RunStats())
         jobs = ((row, names) for row in rows)
         for image in features_of(jobs, decoder, encode, 1, 1, config.decode_threads):
             yield image
@@ -76,45 +78,20 @@ def extract(
     size = images_at_a_time(config.batch_size, cache, names, backbones)
     decoder = Decoder(cache.manifest, photo_folder, backbones, config.exif)
     parts, threads = config.chosen_parts(cache.n_parts), config.decode_threads
-    watch = watch or Watch(metrics_port=config.metrics_port)
-    with watch.over(cache, backbones, threads), Claims(cache.storage, take_over=config.take_over) as claims:
+    watch, environment = watch or Watch(config.metrics_port), Environment.here(cache, backbones, threads)
+    with watch.over(cache, environment), Claims(cache.storage, take_over=config.take_over) as claims:
         shared = SharedParts(cache, names, claims, parts)
-        progress = watch.begin(shared)
-        encode = BatchEncoder(cache.manifest, backbones, progress)
-        check = _FailureCheck(cache, parts, config.max_failures, photo_folder)
+        stats = watch.begin(shared)
+        encode = BatchEncoder(cache.manifest, backbones, stats)
+        check = FailureCheck(cache, parts, config.max_failures, photo_folder)
         while watch.wait():
             with (
-                CommitThread(cache, shared, progress) as writer,
+                CommitThread(cache, shared, stats) as writer,
                 closing(features_of(shared.jobs(), decoder, encode, size, cache.part_size, threads)) as images,
             ):
                 for image in images:
-                    with progress.timed("write"):
+                    with stats.timed("write"):
                         writer.put(image)
-                    watch.picture(image, encode.ignored_orientations)
-                    check(image)
+                    watch.image(image)
+                    check(image.row, image.failure)
     return watch.summary()
-
-
-class _FailureCheck:
-    """Stops a run when too many of all images that it was asked for are broken, whichever run found them."""
-
-    def __init__(self, cache: FeatureCache, parts: Collection[int], limit: FailureLimit, folder: Path) -> None:
-        self._cache, self._limit, self._folder, self._parts = cache, limit, folder, parts
-        self._broken: set[int] = set()  # rows
-        self._first_in_a_row = 0
-        self._one_was_read = False
-
-    def __call__(self, image: PictureFeatures) -> None:
-        if image.failure is None:
-            self._one_was_read = True
-            return
-        if not self._broken:  # reading all records takes an object store a while: only when it matters
-            asked = set(self._parts)
-            earlier = (failure.row for failure in self._cache.failures())
-            self._broken = {row for row in earlier if row // self._cache.part_size in asked}
-        self._broken.add(image.row)
-        self._first_in_a_row += not self._one_was_read
-        total = sum(len(self._cache.part_rows(part)) for part in self._parts)
-        self._limit.check(
-            len(self._broken), total, in_a_row=self._first_in_a_row, folder=self._folder, reason=image.failure
-        )

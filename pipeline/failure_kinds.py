@@ -32,14 +32,19 @@ class FailureCount:
 
     def add(self, path: str, reason: str) -> None:
         """Count a picture by its path in the photo folder and the reason why it could not be read."""
-        kind = kind_of(path, reason)
-        if kind not in self._kinds and len(self._kinds) >= _MOST_KINDS:
-            kind = OTHER
+        self._add(FailureKind(kind_of(path, reason), 1, [path]))
+
+    def merge(self, other: FailureCount) -> None:
+        """Count what another one has counted as well."""
+        for each in other.kinds():
+            self._add(each)
+
+    def _add(self, new: FailureKind) -> None:
+        kind = new.kind if new.kind in self._kinds or len(self._kinds) < _MOST_KINDS else OTHER
         # One dictionary operation: the metrics' thread may be looking at it.
-        found = self._kinds.setdefault(kind, FailureKind(kind, 0, []))
-        found.count += 1
-        if len(found.examples) < EXAMPLES:
-            found.examples.append(path)
+        known = self._kinds.setdefault(kind, FailureKind(kind, 0, []))
+        known.count += new.count
+        known.examples += new.examples[: EXAMPLES - len(known.examples)]
 
     @property
     def total(self) -> int:

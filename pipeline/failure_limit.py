@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
 from regionspot.cache.errors import InputError
+from regionspot.cache.store import FeatureCache
 
 # A wrong image folder shows in the first images: stop before a part of nothing but failures is committed.
 FIRST_IMAGES = 10
@@ -73,6 +75,30 @@ class FailureLimit:
                 f"{folder}: none of the first {in_a_row} images could be read (the last: {reason}); check --data, or "
                 "let all images fail with --max-failures 100%"
             )
+
+
+class FailureCheck:
+    """Stops a run when too many of all images of its `parts` are broken, whichever run found them."""
+
+    def __init__(self, cache: FeatureCache, parts: Collection[int], limit: FailureLimit, folder: Path) -> None:
+        self._cache, self._limit, self._folder, self._parts = cache, limit, folder, parts
+        self._broken: set[int] = set()  # rows
+        self._first_in_a_row = 0
+        self._one_was_read = False
+
+    def __call__(self, row: int, failure: str | None) -> None:
+        """To be called with each image that the run has done. Raises InputError, as `FailureLimit.check`."""
+        if failure is None:
+            self._one_was_read = True
+            return
+        if not self._broken:  # reading all records takes an object store a while: only when it matters
+            asked = set(self._parts)
+            earlier = (each.row for each in self._cache.failures())
+            self._broken = {each for each in earlier if each // self._cache.part_size in asked}
+        self._broken.add(row)
+        self._first_in_a_row += not self._one_was_read
+        total = sum(len(self._cache.part_rows(part)) for part in self._parts)
+        self._limit.check(len(self._broken), total, in_a_row=self._first_in_a_row, folder=self._folder, reason=failure)
 
 
 EXTRACTION_LIMIT = FailureLimit(share=0.2)

@@ -23,7 +23,9 @@ from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.failure_limit import FIRST_IMAGES
 from regionspot.pipeline.outstanding import held_sets
-from regionspot.pipeline.part_worker import Account, PartMaker
+from regionspot.pipeline.part_worker import PartMaker
+from regionspot.pipeline.run_stats import RunStats
+from regionspot.pipeline.surroundings import Environment
 
 if TYPE_CHECKING:
     from regionspot.pipeline.frozen_models import Backbones
@@ -35,21 +37,14 @@ _DASKS_TRIM_THRESHOLD = "65536"  # distributed.yaml: distributed.nanny.pre-spawn
 class Prepared:
     """What the first worker found.
 
-    images   their folder
-    names    of the feature sets to fill
-    models   name and origin of the weights of each
-    machine, versions   of that worker
-    device   of the models, and whether they would be faster in bfloat16 than in the dtype that they compute in
+    images        their folder
+    names         of the feature sets to fill
+    environment   of that worker
     """
 
-    images: str
+    images: Path
     names: tuple[str, ...]
-    models: dict[str, str]
-    machine: dict[str, str | int]
-    versions: dict[str, str]
-    decode_threads: int
-    device: str
-    half_is_faster: bool
+    environment: Environment
 
 
 @dataclass(frozen=True)
@@ -61,24 +56,13 @@ class ExtractJob:
 
     def prepare(self) -> Prepared:
         """Make the cache, or see that it is one to resume. To be run by one worker before the others begin."""
-        from regionspot.pipeline.decoding import default_threads  # imports torch
-        from regionspot.pipeline.extraction import Extraction
-        from regionspot.pipeline.surroundings import machine, versions
-        from regionspot.pipeline.watch import weights_of
+        from regionspot.pipeline.extraction import Extraction  # imports torch
 
         extraction = Extraction.load(self.config, _loaded(self, held_sets(self.config.cache)))
         cache, backbones = extraction.prepare()
         names = tuple(each.name for each in self.config.feature_sets(backbones))
-        return Prepared(
-            str(extraction.photos),
-            names,
-            {name: weights_of(cache.feature_sets[name]) for name in names},
-            machine(),
-            versions(),
-            self.config.decode_threads or default_threads(),
-            str(backbones.device),
-            backbones.half_is_faster,
-        )
+        environment = Environment.here(cache, backbones, self.config.decode_threads)
+        return Prepared(extraction.photos, names, environment)
 
     def open(self) -> PartMaker:
         """What a worker needs to make parts. Raises RegionSpotError where it lacks cache, images or models."""
@@ -111,7 +95,7 @@ class ImageFeatures:
         self._decoder = Decoder(cache.manifest, images, backbones, config.exif)
         self._one_was_read = False
 
-    def of_rows(self, rows: range, names: Sequence[str], account: Account) -> Iterator[PictureFeatures]:
+    def of_rows(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[PictureFeatures]:
         """The rows of one part.
 
         Raises InputError when this worker has not read one image yet and cannot read any of the first of this part: it
@@ -119,7 +103,7 @@ class ImageFeatures:
         """
         from regionspot.pipeline.encoding import BatchEncoder, features_of  # imports torch
 
-        encode = BatchEncoder(self._cache.manifest, self._backbones, account.progress)
+        encode = BatchEncoder(self._cache.manifest, self._backbones, stats)
         jobs = ((row, names) for row in rows)
         size, threads = self._batch_size, self._config.decode_threads
         for image in features_of(jobs, self._decoder, encode, size, self._cache.part_size, threads):
@@ -129,7 +113,6 @@ class ImageFeatures:
                     f"{self._decoder.photo_folder}: none of a part's first images could be read (the last: "
                     f"{image.failure}); check --data, and that this machine sees it"
                 )
-            account.ignored_orientations = encode.ignored_orientations
             yield image
 
 

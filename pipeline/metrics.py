@@ -28,29 +28,32 @@ class _Collector:
     def collect(self) -> Iterator[Any]:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        watch, progress, parts = self._watch, self._watch.progress, self._watch.parts
+        stats, progress, parts = self._watch.stats, self._watch.progress, self._watch.parts
+        now = parts.counts if parts else None
         yield CounterMetricFamily(
-            "regionspot_pictures", "Pictures that this run has done, those that could not be read too", progress.done
+            "regionspot_pictures", "Pictures that this run has done, those that could not be read too", stats.images
         )
-        yield CounterMetricFamily("regionspot_regions", "Regions of these pictures", watch.regions)
-        yield CounterMetricFamily("regionspot_bytes_written", "Bytes of the parts that this run wrote", watch.bytes)
-        yield CounterMetricFamily("regionspot_parts", "Parts that this run wrote", parts.counts.done if parts else 0)
+        yield CounterMetricFamily("regionspot_regions", "Regions of these pictures", stats.regions)
+        yield CounterMetricFamily(
+            "regionspot_bytes_written", "Bytes of the parts that this run wrote", now.bytes if now else 0
+        )
+        yield CounterMetricFamily("regionspot_parts", "Parts that this run wrote", now.done if now else 0)
         failures = CounterMetricFamily(
             "regionspot_failures", "Pictures that could not be read, by what is wrong with them", labels=["kind"]
         )
-        for each in watch.failures.kinds():
+        for each in stats.failures.kinds():
             failures.add_metric([each.kind], each.count)
         yield failures
         stages = CounterMetricFamily(
             "regionspot_stage_seconds", "Seconds that the run waited for each of its stages", labels=["stage"]
         )
-        for stage, seconds in dict(progress.stage_seconds).items():
+        for stage, seconds in dict(stats.stage_seconds).items():
             stages.add_metric([stage], seconds)
         yield stages
         yield GaugeMetricFamily(
             "regionspot_parts_pending",
             "Parts that neither this run nor another has written",
-            parts.counts.pending if parts else 0,
+            now.pending if now else 0,
         )
         yield GaugeMetricFamily(
             "regionspot_pictures_pending", "Pictures that this run may still have to do", progress.total - progress.done

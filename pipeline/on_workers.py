@@ -14,28 +14,25 @@ import math
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from regionspot.cache.claims import Claims
-from regionspot.cache.errors import CacheError, InputError, NotACacheError, NotExtractedError, RegionSpotError
+from regionspot.cache.errors import CacheError, NotACacheError, NotExtractedError, RegionSpotError
 from regionspot.cache.machine import processors
-from regionspot.cache.process import this_process
-from regionspot.cache.progress import Progress
 from regionspot.cache.records import PartRecord
 from regionspot.cache.store import FeatureCache
-from regionspot.pipeline.bottleneck import find_bottleneck
 from regionspot.pipeline.clusters import SAY_SECONDS, Connection, connected, local_workers
 from regionspot.pipeline.extract_config import ExtractConfig
-from regionspot.pipeline.failure_kinds import FailureCount
+from regionspot.pipeline.failure_limit import FailureCheck
 from regionspot.pipeline.job import ExtractJob, Prepared
 from regionspot.pipeline.part_worker import Job, WorkerFailedError, do_part, when_idle
-from regionspot.pipeline.summary import COMPLETE, ExtractSummary, RunRecord
-from regionspot.pipeline.summary_page import publish
+from regionspot.pipeline.run_stats import RunStats
+from regionspot.pipeline.summary import ExtractSummary
+from regionspot.pipeline.watch import Watch
 
 if TYPE_CHECKING:
     from distributed import Future
@@ -45,70 +42,27 @@ log = logging.getLogger(__name__)
 HELD_SECONDS = 3.0  # between two looks whether a part that another run has is free
 
 
-@dataclass
-class Totals:
-    """What the workers did together, as far as they are.
-
-    parts           that they wrote; `others` were written by other runs meanwhile
-    seconds         since the begin
-    stages          seconds in each stage, of all parts together
-    most_workers    that were there at once
-    failures        images that could not be read, by kind
-    """
-
-    pictures: int = 0
-    ignored: int = 0
-    regions: int = 0
-    bytes: int = 0
-    parts: int = 0
-    others: int = 0
-    most_workers: int = 0
-    seconds: float = 0.0
-    stages: Counter[str] = field(default_factory=Counter)
-    failures: FailureCount = field(default_factory=FailureCount)
-
-    def add(self, records: Sequence[PartRecord], run: str) -> None:
-        """Count a part by its records, one a feature set; those that `run` has not written are of another run."""
-        ours = [record for record in records if record.account.get("run") == run]
-        if not ours:
-            self.others += 1
-            return
-        self.parts += 1
-        self.pictures += ours[0].pictures
-        self.regions += ours[0].regions
-        self.bytes += sum(size for record in ours for size in record.files.values())
-        self.ignored += ours[0].account["ignored_orientations"]
-        self.stages.update(ours[0].account["stage_seconds"])
-        for failure in {each.row: each for record in ours for each in record.failures}.values():
-            self.failures.add(failure.path, failure.reason)
-
-    def shares(self) -> dict[str, float]:
-        """Each stage's share of the workers' time."""
-        busy = max(self.stages.total(), 1e-9)
-        return {stage: seconds / busy for stage, seconds in self.stages.items()}
-
-
 def run_parts(
     connection: Connection,
     job: Job,
     cache: FeatureCache,
     names: Sequence[str],
     parts: Iterable[int],
-    totals: Totals,
-    check: Callable[[], None] = lambda: None,
+    watch: Watch,
+    check: Callable[[int, str | None], None] = lambda row, failure: None,
     take_over: bool = False,
 ) -> None:
     """Have the workers write the feature sets `names` of these parts, and say how far they are.
 
-    totals     counts what was done
-    check      called after each part; what it raises ends the run
+    watch      counts what was done
+    check      called with the row of each image, and why it could not be read; what it raises ends the run
     take_over  no other run is alive: what dead ones have claimed is free at once
 
     At an interrupt the workers end the parts under way, then KeyboardInterrupt is raised; at a second one at once.
     Raises CacheError, in one line, when a part cannot be made or the scheduler is gone; what is written by then stays.
     """
     with Claims(cache.storage, take_over=take_over) as claims:
-        run = _Run(connection, job, cache, names, parts, totals, check)
+        run = _Run(connection, job, cache, names, parts, watch, check)
         try:
             while run.missing:
                 run.give_out(claims)
@@ -129,16 +83,15 @@ class _Run:
         cache: FeatureCache,
         names: Sequence[str],
         parts: Iterable[int],
-        totals: Totals,
-        check: Callable[[], None],
+        watch: Watch,
+        check: Callable[[int, str | None], None],
     ) -> None:
         self._connection, self._job, self._cache, self._names = connection, job, cache, list(names)
-        self._totals, self._check = totals, check
+        self._watch, self._check = watch, check
         self._tasks: set[Future[None]] = set()
         self._failed_on: dict[int, str] = {}
         self._said = -math.inf
         self.missing = set(parts)
-        self._progress = Progress(sum(len(cache.part_rows(part)) for part in self.missing), "pictures")
 
     def give_out(self, claims: Claims) -> None:
         """Give the parts out that nobody alive has claimed, and wait until these tasks have ended."""
@@ -159,7 +112,6 @@ class _Run:
                 self._connection.renew()
                 return
             self._connection.watch_workers()
-            self._totals.most_workers = max(self._totals.most_workers, self._connection.workers)
             batch = ended.next_batch(block=False)
             for task in batch:
                 if task.status == "error":
@@ -186,9 +138,8 @@ class _Run:
         this one is retired: its disk is full, it lacks the photos, its GPU is broken.
         """
         if not isinstance(error, WorkerFailedError):
-            time.sleep(
-                0.2
-            )  # dask counts a worker's death for all of its parts: others may reach the limit with this one
+            # Dask counts a worker's death for all of its parts: others may reach the limit together with this one.
+            time.sleep(0.2)
             parts = sorted(_part_of(task) for task in self._tasks if task.status == "error")
             raise CacheError(f"part {' or '.join(map(str, parts))}: {trouble_of(error)}") from error
         message = f"worker {error.worker}: {error.message}"
@@ -201,18 +152,18 @@ class _Run:
         return self._submit([part])
 
     def _count(self, parts: Iterable[int]) -> None:
-        """Take those of the parts that are written into the totals."""
+        """Count those of the parts that are written."""
         with ThreadPoolExecutor(self._cache.storage.readers) as pool:  # each takes an object store 20 ms
             for part, records in pool.map(lambda part: (part, self._records(part)), self.missing.intersection(parts)):
                 if records:
                     self.missing.discard(part)
-                    self._totals.add(records, self._job.run)
-                    self._totals.seconds = self._progress.seconds
-                    self._progress.stage_seconds = {
-                        stage: share * self._progress.seconds for stage, share in self._totals.shares().items()
-                    }
-                    self._progress.step(len(self._cache.part_rows(part)))
-                    self._check()
+                    self._watch.part(RunStats.of_part(records, self._job.run), records[0].pictures)
+                    self._check_images(records)
+
+    def _check_images(self, records: Sequence[PartRecord]) -> None:
+        failures = {each.row: each.reason for record in records for each in record.failures}
+        for row in self._cache.part_rows(records[0].part):
+            self._check(row, failures.get(row))
 
     def _records(self, part: int) -> list[PartRecord]:
         try:
@@ -299,79 +250,21 @@ def extract_on(scheduler: str, config: ExtractConfig) -> ExtractSummary:
     config = config.with_absolute_paths()
     if (count := local_workers(scheduler)) and config.decode_threads is None:
         config = replace(config, decode_threads=min(max(processors() // count, 1), 16))  # they share the cores
-    job = ExtractJob(config)
+    job, watch = ExtractJob(config), Watch()
     with connected(scheduler) as connection:
         prepared: Prepared = run_once(connection, ExtractJob.prepare, job)
         cache = _opened(config.cache)
-        run = _WorkersRun(cache, prepared, config)
-        with run.recorded():
-            run_parts(connection, job, cache, prepared.names, run.pending, run.totals, run.check, config.take_over)
+        asked = config.chosen_parts(cache.n_parts)
+        missing = set(asked).intersection(cache.pending_parts(prepared.names))
+        check = FailureCheck(cache, asked, config.max_failures, prepared.images)
+        with watch.over(cache, prepared.environment):
+            watch.begin_by_workers(sum(len(cache.part_rows(part)) for part in missing), len(asked) - len(missing))
+            try:
+                run_parts(connection, job, cache, prepared.names, missing, watch, check, config.take_over)
+            finally:
+                prepared.environment.machine["workers"] = connection.most_workers
     _tidy_up(config.cache)  # behind the workers of this machine, which have ended
-    return run.summary()
-
-
-class _WorkersRun:
-    """What is told of a run: while it is at work, in the cache's summary.md, and at its end."""
-
-    def __init__(self, cache: FeatureCache, prepared: Prepared, config: ExtractConfig) -> None:
-        self._cache, self._prepared, self._limit = cache, prepared, config.max_failures
-        asked = set(config.chosen_parts(cache.n_parts))
-        self.pending = [part for part in cache.pending_parts(prepared.names) if part in asked]
-        self._images = sum(len(cache.part_rows(part)) for part in self.pending)
-        self._before = len(asked) - len(self.pending)
-        self.totals = Totals()
-
-    def check(self) -> None:
-        """Raises InputError when more images are broken than the limit allows."""
-        failed, total = self.totals.failures.total, self._images
-        if not self._limit.allows(failed, total):
-            raise InputError(
-                f"{self._prepared.images}: {failed:,} of {total:,} images could not be read, more than --max-failures "
-                f"{self._limit} allows; check --data, or allow more"
-            )
-
-    def summary(self) -> ExtractSummary:
-        """The run as it stands now."""
-        totals, shares = self.totals, self.totals.shares()
-        machine = self._prepared.machine
-        bottleneck = find_bottleneck(
-            shares,
-            device=self._prepared.device,
-            regions_per_picture=totals.regions / max(totals.pictures, 1),
-            decode_threads=self._prepared.decode_threads,
-            cores=int(machine.get("cores", 1)),
-            half_is_faster=self._prepared.half_is_faster,
-        )
-        return ExtractSummary(
-            pictures=totals.pictures,
-            failed=totals.failures.total,
-            parts=totals.parts,
-            parts_before=self._before,
-            parts_of_others=totals.others,
-            ignored_orientations=totals.ignored,
-            seconds=max(totals.seconds, 1e-9),
-            shares=shares,
-            regions=totals.regions,
-            bytes=totals.bytes,
-            bottleneck=bottleneck,
-            failures=totals.failures.kinds(),
-        )
-
-    @contextmanager
-    def recorded(self) -> Iterator[None]:
-        """Write the run into the cache at its end, however it ends, if it has done anything."""
-        started, outcome = datetime.now(UTC).isoformat(), COMPLETE
-        try:
-            yield
-        except BaseException as error:
-            outcome = f"stopped: {str(error) or type(error).__name__}"
-            raise
-        finally:
-            if self.totals.parts:
-                said, cache = self._prepared, self._cache
-                machine = {**said.machine, "workers": self.totals.most_workers}
-                by = str(this_process())
-                publish(cache, RunRecord(started, by, outcome, machine, said.versions, said.models, self.summary()))
+    return watch.summary()
 
 
 def _opened(address: str) -> FeatureCache:

@@ -20,14 +20,15 @@ import shutil
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from regionspot.cache.claims import Claims
 from regionspot.cache.errors import CacheError, RegionSpotError
-from regionspot.cache.progress import Progress
 from regionspot.cache.schema import PictureFeatures
 from regionspot.cache.store import FeatureCache
+from regionspot.pipeline.run_stats import RunStats
 
 if TYPE_CHECKING:
     from distributed import Worker
@@ -53,26 +54,8 @@ class Job(Protocol):
 class Features(Protocol):
     """Where the features of a part's images come from. Called by several threads at once."""
 
-    def of_rows(self, rows: range, names: Sequence[str], account: Account) -> Iterator[PictureFeatures]:
-        """Features of the sets `names` of each image, in order."""
-
-
-class Account:
-    """What the making of one part takes.
-
-    progress              times the stages; what is in none of them counts as writing
-    ignored_orientations  images whose EXIF orientation was ignored
-    """
-
-    def __init__(self, images: int) -> None:
-        self.progress = Progress(images + 1, "pictures")  # one more than there are, so that no line says it is done
-        self.ignored_orientations = 0
-
-    def record(self, run: str) -> dict[str, Any]:
-        """As it is kept in the part's record."""
-        stages, seconds = dict(self.progress.stage_seconds), self.progress.seconds
-        stages["write"] = seconds - sum(stages.values())
-        return {"run": run, "stage_seconds": stages, "ignored_orientations": self.ignored_orientations}
+    def of_rows(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[PictureFeatures]:
+        """Features of the sets `names` of each image, in order; `stats` get the time of each stage."""
 
 
 class PartMaker:
@@ -118,14 +101,15 @@ class PartMaker:
 
     def _write(self, part: int, missing: list[str]) -> None:
         rows = self._cache.part_rows(part)
-        making, kept = Account(len(rows)), dict[str, Any]()
+        stats, begin, account = RunStats(), time.perf_counter(), dict[str, Any]()
 
         def before_publish() -> None:
             self._claims.require_ours(part)
-            kept.update(making.record(self._run))
+            stats.seconds = time.perf_counter() - begin
+            account.update(stats.account(self._run))
 
-        pictures = self._features.of_rows(rows, missing, making)
-        self._cache.write_part(part, pictures, missing, str(self._claims.process), before_publish, kept)
+        images = self._features.of_rows(rows, missing, stats)
+        self._cache.write_part(part, images, missing, str(self._claims.process), before_publish, account)
 
     def _missing(self, part: int) -> list[str]:
         return self._cache.missing_sets(part, self._names)

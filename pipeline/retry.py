@@ -23,6 +23,7 @@ from regionspot.pipeline.decoding import DecodedImage, Decoder, decode_ahead
 from regionspot.pipeline.encoding import BatchEncoder
 from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.frozen_models import Backbones
+from regionspot.pipeline.run_stats import RunStats
 from regionspot.pipeline.summary_page import write_page
 
 
@@ -66,8 +67,9 @@ def retry(cache: FeatureCache, photo_folder: Path, backbones: Backbones, config:
     missing = _missing(cache, names, parts, lambda: config.batch_size or backbones.batch_size)
     counts = {part: len({row for some in sets for row in some.rows}) for part, sets in missing.items()}
     decoder = Decoder(cache.manifest, photo_folder, backbones, config.exif)
-    progress = Progress(sum(counts.values()), "failed images")
-    encode = BatchEncoder(cache.manifest, backbones, progress)
+    stats = RunStats()
+    progress = Progress(sum(counts.values()), "failed images", shares=stats.shares)
+    encode = BatchEncoder(cache.manifest, backbones, stats)
     read = elsewhere = 0
     reason: str | None = None
     with Claims(cache.storage, take_over=config.take_over) as claims:
@@ -85,6 +87,7 @@ def retry(cache: FeatureCache, photo_folder: Path, backbones: Backbones, config:
                 there.update(good)
             claims.release(part)
             read += len(there)
+            stats.seconds = progress.seconds
             progress.step(counts[part])
     if read:
         write_page(cache)  # its list of failures is an older one

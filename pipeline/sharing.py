@@ -19,13 +19,15 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from regionspot.cache.claims import Claims
 from regionspot.cache.errors import CacheError
 from regionspot.cache.schema import PictureFeatures
 from regionspot.cache.store import FeatureCache
-from regionspot.pipeline.decoding import Jobs
+
+if TYPE_CHECKING:
+    from regionspot.pipeline.decoding import Jobs  # imports torch
 
 log = logging.getLogger(__name__)
 

@@ -1,14 +1,21 @@
-"""What a run's speed and numbers depend on beside the code: the machine, and the versions of what is installed."""
+"""What a run's speed and numbers depend on beside the code: machine, installed versions, models and where they are."""
 
 from __future__ import annotations
 
 import os
 import platform
 from collections.abc import Iterable
+from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from regionspot.cache.machine import processors
+from regionspot.cache.schema import FeatureSet
+from regionspot.cache.store import FeatureCache
+
+if TYPE_CHECKING:
+    from regionspot.pipeline.frozen_models import Backbones
 
 # Those that decide the pixels, the features and the bytes.
 PACKAGES = (
@@ -22,6 +29,38 @@ PACKAGES = (
     "simplejpeg",
     "zarr",
 )
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a run is at work; of a run by workers, where the first of them is.
+
+    models          name and origin of the weights of each feature set's model
+    device          of the models: "cpu", "cuda", "cuda:1"
+    half_is_faster  they compute in float32, and the device is faster in bfloat16
+    """
+
+    machine: dict[str, str | int]
+    versions: dict[str, str]
+    models: dict[str, str]
+    device: str
+    half_is_faster: bool
+    decode_threads: int
+
+    @classmethod
+    def here(cls, cache: FeatureCache, backbones: Backbones, decode_threads: int | None) -> Environment:
+        """That of this process; `decode_threads` as they were asked for."""
+        from regionspot.pipeline.decoding import default_threads  # imports torch
+
+        models = {name: weights_of(each) for name, each in cache.feature_sets.items()}
+        threads = decode_threads or default_threads()
+        return cls(machine(), versions(), models, str(backbones.device), backbones.half_is_faster, threads)
+
+
+def weights_of(feature_set: FeatureSet) -> str:
+    """Where a model's weights are from and which they are, as its provenance says."""
+    provenance = feature_set.provenance
+    return f"{provenance.get('weights_origin')}, SHA-256 {str(provenance.get('weights_sha256'))[:12]}"
 
 
 def machine() -> dict[str, str | int]:

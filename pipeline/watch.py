@@ -1,7 +1,7 @@
-"""A run of `extract` as it is seen from outside: counted while it works, told by a line, by metrics and by a summary.
+"""A run of `extract` as it is seen from outside: a line while it works, metrics, summary.md and the summary at its end.
 
-`extract` tells it of each picture; what has been written it reads from the run's parts. The thread that serves the
-metrics only reads numbers, so the run never waits for whoever looks at it.
+It serves runs in one process and runs by workers. Both count in its `stats`; the thread that serves the metrics only
+reads numbers, so the run never waits for whoever looks at it.
 """
 
 from __future__ import annotations
@@ -9,55 +9,52 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from typing import TYPE_CHECKING
 
 from regionspot.cache.info import size_text
-from regionspot.cache.machine import processors
 from regionspot.cache.process import this_process
 from regionspot.cache.progress import Progress
-from regionspot.cache.schema import FeatureSet, PictureFeatures
+from regionspot.cache.schema import PictureFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.bottleneck import find_bottleneck
-from regionspot.pipeline.decoding import default_threads
-from regionspot.pipeline.failure_kinds import FailureCount
-from regionspot.pipeline.frozen_models import Backbones
-from regionspot.pipeline.sharing import SharedParts
+from regionspot.pipeline.run_stats import RunStats
 from regionspot.pipeline.summary import COMPLETE, ExtractSummary, RunRecord
 from regionspot.pipeline.summary_page import publish
-from regionspot.pipeline.surroundings import machine, versions
+from regionspot.pipeline.surroundings import Environment
+
+if TYPE_CHECKING:
+    from regionspot.pipeline.sharing import SharedParts  # imports torch
 
 
 class Watch:
-    """Counts one run at a time.
+    """Watches one run at a time.
 
     metrics_port   serve Prometheus metrics there while a run is at work
-    publish        write the run and summary.md into the cache; a worker that does one part of many leaves it to whoever
-                   sees all
+    publish        write the run and summary.md into the cache
 
-    progress       of the run's pictures, with the time in each stage
-    parts          what this run has of the cache; None before it began
-    regions        of the pictures done
-    failures       by kind
+    stats          what the run has done
+    progress       of its images
+    parts          of a run in one process, what it has of the cache; None before it began
+    parts_before   parts that were complete when it started
     """
 
-    def __init__(self, *, metrics_port: int | None = None, publish: bool = True) -> None:
+    def __init__(self, metrics_port: int | None = None, *, publish: bool = True) -> None:
         self.metrics_port, self.publish = metrics_port, publish
-        self._reset()
+        self._reset(0)
 
-    def _reset(self) -> None:
-        self.progress = Progress(0, "pictures", detail=self._detail)
+    def _reset(self, images: int) -> None:
+        self.stats, self.parts_before = RunStats(), 0
         self.parts: SharedParts | None = None
-        self.regions = self.ignored_orientations = 0
-        self.failures = FailureCount()
+        self.progress = Progress(images, "pictures", detail=self._detail, shares=self.stats.shares)
 
     @contextmanager
-    def over(self, cache: FeatureCache, backbones: Backbones, decode_threads: int | None) -> Iterator[None]:
-        """Watch the run inside the block; at its end it is told of, however it ends.
+    def over(self, cache: FeatureCache, environment: Environment) -> Iterator[None]:
+        """Watch the run inside the block; at its end it is recorded in the cache, however it ends.
 
         Raises InputError where metrics cannot be served.
         """
-        self._reset()
-        self._cache, self._device, self._half_is_faster = cache, str(backbones.device), backbones.half_is_faster
-        self._decode_threads = decode_threads
+        self._reset(0)
+        self._cache, self._environment = cache, environment
         started, outcome = datetime.now(UTC).isoformat(), COMPLETE
         with self._metrics():
             try:
@@ -67,69 +64,85 @@ class Watch:
                 raise
             finally:
                 self.progress.finish()
-                if self.publish and self.progress.done:
-                    models = {name: weights_of(each) for name, each in cache.feature_sets.items()}
-                    found = str(this_process()), outcome, machine(), versions(), models, self.summary()
-                    publish(cache, RunRecord(started, *found))
+                if self.publish and self.stats.images:
+                    where, by = self._environment, str(this_process())
+                    publish(
+                        cache,
+                        RunRecord(started, by, outcome, where.machine, where.versions, where.models, self.summary()),
+                    )
 
-    def begin(self, parts: SharedParts) -> Progress:
-        """The run knows its parts now; the progress that it is to time its stages with."""
-        self.parts = parts
-        self.progress = Progress(parts.counts.pictures, "pictures", detail=self._detail)
-        return self.progress
+    def begin(self, parts: SharedParts) -> RunStats:
+        """A run in one process knows its parts now; what it is to count and time in."""
+        self._reset(parts.counts.pictures)
+        self.parts, self.parts_before = parts, parts.counts.before
+        return self.stats
+
+    def begin_by_workers(self, images: int, parts_before: int) -> RunStats:
+        """A run by workers knows how much there is to do; what it is to count in."""
+        self._reset(images)
+        self.parts_before = parts_before
+        return self.stats
 
     def wait(self) -> bool:
         """As the parts' own, and the time that it takes."""
-        with self.progress.timed("wait"):
+        with self.stats.timed("wait"):
             return self.parts is not None and self.parts.wait()
 
-    def picture(self, picture: PictureFeatures, ignored_orientations: int) -> None:
-        """A picture went to the writer; of all so far, so many had an EXIF orientation that was ignored."""
-        manifest, parts = self._cache.manifest, self.parts
-        self.ignored_orientations = ignored_orientations
-        rows = manifest.regions(picture.row)
-        self.regions += rows.stop - rows.start
-        if picture.failure is not None:
-            self.failures.add(str(manifest.paths[picture.row]), picture.failure)
-        if parts is not None:
-            self.progress.total = parts.counts.pictures  # others may have done some of them meanwhile
+    def image(self, image: PictureFeatures) -> None:
+        """An image of a run in one process went to the writer."""
+        stats, manifest = self.stats, self._cache.manifest
+        stats.images += 1
+        rows = manifest.regions(image.row)
+        stats.regions += rows.stop - rows.start
+        stats.seconds = self.progress.seconds
+        if image.failure is not None:
+            stats.failures.add(str(manifest.paths[image.row]), image.failure)
+        self._take_in_parts()
         self.progress.step()
 
-    @property
-    def bytes(self) -> int:
-        """Written by this run so far, in whole parts."""
-        return self.parts.counts.bytes if self.parts else 0
+    def part(self, stats: RunStats, images: int) -> None:
+        """A worker, or another run, has written a part of so many images."""
+        self.stats.merge(stats)
+        self.progress.step(images)
+
+    def _take_in_parts(self) -> None:
+        if self.parts is not None:
+            now = self.parts.counts
+            self.stats.parts, self.stats.parts_of_others, self.stats.bytes = now.done, now.others, now.bytes
+            self.progress.total = now.pictures  # others may have done some of them meanwhile
 
     def summary(self) -> ExtractSummary:
         """The run as it stands now."""
-        progress, shares = self.progress, self.progress.shares()
-        parts = self.parts.counts if self.parts else None
-        bottleneck = find_bottleneck(
-            shares,
-            device=self._device,
-            regions_per_picture=self.regions / max(progress.done, 1),
-            decode_threads=self._decode_threads or default_threads(),
-            cores=processors(),
-            half_is_faster=self._half_is_faster,
-        )
+        stats, where, seconds = self.stats, self._environment, self.progress.seconds
+        if self.parts is not None:
+            self._take_in_parts()
+            stats.seconds = seconds
+        shares = stats.shares()
         return ExtractSummary(
-            pictures=progress.done,
-            failed=self.failures.total,
-            parts=parts.done if parts else 0,
-            parts_before=parts.before if parts else 0,
-            parts_of_others=parts.others if parts else 0,
-            ignored_orientations=self.ignored_orientations,
-            seconds=progress.seconds,
+            pictures=stats.images,
+            failed=stats.failures.total,
+            parts=stats.parts,
+            parts_before=self.parts_before,
+            parts_of_others=stats.parts_of_others,
+            ignored_orientations=stats.ignored_orientations,
+            seconds=seconds,
             shares=shares,
-            regions=self.regions,
-            bytes=parts.bytes if parts else 0,
-            bottleneck=bottleneck,
-            failures=self.failures.kinds(),
+            regions=stats.regions,
+            bytes=stats.bytes,
+            bottleneck=find_bottleneck(
+                shares,
+                device=where.device,
+                regions_per_picture=stats.regions / max(stats.images, 1),
+                decode_threads=where.decode_threads,
+                cores=int(where.machine.get("cores", 1)),
+                half_is_faster=where.half_is_faster,
+            ),
+            failures=stats.failures.kinds(),
         )
 
     def _detail(self) -> str:
-        rate = self.progress.rate * self.regions / max(self.progress.done, 1)
-        return f"{rate:.3g} regions/s  {size_text(self.bytes)} written"
+        rate = self.progress.rate * self.stats.regions / max(self.progress.done, 1)
+        return f"{rate:.3g} regions/s  {size_text(self.stats.bytes)} written"
 
     @contextmanager
     def _metrics(self) -> Iterator[None]:
@@ -140,9 +153,3 @@ class Watch:
 
         with served(self, self.metrics_port):
             yield
-
-
-def weights_of(feature_set: FeatureSet) -> str:
-    """Where a model's weights are from and which they are, as its provenance says."""
-    said = feature_set.provenance
-    return f"{said.get('weights_origin')}, SHA-256 {str(said.get('weights_sha256'))[:12]}"

@@ -13,9 +13,9 @@ import pytest
 
 from regionspot.cache import FeatureCache, InputError, PictureFeatures
 from regionspot.cache.claims import Claims
-from regionspot.cache.progress import Progress
 from regionspot.cache.verify import verify
 from regionspot.pipeline.committing import CommitThread
+from regionspot.pipeline.run_stats import RunStats
 from regionspot.pipeline.sharing import PartCounts, SharedParts
 
 PARTS = 40
@@ -55,7 +55,7 @@ def opened(address, claims, only=None):
 
 def run(cache, parts):
     while parts.wait():
-        with CommitThread(cache, parts, Progress(PARTS, "images")) as writer:
+        with CommitThread(cache, parts, RunStats()) as writer:
             for row, names in parts.jobs():
                 writer.put(features(cache, row, names))
 
@@ -149,7 +149,7 @@ def test_a_part_whose_images_end_early_is_an_error_and_not_a_run_that_waits_for_
     with Claims(cache.storage) as claims:
         parts = SharedParts(cache, small.names, claims)
         assert parts.wait()
-        writer = CommitThread(cache, parts, Progress(10, "images"))
+        writer = CommitThread(cache, parts, RunStats())
 
         def one_image_of_four():
             with writer:

@@ -102,8 +102,8 @@ def test_a_file_of_somebody_else_among_the_runs_is_left_alone_and_passed_over(ca
 
 def test_a_run_that_is_stopped_says_why_in_the_summary(cache, world, backbones):
     class Stopped(Watch):
-        def picture(self, *args):
-            super().picture(*args)
+        def image(self, *args):
+            super().image(*args)
             if self.progress.done == 3:
                 raise InputError("the disk | was pulled out")
 
@@ -144,8 +144,8 @@ def test_prometheus_sees_a_run_while_it_is_at_work_and_no_more_when_it_ended(cac
     seen = []
 
     class Scraped(Watch):
-        def picture(self, *args):
-            super().picture(*args)
+        def image(self, *args):
+            super().image(*args)
             if self.progress.done == 5:
                 seen.append(_scraped(free_port))
 

@@ -28,7 +28,10 @@ from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.verify import verify
 from regionspot.pipeline import clusters, on_workers, part_worker
 from regionspot.pipeline.clusters import check_scheduler, connected, thread_counts
-from regionspot.pipeline.on_workers import Totals, run_once, run_parts
+from regionspot.pipeline.failure_limit import FailureCheck, FailureLimit
+from regionspot.pipeline.on_workers import run_once, run_parts
+from regionspot.pipeline.run_stats import RunStats
+from regionspot.pipeline.watch import Watch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # workers are started with the same path, so that they can import the job, too
@@ -84,14 +87,15 @@ class Run:
     """`run_parts` in a thread, so that the test can get in its way."""
 
     def __init__(self, connection, cache, seconds, **options) -> None:
-        self.cache, self.totals, self.error = cache, Totals(), None
+        self.cache, self.watch, self.error = cache, Watch(), None
+        self.watch.begin_by_workers(PICTURES, 0)
         self.job = simulated.SimulatedJob(str(cache.path), seconds, **options)
         self._thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
         self._thread.start()
 
     def _run(self, connection) -> None:
         try:
-            run_parts(connection, self.job, self.cache, self.cache.feature_sets, PARTS, self.totals)
+            run_parts(connection, self.job, self.cache, self.cache.feature_sets, PARTS, self.watch)
         except CacheError as error:
             self.error = error
 
@@ -100,11 +104,11 @@ class Run:
         while self._thread.is_alive() and len(PARTS) - len(self.cache.pending_parts()) < parts:
             time.sleep(0.002)
 
-    def end(self) -> Totals:
+    def end(self) -> RunStats:
         self._thread.join()
         if self.error is not None:
             raise self.error
-        return self.totals
+        return self.watch.stats
 
 
 def pids(connection, count: int) -> list[int]:
@@ -122,10 +126,10 @@ def must_equal(cache, undisturbed) -> None:
 
 
 def test_workers_share_the_parts_and_write_what_one_process_writes(connection, cache, undisturbed):
-    totals = Run(connection, cache, 0.005).end()
-    assert (totals.parts, totals.pictures, totals.failures.total, totals.others) == (len(PARTS), PICTURES, 0, 0)
-    assert totals.bytes > 0
-    assert sum(totals.shares().values()) == pytest.approx(1)
+    stats = Run(connection, cache, 0.005).end()
+    assert (stats.parts, stats.images, stats.failures.total, stats.parts_of_others) == (len(PARTS), PICTURES, 0, 0)
+    assert stats.bytes > 0
+    assert sum(stats.shares().values()) == pytest.approx(1)
     must_equal(cache, undisturbed)
 
 
@@ -162,10 +166,10 @@ def test_a_part_that_is_given_again_while_it_is_being_made_is_made_once(cache, u
     begun, go_on = threading.Event(), threading.Event()
 
     class Waiting:
-        def of_rows(self, rows, names, account):
+        def of_rows(self, rows, names, stats):
             begun.set()
             go_on.wait()
-            yield from simulated.SimulatedFeatures(cache, simulated.SimulatedJob("")).of_rows(rows, names, account)
+            yield from simulated.SimulatedFeatures(cache, simulated.SimulatedJob("")).of_rows(rows, names, stats)
 
     maker = part_worker.PartMaker(cache, list(cache.feature_sets), Waiting(), "a run")
     first = threading.Thread(target=maker.make, args=(3,))
@@ -188,10 +192,14 @@ def test_what_workers_wrote_while_the_connection_was_broken_counts_as_the_runs_a
         maker = job_of.open()
         maker.make(part)
         maker.close()
-    totals, failed = Totals(), []
-    run_parts(connection, job, cache, cache.feature_sets, PARTS, totals, lambda: failed.append(totals.failures.total))
-    assert (totals.parts, totals.others, totals.pictures) == (len(PARTS) - 1, 1, PICTURES - PART_SIZE)
-    assert failed[-1] == 1
+    none_may_fail = FailureCheck(cache, PARTS, FailureLimit(count=0), cache.path)
+    with pytest.raises(InputError, match="1 of 40 images could not be read"):
+        run_parts(connection, job, cache, cache.feature_sets, [1], Watch(), none_may_fail)
+    watch = Watch()
+    run_parts(connection, job, cache, cache.feature_sets, PARTS, watch)
+    stats = watch.stats
+    assert (stats.parts, stats.parts_of_others, stats.images) == (len(PARTS) - 1, 1, PICTURES - PART_SIZE)
+    assert stats.failures.total == 1
 
 
 def test_a_part_that_another_run_has_is_waited_for_and_done_when_that_run_is_dead(
@@ -248,8 +256,8 @@ def test_a_connection_to_the_scheduler_that_breaks_is_made_anew_and_every_part_c
         for parts in (1, 3, 5):
             run.has_written(parts)
             cable.cut()
-        totals = run.end()
-    assert (totals.parts, totals.pictures, totals.others) == (len(PARTS), PICTURES, 0)
+        stats = run.end()
+    assert (stats.parts, stats.images, stats.parts_of_others) == (len(PARTS), PICTURES, 0)
     must_equal(cache, undisturbed)
 
 
