@@ -21,6 +21,7 @@ from regionspot.fusion.train import train
 from regionspot.pipeline import dtypes
 from regionspot.pipeline.datasets import photo_dir, read_dataset
 from regionspot.pipeline.extract import extract
+from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.frozen_models import Backbones
 
 STEPS = train_config("toy", iterations=2, batch_size=2)
@@ -45,7 +46,7 @@ def extracted(world, tmp_path_factory):
             backbones = Backbones.load("toy", device="cpu", dtype=dtype, preprocess=preprocess)
             path = tmp_path_factory.mktemp("caches") / f"{'-'.join(key)}.zarr"
             made[key] = FeatureCache.create(path, manifest, backbones.feature_sets(exif), 2)
-            extract(made[key], photo_dir("toy", world, "val", manifest), backbones, exif=exif)
+            extract(made[key], photo_dir("toy", world, "val", manifest), backbones, ExtractConfig(exif=exif))
         return made[key]
 
     return cache_of
