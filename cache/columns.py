@@ -191,6 +191,8 @@ def _read_ragged(group: zarr.Group, name: str) -> Ragged | None:
 def _read_regions(group: zarr.Group, name: str, offsets: NDArray[np.int64], geometry: Geometry) -> NDArray[Any]:
     """A region column without its padding, a few parts at a time: padded and whole it may be twice as large."""
     array = _array(group, name)
+    if array.shape[0] != geometry.n_parts:  # what is not read would be whatever was in that memory before
+        raise ValueError(f"{name} has {array.shape[0]} parts, expected {geometry.n_parts}")
     starts = _part_starts(offsets, geometry)
     values = np.empty((int(starts[-1]), *array.shape[2:]), dtype=array.dtype)
     step = array.chunks[0]
