@@ -29,7 +29,7 @@ Data = Annotated[Path, typer.Option(help="folder of the dataset: annotation file
 Split = Annotated[str, typer.Option(help="train, val, ...")]
 Annotations = Annotated[Path | None, typer.Option(help="this annotation file instead of the dataset's own")]
 Boxes = Annotated[str, typer.Option(help="gt, or a detector's proposals file")]
-Limit = Annotated[int | None, typer.Option(min=1, help="only the first images")]
+Limit = Annotated[int | None, typer.Option(min=1, help="only the first images, for this run")]
 TakeOver = Annotated[
     bool,
     typer.Option(

@@ -12,8 +12,10 @@ largest part has more regions than before; opened again, the cache has everythin
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,11 +28,14 @@ from regionspot.cache.header import Header, load_header
 from regionspot.cache.manifest import Manifest
 from regionspot.cache.matching import first_difference, in_order_of, rows_by_id, same_categories
 from regionspot.cache.progress import Progress
-from regionspot.cache.schema import PART_SIZE
+from regionspot.cache.schema import PART_SIZE, Geometry
 from regionspot.cache.storage import LocalStorage, open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.whole_parts import Place, take_part
 
+log = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 0.2  # between two looks whether another run has extended the cache
 _GROWTH = "growth"  # what is claimed while a cache is extended
 
 
@@ -120,6 +125,34 @@ def _grown(cache: FeatureCache, grown: Manifest) -> Manifest:
     return ordered
 
 
+def part_size_when_grown(geometry: Geometry, asked: int) -> int:
+    """Images of a part of a cache that grows: a single part may have been small for want of images."""
+    return geometry.part_size if geometry.n_parts > 1 else max(geometry.part_size, asked)
+
+
+def grow_to(path: str | Path, whole: Manifest, part_size: int) -> None:
+    """`extend` a cache that was made with a limit, or wait until another run of the same command has done so.
+
+    Raises what `extend` raises.
+    """
+    storage = open_storage(path)
+    if not isinstance(storage, LocalStorage):
+        raise InputError(
+            f"{storage.address}: was made with --limit and holds {load_header(storage).geometry.pictures:,} of the "
+            f"{len(whole):,} images asked for, and only a cache in a folder can grow; give that limit or another cache"
+        )
+    wanted = whole.digest()
+    while load_header(storage).digest != wanted:
+        try:
+            log.info("%s: was made with --limit, and grows to %d images", storage.address, len(whole))
+            extend(path, whole, part_size=part_size)
+            return
+        except CacheError:
+            if Claims(storage).holder(_GROWTH) is None and load_header(storage).digest != wanted:
+                raise  # what is in the way is no run that extends it
+            time.sleep(_LOOK_SECONDS)
+
+
 def _require_alone(storage: LocalStorage, claims: Claims) -> None:
     """Raises CacheError when another run is at work here: what it writes now would be lost."""
     for what, process in claims.others().items():
@@ -137,7 +170,7 @@ def _replace(
     """Make the grown cache beside the old one and put it in its place; its parts, and those that are pending."""
     from regionspot.cache.layout import build_cache  # zarr takes a second to import
 
-    size = cache.part_size if cache.n_parts > 1 else max(cache.part_size, part_size)
+    size = part_size_when_grown(cache.geometry, part_size)
     building = partial_path(storage.folder)
     try:
         build_cache(building, manifest, Header.of(manifest, cache.feature_sets.values(), size))

@@ -88,12 +88,34 @@ def in_order_of(stored: Manifest, asked: Manifest) -> Manifest | None:
 
 
 def as_stored(stored: Manifest, asked: Manifest) -> Manifest:
-    """The asked pictures as a cache of `stored` has them, where they are those; otherwise as they came.
+    """The asked images as a cache of `stored` has them, where they are those; otherwise as they came.
 
-    That is in its order, and for a cache that was cut out of another one without the pictures that it left out.
+    That is in its order, and for a cache that was cut out of another one without the images that it left out.
     """
     ordered = in_order_of(stored, asked)
-    was_cut = any(note["operation"] == "subset" for note in stored.source.get("made_from", []))
-    if ordered is None or not (was_cut or len(ordered) == len(stored)):
+    if ordered is None or not (_was_cut(stored) or len(ordered) == len(stored)):
         return asked
     return ordered.head(len(stored))
+
+
+def _was_cut(stored: Manifest) -> bool:
+    return any(note["operation"] == "subset" for note in stored.source.get("made_from", []))
+
+
+def grows_to(stored: Manifest, asked: Manifest) -> bool:
+    """Whether a cache of `stored` was made with a smaller limit than `asked`, and is to take in the other images."""
+    return len(stored) < len(asked) and not _was_cut(stored) and is_part_of(stored, asked)
+
+
+def is_part_of(some: Manifest, whole: Manifest) -> bool:
+    """Whether the two differ by `--limit` alone: read from the same files, and all images of `some` are in `whole`.
+
+    Files are compared by their SHA-256, so annotations that grew are another thing, for `regionspot cache extend`.
+    """
+    files = some.source.get("files")
+    if not files or files != whole.source.get("files") or len(some) > len(whole):
+        return False
+    if (some.dataset, some.split) != (whole.dataset, whole.split) or len(some.categories) != len(whole.categories):
+        return False
+    rows = rows_by_id(whole, some.image_ids)
+    return bool((rows >= 0).all()) and same_categories(some, whole) and not first_difference(whole.select(rows), some)

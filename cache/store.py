@@ -24,7 +24,7 @@ from regionspot.cache.header import (
     require_same_sets,
 )
 from regionspot.cache.manifest import Category, Manifest
-from regionspot.cache.matching import as_stored
+from regionspot.cache.matching import as_stored, grows_to, is_part_of
 from regionspot.cache.parts import PartWriter
 from regionspot.cache.reader import Check, FeatureReader, open_reader
 from regionspot.cache.reading import ReadableCache
@@ -138,13 +138,17 @@ class FeatureCache(ReadableCache):
         manifest: Manifest,
         feature_sets: Iterable[FeatureSet],
         part_size: int = PART_SIZE,
+        may_grow: bool = True,
     ) -> FeatureCache:
         """Go on with a cache, or make it. Feature sets that it does not hold yet are added and touch nothing else.
 
         An existing cache keeps its own part size, which is said in the log where another one is asked for, and its
-        order: annotations may list its pictures in another one, and for one that was cut out of another cache those of
-        the whole will do. Raises ProvenanceMismatchError, saying what
-        differs, when it was made from other annotations or backbones than asked for.
+        order: annotations may list its images in another one, and for one that was cut out of another cache those of
+        the whole will do. A limit is a choice of the run: of the same annotation files, a cache may hold more images
+        than asked for, and one that holds fewer grows, if it `may_grow`; its full parts stay as they are.
+
+        Raises ProvenanceMismatchError, saying what differs, when it was made from other annotations or backbones than
+        asked for, and what `growth.extend` raises.
         """
         storage, asked = open_storage(path), Header.of(manifest, feature_sets, part_size)
         if not storage.exists(""):
@@ -154,7 +158,15 @@ class FeatureCache(ReadableCache):
                 log.info("%s: another run made it a moment ago; joining that run", path)
         stored = load_header(storage)
         if stored.digest != asked.digest:
-            asked = Header.of(_as_stored(storage, stored, manifest), asked.feature_sets.values(), part_size)
+            fitting, grows = _fitting(storage, stored, manifest)
+            asked = Header.of(fitting, asked.feature_sets.values(), part_size)
+            if grows and may_grow:
+                from regionspot.cache.growth import grow_to  # imports this module
+
+                require_same_sets(storage.address, stored, asked)  # first: for another one's features it must not grow
+                grow_to(path, manifest, part_size)
+                stored = load_header(storage)
+                asked = Header.of(manifest, asked.feature_sets.values(), part_size)
         require_same_manifest(storage.address, stored, asked)
         require_same_sets(storage.address, stored, asked)
         _tell_part_size(storage.address, stored.geometry, part_size)
@@ -326,10 +338,20 @@ def _tell_part_size(address: str, geometry: Geometry, asked: int) -> None:
         )
 
 
-def _as_stored(storage: Storage, header: Header, asked: Manifest) -> Manifest:
+def _fitting(storage: Storage, header: Header, asked: Manifest) -> tuple[Manifest, bool]:
+    """The asked images as the cache has them, where it has them, otherwise as they came; and whether it has to grow.
+
+    Of annotations that a limit cuts elsewhere than the cache's, that is what the cache has.
+    """
     from regionspot.cache.columns import load_manifest  # zarr takes a second to import
 
-    return as_stored(load_manifest(storage, header), asked)
+    stored = load_manifest(storage, header)
+    fitting = as_stored(stored, asked)
+    if fitting.digest() != header.digest:
+        grows = grows_to(stored, asked)
+        if grows or is_part_of(asked, stored):
+            return stored, grows
+    return fitting, False
 
 
 def _require_arrays(storage: Storage, header: Header) -> None:

@@ -35,9 +35,16 @@ DEFAULTS = ExtractConfig()
 
 
 def open_for_extraction(
-    address: str | Path, manifest: Manifest, photo_folder: Path, backbones: Backbones, config: ExtractConfig = DEFAULTS
+    address: str | Path,
+    manifest: Manifest,
+    photo_folder: Path,
+    backbones: Backbones,
+    config: ExtractConfig = DEFAULTS,
+    may_grow: bool = True,
 ) -> FeatureCache:
     """Open the cache at `address`, or make it, for what the backbones write into it.
+
+    may_grow   a cache that was made with a smaller limit takes in the other images of `manifest`
 
     For int8 the backbones run over a few images first, unless the cache holds the feature set already. Raises
     InputError when none of these can be read, and what `FeatureCache.open_or_create` raises.
@@ -53,7 +60,7 @@ def open_for_extraction(
             progress.step()
 
     sets = ready_to_store(address, manifest, config.feature_sets(backbones), features_of_sample)
-    return FeatureCache.open_or_create(address, manifest, sets, config.part_size)
+    return FeatureCache.open_or_create(address, manifest, sets, config.part_size, may_grow)
 
 
 def extract(
@@ -77,7 +84,7 @@ def extract(
     names = [feature_set.name for feature_set in config.feature_sets(backbones)]
     size = images_at_a_time(config.batch_size, cache, names, backbones)
     decoder = Decoder(cache.manifest, photo_folder, backbones, config.exif)
-    parts, threads = config.chosen_parts(cache.n_parts), config.decode_threads
+    parts, threads = config.chosen_parts(cache.geometry), config.decode_threads
     watch, environment = watch or Watch(config.metrics_port), Environment.here(cache, backbones, threads)
     with watch.over(cache, environment), Claims(cache.storage, take_over=config.take_over) as claims:
         shared = SharedParts(cache, names, claims, parts)

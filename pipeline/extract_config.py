@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from regionspot.cache.encodings import Encoding
 from regionspot.cache.errors import InputError
 from regionspot.cache.manifest import Manifest
-from regionspot.cache.schema import FeatureSet
+from regionspot.cache.schema import FeatureSet, Geometry
 from regionspot.pipeline.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.part_choice import parse_parts
 from regionspot.pipeline.photos import Exif
@@ -161,13 +161,22 @@ class ExtractConfig:
         """What these models write into the cache; int8 is still without the statistics of a sample."""
         return backbones.feature_sets(self.exif, self.encoding, self.token_encoding)
 
-    def chosen_parts(self, n_parts: int) -> Collection[int]:
-        """Those of a cache's parts that are asked for. Raises InputError for what names none."""
+    def chosen_parts(self, geometry: Geometry) -> Collection[int]:
+        """Those of a cache's parts that are asked for; of a limit, the whole parts that hold the first so many images.
+
+        Raises InputError for what names no part.
+        """
         if self.parts is not None and self.shard is not None:
             raise InputError(f"parts {self.parts!r} and shard {self.shard!r}: give one of the two")
         if self.parts is not None:
-            return parse_parts(self.parts, n_parts)
-        return range(n_parts) if self.shard is None else parse_shard(self.shard).parts(n_parts)
+            named: Collection[int] = parse_parts(self.parts, geometry.n_parts)
+        elif self.shard is not None:
+            named = parse_shard(self.shard).parts(geometry.n_parts)
+        else:
+            named = range(geometry.n_parts)
+        if self.limit is None:
+            return named
+        return [part for part in named if part * geometry.part_size < self.limit]
 
 
 def _absolute(path: str) -> str:

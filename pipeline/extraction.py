@@ -7,7 +7,6 @@ from pathlib import Path
 
 from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.cache.manifest import Manifest
-from regionspot.cache.schema import Geometry
 from regionspot.cache.storage import open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.dry_run import DryRun, dry_run
@@ -65,27 +64,25 @@ class Extraction:
         address = self.config.cache
         if not open_storage(address).exists(""):
             raise InputError(f"{address}: there is no cache to try failed pictures of; extract without --retry-failed")
-        cache, backbones = self._open()
+        cache, backbones = self._open(may_grow=False)  # only images that the cache holds can have failed
         return retry(cache, self.photos, backbones, self.config)
 
     def _warn_of_unknown_names(self) -> None:
         warn_of_unknown_names(self.backbones.encoders, [category.name for category in self.manifest.categories])
 
-    def _open(self) -> tuple[FeatureCache, Backbones]:
+    def _open(self, may_grow: bool = True) -> tuple[FeatureCache, Backbones]:
         try:
-            return self._opened_for(self.backbones), self.backbones
+            return self._opened_for(self.backbones, may_grow), self.backbones
         except ProvenanceMismatchError:
             following = self.backbones.following(held_sets(self.config.cache))
             if following is self.backbones:
                 raise
-        return self._opened_for(following), following
+        return self._opened_for(following, may_grow), following
 
-    def _opened_for(self, backbones: Backbones) -> FeatureCache:
-        return open_for_extraction(self.config.cache, self.manifest, self.photos, backbones, self.config)
+    def _opened_for(self, backbones: Backbones, may_grow: bool) -> FeatureCache:
+        return open_for_extraction(self.config.cache, self.manifest, self.photos, backbones, self.config, may_grow)
 
     def _outstanding(self) -> Outstanding:
-        address, part_size = self.config.cache, self.config.part_size
-        there = open_storage(address).exists("")
-        n_parts = FeatureCache.open(address).n_parts if there else Geometry.of(self.manifest.offsets, part_size).n_parts
-        sets, parts = self.config.feature_sets(self.backbones), self.config.chosen_parts(n_parts)
-        return outstanding(address, self.manifest, sets, part_size, parts)
+        config = self.config
+        sets = config.feature_sets(self.backbones)
+        return outstanding(config.cache, self.manifest, sets, config.part_size, config.chosen_parts)

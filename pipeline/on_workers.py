@@ -254,7 +254,7 @@ def extract_on(scheduler: str, config: ExtractConfig) -> ExtractSummary:
     with connected(scheduler) as connection:
         prepared: Prepared = run_once(connection, ExtractJob.prepare, job)
         cache = _opened(config.cache)
-        asked = config.chosen_parts(cache.n_parts)
+        asked = config.chosen_parts(cache.geometry)
         missing = set(asked).intersection(cache.pending_parts(prepared.names))
         check = FailureCheck(cache, asked, config.max_failures, prepared.images)
         with watch.over(cache, prepared.environment):

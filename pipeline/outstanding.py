@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.errors import InputError
+from regionspot.cache.growth import part_size_when_grown
 from regionspot.cache.header import load_header
 from regionspot.cache.info import size_text
 from regionspot.cache.manifest import Manifest
+from regionspot.cache.matching import grows_to
 from regionspot.cache.schema import TOKEN_CHUNK, FeatureSet, Geometry
 from regionspot.cache.shard import index_bytes
 from regionspot.cache.storage import LocalStorage, open_storage
@@ -71,23 +73,27 @@ def outstanding(
     manifest: Manifest,
     feature_sets: Sequence[FeatureSet],
     part_size: int,
-    only: Collection[int] | None = None,
+    choose: Callable[[Geometry], Collection[int]] | None = None,
 ) -> Outstanding:
-    """What the feature sets lack in the cache at `address`, all of them where there is none yet; of the parts `only`.
+    """What the feature sets lack in the cache at `address`, all of them where there is none yet.
 
-    Raises what opening a cache raises.
+    choose   gives the parts that are wanted of a cache of this geometry; None: all
+
+    A cache that was made with a limit is taken as it will be when it has grown. Raises what opening a cache raises.
     """
+    done: dict[str, set[int]] = {each.name: set() for each in feature_sets}
+    geometry = Geometry.of(manifest.offsets, part_size)
     if open_storage(address).exists(""):
         cache = FeatureCache.open(address)
-        manifest, geometry = cache.manifest, cache.geometry
-        lacking = {
-            each.name: cache.pending_parts([each.name]) if each.name in cache.feature_sets else range(cache.n_parts)
-            for each in feature_sets
-        }
-    else:
-        geometry = Geometry.of(manifest.offsets, part_size)
-        lacking = {each.name: range(geometry.n_parts) for each in feature_sets}
-    wanted = range(geometry.n_parts) if only is None else set(only)
+        if grows_to(cache.manifest, manifest):
+            geometry = Geometry.of(manifest.offsets, part_size_when_grown(cache.geometry, part_size))
+        else:
+            manifest, geometry = cache.manifest, cache.geometry
+        same = {part for part in range(cache.n_parts) if cache.part_rows(part) == geometry.rows(part)}
+        for name in done.keys() & cache.feature_sets.keys():
+            done[name] = same - set(cache.pending_parts([name]))
+    lacking = {name: [part for part in range(geometry.n_parts) if part not in parts] for name, parts in done.items()}
+    wanted = set(choose(geometry) if choose else range(geometry.n_parts))
     missing = {name: [part for part in parts if part in wanted] for name, parts in lacking.items()}
     parts = sorted(set().union(*missing.values()))
     rows = [geometry.rows(part) for part in parts]

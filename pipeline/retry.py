@@ -63,7 +63,7 @@ def retry(cache: FeatureCache, photo_folder: Path, backbones: Backbones, config:
     Parts that are not written at all are left to `extract`. Killed at any moment, it can be run again; a part that
     was being replaced just then is made by the next `extract`.
     """
-    names, parts = [each.name for each in config.feature_sets(backbones)], config.chosen_parts(cache.n_parts)
+    names, parts = [each.name for each in config.feature_sets(backbones)], config.chosen_parts(cache.geometry)
     missing = _missing(cache, names, parts, lambda: config.batch_size or backbones.batch_size)
     counts = {part: len({row for some in sets for row in some.rows}) for part, sets in missing.items()}
     decoder = Decoder(cache.manifest, photo_folder, backbones, config.exif)

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -115,6 +116,52 @@ def test_max_failures_is_for_annotations_too(regionspot, refused, tmp_path):
     )
     code, said, err = regionspot(*words, "--max-failures", "50%")
     assert (code, "skipped annotations: 1" in said, "annotations[1].bbox is null" in said) == (0, True, True), err
+
+
+def cache_files(path):
+    return {file.relative_to(path): file.read_bytes() for file in path.rglob("c.*") if file.is_file()}
+
+
+def test_a_limit_is_a_choice_of_the_run_in_whatever_order_runs_come(regionspot, world, tmp_path):
+    """Images in the cache, and images that this run extracts, for each limit of a row of runs on one cache."""
+
+    def run(cache, limit, *more):
+        limited = ("--limit", limit) if limit else ()
+        words = ("--data", world, "--cache", tmp_path / cache, "--preset", "toy", "--part-size", 4)
+        code, said, err = regionspot("extract", "toy", *words, *limited, *more)
+        assert code == 0, err
+        made = 0 if "nothing to do" in said else int(re.search(r"zarr: (\d+) (?:images|pictures)", said)[1])
+        return len(FeatureCache.open(tmp_path / cache)), made
+
+    assert run("a.zarr", 3) == (3, 3)
+    assert run("a.zarr", 10, "--dry-run") == (3, 10)  # the part of three grows, so it is made again
+    assert run("a.zarr", 10) == (10, 10)
+    assert run("a.zarr", 10) == (10, 0)
+    assert run("a.zarr", 3) == (10, 0)
+    assert (
+        regionspot(
+            "extract", "toy", "--data", world, "--cache", tmp_path / "a.zarr", "--preset", "toy", "--retry-failed"
+        )[0]
+        == 0
+    )
+    assert len(FeatureCache.open(tmp_path / "a.zarr")) == 10  # trying failed images again takes no others in
+    assert run("a.zarr", None) == (32, 24)  # two of three parts were full
+    assert run("a.zarr", 5) == (32, 0)
+    assert run("b.zarr", None, "--parts", "7") == (32, 4)
+    assert run("b.zarr", 6) == (32, 8)  # whole parts
+    assert run("b.zarr", None) == (32, 20)
+    assert cache_files(tmp_path / "a.zarr") == cache_files(tmp_path / "b.zarr")
+
+
+def test_a_cache_made_with_a_limit_is_trained_from_and_evaluated(regionspot, world, tmp_path):
+    words = ("extract", "toy", "--split", "val", "--data", world, "--preset", "toy", "--limit", 3)
+    assert regionspot(*words, "--cache", tmp_path / "c.zarr")[0] == 0
+    train = ("train", "--cache", tmp_path / "c.zarr", "--preset", "toy", "--schedule", "toy", "--templates", "plain")
+    assert regionspot(*train, "--iterations", 1, "--out", tmp_path / "run")[0] == 0
+    evaluate = ("eval-lvis", "--dataset", "toy", "--data", world, "--checkpoint", tmp_path / "run" / "head.safetensors")
+    code, _, err = regionspot(*evaluate, "--cache", tmp_path / "c.zarr", "--out", tmp_path / "eval")
+    assert code == 0, err
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["pictures"] == 3
 
 
 def test_help_names_every_dataset(regionspot):

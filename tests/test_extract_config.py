@@ -12,6 +12,7 @@ import pytest
 from regionspot import cli_extract
 from regionspot.cache.encodings import Encoding
 from regionspot.cache.errors import InputError
+from regionspot.cache.schema import Geometry
 from regionspot.pipeline.extract_config import ExtractConfig
 from regionspot.pipeline.failure_limit import FailureLimit
 
@@ -41,4 +42,20 @@ def test_a_number_that_makes_no_sense_is_refused_before_anything_is_read(field):
 
 def test_parts_and_a_shard_together_are_refused():
     with pytest.raises(InputError, match="give one of the two"):
-        ExtractConfig(parts="0", shard="1/3").chosen_parts(3)
+        ExtractConfig(parts="0", shard="1/3").chosen_parts(Geometry(10, 4, 64))
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({}, [0, 1, 2]),
+        ({"limit": 1}, [0]),
+        ({"limit": 4}, [0]),
+        ({"limit": 5}, [0, 1]),
+        ({"limit": 1000}, [0, 1, 2]),
+        ({"limit": 5, "parts": "1-2"}, [1]),
+        ({"limit": 5, "shard": "2/2"}, [1]),
+    ],
+)
+def test_a_limit_chooses_the_whole_parts_that_hold_the_first_images(fields, parts):
+    assert list(ExtractConfig(**fields).chosen_parts(Geometry(10, 4, 64))) == parts

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from regionspot.cache import (
     exchange,
 )
 from regionspot.cache.claims import Claims
+from regionspot.cache.derived import subset
 from regionspot.cache.encodings import Statistics
 from regionspot.cache.growth import extend
 from regionspot.cache.header import Header
@@ -361,3 +363,96 @@ def test_killed_at_any_moment_the_old_cache_or_the_new_one_has_the_name(
     FeatureCache.create(tmp_path / "c.zarr.other", grown, SETS)
     extend(path, replace(grown, categories=(*CATEGORIES, Category(3, "sun"))))
     assert {left.name for left in tmp_path.iterdir()} == {"c.zarr", "c.zarr.other", "extended", "trace"}
+
+
+# A limit is a choice of the run
+
+
+def test_a_cache_made_with_a_limit_grows_with_it_and_full_parts_are_not_made_again(grown, tmp_path):
+    kept: dict[Path, int] = {}
+    for pictures in (3, BEFORE, 14, None):
+        made = extract(tmp_path / "c.zarr", grown.head(pictures))
+        assert {path: path.stat().st_ino for path in kept} == kept
+        full = [part for part in range(made.n_parts) if len(made.part_rows(part)) == PART_SIZE]
+        kept = {
+            path: path.stat().st_ino
+            for part in full
+            for path in [made.path / f"features/clip/feature_map/c.{part}.0.0"]
+        }
+    assert len(kept) == len(grown) // PART_SIZE
+    extract(tmp_path / "at_once", grown)
+    assert differing(tmp_path / "c.zarr", tmp_path / "at_once") == set()
+    assert verify(tmp_path / "c.zarr").problems == ()
+
+
+def test_a_run_with_a_limit_joins_a_cache_of_more_images(grown, tmp_path):
+    extract(tmp_path / "c.zarr", grown)
+    before = content(tmp_path / "c.zarr")
+    cache = FeatureCache.open_or_create(tmp_path / "c.zarr", grown.head(5), SETS, PART_SIZE)
+    assert len(cache) == len(grown)
+    assert content(tmp_path / "c.zarr") == before
+
+
+def test_a_cache_that_may_not_grow_is_taken_as_it_is(grown, tmp_path):
+    extract(tmp_path / "c.zarr", grown.head(5))
+    assert len(FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE, may_grow=False)) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda whole: replace(whole, source={"files": {"boxes.json": "another"}}),
+        lambda whole: replace(whole, source={}),
+        lambda whole: replace(whole, boxes_xyxy=whole.boxes_xyxy + 1),
+        lambda whole: replace(whole, split="val"),
+        lambda whole: replace(whole, categories=(*whole.categories, Category(99, "new"))),
+    ],
+)
+def test_annotations_that_differ_by_more_than_a_limit_are_refused_and_nothing_grows(grown, tmp_path, change):
+    extract(tmp_path / "c.zarr", grown.head(5))
+    before = content(tmp_path / "c.zarr")
+    with pytest.raises(ProvenanceMismatchError):
+        FeatureCache.open_or_create(tmp_path / "c.zarr", change(grown), SETS, PART_SIZE)
+    assert content(tmp_path / "c.zarr") == before
+
+
+def test_features_made_otherwise_are_refused_before_the_cache_grows(grown, tmp_path):
+    extract(tmp_path / "c.zarr", grown.head(5))
+    before = content(tmp_path / "c.zarr")
+    other = replace(SETS[0], provenance={**SETS[0].provenance, "dtype": "other"})
+    with pytest.raises(ProvenanceMismatchError, match="was made otherwise"):
+        FeatureCache.open_or_create(tmp_path / "c.zarr", grown, [other, *SETS[1:]], PART_SIZE)
+    assert content(tmp_path / "c.zarr") == before
+
+
+def test_a_cut_cache_does_not_grow_to_the_annotations_it_was_cut_from(grown, tmp_path):
+    extract(tmp_path / "whole", grown)
+    subset(tmp_path / "whole", tmp_path / "cut", [0, 1, 2])
+    assert len(FeatureCache.open_or_create(tmp_path / "cut", grown, SETS, PART_SIZE)) == 3
+
+
+def test_a_cache_that_another_run_is_at_work_on_does_not_grow(grown, tmp_path):
+    cache = extract(tmp_path / "c.zarr", grown.head(5), parts=[0])
+    with Claims(cache.storage) as claims:
+        claims.claim(1)
+        with pytest.raises(CacheError, match="is at work on part 1"):
+            FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE)
+    assert len(FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE)) == len(grown)
+
+
+def test_two_runs_that_let_a_cache_grow_at_once_both_go_on(grown, tmp_path):
+    extract(tmp_path / "c.zarr", grown.head(5))
+
+    def opened(_):
+        return len(FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(opened, range(4))) == [len(grown)] * 4
+    assert verify(tmp_path / "c.zarr").problems == ()
+
+
+def test_a_cache_in_an_object_store_cannot_grow_and_says_what_to_do(grown, s3):
+    extract(f"{s3}/c.zarr", grown.head(5))
+    with pytest.raises(InputError, match=r"holds 5 of the 22 images asked for.* give that limit or another cache"):
+        FeatureCache.open_or_create(f"{s3}/c.zarr", grown, SETS, PART_SIZE)
+    assert len(FeatureCache.open_or_create(f"{s3}/c.zarr", grown.head(3), SETS, PART_SIZE)) == 5
