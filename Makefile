@@ -63,7 +63,7 @@ eval-lvis: $(READY) ## LVIS AP of the head in OUT= (or CHECKPOINT=), end to end 
 	regionspot eval-lvis --checkpoint "$(CHECKPOINT)" --data "$(DATA)" --preset $(PRESET) --boxes "$(BOXES)" --out "$(OUT)/eval" $(CACHE_ARG) $(WEIGHTS_ARG) $(ARGS)
 
 toy-backbones: $(READY) ## train the toy world's SAM and CLIP again (under an hour on 2 cores)
-	python -m regionspot.pipeline.toy_training $(ARGS)
+	python -m regionspot.pipeline.toy.training $(ARGS)
 
 bench-cache: $(BENCH_READY) ## the cache against its peers: table, chart and goals into benchmarks/results (QUICK=1: a minute, build/bench)
 	$(BENCH_VENV)/bin/python -m benchmarks.bench_cache $(if $(QUICK),--quick) $(ARGS)
@@ -91,7 +91,7 @@ lint: $(READY) ## ruff: style and format
 # Type checkers read folders, not installs: they see the packages under their installed name through links.
 typecheck: $(READY) ## mypy, strict
 	@mkdir -p build/typing/regionspot
-	@for name in __init__.py cli*.py pipeline cache fusion evaluation; do ln -sfn ../../../$$name build/typing/regionspot/$$name; done
+	@for name in __init__.py cli.py commands pipeline cache fusion evaluation; do ln -sfn ../../../$$name build/typing/regionspot/$$name; done
 	mypy
 
 check: lint typecheck test ## everything that must be green before a commit

@@ -21,10 +21,10 @@ import typer
 
 from regionspot.cache.errors import InputError, RegionSpotError
 from regionspot.cache.progress import CLEAR_LINE, log_to
-from regionspot.cli_cache import cache_app
-from regionspot.cli_doctor import doctor
-from regionspot.cli_extract import extract
-from regionspot.cli_options import (
+from regionspot.commands.cache import cache_app
+from regionspot.commands.doctor import doctor
+from regionspot.commands.extract import extract
+from regionspot.commands.options import (
     EVALUATION_FAILURES,
     EXTRACTION_FAILURES,
     MOST_IMAGES,
@@ -56,7 +56,7 @@ from regionspot.cli_options import (
     WorldSeed,
     WorldSize,
 )
-from regionspot.cli_signals import AGAIN, on_stop, signals_interrupt, stop_line
+from regionspot.commands.signals import AGAIN, on_stop, signals_interrupt, stop_line
 
 app = typer.Typer(
     help="Recognise any region of an image by name.",
@@ -87,9 +87,9 @@ def dataset(
     """Say what a dataset split holds, what reading it dropped and which images are missing."""
     from dataclasses import replace
 
-    from regionspot.pipeline.datasets import describe, photo_dir, read_dataset, require_regions
-    from regionspot.pipeline.failure_limit import FailureLimit
-    from regionspot.pipeline.proposals import with_boxes
+    from regionspot.pipeline.datasets.proposals import with_boxes
+    from regionspot.pipeline.datasets.registry import describe, photo_dir, read_dataset, require_regions
+    from regionspot.pipeline.reporting.failures import FailureLimit
 
     limit = FailureLimit.parse(max_failures)
     manifest = with_boxes(read_dataset(name, data, split, annotations, max_failures=limit), boxes, limit)
@@ -139,12 +139,12 @@ def train(
     """Train a fusion head from one or more caches."""
     from regionspot.cache.outputs import check_output_folder
     from regionspot.cache.store import FeatureCache
-    from regionspot.evaluation.vocabularies import cache_vocabulary
+    from regionspot.evaluation.inference.vocabularies import cache_vocabulary
     from regionspot.fusion.config import train_config
     from regionspot.fusion.train import train as run
-    from regionspot.pipeline.backbones import preset_named
-    from regionspot.pipeline.registry import stored_name
-    from regionspot.pipeline.weights import check_source
+    from regionspot.pipeline.backbones.builders import preset_named
+    from regionspot.pipeline.backbones.registry import stored_name
+    from regionspot.pipeline.backbones.weights import check_source
 
     check_output_folder(out, cache)
     for source in (weights, clip_weights):
@@ -202,8 +202,8 @@ def eval_lvis(
 ) -> None:
     """LVIS AP of a head or a baseline, end to end from images. Stopped and run again, it resumes."""
     from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
-    from regionspot.evaluation.report import results_text
-    from regionspot.pipeline.failure_limit import FailureLimit
+    from regionspot.evaluation.report.tables import results_text
+    from regionspot.pipeline.reporting.failures import FailureLimit
 
     asked = LvisEvaluation(
         data=data,
@@ -255,10 +255,10 @@ def predict(
 ) -> None:
     """Name the boxes of one image: JSON to stdout, the labelled image to --out."""
     from regionspot.cache.outputs import check_output_file
-    from regionspot.evaluation.boxes import boxes_from, names_from
-    from regionspot.evaluation.drawing import check_picture_name, labelled, save_picture
-    from regionspot.evaluation.region_spot import RegionSpot
-    from regionspot.pipeline.photos import read_photo
+    from regionspot.evaluation.inference.boxes import boxes_from, names_from
+    from regionspot.evaluation.inference.region_spot import RegionSpot
+    from regionspot.evaluation.report.drawing import check_picture_name, labelled, save_picture
+    from regionspot.pipeline.images.decode import read_photo
 
     if out:
         inputs = (photo, checkpoint, boxes_file, names_file, weights, sam_weights, clip_weights)
@@ -281,7 +281,7 @@ def toy_world(
     seed: WorldSeed = 0,
 ) -> None:
     """Draw a small world of named shapes with LVIS-form annotations; its rare classes are only in val."""
-    from regionspot.pipeline.toy_world import make_toy_world
+    from regionspot.pipeline.toy.world import make_toy_world
 
     typer.echo(make_toy_world(out, pictures, seed))
 

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures
-from regionspot.cache.encodings import Statistics, encode
+from regionspot.cache.format.encodings import Statistics, encode
 
 PART = 512  # pictures, the cache's own default
 BATCH = 64

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from benchmarks.bench_cache_data import MAPS, Features, manifest_of
 from benchmarks.goals import Samples, interleaved, say, seconds
 from regionspot.cache import FeatureCache, PictureFeatures
-from regionspot.cache.durable import sync_tree
+from regionspot.cache.storage.atomic_files import sync_tree
 
 
 def measure_writing(features: Features, folder: Path, rounds: int) -> Samples:

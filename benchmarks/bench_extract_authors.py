@@ -21,9 +21,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from benchmarks.bench_extract_data import WEIGHTS, Job, boxes_in, prompts
-from regionspot.pipeline.backbones import build_clip, build_sam, preset_named
-from regionspot.pipeline.token_decoder import FIRST_MASK_TOKEN
-from regionspot.pipeline.weights import load_weights
+from regionspot.pipeline.backbones.builders import build_clip, build_sam, preset_named
+from regionspot.pipeline.backbones.sam_token_decoder import FIRST_MASK_TOKEN
+from regionspot.pipeline.backbones.weights import load_weights
 
 
 class Authors:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from regionspot.cache.manifest import Category, Manifest
+from regionspot.cache.format.manifest import Category, Manifest
 
 WEIGHTS = "random:0"
 TEMPLATE = "a photo of a {}"

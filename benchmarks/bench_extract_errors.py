@@ -10,11 +10,11 @@ import torch
 from numpy.typing import NDArray
 
 from benchmarks.goals import Report
-from regionspot.pipeline.datasets import photo_dir, read_dataset
-from regionspot.pipeline.encoder import load_encoder
-from regionspot.pipeline.localizer import load_localizer
-from regionspot.pipeline.photos import read_photo
-from regionspot.pipeline.toy_world import make_toy_world
+from regionspot.pipeline.backbones.clip import load_encoder
+from regionspot.pipeline.backbones.sam import load_localizer
+from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.images.decode import read_photo
+from regionspot.pipeline.toy.world import make_toy_world
 
 TABLE = "Error of a dtype against float32, trained toy backbones (values have rms 1)"
 WORLD = 40  # pictures: the fewest that it can be made of

@@ -20,16 +20,16 @@ from benchmarks.bench_extract_authors import Authors
 from benchmarks.bench_extract_data import WEIGHTS, Job, boxes_in
 from benchmarks.goals import Report, say
 from regionspot.cache import FeatureCache
+from regionspot.cache.format.schema import PictureFeatures
 from regionspot.cache.machine import processors
-from regionspot.cache.schema import PictureFeatures
-from regionspot.pipeline.backbones import build_clip, build_sam, preset_named
-from regionspot.pipeline.batch_size import batch_size_of
-from regionspot.pipeline.decoding import Decoder, decode_ahead
-from regionspot.pipeline.extract import extract, open_for_extraction
-from regionspot.pipeline.extract_config import ExtractConfig
-from regionspot.pipeline.frozen_models import Backbones
-from regionspot.pipeline.sam_encoder import SamEncoder
-from regionspot.pipeline.weights import load_weights
+from regionspot.pipeline.backbones.batch_size import batch_size_of
+from regionspot.pipeline.backbones.builders import build_clip, build_sam, preset_named
+from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.backbones.sam_image_encoder import SamEncoder
+from regionspot.pipeline.backbones.weights import load_weights
+from regionspot.pipeline.extraction.config import ExtractConfig
+from regionspot.pipeline.extraction.decode_ahead import Decoder, decode_ahead
+from regionspot.pipeline.extraction.extract import extract, open_for_extraction
 
 OBJECTS365, ALL_SETS = 660_000, 2_500_000  # pictures: Objects365 v1; with OpenImages and V3Det
 STEPS, STAGES, HOURS = "Steps on the device", "The whole stage", "Hours"

@@ -11,10 +11,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from benchmarks.bench_extract_data import WEIGHTS, Job, boxes_in, prompts
-from regionspot.pipeline.allocator import keep_memory
-from regionspot.pipeline.extract import extract, open_for_extraction
-from regionspot.pipeline.extract_config import ExtractConfig
-from regionspot.pipeline.frozen_models import Backbones
+from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.extraction.config import ExtractConfig
+from regionspot.pipeline.extraction.extract import extract, open_for_extraction
+from regionspot.pipeline.extraction.malloc import keep_memory
 
 
 class Ours:

@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from regionspot.pipeline.allocator import ENVIRONMENT
+from regionspot.pipeline.extraction.malloc import ENVIRONMENT
 
 DEFAULT_MALLOC: dict[str, str] = {}
 # What spares the authors' code its page faults, without a change of it.

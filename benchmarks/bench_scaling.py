@@ -16,10 +16,10 @@ from pathlib import Path
 
 from benchmarks.goals import Report, options, say, versions
 from benchmarks.simulated import SimulatedJob, make_cache
-from regionspot.cache.verify import verify
-from regionspot.pipeline.clusters import Connection, connected
-from regionspot.pipeline.on_workers import run_parts
-from regionspot.pipeline.watch import Watch
+from regionspot.cache.tools.verify import verify
+from regionspot.pipeline.distributed.cluster import Connection, connected
+from regionspot.pipeline.distributed.run import run_parts
+from regionspot.pipeline.reporting.run_monitor import Watch
 
 PICTURES = 16  # of a part: few, for what a part costs beside its GPU time does not grow with them
 PART_SECONDS = 512 / 310  # of GPU for a part of 512 pictures, at 310 pictures a second: the ceiling of an H200
@@ -120,7 +120,7 @@ def _run_tiny_parts(connection: Connection, path: Path, parts: int) -> None:
 
 def _open(job: SimulatedJob) -> None:
     """In a worker: open the cache, as the first part would."""
-    from regionspot.pipeline import part_worker
+    from regionspot.pipeline.distributed import worker as part_worker
 
     part_worker.opened(job)
 

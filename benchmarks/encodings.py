@@ -23,20 +23,20 @@ import numpy as np
 
 from benchmarks.goals import SCRATCH, Report, options, say, versions
 from regionspot.cache import FeatureCache
-from regionspot.cache.decoded import read_decoded
-from regionspot.cache.derived import convert
-from regionspot.cache.encodings import Encoding
-from regionspot.cache.records import load_record
-from regionspot.cache.schema import record_file
+from regionspot.cache.format.encodings import Encoding
+from regionspot.cache.format.part_record import load_record
+from regionspot.cache.format.schema import record_file
+from regionspot.cache.reading.decoded import read_decoded
+from regionspot.cache.tools.merge_subset_convert import convert
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
-from regionspot.evaluation.vocabularies import cache_vocabulary
+from regionspot.evaluation.inference.vocabularies import cache_vocabulary
 from regionspot.fusion.config import train_config
 from regionspot.fusion.train import train as train_head
-from regionspot.pipeline.datasets import photo_dir, read_dataset
-from regionspot.pipeline.extract import extract, open_for_extraction
-from regionspot.pipeline.extract_config import ExtractConfig
-from regionspot.pipeline.frozen_models import Backbones
-from regionspot.pipeline.toy_world import make_toy_world
+from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.extraction.config import ExtractConfig
+from regionspot.pipeline.extraction.extract import extract, open_for_extraction
+from regionspot.pipeline.toy.world import make_toy_world
 
 TRAINED = ("float32", "float16", "bfloat16", "int8")
 COMPRESSED = ("float16+zstd", "bfloat16+zstd", "int8+zstd")  # no number changes, so nothing is trained on them

@@ -18,8 +18,8 @@ from pathlib import Path
 import numpy as np
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures
-from regionspot.pipeline.part_worker import PartMaker
-from regionspot.pipeline.run_stats import RunStats
+from regionspot.pipeline.distributed.worker import PartMaker
+from regionspot.pipeline.reporting.run_stats import RunStats
 
 SETS = (FeatureSet("clip", "map", (5, 8)), FeatureSet("sam", "token", (6,)))
 

@@ -7,7 +7,6 @@
 Importing it needs neither torch nor zarr; opening a cache imports zarr.
 """
 
-from regionspot.cache.batch import Batch
 from regionspot.cache.errors import (
     CacheError,
     CorruptPartError,
@@ -18,10 +17,11 @@ from regionspot.cache.errors import (
     RegionSpotError,
     SchemaVersionError,
 )
-from regionspot.cache.loader import Loader
-from regionspot.cache.manifest import NO_CATEGORY, Category, Manifest, Ragged
-from regionspot.cache.records import PartRecord
-from regionspot.cache.schema import Failure, FeatureSet, PictureFeatures
+from regionspot.cache.format.manifest import NO_CATEGORY, Category, Manifest, Ragged
+from regionspot.cache.format.part_record import PartRecord
+from regionspot.cache.format.schema import Failure, FeatureSet, PictureFeatures
+from regionspot.cache.reading.batch import Batch
+from regionspot.cache.reading.loader import Loader
 from regionspot.cache.store import FeatureCache
 
 __all__ = [

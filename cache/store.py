@@ -15,21 +15,17 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from regionspot.cache.claims import Claims
 from regionspot.cache.errors import CacheError, CacheExistsError, InputError, NotACacheError, NotExtractedError
-from regionspot.cache.header import (
+from regionspot.cache.format.header import (
     Header,
     load_header,
     require_same_manifest,
     require_same_sets,
 )
-from regionspot.cache.manifest import Category, Manifest
-from regionspot.cache.matching import as_stored, grows_to, is_part_of
-from regionspot.cache.parts import PartWriter
-from regionspot.cache.reader import Check, FeatureReader, open_reader
-from regionspot.cache.reading import ReadableCache
-from regionspot.cache.records import PartRecord
-from regionspot.cache.schema import (
+from regionspot.cache.format.manifest import Category, Manifest
+from regionspot.cache.format.manifest_diff import as_stored, grows_to, is_part_of
+from regionspot.cache.format.part_record import PartRecord
+from regionspot.cache.format.schema import (
     PART_SIZE,
     Failure,
     FeatureSet,
@@ -37,8 +33,12 @@ from regionspot.cache.schema import (
     PictureFeatures,
     record_file,
 )
-from regionspot.cache.shard_files import Access
-from regionspot.cache.storage import LocalStorage, Storage, open_storage
+from regionspot.cache.readable_cache import ReadableCache
+from regionspot.cache.reading.feature_reader import Check, FeatureReader, open_reader
+from regionspot.cache.storage.base import LocalStorage, Storage, open_storage
+from regionspot.cache.storage.shard_files import Access
+from regionspot.cache.writing.claims import Claims
+from regionspot.cache.writing.part_writer import PartWriter
 
 if TYPE_CHECKING:
     from dask.array import Array
@@ -88,7 +88,7 @@ class FeatureCache(ReadableCache):
 
         Raises CacheError when `path` exists or cannot be written; nothing of it is left then.
         """
-        from regionspot.cache.layout import create_cache  # zarr takes a second to import
+        from regionspot.cache.format.create import create_cache  # zarr takes a second to import
 
         create_cache(open_storage(path), manifest, Header.of(manifest, feature_sets, part_size))
         return cls.open(path, "a")
@@ -117,7 +117,7 @@ class FeatureCache(ReadableCache):
 
         Raises NotACacheError, SchemaVersionError, and CacheError when "a" is asked for without permission to write.
         """
-        from regionspot.cache.columns import load_manifest  # zarr takes a second to import
+        from regionspot.cache.format.manifest_arrays import load_manifest  # zarr takes a second to import
 
         for name, value, known in (("mode", mode, Mode), ("check", check, Check), ("access", access, Access)):
             if value not in get_args(known):
@@ -161,7 +161,7 @@ class FeatureCache(ReadableCache):
             fitting, grows = _fitting(storage, stored, manifest)
             asked = Header.of(fitting, asked.feature_sets.values(), part_size)
             if grows and may_grow:
-                from regionspot.cache.growth import grow_to  # imports this module
+                from regionspot.cache.tools.extend import grow_to  # imports this module
 
                 require_same_sets(storage.address, stored, asked)  # first: for another one's features it must not grow
                 grow_to(path, manifest, part_size)
@@ -179,7 +179,7 @@ class FeatureCache(ReadableCache):
 
     def _add(self, asked: Header) -> None:
         """Add the feature sets that the cache lacks. Another run may have added some a moment ago."""
-        from regionspot.cache.layout import add_feature_set  # zarr takes a second to import
+        from regionspot.cache.format.create import add_feature_set  # zarr takes a second to import
 
         header = load_header(self.storage)
         require_same_sets(self.storage.address, header, asked)
@@ -284,7 +284,7 @@ class FeatureCache(ReadableCache):
 
     def dask(self, name: str) -> Array:
         """A feature set as a dask array with a chunk a part; `dask_arrays.dask_array` says what is in it."""
-        from regionspot.cache.dask_arrays import dask_array  # dask takes half a second to import
+        from regionspot.cache.reading.dask_arrays import dask_array  # dask takes half a second to import
 
         return dask_array(self, name)
 
@@ -325,7 +325,11 @@ def _with_local_copy(storage: Storage, folder: str | Path | None, limit: str | i
         raise InputError(
             f"{storage.address}: a local limit of {limit} without a folder; name one with local_copy (--local-copy)"
         )
-    from regionspot.cache.local_copy import NO_LIMIT, parse_bytes, with_local_copy  # only remote caches need it
+    from regionspot.cache.storage.local_mirror import (  # only remote caches need it
+        NO_LIMIT,
+        parse_bytes,
+        with_local_copy,
+    )
 
     return with_local_copy(storage, folder, NO_LIMIT if limit is None else parse_bytes(str(limit)))
 
@@ -343,7 +347,7 @@ def _fitting(storage: Storage, header: Header, asked: Manifest) -> tuple[Manifes
 
     Of annotations that a limit cuts elsewhere than the cache's, that is what the cache has.
     """
-    from regionspot.cache.columns import load_manifest  # zarr takes a second to import
+    from regionspot.cache.format.manifest_arrays import load_manifest  # zarr takes a second to import
 
     stored = load_manifest(storage, header)
     fitting = as_stored(stored, asked)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from regionspot.evaluation.region_spot import Region, RegionSpot
+    from regionspot.evaluation.inference.region_spot import Region, RegionSpot
 
 __all__ = ["Region", "RegionSpot"]
 
@@ -16,6 +16,6 @@ __all__ = ["Region", "RegionSpot"]
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from regionspot.evaluation import region_spot
+    from regionspot.evaluation.inference import region_spot
 
     return getattr(region_spot, name)

@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from regionspot.cache.durable import write_file
 from regionspot.cache.errors import RegionSpotError
 from regionspot.cache.progress import duration
-from regionspot.evaluation.report import LEGEND, ap_markdown, ap_table, row_of
+from regionspot.cache.storage.atomic_files import write_file
+from regionspot.evaluation.report.tables import LEGEND, ap_markdown, ap_table, row_of
 
 log = logging.getLogger(__name__)
 

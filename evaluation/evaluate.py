@@ -14,27 +14,27 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from regionspot.cache.errors import AnnotationError, InputError, ProvenanceMismatchError, unknown_name
+from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.machine import compute_device
-from regionspot.cache.manifest import Manifest
 from regionspot.cache.store import FeatureCache
-from regionspot.evaluation.baselines import CropBaseline, PooledBaseline
-from regionspot.evaluation.ground_truth import read_ground_truth
-from regionspot.evaluation.head_features import features_of
-from regionspot.evaluation.inference import Method
-from regionspot.evaluation.methods import HeadOnCache, HeadOnPhotos
-from regionspot.evaluation.region_spot import RegionSpot
+from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline
+from regionspot.evaluation.inference.head_features import features_of
+from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnPhotos
+from regionspot.evaluation.inference.region_spot import RegionSpot
+from regionspot.evaluation.inference.resumable import Method
+from regionspot.evaluation.inference.vocabularies import cache_vocabulary
+from regionspot.evaluation.metrics.ground_truth import read_ground_truth
 from regionspot.evaluation.results import check_out, evaluate_method
-from regionspot.evaluation.vocabularies import cache_vocabulary
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
-from regionspot.pipeline.backbones import preset_named
-from regionspot.pipeline.datasets import photo_dir, read_split
-from regionspot.pipeline.dtypes import AUTO
-from regionspot.pipeline.encoder import load_text_encoder
-from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, FailureLimit
-from regionspot.pipeline.photos import Exif, check_exif
-from regionspot.pipeline.proposals import GROUND_TRUTH
+from regionspot.pipeline.backbones.builders import preset_named
+from regionspot.pipeline.backbones.clip import load_text_encoder
+from regionspot.pipeline.backbones.dtypes import AUTO
+from regionspot.pipeline.datasets.proposals import GROUND_TRUTH
+from regionspot.pipeline.datasets.registry import photo_dir, read_split
+from regionspot.pipeline.images.decode import Exif, check_exif
+from regionspot.pipeline.reporting.failures import EVALUATION_LIMIT, FailureLimit
 
 log = logging.getLogger(__name__)
 

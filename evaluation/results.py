@@ -12,16 +12,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from regionspot.cache.durable import write_file
 from regionspot.cache.outputs import check_output_file, check_output_folder
-from regionspot.evaluation.detections import DETECTIONS_PER_PICTURE, write_results_json
-from regionspot.evaluation.drawing import save_picture
-from regionspot.evaluation.ground_truth import GroundTruth, read_ground_truth
-from regionspot.evaluation.inference import Inference, Method, infer
-from regionspot.evaluation.lvis_ap import lvis_ap
-from regionspot.evaluation.sheet import judged_sheet
-from regionspot.pipeline.failure_limit import EVALUATION_LIMIT, FailureLimit
-from regionspot.pipeline.photos import exif_of
+from regionspot.cache.storage.atomic_files import write_file
+from regionspot.evaluation.inference.resumable import Inference, Method, infer
+from regionspot.evaluation.metrics.detections import DETECTIONS_PER_PICTURE, write_results_json
+from regionspot.evaluation.metrics.ground_truth import GroundTruth, read_ground_truth
+from regionspot.evaluation.metrics.lvis_ap import lvis_ap
+from regionspot.evaluation.report.drawing import save_picture
+from regionspot.evaluation.report.sheet import judged_sheet
+from regionspot.pipeline.images.decode import exif_of
+from regionspot.pipeline.reporting.failures import EVALUATION_LIMIT, FailureLimit
 
 RESULTS, DETECTIONS, SHEET = "results.json", "detections.json", "sheet.png"
 SHEET_PICTURES = 9

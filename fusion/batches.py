@@ -16,9 +16,9 @@ from itertools import tee
 import numpy as np
 from numpy.typing import NDArray
 
-from regionspot.cache import ring
-from regionspot.cache.batch import Batch
 from regionspot.cache.errors import InputError
+from regionspot.cache.reading import prefetch as ring
+from regionspot.cache.reading.batch import Batch
 from regionspot.fusion.sources import Source
 
 # Fractional part of the golden ratio: its multiples modulo 1 fill every stretch of [0, 1) more evenly than random

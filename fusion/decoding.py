@@ -14,8 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from regionspot.cache.encodings import require_statistics
-from regionspot.cache.schema import FeatureSet
+from regionspot.cache.format.encodings import require_statistics
+from regionspot.cache.format.schema import FeatureSet
 
 
 def decode_on_device(

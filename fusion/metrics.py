@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from regionspot.cache.durable import write_file
 from regionspot.cache.progress import duration
+from regionspot.cache.storage.atomic_files import write_file
 
 log = logging.getLogger(__name__)
 

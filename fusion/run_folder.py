@@ -20,9 +20,9 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from regionspot.cache.durable import to_json, write_file
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.state_dicts import require_finite
+from regionspot.cache.storage.atomic_files import to_json, write_file
 from regionspot.fusion.head import FusionHead
 from regionspot.fusion.metrics import Metrics
 from regionspot.fusion.tensor_file import read_document, read_tensor_file, write_tensor_file

@@ -1,7 +1,7 @@
 """What training learns from: caches with their vocabularies, whether they belong together, and what they are.
 
-Features of one run must have been made alike (cache/compatibility.py) and each vocabulary by the text encoder that
-belongs to the maps: a mixture would train without complaint and recognise nothing.
+Features of one run must have been made alike (cache/format/compatibility.py) and each vocabulary by the text encoder
+that belongs to the maps: a mixture would train without complaint and recognise nothing.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from regionspot.cache.batch_reader import BatchReader
-from regionspot.cache.compatibility import compare, description
 from regionspot.cache.errors import InputError
-from regionspot.cache.schema import FeatureSet
+from regionspot.cache.format.compatibility import compare, description
+from regionspot.cache.format.schema import FeatureSet
+from regionspot.cache.reading.batch_reader import BatchReader
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.checkpoint import HeadInfo
 from regionspot.fusion.config import TrainConfig

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from regionspot.cache.durable import write_file
 from regionspot.cache.errors import WeightsError
+from regionspot.cache.storage.atomic_files import write_file
 
 KEY = "regionspot"
 

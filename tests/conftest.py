@@ -19,11 +19,11 @@ import torch
 
 from regionspot import cli
 from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures, Ragged
-from regionspot.cache.claims import Claims
-from regionspot.cache.encodings import statistics_of
+from regionspot.cache.format.encodings import statistics_of
 from regionspot.cache.machine import processors
-from regionspot.pipeline.sharing import SharedParts
-from regionspot.pipeline.toy_world import make_toy_world
+from regionspot.cache.writing.claims import Claims
+from regionspot.pipeline.extraction.part_queue import SharedParts
+from regionspot.pipeline.toy.world import make_toy_world
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

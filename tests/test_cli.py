@@ -16,10 +16,10 @@ from PIL import Image
 from regionspot import cli
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
-from regionspot.pipeline.datasets import DATASETS
-from regionspot.pipeline.encoder import load_encoder
-from regionspot.pipeline.extract_config import ExtractConfig
-from regionspot.pipeline.localizer import load_localizer
+from regionspot.pipeline.backbones.clip import load_encoder
+from regionspot.pipeline.backbones.sam import load_localizer
+from regionspot.pipeline.datasets.registry import DATASETS
+from regionspot.pipeline.extraction.config import ExtractConfig
 
 pytestmark = pytest.mark.usefixtures("home")
 

@@ -5,17 +5,17 @@ from typing import get_args
 
 import pytest
 
-from regionspot import cli_options
-from regionspot.cache.encodings import Encoding
+from regionspot.cache.format.encodings import Encoding
+from regionspot.commands import options as cli_options
 from regionspot.evaluation.evaluate import Baseline
 from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig
 from regionspot.fusion.templates import TEMPLATES
-from regionspot.pipeline.backbones import PRESETS
-from regionspot.pipeline.dtypes import AUTO, DTYPES
-from regionspot.pipeline.models import TOKENS
-from regionspot.pipeline.photos import Exif
-from regionspot.pipeline.preprocess import PREPROCESS
-from regionspot.pipeline.toy_world import FEWEST_PICTURES
+from regionspot.pipeline.backbones.builders import PRESETS
+from regionspot.pipeline.backbones.dtypes import AUTO, DTYPES
+from regionspot.pipeline.backbones.protocols import TOKENS
+from regionspot.pipeline.images.decode import Exif
+from regionspot.pipeline.images.preprocess import PREPROCESS
+from regionspot.pipeline.toy.world import FEWEST_PICTURES
 
 # Each command with all that it needs. None of these files is there: a wrong option is refused before they are opened.
 COMMANDS = {

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from regionspot.cache import FeatureCache
-from regionspot.pipeline.toy_world import make_toy_world
+from regionspot.pipeline.toy.world import make_toy_world
 
 AGAIN = "run the same command again to resume"
 WITH_RESUME = "run the same command with --resume to resume"

@@ -32,7 +32,7 @@ def imported_packages(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("package", MAY_IMPORT)
 def test_imports_flow_in_one_direction(package):
-    for path in (ROOT / package).glob("*.py"):
+    for path in (ROOT / package).rglob("*.py"):
         others = imported_packages(path) - {package}
         assert others <= MAY_IMPORT[package], f"{package}/{path.name} imports {others}"
 
@@ -104,8 +104,8 @@ def test_only_one_place_asks_how_many_processors_there_are():
     """`os.cpu_count` does not know which of them this process may use, and ThreadPoolExecutor() asks it."""
     asking = [
         path.name
-        for folder in (*MAY_IMPORT, "benchmarks", ".")
-        for path in (ROOT / folder).glob("*.py")
+        for folder in (*MAY_IMPORT, "commands", "benchmarks", ".")
+        for path in (ROOT / folder).glob("*.py" if folder == "." else "**/*.py")
         if "cpu_count" in (text := path.read_text()) or "ThreadPoolExecutor()" in text
     ]
     assert asking == ["machine.py"]
@@ -117,7 +117,7 @@ def test_a_process_that_may_use_one_processor_uses_one():
 import os
 os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
 from regionspot.cache.machine import processors
-from regionspot.pipeline.decoding import default_threads
+from regionspot.pipeline.extraction.decode_ahead import default_threads
 print(processors(), default_threads())
 """
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["1", "1"]

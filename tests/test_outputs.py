@@ -14,7 +14,7 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.outputs import check_output_file, check_output_folder
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.head import FusionHead, HeadConfig
-from regionspot.pipeline.toy_world import make_toy_world
+from regionspot.pipeline.toy.world import make_toy_world
 
 pytestmark = pytest.mark.usefixtures("home")
 
@@ -147,7 +147,7 @@ def test_predict_gives_its_answer_also_when_the_image_cannot_be_written_at_last(
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
-    monkeypatch.setattr("regionspot.evaluation.drawing.write_file", full)
+    monkeypatch.setattr("regionspot.evaluation.report.drawing.write_file", full)
     code, out, err = predict(photo.parent / "named.png")
     assert code == 2
     assert json.loads(out)[0]["name"] == "red star"

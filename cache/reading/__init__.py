@@ -1,0 +1,1 @@
+"""From stored parts to batches: readers, samplers, prefetching and the loader."""

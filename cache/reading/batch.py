@@ -1,0 +1,130 @@
+"""A padded batch of cached pictures, whose memory is used again.
+
+Allocating a batch anew costs more than reading it, because the kernel has to hand over and clear every page. So a batch
+keeps one buffer a field, which only ever grows, and its fields are views of them.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regionspot.cache.errors import CacheError
+from regionspot.cache.format.manifest import NO_CATEGORY, Manifest
+from regionspot.cache.format.schema import FeatureSet
+
+_OWN = ("pinned", "lent", "_buffers")  # a batch's own affairs; every other field is data
+
+
+@dataclass(eq=False)
+class Batch:
+    """B pictures, R = the largest region count among them (at least 1), T map tokens of width D, tokens of width C.
+
+    rows            int64   (B,)        rows of the manifest
+    image_ids       int64   (B,)        the dataset's ids
+    tokens          float16 (B, R, C)   location tokens; rows past a picture's count are zero
+    token_scale     float16 (B, R)      int8 only: what a region's codes are multiplied by; 0 where no region is
+    region_mask     bool    (B, R)      True where a region is
+    feature_map     float16 (B, T, D)   class token first, then patches row by row
+    map_scale       float16 (B, T)      int8 only: what a map token's codes are multiplied by
+    categories      int32   (B, R)      index into the cache's categories, -1 where no region is or its class is unknown
+    boxes_xyxy      float32 (B, R, 4)   pixels of the original picture, 0 where no region is
+    annotation_ids  int64   (B, R)      -1 where no region is or it has no id
+    scores          float32 (B, R)      a detector's score of its box; 1 where there is none
+
+    Features have the stored dtype of their set (bfloat16: its bits, as uint16);
+    `regionspot.cache.format.encodings` decodes them. A kind that was not read has width 0, and so has a scale of a set
+    that is not int8.
+
+    pinned   make the buffers page-locked, for fast copies to a GPU
+    lent     the memory is a loader's, which will use it again; such a batch cannot be pickled
+    """
+
+    rows: NDArray[np.int64] = field(default_factory=lambda: np.empty((0,), np.int64))
+    image_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty((0,), np.int64))
+    tokens: NDArray[Any] = field(default_factory=lambda: np.empty((0, 1, 0), np.float16))
+    token_scale: NDArray[np.float16] = field(default_factory=lambda: np.empty((0, 0), np.float16))
+    region_mask: NDArray[np.bool_] = field(default_factory=lambda: np.empty((0, 1), np.bool_))
+    feature_map: NDArray[Any] = field(default_factory=lambda: np.empty((0, 0, 0), np.float16))
+    map_scale: NDArray[np.float16] = field(default_factory=lambda: np.empty((0, 0), np.float16))
+    categories: NDArray[np.int32] = field(default_factory=lambda: np.empty((0, 1), np.int32))
+    boxes_xyxy: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 1, 4), np.float32))
+    annotation_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 1), np.int64))
+    scores: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 1), np.float32))
+    pinned: bool = field(default=False, repr=False)
+    lent: bool = field(default=False, repr=False)
+    _buffers: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __reduce__(self) -> Any:
+        # A queue pickles in a thread of its own, some time after it was given the batch: whoever receives it would
+        # find another one's numbers.
+        if self.lent:
+            raise CacheError(
+                "batch: cannot be sent to another process while its memory is the loader's, to be used again; "
+                "send batch.copy()"
+            )
+        return Batch, tuple(getattr(self, each.name) for each in fields(self) if each.name not in _OWN)
+
+    def copy(self) -> Batch:
+        """A batch with memory of its own."""
+        return Batch(**{each.name: getattr(self, each.name).copy() for each in fields(self) if each.name not in _OWN})
+
+    def shape_features(self, tokens: FeatureSet | None, maps: FeatureSet | None) -> None:
+        """Give the feature fields their shapes for the regions laid out before; their values are left undefined."""
+        pictures, regions = self.region_mask.shape
+        self._shape("tokens", "token_scale", (pictures, regions), tokens)
+        # A map's shape begins with its number of tokens, a token's has its width only.
+        self._shape("feature_map", "map_scale", (pictures, *maps.shape[:1]) if maps else (pictures, 0), maps)
+
+    def _shape(self, name: str, scale: str, rows: tuple[int, ...], feature_set: FeatureSet | None) -> None:
+        """Give one kind of features and their scales their shapes: `rows` of the set's width."""
+        width, dtype = (feature_set.shape[-1], feature_set.stored) if feature_set else (0, np.dtype(np.float16))
+        self._view(name, (*rows, width), dtype)
+        self._view(scale, rows if feature_set and feature_set.has_scales else (rows[0], 0), np.dtype(np.float16))
+
+    def fill_regions(self, manifest: Manifest, rows: NDArray[np.int64]) -> None:
+        """Everything but the features, of the pictures at `rows`."""
+        counts = manifest.offsets[rows + 1] - manifest.offsets[rows]
+        slots = np.arange(max(1, int(counts.max(initial=0))))
+        grid = (len(rows), len(slots))
+        self._view("rows", (len(rows),), "int64")[:] = rows
+        self._view("image_ids", (len(rows),), "int64")[:] = manifest.image_ids[rows]
+        mask = self._view("region_mask", grid, "bool")
+        mask[:] = slots < counts[:, None]
+        regions = (manifest.offsets[rows, None] + slots)[mask]
+        self._pad("categories", grid, "int32", NO_CATEGORY)[mask] = manifest.category_index[regions]
+        self._pad("boxes_xyxy", (*grid, 4), "float32", 0)[mask] = manifest.boxes_xyxy[regions]
+        self._pad("annotation_ids", grid, "int64", -1)[mask] = manifest.annotation_ids[regions]
+        scores = self._pad("scores", grid, "float32", 1)
+        if manifest.scores is not None:
+            scores[mask] = manifest.scores[regions]
+
+    def _pad(self, name: str, shape: tuple[int, ...], dtype: str, value: float) -> NDArray[Any]:
+        view = self._view(name, shape, dtype)
+        view.fill(value)
+        return view
+
+    def _view(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+        """Set a field to a contiguous view of its buffer, which grows when it has to."""
+        size = math.prod(shape)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.dtype != dtype or buffer.size < size:
+            buffer = self._buffers[name] = self._allocate(size, np.dtype(dtype))
+        view = buffer[:size].reshape(shape)
+        setattr(self, name, view)
+        return view
+
+    def _allocate(self, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
+        if not self.pinned:
+            return np.empty(size, dtype)
+        import torch  # only where a GPU is: this package does without torch
+
+        memory: NDArray[np.uint8] = torch.empty(size * dtype.itemsize, dtype=torch.uint8, pin_memory=True).numpy()
+        return memory.view(dtype)

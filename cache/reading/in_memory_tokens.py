@@ -1,0 +1,54 @@
+"""The tokens of many pictures held in memory: small beside their maps, and otherwise one more read for each picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from numpy.typing import NDArray
+
+from regionspot.cache.format.manifest import Manifest
+from regionspot.cache.reading.batch_reader import Features
+from regionspot.cache.reading.part_reader import SCALE_BYTES, Bytes
+
+_PICTURES = 4096  # of one request: enough to keep a disk busy, few enough that their list is small
+
+
+class HeldTokens:
+    """Hands out what it read of the pictures at `rows` when it was made; takes the bytes of their tokens.
+
+    Raises what `tokens` raises when a picture cannot be read.
+    """
+
+    threads = 1  # copying from memory is no work to be shared
+
+    def __init__(self, tokens: Features, manifest: Manifest, rows: NDArray[np.int64]) -> None:
+        self.feature_set = tokens.feature_set
+        self._width = self.feature_set.shape[-1] * self.feature_set.stored.itemsize
+        self._scale_width = SCALE_BYTES if self.feature_set.has_scales else 0
+        self._rows = np.unique(rows)
+        counts = manifest.offsets[self._rows + 1] - manifest.offsets[self._rows]
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        regions = int(counts.sum())
+        self._tokens, self._scales = (np.empty(regions * width, np.uint8) for width in (self._width, self._scale_width))
+        with ThreadPoolExecutor(tokens.threads, thread_name_prefix="regionspot-read") as pool:
+            stretches = [slice(first, first + _PICTURES) for first in range(0, len(self._rows), _PICTURES)]
+            for _ in pool.map(lambda some: tokens.read(self._rows[some].tolist(), *self._of(some)), stretches):
+                pass
+
+    def read(self, rows: Sequence[int], outs: Sequence[Bytes], scales: Sequence[Bytes]) -> None:
+        """Copy the tokens of pictures, and their scales; see FeatureReader.read."""
+        held = self._of(np.searchsorted(self._rows, rows))
+        for wanted, given in zip((outs, scales), held, strict=True):
+            for out, tokens in zip(wanted, given, strict=True):
+                out[:] = tokens
+
+    def _of(self, places: slice | NDArray[np.int64]) -> tuple[list[Bytes], list[Bytes]]:
+        """The bytes of the tokens and of the scales that are held at some places."""
+        spans = list(zip(self._starts[places].tolist(), self._ends[places].tolist(), strict=True))
+        return (
+            [self._tokens[start * self._width : end * self._width] for start, end in spans],
+            [self._scales[start * self._scale_width : end * self._scale_width] for start, end in spans],
+        )

@@ -1,0 +1,152 @@
+"""One part of one feature set: where each of its records lies, its checksum, and reading it.
+
+What is needed to read is taken in once, when a row of the part is first wanted: the part's record, the index at the end
+of each shard and the file of checksums, each of which carries a checksum itself. In memory it takes 21 bytes a record
+(int8: 37) and some 4 KB, so thousands of parts can be kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import suppress
+
+import google_crc32c
+import numpy as np
+from numpy.typing import NDArray
+
+from regionspot.cache.format.part_record import PartIndex, PartRecord, load_record
+from regionspot.cache.format.schema import FeatureSet, checksum_file, record_file, scale_file, shard_file
+from regionspot.cache.storage.atomic_files import file_crc
+from regionspot.cache.storage.base import Storage
+from regionspot.cache.storage.shard_files import ReplacedError, ShardFile
+from regionspot.cache.storage.zarr_shard import decompress, index_bytes, parse_index, without_crc
+
+OpenShard = Callable[[str, int], ShardFile]  # opens the shard of a name, of which so many bytes were written
+
+Bytes = NDArray[np.uint8]
+SCALE_BYTES = 2  # float16
+
+
+class DamagedError(Exception):
+    """What is wrong with a file of a part, in words that follow on its name."""
+
+    def __init__(self, file: str, reason: str) -> None:
+        super().__init__(reason)
+        self.file = file
+
+
+class PartReader:
+    """Reads records by their slot. Safe to use from several threads and after a fork.
+
+    record     what was written of it
+    failures   why pictures could not be read when they were extracted, by row
+    seen       1 for each slot whose record was read, and found sound the first time where that was asked for; always 0
+               where the bytes may be others the next time, as in an object store
+
+    Raises FileNotFoundError where the part is not written, DamagedError for files that are not as they were written,
+    OSError for what the disk or the network refuses.
+    """
+
+    def __init__(
+        self, storage: Storage, feature_set: FeatureSet, index: PartIndex, part: int, slots: int, open_shard: OpenShard
+    ) -> None:
+        self.generation = 0  # PartOpener counts them
+        record = self.record = load_part_record(storage, feature_set, index, part)
+        self.first_row = record.first_row
+        self.failures = {failure.row: failure.reason for failure in record.failures}
+        self.compressed = feature_set.compression is not None
+        self.seen = bytearray(slots)
+        size = None if self.compressed else feature_set.record_bytes
+        self._data = _Shard(shard_file(feature_set, part), record, slots, open_shard, size)
+        self._scales: _Shard | None = None
+        if feature_set.has_scales:
+            size = math.prod(feature_set.scale_shape) * SCALE_BYTES
+            self._scales = _Shard(scale_file(feature_set, part), record, slots, open_shard, size)
+        self._checksums = _load_checksums(storage, checksum_file(feature_set, part), record, slots).data
+
+    def announce(self, slot: int) -> None:
+        """Say that a record will be read soon, so that a disk fetches it while others are copied."""
+        if size := self._data.sizes[slot]:
+            with suppress(ReplacedError, OSError):  # reading will tell
+                self._data.file.announce(self._data.offsets[slot], size)
+
+    def read(self, slot: int, out: Bytes, scales: Bytes, check: bool) -> None:
+        """Fill `out` with a whole record, and `scales`, empty unless the set has them; `check` its checksum."""
+        stored = np.empty(self._data.sizes[slot], np.uint8) if self.compressed else out
+        self._data.read(slot, 0, stored)
+        if self._scales is not None:
+            self._scales.read(slot, 0, scales)
+        if check and google_crc32c.extend(google_crc32c.value(stored), scales) != self._checksums[slot]:
+            raise DamagedError(self._data.name, "does not match its checksum")
+        if self.compressed:
+            try:
+                decompress(stored.data, out)
+            except ValueError as error:
+                raise DamagedError(self._data.name, str(error)) from None
+        self.seen[slot] = self._data.file.stays
+
+    def read_some(self, slot: int, skipped: int, out: Bytes, skipped_scales: int, scales: Bytes) -> None:
+        """Fill `out` from within an uncompressed record, after the bytes skipped; nothing is checked."""
+        self._data.read(slot, skipped, out)
+        if self._scales is not None:
+            self._scales.read(slot, skipped_scales, scales)
+        self.seen[slot] = self._data.file.stays
+
+
+class _Shard:
+    """An open shard and where the records in it lie: offsets, -1 where there is none, and sizes."""
+
+    def __init__(
+        self, name: str, record: PartRecord, slots: int, open_shard: OpenShard, record_bytes: int | None
+    ) -> None:
+        self.name = name
+        try:
+            self.file = open_shard(name, record.files[name])
+            data_bytes = self.file.size - index_bytes(slots)
+            if data_bytes < 0:
+                raise ValueError(f"is too short to hold an index of {slots} records")
+            stored = np.empty(index_bytes(slots), np.uint8)
+            self.file.read_into(data_bytes, stored)
+            offsets, sizes = parse_index(stored.tobytes(), data_bytes, record_bytes)
+        except FileNotFoundError:
+            raise DamagedError(name, "is missing") from None
+        except (ValueError, EOFError) as error:
+            raise DamagedError(name, str(error)) from None
+        # Memoryviews: an element of one is a Python int in a fraction of the time that numpy takes.
+        self.offsets, self.sizes = offsets.data, sizes.data
+
+    def read(self, slot: int, skipped: int, out: Bytes) -> None:
+        """Fill `out` from within the record of a slot, after the bytes skipped."""
+        offset = self.offsets[slot]
+        if offset < 0:
+            raise DamagedError(self.name, "is not there")
+        try:
+            self.file.read_into(offset + skipped, out)
+        except EOFError as error:
+            raise DamagedError(self.name, f"is cut off: {error}") from None
+
+
+def load_part_record(storage: Storage, feature_set: FeatureSet, index: PartIndex, part: int) -> PartRecord:
+    """A part's record. Raises FileNotFoundError where it is not written, DamagedError, OSError."""
+    name = record_file(feature_set.name, part)
+    try:
+        record = load_record(storage, name)
+    except ValueError as error:
+        raise DamagedError(name, str(error)) from None
+    if misfit := index.misfit(part, record):
+        raise DamagedError(name, misfit)
+    return record
+
+
+def _load_checksums(storage: Storage, name: str, record: PartRecord, slots: int) -> NDArray[np.uint32]:
+    try:
+        stored = storage.read(name)
+        checksums = np.frombuffer(without_crc(stored, "its checksums' file"), dtype="<u4")
+    except FileNotFoundError:
+        raise DamagedError(name, "is missing") from None
+    except ValueError as error:
+        raise DamagedError(name, str(error)) from None
+    if len(checksums) != slots or file_crc(stored) != record.checksums.get(name):
+        raise DamagedError(name, "holds the checksums of another part")
+    return checksums.astype(np.uint32)

@@ -1,0 +1,290 @@
+"""What a cache holds, told from its header and the records of its parts; no feature is read.
+
+It works while others still write the cache, and tells what is there at that moment.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from regionspot.cache.format.part_record import PartRecord
+from regionspot.cache.format.schema import SCHEMA_VERSION, Failure, FeatureSet
+from regionspot.cache.progress import duration
+from regionspot.cache.storage.atomic_files import from_json
+from regionspot.cache.store import FeatureCache
+from regionspot.cache.tools.orphans import RUNS
+
+_NAMED_WRITERS = 4  # of a cluster's many, the busiest are named
+_DIGEST_DIGITS = 12  # of a SHA-256, enough to tell two apart at a glance; the JSON has all 64
+
+
+@dataclass(frozen=True)
+class SetInfo:
+    """One feature set, and how much of it is there.
+
+    encoding                   "float16"; "int8, zstd"
+    parts, pictures, regions   written so far; `pending` parts are not
+    bytes                      on disk, with indexes, scales and checksums
+    bytes_as_float16           of the same features as bare float16
+    seconds                    that the parts took, each from its first picture to its last, summed up; parts that were
+                               written at the same time count each, and so do all feature sets of a part
+    writers                    parts by who wrote them, busiest first
+    """
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    encoding: str
+    provenance: dict[str, Any]
+    parts: int
+    pending: int
+    pictures: int
+    regions: int
+    bytes: int
+    bytes_as_float16: int
+    seconds: float
+    writers: dict[str, int]
+
+
+@dataclass(frozen=True)
+class RunInfo:
+    """The latest run of `extract` that wrote anything, as its record under runs/ tells it.
+
+    started    UTC, ISO 8601
+    worker     host:process
+    seconds    from its start to its end
+    """
+
+    started: str
+    worker: str
+    pictures: int
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second."""
+        return self.pictures / max(self.seconds, 1e-9)
+
+
+@dataclass(frozen=True)
+class CacheInfo:
+    """A cache as `describe_cache` found it.
+
+    failed     pictures that could not be read
+    failures   these by reason, most frequent first; numbers in a reason are N, so that equal troubles count together
+    last_run   None where no run has left a record: the features were imported, or written by a program's own means
+    """
+
+    path: str
+    schema: int
+    dataset: str
+    split: str
+    pictures: int
+    regions: int
+    classes: int
+    parts: int
+    part_size: int
+    source: dict[str, Any]
+    report: dict[str, int]
+    feature_sets: tuple[SetInfo, ...]
+    failed: int
+    failures: dict[str, int]
+    last_run: RunInfo | None = None
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second of the last run; 0 where there is none."""
+        return self.last_run.rate if self.last_run else 0.0
+
+    def as_json(self) -> dict[str, Any]:
+        """All of it, for json.dumps. The `rate` of a feature set is the last run's, which wrote all of them at once."""
+        rate = round(self.rate, 3)
+        sets = [{**asdict(each), "rate": rate if each.parts else 0.0} for each in self.feature_sets]
+        return {**asdict(self), "feature_sets": sets, "rate": rate}
+
+    def text(self) -> str:
+        """Some lines for people."""
+        blocks = [_head(self), *(_set_lines(each, self) for each in self.feature_sets)]
+        if self.failed:
+            blocks.append(_failure_lines(self))
+        return "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def describe_cache(cache: FeatureCache) -> CacheInfo:
+    """What a cache holds. Raises CorruptPartError where the record of a part is damaged."""
+    manifest = cache.manifest
+    records = {name: list(part_records(cache, name)) for name in cache.feature_sets}
+    failures = {failure.row: failure for parts in records.values() for record in parts for failure in record.failures}
+    causes = Counter(re.sub(r"\d+", "N", cause(failure)) for failure in failures.values())
+    return CacheInfo(
+        path=str(cache.path),
+        schema=SCHEMA_VERSION,
+        dataset=manifest.dataset,
+        split=manifest.split,
+        pictures=len(manifest),
+        regions=len(manifest.boxes_xyxy),
+        classes=len(cache.categories),
+        parts=cache.n_parts,
+        part_size=cache.part_size,
+        source=manifest.source,
+        report=manifest.report,
+        feature_sets=tuple(_set_info(each, records[each.name], cache.n_parts) for each in cache.feature_sets.values()),
+        failed=len(failures),
+        failures=dict(causes.most_common()),
+        last_run=_last_run(cache),
+    )
+
+
+def _last_run(cache: FeatureCache) -> RunInfo | None:
+    for name in sorted(cache.storage.names(RUNS), reverse=True):  # a name begins with the time of the start
+        try:
+            words = from_json(cache.storage.read(f"{RUNS}/{name}"))
+            summary = words["summary"]
+            run = RunInfo(str(words["started"]), str(words["worker"]), int(summary["pictures"]), summary["seconds"])
+            if run.rate > 0:
+                return run
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # somebody else's file, or one of a later version
+    return None
+
+
+def part_records(cache: FeatureCache, name: str) -> Iterator[PartRecord]:
+    """The records of a feature set's written parts, in order. Raises CorruptPartError at one that is damaged."""
+    pending = set(cache.pending_parts([name]))
+    written = [part for part in range(cache.n_parts) if part not in pending]
+    with ThreadPoolExecutor(cache.storage.readers) as pool:
+        yield from pool.map(lambda part: cache.record(part, name), written)
+
+
+def cause(failure: Failure) -> str:
+    """Why a picture could not be read, without its path."""
+    return failure.reason.partition(f"{failure.path}: ")[2] or failure.reason
+
+
+def _set_info(feature_set: FeatureSet, records: list[PartRecord], n_parts: int) -> SetInfo:
+    pictures = sum(record.pictures - len(record.failures) for record in records)
+    regions = sum(record.regions for record in records)
+    writers = Counter(record.worker or "unnamed" for record in records)
+    return SetInfo(
+        name=feature_set.name,
+        kind=feature_set.kind,
+        shape=feature_set.shape,
+        encoding=feature_set.dtype + (f", {feature_set.compression}" if feature_set.compression else ""),
+        provenance=feature_set.provenance,
+        parts=len(records),
+        pending=n_parts - len(records),
+        pictures=pictures,
+        regions=regions,
+        bytes=sum(sum(record.files.values()) for record in records),
+        bytes_as_float16=2 * math.prod(feature_set.shape) * (pictures if feature_set.kind == "map" else regions),
+        seconds=round(sum(record.seconds for record in records), 3),
+        writers=dict(writers.most_common()),
+    )
+
+
+def size_text(size: float) -> str:
+    """Bytes as disks are sold: 512 B, 4.88 kB, 1.13 MB, 349 GB."""
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if size < 999.5:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} PB"
+
+
+def _head(info: CacheInfo) -> list[str]:
+    files = [f"{name} ({digest[:_DIGEST_DIGITS]})" for name, digest in info.source.get("files", {}).items()]
+    found = [f"{reason.replace('_', ' ')} {count:,}" for reason, count in info.report.items() if count]
+    total = sum(each.bytes for each in info.feature_sets)
+    lines = {
+        "pictures": f"{info.pictures:,} in {info.parts:,} parts of {info.part_size:,}",
+        "regions": f"{info.regions:,} of {info.classes:,} classes",
+        "made from": ", ".join(files),
+        "when read": ", ".join(found),
+        "features": f"{size_text(total)} in {len(info.feature_sets)} sets; schema version {info.schema}",
+        "last run": _run_text(info.last_run),
+    }
+    return [f"{info.path}: {info.dataset} {info.split}", *_labelled(lines)]
+
+
+def _set_lines(one: SetInfo, info: CacheInfo) -> list[str]:
+    what = "a map of {} x {} a picture" if one.kind == "map" else "a token of {} numbers a region"
+    told = dict(one.provenance)
+    lines = {
+        "parts": _parts_text(one, info),
+        "size": _size_line(one),
+        "model": _model_text(told),
+        "input": _input_text(told),
+        "software": ", ".join(f"{name} {number}" for name, number in told.pop("versions", {}).items()),
+        "also": ", ".join(f"{name} {_value_text(value)}" for name, value in told.items()),
+        "written by": _writers_text(one.writers),
+    }
+    return [f"{one.name}: {what.format(*one.shape)}, {one.encoding}", *_labelled(lines)]
+
+
+def _labelled(lines: dict[str, str]) -> list[str]:
+    return [f"  {label:<10}  {text}" for label, text in lines.items() if text]
+
+
+def _parts_text(one: SetInfo, info: CacheInfo) -> str:
+    if not one.pending:
+        return f"all {one.parts:,}"
+    pending = f"{one.parts:,} of {info.parts:,}; {one.pending:,} pending"
+    if not info.rate:
+        return pending
+    return f"{pending}, {duration(one.pending * info.part_size / info.rate)} at the last run's rate"
+
+
+def _run_text(run: RunInfo | None) -> str:
+    if run is None:
+        return ""
+    done = f"{run.pictures:,} pictures in {duration(run.seconds)}, {run.rate:.3g} pictures/s"
+    return f"{done}; by {run.worker}, begun {run.started[:16].replace('T', ' ')} UTC"
+
+
+def _size_line(one: SetInfo) -> str:
+    share = one.bytes / one.bytes_as_float16 if one.bytes_as_float16 else 1
+    compared = f", {share:.2f} of what float16 takes" if share < 0.95 else ""
+    units = one.pictures if one.kind == "map" else one.regions
+    unit = "picture" if one.kind == "map" else "region"
+    return f"{size_text(one.bytes)}, {size_text(one.bytes / units)} a {unit}{compared}" if units else ""
+
+
+def _model_text(told: dict[str, Any]) -> str:
+    """Takes what it says out of the provenance, so that the rest can be listed as it is."""
+    model, sha256, origin = (told.pop(key, None) for key in ("model", "weights_sha256", "weights_origin"))
+    dtype = told.pop("dtype", None)
+    words = [str(model)] if model else []
+    if sha256:
+        words.append(f"weights {sha256[:_DIGEST_DIGITS]}" + (f" ({origin})" if origin and origin != sha256 else ""))
+    return ", ".join([*words, *([f"computed in {dtype}"] if dtype else [])])
+
+
+def _input_text(told: dict[str, Any]) -> str:
+    pixels, resize, exif = (told.pop(key, None) for key in ("input_pixels", "resize", "exif"))
+    size = resize or (f"{pixels} pixels" if pixels else "")
+    return "; ".join(word for word in (size, f"EXIF orientation {exif}" if exif else "") if word)
+
+
+def _value_text(value: Any) -> str:
+    if isinstance(value, list):
+        return " ".join(_value_text(each) for each in value)
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _writers_text(writers: dict[str, int]) -> str:
+    named = [f"{name} ({parts:,})" for name, parts in list(writers.items())[:_NAMED_WRITERS]]
+    others = len(writers) - len(named)
+    return ", ".join(named) + (f" and {others:,} others" if others else "")
+
+
+def _failure_lines(info: CacheInfo) -> list[str]:
+    wide = len(f"{max(info.failures.values()):,}")
+    return [f"{info.failed:,} of {info.pictures:,} pictures could not be read:"] + [
+        f"  {count:>{wide},}  {reason}" for reason, count in info.failures.items()
+    ]

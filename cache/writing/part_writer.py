@@ -1,0 +1,160 @@
+"""Writing one part: every feature set's shard and checksums, streamed, and last the record that makes it count.
+
+    features/<set>/<array>/c.42.0.0    records, one after another, and their index
+    features/<set>/crc32c/c.42         crc32c of each record
+    parts/<set>/00042.json             sizes, counts, failures; written last
+
+A run killed at any point leaves at most partial files and shards without a record. Both are written again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import TracebackType
+from typing import Any
+
+from numpy.typing import NDArray
+
+from regionspot.cache.errors import CacheError, InputError
+from regionspot.cache.format.manifest import Manifest
+from regionspot.cache.format.part_record import PartRecord, batches_of_sizes, part_identity, set_crc
+from regionspot.cache.format.schema import Failure, FeatureSet, Geometry, PictureFeatures, Stored, record_file
+from regionspot.cache.storage.base import Storage
+from regionspot.cache.writing.feature_set_writers import MapWriter, SetWriter, TokenWriter
+
+
+class PartWriter:
+    """Takes the pictures of one part in order and writes all given feature sets of it. Use it in a `with`.
+
+    Leaving the block without `commit` removes what was written. Raises InputError for features that are not the
+    picture's, and CacheError when the disk refuses them.
+    """
+
+    def __init__(
+        self, storage: Storage, manifest: Manifest, geometry: Geometry, part: int, sets: Sequence[FeatureSet]
+    ) -> None:
+        self._storage, self._manifest, self._part = storage, manifest, part
+        self._rows = geometry.rows(part)
+        self._done = 0
+        self._failures: list[Failure] = []
+        self._batch_sizes: list[dict[str, int]] = []  # of each row so far, by feature set
+        self._started = time.monotonic()
+        self._writers: list[SetWriter] = []
+        try:
+            with self._disk_errors():
+                for feature_set in sets:
+                    writer = MapWriter if feature_set.kind == "map" else TokenWriter
+                    self._writers.append(writer(storage, feature_set, geometry, part))
+        except BaseException:
+            self._discard()
+            raise
+
+    def append(self, picture: PictureFeatures) -> None:
+        """Write the next picture's features."""
+        row = self._rows.start + self._done
+        if picture.row != row or row not in self._rows:
+            raise InputError(
+                f"{self._storage.address}: part {self._part} holds rows {self._rows.start} to {self._rows.stop - 1} "
+                f"in order; got row {picture.row} after {self._done} pictures"
+            )
+        regions = int(self._manifest.offsets[row + 1] - self._manifest.offsets[row])
+        if picture.failure is not None:
+            self._failures.append(Failure(row, str(self._manifest.paths[row]), picture.failure))
+        for writer in self._writers:
+            with self._disk_errors():
+                if picture.failure is None:
+                    writer.append(row, regions, _of_set(picture, writer.feature_set))
+                else:
+                    writer.skip(regions)
+        self._batch_sizes.append(picture.batch_sizes)
+        self._done += 1
+
+    def commit(
+        self,
+        worker: str,
+        before_publish: Callable[[], None] | None = None,
+        account: Mapping[str, Any] | None = None,
+    ) -> PartRecord:
+        """Put everything on disk under its name, and the record of each feature set last.
+
+        before_publish   called when all is flushed, before the first file gets its name; what it raises leaves the
+                         part unwritten
+        account          JSON for the record, as it is when `before_publish` has returned
+        """
+        if self._done != len(self._rows):
+            raise InputError(
+                f"{self._storage.address}: part {self._part} has {len(self._rows)} pictures, got only {self._done}; "
+                "give one PictureFeatures for each, with `failure` set where it could not be read"
+            )
+        offsets = self._manifest.offsets
+        record = PartRecord(
+            part=self._part,
+            first_row=self._rows.start,
+            pictures=len(self._rows),
+            regions=int(offsets[self._rows.stop] - offsets[self._rows.start]),
+            files={},
+            checksums={},
+            failures=tuple(self._failures),
+            worker=worker,
+            seconds=0.0,
+        )
+        with self._disk_errors():
+            finished = [writer.finish() for writer in self._writers]
+        if before_publish is not None:
+            before_publish()
+        with self._disk_errors():
+            for writer in self._writers:
+                writer.publish()
+            record = replace(record, seconds=round(time.monotonic() - self._started, 3), account=dict(account or {}))
+            # Last on purpose: a part counts as done once its record exists, so a run killed between two
+            # files finds it missing and writes it again.
+            for writer, one in zip(self._writers, finished, strict=True):
+                name = writer.feature_set.name
+                stored = replace(
+                    record,
+                    files=one.files,
+                    checksums=one.checksums,
+                    identity=part_identity(self._rows, self._manifest, set_crc(writer.feature_set)),
+                    batches=batches_of_sizes(sizes.get(name) for sizes in self._batch_sizes),
+                )
+                stored.save(self._storage, record_file(name, self._part))
+        return replace(
+            record,
+            files={name: size for one in finished for name, size in one.files.items()},
+            checksums={name: crc for one in finished for name, crc in one.checksums.items()},
+        )
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._discard()
+
+    def _discard(self) -> None:
+        for writer in self._writers:
+            writer.discard()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """What the disk refuses, in one line. Errors of the caller's own iterator never pass through here."""
+        try:
+            yield
+        except OSError as error:
+            raise CacheError(
+                f"{self._storage.address}: part {self._part} could not be written: {error.strerror or error}; "
+                "the finished parts are safe: mend that and run the same command again"
+            ) from error
+
+
+def _of_set(picture: PictureFeatures, feature_set: FeatureSet) -> NDArray[Any] | Stored:
+    if feature_set.name not in picture.features:
+        raise InputError(
+            f"row {picture.row}: no features of {feature_set.name}, only of {sorted(picture.features) or 'nothing'}; "
+            "give them, or say in `failure` why there are none"
+        )
+    return picture.features[feature_set.name]

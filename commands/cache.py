@@ -1,0 +1,256 @@
+"""`regionspot cache ...`: what can be done with a cache that is there already; no logic of its own.
+
+`--cache` of the other commands and PATH here are a folder, the URL of one in an object store, or an .h5 file.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regionspot.commands.options import (
+    EXTRACTION_FAILURES,
+    MOST_IMAGES,
+    MOST_THREADS,
+    Annotations,
+    Boxes,
+    Data,
+    DatasetName,
+    Limit,
+    MaxFailures,
+    Split,
+    TakeOver,
+)
+from regionspot.commands.signals import AGAIN, on_stop
+
+cache_app = typer.Typer(help="Look at a cache, check it, grow it, copy it.", no_args_is_help=True)
+
+CachePath = Annotated[str, typer.Argument(metavar="PATH", help="the cache: a folder, a URL such as s3://..., or .h5")]
+NewCache = Annotated[str, typer.Argument(metavar="OUT", help="the new cache: a folder or a URL")]
+PartSize = Annotated[int | None, typer.Option(min=1, max=MOST_IMAGES, help="images a part; default: as many as before")]
+
+
+@cache_app.command()
+def info(
+    path: CachePath, as_json: Annotated[bool, typer.Option("--json", help="all of it, for programs")] = False
+) -> None:
+    """Say what a cache holds: feature sets, sizes, what made it, parts done and pending, images that failed."""
+    from regionspot.cache.store import FeatureCache
+    from regionspot.cache.tools.info import describe_cache
+
+    found = describe_cache(FeatureCache.open(path))
+    typer.echo(json.dumps(found.as_json(), indent=1, allow_nan=False) if as_json else found.text())
+
+
+@cache_app.command()
+def ls(
+    path: CachePath,
+    failed: Annotated[bool, typer.Option("--failed", help="those that could not be read, and why")] = False,
+    pending: Annotated[bool, typer.Option("--pending", help="those that are not extracted yet")] = False,
+    done: Annotated[bool, typer.Option("--done", help="those that every feature set holds")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="lines at most")] = None,
+) -> None:
+    """List the images, a line each: row, id, size, regions, path, state."""
+    from regionspot.cache.store import FeatureCache
+    from regionspot.cache.tools.listing import STATES, list_pictures
+
+    states = [state for state, asked in zip(STATES, (done, failed, pending), strict=True) if asked]
+    for line in list_pictures(FeatureCache.open(path), states or STATES, limit):
+        typer.echo(line)
+
+
+@cache_app.command()
+def show(
+    path: CachePath,
+    image_id: Annotated[int, typer.Argument(help="the dataset's id of the image, as `ls` lists it")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="the image file to write")],
+    photos: Annotated[
+        Path | None,
+        typer.Option(exists=True, file_okay=False, help="folder of the images; without it regions lie on grey"),
+    ] = None,
+    region: Annotated[
+        int | None, typer.Option(min=0, help="number of the region to compare; default: a large one")
+    ] = None,
+    map_set: Annotated[str | None, typer.Option(help="feature set to look at; default: the only map")] = None,
+) -> None:
+    """Draw one image: its regions, its feature map as colours, and what in it is like one of the regions."""
+    from regionspot.cache.outputs import check_output_file
+    from regionspot.cache.store import FeatureCache
+    from regionspot.evaluation.report.cache_view import show_picture
+    from regionspot.evaluation.report.drawing import check_picture_name, save_picture
+
+    check_output_file(check_picture_name(out), (path, photos))
+    save_picture(show_picture(FeatureCache.open(path), image_id, photos, region, map_set), out)
+    typer.echo(f"{out}")
+
+
+@cache_app.command("import-tokens")
+def import_tokens(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="the authors' token files, <image id>.pth")],
+    cache: Annotated[str, typer.Option(help="the cache of the same images and regions")],
+    allow_missing: Annotated[
+        bool, typer.Option("--allow-missing", help="record images without a usable file as failed")
+    ] = False,
+) -> None:
+    """Take location tokens from the authors' published files instead of running SAM."""
+    from regionspot.cache.tools.import_tokens import import_tokens as run
+
+    typer.echo(f"{cache}: {run(folder, cache, allow_missing).text()}")
+
+
+@cache_app.command()
+def stats(
+    path: CachePath,
+    feature_set: Annotated[str, typer.Argument(help="a feature set, as `info` names it")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="mean and variance as .npz or .json")] = None,
+) -> None:
+    """Mean and variance of every channel of a feature set, over the whole cache in one pass."""
+    from regionspot.cache.outputs import check_output_file
+    from regionspot.cache.store import FeatureCache
+    from regionspot.cache.tools.channel_stats import channel_stats, check_stats_name
+
+    if out:
+        check_output_file(check_stats_name(out), [path])
+    found = channel_stats(FeatureCache.open(path), feature_set)
+    typer.echo(found.text())
+    if out:
+        found.save(out)
+
+
+@cache_app.command()
+def verify(
+    path: CachePath,
+    quick: Annotated[bool, typer.Option("--quick", help="leave the features' own bytes out")] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, max=MOST_THREADS, help="parts at once; default: what suits the store")
+    ] = None,
+) -> None:
+    """Look at every byte and count of a cache; exit code 1 and a list when something is wrong."""
+    from regionspot.cache.tools.verify import verify as run
+
+    report = run(path, quick=quick, threads=threads)
+    typer.echo(report.text())
+    raise typer.Exit(0 if report.sound else 1)
+
+
+@cache_app.command()
+def repair(
+    path: CachePath,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
+) -> None:
+    """Verify a cache and drop its bad parts, so that the next extract makes them again; 1 when problems are left."""
+    from regionspot.cache.tools.repair import repair as run
+    from regionspot.cache.tools.verify import verify as look
+
+    summary = run(path, look(path), dry_run=dry_run)
+    typer.echo(summary.text())
+    raise typer.Exit(1 if summary.left else 0)
+
+
+@cache_app.command()
+def export(path: CachePath, out: Annotated[Path, typer.Argument(metavar="OUT.h5", help="the file to write")]) -> None:
+    """Write a whole cache into one HDF5 file, which opens as the folder does; for clusters that count files."""
+    from regionspot.cache.store import FeatureCache
+    from regionspot.cache.tools.hdf5_export import export_hdf5
+
+    typer.echo(f"{export_hdf5(FeatureCache.open(path), out)}")
+
+
+@cache_app.command("import")
+def import_file(
+    file: Annotated[Path, typer.Argument(metavar="FILE.h5", help="what `export` wrote")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to make")],
+) -> None:
+    """Turn a cache in one HDF5 file back into a folder, byte for byte."""
+    from regionspot.cache.tools.hdf5_export import import_hdf5
+
+    typer.echo(f"{import_hdf5(file, out)}")
+
+
+@cache_app.command()
+def extend(
+    path: CachePath,
+    name: DatasetName,
+    data: Data,
+    split: Split = "train",
+    annotations: Annotations = None,
+    boxes: Boxes = "gt",
+    limit: Limit = None,
+    part_size: Annotated[
+        int, typer.Option(min=1, max=MOST_IMAGES, help="images a part, where there was only one part")
+    ] = 512,
+    max_failures: MaxFailures = EXTRACTION_FAILURES,
+    take_over: TakeOver = False,
+) -> None:
+    """Take in annotations that grew: new images come behind those that are there, for the next `extract`."""
+    from regionspot.cache.tools.extend import extend as run
+    from regionspot.pipeline.datasets.registry import read_split
+    from regionspot.pipeline.reporting.failures import FailureLimit
+
+    allowed = FailureLimit.parse(max_failures)
+    manifest = read_split(name, data, split, annotations, boxes, limit, max_failures=allowed, may_be_empty=True)
+    typer.echo(f"{path}: {run(path, manifest, part_size=part_size, take_over=take_over).text()}")
+
+
+@cache_app.command()
+def merge(
+    paths: Annotated[list[str], typer.Argument(metavar="PATH...", help="caches of the same feature sets and classes")],
+    out: Annotated[str, typer.Option("--out", "-o", help="the new cache: a folder or a URL")],
+    part_size: PartSize = None,
+) -> None:
+    """Put the images of several caches one after another into a new one. Run again, it resumes."""
+    from regionspot.cache.tools.merge_subset_convert import merge as run
+
+    on_stop(AGAIN)
+    typer.echo(f"{out}: {run(paths, out, part_size).text()}")
+
+
+@cache_app.command()
+def subset(
+    path: CachePath,
+    out: NewCache,
+    ids: Annotated[Path | None, typer.Option(help="file of image ids, one a line; their order is kept")] = None,
+    category: Annotated[list[str] | None, typer.Option(help="with a region of this class; may be given again")] = None,
+    every: Annotated[int, typer.Option(min=1, help="of those each so many-th")] = 1,
+    first: Annotated[int | None, typer.Option(min=1, help="of those the first so many")] = None,
+    part_size: PartSize = None,
+) -> None:
+    """Take some images into a new cache. Run again, it resumes."""
+    from regionspot.cache.store import FeatureCache
+    from regionspot.cache.tools.merge_subset_convert import subset as run
+    from regionspot.cache.tools.select_rows import choose_rows, read_ids
+
+    on_stop(AGAIN)
+    cache = FeatureCache.open(path)
+    wanted = read_ids(ids) if ids else None
+    rows = choose_rows(cache.manifest, ids=wanted, categories=category or [], every=every, first=first)
+    typer.echo(f"{out}: {run(path, out, rows, part_size).text()}")
+
+
+@cache_app.command()
+def convert(
+    path: CachePath,
+    out: NewCache,
+    to: Annotated[
+        list[str],
+        typer.Option(metavar="SET=ENCODING", help="clip_vit_l_14=int8: float16, float32, bfloat16 or int8, or +zstd"),
+    ],
+) -> None:
+    """Store feature sets in another encoding in a new cache; others stay. Run again, it resumes."""
+    from regionspot.cache.tools.merge_subset_convert import convert as run
+    from regionspot.cache.tools.merge_subset_convert import encodings_of
+
+    on_stop(AGAIN)
+    typer.echo(f"{out}: {run(path, out, encodings_of(to)).text()}")
+
+
+@cache_app.command()
+def copy(path: CachePath, out: NewCache) -> None:
+    """Copy a cache, also to or from an object store, and check it on the way. Run again, it resumes."""
+    from regionspot.cache.tools.merge_subset_convert import copy as run
+
+    on_stop(AGAIN)
+    typer.echo(f"{out}: {run(path, out).text()}")

@@ -1,0 +1,78 @@
+"""Options that several commands have, in the same words, and what they come to together.
+
+Every number has its range here and every choice its list, so that a wrong value is refused before anything is loaded. A
+choice is a Literal and not the library's own table, for that table imports torch; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from regionspot.cache.format.schema import MAX_PART_SIZE
+from regionspot.cache.writing.claims import CLAIM_SECONDS
+from regionspot.pipeline.reporting.failures import EVALUATION_LIMIT, EXTRACTION_LIMIT
+
+PresetName = Literal["bb", "bl", "bl336", "toy"]
+DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
+PreprocessName = Literal["direct", "reference"]
+TemplatesName = Literal["reference", "imagenet", "plain"]
+ScheduleName = Literal["paper", "toy"]
+TokensName = Literal["first", "all"]
+BaselineName = Literal["crop", "pooled"]
+ExifName = Literal["auto", "apply", "ignore"]
+
+DatasetName = Annotated[str, typer.Argument(help="o365, o365v2, openimages, v3det, lvis, coco or toy")]
+Data = Annotated[Path, typer.Option(help="folder of the dataset: annotation files and images")]
+Split = Annotated[str, typer.Option(help="train, val, ...")]
+Annotations = Annotated[Path | None, typer.Option(help="this annotation file instead of the dataset's own")]
+Boxes = Annotated[str, typer.Option(help="gt, or a detector's proposals file")]
+Limit = Annotated[int | None, typer.Option(min=1, help="only the first images, for this run")]
+TakeOver = Annotated[
+    bool,
+    typer.Option(
+        "--take-over",
+        help="do at once what other runs on this cache were doing: only when they are known to be gone. Without it, a "
+        f"run on another machine counts as gone when it shows no life for {CLAIM_SECONDS:.0f} seconds",
+    ),
+]
+EXTRACTION_FAILURES, EVALUATION_FAILURES = str(EXTRACTION_LIMIT), str(EVALUATION_LIMIT)
+
+Preset = Annotated[PresetName, typer.Option(help="which backbones")]
+OptionalPreset = Annotated[
+    PresetName | None, typer.Option(help="which backbones, where the checkpoint does not state them")
+]
+Checkpoint = Annotated[Path, typer.Option(help="a trained head, ours or one released by the authors")]
+Templates = Annotated[
+    TemplatesName | None, typer.Option(help="sentences around a name; default: those that the head was trained with")
+]
+Weights = Annotated[
+    str | None,
+    typer.Option(help="folder of the official files, or random:SEED for benchmarks; default: downloaded once"),
+]
+SamWeights = Annotated[str | None, typer.Option(help="this SAM file instead")]
+ClipWeights = Annotated[str | None, typer.Option(help="this CLIP file instead")]
+ExifRule = Annotated[ExifName, typer.Option(help="orientation; auto: applied where the stated size asks for it")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one")]
+OptionalExif = Annotated[
+    ExifName | None, typer.Option(help="orientation; default: as for the features that the head was trained on")
+]
+Dtype = Annotated[
+    DtypeName, typer.Option(help="of the image encoders; auto: as of the features that the head was trained on")
+]
+LocalCopy = Annotated[Path | None, typer.Option(help="of a remote cache: keep what is read of it in this folder")]
+LocalLimit = Annotated[str | None, typer.Option(help="of --local-copy: 500GB; what was used least lately goes first")]
+MaxFailures = Annotated[
+    str, typer.Option(help='stop when more images, or annotations, than this are broken: "1%" of all, or "200"')
+]
+MetricsPort = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="serve Prometheus metrics at this port while it runs: 9400")
+]
+_SEED = {"min": 0, "max": 2**32 - 1}
+Seed = Annotated[int | None, typer.Option(**_SEED, help="of the weights, batches and dropout")]
+WorldSeed = Annotated[int, typer.Option(**_SEED, help="another seed, another toy world")]
+WorldSize = Annotated[int, typer.Option(min=40, max=1_000_000, help="of the toy world, training and validation")]
+# Upper bounds are where memory or threads run out, far beyond what anybody uses.
+MOST_IMAGES, MOST_THREADS, MOST_STEPS = MAX_PART_SIZE, 1024, 10_000_000

@@ -1,0 +1,1 @@
+"""Image and boxes to region scores: the head, the baselines, and resumable inference over a dataset."""

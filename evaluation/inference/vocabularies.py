@@ -1,0 +1,66 @@
+"""The vocabulary of a cache: its own categories, through the text tower of the encoder that made its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import Tensor
+
+from regionspot.cache.errors import ProvenanceMismatchError
+from regionspot.cache.store import FeatureCache
+from regionspot.fusion.templates import template_set
+from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
+from regionspot.pipeline.backbones.clip import load_text_encoder
+from regionspot.pipeline.backbones.protocols import TextEncoder
+
+
+@dataclass(frozen=True)
+class EncoderOnDemand:
+    """The text tower of a cache's semantic encoder, loaded only if a vocabulary has to be computed.
+
+    weights_sha256  of the weights that made the maps; other weights are refused, their text would not fit
+    source          where the weights are, as `load_weights` knows it
+    """
+
+    name: str
+    weights_sha256: str
+    source: str | None = None
+    device: str | None = None
+
+    def embed_prompts(self, prompts: list[str], /) -> Tensor:
+        """float32 (P, text_dim), not normalised. Raises ProvenanceMismatchError for other weights."""
+        return self._encoder.embed_prompts(prompts)
+
+    @cached_property
+    def _encoder(self) -> TextEncoder:
+        encoder = load_text_encoder(self.name, self.source, self.device or "cpu")
+        if encoder.weights_sha256 != self.weights_sha256:
+            raise ProvenanceMismatchError(
+                f"{self.name}: the cache was made with weights {self.weights_sha256[:16]}, but "
+                f"{encoder.weights_sha256[:16]} are loaded; give the same ones with --weights"
+            )
+        return encoder
+
+
+def cache_vocabulary(
+    cache: FeatureCache,
+    map_set: str,
+    templates: str | Sequence[str] = "reference",
+    source: str | None = None,
+    device: str | None = None,
+) -> Vocabulary:
+    """One embedding a category of `cache`, in its order, from the encoder of its feature set `map_set`.
+
+    Raises ProvenanceMismatchError when the cache lacks that set, or `source` holds other weights than made it.
+    """
+    if map_set not in cache.feature_sets:
+        held = ", ".join(cache.feature_sets) or "none"
+        raise ProvenanceMismatchError(
+            f"{cache.path}: holds the feature sets {held}, not {map_set}; name their preset, or extract {map_set} too"
+        )
+    weights = cache.feature_sets[map_set].provenance["weights_sha256"]
+    encoder = EncoderOnDemand(map_set, weights, source, device)
+    sentences = template_set(templates) if isinstance(templates, str) else templates
+    return build_vocabulary([category.name for category in cache.categories], sentences, encoder)

@@ -1,0 +1,231 @@
+"""Detections as columns, from the scores of a picture's regions to LVIS's results file.
+
+LVIS val has 19,809 pictures with 300 detections each: six million dicts would fill the memory of most machines, six
+million rows of five columns are 300 MB. The mask of a region is encoded once, however many of its classes are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from pycocotools import mask as rle
+
+from regionspot.cache.storage.atomic_files import partial_path
+
+DETECTIONS_PER_PICTURE = 300  # LVIS's own limit (lvis/results.py, LVISResults.__init__)
+
+
+@dataclass(frozen=True)
+class Masks:
+    """Masks of regions as COCO's compressed run lengths, end to end in one buffer.
+
+    sizes    int32 (n, 2)   height, width
+    offsets  int64 (n + 1,) mask i is counts[offsets[i]:offsets[i + 1]]
+    counts   uint8 (bytes,)
+    """
+
+    sizes: NDArray[np.int32]
+    offsets: NDArray[np.int64]
+    counts: NDArray[np.uint8]
+
+    @classmethod
+    def encode(cls, masks: NDArray[np.bool_]) -> Masks:
+        """Encode bool masks (n, h, w)."""
+        encoded = [rle.encode(np.asfortranarray(mask, dtype=np.uint8))["counts"] for mask in masks]
+        return cls(
+            sizes=np.tile(np.asarray(masks.shape[1:], np.int32), (len(masks), 1)),
+            offsets=np.cumsum([0, *map(len, encoded)], dtype=np.int64),
+            counts=np.frombuffer(b"".join(encoded), np.uint8),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Mask `index` in pycocotools' form: {"size": [h, w], "counts": bytes}."""
+        counts = self.counts[self.offsets[index] : self.offsets[index + 1]].tobytes()
+        return {"size": self.sizes[index].tolist(), "counts": counts}
+
+    def decode(self, index: int) -> NDArray[np.bool_]:
+        """Mask `index` as bool (h, w)."""
+        return np.asarray(rle.decode(self[index]), np.bool_)
+
+
+@dataclass(frozen=True)
+class Detections:
+    """K detections, those of a picture in a row and its best first.
+
+    image_ids     int64   (K,)
+    category_ids  int64   (K,)    the dataset's ids
+    boxes_xywh    float64 (K, 4)  x, y, width, height in pixels of the original picture
+    scores        float32 (K,)
+    regions       int64   (K,)    which region was named; an index into `masks` where there are any
+    masks         of the regions, or None where no masks were made
+    """
+
+    image_ids: NDArray[np.int64]
+    category_ids: NDArray[np.int64]
+    boxes_xywh: NDArray[np.float64]
+    scores: NDArray[np.float32]
+    regions: NDArray[np.int64]
+    masks: Masks | None = None
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    def take(self, rows: NDArray[Any]) -> Detections:
+        """The detections at `rows` (indices or a bool mask), in that order; all masks stay."""
+        return Detections(
+            self.image_ids[rows],
+            self.category_ids[rows],
+            self.boxes_xywh[rows],
+            self.scores[rows],
+            self.regions[rows],
+            self.masks,
+        )
+
+    def as_dicts(self, with_box: bool = True, with_mask: bool = True) -> Iterator[dict[str, Any]]:
+        """One dict a detection in the form of LVIS's results; equal regions share one mask object."""
+        encoded: dict[int, dict[str, Any]] = {}
+        columns = (self.image_ids, self.category_ids, self.boxes_xywh, self.scores, self.regions)
+        for image_id, category_id, box, score, region in zip(*(column.tolist() for column in columns), strict=True):
+            detection = {"image_id": image_id, "category_id": category_id, "score": score}
+            if with_box:
+                detection["bbox"] = box
+            if with_mask and self.masks is not None:
+                if region not in encoded:
+                    encoded[region] = self.masks[region]
+                detection["segmentation"] = encoded[region]
+            yield detection
+
+
+def best_pairs(
+    probabilities: NDArray[np.float32],
+    box_scores: NDArray[np.float32] | None,
+    limit: int = DETECTIONS_PER_PICTURE,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
+    """The `limit` best (region, class) pairs of one picture: regions, classes and scores, best first.
+
+    probabilities float32 (R, C) softmax over the classes; box_scores float32 (R,) multiply them where boxes have one.
+    """
+    scores = probabilities if box_scores is None else probabilities * box_scores[:, None]
+    flat = scores.reshape(-1)
+    best = np.argpartition(-flat, limit)[:limit] if flat.size > limit else np.arange(flat.size)
+    best = best[np.lexsort((best, -flat[best]))]  # equal scores in the order of regions, then classes
+    regions, classes = np.divmod(best, max(1, scores.shape[1]))
+    return regions, classes, flat[best]
+
+
+def detections_of_picture(
+    image_id: int,
+    boxes_xyxy: NDArray[np.float32],
+    probabilities: NDArray[np.float32],
+    category_ids: NDArray[np.int64],
+    box_scores: NDArray[np.float32] | None = None,
+    masks: Masks | None = None,
+    limit: int = DETECTIONS_PER_PICTURE,
+) -> Detections:
+    """The `limit` best pairs of one picture, each with the box and mask of its region.
+
+    boxes_xyxy (R, 4) in original pixels, probabilities (R, C), category_ids (C,) the dataset's ids of the classes.
+    """
+    regions, classes, scores = best_pairs(probabilities, box_scores, limit)
+    xywh = boxes_xyxy.astype(np.float64)
+    xywh[:, 2:] -= xywh[:, :2]
+    return Detections(
+        image_ids=np.full(len(regions), image_id, np.int64),
+        category_ids=category_ids[classes],
+        boxes_xywh=xywh[regions],
+        scores=scores.astype(np.float32),
+        regions=regions,
+        masks=masks,
+    )
+
+
+def concatenate(parts: Sequence[Detections]) -> Detections:
+    """All detections in one; they keep their masks only if every part that holds something has them."""
+    parts = [part for part in parts if len(part) or part.masks is not None]
+    if not parts:
+        empty = np.empty(0, np.int64)
+        return Detections(empty, empty, np.empty((0, 4)), np.empty(0, np.float32), empty)
+    masks = [part.masks for part in parts if part.masks is not None]
+    keep = len(masks) == len(parts)
+    starts = np.cumsum([0, *(len(mask) for mask in masks[:-1])]) if keep else np.zeros(len(parts), np.int64)
+    return Detections(
+        image_ids=np.concatenate([part.image_ids for part in parts]),
+        category_ids=np.concatenate([part.category_ids for part in parts]),
+        boxes_xywh=np.concatenate([part.boxes_xywh for part in parts]),
+        scores=np.concatenate([part.scores for part in parts]),
+        regions=np.concatenate([part.regions + start for part, start in zip(parts, starts, strict=True)]),
+        masks=concatenate_masks(masks) if keep else None,
+    )
+
+
+def concatenate_masks(masks: Sequence[Masks]) -> Masks:
+    """All masks in one buffer, in order."""
+    starts = np.cumsum([0, *(len(mask.counts) for mask in masks)])
+    shifted = [mask.offsets[:-1] + start for mask, start in zip(masks, starts[:-1], strict=True)]
+    return Masks(
+        sizes=np.concatenate([mask.sizes for mask in masks]),
+        offsets=np.concatenate([*shifted, starts[-1:]]).astype(np.int64),
+        counts=np.concatenate([mask.counts for mask in masks]),
+    )
+
+
+def to_columns(detections: Detections) -> dict[str, NDArray[Any]]:
+    """Named arrays that `numpy.savez` keeps and `from_columns` takes back."""
+    columns: dict[str, NDArray[Any]] = {
+        "image_ids": detections.image_ids,
+        "category_ids": detections.category_ids,
+        "boxes_xywh": detections.boxes_xywh,
+        "scores": detections.scores,
+        "regions": detections.regions,
+    }
+    if detections.masks is not None:
+        columns["mask_sizes"] = detections.masks.sizes
+        columns["mask_offsets"] = detections.masks.offsets
+        columns["mask_counts"] = detections.masks.counts
+    return columns
+
+
+def from_columns(columns: Any) -> Detections:
+    """Take back what `to_columns` gave; other names are left alone."""
+    masks = None
+    if "mask_sizes" in columns:
+        masks = Masks(columns["mask_sizes"], columns["mask_offsets"], columns["mask_counts"])
+    return Detections(
+        columns["image_ids"],
+        columns["category_ids"],
+        columns["boxes_xywh"],
+        columns["scores"],
+        columns["regions"],
+        masks,
+    )
+
+
+def write_results_json(path: Path, detections: Detections, image_names: Mapping[int, str] | None = None) -> None:
+    """Write LVIS's results form: a JSON list with image_id, category_id, bbox (XYWH), score and, with masks, RLE.
+
+    `image_names`: the name of each image whose id is one in the annotations, by the number that stands for it.
+    """
+    partial = partial_path(path)
+    with partial.open("w", encoding="utf-8") as file:
+        file.write("[")
+        file.writelines(_json_rows(detections.as_dicts(), image_names or {}))
+        file.write("\n]\n")
+    partial.replace(path)
+
+
+def _json_rows(dicts: Iterable[dict[str, Any]], image_names: Mapping[int, str]) -> Iterator[str]:
+    for number, detection in enumerate(dicts):
+        detection["image_id"] = image_names.get(detection["image_id"], detection["image_id"])
+        if "segmentation" in detection:
+            mask = detection["segmentation"]
+            detection = {**detection, "segmentation": {**mask, "counts": mask["counts"].decode("ascii")}}
+        yield ("," if number else "") + "\n" + json.dumps(detection, allow_nan=False)

@@ -1,0 +1,1 @@
+"""Tables, labelled images and sheets."""

@@ -1,0 +1,292 @@
+"""An image with its regions on it: boxes, translucent masks, names and scores that can be read.
+
+Two things make such images useless and are avoided here: labels in a fixed font size, unreadable on a large photo and
+covering a small one, and labels on top of each other or of an object. Sizes follow the image, and every label takes the
+free place nearest to its box, with a line to it where that is not beside it. Pillow draws it all, with its own font.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter, ImageFont
+
+from regionspot.cache.errors import InputError
+from regionspot.cache.storage.atomic_files import write_file
+
+if TYPE_CHECKING:
+    from regionspot.evaluation.inference.region_spot import Region
+
+Colour = tuple[int, int, int]
+Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
+
+LEAST_SIDE = 640  # a picture whose long side is shorter is enlarged, or its labels would cover it
+MASK_OPACITY = 0.32
+# One golden angle a name round the colour circle keeps any number of hues as far apart as they can be.
+GOLDEN_ANGLE = (3 - math.sqrt(5)) / 2
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One region to draw: box in pixels of the picture, its label, a mask bool (h, w) or None, a colour or None."""
+
+    box_xyxy: NDArray[np.float32]
+    label: str
+    mask: NDArray[np.bool_] | None = None
+    colour: Colour | None = None
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A region on the canvas: its box in canvas pixels, its mask in pixels of the image."""
+
+    box: Rectangle
+    label: str
+    mask: NDArray[np.bool_] | None
+    colour: Colour
+
+
+def colours_of(names: Sequence[str]) -> dict[str, Colour]:
+    """A colour a name, in the order in which names first appear; as different as their number allows."""
+    return {name: _colour(place) for place, name in enumerate(dict.fromkeys(names))}
+
+
+def draw_regions(
+    photo: Image.Image, regions: Sequence[Drawn], least_side: int = LEAST_SIDE, opacity: float = MASK_OPACITY
+) -> Image.Image:
+    """A copy of `photo` (RGB) with the regions on it, enlarged by a whole factor to a long side of `least_side`.
+
+    Large regions are drawn first, so that small ones inside them stay visible. Regions without a colour get one by
+    their label. Masks are tinted with `opacity`, 0 to 1; their rims are drawn in any case.
+    """
+    factor = max(1, math.ceil(least_side / max(photo.size)))
+    canvas = photo.convert("RGB").resize((photo.width * factor, photo.height * factor), Image.Resampling.BICUBIC)
+    palette = colours_of([region.label for region in regions])
+    width = max(2, round(max(canvas.size) / 300))
+    placed = [
+        Placed(
+            _scaled(region.box_xyxy, factor, canvas.size),
+            region.label,
+            region.mask,
+            region.colour or palette[region.label],
+        )
+        for region in sorted(regions, key=lambda region: -_area(region.box_xyxy))
+    ]
+    for region in placed:
+        if region.mask is not None:
+            _paint_mask(canvas, region.mask, region.colour, opacity)
+    pen = ImageDraw.Draw(canvas)
+    for region in placed:
+        _frame(pen, region.box, region.colour, width)
+    _write_labels(pen, canvas.size, placed, width)
+    return canvas
+
+
+def labelled(photo: Image.Image, regions: Sequence[Region]) -> Image.Image:
+    """A copy of `photo` with what `RegionSpot.predict` found in it."""
+    return draw_regions(
+        photo,
+        [
+            Drawn(np.asarray(found.box_xyxy, np.float32), f"{found.name} {found.score:.2f}", found.mask)
+            for found in regions
+        ],
+    )
+
+
+def check_picture_name(path: Path) -> Path:
+    """The path itself. Raises InputError for an ending in whose format no image can be written."""
+    try:
+        _encoded(Image.new("RGB", (32, 32)), path)
+    except (KeyError, OSError, ValueError):
+        raise InputError(
+            f"{path}: no image can be written with the ending {path.suffix!r}; expected .png or .jpg"
+        ) from None
+    return path
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write an image in the format of the path's ending, whole or not at all, in the place of what is there.
+
+    Raises InputError for an image that is too large for the format.
+    """
+    try:
+        content = _encoded(picture, path)
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path}: {picture.width} x {picture.height} pixels cannot be written in this format ({error}); take .png"
+        ) from None
+    write_file(path, content)
+
+
+def _encoded(picture: Image.Image, path: Path) -> bytes:
+    content = io.BytesIO()
+    picture.save(content, Image.registered_extensions()[path.suffix.lower()])
+    return content.getvalue()
+
+
+def font_for(size: tuple[int, int]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """The built-in font at a height that can be read when a picture of `size` fills a screen."""
+    return ImageFont.load_default(max(13, round(max(size) / 42)))
+
+
+def _colour(place: int) -> Colour:
+    hue = (0.02 + place * GOLDEN_ANGLE) % 1
+    lightness = (0.60, 0.48, 0.72)[place % 3]
+    red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.85)
+    return round(red * 255), round(green * 255), round(blue * 255)
+
+
+def _area(box: NDArray[np.float32]) -> float:
+    return float((box[2] - box[0]) * (box[3] - box[1]))
+
+
+def _scaled(box: NDArray[np.float32], factor: int, size: tuple[int, int]) -> Rectangle:
+    """The box in canvas pixels, at least two pixels wide and high, inside the canvas."""
+    left, top = (float(min(max(0, box[axis] * factor), size[axis] - 3)) for axis in (0, 1))
+    right, bottom = (float(min(box[2 + axis] * factor, size[axis] - 1)) for axis in (0, 1))
+    return left, top, max(right, left + 2), max(bottom, top + 2)
+
+
+def _paint_mask(canvas: Image.Image, mask: NDArray[np.bool_], colour: Colour, opacity: float) -> None:
+    """Tint the mask and draw its rim, in place."""
+    stencil = Image.fromarray(_enlarged(mask, canvas.size).astype(np.uint8) * 255)
+    tint = Image.new("RGB", canvas.size, colour)
+    canvas.paste(tint, mask=stencil.point([round(level * opacity) for level in range(256)]))
+    rim_width = 2 * max(1, round(max(canvas.size) / 900)) + 1  # an odd window, as the filter wants it
+    inside = np.asarray(stencil.filter(ImageFilter.MinFilter(rim_width)))
+    rim = Image.fromarray(np.where(inside > 0, 0, np.asarray(stencil)).astype(np.uint8))
+    canvas.paste(tint, mask=rim)
+
+
+def _enlarged(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
+    return np.asarray(Image.fromarray(mask).resize(size, Image.Resampling.NEAREST), bool)
+
+
+def _frame(pen: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width: int) -> None:
+    # A dark line on either side keeps a light colour visible on a light ground.
+    left, top, right, bottom = box
+    pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(20, 20, 20), width=width + 2)
+    pen.rectangle(box, outline=colour, width=width)
+
+
+def _write_labels(
+    pen: ImageDraw.ImageDraw,
+    size: tuple[int, int],
+    regions: Sequence[Placed],
+    width: int,
+) -> None:
+    """Write small regions' labels first: they have the fewest places near their box."""
+    font = font_for(size)
+    ascent = pen.textbbox((0, 0), "Ág", font=font)
+    pad = max(2, round((ascent[3] - ascent[1]) / 5))
+    obstacles = _obstacles(size, regions)
+    written: list[tuple[Placed, str, Rectangle]] = []
+    for region in reversed(regions):
+        text = _shortened(pen, region.label, font, size[0] - 2 * pad)
+        extent = (math.ceil(pen.textlength(text, font=font)) + 2 * pad, math.ceil(ascent[3] - ascent[1]) + 2 * pad)
+        place = _free_place(region.box, extent, obstacles, width)
+        left, top, right, bottom = (round(edge) for edge in place)
+        obstacles.solid[top : bottom + 1, left : right + 1] = True
+        if _gaps(np.array(place), region.box).max() > extent[1] / 2:
+            _leader(pen, place, region, width)
+        written.append((region, text, place))
+    for region, text, place in written:  # after all lines: these may pass below a label
+        pen.rectangle(place, fill=region.colour, outline=(20, 20, 20))
+        ink = (0, 0, 0) if _luminance(region.colour) > 0.36 else (255, 255, 255)
+        pen.text((place[0] + pad, place[1] + pad - ascent[1]), text, fill=ink, font=font)
+
+
+def _leader(pen: ImageDraw.ImageDraw, place: Rectangle, region: Placed, width: int) -> None:
+    """A line from a label to its box, where the two do not touch."""
+    ends = []
+    for axis in (0, 1):
+        low, high = max(place[axis], region.box[axis]), min(place[axis + 2], region.box[axis + 2])
+        middle = (low + high) / 2
+        between = (middle, middle) if low <= high else (place[axis + 2], region.box[axis])
+        ends.append(between if low <= high or place[axis + 2] < region.box[axis] else (place[axis], high))
+    line = list(zip(*ends, strict=True))
+    pen.line(line, fill=(20, 20, 20), width=width + 2)
+    pen.line(line, fill=region.colour, width=width)
+
+
+def _shortened(
+    pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, room: float
+) -> str:
+    if pen.textlength(text, font=font) <= room:
+        return text
+    while text and pen.textlength(text + "...", font=font) > room:
+        text = text[:-1]
+    return text + "..."
+
+
+def _luminance(colour: Colour) -> float:
+    """Perceived brightness from 0 to 1 (ITU-R BT.601 weights)."""
+    return (0.299 * colour[0] + 0.587 * colour[1] + 0.114 * colour[2]) / 255
+
+
+@dataclass(frozen=True)
+class Obstacles:
+    """What a label should not hide, by pixels of the canvas (h, w).
+
+    solid   bool     masks and labels: a label lies there only where there is no other place at all
+    shares  float64  of the boxes without a mask, the share of a box that is one pixel: a label hides a cup, but nothing
+                     of the table that it stands on
+    """
+
+    solid: NDArray[np.bool_]
+    shares: NDArray[np.float64]
+
+
+def _obstacles(size: tuple[int, int], regions: Sequence[Placed]) -> Obstacles:
+    obstacles = Obstacles(np.zeros(size[::-1], bool), np.zeros(size[::-1]))
+    for region in regions:
+        if region.mask is not None and region.mask.any():
+            obstacles.solid[_enlarged(region.mask, size)] = True
+        else:
+            left, top, right, bottom = (round(edge) for edge in region.box)
+            obstacles.shares[top : bottom + 1, left : right + 1] += 1 / ((right - left + 1) * (bottom - top + 1))
+    return obstacles
+
+
+def _free_place(box: Rectangle, extent: tuple[int, int], obstacles: Obstacles, width: int) -> Rectangle:
+    """The place nearest to the box where a label of this extent (wide, high) hides nothing; where all places hide
+    something, the one that hides least. Above the box comes before below and beside it.
+    """
+    wide, high = extent
+    rows, columns = obstacles.solid.shape
+    last_x, last_y = max(0, columns - 1 - wide), max(0, rows - 1 - high)
+    # Edge to edge with the box, and every few pixels of the canvas.
+    x = np.unique(np.clip([*range(0, last_x + 1, 5), box[0] - width / 2, box[0] + width, box[2] - wide], 0, last_x))
+    y = np.unique(np.clip([*range(0, last_y + 1, 5), box[1] - high, box[1] + width, box[3]], 0, last_y))
+    left, top = (values.ravel() for values in np.meshgrid(x.astype(int), y.astype(int)))
+    places = np.stack([left, top, left + wide, top + high], axis=1)
+    gap = np.hypot(*_gaps(places, box).T) / high
+    order = 0.1 * (top > box[1] - high) + 0.02 * np.abs(left - box[0]) / wide
+    hidden = 1000 * _sums(obstacles.solid, places) / (wide * high) + 10 * _sums(obstacles.shares, places)
+    place = places[(hidden + gap + order).argmin()].tolist()
+    return place[0], place[1], place[2], place[3]
+
+
+def _gaps(places: NDArray[Any], box: Rectangle) -> NDArray[np.float64]:
+    """(..., 2): how far each rectangle XYXY lies from the box, along x and along y; 0 where they meet."""
+    low, high = np.array(box[:2]) - places[..., 2:], places[..., :2] - np.array(box[2:])
+    gaps: NDArray[np.float64] = np.maximum(low, high).clip(min=0)
+    return gaps
+
+
+def _sums(values: NDArray[Any], places: NDArray[Any]) -> NDArray[np.float64]:
+    """The sum of values (h, w) over each rectangle XYXY, its edges included."""
+    table = np.zeros((values.shape[0] + 1, values.shape[1] + 1))
+    table[1:, 1:] = values.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
+    left, top = places[:, 0], places[:, 1]
+    right, bottom = (np.minimum(places[:, 2 + k] + 1, values.shape[1 - k]) for k in (0, 1))
+    sums: NDArray[np.float64] = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
+    return sums

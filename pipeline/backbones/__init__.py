@@ -1,0 +1,1 @@
+"""The frozen models: protocols, registry, weights, and each SAM and CLIP variant."""

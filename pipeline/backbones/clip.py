@@ -1,0 +1,210 @@
+"""The semantic encoder: CLIP's map of a picture, and its embeddings of prompts and of whole pictures.
+
+The map is taken before the last layer norm and the projection, where it still says what lies where; `project` does
+the rest for whoever wants CLIP's own space.
+"""
+
+# B pictures, T map tokens (class token first, then patches row by row), D map width, P prompts, p pixels
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from itertools import groupby
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from regionspot.cache.errors import InputError
+from regionspot.cache.machine import compute_device
+from regionspot.pipeline.backbones.builders import build_clip, stated
+from regionspot.pipeline.backbones.dtypes import autocast, resolve_dtype
+from regionspot.pipeline.backbones.open_clip_models import Tokenizer, contiguous_attention
+from regionspot.pipeline.backbones.protocols import Asked, LimitedTextEncoder, SemanticEncoder, TextEncoder, missing_of
+from regionspot.pipeline.backbones.registry import ENCODERS, stored_name
+from regionspot.pipeline.backbones.weights import load_weights
+from regionspot.pipeline.images.preprocess import preprocess_named
+
+log = logging.getLogger(__name__)
+
+PROMPT_BATCH = 256
+NAMES_SHOWN = 3  # in a warning
+
+
+class ClipEncoder:
+    """A frozen CLIP with a class token. Made by `load_encoder`; a `models.ProjectingEncoder`.
+
+    name            registry name, which is also that of the feature set in a cache
+    pixels          side of the square that a picture is squeezed into
+    map_shape       (T, D)
+    text_dim        width of the space that prompts and projected pictures share
+    logit_scale     what CLIP multiplies cosines by (about 100)
+    provenance      what decides the maps' values, JSON-able
+    weights_sha256  of the file that holds both towers; "random:SEED" for drawn weights
+    known_words     of the toy CLIP: the words that its text tower was taught; empty where it reads any
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        clip = build_clip(asked.name)
+        self.name = stored_name(asked.name)
+        loaded = load_weights(self.name, asked.weights, clip.model.state_dict(), clip.official, clip.unpack)
+        clip.model.load_state_dict(loaded.state_dict)
+        self.weights_sha256 = loaded.sha256
+        self.device = torch.device(asked.device)
+        self._clip = clip.model.to(self.device).eval().requires_grad_(False)
+        contiguous_attention(self._clip.visual, self.device, asked.dtype)
+        self._tokenizer: Tokenizer = clip.tokenizer
+        self._normalisation = (tuple(clip.mean), tuple(clip.std))
+        self._dtype, self._preprocess = asked.dtype, asked.preprocess
+        self.pixels: int = self._clip.visual.image_size[0]
+        self.provenance: dict[str, Any] = {
+            **stated(asked, loaded, self.pixels, "open_clip_torch"),
+            **asked.preprocess.clip_provenance(self.pixels),
+            "mean": list(clip.mean),
+            "std": list(clip.std),
+        }
+        self.map_shape: tuple[int, int] = tuple(self._clip.visual.positional_embedding.shape)
+        self.text_dim: int = self._clip.visual.proj.shape[1]
+        self.logit_scale = float(self._clip.logit_scale.exp())
+        taught = self._clip.token_embedding.weight.any(dim=1)
+        # Only the toy CLIP has words that were never taught, rows of zeros in its word table.
+        self._taught = None if taught.all() else frozenset(taught.nonzero()[:, 0].tolist())
+        self.known_words = self._words_taught()
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures to encode at a time."""
+        return 8
+
+    def preprocess(self, photo: Image.Image) -> Tensor:
+        """float32 (3, p, p), normalised."""
+        return self._preprocess.clip_input(photo, self.pixels, *self._normalisation)
+
+    @torch.no_grad()
+    def encode(self, batch: Tensor) -> Tensor:
+        """float32 (B, T, D): the feature maps of preprocessed pictures (B, 3, p, p)."""
+        with autocast(self.device, self._dtype):
+            found = self._clip.visual.forward_intermediates(
+                batch.to(self.device), indices=1, output_fmt="NLC", output_extra_tokens=True, intermediates_only=True
+            )
+        parts = [found["image_intermediates_prefix"][0], found["image_intermediates"][0]]
+        return torch.cat(parts, dim=1).float()
+
+    @torch.no_grad()
+    def project(self, feature_map: Tensor) -> Tensor:
+        """float32 (..., D) -> (..., text_dim): the last layer norm and the projection, token by token."""
+        visual = self._clip.visual
+        projected: Tensor = visual.ln_post(feature_map.to(self.device).float()) @ visual.proj
+        return projected
+
+    def embed_images(self, batch: Tensor) -> Tensor:
+        """float32 (B, text_dim): CLIP's embedding of whole preprocessed pictures, not normalised."""
+        return self.project(self.encode(batch)[:, 0])
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """float32 (P, text_dim): CLIP's embeddings of the prompts, in their order, not normalised.
+
+        Computed in batches of equal length, cut behind the prompts' ends: the text tower is causal, so what would
+        follow an end cannot change it. A class name in a template has 8 tokens of the 77.
+
+        Raises InputError for a prompt that does not fit the tower's length, start and end included, and for one with
+        words that the toy encoder was never taught.
+        """
+        ids = [self._ids(prompt) for prompt in prompts]
+        found = torch.empty(len(ids), self.text_dim, device=self.device)
+        by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
+        for _, group in groupby(by_length, key=lambda row: len(ids[row])):
+            equal = list(group)
+            for start in range(0, len(equal), PROMPT_BATCH):
+                rows = equal[start : start + PROMPT_BATCH]
+                found[rows] = self._embed_ids([ids[row] for row in rows])
+        return found
+
+    def _ids(self, prompt: str) -> list[int]:
+        ids = [self._tokenizer.sot_token_id, *self._tokenizer.encode(prompt), self._tokenizer.eot_token_id]
+        if len(ids) > self._clip.context_length:
+            raise InputError(
+                f"prompt {prompt!r}: has {len(ids)} tokens with start and end, {self.name} reads "
+                f"{self._clip.context_length}; shorten it"
+            )
+        if self._taught is not None and not self._taught.issuperset(ids):
+            raise InputError(
+                f"prompt {prompt!r}: {self.name} was never taught {', '.join(self.unknown_words(prompt))}; it knows "
+                f"{', '.join(self.known_words)}: ask for names of these words, or take another preset's features"
+            )
+        return ids
+
+    def _words_taught(self) -> tuple[str, ...]:
+        if self._taught is None:
+            return ()
+        from regionspot.pipeline.toy.models import known_words
+
+        return known_words(self._taught)
+
+    def unknown_words(self, text: str) -> list[str]:
+        """The words of a text that the toy CLIP was never taught, in their order; none for any other CLIP."""
+        if self._taught is None:
+            return []
+        from regionspot.pipeline.toy.models import unknown_words
+
+        return unknown_words(text, self._taught)
+
+    def _embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
+        """What open_clip's CLIP.encode_text computes, on sequences of equal length that end at their prompts' ends."""
+        clip, length = self._clip, len(ids[0])
+        values = clip.token_embedding(torch.tensor(ids, device=self.device)) + clip.positional_embedding[:length]
+        values = clip.transformer(values, attn_mask=clip.attn_mask[:length, :length])
+        embedded: Tensor = clip.ln_final(values[:, -1]) @ clip.text_projection
+        return embedded
+
+
+def warn_of_unknown_names(encoders: Sequence[SemanticEncoder], names: Sequence[str]) -> None:
+    """Say of an encoder that cannot read a dataset's class names that no head on its maps will know them."""
+    for encoder in encoders:
+        if not isinstance(encoder, LimitedTextEncoder) or not encoder.known_words:
+            continue
+        unknown = [name for name in names if encoder.unknown_words(name)]
+        if unknown:
+            log.warning(
+                "%s cannot read %s of the %s class names of this dataset (%s%s): its features can be extracted, but no "
+                "head trained or evaluated by these names; it knows the words %s",
+                encoder.name,
+                f"{len(unknown):,}",
+                f"{len(names):,}",
+                ", ".join(unknown[:NAMES_SHOWN]),
+                ", ..." if len(unknown) > NAMES_SHOWN else "",
+                ", ".join(encoder.known_words),
+            )
+
+
+def load_encoder(
+    name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, preprocess: str = "direct"
+) -> SemanticEncoder:
+    """A semantic encoder of `registry.ENCODERS`, "open_clip:MODEL:TAG" or "package.module:Class", with its weights.
+
+    `weights` is a source that `load_weights` knows. `dtype` is what the image tower computes in (float32, bfloat16,
+    float16, or "auto"); prompts and projections are always computed in float32. `preprocess` is a preset of
+    preprocess.py.
+
+    Raises InputError for an unknown name, dtype or preset, or an encoder that lacks what one needs; WeightsError for
+    weights that cannot be had or do not fit.
+    """
+    place, rule = str(compute_device(device)), preprocess_named(preprocess)
+    model = ENCODERS.build(Asked(name, weights, place, resolve_dtype(dtype, place, "encoder"), rule))
+    if not isinstance(model, SemanticEncoder):
+        lacking = missing_of(model, SemanticEncoder)
+        raise InputError(f"encoder {name!r}: lacks {lacking}, which models.SemanticEncoder states")
+    return model
+
+
+def load_text_encoder(
+    name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, preprocess: str = "direct"
+) -> TextEncoder:
+    """The same for who needs its text tower too. Raises InputError also for an encoder that has none."""
+    model = load_encoder(name, weights, device, dtype, preprocess=preprocess)
+    if not isinstance(model, TextEncoder):
+        raise InputError(f"encoder {name!r}: has no text tower, which class names need; take one of models.TextEncoder")
+    return model

@@ -1,0 +1,84 @@
+"""MobileSAM's image encoder: the TinyViT of 5 million weights, at 1024 pixels, with SAM's neck.
+
+timm, which open_clip brings, has the TinyViT; its package of MobileSAM's own is on no index. What MobileSAM changed
+(mobile_sam/modeling/tiny_vit_sam.py, Zhang et al. 2023) is that the last stage keeps the grid of the one before, 64 x
+64 cells, and that the classifier gives way to a neck. Everything behind the encoder is SAM's.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from timm.models.tiny_vit import TinyVit
+from torch import Tensor, nn
+
+from regionspot.pipeline.backbones.state_dicts import StateDict
+
+PIXELS = 1024
+# Of tiny_vit_5m_224 (Wu et al. 2022, table 1), windows as in mobile_sam/build_sam.py.
+WIDTHS, DEPTHS, HEADS, WINDOWS = (64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7)
+
+# From the names in mobile_sam.pt, behind `image_encoder.`, to timm's.
+RENAMED = (
+    (r"^patch_embed\.seq\.0\.", "patch_embed.conv1."),
+    (r"^patch_embed\.seq\.2\.", "patch_embed.conv2."),
+    (r"\.c\.weight$", ".conv.weight"),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+)
+# The classifier, and a table that follows from the windows alone.
+LEFT_OUT = re.compile(r"^(norm_head|head)\.|attention_bias_idxs$")
+
+
+class TinyVitEncoder(nn.Module):
+    """float32 (B, 3, 1024, 1024), normalised and padded as for SAM, to (B, width, 64, 64)."""
+
+    img_size = PIXELS
+
+    def __init__(self, width: int = 256) -> None:
+        # Heavy, and without types; needed for this model alone.
+        from segment_anything.modeling.common import LayerNorm2d
+
+        super().__init__()
+        vit: Any = TinyVit(
+            num_classes=0,
+            embed_dims=WIDTHS,
+            depths=DEPTHS,
+            num_heads=HEADS,
+            window_sizes=WINDOWS,
+            drop_path_rate=0.0,
+        )
+        vit.stages[-1].downsample.conv2.conv.stride = (1, 1)
+        self.patch_embed, self.stages = vit.patch_embed, vit.stages
+        self.neck = nn.Sequential(
+            nn.Conv2d(WIDTHS[-1], width, 1, bias=False),
+            LayerNorm2d(width),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            LayerNorm2d(width),
+        )
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        embedding: Tensor = self.neck(self.stages(self.patch_embed(pictures)))
+        return embedding
+
+
+def from_mobile_sam(weights: StateDict) -> StateDict:
+    """The state dict of a Sam with this encoder, out of what mobile_sam.pt holds. Other files come back as they are."""
+    found = {}
+    for name, tensor in weights.items():
+        inside = name.removeprefix("image_encoder.")
+        if inside == name:
+            found[name] = tensor
+        elif not LEFT_OUT.search(inside):
+            found[f"image_encoder.{_renamed(inside)}"] = tensor
+    return found
+
+
+def _renamed(name: str) -> str:
+    # Where MobileSAM's layers end with the step to the next grid, timm's stages begin with it.
+    step = re.match(r"^layers\.(\d+)\.downsample\.", name)
+    if step:
+        name = f"stages.{int(step[1]) + 1}.downsample.{name[step.end() :]}"
+    for pattern, replacement in RENAMED:
+        name = re.sub(pattern, replacement, name)
+    return name

@@ -1,0 +1,166 @@
+"""Models of open_clip that are no plain CLIP, as encoders: SigLIP, PE, EVA, ConvNeXt, CoCa, ResNets and the others.
+
+The map is what the image tower says of each place before its last norm and pooling, and a class token in front where
+the model has one; registers say nothing of a place and are left out. How pooling takes a map into the text's space is
+each model's own (often an attention over all of it), so there is no projection token by token; whole pictures and
+prompts are embedded as open_clip does it.
+"""
+
+# B pictures, T map tokens, D map width, P prompts, E width of the text space, p pixels
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from regionspot.cache.errors import InputError
+from regionspot.pipeline.backbones.builders import build_clip, stated
+from regionspot.pipeline.backbones.clip import PROMPT_BATCH, ClipEncoder
+from regionspot.pipeline.backbones.dtypes import autocast
+from regionspot.pipeline.backbones.open_clip_models import config_of, contiguous_attention, is_plain, model_and_tag
+from regionspot.pipeline.backbones.protocols import Asked
+from regionspot.pipeline.backbones.registry import stored_name
+from regionspot.pipeline.backbones.weights import load_weights
+
+SQUASH = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+SQUASH_RESIZE = "PIL {filter} to {pixels} x {pixels}, aspect not kept"
+
+
+def build(asked: Asked) -> ClipEncoder | OpenClipEncoder:
+    """The encoder of open_clip:MODEL[:TAG]. Raises InputError for a model or tag that open_clip does not have."""
+    model, _ = model_and_tag(asked.name)
+    return ClipEncoder(asked) if is_plain(config_of(model)) else OpenClipEncoder(asked)
+
+
+class OpenClipEncoder:
+    """A frozen model of open_clip. Made by `load_encoder`; a `models.TextEncoder`.
+
+    name, provenance, map_shape, text_dim, logit_scale, weights_sha256   as a ClipEncoder's
+    pixels   side of the square that a picture is squeezed into
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        built = build_clip(asked.name)
+        self.name = stored_name(asked.name)
+        loaded = load_weights(self.name, asked.weights, built.model.state_dict(), built.official, built.unpack)
+        built.model.load_state_dict(loaded.state_dict)
+        self.weights_sha256 = loaded.sha256
+        self.device = torch.device(asked.device)
+        self._model = built.model.to(self.device).eval().requires_grad_(False)
+        self._visual = self._model.visual
+        contiguous_attention(self._visual, self.device, asked.dtype)
+        self._open_clip_name, self._text_config = model_and_tag(asked.name)[0], built.text_config
+        self._tokenize: Any = None
+        self._dtype, self._preprocess = asked.dtype, asked.preprocess
+        self._normalisation = (tuple(built.mean), tuple(built.std))
+        size = self._visual.image_size
+        self.pixels: int = size if isinstance(size, int) else size[0]
+        # The authors' own filter, where they squeeze as we do and nothing has shrunk the picture before.
+        self._squash = built.squash if asked.preprocess.name == "direct" else None
+        self._has_class_token = _has_class_token(self._visual)
+        self.provenance: dict[str, Any] = {
+            **stated(asked, loaded, self.pixels, "open_clip_torch", "timm"),
+            **asked.preprocess.clip_provenance(self.pixels),
+            **({"resize": SQUASH_RESIZE.format(filter=self._squash, pixels=self.pixels)} if self._squash else {}),
+            "mean": list(built.mean),
+            "std": list(built.std),
+            "class_token": self._has_class_token,
+        }
+        scale = getattr(self._model, "logit_scale", None)
+        self.logit_scale = 1.0 if scale is None else float(scale.exp())
+        # Asked of the model itself: towers state their grids in a dozen ways.
+        blank = torch.zeros(1, 3, self.pixels, self.pixels)
+        _, places, width = self.encode(blank).shape
+        self.map_shape = (places, width)
+        self.text_dim: int = self.embed_images(blank).shape[1]
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures to encode at a time."""
+        return 8
+
+    def preprocess(self, photo: Image.Image) -> Tensor:
+        """float32 (3, p, p), normalised."""
+        if self._squash is None:
+            return self._preprocess.clip_input(photo, self.pixels, *self._normalisation)
+        square = photo.convert("RGB").resize((self.pixels, self.pixels), SQUASH[self._squash])
+        values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div_(255)
+        mean, std = (torch.tensor(each).view(3, 1, 1) for each in self._normalisation)
+        return values.sub_(mean).div_(std)
+
+    @torch.no_grad()
+    def encode(self, batch: Tensor) -> Tensor:
+        """float32 (B, T, D): the feature maps of preprocessed pictures (B, 3, p, p)."""
+        # Towers without tokens, such as ConvNeXt, know neither of these two words.
+        of_tokens = {"output_fmt": "NLC", "output_extra_tokens": True} if _has_tokens(self._visual) else {}
+        with autocast(self.device, self._dtype):
+            found = self._visual.forward_intermediates(
+                batch.to(self.device), indices=1, intermediates_only=True, **of_tokens
+            )
+        places: Tensor = found["image_intermediates"][0]
+        if not of_tokens:
+            places = places.flatten(2).transpose(1, 2)
+        if self._has_class_token:
+            places = torch.cat([found["image_intermediates_prefix"][0][:, :1], places], dim=1)
+        return places.float()
+
+    @torch.no_grad()
+    def embed_images(self, batch: Tensor) -> Tensor:
+        """float32 (B, E): the model's embedding of whole preprocessed pictures, not normalised."""
+        with autocast(self.device, self._dtype):
+            found = self._visual(batch.to(self.device))
+        # CoCa's tower gives its caption tokens as well.
+        embedded: Tensor = found[0] if isinstance(found, tuple) else found
+        return embedded.float()
+
+    @torch.no_grad()
+    def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
+        """float32 (P, E): the embeddings of the prompts, in their order, not normalised.
+
+        Raises InputError where the model has no text tower here, or its tokenizer cannot be had.
+        """
+        tokenize = self._tokenizer()
+        found = [torch.zeros(0, self.text_dim, device=self.device)]
+        for start in range(0, len(prompts), PROMPT_BATCH):
+            ids = tokenize(list(prompts[start : start + PROMPT_BATCH])).to(self.device)
+            found.append(self._model.encode_text(ids).float())
+        return torch.cat(found)
+
+    def _tokenizer(self) -> Any:
+        if self._text_config is None:
+            raise InputError(
+                f"encoder {self.name}: its text tower is Hugging Face's, which is not built here; it gives maps, but "
+                "class names need another encoder"
+            )
+        if self._tokenize is None:
+            self._tokenize = _fetched_tokenizer(self.name, self._open_clip_name, self._text_config)
+        return self._tokenize
+
+
+def _fetched_tokenizer(name: str, model: str, config: dict[str, Any]) -> Any:
+    import open_clip
+
+    hub_name = config.get("hf_tokenizer_name")
+    try:
+        return open_clip.get_tokenizer(model)
+    except ImportError:
+        mend = "pip install 'regionspot[text]'"
+    except (OSError, ValueError):  # what transformers makes of a hub that it cannot reach
+        mend = "connect once so that it is fetched, or set HF_HOME to a folder that holds it"
+    raise InputError(f"encoder {name}: reads text by the tokenizer {hub_name}, which cannot be loaded; {mend}")
+
+
+def _has_tokens(visual: Any) -> bool:
+    """Whether the tower is a transformer over a class token, registers and patches, or over patches alone."""
+    trunk = getattr(visual, "trunk", None)
+    return hasattr(visual, "class_embedding") if trunk is None else hasattr(trunk, "num_prefix_tokens")
+
+
+def _has_class_token(visual: Any) -> bool:
+    trunk = getattr(visual, "trunk", None)
+    return hasattr(visual, "class_embedding") if trunk is None else getattr(trunk, "cls_token", None) is not None

@@ -1,0 +1,182 @@
+"""SAM as a localizer: its image encoder (sam_encoder.py), and of its mask decoder what is kept (region_tokens.py).
+
+Masks are upscaled only where somebody asks for them. MobileSAM is a SAM with another image encoder (tiny_vit.py), SAM 2
+a class of its own (sam2_localizer.py); all are loaded by name here.
+"""
+
+# B pictures, n boxes, C token width (256), g side of the embedding (64), h, w pixels
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from regionspot.cache.errors import InputError
+from regionspot.cache.machine import compute_device
+from regionspot.pipeline.backbones.builders import build_sam, sam_unpacker, stated
+from regionspot.pipeline.backbones.dtypes import autocast, resolve_dtype
+from regionspot.pipeline.backbones.protocols import ALL, FIRST, Asked, Localizer, missing_of
+from regionspot.pipeline.backbones.region_tokens import TOKEN_SLOT, RegionTokens
+from regionspot.pipeline.backbones.registry import LOCALIZERS
+from regionspot.pipeline.backbones.sam_image_encoder import SamEncoder
+from regionspot.pipeline.backbones.sam_token_decoder import FIRST_MASK_TOKEN
+from regionspot.pipeline.backbones.weights import load_weights
+from regionspot.pipeline.images.preprocess import preprocess_named
+
+# Of ImageNet, in 0..255 (segment_anything/build_sam.py).
+SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
+SAM_PIXEL_STD = (58.395, 57.12, 57.375)
+MASK_CHUNK = 8  # masks are interpolated in float32 at the original size: 48 MB each for a 12-megapixel photo
+
+
+class SamLocalizer:
+    """A frozen SAM or MobileSAM. Made by `load_localizer`; a `models.MaskingLocalizer`.
+
+    name        registry name, which is also that of the feature set in a cache
+    pixels      the longer side of a picture on entry
+    token_dim   width of a location token
+    provenance  what decides the tokens' values, JSON-able
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        sam = build_sam(asked.name)
+        loaded = load_weights(asked.name, asked.weights, sam.state_dict(), unpack=sam_unpacker(asked.name))
+        sam.load_state_dict(loaded.state_dict)
+        self.name = asked.name
+        self.device = torch.device(asked.device)
+        self._sam = sam.to(self.device).eval().requires_grad_(False)
+        self.pixels: int = self._sam.image_encoder.img_size
+        self._preprocess = asked.preprocess
+        self.provenance: dict[str, Any] = {
+            **stated(asked, loaded, self.pixels, "segment_anything"),
+            **asked.preprocess.sam_provenance(self.pixels),
+            "token_slot": TOKEN_SLOT,
+        }
+        self._mean = torch.tensor(SAM_PIXEL_MEAN, device=self.device).view(3, 1, 1)
+        self._std = torch.tensor(SAM_PIXEL_STD, device=self.device).view(3, 1, 1)
+        self._encoder = self._image_encoder(asked.dtype)
+        self._tokens = RegionTokens(self.name, self._sam, asked.tokens)
+        self.token_dim, self.outputs = self._tokens.width, self._tokens.outputs
+
+    def _image_encoder(self, dtype: str) -> Callable[[Tensor], Tensor]:
+        from segment_anything.modeling import ImageEncoderViT
+
+        encoder = self._sam.image_encoder
+        if isinstance(encoder, ImageEncoderViT):
+            return SamEncoder(encoder, dtype)
+
+        def plain(pictures: Tensor) -> Tensor:
+            with autocast(self.device, dtype):
+                embedding: Tensor = encoder(pictures)
+            return embedding.float()
+
+        return plain
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures to encode at a time. On a CPU more than one large one gains nothing."""
+        return 8 if self.device.type == "cuda" or self.pixels <= 512 else 1
+
+    def preprocess(self, photo: Image.Image) -> Tensor:
+        """uint8 (3, h, w), the longer side `pixels` long; normalising and padding are left to the device."""
+        return self._preprocess.sam_input(photo, self.pixels)
+
+    @torch.no_grad()
+    def encode(self, pictures: Sequence[Tensor]) -> Tensor:
+        """float32 (B, C, g, g): the image embeddings of pictures as `preprocess` gives them."""
+        return self._encoder(torch.stack([self._normalised(picture) for picture in pictures]))
+
+    def _normalised(self, picture: Tensor) -> Tensor:
+        values = (self._on_device(picture).float() - self._mean) / self._std
+        # After normalising: the padding is 0, the mean colour, as in SAM's own preprocess.
+        return F.pad(values, (0, self.pixels - values.shape[2], 0, self.pixels - values.shape[1]))
+
+    def tokens_of_pictures(
+        self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """B tensors float32 (n, C): the location tokens of several images' boxes, decoded together, in order.
+
+        embeddings      (B, C, g, g)    as `encode` gives them
+        boxes_xyxy      float32 (n, 4)  each, in pixels of the original; n may be 0
+        original_sizes  (height, width) each
+        """
+        return self._tokens.first(embeddings, self._all_scaled(boxes_xyxy, original_sizes))
+
+    def outputs_of_pictures(
+        self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """The same with all that `outputs` names: of each picture, tensors (n, *shape) by feature set."""
+        return self._tokens.kept(embeddings, self._all_scaled(boxes_xyxy, original_sizes))
+
+    @torch.no_grad()
+    def tokens_and_masks(
+        self, embedding: Tensor, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]
+    ) -> tuple[Tensor, NDArray[np.bool_]]:
+        """float32 (n, C): the location tokens of one image's boxes; bool (n, h, w): their masks at its own size."""
+        tokens, masks = [torch.zeros(0, self.token_dim, device=self.device)], [np.zeros((0, *original_size), np.bool_)]
+        boxes, entered = self._scaled(boxes_xyxy, original_size), self._preprocess.sam_size(original_size, self.pixels)
+        embeddings, wanted = embedding[None].to(self.device).float(), [FIRST_MASK_TOKEN + TOKEN_SLOT]
+        for part in self._tokens.decoder.decode(embeddings, boxes, [0] * len(boxes), wanted, MASK_CHUNK):
+            tokens.append(part.queries[:, 0])
+            logits = self._mask_logits(tokens[-1], part.cells)
+            full = self._sam.postprocess_masks(logits, entered, original_size)
+            masks.append((full[:, 0] > self._sam.mask_threshold).cpu().numpy())
+        return torch.cat(tokens), np.concatenate(masks)
+
+    def _all_scaled(
+        self, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        return [self._scaled(boxes, size) for boxes, size in zip(boxes_xyxy, original_sizes, strict=True)]
+
+    def _scaled(self, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]) -> Tensor:
+        """Boxes in pixels of the encoder's input. float32 always: in bfloat16 their Fourier features lose a pixel."""
+        scaled = self._preprocess.scale_boxes(boxes_xyxy, original_size, self.pixels)
+        return self._on_device(torch.from_numpy(scaled))
+
+    def _on_device(self, values: Tensor) -> Tensor:
+        # On CUDA alone the driver has taken what is not page-locked when it returns; the host need not wait for more.
+        return values.to(self.device, non_blocking=self.device.type == "cuda")
+
+    def _mask_logits(self, tokens: Tensor, cells: Tensor) -> Tensor:
+        """float32 (k, 1, 4g, 4g): what MaskDecoder.predict_masks computes, for the one slot."""
+        decoder = self._sam.mask_decoder
+        side = math.isqrt(cells.shape[1])
+        grid = cells.transpose(1, 2).reshape(len(cells), -1, side, side)
+        upscaled = decoder.output_upscaling(grid)
+        weights = decoder.output_hypernetworks_mlps[TOKEN_SLOT](tokens)
+        return torch.einsum("kc,kchw->khw", weights, upscaled).unsqueeze(1)
+
+
+def load_localizer(
+    name: str,
+    weights: str | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+    *,
+    preprocess: str = "direct",
+    tokens: str = FIRST,
+) -> Localizer:
+    """A localizer of `registry.LOCALIZERS`, or "package.module:Class", with its weights.
+
+    `weights` is a source that `load_weights` knows. `dtype` is what the image encoder computes in (float32,
+    bfloat16, float16, or "auto"); the token decoder always computes in float32. `preprocess` is a preset of
+    preprocess.py. `tokens` is "first", or "all" for the other mask tokens and the predicted IoUs as well.
+
+    Raises InputError for an unknown name, dtype, preset or `tokens`, or a localizer that lacks what one needs;
+    WeightsError for weights that cannot be had or do not fit.
+    """
+    place, rule = str(compute_device(device)), preprocess_named(preprocess)
+    model = LOCALIZERS.build(Asked(name, weights, place, resolve_dtype(dtype, place, "localizer"), rule, tokens))
+    if not isinstance(model, Localizer):
+        raise InputError(f"localizer {name!r}: lacks {missing_of(model, Localizer)}, which models.Localizer states")
+    if tokens == ALL and len(model.outputs) == 1:
+        raise InputError(f"localizer {name!r}: keeps its location token only; leave out --tokens {tokens}")
+    return model

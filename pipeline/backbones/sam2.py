@@ -1,0 +1,136 @@
+"""SAM 2 and 2.1 as localizers, by Meta's package `sam2` (the extra of the same name).
+
+Of the model for videos only what looks at one picture is used: the image encoder, the prompt encoder and the mask
+decoder. The decoder's transformer is that of SAM, so `TokenDecoder` computes it; it has two more queries that are
+never asked for, an object score and an empty point behind the box's corners. Queries attend to each other as a set, so
+they may stand behind the others here.
+"""
+
+# B pictures, n boxes, C token width (256), g side of the embedding (64)
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from regionspot.pipeline.backbones.builders import stated
+from regionspot.pipeline.backbones.dtypes import autocast
+from regionspot.pipeline.backbones.protocols import Asked
+from regionspot.pipeline.backbones.region_tokens import TOKEN_SLOT, RegionTokens
+from regionspot.pipeline.backbones.skip_init import undrawn
+from regionspot.pipeline.backbones.weights import load_weights
+
+# Of ImageNet, in 0..1 (sam2/utils/transforms.py), where pictures are squeezed into a square.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+SIZES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
+
+
+def build_sam2(name: str, overrides: Sequence[str] = ()) -> Any:
+    """sam2's SAM2Base without weights. `overrides` are hydra's, such as "model.image_size=256"."""
+    # Heavy, and only there with the extra; `sam2` itself tells hydra where its configurations are.
+    import sam2  # noqa: F401
+    from hydra import compose
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    version, size = name.split("_hiera_")
+    config = compose(f"configs/{version}/{version}_hiera_{SIZES[size]}.yaml", overrides=list(overrides))
+    OmegaConf.resolve(config)
+    with undrawn():
+        return instantiate(config.model, _recursive_=True)
+
+
+class Sam2Localizer:
+    """The frozen picture part of a SAM 2. Made by `load_localizer`; a `models.Localizer`, without masks.
+
+    name, provenance, token_dim, outputs   as a SamLocalizer's
+    pixels   side of the square that a picture is squeezed into
+    """
+
+    def __init__(self, asked: Asked) -> None:
+        model = build_sam2(asked.name)
+        loaded = load_weights(asked.name, asked.weights, model.state_dict())
+        model.load_state_dict(loaded.state_dict)
+        self.name = asked.name
+        self.device = torch.device(asked.device)
+        self._model = model.to(self.device).eval().requires_grad_(False)
+        self._dtype, self._preprocess = asked.dtype, asked.preprocess
+        self.pixels: int = self._model.image_size
+        self.provenance: dict[str, Any] = {
+            **stated(asked, loaded, self.pixels, "sam2"),
+            **asked.preprocess.clip_provenance(self.pixels),  # the same square
+            "token_slot": TOKEN_SLOT,
+        }
+        self._tokens = RegionTokens(self.name, _as_sam(self._model), asked.tokens)
+        self.token_dim, self.outputs = self._tokens.width, self._tokens.outputs
+
+    @property
+    def batch_size(self) -> int:
+        """Pictures to encode at a time. On a CPU more than one gains nothing."""
+        return 8 if self.device.type == "cuda" else 1
+
+    def preprocess(self, photo: Image.Image) -> Tensor:
+        """float32 (3, pixels, pixels), normalised."""
+        return self._preprocess.clip_input(photo, self.pixels, MEAN, STD)
+
+    @torch.no_grad()
+    def encode(self, pictures: Sequence[Tensor]) -> Tensor:
+        """float32 (B, C, g, g): the image embeddings of pictures as `preprocess` gives them."""
+        with autocast(self.device, self._dtype):
+            found = self._model.image_encoder(torch.stack(list(pictures)).to(self.device))
+        embeddings: Tensor = found["vision_features"].float()
+        if self._model.directly_add_no_mem_embed:
+            # What a video's first frame gets in place of memories (SAM2ImagePredictor.set_image).
+            embeddings = embeddings + self._model.no_mem_embed.view(1, -1, 1, 1)
+        return embeddings
+
+    def tokens_of_pictures(
+        self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """B tensors float32 (n, C), as `models.Localizer` says."""
+        return self._tokens.first(embeddings, self._scaled(boxes_xyxy, original_sizes))
+
+    def outputs_of_pictures(
+        self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
+    ) -> list[dict[str, Tensor]]:
+        """Of each picture, float32 (n, *shape) by feature set, as `models.Localizer` says."""
+        return self._tokens.kept(embeddings, self._scaled(boxes_xyxy, original_sizes))
+
+    def _scaled(
+        self, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
+    ) -> list[Tensor]:
+        """Boxes in pixels of the square."""
+        scaled = []
+        for boxes, (height, width) in zip(boxes_xyxy, original_sizes, strict=True):
+            ratio = np.tile([self.pixels / width, self.pixels / height], 2)
+            values = (np.asarray(boxes, np.float64).reshape(-1, 4) * ratio).astype(np.float32)
+            scaled.append(torch.from_numpy(values).to(self.device))
+        return scaled
+
+
+def _as_sam(model: Any) -> SimpleNamespace:
+    """The parts that `RegionTokens` takes of a Sam."""
+    decoder, prompts = model.sam_mask_decoder, model.sam_prompt_encoder
+    others = [prompts.not_a_point_embed.weight]  # since a box counts as two points, which end with an empty one
+    if decoder.pred_obj_scores:
+        others.append(decoder.obj_score_token.weight)
+    return SimpleNamespace(mask_decoder=decoder, prompt_encoder=_Prompts(prompts, torch.cat(others).detach()))
+
+
+class _Prompts:
+    """A prompt encoder that puts more queries behind a box's corners."""
+
+    def __init__(self, prompts: Any, behind: Tensor) -> None:
+        self._prompts, self._behind = prompts, behind
+        self.get_dense_pe, self.no_mask_embed = prompts.get_dense_pe, prompts.no_mask_embed
+
+    def __call__(self, points: None, boxes: Tensor, masks: None) -> tuple[Tensor, Tensor]:
+        corners, no_mask = self._prompts(points=points, boxes=boxes, masks=masks)
+        return torch.cat([corners, self._behind.expand(len(boxes), -1, -1)], dim=1), no_mask

@@ -1,0 +1,1 @@
+"""Annotation files to a Manifest: the registry of datasets, their readers and proposals."""

@@ -1,0 +1,1 @@
+"""Extraction by the workers of a dask cluster."""

@@ -1,0 +1,1 @@
+"""`regionspot doctor`: is everything there that an extraction needs?"""

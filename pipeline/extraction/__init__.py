@@ -1,0 +1,1 @@
+"""One extraction: its configuration, plan, decoding, encoding, writing and retrying."""

@@ -1,0 +1,93 @@
+"""Photos read and resized ahead of the encoders, by threads: Pillow and torch let go of the interpreter meanwhile."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from PIL import Image
+from torch import Tensor
+
+from regionspot.cache.errors import PhotoError
+from regionspot.cache.format.manifest import Manifest
+from regionspot.cache.machine import processors
+from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.images.decode import Exif, decode_photo
+
+
+@dataclass(frozen=True)
+class DecodedImage:
+    """One image ready for the models that want it, or the reason why it is not.
+
+    inputs   what each model takes, by the model's name; none where the image could not be read
+    size     (height, width) of the original; None where it was not read
+    """
+
+    row: int
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+    size: tuple[int, int] | None = None
+    orientation_ignored: bool = False
+    failure: str | None = None
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Reads an image once and resizes it for each model whose features are wanted of it. Called from threads."""
+
+    manifest: Manifest
+    photo_folder: Path
+    backbones: Backbones
+    exif: Exif
+
+    def __call__(self, row: int, names: Sequence[str]) -> DecodedImage:
+        stated = (int(self.manifest.heights[row]), int(self.manifest.widths[row]))
+        try:
+            photo = decode_photo(self.photo_folder / str(self.manifest.paths[row]), stated, self.exif)
+        except PhotoError as error:
+            return DecodedImage(row, failure=str(error))
+        return DecodedImage(
+            row,
+            inputs=self._inputs(photo.image, names),
+            size=(photo.image.height, photo.image.width),
+            orientation_ignored=photo.orientation == "ignored",
+        )
+
+    def _inputs(self, photo: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
+        localizer, inputs = self.backbones.localizer, {}
+        if localizer is not None and not localizer.outputs.keys().isdisjoint(names):
+            inputs[localizer.name] = localizer.preprocess(photo)
+        for encoder in self.backbones.encoders:
+            if encoder.name in names:
+                inputs[encoder.name] = encoder.preprocess(photo)
+        if self.backbones.device.type == "cuda":  # page-locked, so that a copy to the device holds nobody up
+            inputs = {name: values.pin_memory() for name, values in inputs.items()}
+        return inputs
+
+
+Jobs = Generator[tuple[int, Sequence[str]], None, None]  # rows, and the feature sets wanted of each
+
+
+def default_threads() -> int:
+    """Threads that decode, where nobody says how many."""
+    return min(16, processors())
+
+
+def decode_ahead(decoder: Decoder, jobs: Jobs, threads: int | None) -> Generator[DecodedImage, None, None]:
+    """The images of `jobs`, in that order, decoded by threads that stay a little ahead. Closing it closes `jobs`."""
+    count = threads or default_threads()
+    pending: deque[Future[DecodedImage]] = deque()
+    with ThreadPoolExecutor(count, thread_name_prefix="decode") as pool, closing(jobs):
+        try:
+            for row, names in jobs:
+                pending.append(pool.submit(decoder, row, names))
+                if len(pending) > 4 * count:
+                    yield pending.popleft().result()
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()

@@ -1,0 +1,1 @@
+"""What a run did: statistics, failures, the summary page and metrics."""

@@ -1,0 +1,212 @@
+"""The toy world: generated pictures with annotations in LVIS's own form, so that every stage runs with no download.
+
+A class is a texture, a colour and a shape ("striped green star"): 4 x 6 x 8 = 192 of them. 32 are rare: none of them
+is ever in the training split, though each of their words occurs there in other classes, and the validation split holds
+all of them. What recognises a rare class has therefore understood its words. LVIS's groups are defined by counts of
+training pictures; here they are a property of the class, the same in every world:
+
+    rare       32 classes, in no training picture; the training annotations do not even list them
+    common     96 classes, in few
+    frequent   64 classes, in up to ten times as many
+
+    folder/toy_train.json  toy_val.json  photos/train/000000000001.jpg  photos/val/000000000801.jpg
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from pycocotools import mask as rle
+
+from regionspot.cache.errors import InputError
+from regionspot.cache.machine import processors
+from regionspot.cache.outputs import check_output_folder
+from regionspot.pipeline.toy.rendering import COLOURS, SHAPES, TEXTURES, Look, draw_picture
+
+OBJECTS = (4, 9)  # objects in a picture
+TRAIN_SHARE = 0.8
+FEWEST_PICTURES = 40  # so that validation's 8 pictures of at least 4 objects can show all 32 rare classes
+JPEG_QUALITY = 92
+RARE, FREQUENT = 32, 64  # number of classes
+
+
+@dataclass(frozen=True)
+class ToyClass:
+    """One class; `id` as in the annotations, counted from 1; `weight` is how often training deals it."""
+
+    id: int
+    look: Look
+    frequency: str  # r, c or f, as LVIS writes them
+    weight: float  # 0 where rare
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """What the annotations keep of a picture once it is written; its pixels are gone by then."""
+
+    image_id: int
+    size_hw: tuple[int, ...]
+    regions: list[dict[str, Any]]
+
+
+@cache
+def toy_classes() -> tuple[ToyClass, ...]:
+    """All 192 classes in alphabetical order, as LVIS orders its own."""
+    looks = sorted((Look(t, c, s) for t in TEXTURES for c in COLOURS for s in SHAPES), key=lambda look: look.name)
+    rare = {look for look in looks if _is_rare(look)}
+    ranks = iter(np.random.default_rng(0).permutation(len(looks) - len(rare)).tolist())
+    classes = []
+    for number, look in enumerate(looks, start=1):
+        rank = None if look in rare else next(ranks)
+        frequency = "r" if rank is None else "f" if rank < FREQUENT else "c"
+        classes.append(ToyClass(number, look, frequency, 0.0 if rank is None else 0.985**rank))
+    return tuple(classes)
+
+
+def _is_rare(look: Look) -> bool:
+    """One class in six, spread as on a Latin square: every word, and every pair of words, keeps other classes."""
+    texture, colour, shape = TEXTURES.index(look.texture), list(COLOURS).index(look.colour), SHAPES.index(look.shape)
+    return (colour + shape + 2 * texture) % 6 == 0
+
+
+def make_toy_world(folder: Path | str, pictures: int = 1000, seed: int = 0) -> Path:
+    """Write a world of `pictures` pictures, the first 80 % for training, and return its folder.
+
+    The same `pictures` and `seed` give the same files, which replace those of an earlier world there. Pictures are
+    192 to 320 pixels a side and hold 4 to 9 objects. Raises InputError for fewer than 40 pictures, for a folder that
+    holds something else than a toy world, and where it cannot be written.
+    """
+    folder = check_output_folder(Path(folder))
+    if pictures < FEWEST_PICTURES:
+        raise InputError(
+            f"toy world: {pictures} pictures asked for, expected at least {FEWEST_PICTURES}: "
+            "fewer cannot show every rare class in validation"
+        )
+    _require_own(folder)
+    train = round(TRAIN_SHARE * pictures)
+    try:
+        _write_split(folder, "train", range(1, train + 1), seed)
+        _write_split(folder, "val", range(train + 1, pictures + 1), seed)
+    except OSError as error:
+        raise InputError(
+            f"{folder}: the toy world cannot be written there ({error.strerror}); name another folder"
+        ) from None
+    return folder
+
+
+def _require_own(folder: Path) -> None:
+    """Raises InputError for a folder of somebody's own images, which those of the world could replace."""
+    own = {"photos": {"train", "val"}, "toy_train.json": set(), "toy_val.json": set()}
+    for inside, expected in ((folder, own.keys()), (folder / "photos", own["photos"])):
+        others = sorted(path.name for path in inside.glob("*") if path.name not in expected)
+        if others:
+            raise InputError(f"{inside}: holds {others[0]}, which is no part of a toy world; name an empty folder")
+
+
+def deal(classes: Sequence[ToyClass], split: str, pictures: int, rng: np.random.Generator) -> list[list[ToyClass]]:
+    """Which classes each picture of a split shows, 4 to 9 of them.
+
+    Training draws by weight. Validation deals round after round of all classes, the rare ones first in the first
+    round, so that none of them is missing however small the split; then all is shuffled.
+    """
+    counts = rng.integers(OBJECTS[0], OBJECTS[1] + 1, pictures)
+    total = int(counts.sum())
+    weights = np.array([entry.weight for entry in classes])
+    if split == "train":
+        drawn = rng.choice(len(classes), total, p=weights / weights.sum())
+    else:
+        rounds = [rng.permutation(len(classes)) for _ in range(total // len(classes) + 1)]
+        rounds[0] = rounds[0][np.argsort(weights[rounds[0]] > 0, kind="stable")]
+        drawn = rng.permutation(np.concatenate(rounds)[:total])
+    ends = np.cumsum(counts)
+    return [[classes[k] for k in drawn[end - count : end]] for end, count in zip(ends, counts, strict=True)]
+
+
+def _write_split(folder: Path, split: str, image_ids: Sequence[int], seed: int) -> None:
+    """Photos first, in as many threads as there are cores; the annotation file last."""
+    photos = folder / "photos" / split
+    photos.mkdir(parents=True, exist_ok=True)
+    is_val = int(split == "val")
+    dealt = deal(toy_classes(), split, len(image_ids), np.random.default_rng([seed, is_val]))
+
+    def write(job: tuple[int, list[ToyClass]]) -> Drawn:
+        image_id, shown = job
+        # Seeded by the picture, not by its turn: the threads finish in any order.
+        picture = draw_picture([entry.look for entry in shown], np.random.default_rng([seed, is_val, image_id]))
+        Image.fromarray(picture.pixels).save(photos / _file_name(image_id), quality=JPEG_QUALITY)
+        regions = [_region_entry(entry, picture.owner == number) for number, entry in enumerate(shown)]
+        return Drawn(image_id, picture.owner.shape, regions)
+
+    with ThreadPoolExecutor(processors()) as threads:
+        annotations = _lvis_form(split, threads.map(write, zip(image_ids, dealt, strict=True)))
+    (folder / f"toy_{split}.json").write_text(json.dumps(annotations, allow_nan=False))
+
+
+def _file_name(image_id: int) -> str:
+    return f"{image_id:012d}.jpg"
+
+
+def _lvis_form(split: str, drawn: Iterable[Drawn]) -> dict[str, Any]:
+    """The content of lvis_v1_{split}.json (https://www.lvisdataset.org/dataset)."""
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    listed = [entry for entry in toy_classes() if split != "train" or entry.weight > 0]
+    for picture in drawn:
+        present = {region["category_id"] for region in picture.regions}
+        images.append(_image_entry(split, picture, [entry.id for entry in listed if entry.id not in present]))
+        for region in picture.regions:
+            annotations.append({"id": len(annotations) + 1, "image_id": picture.image_id, **region})
+    return {
+        "info": {"description": f"regionspot toy world, {split}", "version": "v1"},
+        "licenses": [],
+        "images": images,
+        "annotations": annotations,
+        "categories": [_category_entry(entry, annotations) for entry in listed],
+    }
+
+
+def _image_entry(split: str, picture: Drawn, absent: list[int]) -> dict[str, Any]:
+    """An LVIS image; every class that it does not show is known to be absent, for nothing is left unannotated."""
+    return {
+        "id": picture.image_id,
+        "width": picture.size_hw[1],
+        "height": picture.size_hw[0],
+        "coco_url": f"toy://photos/{split}/{_file_name(picture.image_id)}",
+        "neg_category_ids": absent,
+        "not_exhaustive_category_ids": [],
+    }
+
+
+def _region_entry(entry: ToyClass, mask: NDArray[np.bool_]) -> dict[str, Any]:
+    """What is visible of one object: box XYWH in pixels, area, and its mask as COCO's compressed run lengths."""
+    code = rle.encode(np.asfortranarray(mask, np.uint8))
+    return {
+        "category_id": entry.id,
+        "bbox": rle.toBbox(code).tolist(),
+        "area": int(rle.area(code)),
+        "segmentation": {"size": list(mask.shape), "counts": code["counts"].decode("ascii")},
+    }
+
+
+def _category_entry(entry: ToyClass, annotations: list[dict[str, Any]]) -> dict[str, Any]:
+    """An LVIS category with the counts of this very file."""
+    found = [region["image_id"] for region in annotations if region["category_id"] == entry.id]
+    return {
+        "id": entry.id,
+        "name": entry.look.name,
+        "synset": entry.look.name.replace(" ", "_") + ".n.01",
+        "synonyms": [entry.look.name],
+        "def": f"a {entry.look.shape} that is {entry.look.colour} and {entry.look.texture}",
+        "frequency": entry.frequency,
+        "image_count": len(set(found)),
+        "instance_count": len(found),
+    }

@@ -1,0 +1,180 @@
+"""Pictures chosen from a cache: by ids, by category, each so many-th; and the commands that make caches of caches."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+
+from regionspot import cli
+from regionspot.cache import Category, FeatureCache, FeatureSet, InputError, Manifest, PictureFeatures
+from regionspot.cache.tools.select_rows import choose_rows, read_ids
+from regionspot.pipeline.datasets.registry import read_dataset
+
+MAPS = FeatureSet("clip", "map", (2, 4))
+TOKENS = FeatureSet("sam", "token", (3,))
+
+
+@pytest.fixture(scope="module")
+def manifest():
+    counts = [2, 0, 1, 0, 3, 1]
+    return Manifest(
+        dataset="toy",
+        split="train",
+        image_ids=np.array([40, -7, 12, 3, 8, 100]),
+        paths=np.array([f"{row}.jpg" for row in range(6)], dtype=np.dtypes.StringDType()),
+        heights=np.full(6, 480, np.int32),
+        widths=np.full(6, 640, np.int32),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        boxes_xyxy=np.zeros((7, 4), np.float32),
+        category_index=np.array([0, 0, 1, 2, 2, 1, -1], np.int32),
+        annotation_ids=np.arange(7),
+        categories=(Category(1, "star"), Category(2, "moon"), Category(3, "red star")),
+    )
+
+
+@pytest.mark.parametrize(
+    ("asked", "rows"),
+    [
+        ({}, [0, 1, 2, 3, 4, 5]),
+        ({"ids": np.array([3, 40, -7])}, [3, 0, 1]),
+        ({"categories": ["moon"]}, [2, 4]),
+        ({"categories": ["star", "moon"]}, [0, 2, 4]),
+        ({"every": 2}, [0, 2, 4]),
+        ({"every": 2, "first": 2}, [0, 2]),
+        ({"first": 100}, [0, 1, 2, 3, 4, 5]),
+        ({"ids": np.array([8, 3, 12]), "categories": ["moon"], "first": 1}, [4]),
+    ],
+)
+def test_pictures_are_chosen_by_ids_then_categories_then_each_so_many_th(manifest, asked, rows):
+    assert choose_rows(manifest, **asked).tolist() == rows
+
+
+@pytest.mark.parametrize(
+    ("asked", "told"),
+    [
+        ({"ids": np.array([3, 4, 5])}, "holds no picture with 2 of the 3 ids, the first is 4"),
+        ({"categories": ["red stare"]}, "has no category 'red stare'; take one like red star"),
+        ({"every": 0}, "every is 0, expected at least 1"),
+        ({"first": 0}, "first is 0, expected at least 1"),
+        (
+            {"ids": np.array([3]), "categories": ["moon"]},
+            "none of its 6 images is one of the ids and has one of the categories",
+        ),
+    ],
+)
+def test_what_leads_to_no_picture_is_refused(manifest, asked, told):
+    with pytest.raises(InputError, match=told):
+        choose_rows(manifest, **asked)
+
+
+def test_ids_are_read_from_the_lines_of_a_file(tmp_path):
+    (tmp_path / "ids.txt").write_text("12\n\n -3 \n9223372036854775807\n")
+    assert read_ids(tmp_path / "ids.txt").tolist() == [12, -3, 2**63 - 1]
+    for text, told in (
+        ("1\ntwo\n", "line 2 is 'two'"),
+        ("9223372036854775808", "line 1 is '922"),
+        ("1.5", "line 1 is"),
+    ):
+        (tmp_path / "ids.txt").write_text(text)
+        with pytest.raises(InputError, match=told):
+            read_ids(tmp_path / "ids.txt")
+    (tmp_path / "ids.txt").write_bytes(b"\xff")
+    for path in (tmp_path / "ids.txt", tmp_path / "none.txt", tmp_path):
+        with pytest.raises(InputError, match="cannot be read as a list of ids"):
+            read_ids(path)
+
+
+@pytest.fixture
+def regionspot(monkeypatch, capsys):
+    """`regionspot("subset", ...)` gives the exit code, stdout and stderr of `regionspot cache subset ...`."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["regionspot", "cache", *map(str, arguments)])
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code or 0
+        return code, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def cache(tmp_path, manifest):
+    made = FeatureCache.create(tmp_path / "c.zarr", manifest, [MAPS, TOKENS], part_size=2)
+    for part in range(3):
+        made.write_part(
+            part,
+            (
+                PictureFeatures(
+                    row, {"clip": np.full((2, 4), row + 0.1), "sam": np.zeros((manifest.region_count[row], 3))}
+                )
+                for row in made.part_rows(part)
+            ),
+        )
+    return made
+
+
+def test_the_commands_make_caches_of_caches(cache, manifest, tmp_path, regionspot):
+    (tmp_path / "ids.txt").write_text("8\n3\n")
+    one, two, both, small, back = (tmp_path / name for name in ("one", "two", "both", "small", "back"))
+    assert regionspot("subset", cache.path, one, "--ids", tmp_path / "ids.txt")[0] == 0
+    assert FeatureCache.open(one).manifest.image_ids.tolist() == [8, 3]
+    code, out, _ = regionspot("subset", cache.path, two, "--category", "star", "--first", 1, "--part-size", 1)
+    assert (code, out) == (0, f"{two}: 0 parts taken whole, 2 written, 0s\n")
+    assert regionspot("merge", two, one, "--out", both)[0] == 0
+    assert FeatureCache.open(both).manifest.image_ids.tolist() == [40, 8, 3]
+    assert regionspot("convert", both, small, "--to", "clip=int8+zstd", "--to", "sam=float32")[0] == 0
+    sets = FeatureCache.open(small).feature_sets
+    assert (sets["clip"].dtype, sets["clip"].compression, sets["sam"].dtype) == ("int8", "zstd", "float32")
+    assert regionspot("copy", small, back)[0] == 0
+    assert FeatureCache.open(back).pending_parts() == []
+
+
+def annotations(folder, pictures):
+    """A COCO-form file of so many pictures, the last one first, with a box each."""
+    rows = range(pictures)[::-1]
+    words = {
+        "images": [{"id": row, "file_name": f"{row}.jpg", "height": 40, "width": 60} for row in rows],
+        "annotations": [{"id": row, "image_id": row, "category_id": 1, "bbox": [0, 0, 9, 9]} for row in rows],
+        "categories": [{"id": 1, "name": "star"}],
+    }
+    (folder / "file.json").write_text(json.dumps(words))
+    return "coco", "--data", folder, "--annotations", folder / "file.json"
+
+
+def test_a_cache_is_extended_by_the_options_of_extract(tmp_path, regionspot):
+    dataset = annotations(tmp_path, 3)
+    path = tmp_path / "c.zarr"
+    FeatureCache.create(path, read_dataset("coco", tmp_path, annotations=tmp_path / "file.json"), [MAPS], part_size=2)
+    said = f"{path}: 2 pictures with 2 regions came; 0 parts are done, 3 pending: `regionspot extract` makes them\n"
+    assert regionspot("extend", path, *dataset, "--part-size", 2)[:2] == (
+        0,
+        f"{path}: no picture came; 0 parts are done, 2 pending: `regionspot extract` makes them\n",
+    )
+    assert regionspot("extend", path, *annotations(tmp_path, 5))[:2] == (0, said)
+    assert FeatureCache.open(path).manifest.image_ids.tolist() == [2, 1, 0, 4, 3]
+    code, _, err = regionspot("extend", path, *annotations(tmp_path, 4))
+    assert (code, err.count("\n")) == (2, 1)
+    assert "1 pictures that it holds are not there, the first has id 4" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("subset", "c.zarr", "out", "--category", "sun"), "has no category 'sun'"),
+        (("merge", "c.zarr", "c.zarr", "--out", "out"), "6 pictures are in more than one of them"),
+        (("convert", "c.zarr", "out", "--to", "clip"), "expected a feature set and its encoding once"),
+        (("convert", "c.zarr", "out", "--to", "clip=int8", "--to", "clip=float32"), "its encoding once"),
+        (("convert", "c.zarr", "out", "--to", "clip=int9"), "encoding 'int9': unknown; expected one of"),
+        (("copy", "none.zarr", "out"), "no such cache"),
+    ],
+)
+def test_what_cannot_be_made_is_said_in_one_line(cache, tmp_path, regionspot, monkeypatch, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = regionspot(*arguments)
+    assert (code, err.count("\n")) == (2, 1)
+    assert told in err
+    assert not (tmp_path / "out").exists()

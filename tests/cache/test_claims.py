@@ -1,0 +1,363 @@
+"""Several runs on one cache: a part has one owner at a time, whoever is killed, sleeps or has a strange clock."""
+
+import errno
+import faulthandler
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from itertools import chain
+from types import SimpleNamespace
+
+import pytest
+
+from regionspot.cache import CacheError
+from regionspot.cache.process import this_process
+from regionspot.cache.storage.base import LocalStorage
+from regionspot.cache.writing import claim_files, claims
+from regionspot.cache.writing.claims import Claims
+
+BEAT = 0.02  # seconds, in place of a quarter of a minute
+
+
+@pytest.fixture
+def storage(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # no beat shall wait for a disk that others keep busy
+    return LocalStorage(tmp_path)
+
+
+@pytest.fixture
+def elsewhere(monkeypatch):
+    """Processes started now take themselves for those of another machine, whose processes cannot be seen here."""
+    there = replace(this_process(), host="elsewhere", boot="another")
+    monkeypatch.setattr(claims, "this_process", lambda: replace(there, pid=os.getpid()))
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The clock by which runs of this process watch others; a test moves it, so that a busy machine kills nobody."""
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(claims, "time", clock)
+    return clock
+
+
+def claims_of(storage, **settings):
+    return Claims(storage, beat_every=BEAT, **settings)
+
+
+def files(storage):
+    return sorted(name for name in storage.names("claims") if not name.endswith(".partial"))
+
+
+@contextmanager
+def child(function):
+    """Run `function(say)` in a process of its own; yields its pid and what reads the next byte that it said."""
+    heard, said = os.pipe()
+    pid = os.fork()
+    if not pid:
+        try:
+            faulthandler.dump_traceback_later(60, exit=True)  # a child that hangs shall not hang the suite
+            function(lambda byte: os.write(said, byte))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    os.close(said)
+    try:
+        yield pid, lambda: os.read(heard, 1)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(heard)
+
+
+@contextmanager
+def often_switching():
+    """Threads take turns as often as they can, so that what is not safe between them shows."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(usual)
+
+
+def holds_part_0(storage):
+    """For a child: claim part 0 and live until it is killed."""
+
+    def run(say):
+        with claims_of(storage) as ours:
+            say(b"y" if ours.claim(0) else b"n")
+            time.sleep(60)
+
+    return run
+
+
+def wait_for_a_beat(storage, run=None):
+    """Until a run (default: the one that holds part 0) moves its counter, which need not be there yet."""
+    file = f"run-{run or json.loads(storage.read('claims/00000.json'))['run']}.json"
+
+    def counter():
+        return storage.read(f"claims/{file}") if file in files(storage) else None
+
+    before = counter()
+    while counter() in (None, before):
+        time.sleep(BEAT / 4)
+
+
+def kill(pid):
+    """Kill a child for good; it is still there to be waited for, as where nobody does that."""
+    os.kill(pid, signal.SIGKILL)
+    os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+
+
+def test_what_one_run_claims_another_gets_once_it_is_let_go(storage):
+    with claims_of(storage) as one, claims_of(storage) as other:
+        assert one.claim(3)
+        assert not other.claim(3)
+        assert other.claim(4)
+        assert other.holder(3) == this_process()
+        one.release(3)
+        assert other.claim(3)
+        assert other.still_ours(3)
+        assert not one.still_ours(3)
+    assert files(storage) == []
+
+
+def test_a_run_that_ends_by_an_error_lets_go_of_everything(storage):
+    def claim_two_and_fail():
+        with claims_of(storage) as ours:
+            assert ours.claim(1)
+            assert ours.claim(2)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        claim_two_and_fail()
+    assert files(storage) == []
+
+
+def test_what_a_thread_of_a_run_has_no_other_thread_of_it_gets(storage, elsewhere, clock, monkeypatch):
+    with claims_of(storage) as ours, claims_of(storage) as other:
+        assert ours.claim(0)
+        assert not ours.claim(0)
+        # Nor when its own beats do not arrive, which has other runs count it as dead.
+        wait_for_a_beat(storage, ours.run)
+        monkeypatch.setattr(storage, "write", lambda name, data: None)
+        for _ in range(2):
+            assert not ours.claim(0)
+            clock.now += claims.CLAIM_SECONDS
+        assert ours.still_ours(0)
+        assert not other.claim(0)  # is seen to stand still from now on
+        clock.now += claims.CLAIM_SECONDS
+        assert other.claim(0)
+        assert not ours.claim(0), "its thread has not found out yet"
+        ours.release(0)
+        assert other.still_ours(0)
+
+
+def test_of_many_threads_of_one_run_that_reach_for_a_part_at_once_one_gets_it(storage):
+    parts, threads = range(100), 4
+    together = threading.Barrier(threads)
+
+    def reach(_):
+        got = []
+        for part in parts:
+            together.wait(10)
+            if ours.claim(part):
+                got.append(part)
+        return got
+
+    with claims_of(storage) as ours, ThreadPoolExecutor(threads) as pool, often_switching():
+        assert sorted(chain(*pool.map(reach, range(threads)))) == list(parts)
+        assert all(ours.still_ours(part) for part in parts)
+
+
+def test_claims_of_a_killed_process_of_this_machine_are_free_at_once(storage, clock):
+    with child(holds_part_0(storage)) as (pid, hear), claims_of(storage) as ours:
+        assert hear() == b"y"
+        assert not ours.claim(0)
+        kill(pid)
+        assert ours.claim(0)
+    assert files(storage) == []
+
+
+def test_what_killed_processes_left_is_removed_by_whoever_comes_next(storage):
+    with child(holds_part_0(storage)) as (pid, hear):
+        assert hear() == b"y"
+        kill(pid)
+        with claims_of(storage) as ours:
+            assert set(files(storage)) <= {f"run-{ours.run}.json"}
+
+
+def test_a_run_elsewhere_is_dead_when_its_counter_stands_still_and_not_before(storage, elsewhere, clock):
+    with child(holds_part_0(storage)) as (pid, hear), claims_of(storage) as ours:
+        assert hear() == b"y"
+        for _ in range(10):
+            assert not ours.claim(0)
+            clock.now += 0.6 * claims.CLAIM_SECONDS
+            wait_for_a_beat(storage)
+        kill(pid)
+        assert not ours.claim(0)  # the last beat is seen
+        clock.now += claims.CLAIM_SECONDS - 1
+        assert not ours.claim(0)
+        clock.now += 1
+        assert ours.claim(0)
+        assert ours.still_ours(0)
+    assert files(storage) == []
+
+
+def test_a_clock_that_is_set_back_or_forth_kills_nobody_and_keeps_nobody_alive(storage, elsewhere, clock, monkeypatch):
+    today = SimpleNamespace(now=1e9)
+    monkeypatch.setattr(time, "time", lambda: today.now)
+    with child(holds_part_0(storage)) as (pid, hear), claims_of(storage) as ours:
+        assert hear() == b"y"
+        for jump in (-1e8, 3e8, -1e9, 1e6):
+            today.now += jump
+            clock.now += 0.6 * claims.CLAIM_SECONDS
+            wait_for_a_beat(storage)
+            assert not ours.claim(0)
+        kill(pid)
+        today.now = 0.0
+        assert not ours.claim(0)
+        clock.now += claims.CLAIM_SECONDS
+        assert ours.claim(0)
+
+
+def test_a_stopped_run_finds_out_that_it_was_taken_over_before_it_publishes(storage, clock):
+    asked, ask = os.pipe()
+
+    def works_and_publishes(say):
+        with claims_of(storage) as ours:
+            say(b"y" if ours.claim(0) and ours.still_ours(0) else b"n")
+            os.read(asked, 1)
+            try:
+                ours.require_ours(0)
+                say(b"p")
+            except CacheError as error:
+                say(b"l" if "part 0 was taken over by" in str(error) else b"?")
+            ours.release(0)
+
+    with child(works_and_publishes) as (pid, hear), claims_of(storage) as ours:
+        assert hear() == b"y"
+        os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+        assert not ours.claim(0), "it is there, only asleep"
+        clock.now += claims.CLAIM_SECONDS
+        assert ours.claim(0)
+        os.kill(pid, signal.SIGCONT)
+        os.write(ask, b".")
+        assert hear() == b"l"
+        assert hear() == b"", "it ended by itself"
+        assert ours.still_ours(0), "letting go of what was lost must not free it"
+    assert files(storage) == []
+
+
+def test_a_watcher_that_slept_itself_does_not_hold_that_against_others(storage, elsewhere, clock):
+    class Drowsy(LocalStorage):
+        def read(self, name):
+            data = super().read(name)
+            clock.now += 10 * claims.CLAIM_SECONDS if "run-" in name else 0
+            return data
+
+    with claims_of(storage) as other, claims_of(Drowsy(storage.folder)) as ours:
+        assert other.claim(0)
+        for _ in range(3):
+            wait_for_a_beat(storage)
+            assert not ours.claim(0)
+        assert clock.now > 20 * claims.CLAIM_SECONDS
+
+
+def no_links(*_):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("links", [True, False])
+@pytest.mark.parametrize("claimed_by", ["nobody", "dead"])
+def test_of_many_that_reach_for_a_part_at_once_one_gets_it(storage, claimed_by, links, monkeypatch):
+    parts, runs = range(20), 6
+    gate, start = os.pipe()
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+
+    def reach(say):
+        with claims_of(storage) as ours:
+            say(b"r")
+            os.read(gate, 1)
+            for part in parts:
+                if ours.claim(part):
+                    say(bytes([part]))
+            say(b"\xff")
+            time.sleep(60)  # what it has it keeps
+
+    if claimed_by == "dead":
+        dead = replace(this_process(), started=1)
+        for part in parts:
+            storage.write_new(f"claims/{part:05d}.json", claim_files.Claim(f"{part:x}", "dead", dead).to_json())
+        # Nobody shall tidy up before the race.
+        monkeypatch.setattr(Claims, "_sweep", lambda *_: None)
+    with ExitStack() as stack:
+        racers = [stack.enter_context(child(reach)) for _ in range(runs)]
+        assert [hear() for _, hear in racers] == [b"r"] * runs
+        os.write(start, b"." * runs)
+        got = [byte[0] for _, hear in racers for byte in iter(hear, b"\xff")]
+    assert sorted(got) == list(parts)
+
+
+def test_take_over_frees_what_others_claimed_until_now_and_nothing_later(storage, elsewhere, clock):
+    with claims_of(storage) as other:
+        assert other.claim(0)
+        with claims_of(storage, take_over=True) as ours:
+            assert other.claim(1)
+            assert ours.claim(0)
+            assert not ours.claim(1)
+            assert other.still_ours(1)
+            with pytest.raises(CacheError, match=r"part 0 was taken over by elsewhere:\d+ while this run stood still"):
+                other.require_ours(0)
+
+
+def test_a_damaged_claim_is_dead_after_a_while(storage, clock):
+    storage.write("claims/00000.json", b"{")
+    with claims_of(storage) as ours, claims_of(storage) as other:
+        assert not ours.claim(0)
+        clock.now += claims.CLAIM_SECONDS
+        assert ours.claim(0)
+        assert not other.claim(0)
+    assert files(storage) == []
+
+
+def test_a_link_that_comes_after_its_chain_was_let_go_belongs_to_nobody(storage, monkeypatch):
+    dead = claim_files.Claim("a1", "dead", replace(this_process(), started=1))
+    with claims_of(storage) as slow, claims_of(storage) as quick, claims_of(storage) as third:
+        storage.write_new("claims/00000.json", dead.to_json())
+        write_new = storage.write_new
+
+        def late(name, data):
+            monkeypatch.undo()
+            assert quick.claim(0)
+            quick.release(0)
+            assert third.claim(0)
+            return write_new(name, data)
+
+        monkeypatch.setattr(storage, "write_new", late)
+        assert not slow.claim(0)
+        assert third.still_ours(0)
+        assert [name for name in files(storage) if not name.startswith("run-")] == ["00000.json"]
+
+
+def test_an_answer_that_is_lost_on_the_way_does_not_lose_the_claim(storage, monkeypatch):
+    write_new = storage.write_new
+    monkeypatch.setattr(storage, "write_new", lambda name, data: write_new(name, data) and False)
+    with claims_of(storage) as ours:
+        assert ours.claim(0)
+        assert ours.still_ours(0)
+
+
+def test_a_store_that_refuses_is_said_in_one_line(tmp_path):
+    (tmp_path / "claims").write_text("a file")
+    with pytest.raises(CacheError, match=r"claims/ cannot be used: .*mend the disk"), claims_of(LocalStorage(tmp_path)):
+        pass

@@ -1,0 +1,457 @@
+"""Caches made from other caches: what comes out is what would have been extracted, wherever its parts lay before."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regionspot.cache import (
+    CacheError,
+    Category,
+    CorruptPartError,
+    FeatureCache,
+    FeatureSet,
+    InputError,
+    Manifest,
+    PictureFeatures,
+    ProvenanceMismatchError,
+)
+from regionspot.cache.format.encodings import Encoding, Statistics, decode, statistics_of
+from regionspot.cache.format.schema import Stored
+from regionspot.cache.tools import copy_parts as whole_parts
+from regionspot.cache.tools.copy_features import copy_features
+from regionspot.cache.tools.hdf5_export import export_hdf5
+from regionspot.cache.tools.merge_subset_convert import convert, copy, merge, subset
+from regionspot.cache.tools.verify import verify
+from regionspot.cache.writing.claims import Claims
+
+PART_SIZE = 4
+MAPS = FeatureSet("clip", "map", (5, 8), provenance={"model": "ViT-L-14"})
+SMALL = FeatureSet("dino", "map", (2, 2), "bfloat16", compression="zstd")
+TOKENS = FeatureSet("sam", "token", (6,), "int8", statistics=Statistics(np.zeros(6), np.linspace(1, 2, 6)))
+SETS = (MAPS, SMALL, TOKENS)
+CATEGORIES = (Category(1, "star"), Category(2, "moon"))
+
+
+def manifest_of(counts, first_id, **changes):
+    """Pictures with these region counts and ids from `first_id` on; all else follows from the id."""
+    ids = np.arange(first_id, first_id + len(counts))
+    regions, rng = int(sum(counts)), np.random.default_rng(first_id)
+    columns = {
+        "dataset": "toy",
+        "split": "train",
+        "image_ids": ids,
+        "paths": np.array([f"{each}.jpg" for each in ids], dtype=np.dtypes.StringDType()),
+        "heights": np.full(len(ids), 480, np.int32),
+        "widths": np.full(len(ids), 640, np.int32),
+        "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        "boxes_xyxy": rng.random((regions, 4), dtype=np.float32),
+        "category_index": rng.integers(0, 2, regions, dtype=np.int32),
+        "annotation_ids": rng.integers(0, 2**40, regions),
+        "categories": CATEGORIES,
+        "source": {"files": {f"toy_{first_id}.json": "c0ffee"}},
+    }
+    return Manifest(**{**columns, **changes})
+
+
+def features_of(manifest, row):
+    """Features by the picture's id, so that they are the same in whatever cache it stands."""
+    image_id = int(manifest.image_ids[row])
+    if image_id % 10 == 5:
+        return PictureFeatures(row, {}, f"truncated JPEG {image_id}")
+    rng = np.random.default_rng(image_id)
+    tokens = rng.standard_normal((int(manifest.region_count[row]), 6))
+    return PictureFeatures(row, {"clip": rng.standard_normal((5, 8)), "dino": rng.random((2, 2)), "sam": tokens})
+
+
+def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
+    cache = FeatureCache.open_or_create(path, manifest, sets, part_size)
+    for part in cache.pending_parts() if parts is None else parts:
+        cache.write_part(part, (features_of(cache.manifest, row) for row in cache.part_rows(part)))
+    return cache
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Folder of two caches: ten pictures, and five with more regions in one part than the first has in any."""
+    folder = tmp_path_factory.mktemp("made")
+    extract(folder / "ten", manifest_of([2, 0, 1, 5, 50, 7, 0, 0, 3, 1], 0))
+    extract(folder / "five", manifest_of([30, 50, 2, 0, 4], 20, split="val"))
+    return folder
+
+
+def content(folder: Path):
+    """Every file's bytes, but who wrote a part and how long that took, and what the cache was made from."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if not path.is_file():
+            continue
+        if name.startswith("parts/"):
+            record = json.loads(path.read_bytes())
+            found[name] = {key: value for key, value in record.items() if key not in ("seconds", "crc32c", "worker")}
+        elif name == "zarr.json":
+            words = json.loads(path.read_bytes())["attributes"]["regionspot"]
+            words["manifest"]["source"].pop("made_from", None)
+            found[name] = {key: value for key, value in words.items() if key != "crc32c"}
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def differing(folder, other):
+    one, two = content(folder), content(other)
+    return {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
+
+
+def inode(folder, name):
+    return (folder / name).stat().st_ino
+
+
+def test_a_subset_equals_to_the_byte_what_is_extracted_from_its_pictures(made, tmp_path):
+    rows = [9, 3, 5, 4, 0, 2]
+    summary = subset(made / "ten", tmp_path / "some", rows)
+    assert (summary.whole, summary.rewritten, summary.pending) == (0, 6, 0)
+    extract(tmp_path / "extracted", FeatureCache.open(made / "ten").manifest.select(np.array(rows)))
+    assert differing(tmp_path / "some", tmp_path / "extracted") == set()
+    assert [failure.reason for failure in FeatureCache.open(tmp_path / "some").failures()] == ["truncated JPEG 5"]
+    note = FeatureCache.open(tmp_path / "some").manifest.source["made_from"][0]
+    assert (note["operation"], note["caches"][0]["pictures"]) == ("subset", 10)
+
+
+def test_parts_that_stay_as_they_are_share_their_files(made, tmp_path):
+    subset(made / "ten", tmp_path / "some", np.arange(4, 10))
+    for name, shared in {"features/clip/feature_map/c.{}.0.0": 1, "features/sam/scale/c.{}.0": 1}.items():
+        for part in range(2):
+            one, other = (made / "ten" / name.format(part + 1)), (tmp_path / "some" / name.format(part))
+            assert one.stat().st_ino == other.stat().st_ino, shared
+    extract(tmp_path / "extracted", FeatureCache.open(made / "ten").manifest.select(np.arange(4, 10)))
+    assert differing(tmp_path / "some", tmp_path / "extracted") == set()
+
+
+def test_merged_caches_equal_to_the_byte_one_of_all_their_pictures(made, tmp_path):
+    summary = merge([made / "ten", made / "five"], tmp_path / "both")
+    assert (summary.whole, summary.rewritten) == (6, 6)
+    one, other = (FeatureCache.open(made / name).manifest for name in ("ten", "five"))
+    extract(tmp_path / "extracted", Manifest.concatenate([one, other]))
+    assert differing(tmp_path / "both", tmp_path / "extracted") == set()
+    merged = FeatureCache.open(tmp_path / "both")
+    assert merged.manifest.split == "train+val"
+    assert merged.geometry.capacity > FeatureCache.open(made / "ten").geometry.capacity
+    assert [each["split"] for each in merged.manifest.source["made_from"][0]["caches"]] == ["train", "val"]
+
+
+def test_parts_may_be_of_another_size(made, tmp_path):
+    merge([made / "ten", made / "five"], tmp_path / "both", part_size=7)
+    one, other = (FeatureCache.open(made / name).manifest for name in ("ten", "five"))
+    extract(tmp_path / "extracted", Manifest.concatenate([one, other]), part_size=7)
+    assert differing(tmp_path / "both", tmp_path / "extracted") == set()
+
+
+def test_parts_wait_until_their_pictures_are_extracted(made, tmp_path):
+    ten = FeatureCache.open(made / "ten").manifest
+    extract(tmp_path / "begun", ten, parts=[0, 2])
+    first = merge([tmp_path / "begun", made / "five"], tmp_path / "both")
+    assert FeatureCache.open(tmp_path / "both").pending_parts() == [1]
+    assert (first.pending, first.before) == (3, 0)
+    assert "3 wait" in first.text()
+    extract(tmp_path / "begun", ten)
+    second = merge([tmp_path / "begun", made / "five"], tmp_path / "both")
+    assert (second.whole, second.rewritten, second.pending, second.before) == (3, 0, 0, 9)
+    merge([made / "ten", made / "five"], tmp_path / "at once")
+    assert differing(tmp_path / "both", tmp_path / "at once") == set()
+
+
+def test_a_feature_set_that_one_source_lacks_waits_for_another(made, tmp_path):
+    ten = FeatureCache.open(made / "ten").manifest
+    extract(tmp_path / "clip", ten, [MAPS])
+    extract(tmp_path / "others", ten, [SMALL, TOKENS])
+    whole = FeatureCache.create(tmp_path / "whole", ten, SETS, PART_SIZE)
+    assert copy_features([FeatureCache.open(tmp_path / "clip")], whole).pending == 6
+    with pytest.raises(InputError, match="merge what has the same"):
+        merge([tmp_path / "clip", made / "five"], tmp_path / "both")
+    copy_features([FeatureCache.open(tmp_path / "others")], whole)
+    assert differing(tmp_path / "whole", made / "ten") == set()
+
+
+def test_annotations_of_the_whole_go_on_with_a_subset_that_was_cut_out_of_it(made, tmp_path):
+    ten = FeatureCache.open(made / "ten").manifest
+    extract(tmp_path / "begun", ten, parts=[0])
+    subset(tmp_path / "begun", tmp_path / "some", [8, 0, 1, 2])
+    extract(tmp_path / "some", ten)
+    assert FeatureCache.open(tmp_path / "some").pending_parts() == []
+    FeatureCache.create(tmp_path / "limited", ten.head(4), SETS, PART_SIZE)
+    extract(tmp_path / "limited", ten)  # one that was not cut out, but made with a limit, takes in the others
+    assert (len(FeatureCache.open(tmp_path / "some")), len(FeatureCache.open(tmp_path / "limited"))) == (4, 10)
+
+
+@pytest.mark.parametrize(
+    ("encoding", "exact"),
+    [("float32", True), ("float16+zstd", True), ("bfloat16", False), ("int8", False), ("int8+zstd", False)],
+)
+def test_a_converted_set_holds_the_same_features_and_the_others_stay_as_they_are(made, tmp_path, encoding, exact):
+    summary = convert(made / "ten", tmp_path / "out", {"clip": Encoding.parse(encoding)})
+    assert (summary.whole, summary.rewritten) == (6, 3)
+    name = "features/sam/token/c.1.0.0"
+    assert inode(made / "ten", name) == inode(tmp_path / "out", name)
+    before, after = FeatureCache.open(made / "ten"), FeatureCache.open(tmp_path / "out", check="always")
+    rows = before.valid_rows()
+    assert after.valid_rows().tolist() == rows.tolist()
+    one, two = (cache.read(rows, map_set="clip") for cache in (before, after))
+    scales = two.map_scale if "int8" in encoding else None
+    found = decode(two.feature_map, after.feature_sets["clip"], scales)
+    tolerance = 0 if exact else 0.02
+    np.testing.assert_allclose(found, one.feature_map.astype(np.float32), atol=tolerance, rtol=tolerance)
+    assert after.feature_sets["clip"].compression == (None if "+" not in encoding else "zstd")
+    assert (after.feature_sets["clip"].dtype == encoding.partition("+")[0]) is True
+
+
+def test_statistics_of_int8_come_from_64_pictures_at_even_distances(tmp_path):
+    manifest = manifest_of([0] * 200, 0)
+    extract(tmp_path / "many", manifest, [MAPS], part_size=64)
+    convert(tmp_path / "many", tmp_path / "int8", {"clip": Encoding("int8")})
+    cache = FeatureCache.open(tmp_path / "many")
+    valid = cache.valid_rows()
+    rows = valid[np.linspace(0, len(valid) - 1, 64).astype(int)]
+    expected = statistics_of([cache.read([row]).feature_map for row in rows])
+    assert FeatureCache.open(tmp_path / "int8").feature_sets["clip"].statistics == expected
+
+
+def test_statistics_stay_when_a_conversion_goes_on(made, tmp_path):
+    ten = FeatureCache.open(made / "ten").manifest
+    extract(tmp_path / "begun", ten, parts=[1])
+    convert(tmp_path / "begun", tmp_path / "int8", {"clip": Encoding("int8")})
+    statistics = FeatureCache.open(tmp_path / "int8").feature_sets["clip"].statistics
+    extract(tmp_path / "begun", ten)
+    convert(tmp_path / "begun", tmp_path / "int8", {"clip": Encoding("int8")})
+    cache = FeatureCache.open(tmp_path / "int8")
+    assert cache.pending_parts() == []
+    assert cache.feature_sets["clip"].statistics == statistics
+
+
+def test_int8_that_is_only_packed_otherwise_is_not_rounded_again(made, tmp_path):
+    convert(made / "ten", tmp_path / "zstd", {"sam": Encoding("int8", "zstd")})
+    convert(tmp_path / "zstd", tmp_path / "plain", {"sam": Encoding("int8")})
+    name = "features/sam/token/c.0.0.0"
+    assert (tmp_path / "zstd" / name).read_bytes() != (made / "ten" / name).read_bytes()
+    assert differing(tmp_path / "plain", made / "ten") == set()
+
+
+def test_a_value_too_large_for_the_new_encoding_is_named_and_nothing_half_is_left(tmp_path):
+    wide = replace(MAPS, dtype="float32")
+    cache = FeatureCache.create(tmp_path / "wide", manifest_of([0] * 6, 0), [wide], part_size=3)
+    for part in range(2):
+        values = {row: np.full((5, 8), 1e5 if row == 4 else 1.0) for row in cache.part_rows(part)}
+        cache.write_part(part, (PictureFeatures(row, {"clip": value}) for row, value in values.items()))
+    with pytest.raises(InputError, match=r"clip, row 4: 40 of 40 values .* float16"):
+        convert(tmp_path / "wide", tmp_path / "half", {"clip": Encoding("float16")})
+    assert FeatureCache.open(tmp_path / "half").pending_parts() == [1]
+
+
+def test_a_copy_is_equal_to_the_byte_and_shares_no_file(made, tmp_path):
+    summary = copy(made / "ten", tmp_path / "copy")
+    assert (summary.whole, summary.rewritten) == (9, 0)
+    assert differing(tmp_path / "copy", made / "ten") == set()
+    assert (tmp_path / "copy/zarr.json").read_bytes() == (made / "ten/zarr.json").read_bytes()
+    for name in content(made / "ten"):
+        assert inode(tmp_path / "copy", name) != inode(made / "ten", name)
+    assert copy(made / "ten", tmp_path / "copy").before == 9
+
+
+def test_a_cache_goes_to_an_object_store_and_back(made, tmp_path, s3):
+    there = f"{s3}/ten"
+    begun = extract(tmp_path / "begun", FeatureCache.open(made / "ten").manifest, parts=[1])
+    assert copy(begun.path, there).pending == 6
+    assert copy(made / "ten", there).before == 3
+    assert FeatureCache.open(there).pending_parts() == []
+    copy(there, tmp_path / "back")
+    assert differing(tmp_path / "back", made / "ten") == set()
+    summary = subset(there, f"{s3}/some", [9, 4, 5, 6, 7])
+    assert (summary.whole, summary.rewritten) == (0, 6)
+    copy(f"{s3}/some", tmp_path / "some")
+    subset(made / "ten", tmp_path / "same", [9, 4, 5, 6, 7])
+    assert differing(tmp_path / "some", tmp_path / "same") == set()
+
+
+def test_a_cache_in_one_file_is_a_source_too(made, tmp_path):
+    export_hdf5(FeatureCache.open(made / "ten"), tmp_path / "ten.h5")
+    merge([tmp_path / "ten.h5", made / "five"], tmp_path / "both")
+    merge([made / "ten", made / "five"], tmp_path / "same")
+    assert differing(tmp_path / "both", tmp_path / "same") == set()
+    with pytest.raises(CacheError) as refused:
+        copy_features([FeatureCache.open(made / "ten")], FeatureCache.open(tmp_path / "ten.h5", "a"))
+    assert "\n" not in str(refused.value)
+
+
+def test_what_is_made_is_sound(made, tmp_path):
+    merge([made / "ten", made / "five"], tmp_path / "both")
+    convert(tmp_path / "both", tmp_path / "int8", {"clip": Encoding("int8"), "sam": Encoding("float16", "zstd")})
+    subset(tmp_path / "int8", tmp_path / "some", [14, 3, 0, 1, 2], part_size=2)
+    for name in ("both", "int8", "some"):
+        report = verify(tmp_path / name)
+        assert (report.problems, report.warnings) == ((), ())
+
+
+def test_where_no_file_can_have_two_names_they_are_copied(made, tmp_path, monkeypatch):
+    def link(path, new_path, really=os.link):
+        if Path(path).name.startswith("c."):
+            raise OSError(errno.EXDEV, "Invalid cross-device link")
+        really(path, new_path)
+
+    monkeypatch.setattr(os, "link", link)
+    merge([made / "ten"], tmp_path / "one")
+    assert differing(tmp_path / "one", made / "ten") == set()
+    name = "features/clip/feature_map/c.1.0.0"
+    assert inode(tmp_path / "one", name) != inode(made / "ten", name)
+
+
+def test_blocks_smaller_than_a_record_and_larger_than_a_part_copy_the_same(made, tmp_path, monkeypatch):
+    for block in (1, 100, 200):
+        monkeypatch.setattr(whole_parts, "_BLOCK", block)
+        copy(made / "ten", tmp_path / str(block))
+        assert differing(tmp_path / str(block), made / "ten") == set()
+
+
+@pytest.mark.parametrize("name", ["clip/feature_map/c.1.0.0", "dino/feature_map/c.1.0.0", "sam/scale/c.1.0"])
+@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
+def test_damage_is_found_on_the_way_and_its_part_stays_pending(made, tmp_path, name, how):
+    damaged = shutil.copytree(made / "ten", tmp_path / "damaged") / "features" / name
+    if how == "flipped":
+        data = bytearray(damaged.read_bytes())
+        data[10] ^= 4
+        damaged.write_bytes(data)
+    elif how == "cut":
+        os.truncate(damaged, 100)
+    else:
+        damaged.unlink()
+    with pytest.raises(CorruptPartError, match=rf"{name}\b.*drops part 1") as refused:
+        copy(tmp_path / "damaged", tmp_path / "copy")
+    assert "\n" not in str(refused.value)
+    assert 1 in FeatureCache.open(tmp_path / "copy").pending_parts([name.partition("/")[0]])
+    if how != "flipped":
+        with pytest.raises(CorruptPartError, match="drops part 1"):
+            merge([tmp_path / "damaged"], tmp_path / "linked")
+
+
+def test_what_is_none_of_the_pictures_is_refused(made, tmp_path):
+    ten = FeatureCache.open(made / "ten")
+    moved = ten.manifest.boxes_xyxy.copy()
+    moved[4] += 1
+    other = FeatureCache.create(tmp_path / "moved", replace(ten.manifest, boxes_xyxy=moved), SETS, PART_SIZE)
+    with pytest.raises(ProvenanceMismatchError, match=r"picture 3 \(row 3, 3.jpg\), region 1: box is"):
+        copy_features([ten], other)
+    renamed = replace(ten.manifest, categories=CATEGORIES[::-1])
+    with pytest.raises(ProvenanceMismatchError, match="categories differ"):
+        copy_features([ten], FeatureCache.create(tmp_path / "renamed", renamed, SETS, PART_SIZE))
+    sets = [replace(MAPS, provenance={"model": "ViT-B-16"})]
+    with pytest.raises(ProvenanceMismatchError, match=r"provenance\.model is 'ViT-L-14', asked for"):
+        copy_features([ten], FeatureCache.create(tmp_path / "backbone", ten.manifest, sets, PART_SIZE))
+
+
+@pytest.mark.parametrize(
+    ("ask", "told"),
+    [
+        (lambda made, out: merge([made / "ten", made / "ten"], out), "10 pictures are in more than one of them"),
+        (lambda made, out: merge([], out), "no cache was given"),
+        (lambda made, out: subset(made / "ten", out, [1, 10]), "there is no row 10: this cache has rows 0 to 9"),
+        (lambda made, out: subset(made / "ten", out, [1, 1]), r"image \d+ \(row 1\) is asked for more than once"),
+        (lambda made, out: subset(made / "ten", out, []), "holds no picture"),
+        (lambda made, out: subset(made / "ten", out, [1], part_size=0), "part_size is 0, expected 1 to 65536 images"),
+        (lambda made, out: merge([made / "ten"], out, part_size=0), "part_size is 0, expected 1 to 65536 images"),
+        (lambda made, out: convert(made / "ten", out, {"sma": Encoding("int8")}), "there is no feature set 'sma'"),
+        (lambda made, out: convert(made / "ten", out, {"sam": Encoding("int4")}), "dtype is 'int4', expected one of"),
+        (
+            lambda made, out: convert(made / "ten", out, {"sam": Encoding.parse("int8+gzip")}),
+            "one of them with [+]zstd",
+        ),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said_in_one_line_before_anything_is_made(made, tmp_path, ask, told):
+    with pytest.raises(InputError, match=told) as refused:
+        ask(made, tmp_path / "out")
+    assert "\n" not in str(refused.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_need_features(made, tmp_path):
+    FeatureCache.create(tmp_path / "empty", FeatureCache.open(made / "ten").manifest, [MAPS], PART_SIZE)
+    with pytest.raises(InputError, match="holds no features of clip yet"):
+        convert(tmp_path / "empty", tmp_path / "int8", {"clip": Encoding("int8")})
+
+
+def test_a_part_that_another_run_has_claimed_is_left_to_it(made, tmp_path):
+    ten = FeatureCache.open(made / "ten")
+    out = FeatureCache.create(tmp_path / "out", ten.manifest, SETS, PART_SIZE)
+    with Claims(out.storage) as other:
+        assert other.claim(1)
+        assert copy_features([ten], out).pending == 3
+    assert out.pending_parts() == [1]
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_a_whole_part_that_was_taken_over_meanwhile_gets_no_name(made, tmp_path, link):
+    ten = FeatureCache.open(made / "ten")
+    out = FeatureCache.create(tmp_path / "out", ten.manifest, SETS, PART_SIZE)
+
+    def taken_over():
+        raise CacheError("part 1 was taken over")
+
+    with pytest.raises(CacheError, match="taken over"):
+        whole_parts.commit_part(*(whole_parts.Place(cache, "sam", 1) for cache in (ten, out)), link, taken_over)
+    assert not list(tmp_path.rglob("c.1*[0-9]"))
+    assert out.pending_parts(["sam"]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("codes", [np.zeros((5, 8), np.float32), np.zeros((4, 8), np.float16)])
+def test_stored_features_of_another_form_are_refused(tmp_path, codes):
+    cache = FeatureCache.create(tmp_path / "c", manifest_of([0], 0), [MAPS])
+    with pytest.raises(InputError, match=r"clip, row 0: got stored .*, expected float16 \(5, 8\)"):
+        cache.write_part(0, [PictureFeatures(0, {"clip": Stored(codes)})])
+    too_much = Stored(np.zeros((5, 8), np.float16), np.zeros(5, np.float16))
+    with pytest.raises(InputError, match="got stored"):
+        cache.write_part(0, [PictureFeatures(0, {"clip": too_much})])
+
+
+def test_runs_killed_at_random_moments_go_on_to_the_same_bytes(made, tmp_path):
+    merge([made / "ten", made / "five"], tmp_path / "undisturbed", part_size=3)
+    whole = Manifest.concatenate([FeatureCache.open(made / name).manifest for name in ("ten", "five")])
+    FeatureCache.create(tmp_path / "killed", whole, SETS, part_size=3)
+    rng, kills = random.Random(0), 0
+    while kills < 6:
+        call = rng.randrange(1, 80)
+        pid = os.fork()
+        if not pid:
+            try:
+                left = [call]
+                for name in ("link", "replace", "rename", "fsync", "write", "unlink"):
+                    setattr(os, name, dying(getattr(os, name), left))
+                merge([made / "ten", made / "five"], tmp_path / "killed", part_size=3)
+                os._exit(0)
+            finally:
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(status) or not os.WEXITSTATUS(status), "the child failed by itself"
+        kills += os.WIFSIGNALED(status)
+        if not os.WIFSIGNALED(status):
+            break
+    assert kills > 2
+    merge([made / "ten", made / "five"], tmp_path / "killed", part_size=3)
+    FeatureCache.open(tmp_path / "killed", "a")  # removes what the killed ones left
+    assert differing(tmp_path / "killed", tmp_path / "undisturbed") == set()
+
+
+def dying(real, left):
+    def instead(*args, **kwargs):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args, **kwargs)
+
+    return instead

@@ -1,0 +1,458 @@
+"""A cache whose manifest grew: what was there stays, and the result is what would have been made at once."""
+
+import json
+import os
+import random
+import shutil
+import signal
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regionspot.cache import (
+    CacheError,
+    Category,
+    FeatureCache,
+    FeatureSet,
+    InputError,
+    Manifest,
+    PictureFeatures,
+    ProvenanceMismatchError,
+)
+from regionspot.cache.format.encodings import Statistics
+from regionspot.cache.format.header import Header
+from regionspot.cache.storage import folder_swap as exchange
+from regionspot.cache.tools.extend import extend
+from regionspot.cache.tools.merge_subset_convert import subset
+from regionspot.cache.tools.verify import verify
+from regionspot.cache.writing.claims import Claims
+
+PART_SIZE, BEFORE = 4, 10
+SETS = (
+    FeatureSet("clip", "map", (5, 8), provenance={"model": "ViT-L-14"}),
+    FeatureSet("dino", "map", (2, 2), "bfloat16", compression="zstd"),
+    FeatureSet("sam", "token", (6,), "int8", statistics=Statistics(np.zeros(6), np.ones(6))),
+)
+CATEGORIES = (Category(1, "star"), Category(2, "moon"))
+
+
+@pytest.fixture(scope="module")
+def grown():
+    """22 pictures; the largest of the first three parts has 64 regions, that of all of them 90."""
+    counts = np.array([2, 0, 1, 5, 60, 1, 3, 0, 3, 1, 0, 7, 80, 4, 0, 6, 2, 2, 1, 0, 9, 5])
+    regions, rng = int(counts.sum()), np.random.default_rng(0)
+    return Manifest(
+        dataset="toy",
+        split="train",
+        image_ids=rng.permutation(100)[: len(counts)],
+        paths=np.array([f"{row}.jpg" for row in range(len(counts))], dtype=np.dtypes.StringDType()),
+        heights=rng.integers(1, 2000, len(counts), dtype=np.int32),
+        widths=rng.integers(1, 2000, len(counts), dtype=np.int32),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        boxes_xyxy=rng.random((regions, 4), dtype=np.float32),
+        category_index=rng.integers(0, 2, regions, dtype=np.int32),
+        annotation_ids=np.arange(regions),
+        categories=CATEGORIES,
+        source={"files": {"toy_train.json": "c0ffee"}},
+    )
+
+
+def features_of(manifest, row):
+    """Features by the picture's id, so that they are the same in whatever row it stands."""
+    if manifest.image_ids[row] % 16 == 0:
+        return PictureFeatures(row, {}, "truncated JPEG")
+    rng = np.random.default_rng(int(manifest.image_ids[row]))
+    tokens = rng.standard_normal((int(manifest.region_count[row]), 6))
+    return PictureFeatures(row, {"clip": rng.random((5, 8)), "dino": rng.random((2, 2)), "sam": tokens})
+
+
+def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
+    cache = FeatureCache.open_or_create(path, manifest, sets, part_size)
+    for part in cache.pending_parts() if parts is None else parts:
+        cache.write_part(part, (features_of(cache.manifest, row) for row in cache.part_rows(part)))
+    return cache
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, grown):
+    """Folder of a cache of the first ten pictures, and of one that was made from all of them at once."""
+    folder = tmp_path_factory.mktemp("made")
+    assert (grown.image_ids[:BEFORE] % 16 == 0).any()
+    extract(folder / "before", grown.head(BEFORE))
+    extract(folder / "at_once", grown)
+    return folder
+
+
+def content(folder: Path):
+    """Every file's bytes; of the part records all but who wrote them and how long that took."""
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if name.startswith("parts/"):
+            record = json.loads(path.read_bytes()) if path.is_file() else {}
+            found[name] = {key: value for key, value in record.items() if key not in ("seconds", "crc32c", "worker")}
+        elif path.is_file():
+            found[name] = path.read_bytes()
+    return found
+
+
+def differing(folder, other):
+    one, two = content(folder), content(other)
+    return {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
+
+
+def test_a_cache_that_grew_equals_to_the_byte_one_that_was_made_at_once(made, grown, tmp_path):
+    path = shutil.copytree(made / "before", tmp_path / "c.zarr")
+    kept = path / "features/clip/feature_map/c.1.0.0"
+    inode = kept.stat().st_ino
+    extended = extend(path, grown)
+    assert (extended.pictures, extended.done, extended.pending) == (12, 2, 4)
+    assert extended.regions == len(grown.boxes_xyxy) - grown.offsets[BEFORE]
+    assert kept.stat().st_ino == inode, "a full part of maps is not written again"
+    cache = FeatureCache.open(path)
+    assert cache.geometry.capacity == 128, "tokens have more room than before"
+    assert cache.pending_parts() == [2, 3, 4, 5]
+    assert verify(path).problems == ()
+    extract(path, grown)
+    assert differing(path, made / "at_once") == set()
+    assert sorted(left.name for left in tmp_path.iterdir()) == ["c.zarr"]
+
+
+def test_what_was_extracted_is_read_as_before_and_the_rest_is_pending(made, grown, tmp_path):
+    path = shutil.copytree(made / "before", tmp_path / "c.zarr")
+    (path / "parts/dino/00000.json").unlink()
+    extend(path, grown)
+    cache, before = FeatureCache.open(path, check="always"), FeatureCache.open(made / "before")
+    assert cache.missing_sets(0) == ["dino"]
+    rows = before.valid_rows()[before.valid_rows() < 8]
+    assert cache.valid_rows(["clip", "sam"]).tolist() == rows.tolist()
+    now, then = (each.read(rows, map_set="clip") for each in (cache, before))
+    np.testing.assert_array_equal(now.feature_map, then.feature_map)
+    np.testing.assert_array_equal(now.tokens, then.tokens)
+    np.testing.assert_array_equal(now.token_scale, then.token_scale)
+    assert [failure.row for failure in cache.failures()] == [f.row for f in before.failures() if f.row < 8]
+
+
+def test_annotations_in_another_order_keep_the_order_of_the_cache(made, grown, tmp_path):
+    path = shutil.copytree(made / "before", tmp_path / "c.zarr")
+    shuffled = grown.select(np.random.default_rng(1).permutation(len(grown)))
+    extend(path, shuffled)
+    old, new = FeatureCache.open(made / "before").manifest, FeatureCache.open(path).manifest
+    assert new.head(BEFORE).digest() == old.digest()
+    came = [image_id for image_id in shuffled.image_ids.tolist() if image_id not in old.image_ids]
+    assert new.image_ids[BEFORE:].tolist() == came
+    extract(path, shuffled)  # annotations in any order go on with it
+    assert FeatureCache.open(path).pending_parts() == []
+
+
+def test_new_categories_come_at_the_end(made, grown, tmp_path):
+    path = shutil.copytree(made / "before", tmp_path / "c.zarr")
+    more = replace(grown, categories=(*CATEGORIES, Category(3, "sun")))
+    assert extend(path, more).pictures == 12
+    assert [category.name for category in FeatureCache.open(path).categories] == ["star", "moon", "sun"]
+
+
+def test_nothing_new_changes_nothing(made, grown, tmp_path):
+    path = shutil.copytree(made / "before", tmp_path / "c.zarr")
+    inode = path.stat().st_ino
+    extended = extend(path, grown.head(BEFORE))
+    assert (extended.pictures, extended.done, extended.pending) == (0, 3, 0)
+    assert path.stat().st_ino == inode
+    assert differing(path, made / "before") == set()
+
+
+def test_a_single_part_that_was_small_gets_the_usual_size(grown, tmp_path):
+    path = tmp_path / "c.zarr"
+    extract(path, grown.head(3), part_size=512)
+    assert FeatureCache.open(path).part_size == 3
+    extend(path, grown, part_size=16)
+    assert FeatureCache.open(path).part_size == 16
+
+
+def test_what_others_put_into_the_folder_is_kept(made, grown, tmp_path):
+    path = shutil.copytree(made / "before", tmp_path / "c.zarr")
+    (path / "features/clip/mean").mkdir()
+    (path / "features/clip/mean/zarr.json").write_text("{}")
+    (path / "notes.txt").write_text("mine")
+    root = json.loads((path / "zarr.json").read_text())
+    root["attributes"]["owner"] = "me"
+    (path / "zarr.json").write_text(json.dumps(root))
+    (path / "features/clip/feature_map/c.2.0.0.elsewhere-1.partial").write_text("half a part")
+    extend(path, grown)
+    assert (path / "notes.txt").read_text() == "mine"
+    assert (path / "features/clip/mean/zarr.json").read_text() == "{}"
+    assert json.loads((path / "zarr.json").read_text())["attributes"]["owner"] == "me"
+    assert not list(path.rglob("*.partial"))
+    assert len(FeatureCache.open(path)) == len(grown)
+
+
+def test_a_link_to_a_cache_stays_one(made, grown, tmp_path):
+    path = shutil.copytree(made / "before", tmp_path / "disk" / "c.zarr")
+    link = tmp_path / "c.zarr"
+    link.symlink_to(path)
+    extend(link, grown)
+    assert link.is_symlink()
+    assert len(FeatureCache.open(link)) == len(grown)
+
+
+def changed(manifest, column, place, value):
+    values = getattr(manifest, column).copy()
+    values[place] = value
+    return replace(manifest, **{column: values})
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda grown: grown.select(np.arange(1, len(grown))), "1 pictures that it holds are not there, the first"),
+        (lambda grown: changed(grown, "boxes_xyxy", (7, 2), 3), "(row 3, 3.jpg), region 4: box is ["),
+        (lambda grown: changed(grown, "widths", 9, 3), "(row 9, 9.jpg): width is"),
+        (lambda grown: changed(grown, "paths", 0, "a.jpg"), "(row 0, 0.jpg): path is '0.jpg', not 'a.jpg'"),
+        (lambda grown: changed(grown, "annotation_ids", 0, 77), "(row 0, 0.jpg), region 0: annotation id is 0, not 77"),
+        (lambda grown: replace(grown, split="val"), "it holds toy/train"),
+        (lambda grown: replace(grown, categories=CATEGORIES[::-1]), "new categories can only come at the end"),
+        (
+            lambda grown: replace(grown, scores=np.ones(len(grown.boxes_xyxy), np.float32)),
+            "only one of them has scores",
+        ),
+    ],
+)
+def test_annotations_that_are_not_the_same_and_more_are_refused_by_what_differs_first(
+    made, grown, tmp_path, change, told
+):
+    path = shutil.copytree(made / "before", tmp_path / "c.zarr")
+    with pytest.raises(ProvenanceMismatchError) as refused:
+        extend(path, change(grown))
+    assert told in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert differing(path, made / "before") == set()
+
+
+def test_a_cache_elsewhere_than_in_a_folder_is_refused(grown):
+    with pytest.raises(InputError, match="only a cache in a folder can grow"):
+        extend("memory://c.zarr", grown)
+
+
+def test_a_cache_that_another_run_is_working_on_is_refused(made, grown, tmp_path):
+    path = shutil.copytree(made / "before", tmp_path / "c.zarr")
+    cache = FeatureCache.open(path, "a")
+    with Claims(cache.storage) as other:
+        assert other.claim(1)
+        with pytest.raises(CacheError, match="is at work on"):
+            extend(path, grown)
+        assert differing(path, made / "before") <= {name for name in content(path) if name.startswith("claims/")}
+        extend(path, grown, take_over=True)
+        with pytest.raises(CacheError, match="was taken over"):
+            other.require_ours(1)
+    assert len(FeatureCache.open(path)) == len(grown)
+
+
+def test_a_run_that_opened_the_cache_before_it_grew_writes_nothing_into_it(made, grown, tmp_path):
+    path = shutil.copytree(made / "before", tmp_path / "c.zarr")
+    (path / "parts/clip/00002.json").unlink()
+    late, in_the_middle = FeatureCache.open(path, "a"), FeatureCache.open(path, "a")
+
+    def pictures(cache):
+        for row in cache.part_rows(2):
+            yield features_of(cache.manifest, row)
+            if row == 8:
+                extend(path, grown)
+
+    for cache in (in_the_middle, late):
+        with pytest.raises(CacheError, match="part 2 could not be written"):
+            cache.write_part(2, pictures(cache))
+    with pytest.raises(CacheError, match="could not be added: it grew"):
+        late._add(Header.of(late.manifest, [FeatureSet("more", "map", (2, 2))], PART_SIZE))
+    assert FeatureCache.open(path).pending_parts() == [2, 3, 4, 5]
+    extract(path, grown)
+    assert differing(path, made / "at_once") == set()
+
+
+WATCHED = ("link", "replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
+
+
+def in_child(function):
+    """Run `function` in a process of its own; whether it was killed. It has to succeed otherwise."""
+    pid = os.fork()
+    if not pid:
+        try:
+            function()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
+    return os.WIFSIGNALED(status)
+
+
+def watch(before_call):
+    """Have `before_call(name)` called before everything that changes a folder."""
+
+    def watched(name, real):
+        def instead(*args, **kwargs):
+            before_call(name)
+            return real(*args, **kwargs)
+
+        return instead
+
+    for name in WATCHED:
+        setattr(os, name, watched(name, getattr(os, name)))
+    exchange._exchange = watched("exchange", exchange._exchange)
+
+
+def calls_of(function, file):
+    """The calls of `function` that change a folder: each by its name and how many of that name came before."""
+
+    def traced():
+        with open(file, "w") as trace:
+            watch(lambda name: print(name, file=trace, flush=True))
+            function()
+
+    assert not in_child(traced)
+    names = file.read_text().split()
+    return [(name, names[:place].count(name)) for place, name in enumerate(names)]
+
+
+def killed_at(function, call):
+    """Run `function` in a process that is killed right before a call; whether it came to that."""
+    left = [call[1]]
+
+    def die(name):
+        if name == call[0]:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    def dying():
+        watch(die)
+        function()
+
+    return in_child(dying)
+
+
+@pytest.mark.parametrize("in_one_step", [True, False])
+def test_killed_at_any_moment_the_old_cache_or_the_new_one_has_the_name(
+    made, grown, tmp_path, monkeypatch, in_one_step
+):
+    if not in_one_step:
+        monkeypatch.setattr(exchange, "_exchange", lambda new, old: False)
+    path, extended = tmp_path / "c.zarr", shutil.copytree(made / "before", tmp_path / "extended")
+    calls = calls_of(lambda: extend(extended, grown), tmp_path / "trace")
+    before, after, at = content(made / "before"), content(extended), calls.index(("exchange", 0))
+    moments = [*random.Random(0).sample(range(at), 5 if in_one_step else 0), at, at + 1, at + 2, at + 3, at + 9]
+    found = []
+    for moment in moments:
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(made / "before", path)
+        assert killed_at(lambda: extend(path, grown), calls[moment])
+        if not path.exists():
+            with pytest.raises(CacheError, match=r"lies in .*c\.zarr\.replaced"):
+                FeatureCache.open(path)
+            FeatureCache.open_or_create(path, grown.head(BEFORE), SETS, PART_SIZE)
+            found.append("put back")
+        now = {name: value for name, value in content(path).items() if not name.startswith("claims/")}
+        assert now in (before, after), calls[moment]
+        found.append(len(FeatureCache.open(path)))
+    assert ("put back" in found) != in_one_step
+    assert {BEFORE, len(grown)} <= set(found)
+    extend(path, grown)
+    assert content(path) == after
+    FeatureCache.create(tmp_path / "c.zarr.other", grown, SETS)
+    extend(path, replace(grown, categories=(*CATEGORIES, Category(3, "sun"))))
+    assert {left.name for left in tmp_path.iterdir()} == {"c.zarr", "c.zarr.other", "extended", "trace"}
+
+
+# A limit is a choice of the run
+
+
+def test_a_cache_made_with_a_limit_grows_with_it_and_full_parts_are_not_made_again(grown, tmp_path):
+    kept: dict[Path, int] = {}
+    for pictures in (3, BEFORE, 14, None):
+        made = extract(tmp_path / "c.zarr", grown.head(pictures))
+        assert {path: path.stat().st_ino for path in kept} == kept
+        full = [part for part in range(made.n_parts) if len(made.part_rows(part)) == PART_SIZE]
+        kept = {
+            path: path.stat().st_ino
+            for part in full
+            for path in [made.path / f"features/clip/feature_map/c.{part}.0.0"]
+        }
+    assert len(kept) == len(grown) // PART_SIZE
+    extract(tmp_path / "at_once", grown)
+    assert differing(tmp_path / "c.zarr", tmp_path / "at_once") == set()
+    assert verify(tmp_path / "c.zarr").problems == ()
+
+
+def test_a_run_with_a_limit_joins_a_cache_of_more_images(grown, tmp_path):
+    extract(tmp_path / "c.zarr", grown)
+    before = content(tmp_path / "c.zarr")
+    cache = FeatureCache.open_or_create(tmp_path / "c.zarr", grown.head(5), SETS, PART_SIZE)
+    assert len(cache) == len(grown)
+    assert content(tmp_path / "c.zarr") == before
+
+
+def test_a_cache_that_may_not_grow_is_taken_as_it_is(grown, tmp_path):
+    extract(tmp_path / "c.zarr", grown.head(5))
+    assert len(FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE, may_grow=False)) == 5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda whole: replace(whole, source={"files": {"boxes.json": "another"}}),
+        lambda whole: replace(whole, source={}),
+        lambda whole: replace(whole, boxes_xyxy=whole.boxes_xyxy + 1),
+        lambda whole: replace(whole, split="val"),
+        lambda whole: replace(whole, categories=(*whole.categories, Category(99, "new"))),
+    ],
+)
+def test_annotations_that_differ_by_more_than_a_limit_are_refused_and_nothing_grows(grown, tmp_path, change):
+    extract(tmp_path / "c.zarr", grown.head(5))
+    before = content(tmp_path / "c.zarr")
+    with pytest.raises(ProvenanceMismatchError):
+        FeatureCache.open_or_create(tmp_path / "c.zarr", change(grown), SETS, PART_SIZE)
+    assert content(tmp_path / "c.zarr") == before
+
+
+def test_features_made_otherwise_are_refused_before_the_cache_grows(grown, tmp_path):
+    extract(tmp_path / "c.zarr", grown.head(5))
+    before = content(tmp_path / "c.zarr")
+    other = replace(SETS[0], provenance={**SETS[0].provenance, "dtype": "other"})
+    with pytest.raises(ProvenanceMismatchError, match="was made otherwise"):
+        FeatureCache.open_or_create(tmp_path / "c.zarr", grown, [other, *SETS[1:]], PART_SIZE)
+    assert content(tmp_path / "c.zarr") == before
+
+
+def test_a_cut_cache_does_not_grow_to_the_annotations_it_was_cut_from(grown, tmp_path):
+    extract(tmp_path / "whole", grown)
+    subset(tmp_path / "whole", tmp_path / "cut", [0, 1, 2])
+    assert len(FeatureCache.open_or_create(tmp_path / "cut", grown, SETS, PART_SIZE)) == 3
+
+
+def test_a_cache_that_another_run_is_at_work_on_does_not_grow(grown, tmp_path):
+    cache = extract(tmp_path / "c.zarr", grown.head(5), parts=[0])
+    with Claims(cache.storage) as claims:
+        claims.claim(1)
+        with pytest.raises(CacheError, match="is at work on part 1"):
+            FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE)
+    assert len(FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE)) == len(grown)
+
+
+def test_two_runs_that_let_a_cache_grow_at_once_both_go_on(grown, tmp_path):
+    extract(tmp_path / "c.zarr", grown.head(5))
+
+    def opened(_):
+        return len(FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(opened, range(4))) == [len(grown)] * 4
+    assert verify(tmp_path / "c.zarr").problems == ()
+
+
+def test_a_cache_in_an_object_store_cannot_grow_and_says_what_to_do(grown, s3):
+    extract(f"{s3}/c.zarr", grown.head(5))
+    with pytest.raises(InputError, match=r"holds 5 of the 22 images asked for.* give that limit or another cache"):
+        FeatureCache.open_or_create(f"{s3}/c.zarr", grown, SETS, PART_SIZE)
+    assert len(FeatureCache.open_or_create(f"{s3}/c.zarr", grown.head(3), SETS, PART_SIZE)) == 5

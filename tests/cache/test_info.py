@@ -1,0 +1,192 @@
+"""What a cache says of itself, in words, in JSON and a line a picture."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regionspot.cache import Category, CorruptPartError, FeatureCache, FeatureSet, InputError, Manifest, PictureFeatures
+from regionspot.cache.tools.info import describe_cache, size_text
+from regionspot.cache.tools.listing import list_pictures
+from regionspot.pipeline.reporting.run_summary import ExtractSummary, RunRecord
+from regionspot.pipeline.reporting.summary_page import publish
+
+MAPS = FeatureSet(
+    "clip",
+    "map",
+    (5, 8),
+    provenance={
+        "model": "ViT-L-14",
+        "weights_sha256": "ab" * 32,
+        "weights_origin": "official",
+        "resize": "bilinear to 224 x 224",
+        "dtype": "float32",
+        "mean": [0.5, 0.25],
+        "versions": {"torch": "2.15.0"},
+    },
+)
+TOKENS = FeatureSet("sam", "token", (6,), provenance={"model": "vit_b"})
+REGIONS = [2, 0, 3, 1, 4, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Seven pictures in three parts: the maps of two are written, two of these failed; the tokens of none are."""
+    manifest = Manifest(
+        dataset="lvis",
+        split="val",
+        image_ids=np.arange(7) * 11,
+        paths=np.array([f"val/{row}.jpg" for row in range(7)], dtype=np.dtypes.StringDType()),
+        heights=np.full(7, 480, np.int32),
+        widths=np.full(7, 640, np.int32),
+        offsets=np.concatenate([[0], np.cumsum(REGIONS)]).astype(np.int64),
+        boxes_xyxy=np.ones((13, 4), np.float32),
+        category_index=np.zeros(13, np.int32),
+        annotation_ids=np.arange(13),
+        categories=(Category(1, "cup"),),
+        source={"files": {"lvis_v1_val.json": "c0ffee" * 10}},
+        report={"boxes_without_area": 3, "crowd": 0},
+    )
+    made = FeatureCache.create(tmp_path_factory.mktemp("made") / "a.zarr", manifest, [MAPS, TOKENS], part_size=3)
+    for part in (0, 1):
+        made.write_part(part, (picture(row) for row in made.part_rows(part)), ["clip"], worker="gpu1:7")
+    return made.path
+
+
+@pytest.fixture
+def cache(made, tmp_path) -> FeatureCache:
+    return FeatureCache.open(shutil.copytree(made, tmp_path / "a.zarr"), "a")
+
+
+def picture(row: int) -> PictureFeatures:
+    failures = {1: "/photos/val/1.jpg: has 71 bytes too few", 4: "/photos/val/4.jpg: has 9 bytes too few"}
+    if row in failures:
+        return PictureFeatures(row, {}, failures[row])
+    return PictureFeatures(row, {"clip": np.full((5, 8), row, np.float16), "sam": np.ones((REGIONS[row], 6))})
+
+
+def test_it_counts_parts_sizes_and_pictures_of_each_feature_set(cache):
+    maps, tokens = describe_cache(cache).feature_sets
+    on_disk = sum(path.stat().st_size for path in cache.path.glob("features/clip/*/c.*"))
+    assert (maps.parts, maps.pending, maps.pictures, maps.bytes) == (2, 1, 4, on_disk)
+    assert maps.bytes_as_float16 == 4 * 5 * 8 * 2
+    assert maps.writers == {"gpu1:7": 2}
+    assert (tokens.parts, tokens.pending, tokens.bytes) == (0, 3, 0)
+
+
+def test_equal_troubles_count_together_whatever_the_path_and_the_numbers(cache):
+    info = describe_cache(cache)
+    assert (info.failed, info.failures) == (2, {"has N bytes too few": 2})
+
+
+def test_a_picture_that_failed_in_two_sets_counts_once(cache):
+    cache.write_part(0, (picture(row) for row in cache.part_rows(0)), ["sam"])
+    assert describe_cache(cache).failed == 2
+
+
+def test_the_text_tells_what_a_person_asks(cache):
+    text = describe_cache(cache).text()
+    for words in (
+        f"{cache.path}: lvis val",
+        "7 in 3 parts of 3",
+        "lvis_v1_val.json (c0ffeec0ffee)",
+        "boxes without area 3",
+        "clip: a map of 5 x 8 a picture, float16",
+        "sam: a token of 6 numbers a region, float16",
+        "2 of 3; 1 pending",
+        "ViT-L-14, weights abababababab (official), computed in float32",
+        "mean 0.5 0.25",
+        "torch 2.15.0",
+        "gpu1:7 (2)",
+        "2 of 7 pictures could not be read:\n  2  has N bytes too few",
+    ):
+        assert words in text
+    assert "crowd" not in text
+    assert max(map(len, text.splitlines())) < 160
+
+
+def test_an_encoding_that_saves_disk_says_how_much(cache, tmp_path):
+    maps = FeatureSet("clip", "map", (5, 8), "float16", compression="zstd")
+    small = FeatureCache.create(tmp_path / "small.zarr", cache.manifest, [maps], part_size=7)
+    small.write_part(0, [PictureFeatures(row, {"clip": np.zeros((5, 8))}) for row in range(7)])
+    text = describe_cache(small).text()
+    assert "clip: a map of 5 x 8 a picture, float16, zstd" in text
+    assert "of what float16 takes" in text
+
+
+def test_the_json_holds_all_of_it(cache):
+    words = json.loads(json.dumps(describe_cache(cache).as_json()))
+    assert (words["schema"], words["pictures"], words["failed"]) == (1, 7, 2)
+    assert [each["name"] for each in words["feature_sets"]] == ["clip", "sam"]
+    assert words["feature_sets"][0]["provenance"]["weights_sha256"] == "ab" * 32
+    assert (words["rate"], words["last_run"]) == (0, None)
+
+
+def ran(cache, started, pictures, seconds):
+    summary = ExtractSummary(pictures, 0, 1, 0, 0, 0, seconds, {})
+    run = RunRecord(started, "gpu1:7", "complete", {}, {}, {}, summary)
+    publish(cache, run)
+
+
+def test_the_rate_is_that_of_the_last_run_and_not_of_the_parts_each_by_itself(cache):
+    assert "pictures/s" not in describe_cache(cache).text()
+    ran(cache, "2026-01-02T03:04:05+00:00", 3, 100.0)
+    ran(cache, "2026-01-03T03:04:05+00:00", 3, 1.5)
+    ran(cache, "2026-01-04T03:04:05+00:00", 0, 0.5)  # found nothing to do
+    cache.storage.write("runs/notes.json", b"[]")
+    info = describe_cache(cache)
+    assert info.rate == 2
+    words = info.as_json()
+    assert (words["rate"], [each["rate"] for each in words["feature_sets"]]) == (2, [2, 0])
+    assert "last run    3 pictures in 2s, 2 pictures/s; by gpu1:7, begun 2026-01-03 03:04 UTC" in info.text()
+    assert "2 of 3; 1 pending, 2s at the last run's rate" in info.text()
+
+
+def test_a_damaged_record_is_named_with_the_mend(cache):
+    record = cache.path / "parts" / "clip" / "00001.json"
+    record.write_text(record.read_text().replace("gpu1", "gpu2"))
+    with pytest.raises(CorruptPartError, match=r"00001\.json.* repair"):
+        describe_cache(cache)
+
+
+def test_every_picture_has_a_line_with_its_state(cache):
+    cache.write_part(0, (picture(row) for row in cache.part_rows(0)), ["sam"])
+    lines = list(list_pictures(cache))
+    assert len(lines) == 7
+    assert lines[0].split() == ["0", "0", "640", "x", "480", "2", "regions", "val/0.jpg", "done"]
+    assert lines[1].endswith("val/1.jpg  failed: has 71 bytes too few")
+    assert lines[3].endswith("pending: sam")
+    assert lines[6].endswith("pending: clip, sam")
+    assert len({line.index("regions") for line in lines}) == 1
+
+
+def test_the_list_can_be_cut_to_states_and_a_number(cache):
+    assert [line.split()[0] for line in list_pictures(cache, ["failed"])] == ["1", "4"]
+    assert [line.split()[0] for line in list_pictures(cache, ["pending"], limit=2)] == ["0", "2"]
+    assert not list(list_pictures(cache, ["done"]))
+
+
+def test_a_state_or_limit_that_is_none_is_refused(cache):
+    with pytest.raises(InputError, match="done, failed, pending; asked for broken"):
+        list_pictures(cache, ["broken"])
+    with pytest.raises(InputError, match="expected at least 1"):
+        list_pictures(cache, limit=0)
+
+
+def test_the_list_begins_before_the_last_part_is_looked_at(cache, monkeypatch):
+    looked = []
+    monkeypatch.setattr(
+        cache, "record", lambda part, name: looked.append(part) or FeatureCache.record(cache, part, name)
+    )
+    assert next(list_pictures(cache)).split()[0] == "0"
+    assert looked == [0]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (999, "999 B"), (4880, "4.88 kB"), (999_900, "1 MB"), (349e9, "349 GB"), (2e15, "2 PB")],
+)
+def test_sizes_are_told_as_on_disks(size, text):
+    assert size_text(size) == text

@@ -1,0 +1,120 @@
+"""Several writers at work on one cache, killed by SIGKILL at any moment: nothing committed is lost, all ends equal.
+
+Each writer dies at a call to the system that is drawn for it, in the middle of it where it is a write, or at a moment
+that the parent draws, or lives and finishes what the others left. They begin with no cache at all, so they also die,
+and get in each other's way, while it is made.
+"""
+
+import faulthandler
+import os
+import random
+import signal
+import time
+import traceback
+from collections import Counter
+
+import pytest
+
+from regionspot.cache.tools.verify import verify
+
+WRITERS = 3
+SYSTEM_CALLS = ("open", "write", "fsync", "replace", "rename", "link", "unlink")
+LAST_CALL = 700  # a writer that does all of the cache alone makes about so many
+LAST_SECOND = 0.4
+
+
+def forked(function):
+    """Start `function` in a process of its own, which never comes back into pytest."""
+    pid = os.fork()
+    if not pid:
+        try:
+            faulthandler.dump_traceback_later(100, exit=True)  # a child that hangs shall not hang the tests
+            function()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(1)
+    return pid
+
+
+def die_at(call):
+    """From now on this process lives for so many calls to the system."""
+    left, os_write = [call], os.write
+
+    def counted(real):
+        def instead(*args, **kwargs):
+            left[0] -= 1
+            if not left[0]:
+                if real is os_write:
+                    os_write(args[0], args[1][: len(args[1]) // 2])
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*args, **kwargs)
+
+        return instead
+
+    for name in SYSTEM_CALLS:
+        setattr(os, name, counted(getattr(os, name)))
+
+
+def writer(small, path, call, pause):
+    """A run of `extract` that dies at its n-th call; at none for 0."""
+
+    def run():
+        if call:
+            die_at(call)
+        small.extract(path, at_picture=lambda: time.sleep(pause))
+
+    return run
+
+
+def one_round(small, path, rng):
+    """Let writers loose on a cache together; how many were killed and whether one finished all of it."""
+    plans = [(rng.choice(("call", "time", "time", "lives")), rng.randrange(1, LAST_CALL)) for _ in range(WRITERS)]
+    pids = [forked(writer(small, path, call if how == "call" else 0, rng.choice((0, 0, 0.003)))) for how, call in plans]
+    begun = time.monotonic()
+    moments = sorted(
+        (rng.uniform(0, LAST_SECOND), pid) for pid, (how, _) in zip(pids, plans, strict=True) if how == "time"
+    )
+    for moment, pid in moments:
+        time.sleep(max(begun + moment - time.monotonic(), 0))
+        os.kill(pid, signal.SIGKILL)  # nobody has asked for it yet, so the id is still its own
+    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
+    assert all(os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0 for status in statuses), (
+        "a writer failed by itself"
+    )
+    return sum(map(os.WIFSIGNALED, statuses)), any(map(os.WIFEXITED, statuses))
+
+
+def stress(small, small_folder, tmp_path, seed, kills):
+    """Caches made by writers of which so many are killed; counts of what was seen."""
+    rng, counts, right = random.Random(seed), Counter(), small.content(small_folder / "full")
+    while counts["kills"] < kills:
+        path = tmp_path / f"{counts['caches']}.zarr"
+        finished = False
+        while not finished:
+            killed, finished = one_round(small, path, rng)
+            counts["kills"] += killed
+            if path.exists():
+                report = verify(path)
+                assert report.sound, report.text()
+                counts["committed parts verified"] += report.parts
+                assert not (finished and report.pending)
+            counts["rounds"] += 1
+        small.extract(path)  # finds nothing to do, and tidies up
+        assert small.content(path) == right
+        counts["caches"] += 1
+    return counts
+
+
+def test_writers_killed_at_any_moment_lose_nothing_and_end_with_the_same_bytes(small, small_folder, tmp_path):
+    assert stress(small, small_folder, tmp_path, 0, 12)["caches"] >= 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("seed", range(1, 9))
+def test_writers_killed_at_any_moment_in_full(small, small_folder, tmp_path, seed, stress_result, stress_size):
+    started = time.monotonic()
+    counts = stress(small, small_folder, tmp_path, seed, stress_size(125))
+    stress_result(seeds=[seed], seconds=time.monotonic() - started, lost=0, **counts)

@@ -1,0 +1,400 @@
+"""Local copies of remote caches: as fast as a disk, as current as the store, never larger than allowed."""
+
+import contextlib
+import logging
+import os
+import pickle
+import resource
+import signal
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regionspot.cache import (
+    CacheError,
+    Category,
+    CorruptPartError,
+    FeatureCache,
+    FeatureSet,
+    InputError,
+    Manifest,
+    PictureFeatures,
+)
+from regionspot.cache.storage.base import LocalStorage, open_storage
+from regionspot.cache.storage.local_mirror import parse_bytes, with_local_copy
+from regionspot.cache.storage.lru_folder import CopyFolder
+from regionspot.cache.storage.remote import RemoteStorage
+
+MAPS = FeatureSet("clip", "map", (5, 8))
+SHARD = "features/clip/feature_map/c.{}.0.0"
+PLENTY = 10**9
+
+
+def manifest_of(pictures):
+    return Manifest(
+        dataset="toy",
+        split="train",
+        image_ids=np.arange(pictures),
+        paths=np.array([f"{row}.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
+        heights=np.full(pictures, 32, np.int32),
+        widths=np.full(pictures, 32, np.int32),
+        offsets=np.arange(pictures + 1, dtype=np.int64),
+        boxes_xyxy=np.tile(np.float32([1, 2, 3, 4]), (pictures, 1)),
+        category_index=np.zeros(pictures, np.int32),
+        annotation_ids=np.arange(pictures),
+        categories=(Category(1, "cat"),),
+    )
+
+
+def map_of(row, seed=0):
+    return np.random.default_rng([seed, row]).standard_normal((5, 8)).astype(np.float16)
+
+
+def write_part(cache, part, seed=0):
+    rows = cache.part_rows(part)
+    cache.write_part(part, [PictureFeatures(row, {"clip": map_of(row, seed)}) for row in rows])
+
+
+def require_maps(cache, seeds):
+    """Part by part, the features made with these seeds."""
+    for part, seed in enumerate(seeds):
+        rows = list(cache.part_rows(part))
+        np.testing.assert_array_equal(cache.read(rows).feature_map, [map_of(row, seed) for row in rows])
+
+
+@pytest.fixture
+def address(s3):
+    """A remote cache of two parts of two pictures."""
+    cache = FeatureCache.create(f"{s3}/toy.zarr", manifest_of(4), [MAPS], part_size=2)
+    for part in (0, 1):
+        write_part(cache, part)
+    return cache.path
+
+
+@pytest.fixture
+def bucket(s3):
+    """A remote storage with four shards of 1000 bytes, of the bytes 0 to 3, and no cache around them."""
+    storage = open_storage(f"{s3}/raw.zarr")
+    for number in range(4):
+        storage.write(SHARD.format(number), bytes([number]) * 1000)
+    return storage
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How often each file was read from a store, by name, in this process."""
+    counts = Counter()
+    for method in ("read", "read_range"):
+        for kind in RemoteStorage.__subclasses__():
+            original = getattr(kind, method)
+
+            def counted(self, name, *args, original=original, **options):
+                counts[name] += 1
+                return original(self, name, *args, **options)
+
+            monkeypatch.setattr(kind, method, counted)
+    return counts
+
+
+def shards_in(folder):
+    return sorted(path.name.partition("@")[0] for path in folder.rglob("features/*/*/c.*.0.0@*"))
+
+
+def opened(address, folder, limit=PLENTY):
+    return FeatureCache.open(with_local_copy(open_storage(address), folder, limit))
+
+
+def test_a_second_pass_and_a_second_opening_read_nothing_from_the_store(address, tmp_path, asked):
+    for _ in range(2):
+        cache = opened(address, tmp_path)
+        assert cache.valid_rows().tolist() == [0, 1, 2, 3]
+        require_maps(cache, [0, 0])
+        require_maps(cache, [0, 0])
+    assert asked[SHARD.format(0)] == asked[SHARD.format(1)] == 1
+    assert asked["parts/clip/00000.json"] == asked["images/id/c.0"] == asked["zarr.json"] == 1
+
+
+def test_what_was_replaced_in_the_store_is_read_anew_and_never_out_of_date(address, tmp_path):
+    require_maps(opened(address, tmp_path), [0, 0])
+    writer = FeatureCache.open(address, "a")
+    writer.storage.remove("parts/clip/00001.json")
+    again = opened(address, tmp_path)
+    assert again.valid_rows().tolist() == [0, 1]
+    write_part(writer, 1, seed=7)  # files of just the same sizes
+    require_maps(opened(address, tmp_path), [0, 7])
+
+
+def test_a_cache_is_extracted_through_a_copy_that_sees_what_it_writes(address, tmp_path):
+    cache = FeatureCache.open(with_local_copy(open_storage(address), tmp_path, PLENTY), "a")
+    require_maps(cache, [0, 0])
+    cache.storage.remove("parts/clip/00001.json")
+    assert cache.pending_parts() == [1]
+    write_part(cache, 1, seed=3)
+    require_maps(FeatureCache.open(cache.storage), [0, 3])
+
+
+def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_is_told(address, tmp_path):
+    require_maps(opened(address, tmp_path), [0, 0])
+    for path in [path for path in tmp_path.rglob("*@*") if path.is_file()]:  # every single file of the copy
+        data = bytearray(path.read_bytes())
+        data[len(data) // 3] ^= 4
+        path.write_bytes(data)
+    require_maps(opened(address, tmp_path), [0, 0])
+    require_maps(opened(address, tmp_path), [0, 0])
+    storage = open_storage(address)
+    data = bytearray(storage.read(SHARD.format(1)))
+    data[7] ^= 4
+    storage.write(SHARD.format(1), bytes(data))
+    with pytest.raises(CorruptPartError, match="does not match its checksum"):
+        require_maps(opened(address, tmp_path), [0, 0])
+
+
+def test_a_shard_that_makes_room_right_before_it_is_opened_is_fetched_again(address, tmp_path, monkeypatch):
+    cache = opened(address, tmp_path)
+    local_path, left = cache.storage.local_path, [2]
+
+    def too_late(name):
+        path = local_path(name)
+        if left and left.pop():
+            path.unlink()
+        return path
+
+    monkeypatch.setattr(cache.storage, "local_path", too_late)
+    require_maps(cache, [0, 0])
+
+
+def test_the_least_recently_used_shard_goes_first_whichever_cache_it_is_of(bucket, s3, tmp_path):
+    other = open_storage(f"{s3}/other.zarr")
+    other.write(SHARD.format(9), b"9" * 1000)
+    mine = [tmp_path / name for name in ("photo.jpg", "thesis@home/features/x@1", "features/c.0.0.0.partial")]
+    for path in mine:  # of somebody who keeps more than copies in this folder
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_bytes(bytes(3000))
+    copy, other_copy = (with_local_copy(each, tmp_path, 2500) for each in (bucket, other))
+    for number in (0, 1, 0):
+        assert copy.local_path(SHARD.format(number)).read_bytes() == bytes([number]) * 1000
+    assert other_copy.local_path(SHARD.format(9)).read_bytes() == b"9" * 1000
+    assert shards_in(tmp_path) == ["c.0.0.0", "c.9.0.0"]
+    assert copy.read(SHARD.format(2)) == bytes([2]) * 1000
+    assert shards_in(tmp_path) == ["c.2.0.0", "c.9.0.0"]
+    assert all(path.exists() for path in mine)
+
+
+def test_many_threads_never_pass_the_limit_and_read_what_is_there(bucket, tmp_path):
+    copy, largest = with_local_copy(bucket, tmp_path, 2500), [0]
+    done = threading.Event()
+
+    def watch():
+        while not done.wait(0.002):
+            sizes = {}  # by file, for it may get its name between two looks
+            with copy._copies._room():  # nobody takes room meanwhile
+                for path in tmp_path.rglob("*@*"):
+                    with contextlib.suppress(FileNotFoundError):
+                        sizes[path.stat().st_ino] = path.stat().st_size
+            largest[0] = max(largest[0], sum(sizes.values()))
+
+    def read(number):
+        out = bytearray(10)
+        copy.read_into(SHARD.format(number % 4), 500, memoryview(out))
+        return bytes(out) == bytes([number % 4]) * 10
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(read, range(60)))
+    done.set()
+    watcher.join()
+    assert 0 < largest[0] <= 2500
+
+
+def test_what_is_being_fetched_is_never_removed_to_make_room(bucket, tmp_path, monkeypatch):
+    copy = with_local_copy(bucket, tmp_path, 1500)
+    download, begun, go_on = type(bucket).download, threading.Event(), threading.Event()
+
+    def slow(self, name, version, fd):
+        if name == SHARD.format(0):
+            begun.set()
+            go_on.wait()
+        download(self, name, version, fd)
+
+    monkeypatch.setattr(type(bucket), "download", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(copy.read, SHARD.format(0))
+        begun.wait()
+        second = pool.submit(copy.read, SHARD.format(1))
+        time.sleep(0.3)
+        assert not second.done()  # it waits for the room that the first has taken
+        go_on.set()
+        assert first.result() == bytes(1000)
+        assert second.result() == b"\1" * 1000
+
+
+def test_a_limit_below_one_part_is_refused_in_one_line(address, tmp_path):
+    cache = opened(address, tmp_path, limit=190)
+    with pytest.raises(
+        CacheError, match=r"a limit of 190 bytes is less than one part, the 196 of .*/c\.0\.0\.0"
+    ) as caught:
+        cache.read([0])
+    assert "\n" not in str(caught.value)
+
+
+def test_threads_and_forked_processes_that_want_one_shard_fetch_it_once(bucket, tmp_path, monkeypatch):
+    log = tmp_path / "downloads"
+    download = RemoteStorage.download
+
+    def logged(self, name, version, fd):
+        with log.open("a") as file:
+            file.write(f"{name}\n")
+        time.sleep(0.3)  # so that all of them come while it is on its way
+        download(self, name, version, fd)
+
+    monkeypatch.setattr(RemoteStorage, "download", logged)
+    copy, expected = with_local_copy(bucket, tmp_path / "copy", PLENTY), bytes([2]) * 1000
+
+    def read_all():
+        with ThreadPoolExecutor(3) as pool:
+            return all(data == expected for data in pool.map(copy.read, [SHARD.format(2)] * 3))
+
+    children = [_fork(read_all) for _ in range(2)]
+    assert read_all()
+    assert [_exit_code(child) for child in children] == [0, 0]
+    assert log.read_text().splitlines() == [SHARD.format(2)]
+    assert list((tmp_path / "copy").rglob("*.partial")) == []
+
+
+def _fork(work):
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(0 if work() else 1)
+        finally:
+            os._exit(1)  # whatever it raised
+    return child
+
+
+def _exit_code(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_fetch_killed_halfway_leaves_nothing_wrong(bucket, tmp_path, monkeypatch):
+    copy = with_local_copy(bucket, tmp_path, 2500)
+
+    def die(self, name, version, fd):
+        os.pwrite(fd, b"half", 0)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteStorage, "download", die)
+        killed = [_fork(lambda number=number: copy.read(SHARD.format(number))) for number in (0, 1)]
+        assert [_exit_code(child) for child in killed] == [-signal.SIGKILL] * 2
+    assert len(list(tmp_path.rglob("*.partial"))) == 2
+    assert copy.read(SHARD.format(0)) == bytes(1000)  # in the place of the killed one
+    assert copy.read(SHARD.format(3)) == bytes([3]) * 1000  # the other one's remains make room for it
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
+def test_a_fork_while_a_thread_fetches_neither_blocks_the_child_nor_the_parent(bucket, tmp_path, monkeypatch):
+    download, begun, go_on = RemoteStorage.download, threading.Event(), threading.Event()
+    copy, parent = with_local_copy(bucket, tmp_path, PLENTY), os.getpid()
+
+    def slow(self, name, version, fd):
+        if os.getpid() == parent:
+            begun.set()
+            go_on.wait()
+        download(self, name, version, fd)
+
+    monkeypatch.setattr(RemoteStorage, "download", slow)
+    with ThreadPoolExecutor(1) as pool:
+        fetching = pool.submit(copy.read, SHARD.format(0))
+        begun.wait()
+        child = _fork(lambda: copy.read(SHARD.format(0)) + copy.read(SHARD.format(1)) == bytes(1000) + b"\1" * 1000)
+        time.sleep(0.5)  # the child waits for the file by now, or makes its connections yet
+        go_on.set()
+        assert fetching.result() == bytes(1000)
+    assert _exit_code(child) == 0
+
+
+def test_a_full_disk_is_told_once_and_the_rest_is_read_from_the_store(address, tmp_path, caplog):
+    cache = opened(address, tmp_path)
+    require_maps(cache, [0])
+    allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, allowed[1]))  # the kernel refuses to make any file longer
+    try:
+        with caplog.at_level(logging.WARNING):
+            require_maps(cache, [0, 0])
+            assert cache.storage.read("features/clip/crc32c/c.1")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
+    told = [record.getMessage() for record in caplog.records if record.name == "regionspot.cache.storage.local_mirror"]
+    assert len(told) == 1
+    assert "takes no more copies: File too large; the rest is read from s3://" in told[0]
+    assert shards_in(tmp_path) == ["c.0.0.0"]
+    assert list(tmp_path.rglob("*.partial")) == []
+
+
+def test_a_pickled_copy_goes_on_with_the_same_folder(address, tmp_path, asked):
+    cache = opened(address, tmp_path)
+    require_maps(cache, [0, 0])
+    storage = pickle.loads(pickle.dumps(cache.storage))
+    require_maps(FeatureCache.open(storage), [0, 0])
+    assert asked[SHARD.format(0)] == 1
+
+
+def test_claims_and_other_living_files_are_never_kept(bucket, tmp_path):
+    copy = with_local_copy(bucket, tmp_path, PLENTY)
+    assert copy.write_new("claims/00001.json", b"mine")
+    assert not copy.write_new("claims/00001.json", b"yours")
+    bucket.write("claims/00001.json", b"taken over")
+    assert copy.read("claims/00001.json") == b"taken over"
+    assert copy.names("claims") == ["00001.json"]
+    assert [path for path in tmp_path.rglob("*") if "claims" in path.parts] == []
+
+
+def test_a_fetch_that_fails_leaves_the_folder_as_it_was(bucket, tmp_path):
+    folder = CopyFolder(tmp_path, PLENTY)
+
+    def fail(fd):
+        os.write(fd, b"half")
+        raise OSError("the line is cut")
+
+    with pytest.raises(OSError, match="the line is cut"):
+        folder.fetch("toy/b@0123456789abcdef", 4, fail, True)
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == [".room"]
+    assert folder.fetch("toy/b@0123456789abcdef", 4, lambda fd: os.write(fd, b"full"), True).read_bytes() == b"full"
+
+
+def test_only_remote_storages_are_copied(tmp_path):
+    storage = LocalStorage(tmp_path)
+    assert with_local_copy(storage, tmp_path / "copy", 10) is storage
+
+
+def test_a_folder_that_cannot_hold_a_copy_is_refused_in_one_line(bucket, tmp_path):
+    Path(tmp_path, "file").write_text("in the way")
+    with pytest.raises(InputError, match=r"cannot hold a local copy: .*; give a folder where you may write"):
+        with_local_copy(bucket, tmp_path / "file", PLENTY)
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("500GB", 500 * 10**9),
+        ("1.5 TB", 1500 * 10**9),
+        ("64GiB", 64 << 30),
+        ("7k", 7000),
+        ("12", 12),
+        ("2e9", 2 * 10**9),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "5 parsec", "1.2.3GB", "5iB"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(InputError, match="write it as 500GB"):
+        parse_bytes(text)

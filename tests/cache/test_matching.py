@@ -1,0 +1,109 @@
+"""Manifests side by side and one after another: which pictures they share, what differs, what cannot be joined."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from regionspot.cache import Category, InputError, Manifest, Ragged
+from regionspot.cache.format.manifest_diff import first_difference, in_order_of, rows_by_id
+
+CATEGORIES = (Category(1, "star"), Category(2, "moon"))
+
+
+def manifest_of(ids, seed=0, **changes):
+    rng = np.random.default_rng(seed)
+    counts = rng.integers(0, 4, len(ids))
+    regions = int(counts.sum())
+    columns = {
+        "dataset": "toy",
+        "split": "train",
+        "image_ids": np.array(ids, np.int64),
+        "paths": np.array([f"{each}.jpg" for each in ids], dtype=np.dtypes.StringDType()),
+        "heights": rng.integers(1, 2000, len(ids), dtype=np.int32),
+        "widths": rng.integers(1, 2000, len(ids), dtype=np.int32),
+        "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        "boxes_xyxy": rng.random((regions, 4), dtype=np.float32),
+        "category_index": rng.integers(-1, 2, regions, dtype=np.int32),
+        "annotation_ids": rng.integers(0, 2**40, regions),
+        "categories": CATEGORIES,
+        "scores": rng.random(regions, dtype=np.float32),
+        "negatives": Ragged(np.arange(len(ids) + 1), np.arange(len(ids), dtype=np.int32) % 2),
+        "source": {"files": {f"toy_{seed}.json": "c0ffee"}},
+        "report": {"boxes under 1 pixel": 3},
+    }
+    return Manifest(**{**columns, **changes})
+
+
+def test_a_picture_is_found_by_its_id_wherever_it_stands():
+    manifest = manifest_of([40, -7, 2**62, 3])
+    assert rows_by_id(manifest, np.array([3, 5, -7, 2**62, 2**62 + 1, -(2**63)])).tolist() == [3, -1, 1, 2, -1, -1]
+
+
+def test_equal_manifests_differ_in_nothing_and_each_column_is_told_by_its_picture():
+    manifest = manifest_of([4, 9, 1, 5, 8])
+    row = int(np.flatnonzero(manifest.region_count > 1)[-1])
+    region = int(manifest.offsets[row]) + 1
+    assert first_difference(manifest, manifest_of([4, 9, 1, 5, 8])) is None
+    where = f"picture {manifest.image_ids[row]} (row {row}, {manifest.paths[row]})"
+    for column, told in {
+        "image_ids": f"{where}: image id is",
+        "paths": f"{where}: path is '{manifest.paths[row]}', not 'other.jpg'",
+        "heights": f"{where}: height is {manifest.heights[row]}, not 7",
+        "widths": f"{where}: width is {manifest.widths[row]}, not 7",
+        "boxes_xyxy": f"{where}, region 1: box is [",
+        "category_index": f"{where}, region 1: category index is",
+        "annotation_ids": f"{where}, region 1: annotation id is {manifest.annotation_ids[region]}, not 7",
+        "scores": f"{where}, region 1: score is",
+    }.items():
+        changed = getattr(manifest, column).copy()
+        place = row if len(changed) == len(manifest) else region
+        changed[place] = {"paths": "other.jpg", "category_index": (manifest.category_index[region] + 2) % 3 - 1}.get(
+            column, 7
+        )
+        difference = first_difference(manifest, replace(manifest, **{column: changed}))
+        assert difference is not None
+        assert difference.startswith(told), column
+    counts = manifest.offsets.copy()
+    counts[row] -= 1 if manifest.region_count[row - 1] else -1
+    assert "number of regions is" in first_difference(manifest, replace(manifest, offsets=counts))
+    assert "scores" in first_difference(manifest, replace(manifest, scores=None))
+
+
+def test_pictures_that_came_in_another_order_are_put_behind_those_that_were_there():
+    stored = manifest_of([4, 9, 1])
+    grown = Manifest.concatenate([manifest_of([7, 2], 1), stored])
+    ordered = in_order_of(stored, grown.select(np.array([0, 3, 1, 4, 2])))
+    assert ordered.image_ids.tolist() == [4, 9, 1, 7, 2]
+    assert first_difference(stored, ordered.head(3)) is None
+    assert in_order_of(stored, stored) is stored
+    assert in_order_of(stored, manifest_of([4, 9, 7])) is None
+
+
+def test_manifests_one_after_another_are_cut_back_into_what_they_were():
+    parts = [manifest_of([4, 9, 1]), manifest_of([2], 1, split="val"), manifest_of([8, 7], 2)]
+    whole = Manifest.concatenate(parts)
+    assert (whole.dataset, whole.split, whole.categories) == ("toy", "train+val", CATEGORIES)
+    assert whole.source == {"files": {f"toy_{seed}.json": "c0ffee" for seed in range(3)}}
+    assert whole.report == {"boxes under 1 pixel": 9}
+    for rows, part in zip(([0, 1, 2], [3], [4, 5]), parts, strict=True):
+        again = whole.select(np.array(rows))
+        assert again.digest() == part.digest()
+        assert again.negatives.values.tolist() == part.negatives.values.tolist()
+        assert again.negatives.offsets.tolist() == part.negatives.offsets.tolist()
+        assert again.not_exhaustive is None
+
+
+@pytest.mark.parametrize(
+    ("other", "told"),
+    [
+        (manifest_of([2, 9], 1), "1 pictures are in more than one of them, the first has id 9"),
+        (manifest_of([2], categories=(Category(1, "star"), Category(2, "sun"))), "their categories differ"),
+        (manifest_of([2], scores=None), "only one of them has scores"),
+        (manifest_of([2], negatives=None), "only one of them has negatives"),
+    ],
+)
+def test_manifests_that_do_not_state_the_same_are_not_joined(other, told):
+    with pytest.raises(InputError, match=told) as refused:
+        Manifest.concatenate([manifest_of([4, 9, 1]), other])
+    assert "\n" not in str(refused.value)

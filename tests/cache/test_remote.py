@@ -1,0 +1,597 @@
+"""Caches in object stores: a real S3-protocol server, real sockets that break, real killed writers."""
+
+import contextlib
+import http.client
+import logging
+import os
+import pickle
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+import zarr
+
+from regionspot.cache import CacheError, Category, FeatureCache, FeatureSet, InputError, Manifest, PictureFeatures
+from regionspot.cache.errors import CacheExistsError, NotACacheError
+from regionspot.cache.format.upload import upload_tree
+from regionspot.cache.storage.base import LocalStorage, open_storage
+from regionspot.cache.storage.remote import open_remote
+
+MAPS = FeatureSet("clip", "map", (5, 8))
+TOKENS = FeatureSet("sam", "token", (6,))
+
+
+def manifest_of(counts, split="train"):
+    regions = sum(counts)
+    return Manifest(
+        dataset="toy",
+        split=split,
+        image_ids=np.arange(len(counts)) + 100,
+        paths=np.array([f"{row}.jpg" for row in range(len(counts))], dtype=np.dtypes.StringDType()),
+        heights=np.full(len(counts), 32, np.int32),
+        widths=np.full(len(counts), 32, np.int32),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        boxes_xyxy=np.tile(np.float32([1, 2, 3, 4]), (regions, 1)),
+        category_index=np.zeros(regions, np.int32),
+        annotation_ids=np.arange(regions),
+        categories=(Category(1, "cat"),),
+    )
+
+
+MANIFEST = manifest_of([2, 0, 70, 1, 3, 1])  # three parts of two pictures
+
+
+def features_of(row):
+    if row == 3:
+        return PictureFeatures(row, {}, "truncated JPEG")
+    rng = np.random.default_rng(row)
+    regions = int(MANIFEST.region_count[row])
+    return PictureFeatures(row, {"clip": rng.standard_normal((5, 8)), "sam": rng.standard_normal((regions, 6))})
+
+
+def fill(cache):
+    for part in cache.pending_parts():
+        cache.write_part(part, [features_of(row) for row in cache.part_rows(part)], worker="here")
+    return cache
+
+
+def created(address):
+    return FeatureCache.create(address, MANIFEST, [MAPS, TOKENS], part_size=2)
+
+
+VALID = [0, 1, 2, 4, 5]
+
+
+def digest(batch):
+    return [batch.feature_map.tobytes(), batch.tokens.tobytes(), batch.region_mask.tobytes()]
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory):
+    """The same cache on a disk."""
+    return FeatureCache.open(fill(created(tmp_path_factory.mktemp("local") / "toy.zarr")).path)
+
+
+@pytest.fixture(params=["s3", "memory"])
+def address(request, s3):
+    """Address of no cache yet, in each kind of store that can be written."""
+    return f"{s3}/deep/toy.zarr" if request.param == "s3" else f"memory://{s3[5:]}/toy.zarr"
+
+
+def files_of(storage, folder=""):
+    """Bytes of every file that a cache has, by name."""
+    folders = ["", "images", "regions", "features", "parts/clip", "parts/sam"]
+    folders += [f"features/{name}" for name in ("clip", "sam")]
+    folders += [f"features/{name}" for name in ("clip/feature_map", "clip/crc32c", "sam/token", "sam/crc32c")]
+    for column in ("id", "height", "width", "path", "region_count"):
+        folders.append(f"images/{column}")
+    folders += [f"regions/{column}" for column in ("box", "category", "annotation_id")]
+    names = [f"{folder}/{name}".lstrip("/") for folder in folders for name in storage.names(folder)]
+    return {name: storage.read(name) for name in names}
+
+
+def test_a_remote_cache_holds_the_same_files_and_reads_the_same_as_a_local_one(address, local):
+    fill(created(address))
+    remote = FeatureCache.open(address)
+    assert digest(remote.read(VALID)) == digest(local.read(VALID))
+    assert remote.valid_rows().tolist() == VALID
+    assert remote.failures() == local.failures()
+    np.testing.assert_array_equal(remote.manifest.boxes_xyxy, MANIFEST.boxes_xyxy)
+    found, expected = files_of(remote.storage), files_of(local.storage)
+    assert found.keys() == expected.keys()
+    timed = re.compile(r"^parts/.*json$")  # a record tells how many seconds its part took
+    assert [name for name in found if not timed.match(name) and found[name] != expected[name]] == []
+
+
+def test_zarr_python_reads_a_remote_cache(address, local):
+    remote = fill(created(address))
+    theirs = zarr.open_group(remote.storage.zarr_store(), mode="r")
+    np.testing.assert_array_equal(
+        theirs["features/clip/feature_map"][:], zarr.open_group(local.path, mode="r")["features/clip/feature_map"][:]
+    )
+
+
+def test_a_file_in_a_store_appears_whole_when_it_is_published_and_not_before(address):
+    storage, data = open_storage(address), os.urandom(20 << 20)
+    file = storage.create("features/x/c.0")
+    buffer = np.empty(3 << 20, np.uint8)
+    for first in range(0, len(data), buffer.size):  # used again at once, as writers do
+        piece = np.frombuffer(data, np.uint8)[first : first + buffer.size]
+        buffer[: len(piece)] = piece
+        file.write(buffer[: len(piece)])
+    assert not storage.exists("features/x/c.0")
+    file.finish()
+    assert storage.names("features/x") == []
+    file.publish()
+    file.discard()
+    assert storage.read("features/x/c.0") == data
+    assert storage.size("features/x/c.0") == len(data)
+    given_up = storage.create("features/x/c.1")
+    given_up.write(data)
+    given_up.discard()
+    assert storage.names("features/x") == ["c.0"]
+
+
+def test_ranges_are_read_from_many_threads_and_the_end_of_a_file_is_told(address):
+    storage, data = open_storage(address), os.urandom(1 << 20)
+    storage.write("c.0", data)
+
+    def read(start):
+        out = bytearray(5000)
+        storage.read_into("c.0", start, memoryview(out))
+        return bytes(out)
+
+    starts = range(0, len(data) - 5000, 20_011)
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(read, starts)) == [data[start : start + 5000] for start in starts]
+    for start in (len(data) - 4999, len(data), len(data) + 5):
+        with pytest.raises(EOFError, match="ends before byte"):
+            read(start)
+    with pytest.raises(FileNotFoundError):
+        storage.read_into("c.1", 0, memoryview(bytearray(1)))
+
+
+def test_of_several_that_write_a_new_file_at_once_one_wins(address):
+    storage = open_storage(address)
+    storage.write("claims/seen", b"")
+    start = threading.Barrier(8)
+
+    def claim(number):
+        start.wait()
+        return storage.write_new("claims/00001.json", b"worker %d" % number)
+
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(claim, range(8)))
+    assert won.count(True) == 1
+    assert storage.read("claims/00001.json") == b"worker %d" % won.index(True)
+    storage.remove("claims/00001.json")
+    storage.remove("claims/00001.json")
+    assert storage.names("claims") == ["seen"]
+
+
+SPAWNED = """
+import pickle, sys
+read = pickle.load(sys.stdin.buffer).read([0, 1, 2, 4, 5])
+sys.stdout.buffer.write(pickle.dumps([read.feature_map.tobytes(), read.tokens.tobytes(), read.region_mask.tobytes()]))
+"""
+
+
+def test_forked_and_spawned_workers_read_a_cache_that_their_parent_has_open(s3, local):
+    cache = FeatureCache.open(fill(created(f"{s3}/toy.zarr")).path)
+    expected = digest(cache.read(VALID))  # so that this process has connections and threads of its own
+    assert _exit_code_of_fork(lambda: digest(cache.read(VALID)) != expected) == 0
+    spawned = subprocess.run(
+        [sys.executable, "-c", SPAWNED], input=pickle.dumps(cache), capture_output=True, check=True
+    )
+    assert pickle.loads(spawned.stdout) == expected
+    assert digest(cache.read(VALID)) == expected
+
+
+def test_a_child_of_a_forked_child_reads_too(s3):
+    storage = open_remote(s3)
+    storage.write("a", b"1")
+
+    def is_wrong():
+        return storage.read("a") != b"1"
+
+    assert _exit_code_of_fork(lambda: is_wrong() or _exit_code_of_fork(is_wrong)) == 0
+
+
+def _exit_code_of_fork(work):
+    child = os.fork()
+    if not child:
+        try:
+            os._exit(int(work()))
+        finally:
+            os._exit(1)  # whatever it raised
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_writer_killed_inside_a_part_leaves_nothing_of_it_and_the_next_goes_on(s3, local):
+    cache = created(f"{s3}/toy.zarr")
+    cache.write_part(0, [features_of(row) for row in (0, 1)])
+    at_it, tell = os.pipe()
+
+    def pictures():
+        yield features_of(2)
+        os.write(tell, b"at it")
+        signal.pause()
+
+    writer = os.fork()
+    if not writer:
+        try:
+            FeatureCache.open(cache.path, "a").write_part(1, pictures())
+        finally:
+            os._exit(1)
+    os.close(tell)
+    assert os.read(at_it, 5) == b"at it"
+    os.kill(writer, signal.SIGKILL)
+    os.waitpid(writer, 0)
+    again = FeatureCache.open(cache.path, "a")
+    assert again.pending_parts() == [1, 2]
+    assert sorted(again.storage.names("features/clip/feature_map")) == ["c.0.0.0", "zarr.json"]
+    assert digest(fill(again).read(VALID)) == digest(local.read(VALID))
+
+
+def test_of_two_creators_at_once_one_wins_and_the_other_is_told(s3):
+    start, won, told = threading.Barrier(2), [], []
+
+    def create(split):
+        start.wait()
+        try:
+            FeatureCache.create(f"{s3}/toy.zarr", manifest_of([1, 2], split), [MAPS], part_size=2)
+            won.append(split)
+        except CacheError as error:
+            told.append(str(error))
+
+    threads = [threading.Thread(target=create, args=(split,)) for split in ("train", "val")]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (len(won), len(told)) == (1, 1)
+    assert "\n" not in told[0]
+    assert FeatureCache.open(f"{s3}/toy.zarr").manifest.split == won[0]
+
+
+def test_what_a_killed_creation_left_is_taken_over_and_what_is_of_something_else_is_refused(s3, local, tmp_path):
+    storage, names = open_storage(f"{s3}/toy.zarr"), ["images/id/c.0", "images/zarr.json"]
+    for name in names:
+        storage.write(name, local.storage.read(name))
+    assert FeatureCache.open(created(storage.address).path).manifest.split == "train"
+    with pytest.raises(CacheExistsError, match="exists already"):
+        created(storage.address)
+    other = open_storage(f"{s3}/other.zarr")
+    other.write("images/id/c.0", b"something else")
+    with pytest.raises(CacheError, match=r"images/id/c\.0 of something else lies there; remove"):
+        created(other.address)
+    assert not other.exists("zarr.json")
+
+
+def test_an_upload_says_who_was_first_with_the_last_file(s3, tmp_path):
+    for name in ("zarr.json", "images/zarr.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(name)
+    storage = open_storage(s3)
+    assert upload_tree(tmp_path, storage, "zarr.json")
+    (tmp_path / "zarr.json").write_text("another's")
+    assert not upload_tree(tmp_path, storage, "zarr.json")
+    assert storage.read("zarr.json") == b"zarr.json"
+
+
+class FlakyProxy:
+    """Passes requests on to a server, but for those that `plan` says otherwise about, by their number from 0."""
+
+    def __init__(self, port, plan):
+        self.target, self.plan, self.asked = port, plan, 0
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self):
+        with contextlib.suppress(OSError):
+            while True:
+                client = self.socket.accept()[0]
+                number, self.asked = self.asked, self.asked + 1
+                threading.Thread(target=self._serve, args=(client, self.plan(number)), daemon=True).start()
+
+    def _serve(self, client, what):
+        with client, contextlib.suppress(OSError):
+            request = self._request(client)
+            if what == "drop" or not request:
+                return
+            if what[:3].isdigit():
+                status, _, body = what.partition(" ")
+                head = f"HTTP/1.1 {status} Trouble\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+                client.sendall((head + body).encode())
+                return
+            answer = self._answer(request)
+            client.sendall(answer[: max(len(answer) - 10, 1)] if what == "cut" else answer)
+
+    def _request(self, client):
+        request = b""
+        while b"\r\n\r\n" not in request:
+            if not (data := client.recv(1 << 16)):
+                return b""
+            request += data
+        head, _, body = request.partition(b"\r\n\r\n")
+        size = re.search(rb"content-length: *(\d+)", head, re.IGNORECASE)
+        while len(body) < (int(size[1]) if size else 0):
+            body += client.recv(1 << 16)
+        return head + b"\r\nConnection: close\r\n\r\n" + body
+
+    def _answer(self, request):
+        with socket.create_connection(("127.0.0.1", self.target)) as server:
+            server.sendall(request)
+            answer = b""
+            while data := server.recv(1 << 16):
+                answer += data
+        return answer
+
+
+@pytest.fixture
+def behind(s3, s3_server, monkeypatch):
+    """`behind(plan)`: from now on the server is asked through a proxy with this plan."""
+    proxies = []
+
+    def start(plan):
+        proxies.append(FlakyProxy(s3_server, plan))
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxies[-1].port}")
+        return proxies[-1]
+
+    yield start
+    for proxy in proxies:
+        proxy.socket.close()
+
+
+def test_a_store_that_fails_now_and_then_only_takes_longer(s3, behind, local, caplog):
+    troubles = {3: "503", 7: "drop", 11: "cut", 13: "500"}
+    proxy = behind(lambda number: troubles.get(number % 17, "pass"))
+    with caplog.at_level(logging.WARNING):
+        cache = fill(created(f"{s3}/toy.zarr"))
+        assert digest(FeatureCache.open(cache.path).read(VALID)) == digest(local.read(VALID))
+    assert proxy.asked > 60
+    told = [record.getMessage() for record in caplog.records]
+    assert any(re.search(r"answers 503 .*; asking again in 0\.\d s", line) for line in told)
+    assert any("broke off the connection" in line for line in told)
+
+
+def test_a_store_that_is_gone_for_a_while_is_waited_for(s3, behind):
+    storage = open_storage(s3)
+    storage.write("a", b"1")
+    back = time.monotonic() + 1
+    behind(lambda number: "pass" if time.monotonic() > back else "drop")
+    assert open_storage(s3).read("a") == b"1"
+    assert time.monotonic() >= back
+
+
+def test_a_large_file_is_uploaded_through_a_store_that_fails_now_and_then(s3, behind):
+    behind(lambda number: ("500", "pass", "pass", "pass", "drop", "pass")[number % 6])
+    storage, data = open_storage(s3), os.urandom(20 << 20)
+    file = storage.create("features/x/c.0")
+    file.write(data)
+    file.finish()
+    file.publish()
+    assert storage.read("features/x/c.0") == data
+
+
+@pytest.mark.parametrize(
+    "trouble",
+    [
+        "409 <Error><Code>ConditionalRequestConflict</Code></Error>",  # two puts at once, as S3 answers one of them
+        "501 <Error><Code>NotImplemented</Code></Error>",  # a store without puts on condition
+    ],
+)
+def test_a_new_file_is_written_where_the_store_cannot_decide_at_once(s3, behind, trouble):
+    open_storage(s3).write("theirs", b"theirs")
+    for name, is_won in (("ours", True), ("theirs", False)):
+        behind(lambda number: trouble if number == 0 else "pass")
+        assert open_storage(s3).write_new(name, b"ours") is is_won
+        assert open_storage(s3).read(name) == name.encode()
+
+
+def test_a_server_that_is_gone_is_told_in_one_line_and_in_bounded_time(s3, monkeypatch):
+    cache = FeatureCache.open(fill(created(f"{s3}/toy.zarr")).path)
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("REGIONSPOT_PATIENCE", "0.5")
+    began = time.monotonic()
+    for work in (
+        lambda: FeatureCache.open(cache.path),
+        lambda: created(cache.path),
+        lambda: open_storage(cache.path).write("a", b"1"),
+    ):
+        with pytest.raises((CacheError, OSError)) as caught:
+            work()
+        told = getattr(caught.value, "strerror", None) or str(caught.value)
+        assert re.search(rf"127\.0\.0\.1:{port} refuses the connection, asked \d+ times in \d+ s", told)
+        assert "\n" not in told
+    file = open_storage(cache.path).create("features/x")
+    file.write(b"1")
+    with pytest.raises(OSError, match=f"127.0.0.1:{port} cannot be reached"):
+        file.publish()
+    assert time.monotonic() - began < 8
+
+
+def test_a_server_that_accepts_and_never_answers_is_given_up(s3, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        with pytest.raises(OSError, match="does not answer"):
+            open_remote(s3, patience=0.5).read("a")
+        assert time.monotonic() - began < 5
+
+
+def test_a_bucket_that_does_not_exist_is_told_at_once(s3):
+    for work in (lambda address: FeatureCache.open(address), created):
+        with pytest.raises(CacheError, match="there is no bucket 'nobodys-bucket'") as caught:
+            work("s3://nobodys-bucket/toy.zarr")
+        assert "\n" not in str(caught.value)
+
+
+def test_a_place_without_a_cache_is_told_like_a_folder_without_one(address):
+    with pytest.raises(NotACacheError, match="no such cache"):
+        FeatureCache.open(address)
+
+
+def test_credentials_that_the_store_refuses_are_told_at_once(s3, s3_server, monkeypatch):
+    storage = open_storage(s3)
+    storage.write("a", b"1")
+    _let_pass_without_credentials(s3_server, 0)
+    try:
+        began = time.monotonic()
+        with pytest.raises(PermissionError) as caught:
+            storage.read("a")
+        with pytest.raises(CacheError, match="cannot be read: the store refuses access"):
+            FeatureCache.open(f"{s3}/toy.zarr")
+        assert time.monotonic() - began < 3
+    finally:
+        _let_pass_without_credentials(s3_server, 10**9)
+    assert re.search(r"\(InvalidAccessKeyId\): set AWS_ACCESS_KEY_ID", caught.value.strerror)
+
+
+def _let_pass_without_credentials(port, requests):
+    _ask_server(port, "POST", "/moto-api/reset-auth", {}, str(requests))
+
+
+def _ask_server(port, method, path, headers, body=None):
+    signed = "AWS4-HMAC-SHA256 Credential=key/20260101/us-east-1/s3/aws4_request, SignedHeaders=host, Signature=0"
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request(method, path, body, {"Authorization": signed, **headers})
+    assert connection.getresponse().status == 200
+    connection.close()
+
+
+def test_keys_are_found_in_the_files_that_amazons_own_tools_write(s3, monkeypatch, tmp_path):
+    open_storage(s3).write("a", b"1")
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
+        monkeypatch.delenv(name)
+    (tmp_path / "no-credentials").write_text("[lab]\naws_access_key_id = k\naws_secret_access_key = s\n")
+    (tmp_path / "no-config").write_text("[profile lab]\nregion = us-east-1\n")
+    monkeypatch.setenv("AWS_PROFILE", "lab")
+    assert open_storage(s3).read("a") == b"1"
+
+
+def test_a_public_file_is_read_without_keys(s3, s3_server, monkeypatch):
+    storage = open_storage(s3)
+    for name in ("private", "public"):
+        storage.write(name, b"1")
+    _ask_server(s3_server, "PUT", f"/{s3[5:]}/public?acl", {"x-amz-acl": "public-read"})
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("AWS_SKIP_SIGNATURE", "true")
+    assert open_storage(s3).read("public") == b"1"
+    with pytest.raises(PermissionError, match="the store refuses access"):
+        open_storage(s3).read("private")
+
+
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("zzz://bucket/toy.zarr", "no installed library knows zzz://"),
+        ("s3://", "is no address of a store"),
+        ("az://container/toy.zarr", "Account must be specified"),
+    ],
+)
+def test_an_address_that_cannot_be_one_is_refused_in_one_line(address, told, monkeypatch):
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
+    with pytest.raises(InputError, match=told) as caught:
+        open_storage(address)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(InputError, match=r'pip install "regionspot\[remote\]"'):
+        open_storage("s3://bucket/toy.zarr")
+
+
+def test_file_urls_are_folders(tmp_path):
+    storage = open_storage(f"file://{tmp_path}/toy.zarr/")
+    assert isinstance(storage, LocalStorage)
+    assert storage.folder == tmp_path / "toy.zarr"
+
+
+class _Ranges(SimpleHTTPRequestHandler):
+    """A web server's way with byte ranges, which Python's own lacks."""
+
+    def do_GET(self):
+        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if asked is None:
+            return super().do_GET()
+        with open(self.translate_path(self.path), "rb") as file:
+            data = file.read()
+        first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.send_header("Last-Modified", self.date_time_string())
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+    def log_message(self, *args):
+        pass
+
+
+def test_a_cache_behind_a_plain_web_server_is_read_and_not_written(local):
+    handler = type(
+        "Handler",
+        (_Ranges,),
+        {
+            "__init__": lambda self, *args: SimpleHTTPRequestHandler.__init__(
+                self, *args, directory=str(local.path.parent)
+            )
+        },
+    )
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            cache = FeatureCache.open(f"http://127.0.0.1:{server.server_port}/toy.zarr")
+            assert cache.valid_rows().tolist() == VALID
+            assert digest(cache.read(VALID)) == digest(local.read(VALID))
+            with pytest.raises(CacheError, match="a web server is only read"):
+                FeatureCache.open(cache.path, "a")
+            with pytest.raises(NotACacheError, match="no such cache"):
+                FeatureCache.open(f"http://127.0.0.1:{server.server_port}/none.zarr")
+        finally:
+            server.shutdown()
+
+
+UPLOAD = """
+import resource, sys
+from regionspot.cache.storage import object_store as object_storage
+from regionspot.cache.storage.base import open_storage
+object_storage._PART_BYTES, object_storage._PARTS_AT_ONCE = 5 << 20, 1
+storage, record = open_storage(sys.argv[1]), bytes(1 << 20)
+storage.write("warm", record)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+file = storage.create("c.0")
+for _ in range(64):
+    file.write(record)
+file.finish()
+file.publish()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, storage.size("c.0"))
+"""
+
+
+def test_the_memory_of_a_writer_does_not_grow_with_its_file(s3):
+    out = subprocess.run([sys.executable, "-c", UPLOAD, s3], capture_output=True, text=True, check=True).stdout
+    megabytes, size = map(int, out.split())
+    assert size == 64 << 20
+    assert megabytes < 40  # of 64: two pieces of 5 MB and what the network holds
+
+
+@pytest.mark.parametrize("given", ["nan", "-1", "a while"])
+def test_a_patience_that_is_none_is_refused(monkeypatch, given):
+    monkeypatch.setenv("REGIONSPOT_PATIENCE", given)
+    with pytest.raises(InputError, match=f"REGIONSPOT_PATIENCE is '{given}', expected a number of seconds, 0 or more"):
+        open_storage("memory://somewhere")

@@ -1,0 +1,223 @@
+"""`repair` takes out what is damaged and nothing else; what it cannot mend it leaves, and says what to do."""
+
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regionspot import cli
+from regionspot.cache import CacheError, FeatureCache, NotExtractedError
+from regionspot.cache.storage.base import LocalStorage
+from regionspot.cache.tools.repair import repair
+from regionspot.cache.tools.verify import verify
+from regionspot.cache.writing.claims import Claims
+
+
+@pytest.fixture
+def full(small_folder, tmp_path) -> Path:
+    return shutil.copytree(small_folder / "full", tmp_path / "c.zarr")
+
+
+def change_byte(file: Path, place: int = 3) -> None:
+    data = bytearray(file.read_bytes())
+    data[place] ^= 4
+    file.write_bytes(data)
+
+
+def test_a_damaged_part_is_dropped_and_the_next_extract_makes_it_again(full, small, small_folder):
+    change_byte(full / "features/clip/feature_map/c.1.0.0")
+    change_byte(full / "features/sam-int8/scale/c.2.0", -1)
+    before = small.content(full)
+    summary = repair(full, verify(full))
+    assert [(each.feature_set, each.part) for each in summary.dropped] == [("clip", 1), ("sam-int8", 2)]
+    assert (summary.remade, summary.left) == ((), ())
+    left = small.content(full)
+    assert before.keys() - left.keys() == {
+        "parts/clip/00001.json",
+        "features/clip/feature_map/c.1.0.0",
+        "features/clip/crc32c/c.1",
+        "parts/sam-int8/00002.json",
+        "features/sam-int8/token/c.2.0.0",
+        "features/sam-int8/scale/c.2.0",
+        "features/sam-int8/crc32c/c.2.0",
+    }
+    assert all(left[name] == before[name] for name in left)
+    assert verify(full).pending == 2
+    with pytest.raises(NotExtractedError):
+        FeatureCache.open(full).read([4], map_set="clip", token_set="sam")
+    small.extract(full)
+    assert small.content(full) == small.content(small_folder / "full")
+
+
+def test_a_dry_run_says_what_it_would_do_and_does_nothing(full, small):
+    change_byte(full / "features/clip/feature_map/c.1.0.0")
+    change_byte(full / "features/sam/zarr.json")
+    before = small.content(full)
+    summary = repair(full, verify(full), dry_run=True)
+    assert "part 1 of clip would be dropped" in summary.text()
+    assert "features/sam/zarr.json: would be made again" in summary.text()
+    assert small.content(full) == before
+
+
+def test_a_part_that_is_sound_by_now_is_not_dropped_for_an_old_report(full, small, small_folder):
+    change_byte(full / "features/clip/feature_map/c.1.0.0")
+    report = verify(full)
+    repair(full, report)
+    small.extract(full)
+    assert repair(full, report).dropped == ()
+    assert small.content(full) == small.content(small_folder / "full")
+
+
+def test_a_part_that_another_run_has_is_left_to_it(full):
+    change_byte(full / "features/clip/feature_map/c.1.0.0")
+    with Claims(LocalStorage(full)) as claims:
+        assert claims.claim(1)
+        summary = repair(full, verify(full))
+    assert summary.dropped == ()
+    assert "another run has the part" in summary.text()
+    assert repair(full, verify(full)).dropped
+
+
+def test_all_metadata_is_made_again_to_the_byte_but_for_lengths_that_only_the_manifest_knows(full, small, small_folder):
+    for file in full.rglob("zarr.json"):
+        if file.parent != full:
+            change_byte(file)
+    summary = repair(full, verify(full))
+    lost = {f"images/{name}_category/zarr.json" for name in ("negative", "not_exhaustive")}
+    assert {problem.path for problem in summary.left} == lost
+    assert all("put it back from a copy" in str(problem) for problem in summary.left)
+    for name in lost:
+        shutil.copyfile(small_folder / "full" / name, full / name)
+    assert verify(full).sound
+    assert small.content(full) == small.content(small_folder / "full")
+
+
+def test_the_root_document_is_mended_around_its_words(full, small, small_folder):
+    text = (full / "zarr.json").read_text().replace('"node_type": "group"', '"node_type": "grouq"')
+    (full / "zarr.json").write_text(text)
+    assert repair(full, verify(full)).remade == ("zarr.json",)
+    assert verify(full).sound
+    assert small.content(full) == small.content(small_folder / "full")
+
+
+def test_nothing_is_dropped_because_a_disk_is_away(full, small):
+    away = full.parent / "away"
+    shutil.move(full / "features/clip", away)
+    before = small.content(full)
+    for _ in range(2):
+        summary = repair(full, verify(full))
+        assert summary.dropped == ()
+    assert {name: data for name, data in small.content(full).items() if name != "features/clip/zarr.json"} == before
+    (full / "features/clip/zarr.json").unlink()
+    (full / "features/clip").rmdir()
+    shutil.move(away, full / "features/clip")
+    assert verify(full).sound
+
+
+def test_nothing_is_dropped_because_it_cannot_be_read(full, small, monkeypatch):
+    def refuse(self, name, offset, out):
+        raise OSError(116, "Stale file handle")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LocalStorage, "read_into", refuse)
+        report = verify(full)
+        assert len(report.problems) == 15
+        assert repair(full, report).dropped == ()
+    change_byte(full / "features/clip/feature_map/c.1.0.0")
+    report = verify(full)
+    monkeypatch.setattr(LocalStorage, "read_into", refuse)
+    assert repair(full, report).dropped == ()
+    assert verify(full).parts == 15
+
+
+def die_at_removal(number):
+    left, unlink = [number], os.unlink
+
+    def dying(*args, **kwargs):
+        left[0] -= 1
+        if not left[0]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        unlink(*args, **kwargs)
+
+    os.unlink = dying
+
+
+def test_a_repair_killed_anywhere_is_finished_by_the_next(full, small, small_folder):
+    change_byte(full / "features/clip/feature_map/c.1.0.0")
+    change_byte(full / "features/sam-int8/scale/c.2.0", -1)
+    for at_removal in range(1, 9):
+        path = shutil.copytree(full, full.parent / f"{at_removal}.zarr")
+        report = verify(path)
+        pid = os.fork()
+        if not pid:
+            die_at_removal(at_removal)
+            try:
+                repair(path, report)
+            finally:
+                os._exit(1)
+        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+        assert {(each.feature_set, each.part) for each in verify(path).problems} <= {("clip", 1), ("sam-int8", 2)}
+        repair(path, verify(path))
+        assert verify(path).sound
+        small.extract(path)
+        assert small.content(path) == small.content(small_folder / "full")
+
+
+def test_a_reader_at_work_gets_the_right_bytes_or_an_error_while_parts_are_dropped_and_made_again(
+    full, small, small_folder
+):
+    rows = [4, 5, 7]
+    right = FeatureCache.open(small_folder / "full").read(rows, map_set="clip-zstd", token_set="sam")
+    told, tell = os.pipe()
+    pid = os.fork()
+    if not pid:
+        cache, end = FeatureCache.open(full), time.monotonic() + 20
+        try:
+            while time.monotonic() < end:
+                try:
+                    batch = cache.read(rows, map_set="clip-zstd", token_set="sam")
+                    same = np.array_equal(batch.feature_map, right.feature_map)
+                    os.write(tell, b"s" if same and np.array_equal(batch.tokens, right.tokens) else b"w")
+                except CacheError:
+                    os.write(tell, b"e")
+        finally:
+            os._exit(1)
+    os.close(tell)
+    try:
+        answers = os.read(told, 1)
+        for _ in range(4):
+            change_byte(full / "features/clip-zstd/feature_map/c.1.0.0")
+            shutil.copyfile(full / "features/sam/crc32c/c.0.0", full / "features/sam/crc32c/c.1.0")
+            assert len(repair(full, verify(full)).dropped) == 2
+            small.extract(full)
+            answers += os.read(told, 1 << 16)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        os.close(told)
+    assert set(answers) - set(b"e") == set(b"s"), "the reader was given wrong data"
+
+
+def test_the_commands_list_what_is_wrong_and_mend_it(full, capsys, monkeypatch):
+    def regionspot(*arguments):
+        monkeypatch.setattr("sys.argv", ["regionspot", "cache", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code or 0, capsys.readouterr().out
+
+    assert regionspot("verify", full)[0] == 0
+    change_byte(full / "features/clip/feature_map/c.1.0.0")
+    change_byte(full / "images/id/c.0")
+    code, told = regionspot("verify", full)
+    assert code == 1
+    assert "1 of 3 records do not match" in told
+    assert "2 problems" in told
+    assert regionspot("repair", full, "--dry-run")[0] == 1
+    code, told = regionspot("repair", full)
+    assert code == 1
+    assert "1 part dropped" in told
+    assert regionspot("verify", full.parent)[0] == 2

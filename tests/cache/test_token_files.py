@@ -1,0 +1,276 @@
+"""The authors' token files become a feature set, when they are of the very regions that the cache holds."""
+
+import os
+import pickle
+import shutil
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from regionspot.cache import (
+    NO_CATEGORY,
+    Category,
+    FeatureCache,
+    FeatureSet,
+    InputError,
+    Manifest,
+    PictureFeatures,
+    ProvenanceMismatchError,
+)
+from regionspot.cache.tools.import_tokens import import_tokens, read_token_file
+
+COUNTS = [2, 0, 3, 1, 4, 2, 1]
+IDS = [10, 11, 12, 13, 14, -9147483648, 16]
+CATEGORIES = (Category(7, "cup"), Category(3, "bowl"))
+INDICES = np.array([0, 1, 1, 1, 0, NO_CATEGORY, 0, 0, 1, 0, 1, 1, 0], np.int32)
+
+
+def tokens_of(row: int) -> np.ndarray:
+    return np.random.default_rng(row).standard_normal((COUNTS[row], 1, 256)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """`c.zarr`: seven pictures in three parts, no features; `tokens/`: a file of each that has regions."""
+    folder = tmp_path_factory.mktemp("tokens")
+    offsets = np.concatenate([[0], np.cumsum(COUNTS)]).astype(np.int64)
+    manifest = Manifest(
+        dataset="o365",
+        split="train",
+        image_ids=np.array(IDS),
+        paths=np.array([f"train/p{row}.jpg" for row in range(7)], dtype=np.dtypes.StringDType()),
+        heights=np.full(7, 480, np.int32),
+        widths=np.full(7, 640, np.int32),
+        offsets=offsets,
+        boxes_xyxy=np.ones((13, 4), np.float32),
+        category_index=INDICES,
+        annotation_ids=np.arange(13),
+        categories=CATEGORIES,
+    )
+    FeatureCache.create(folder / "c.zarr", manifest, [], part_size=3)
+    (folder / "tokens").mkdir()
+    for row, image_id in enumerate(IDS):
+        indices = INDICES[offsets[row] : offsets[row + 1]]
+        classes = [99 if index == NO_CATEGORY else CATEGORIES[index].id for index in indices]
+        # As OpenImages' are: the manifest's number of that picture is in no file name.
+        name = "p5" if image_id < 0 else str(image_id)
+        if classes:
+            save(folder / "tokens" / f"{name}.pth", tokens_of(row), classes)
+    return folder
+
+
+def save(path: Path, tokens, classes) -> None:
+    torch.save({"mask_tokens": torch.as_tensor(tokens), "classes": torch.as_tensor(classes)}, path)
+
+
+@pytest.fixture
+def files(made, tmp_path) -> Path:
+    return shutil.copytree(made / "tokens", tmp_path / "tokens")
+
+
+@pytest.fixture
+def address(made, tmp_path) -> Path:
+    return shutil.copytree(made / "c.zarr", tmp_path / "c.zarr")
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+class Trap:
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self):
+        return (Path.touch, (self.target,))
+
+
+def refused(files, address, caplog, *, allow_missing=False) -> tuple[str, list[str]]:
+    """The one line that stops the import and those logged before it; the cache must be as it was."""
+    before = content(address)
+    with pytest.raises(InputError) as told:
+        import_tokens(files, address, allow_missing)
+    assert content(address) == before
+    assert "\n" not in str(told.value)
+    return str(told.value), [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
+def test_every_regions_token_is_what_its_file_holds(files, address):
+    summary = import_tokens(files, address)
+    assert (summary.pictures, summary.parts, summary.failed) == (7, 3, 0)
+    assert "tokens of 7 of 7 images in 3 parts" in summary.text()
+    cache = FeatureCache.open(address)
+    batch = cache.read(np.arange(7))
+    for row, count in enumerate(COUNTS):
+        np.testing.assert_array_equal(batch.tokens[row, :count], tokens_of(row)[:, 0].astype(np.float16))
+    provenance = cache.feature_sets["sam_vit_b"].provenance
+    assert (provenance["model"], provenance["source"]) == ("sam_vit_b", "imported from the authors' token files")
+    assert "weights_sha256" not in provenance
+
+
+def test_tokens_saved_in_half_precision_come_in_too(files, address):
+    save(files / "16.pth", torch.as_tensor(tokens_of(6)).half(), [7])
+    import_tokens(files, address)
+    batch = FeatureCache.open(address).read([6])
+    np.testing.assert_array_equal(batch.tokens[0], tokens_of(6)[:, 0].astype(np.float16))
+
+
+def import_until_part_1(files, address):
+    write = FeatureCache.write_part
+
+    def write_or_die(self, part, *more):
+        if part == 1:
+            os.kill(os.getpid(), 9)
+        return write(self, part, *more)
+
+    FeatureCache.write_part = write_or_die  # in a process of its own
+    import_tokens(files, address)
+
+
+def test_a_killed_import_goes_on_with_the_parts_that_are_left(files, address):
+    child = get_context("fork").Process(target=import_until_part_1, args=(files, address))
+    child.start()
+    child.join()
+    assert child.exitcode == -9
+    (files / "10.pth").unlink()  # of the part that is done: it is asked for no more
+    summary = import_tokens(files, address)
+    assert (summary.parts, summary.parts_before, summary.pictures) == (2, 1, 4)
+    assert import_tokens(files, address).text() == "nothing to do: the tokens of all 3 parts are there"
+
+
+def test_missing_files_are_refused_with_their_names_and_count(files, address, caplog):
+    for name in ("10", "p5"):
+        (files / f"{name}.pth").unlink()
+    line, named = refused(files, address, caplog)
+    assert "of the token files 2 are missing or unusable" in line
+    assert "--allow-missing" in line
+    assert named == [f"{files / '10.pth'}: is not there", f"{files / '-9147483648.pth'}: is not there"]
+
+
+def test_missing_files_are_recorded_as_failures_where_that_is_asked_for(files, address):
+    (files / "12.pth").write_bytes(b"no tokens")
+    (files / "13.pth").unlink()
+    assert import_tokens(files, address, allow_missing=True).failed == 2
+    cache = FeatureCache.open(address)
+    assert [failure.row for failure in cache.failures()] == [2, 3]
+    assert cache.valid_rows().tolist() == [0, 1, 4, 5, 6]
+
+
+def test_images_whose_files_are_of_other_regions_are_left_out_and_the_others_taken(files, address, caplog):
+    save(files / "10.pth", tokens_of(0)[:1], [7])
+    save(files / "14.pth", tokens_of(4), [7, 3, 3, 7])
+    with caplog.at_level("WARNING"):
+        summary = import_tokens(files, address)
+    assert (summary.pictures, summary.differing, summary.missing) == (7, 2, 0)
+    assert "tokens of 5 of 7 images" in summary.text()
+    assert "2 whose file is of other regions; these are recorded as failed" in summary.text()
+    cache = FeatureCache.open(address)
+    assert cache.valid_rows().tolist() == [1, 2, 3, 5, 6]
+    batch = cache.read([2])
+    np.testing.assert_array_equal(batch.tokens[0, :3], tokens_of(2)[:, 0].astype(np.float16))
+    named = [
+        f"{files / '10.pth'}: has 1 tokens, image 10 (row 0) has 2 regions: 1 bowl fewer",
+        f"{files / '14.pth'}: 1 of 4 classes are not those of image 14 (row 4); "
+        "the first, of region 1, is 3, expected 7",
+    ]
+    assert [failure.reason for failure in cache.failures()] == named
+    assert [record.getMessage() for record in caplog.records][:2] == named
+
+
+def with_report(address, **report):
+    """The same cache, whose annotations left these out."""
+    manifest = replace(FeatureCache.open(address).manifest, report=report)
+    shutil.rmtree(address)
+    FeatureCache.create(address, manifest, [], part_size=3)
+
+
+@pytest.mark.parametrize(
+    ("report", "words"),
+    [
+        (
+            {"dropped_crowd": 2, "dropped_fake": 5, "dropped_under_1_px": 1},
+            "3 files differ: 6 tokens more than regions, 0 fewer; of its annotations the cache leaves out 2 crowd, "
+            "5 fake, 1 under 1 px: the authors kept those that are fake or under 1 px, 6 in all",
+        ),
+        ({"dropped_crowd": 6, "dropped_fake": 6}, "do not tell which of them the authors kept"),
+        ({"dropped_crowd": 3}, "do not tell which of them the authors kept"),
+        ({"corrected_names": 6}, "leaves out no annotation of its file, so they were made from another one"),
+    ],
+)
+def test_it_is_told_which_annotations_the_authors_kept(files, address, caplog, report, words):
+    with_report(address, **report)
+    for name, row, classes in (("10", 0, [7, 3, 7]), ("12", 2, [3, 3, 0, 3, 99]), ("p5", 5, [3, 7, 7, 7, 7])):
+        tokens = np.resize(tokens_of(row), (len(classes), 1, 256))
+        save(files / f"{name}.pth", tokens, classes)
+    with caplog.at_level("WARNING"):
+        assert import_tokens(files, address).differing == 3
+    told = [record.getMessage() for record in caplog.records]
+    assert words in told[-1]
+    assert f"{files / '10.pth'}: has 3 tokens, image 10 (row 0) has 2 regions: 1 cup more" in told
+
+
+def test_where_more_files_differ_than_fit_nothing_is_written(files, address, caplog):
+    for name in ("10", "12", "14", "16"):
+        save(files / f"{name}.pth", tokens_of(4)[:3], [7, 7, 99])
+    line, named = refused(files, address, caplog, allow_missing=True)
+    assert "4 are of other regions than their images have and only 2 fit" in line
+    assert len(named) == 4
+
+
+def test_a_region_without_a_class_takes_a_token_of_any(files, address):
+    save(files / "13.pth", tokens_of(3), [12345])
+    import_tokens(files, address)
+
+
+def test_of_many_wrong_files_the_first_are_named_and_the_rest_counted(tmp_path, made, caplog):
+    manifest = FeatureCache.open(made / "c.zarr").manifest.select(np.zeros(14, np.int64))
+    FeatureCache.create(tmp_path / "c.zarr", manifest, [], part_size=5)
+    (tmp_path / "none").mkdir()
+    line, named = refused(tmp_path / "none", tmp_path / "c.zarr", caplog)
+    assert "of the token files 14 are missing" in line
+    assert (len(named), named[-1]) == (11, "... and 4 others")
+
+
+def test_code_in_a_file_is_refused_in_one_line_and_never_run(files, address, caplog, tmp_path):
+    (files / "12.pth").write_bytes(pickle.dumps(Trap(tmp_path / "ran"), protocol=2))
+    torch.save({"mask_tokens": tokens_of(3), "classes": Trap(tmp_path / "ran")}, files / "14.pth")
+    line, named = refused(files, address, caplog)
+    assert "2 are missing or unusable" in line
+    assert all("code in it is never run" in each for each in named)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ({"tokens": torch.zeros(1, 1, 256)}, "holds no mask_tokens"),
+        ([1, 2, 3], "holds no mask_tokens"),
+        ({"mask_tokens": torch.zeros(1, 4, 256), "classes": [7]}, r"\(1, 4, 256\) for 1 classes"),
+        ({"mask_tokens": torch.zeros(2, 1, 256), "classes": [7]}, r"\(2, 1, 256\) for 1 classes"),
+        ({"mask_tokens": "many", "classes": [7]}, "holds no mask_tokens"),
+    ],
+)
+def test_a_file_of_something_else_says_what_it_is(tmp_path, wrong, words):
+    torch.save(wrong, tmp_path / "1.pth")
+    with pytest.raises(InputError, match=words):
+        read_token_file(tmp_path / "1.pth")
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_tokens_that_cannot_be_stored_are_refused_before_anything_is_written(files, address, caplog, value):
+    save(files / "16.pth", torch.full((1, 1, 256), value), [7])
+    _, named = refused(files, address, caplog)
+    assert named == [f"{files / '16.pth'}: holds tokens that are not finite, or too large for float16"]
+
+
+def test_tokens_that_sam_itself_made_are_not_mixed_with_imported_ones(files, address):
+    manifest = FeatureCache.open(address).manifest
+    own = FeatureSet("sam_vit_b", "token", (256,), provenance={"model": "sam_vit_b", "weights_sha256": "ec2df6"})
+    cache = FeatureCache.open_or_create(address, manifest, [own])
+    cache.write_part(0, [PictureFeatures(row, {"sam_vit_b": tokens_of(row)[:, 0]}) for row in range(3)])
+    with pytest.raises(ProvenanceMismatchError, match="weights_sha256"):
+        import_tokens(files, address)

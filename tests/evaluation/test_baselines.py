@@ -1,0 +1,147 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline, crop, pooling_weights
+from regionspot.evaluation.inference.resumable import Progress, _timed
+from regionspot.evaluation.inference.scoring import class_probabilities
+from regionspot.fusion.vocabulary import build_vocabulary
+from regionspot.pipeline.backbones.clip import load_encoder
+from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.toy.world import make_toy_world
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _home(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGIONSPOT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return make_toy_world(tmp_path_factory.mktemp("world"), 80, seed=2)
+
+
+@pytest.fixture(scope="module")
+def manifest(world):
+    return read_dataset("toy", world, "val")
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return load_encoder("toy_clip")
+
+
+@pytest.fixture(scope="module")
+def vocabulary(encoder, manifest):
+    return build_vocabulary([category.name for category in manifest.categories], ["{}."], encoder)
+
+
+def boxes(*rows):
+    return np.array(rows, np.float32)
+
+
+@pytest.mark.parametrize(("kind", "method"), [(CropBaseline, "embed_images"), (PooledBaseline, "encode")])
+def test_what_the_memory_of_a_gpu_does_not_hold_is_scored_in_halves(
+    encoder, vocabulary, manifest, world, monkeypatch, kind, method
+):
+    rows = range(8)
+    timed = _timed(Progress(8, "pictures"), torch.device("cpu"))
+    baseline = kind(encoder, manifest, photo_dir("toy", world, "val", manifest), vocabulary)
+    expected = [scores.probabilities for scores in baseline.score(rows, timed)]
+    compute, tried = getattr(encoder, method), []
+
+    def limited(batch):
+        tried.append(len(batch))
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError(f"{len(batch)} images")
+        return compute(batch)
+
+    monkeypatch.setattr(encoder, method, limited)
+    for one, other in zip(baseline.score(rows, timed), expected, strict=True):
+        np.testing.assert_allclose(one.probabilities, other, atol=1e-5)
+    assert max(tried) > 3
+    assert max(tried[tried.index(max(tried)) + 2 :]) <= 3
+
+
+def test_a_box_over_the_whole_picture_weighs_every_patch_the_same():
+    assert pooling_weights(boxes([0, 0, 300, 100]), (300, 100), 4) == pytest.approx(np.full((1, 16), 1 / 16))
+
+
+def test_patches_weigh_as_much_as_the_box_covers_of_them():
+    # A picture of 40 x 40 in 4 x 4 patches of 10: one whole patch, half of its right, a quarter of the lower ones.
+    weights = pooling_weights(boxes([10, 0, 25, 15]), (40, 40), 4).reshape(4, 4)
+    assert weights[0, 1:3] == pytest.approx(np.array([100, 50]) / 225)
+    assert weights[1, 1:3] == pytest.approx(np.array([50, 25]) / 225)
+    assert weights.sum() == pytest.approx(1)
+
+
+def test_a_tiny_box_takes_the_patch_that_it_lies_in():
+    weights = pooling_weights(boxes([35.2, 12.1, 35.9, 12.6]), (40, 40), 4).reshape(4, 4)
+    assert weights[1, 3] == pytest.approx(1)
+
+
+def test_the_grid_follows_a_picture_that_is_squeezed_into_a_square():
+    weights = pooling_weights(boxes([50, 0, 100, 10]), (100, 10), 2).reshape(2, 2)
+    assert weights == pytest.approx(np.array([[0, 0.5], [0, 0.5]]))
+
+
+def test_a_crop_holds_its_margin_and_ends_at_the_edge():
+    photo = Image.new("RGB", (100, 80))
+    assert crop(photo, np.float32([20, 20, 60, 40]), 0.1).size == (48, 24)
+    assert crop(photo, np.float32([0, 0, 100, 80]), 0.5).size == (100, 80)
+    assert crop(photo, np.float32([99.6, 79.6, 100, 80]), 0).size == (1, 1)
+
+
+def scores(method, rows):
+    return list(method.score(rows, _timed(Progress(len(rows), "pictures"), torch.device("cpu"))))
+
+
+def test_the_crop_of_a_whole_picture_scores_as_clip_scores_the_picture(world, manifest, encoder, vocabulary):
+    photos = photo_dir("toy", world, "val", manifest)
+    whole = manifest.select(np.arange(1))
+    region = whole.boxes_xyxy[:1].copy()
+    region[:] = [0, 0, whole.widths[0], whole.heights[0]]
+    whole.boxes_xyxy[:] = region
+    found = scores(CropBaseline(encoder, whole, photos, vocabulary), [0])[0].probabilities
+    picture = encoder.preprocess(Image.open(photos / str(whole.paths[0])))
+    expected = class_probabilities(encoder.embed_images(picture[None]), vocabulary.embeddings, encoder.logit_scale)
+    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+
+
+def test_the_pooled_baseline_projects_the_mean_of_the_patches(world, manifest, encoder, vocabulary):
+    photos = photo_dir("toy", world, "val", manifest)
+    found = scores(PooledBaseline(encoder, manifest, photos, vocabulary), [2])[0].probabilities
+    picture = encoder.preprocess(Image.open(photos / str(manifest.paths[2])))
+    patches = encoder.encode(picture[None])[0, 1:]
+    regions = manifest.boxes_xyxy[manifest.regions(2)]
+    weights = pooling_weights(regions, (int(manifest.widths[2]), int(manifest.heights[2])), 12)
+    pooled = encoder.project(torch.from_numpy(weights) @ patches)
+    expected = class_probabilities(pooled, vocabulary.embeddings, encoder.logit_scale)
+    assert found == pytest.approx(expected, abs=1e-5)
+
+
+def test_crops_name_the_toy_world_far_better_than_pooling_and_cost_more(world, tmp_path):
+    results = {
+        name: evaluate_lvis(
+            LvisEvaluation(
+                data=world,
+                out=tmp_path / name,
+                dataset="toy",
+                baseline=name,
+                preset="toy",
+                templates="plain",
+                device="cpu",
+            )
+        )
+        for name in ("crop", "pooled")
+    }
+    # One class of 192 guessed for each box would be an AP of about 0.01.
+    assert results["crop"]["bbox"]["AP"] > 0.3
+    # Nothing taught the toy CLIP to put names into its patches, so pooling them is only a floor.
+    assert 0 <= results["pooled"]["bbox"]["AP"] < results["crop"]["bbox"]["AP"]
+    seconds = {name: found["seconds_per_picture"]["on_shared_maps"] for name, found in results.items()}
+    assert seconds["crop"] > 3 * seconds["pooled"]

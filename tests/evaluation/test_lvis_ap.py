@@ -1,0 +1,372 @@
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from regionspot.cache.errors import AnnotationError, InputError
+from regionspot.evaluation.metrics import lvis_ap as module
+from regionspot.evaluation.metrics.detections import (
+    Detections,
+    Masks,
+    concatenate_masks,
+    detections_of_picture,
+    from_columns,
+    to_columns,
+)
+from regionspot.evaluation.metrics.ground_truth import read_ground_truth
+from regionspot.evaluation.metrics.lvis_ap import METRICS, best_per_picture, lvis_ap
+from regionspot.pipeline.datasets.json_values import image_id
+
+SIDE = 128
+
+
+def annotation(number, image_id, category_id, box):
+    x, y, w, h = box
+    polygon = [x, y, x + w, y, x + w, y + h, x, y + h]
+    area = w * h
+    fields = {"image_id": image_id, "category_id": category_id, "bbox": box, "area": area, "segmentation": [polygon]}
+    return {"id": number, **fields}
+
+
+def write_truth(path, annotations, images=(1, 2), negatives=None):
+    frequencies = {7: "r", 3: "c", 5: "f"}
+    pictures = [
+        {"id": i, "height": SIDE, "width": SIDE, "neg_category_ids": (negatives or {}).get(i, [])} for i in images
+    ]
+    dataset = {
+        "images": [{**picture, "not_exhaustive_category_ids": []} for picture in pictures],
+        "categories": [{"id": i, "name": str(i), "frequency": f} for i, f in frequencies.items()],
+        "annotations": annotations,
+    }
+    path.write_text(json.dumps(dataset))
+    return path
+
+
+def detections(rows):
+    """Rows of (image_id, category_id, box, score), each with the mask of its box."""
+    masks = np.zeros((len(rows), SIDE, SIDE), bool)
+    for mask, (_, _, (x, y, w, h), _) in zip(masks, rows, strict=True):
+        mask[y : y + h, x : x + w] = True
+    return Detections(
+        np.array([row[0] for row in rows], np.int64),
+        np.array([row[1] for row in rows], np.int64),
+        np.array([row[2] for row in rows], float).reshape(-1, 4),
+        np.array([row[3] for row in rows], np.float32),
+        np.arange(len(rows)),
+        Masks.encode(masks),
+    )
+
+
+@pytest.fixture
+def truth(tmp_path):
+    boxes = [annotation(1, 1, 7, [10, 10, 20, 20]), annotation(2, 1, 3, [40, 40, 50, 50])]
+    boxes += [annotation(3, 2, 5, [0, 0, 100, 100]), annotation(4, 2, 3, [5, 5, 30, 30])]
+    return write_truth(tmp_path / "truth.json", boxes)
+
+
+PERFECT = [
+    (1, 7, [10, 10, 20, 20], 0.9),
+    (1, 3, [40, 40, 50, 50], 0.8),
+    (2, 5, [0, 0, 100, 100], 0.7),
+    (2, 3, [5, 5, 30, 30], 0.6),
+]
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_perfect_detections_have_an_ap_of_one_in_every_group(truth, iou_type):
+    assert lvis_ap(truth, detections(PERFECT), iou_type).values == pytest.approx(dict.fromkeys(METRICS, 1.0))
+
+
+def test_a_wrong_detection_before_the_right_one_halves_the_precision(truth):
+    rows = [*PERFECT[:1], (1, 3, [90, 90, 30, 30], 0.95), *PERFECT[1:]]
+    found = lvis_ap(truth, detections(rows), "bbox")
+    # Class 3: the wrong one first, then both right ones: precision 1/2, 2/3, so 2/3 at every recall.
+    assert found["APc"] == pytest.approx(2 / 3)
+    assert found["AP"] == pytest.approx((1 + 2 / 3 + 1) / 3)
+
+
+def test_a_loose_box_counts_up_to_its_overlap_only(truth):
+    # 20 x 16 of 20 x 20: an overlap of 0.8 passes the thresholds 0.5 to 0.8, seven of ten.
+    rows = [(1, 7, [10, 10, 20, 16], 0.9), *PERFECT[1:]]
+    found = lvis_ap(truth, detections(rows), "bbox")
+    assert (found["APr"], found["AP75"]) == (pytest.approx(0.7), pytest.approx(1))
+
+
+def test_a_class_that_a_picture_does_not_list_is_not_held_against_the_detector(tmp_path):
+    boxes = [annotation(1, 1, 3, [10, 10, 20, 20]), annotation(2, 2, 5, [0, 0, 50, 50])]
+    rows = [(1, 3, [10, 10, 20, 20], 0.5), (2, 3, [60, 60, 20, 20], 0.9)]
+    unlisted = write_truth(tmp_path / "unlisted.json", boxes)
+    listed = write_truth(tmp_path / "listed.json", boxes, negatives={2: [3]})
+    assert lvis_ap(unlisted, detections(rows), "bbox")["APc"] == pytest.approx(1)
+    assert lvis_ap(listed, detections(rows), "bbox")["APc"] == pytest.approx(0.5)
+
+
+def test_a_group_without_truth_has_no_ap_rather_than_minus_one(tmp_path):
+    path = write_truth(tmp_path / "truth.json", [annotation(1, 1, 3, [10, 10, 20, 20])])
+    found = lvis_ap(path, detections([(1, 3, [10, 10, 20, 20], 0.5)]), "bbox")
+    assert (found["APr"], found["APf"], found["APl"]) == (None, None, None)
+    assert (found["APc"], found["APs"]) == (pytest.approx(1), pytest.approx(1))
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_no_detections_at_all_is_an_ap_of_zero(truth, iou_type):
+    assert lvis_ap(truth, detections([]), iou_type).values == dict.fromkeys(METRICS, 0.0)
+
+
+def test_a_subset_of_pictures_is_evaluated_as_a_file_of_only_these(truth, tmp_path):
+    found = lvis_ap(truth, detections([*PERFECT, (2, 3, [90, 90, 9, 9], 0.99)]), "bbox", np.array([1]))
+    kept = [entry for entry in json.loads(truth.read_text())["annotations"] if entry["image_id"] == 1]
+    alone = lvis_ap(write_truth(tmp_path / "alone.json", kept, images=(1,)), detections(PERFECT[:2]), "bbox")
+    assert (found.pictures, found.detections) == (1, 2)
+    assert found == alone
+
+
+def test_only_the_best_300_of_a_picture_count_and_ties_keep_their_order():
+    scores = np.repeat([0.5, 0.9, 0.5], [200, 50, 200])
+    many = detections([(1, 3, [index % 100, 0, 9, 9], score) for index, score in enumerate(scores)])
+    kept = best_per_picture(many)
+    assert kept.regions.tolist() == [*range(250), *range(250, 300)]
+
+
+def random_detections(truth, seed=0):
+    """Boxes shaken about the true ones and boxes of any class, so that every threshold and list matters."""
+    rng = np.random.default_rng(seed)
+    ids = truth.category_ids
+    images, boxes = (np.array([entry[key] for entry in truth.annotations]) for key in ("image_id", "bbox"))
+    classes = np.array([entry["category_id"] for entry in truth.annotations])
+    rows = []
+    for picture in truth.images:
+        of_picture = images == picture["id"]
+        for _ in range(350 if picture is truth.images[3] else 10):
+            if of_picture.any() and rng.random() < 0.5:
+                pick = rng.choice(np.flatnonzero(of_picture))
+                rows.append((picture["id"], classes[pick], boxes[pick] + rng.normal(0, 6, 4)))
+            else:
+                rows.append((picture["id"], rng.choice(ids), rng.uniform(5, 200, 4)))
+    scores = np.round(rng.random(len(rows)), 2).astype(np.float32)  # rounded: ties are the hard part
+    xywh = np.maximum(np.array([row[2] for row in rows]), 0)
+    sizes = {picture["id"]: (picture["height"], picture["width"]) for picture in truth.images}
+    masks = [mask_of_box(sizes[row[0]], box) for row, box in zip(rows, xywh, strict=True)]
+    columns = (np.array([row[0] for row in rows]), np.array([row[1] for row in rows]), xywh, scores)
+    return Detections(*columns, np.arange(len(rows)), concatenate_masks(masks))
+
+
+def mask_of_box(size, box):
+    mask = np.zeros((1, *size), bool)
+    x, y, w, h = box.astype(int)
+    mask[:, y : y + h, x : x + w] = True
+    return Masks.encode(mask)
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_classes_in_blocks_give_the_numbers_that_lvis_gives_for_all_at_once(coco_mini, monkeypatch, iou_type):
+    path = coco_mini / "annotations/lvis_mini_val.json"
+    found = random_detections(read_ground_truth(path))
+    with module._lvis() as lvis:
+        boxes_or_masks = found.as_dicts(with_box=iou_type == "bbox", with_mask=iou_type == "segm")
+        whole = lvis.LVISEval(str(path), list(boxes_or_masks), iou_type)
+        whole.run()
+    expected = {metric: whole.results[metric] for metric in METRICS}
+    monkeypatch.setattr(module, "CLASSES_AT_ONCE", 7)
+    assert 0.01 < expected["AP"] < 0.9
+    assert lvis_ap(path, found, iou_type).values == expected
+
+
+def test_numpy_and_logging_are_as_before_and_opencv_is_not_needed(truth):
+    program = f"""
+import logging, pathlib, sys
+sys.modules["cv2"] = None  # what an import of a package that is not there looks like
+import numpy as np
+from regionspot.evaluation.metrics.detections import concatenate
+from regionspot.evaluation.metrics.lvis_ap import lvis_ap
+print(lvis_ap(pathlib.Path({str(truth)!r}), concatenate([]), "bbox")["AP"])
+print(hasattr(np, "float"), sys.modules.get("cv2"), logging.getLogger().handlers, logging.getLogger("lvis").level)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.split("\n")[:2] == ["0.0", "False None [] 0"]
+    assert done.stderr == ""
+
+
+def test_numpy_is_put_back_when_lvis_fails():
+    with pytest.raises(ZeroDivisionError), module._lvis():
+        vars(np)["float"](1 / 0)
+    assert not hasattr(np, "float")
+
+
+def broken(truth, change):
+    dataset = json.loads(truth.read_text())
+    change(dataset)
+    return json.dumps(dataset)
+
+
+def annotation_3(**fields):
+    return lambda truth: broken(truth, lambda d: d["annotations"][3].update(fields))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (lambda truth: truth.read_text()[:-40], "is cut off"),
+        (lambda truth: "[]", 'has no list "images"'),
+        (lambda truth: broken(truth, lambda d: d["images"][1].pop("neg_category_ids")), "images[1] has no `neg_"),
+        (lambda truth: broken(truth, lambda d: d["images"][1].update(neg_category_ids=[4])), "names category 4"),
+        (
+            lambda truth: broken(truth, lambda d: d["images"][1].update(id=1)),
+            "images[0] and images[1] have the same id 1",
+        ),
+        (lambda truth: broken(truth, lambda d: d["images"][1].pop("height")), "images[1] has no `height`"),
+        (
+            lambda truth: broken(truth, lambda d: d["categories"][0].pop("frequency")),
+            "categories[0] has no `frequency`",
+        ),
+        (lambda truth: broken(truth, lambda d: d["categories"][2].update(frequency="x")), '.frequency is "x"'),
+        (lambda truth: broken(truth, lambda d: d["categories"][2].update(id=3)), "have the same id 3"),
+        (annotation_3(image_id=9), ".image_id is 9, which the file does not define"),
+        (annotation_3(category_id=4), ".category_id is 4"),
+        (
+            annotation_3(area="large"),
+            '1 of 4 annotations cannot be evaluated, the first: annotations[3].area is "large"',
+        ),
+        (annotation_3(area=None), ".area is null"),
+        (annotation_3(area=-1), ".area is -1, expected a number from 0"),
+        (annotation_3(bbox=None), ".bbox is null"),
+        (annotation_3(bbox=[1, 2, float("nan"), 4]), ".bbox is [1, 2, null, 4]"),
+        (annotation_3(bbox=[1, 2, -3, 4]), ".bbox is [1, 2, -3, 4]"),
+        (
+            lambda truth: broken(truth, lambda d: d["annotations"][3].pop("segmentation")),
+            "has no `segmentation`; --no-masks",
+        ),
+        (annotation_3(segmentation=None), ".segmentation is null"),
+        (annotation_3(segmentation=[]), ".segmentation is [], expected polygons of at least 3 points"),
+        (annotation_3(segmentation=[[]]), ".segmentation is [[]]"),
+        (annotation_3(segmentation=[[5, 5, 30, 30]]), ".segmentation is [[5, 5, 30, 30]]"),
+        (annotation_3(segmentation=[[5, 5, 30, 5, 30, 30], [1, 2]]), ".segmentation is [[5, 5"),
+        (annotation_3(segmentation=[[5, 5, 30, 5, 30, 30, 7]]), ".segmentation is [[5, 5"),
+        (annotation_3(segmentation=[[5, 5, 30, "5", 30, 30]]), ".segmentation is [[5, 5"),
+        (annotation_3(segmentation=[[5, 5, 30, None, 30, 30]]), ".segmentation is [[5, 5"),
+        (annotation_3(segmentation=[5, 5, 30, 5, 30, 30]), ".segmentation is [5, 5"),
+        (annotation_3(segmentation={"size": [SIDE, SIDE]}), " has no `counts`"),
+        (annotation_3(segmentation={"size": [9, 9], "counts": [81]}), ".segmentation.size is [9, 9]"),
+        (annotation_3(segmentation={"size": [SIDE, SIDE], "counts": [0, 10]}), ".segmentation.counts is [0, 10]"),
+        (annotation_3(segmentation={"size": [SIDE, SIDE], "counts": "abc"}), '.segmentation.counts is "abc"'),
+    ],
+)
+def test_annotations_that_lvis_would_stumble_over_are_named_in_one_line(truth, tmp_path, content, message):
+    path = tmp_path / "broken.json"
+    path.write_text(content(truth))
+    with pytest.raises(AnnotationError) as caught:
+        lvis_ap(path, detections(PERFECT), "segm")
+    assert message in str(caught.value)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("ids", [[7, 7, 7, 7], [0, 1, 2, 3], [-4, -3, -2, -1], ["a", "b", None, 2**70], [1, 2, 2, 0]])
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_annotation_ids_do_not_change_ap_and_odd_ones_are_told(truth, tmp_path, caplog, ids, iou_type):
+    def change(dataset):
+        for entry, number in zip(dataset["annotations"], ids, strict=True):
+            entry["id"] = number
+
+    path = tmp_path / "ids.json"
+    path.write_text(broken(truth, change))
+    assert lvis_ap(path, detections(PERFECT), iou_type).values == pytest.approx(dict.fromkeys(METRICS, 1.0))
+    assert "annotation ids are missing, repeated, 0 or less; they are numbered anew" in caplog.text
+
+
+def test_ids_of_images_and_classes_may_be_zero_negative_huge_or_text(tmp_path, caplog):
+    boxes = [annotation(1, 1, 7, [10, 10, 20, 20]), annotation(2, 2, 3, [40, 40, 50, 50])]
+    path = write_truth(tmp_path / "truth.json", boxes, negatives={1: [3], 2: [7]})
+    rows = [(1, 7, [10, 10, 20, 20], 0.9), (2, 3, [40, 40, 50, 50], 0.8), (1, 3, [0, 0, 9, 9], 0.99)]
+    expected = lvis_ap(path, detections(rows), "bbox").values
+    for images, classes in (((0, -5), (-1, 0, -2)), ((2**62, -(2**63)), (2**40, 5, 2**41)), (("a", "b"), (1, 2, 3))):
+        image_of, class_of = dict(zip((1, 2), images, strict=True)), dict(zip((7, 3, 5), classes, strict=True))
+
+        def change(dataset, image_of=image_of, class_of=class_of):
+            for image in dataset["images"]:
+                image["id"] = image_of[image["id"]]
+                image["neg_category_ids"] = [class_of[each] for each in image["neg_category_ids"]]
+            for category in dataset["categories"]:
+                category["id"] = class_of[category["id"]]
+            for entry in dataset["annotations"]:
+                entry["image_id"], entry["category_id"] = image_of[entry["image_id"]], class_of[entry["category_id"]]
+
+        other = tmp_path / "other.json"
+        other.write_text(broken(path, change))
+        numbers = {image: image_id("", image) for image in images}
+        moved = [(numbers[image_of[image]], class_of[kind], box, score) for image, kind, box, score in rows]
+        assert lvis_ap(other, detections(moved), "bbox").values == expected
+    assert not caplog.text
+
+
+def test_numbers_as_text_evaluate_as_numbers(truth, tmp_path):
+    def change(dataset):
+        for entry in dataset["annotations"]:
+            entry.update(area=str(entry["area"]), image_id=float(entry["image_id"]), bbox=list(map(str, entry["bbox"])))
+
+    path = tmp_path / "text.json"
+    path.write_text("\ufeff" + broken(truth, change))
+    assert lvis_ap(path, detections(PERFECT), "bbox").values == pytest.approx(dict.fromkeys(METRICS, 1.0))
+
+
+def test_annotations_of_no_area_which_lvis_leaves_out_are_told(truth, tmp_path, caplog):
+    path = tmp_path / "flat.json"
+    path.write_text(broken(truth, lambda d: d["annotations"][3].update(area=0)))
+    read_ground_truth(path)
+    assert "1 annotations have area 0, and lvis leaves those out of AP" in caplog.text
+
+
+@pytest.mark.parametrize("as_text", [True, False])
+def test_masks_as_run_lengths_are_taken(truth, tmp_path, as_text):
+    def change(dataset):
+        for entry, mask in zip(dataset["annotations"], masks, strict=True):
+            entry["segmentation"] = mask
+
+    found = detections(PERFECT).masks
+    masks = [found[index] for index in range(4)]
+    if as_text:
+        masks = [{**mask, "counts": mask["counts"].decode()} for mask in masks]
+    else:
+        masks = [{"size": mask["size"], "counts": runs_of(found.decode(index))} for index, mask in enumerate(masks)]
+    path = tmp_path / "runs.json"
+    path.write_text(broken(truth, change))
+    assert lvis_ap(path, detections(PERFECT), "segm").values == pytest.approx(dict.fromkeys(METRICS, 1.0))
+
+
+def runs_of(mask):
+    flat = mask.T.reshape(-1)
+    edges = np.flatnonzero(np.diff(flat)) + 1
+    runs = np.diff([0, *edges, len(flat)]).tolist()
+    return [0, *runs] if flat[0] else runs
+
+
+def test_a_missing_annotation_file_is_named(tmp_path):
+    with pytest.raises(AnnotationError, match=r"absent.json: there is no such file"):
+        lvis_ap(tmp_path / "absent.json", detections([]), "bbox")
+
+
+def test_detections_that_do_not_belong_to_the_file_are_refused(truth):
+    with pytest.raises(InputError, match="picture id 9"):
+        lvis_ap(truth, detections([(9, 3, [0, 0, 9, 9], 0.5)]), "bbox")
+    with pytest.raises(InputError, match="class id 4"):
+        lvis_ap(truth, detections([(1, 4, [0, 0, 9, 9], 0.5)]), "bbox")
+    with pytest.raises(InputError, match="no image with id 9"):
+        lvis_ap(truth, detections(PERFECT), "bbox", np.array([9]))
+    without = Detections(*(getattr(detections(PERFECT), name) for name in list(Detections.__dataclass_fields__)[:5]))
+    with pytest.raises(InputError, match="have no masks"):
+        lvis_ap(truth, without, "segm")
+
+
+def test_the_best_pairs_of_region_and_class_are_kept_with_the_box_score_in_them():
+    probabilities = np.array([[0.6, 0.4], [0.1, 0.9]], np.float32)
+    boxes = np.array([[0, 0, 10, 20], [5, 5, 8, 9]], np.float32)
+    masks = Masks.encode(np.ones((2, 4, 4), bool))
+    found = detections_of_picture(8, boxes, probabilities, np.array([30, 10]), np.float32([1, 0.5]), masks, limit=3)
+    assert found.category_ids.tolist() == [30, 10, 10]
+    assert found.regions.tolist() == [0, 1, 0]
+    assert found.scores.tolist() == pytest.approx([0.6, 0.45, 0.4])
+    assert found.boxes_xywh.tolist() == [[0, 0, 10, 20], [5, 5, 3, 4], [0, 0, 10, 20]]
+    back = from_columns(to_columns(found))
+    assert list(back.as_dicts()) == list(found.as_dicts())

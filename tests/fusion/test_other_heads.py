@@ -1,0 +1,56 @@
+"""The programs of docs/other_heads.md, run as they are printed there, on a small toy world named by its colours."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from regionspot.cache import Category, FeatureCache, Manifest
+from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.extraction.extract import extract
+from regionspot.pipeline.toy.world import make_toy_world
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "other_heads.md"
+# A program, and below it what it prints.
+EXAMPLES = re.findall(r"```python\n(.*?)```\n\n    (.*?)\n", DOCUMENT.read_text(), re.DOTALL)
+PICTURES = 75
+
+
+def by_colours(manifest: Manifest) -> Manifest:
+    """The same regions, whose class is the middle word of its name: "striped green star" is green."""
+    names = [category.name.split()[1] for category in manifest.categories]
+    colours = sorted(set(names))
+    index = np.array([colours.index(name) for name in names], np.int32)
+    categories = tuple(Category(place + 1, colour) for place, colour in enumerate(colours))
+    return replace(manifest, category_index=index[manifest.category_index], categories=categories)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder with the cache that the programs open."""
+    root = tmp_path_factory.mktemp("heads")
+    world = make_toy_world(root / "world", 2 * PICTURES, seed=3)
+    manifest = by_colours(read_dataset("toy", world).head(PICTURES))
+    backbones = Backbones.load("toy", device="cpu")
+    cache = FeatureCache.create(root / "o365.zarr", manifest, backbones.feature_sets(), part_size=16)
+    extract(cache, photo_dir("toy", world), backbones)
+    return root
+
+
+def test_the_document_holds_three_programs():
+    assert len(EXAMPLES) == 3
+
+
+@pytest.mark.parametrize(("program", "printed"), EXAMPLES, ids=["linear probe", "nearest neighbours", "small head"])
+def test_each_program_runs_as_printed_and_beats_chance_clearly(folder, monkeypatch, capsys, program, printed):
+    monkeypatch.chdir(folder)
+    exec(compile(program, str(DOCUMENT), "exec"), {"__name__": "__main__"})
+    said = capsys.readouterr().out.strip()
+    accuracy, chance = (int(share) for share in re.findall(r"(\d+)%", said))
+    assert accuracy > chance + 20
+    told = [int(share) for share in re.findall(r"(\d+)%", printed)]
+    assert told == pytest.approx([accuracy, chance], abs=4)  # rounding differs between machines
+    assert re.sub(r"\d+%", "N%", said) == re.sub(r"\d+%", "N%", printed)

@@ -1,0 +1,70 @@
+"""Memory that is freed and taken again costs page faults once, in whichever thread."""
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+
+from regionspot.pipeline.extraction import malloc as allocator
+
+MEGABYTES = 48  # above what glibc ever takes from the heap by itself
+TIMES = 8
+
+SCRIPT = f"""
+import resource, sys, threading
+from regionspot.pipeline.extraction.malloc import keep_memory
+
+print(keep_memory() if sys.argv[1] == "keep" else None)
+
+def work():
+    for _ in range({TIMES}):
+        b"x" * ({MEGABYTES} << 20)
+
+def faults(run):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def in_a_thread():
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+
+print(faults(work), faults(in_a_thread))
+"""
+PAGES = (MEGABYTES << 20) // os.sysconf("SC_PAGE_SIZE")
+
+needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+
+
+def run(how, **environment):
+    clean = {name: value for name, value in os.environ.items() if name not in allocator.ENVIRONMENT}
+    command = [sys.executable, "-c", SCRIPT, how]
+    done = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True)
+    said, counts = done.stdout.splitlines()
+    return said, *(int(count) for count in counts.split())
+
+
+@needs_glibc
+def test_large_blocks_that_come_again_cost_their_page_faults_once():
+    said, here, elsewhere = run("keep")
+    _, by_default, _ = run("leave")
+    assert said == "True"
+    assert by_default > TIMES * PAGES * 0.9
+    assert here < 2 * PAGES
+    assert elsewhere < 0.1 * PAGES  # a thread takes what the main one had
+
+
+@needs_glibc
+def test_what_the_environment_says_goes_first():
+    said, here, _ = run("keep", MALLOC_TRIM_THRESHOLD_="131072")
+    assert said == "False"
+    assert here > TIMES * PAGES * 0.9
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("looked into it"))
+    assert allocator.keep_memory.__wrapped__() is False

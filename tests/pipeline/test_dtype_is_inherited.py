@@ -1,0 +1,158 @@
+"""The dtype is chosen by whoever makes a feature set, and taken over by every other run on that cache."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from regionspot.cache import FeatureCache
+from regionspot.cache.errors import InputError, ProvenanceMismatchError
+from regionspot.pipeline.backbones import dtypes
+from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.distributed.job import ExtractJob
+from regionspot.pipeline.extraction.config import ExtractConfig
+from regionspot.pipeline.extraction.run import Extraction
+
+IMAGES = 4
+
+# `regionspot extract` on a machine whose "auto" is the dtype of that name. It opens the cache when the other run does.
+RUN = """
+import sys, time
+from pathlib import Path
+from regionspot.cache.store import FeatureCache
+from regionspot.cli import app
+from regionspot.pipeline.backbones import dtypes
+
+dtype, other, folder, *words = sys.argv[1:]
+dtypes.auto_dtype = lambda device, kind: dtype
+open_or_create = FeatureCache.open_or_create
+
+def together(*args, **kwargs):
+    Path(folder, dtype).touch()
+    while not Path(folder, other).exists():
+        time.sleep(0.001)
+    return open_or_create(*args, **kwargs)
+
+FeatureCache.open_or_create = together
+app(words)
+"""
+
+
+def dtypes_of(cache) -> dict[str, str]:
+    return {name: each.provenance["dtype"] for name, each in FeatureCache.open(cache).feature_sets.items()}
+
+
+def features_of(cache, name="*") -> dict[str, bytes]:
+    return {str(path.relative_to(cache)): path.read_bytes() for path in Path(cache).glob(f"features/{name}/**/c.*")}
+
+
+@pytest.fixture
+def extraction(world, tmp_path):
+    """`extraction(name, dtype)`: one of the same few images into the cache of that name."""
+
+    def make(name, dtype, parts=None, **models):
+        manifest = read_dataset("toy", world, "train").head(IMAGES)
+        backbones = Backbones.load("toy", device="cpu", dtype=dtype, **models)
+        config = ExtractConfig(str(tmp_path / name), part_size=1, parts=parts)
+        return Extraction(config, manifest, photo_dir("toy", world), backbones)
+
+    return make
+
+
+@pytest.mark.parametrize("made_by_them", [("toy_clip", "toy_sam"), ("toy_sam",)])
+def test_two_unlike_machines_started_together_fill_one_cache_in_one_dtype(world, tmp_path, extraction, made_by_them):
+    cache, folder = tmp_path / "c.zarr", tmp_path / "who is here"
+    if "toy_clip" not in made_by_them:
+        extraction(cache.name, "float32", localizer="none").run()
+    folder.mkdir()
+    words = ["extract", "toy", "--data", str(world), "--cache", str(cache), "--preset", "toy", "--device", "cpu"]
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", RUN, *pair, str(folder), *words, "--limit", str(IMAGES), "--part-size", "1"],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for pair in (("float32", "bfloat16"), ("bfloat16", "float32"))
+    ]
+    output = [run.communicate(timeout=60)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], output
+    chosen = dtypes_of(cache)["toy_sam"]
+    alone = extraction("alone.zarr", chosen)
+    alone.run()
+    for name in made_by_them:
+        assert dtypes_of(cache)[name] == chosen
+        assert features_of(cache, name) == features_of(alone.config.cache, name)
+
+
+@pytest.fixture
+def made_meanwhile(extraction, monkeypatch):
+    """`made_meanwhile("c.zarr", "bfloat16")`: another run makes that cache just before the next one opens it."""
+    open_or_create = FeatureCache.open_or_create
+
+    def interleave(name, dtype):
+        def other_first(*args, **kwargs):
+            monkeypatch.setattr(FeatureCache, "open_or_create", open_or_create)
+            extraction(name, dtype).prepare()
+            return open_or_create(*args, **kwargs)
+
+        monkeypatch.setattr(FeatureCache, "open_or_create", other_first)
+
+    return interleave
+
+
+def test_a_run_takes_over_the_dtype_of_a_cache_made_after_its_models_were_loaded(extraction, made_meanwhile):
+    late, alone = extraction("c.zarr", "auto"), extraction("alone.zarr", "bfloat16")
+    made_meanwhile("c.zarr", "bfloat16")
+    assert late.run().parts == alone.run().parts == IMAGES
+    assert set(dtypes_of(late.config.cache).values()) == {"bfloat16"}
+    assert features_of(late.config.cache) == features_of(alone.config.cache)
+
+
+def test_workers_take_over_the_dtype_of_a_cache_made_after_the_first_of_them_had_loaded_its_models(
+    world, tmp_path, made_meanwhile
+):
+    path = tmp_path / "c.zarr"
+    config = ExtractConfig(str(path), "toy", str(world), limit=IMAGES, preset="toy", device="cpu", part_size=1)
+    job = ExtractJob(config)
+    made_meanwhile(path.name, "bfloat16")
+    prepared = job.prepare()
+    assert sorted(prepared.names) == ["toy_clip", "toy_sam"]
+    opened = job.open()  # refuses models of another dtype than the cache's
+    opened.close()
+    assert set(dtypes_of(path).values()) == {"bfloat16"}
+
+
+def test_a_dtype_asked_for_by_name_stays_and_is_refused_where_the_cache_has_another(extraction, made_meanwhile):
+    late = extraction("c.zarr", "float32")
+    made_meanwhile("c.zarr", "bfloat16")
+    with pytest.raises(ProvenanceMismatchError, match=r"provenance\.dtype is 'bfloat16', asked for 'float32'"):
+        late.run()
+
+
+def test_a_resumed_run_and_a_retry_compute_in_the_dtype_of_the_cache(extraction):
+    extraction("c.zarr", "bfloat16", parts="0").run()
+    again = extraction("c.zarr", "auto")  # loaded without being told what the cache holds
+    assert again.run().parts == IMAGES - 1
+    assert "nothing to try again" in again.retry().text()
+    assert set(dtypes_of(again.config.cache).values()) == {"bfloat16"}
+
+
+def test_models_loaded_for_a_cache_compute_in_its_dtype_or_in_what_suits_the_device_where_it_states_none(extraction):
+    sets = extraction("c.zarr", "bfloat16").backbones.feature_sets()
+    without = [replace(each, provenance={**each.provenance, "dtype": None}) for each in sets]
+    for held, expected in ((sets, "bfloat16"), (without, "float32")):
+        again = Backbones.load("toy", device="cpu", held={each.name: each for each in held})
+        assert {each.provenance["dtype"] for each in again.feature_sets()} == {expected}
+
+
+def test_a_machine_that_cannot_compute_in_the_dtype_of_a_cache_refuses_in_one_line(extraction, monkeypatch):
+    held = {each.name: each for each in extraction("c.zarr", "bfloat16").backbones.feature_sets()}
+    monkeypatch.setattr(dtypes.torch.amp, "is_autocast_available", lambda device: False)
+    with pytest.raises(InputError, match="dtype bfloat16: torch does not compute in it on cpu; use float32"):
+        Backbones.load("toy", device="cpu", held=held)

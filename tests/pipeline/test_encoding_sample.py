@@ -1,0 +1,114 @@
+"""The sample behind int8: the same pictures for everybody, taken once, and only where a cache has none."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from regionspot.cache import Category, FeatureCache, FeatureSet, InputError, Manifest, NotACacheError, PictureFeatures
+from regionspot.cache.format.encodings import statistics_of
+from regionspot.pipeline.extraction.int8_statistics import SAMPLE_IMAGES, ready_to_store, sample_rows, with_statistics
+
+MAPS = FeatureSet("clip", "map", (3, 4), "int8")
+TOKENS = FeatureSet("sam", "token", (5,), "int8")
+PLAIN = FeatureSet("other", "map", (3, 4), "float16")
+
+
+def manifest_of(counts):
+    total = sum(counts)
+    return Manifest(
+        dataset="lvis",
+        split="train",
+        image_ids=np.arange(len(counts)),
+        paths=np.array([f"{row}.jpg" for row in range(len(counts))], np.dtypes.StringDType()),
+        heights=np.full(len(counts), 480, np.int32),
+        widths=np.full(len(counts), 640, np.int32),
+        offsets=np.concatenate([[0], np.cumsum(counts)]),
+        boxes_xyxy=np.zeros((total, 4), np.float32),
+        category_index=np.zeros(total, np.int32),
+        annotation_ids=np.arange(total),
+        categories=(Category(1, "dog"),),
+    )
+
+
+@pytest.fixture
+def manifest():
+    return manifest_of([1, 0, 2, 3] * 50)
+
+
+@pytest.fixture
+def backbones(manifest):
+    """Features of any pictures asked for; `asked` keeps what was."""
+
+    class Backbones:
+        def __init__(self):
+            self.asked, self.broken = [], set()
+
+        def __call__(self, rows, names):
+            self.asked.append((rows, names))
+            for row in rows:
+                failed = "truncated JPEG" if row in self.broken else None
+                yield PictureFeatures(row, {} if failed else {name: self.of(row, name) for name in names}, failed)
+
+        def of(self, row, name):
+            shape = (3, 4) if name == "clip" else (int(manifest.region_count[row]), 5)
+            return np.random.default_rng(row).standard_normal(shape).astype(np.float32) + row
+
+    return Backbones()
+
+
+def test_the_sample_is_spread_over_the_pictures_that_have_regions(manifest):
+    rows = sample_rows(manifest)
+    assert len(rows) == len(set(rows)) == SAMPLE_IMAGES
+    assert (rows[0], rows[-1]) == (0, len(manifest) - 1)
+    assert manifest.region_count[rows].all()
+    assert max(np.diff(rows)) <= 5
+
+
+@pytest.mark.parametrize(("counts", "rows"), [([0], [0]), ([0, 0, 0], [0, 1, 2]), ([0, 7, 0], [1]), ([1, 1], [0, 1])])
+def test_small_splits_and_those_without_regions_have_a_sample_too(counts, rows):
+    assert sample_rows(manifest_of(counts)) == rows
+
+
+def test_statistics_are_those_of_the_pictures_that_can_be_read(manifest, backbones):
+    rows = sample_rows(manifest)
+    backbones.broken = set(rows[:40])
+    maps, tokens = with_statistics([MAPS, TOKENS], manifest, backbones)
+    assert maps == replace(MAPS, statistics=statistics_of(backbones.of(row, "clip") for row in rows[40:]))
+    assert tokens == replace(TOKENS, statistics=statistics_of(backbones.of(row, "sam") for row in rows[40:]))
+    assert backbones.asked == [(rows, ["clip", "sam"])]
+
+
+def test_a_sample_of_which_nothing_can_be_read_is_refused(manifest, backbones):
+    backbones.broken = set(range(len(manifest)))
+    with pytest.raises(InputError, match=r"none of 64 images could be read \(the last: truncated JPEG\); check --data"):
+        with_statistics([MAPS], manifest, backbones)
+
+
+def test_only_int8_sets_that_a_cache_does_not_hold_are_sampled(tmp_path, manifest, backbones):
+    path = tmp_path / "c.zarr"
+    made = ready_to_store(path, manifest, [PLAIN, MAPS], backbones)
+    assert made[0] == PLAIN
+    assert [names for _, names in backbones.asked] == [["clip"]]
+    FeatureCache.create(path, manifest, made)
+
+    again = ready_to_store(path, manifest, [MAPS, TOKENS, PLAIN], backbones)
+    assert [each.name for each in again] == ["clip", "sam", "other"]
+    assert [names for _, names in backbones.asked] == [["clip"], ["sam"]]
+    cache = FeatureCache.open_or_create(path, manifest, again)
+    assert cache.feature_sets["clip"] == made[1]
+    assert cache.feature_sets["sam"].statistics is not None
+
+    ready_to_store(path, manifest, [MAPS, TOKENS, PLAIN], backbones)
+    assert len(backbones.asked) == 2
+
+
+def test_without_int8_no_picture_is_touched(tmp_path, manifest, backbones):
+    assert ready_to_store(tmp_path / "c.zarr", manifest, [PLAIN], backbones) == [PLAIN]
+    assert not backbones.asked
+
+
+def test_a_folder_of_something_else_is_refused_before_a_picture_is_touched(tmp_path, manifest, backbones):
+    with pytest.raises(NotACacheError):
+        ready_to_store(tmp_path, manifest, [MAPS], backbones)
+    assert not backbones.asked

@@ -1,0 +1,61 @@
+"""The one description of an extraction: every option is in it, and it travels as it is."""
+
+import ast
+import pickle
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from regionspot.cache.errors import InputError
+from regionspot.cache.format.encodings import Encoding
+from regionspot.cache.format.schema import Geometry
+from regionspot.commands import extract as cli_extract
+from regionspot.pipeline.extraction.config import ExtractConfig
+from regionspot.pipeline.reporting.failures import FailureLimit
+
+
+def test_a_config_arrives_at_a_worker_equal_to_the_one_that_was_sent():
+    config = ExtractConfig("c.zarr", encoding=Encoding.parse("int8+zstd"), max_failures=FailureLimit(count=3))
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert hash(pickle.loads(pickle.dumps(config))) == hash(config)
+
+
+def test_the_command_line_sets_every_field_by_its_name():
+    calls = [node for node in ast.walk(ast.parse(Path(cli_extract.__file__).read_text())) if isinstance(node, ast.Call)]
+    (call,) = [each for each in calls if isinstance(each.func, ast.Name) and each.func.id == "ExtractConfig"]
+    assert {word.arg for word in call.keywords} == {field.name for field in fields(ExtractConfig)}
+
+
+def test_a_config_is_made_without_torch():
+    code = "import sys; from regionspot.pipeline.extraction.config import ExtractConfig; ExtractConfig()"
+    assert subprocess.run([sys.executable, "-c", f"{code}; sys.exit('torch' in sys.modules)"]).returncode == 0
+
+
+@pytest.mark.parametrize("field", ["batch_size", "decode_threads"])
+def test_a_number_that_makes_no_sense_is_refused_before_anything_is_read(field):
+    with pytest.raises(InputError, match=f"{field} is 0, expected at least 1"):
+        ExtractConfig(**{field: 0})
+
+
+def test_parts_and_a_shard_together_are_refused():
+    with pytest.raises(InputError, match="give one of the two"):
+        ExtractConfig(parts="0", shard="1/3").chosen_parts(Geometry(10, 4, 64))
+
+
+@pytest.mark.parametrize(
+    ("fields", "parts"),
+    [
+        ({}, [0, 1, 2]),
+        ({"limit": 1}, [0]),
+        ({"limit": 4}, [0]),
+        ({"limit": 5}, [0, 1]),
+        ({"limit": 1000}, [0, 1, 2]),
+        ({"limit": 5, "parts": "1-2"}, [1]),
+        ({"limit": 5, "shard": "2/2"}, [1]),
+    ],
+)
+def test_a_limit_chooses_the_whole_parts_that_hold_the_first_images(fields, parts):
+    assert list(ExtractConfig(**fields).chosen_parts(Geometry(10, 4, 64))) == parts

@@ -1,0 +1,83 @@
+"""`extract --encoding`: from real JPEGs by the toy backbones into int8, whose statistics come before the cache."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+from typer.testing import CliRunner
+
+from regionspot.cache import FeatureCache
+from regionspot.cache.format.encodings import decode
+from regionspot.cli import app
+from regionspot.pipeline.toy.world import make_toy_world
+
+PICTURES = 6
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory):
+    """`extracted(name, options)`: a cache made by the command line from the toy world's first pictures."""
+    folder = tmp_path_factory.mktemp("encodings")
+    world = make_toy_world(folder / "world", 40, seed=1)
+
+    def extract(name, *options):
+        command = ["extract", "toy", "--data", str(world), "--cache", str(folder / name), "--preset", "toy"]
+        done = CliRunner().invoke(app, [*command, "--limit", str(PICTURES), "--part-size", "4", *options])
+        if done.exception is not None:
+            raise done.exception
+        return folder / name
+
+    return extract
+
+
+def features_in(path: Path, name: str, array: str):
+    """A feature set as a stranger reads it, decoded."""
+    feature_set = FeatureCache.open(path).feature_sets[name]
+    root = zarr.open_group(path, mode="r")
+    scales = root[f"features/{name}/scale"][:] if feature_set.has_scales else None
+    return decode(root[f"features/{name}/{array}"][:], feature_set, scales)
+
+
+def test_maps_become_int8_and_tokens_stay_float16_unless_asked_for(extracted):
+    plain, encoded = extracted("plain.zarr"), extracted("int8.zarr", "--encoding", "int8")
+    sets = FeatureCache.open(encoded).feature_sets
+    assert {name: each.dtype for name, each in sets.items()} == {"toy_sam": "float16", "toy_clip": "int8"}
+    given, came_back = (features_in(path, "toy_clip", "feature_map") for path in (plain, encoded))
+    cosine = (given * came_back).sum(-1) / np.linalg.norm(given, axis=-1) / np.linalg.norm(came_back, axis=-1)
+    assert cosine.min() > 0.999
+    np.testing.assert_array_equal(
+        features_in(plain, "toy_sam", "token"), features_in(encoded, "toy_sam", "token"), strict=True
+    )
+    sizes = [sum(file.stat().st_size for file in path.glob("features/toy_clip/**/c.*")) for path in (plain, encoded)]
+    assert 0.5 < sizes[1] / sizes[0] < 0.53
+
+
+def test_statistics_are_those_of_the_features_and_stay_when_the_run_goes_on(extracted):
+    path = extracted("stays.zarr", "--encoding", "int8", "--token-encoding", "int8+zstd")
+    sets = FeatureCache.open(path).feature_sets
+    assert sets["toy_sam"].compression == "zstd"
+    maps = features_in(path, "toy_clip", "feature_map").reshape(-1, sets["toy_clip"].shape[-1])
+    np.testing.assert_allclose(sets["toy_clip"].statistics.mean, maps.mean(axis=0), atol=1e-2)
+    np.testing.assert_allclose(sets["toy_clip"].statistics.deviation, maps.std(axis=0), rtol=2e-2, atol=2e-3)
+
+    before = (path / "features/toy_clip/feature_map/c.1.0.0").read_bytes()
+    (path / "parts/toy_clip/00001.json").unlink()
+    (path / "features/toy_clip/feature_map/c.1.0.0").unlink()
+    extracted("stays.zarr", "--encoding", "int8", "--token-encoding", "int8+zstd")
+    assert (path / "features/toy_clip/feature_map/c.1.0.0").read_bytes() == before
+    assert FeatureCache.open(path).feature_sets == sets
+
+
+@pytest.mark.parametrize("option", ["--encoding", "--token-encoding"])
+def test_an_encoding_that_there_is_not_is_refused_before_any_work(extracted, option):
+    with pytest.raises(ValueError, match="encoding 'int4': unknown; expected one of float16, float32, bfloat16, int8"):
+        extracted("none.zarr", option, "int4")
+
+
+def test_going_on_in_another_encoding_is_refused(extracted):
+    path = extracted("refused.zarr")
+    with pytest.raises(RuntimeError, match="toy_clip was made otherwise than asked for: dtype is 'float16'"):
+        extracted("refused.zarr", "--encoding", "bfloat16")
+    assert json.loads((path / "zarr.json").read_bytes())["attributes"]["regionspot"]["feature_sets"][0]["name"]

@@ -1,0 +1,194 @@
+"""What is no readable image is named for what it is, a plugin is used where it is installed, and text costs nothing."""
+
+import io
+import subprocess
+import sys
+import tracemalloc
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from regionspot.cache.errors import PhotoError
+from regionspot.pipeline.images.decode import TURNS, read_photo
+
+NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
+MEGABYTE = 2**20
+
+
+def saved(format: str) -> bytes:
+    file = io.BytesIO()
+    NOISE.save(file, format)
+    return file.getvalue()
+
+
+def chunk(kind: bytes, body: bytes, checksum: int | None = None) -> bytes:
+    checksum = zlib.crc32(kind + body) if checksum is None else checksum
+    return len(body).to_bytes(4, "big") + kind + body + checksum.to_bytes(4, "big")
+
+
+def png_with(chunks: bytes, before: bytes) -> bytes:
+    png = saved("PNG")
+    at = png.index(before) - 4
+    return png[:at] + chunks + png[at:]
+
+
+def box(brand: bytes) -> bytes:
+    return b"\0\0\0\x1cftyp" + brand + bytes(16) + b"meta" + bytes(100)
+
+
+TEXTS = {
+    "a profile of 3 MB": chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 * MEGABYTE))),
+    "a compressed text of 3 MB": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 3 * MEGABYTE)),
+    "an international one": chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(b"a" * 3 * MEGABYTE)),
+    "XMP of 3 MB": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"a" * 3 * MEGABYTE)),
+    "80 texts of 1 MB": b"".join(chunk(b"tEXt", b"%d\0" % k + b"a" * MEGABYTE) for k in range(80)),
+    "a damaged text": chunk(b"tEXt", b"Comment\0text", checksum=1),
+    "a damaged profile": chunk(b"iCCP", b"profile\0\0 not compressed"),
+    "a profile compressed in an unknown way": chunk(b"iCCP", b"profile\0\7" + zlib.compress(b"a")),
+    "damaged XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0 not compressed"),
+    "damaged EXIF": chunk(b"eXIf", b"MM", checksum=1),
+    "a damaged density": chunk(b"pHYs", bytes(9), checksum=1),
+    "a gamma": chunk(b"gAMA", (100_000).to_bytes(4, "big")),
+}
+
+
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"], ids=["before the pixels", "behind them"])
+@pytest.mark.parametrize("name", TEXTS)
+def test_what_a_png_holds_besides_pixels_does_not_matter(name, before):
+    assert np.array_equal(np.asarray(read_photo(png_with(TEXTS[name], before))), np.asarray(NOISE))
+
+
+def test_a_text_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked():
+    packed = zlib.compress(bytes(64 * MEGABYTE))
+    png = png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed), b"IDAT")
+    tracemalloc.start()
+    try:
+        read_photo(png)
+        assert tracemalloc.get_traced_memory()[1] < 8 * MEGABYTE
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_png_may_lack_its_end_and_have_anything_behind_it():
+    png = saved("PNG")
+    for other in (png[: png.index(b"IEND") - 4], png + b"anything", png + bytes(5000)):
+        assert np.array_equal(np.asarray(read_photo(other)), np.asarray(NOISE))
+
+
+@pytest.mark.parametrize("kept", [20, 40, 60, 500, -200])
+def test_a_png_that_lacks_pixels_is_cut_off(kept):
+    with pytest.raises(PhotoError, match=r"is broken or cut off|cannot be read; it is cut off"):
+        read_photo(saved("PNG")[:kept])
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "Git LFS pointer.* `git lfs pull`"),
+        (b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "is HTML or XML, not an image"),
+        (b"\n\n<!DOCTYPE html><title>404</title>", "is HTML or XML, not an image"),
+        (b'{"error": "not found"}', "is JSON, not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"is a drawing \(SVG\)"),
+        (b"%PDF-1.7\n", "is a PDF document"),
+        (b"\x1f\x8b\x08\0" + bytes(20), "is compressed with gzip"),
+        (b"PK\3\4" + bytes(20), "is a ZIP archive"),
+        (b"no image at all", "is not an image in a known format"),
+        (bytes(1000), "is not an image in a known format"),
+        (b"\xff\xd8\xff nothing more", "is in JPEG format but cannot be read"),
+        (b"\n" + saved("JPEG"), "is in JPEG format but cannot be read"),
+        (saved("PNG")[:12], "is in PNG format but cannot be read"),
+        (saved("TIFF")[:60], "is in TIFF format but cannot be read"),
+    ],
+)
+def test_what_is_no_readable_image_is_named_for_what_it_is(tmp_path, content, reason):
+    (tmp_path / "image.jpg").write_bytes(content)
+    for source in (content, tmp_path / "image.jpg"):
+        with pytest.raises(PhotoError, match=reason) as caught:
+            read_photo(source)
+        assert "\n" not in str(caught.value)
+
+
+PLUGINS = [
+    (box(b"heic"), "HEIC", "pillow_heif", "pillow-heif"),
+    (box(b"mif1"), "HEIC", "pillow_heif", "pillow-heif"),
+    (b"\xff\x0a" + bytes(50), "JPEG XL", "pillow_jxl", "pillow-jxl-plugin"),
+    (b"\0\0\0\x0cJXL \r\n\x87\n" + bytes(50), "JPEG XL", "pillow_jxl", "pillow-jxl-plugin"),
+]
+
+
+@pytest.mark.parametrize(("content", "format", "module", "package"), PLUGINS)
+def test_a_format_that_needs_a_plugin_is_refused_with_its_name(monkeypatch, content, format, module, package):
+    # As if it were not installed, also where another test has made Pillow use it already.
+    monkeypatch.setitem(sys.modules, module, None)
+    monkeypatch.setitem(sys.modules, f"{module}.HeifImagePlugin", None)
+    monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name not in ("HEIF", "JXL")])
+    monkeypatch.setattr(Image, "OPEN", {name: how for name, how in Image.OPEN.items() if name not in ("HEIF", "JXL")})
+    with pytest.raises(PhotoError, match=f"is in {format} format; to read it, `pip install {package}`$"):
+        read_photo(content)
+
+
+STAND_IN = """
+import time
+from PIL import Image
+
+def opened(file, name):
+    image = Image.new("RGB", (3, 2), (10, 20, 30))
+    image.format = "HEIF"
+    return image
+
+time.sleep(0.05)
+Image.register_open("HEIF", opened, lambda head: head[4:12] == b"ftypheic")
+"""
+
+
+def test_a_plugin_is_used_as_soon_as_it_is_installed_by_all_threads(tmp_path):
+    (tmp_path / "pillow_heif").mkdir()
+    (tmp_path / "pillow_heif" / "__init__.py").touch()
+    (tmp_path / "pillow_heif" / "HeifImagePlugin.py").write_text(STAND_IN)
+    (tmp_path / "image.jpg").write_bytes(box(b"heic"))
+    script = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from regionspot.pipeline.images.decode import read_photo
+sys.path.insert(0, sys.argv[1])
+with ThreadPoolExecutor(16) as pool:
+    print({read.getpixel((0, 0)) for read in pool.map(read_photo, [sys.argv[1] + "/image.jpg"] * 64)})
+"""
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
+    assert done.stdout == "{(10, 20, 30)}\n", done.stderr
+
+
+def test_damaged_metadata_is_not_worth_a_word(tmp_path):
+    NOISE.save(tmp_path / "image.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05 not what EXIF looks like")
+    (tmp_path / "image.tif").write_bytes(saved("TIFF")[:60])
+    script = (
+        "import sys\nfrom regionspot.pipeline.images.decode import read_photo\nread_photo(sys.argv[1], exif='apply')"
+    )
+    done = [
+        subprocess.run([sys.executable, "-c", script, tmp_path / name], capture_output=True, text=True)
+        for name in ("image.jpg", "image.tif")
+    ]
+    assert done[0].stderr == ""
+    assert "Warning" not in done[1].stderr
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_heic_is_upright_whatever_the_rule(orientation):
+    """The format itself says how it is turned, and its decoder has to follow; EXIF says it once more."""
+    plugin = pytest.importorskip("pillow_heif")
+    plugin.register_heif_opener()
+    colours = np.array([[[230, 30, 30], [30, 220, 40]], [[40, 50, 230], [240, 240, 240]]], np.uint8)
+    stored = Image.fromarray(colours.repeat(32, 0).repeat(64, 1))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    file = io.BytesIO()
+    stored.save(file, "HEIF", quality=95, exif=exif.tobytes())
+    with_rule = [np.asarray(read_photo(file.getvalue(), exif=rule)) for rule in ("auto", "apply", "ignore")]
+    assert all(np.array_equal(one, with_rule[0]) for one in with_rule)
+    expected = stored.transpose(TURNS[orientation]) if orientation > 1 else stored
+    found = Image.fromarray(with_rule[0])
+    assert found.size == expected.size
+    at = [(x, y) for x in (10, found.width - 10) for y in (10, found.height - 10)]
+    assert np.abs(np.array([found.getpixel(p) for p in at]) - [expected.getpixel(p) for p in at]).max() < 30

@@ -1,0 +1,259 @@
+"""Models of open_clip that are no plain CLIP give their own maps, and meet text as open_clip itself makes them.
+
+They are small here: open_clip's own classes over timm's test towers, from configurations that these tests write.
+"""
+
+import json
+import sys
+
+import numpy as np
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from regionspot import cli
+from regionspot.cache import FeatureCache
+from regionspot.cache.errors import InputError
+from regionspot.evaluation.inference.baselines import PooledBaseline
+from regionspot.pipeline.backbones import open_clip_models
+from regionspot.pipeline.backbones.clip import ClipEncoder, load_encoder, load_text_encoder
+from regionspot.pipeline.backbones.open_clip_models import config_of, is_plain
+from regionspot.pipeline.backbones.protocols import ProjectingEncoder, TextEncoder
+from regionspot.pipeline.backbones.registry import stored_name
+from regionspot.pipeline.toy.world import make_toy_world
+
+TEXT = {"context_length": 16, "vocab_size": 49_408, "width": 32, "heads": 2, "layers": 1}
+TIMM = {"image_size": 160, "timm_model_pretrained": False}
+CONFIGS = {
+    # As PE-Core and EVA are: a class token in a tower of timm's, a causal text tower beside it.
+    "tiny-pe": {
+        "custom_text": True,
+        "vision_cfg": {**TIMM, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"},
+        "text_cfg": TEXT,
+    },
+    # As SigLIP is: patches alone, attention pooling, a text tower without a mask whose tokenizer is on a hub.
+    "tiny-siglip": {
+        "custom_text": True,
+        "init_logit_bias": -10,
+        "vision_cfg": {**TIMM, "timm_model_name": "test_vit3", "timm_pool": "map", "timm_proj": "linear"},
+        "text_cfg": {
+            **TEXT,
+            "vocab_size": 100,
+            "hf_tokenizer_name": "nobody/nothing",
+            "no_causal_mask": True,
+            "pool_type": "last",
+        },
+    },
+    "tiny-convnext": {
+        "vision_cfg": {**TIMM, "timm_model_name": "test_convnext", "timm_pool": "", "timm_proj": "linear"},
+        "text_cfg": TEXT,
+    },
+    "tiny-resnet": {
+        "vision_cfg": {"image_size": 64, "layers": [1, 1, 1, 1], "width": 8},
+        "text_cfg": TEXT,
+    },
+    "tiny-roberta": {
+        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+        "text_cfg": {"hf_model_name": "nobody/nothing", "hf_tokenizer_name": "nobody/nothing"},
+    },
+    "tiny-coca": {
+        "custom_text": True,
+        "vision_cfg": {
+            "image_size": 32,
+            "layers": 1,
+            "width": 64,
+            "patch_size": 16,
+            "attentional_pool": True,
+            "attn_pooler_heads": 2,
+            "output_tokens": True,
+        },
+        "text_cfg": {**TEXT, "embed_cls": True, "output_tokens": True},
+        "multimodal_cfg": {**TEXT, "attn_pooler_heads": 2},
+    },
+}
+PATCHES = {"tiny-pe": 100, "tiny-siglip": 100, "tiny-convnext": 25, "tiny-resnet": 4, "tiny-roberta": 4, "tiny-coca": 4}
+WITH_CLASS_TOKEN = {"tiny-pe", "tiny-roberta", "tiny-coca"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def configs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("configs")
+    for name, config in CONFIGS.items():
+        (folder / f"{name}.json").write_text(json.dumps({"embed_dim": 32, **config}))
+    open_clip.add_model_config(folder)
+
+
+@pytest.fixture(scope="module")
+def photo():
+    noise = np.random.default_rng(0).integers(0, 255, (10, 15, 3), np.uint8)
+    return Image.fromarray(noise).resize((120, 80), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def encoders(configs):
+    return {name: load_encoder(f"open_clip:{name}", "random:0") for name in CONFIGS}
+
+
+def close(found, expected, relative=1e-5) -> bool:
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max()) <= relative * float(expected.abs().max())
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_map_has_the_shape_that_the_encoder_states_and_says_whether_a_class_token_leads_it(encoders, photo, name):
+    encoder = encoders[name]
+    batch = torch.stack([encoder.preprocess(photo), encoder.preprocess(photo.rotate(180))])
+    maps = encoder.encode(batch)
+    assert maps.shape == (2, *encoder.map_shape)
+    assert encoder.map_shape[0] == PATCHES[name] + (name in WITH_CLASS_TOKEN)
+    assert encoder.provenance["class_token"] is (name in WITH_CLASS_TOKEN)
+    assert torch.isfinite(maps).all()
+    assert not close(maps[0], maps[1], 0.01)
+    assert encoder.embed_images(batch).shape == (2, encoder.text_dim)
+
+
+@pytest.mark.parametrize("name", ["tiny-pe", "tiny-siglip"])
+def test_places_are_what_the_tower_says_before_its_last_norm_row_by_row_without_registers(encoders, photo, name):
+    encoder = encoders[name]
+    batch, seen = encoder.preprocess(photo)[None], []
+    trunk = encoder._visual.trunk
+    handle = trunk.blocks[-1].register_forward_hook(lambda *call: seen.append(call[2]))
+    encoder.embed_images(batch)
+    handle.remove()
+    patches = seen[0][:, trunk.num_prefix_tokens :]
+    expected = torch.cat([seen[0][:, :1], patches], 1) if name in WITH_CLASS_TOKEN else patches
+    assert close(encoder.encode(batch), expected)
+
+
+def test_a_picture_and_a_prompt_meet_as_in_open_clip_itself(encoders, photo):
+    encoder, prompts = encoders["tiny-pe"], ["a dog", "a cat on a mat"]
+    ids = open_clip.get_tokenizer("tiny-pe")(prompts)
+    batch = encoder.preprocess(photo)[None]
+    assert close(encoder.embed_prompts(prompts), encoder._model.encode_text(ids))
+    assert close(encoder.embed_images(batch), encoder._model.encode_image(batch))
+    assert encoder.embed_prompts([]).shape == (0, encoder.text_dim)
+    assert isinstance(encoder, TextEncoder)
+    assert not isinstance(encoder, ProjectingEncoder)
+
+
+def test_without_the_package_of_its_tokenizer_an_encoder_gives_maps_and_names_the_extra(encoders, photo, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    encoder = encoders["tiny-siglip"]
+    assert encoder.encode(encoder.preprocess(photo)[None]).shape == (1, *encoder.map_shape)
+    with pytest.raises(InputError, match=r"the tokenizer nobody/nothing, .* pip install 'regionspot\[text\]'") as told:
+        encoder.embed_prompts(["a dog"])
+    assert "\n" not in str(told.value)
+
+
+def test_a_text_tower_of_hugging_face_is_left_out_with_its_weights(encoders, configs, tmp_path):
+    encoder = encoders["tiny-roberta"]
+    path = tmp_path / "roberta.pt"
+    torch.save(
+        {**encoder._model.state_dict(), "text.transformer.weight": torch.zeros(3), "logit_scale": torch.tensor(1.0)},
+        path,
+    )
+    again = load_encoder("open_clip:tiny-roberta", str(path))
+    blank = torch.zeros(1, 3, 32, 32)
+    assert torch.equal(again.encode(blank), encoder.encode(blank))
+    with pytest.raises(InputError, match="it gives maps, but class names need another encoder"):
+        again.embed_prompts(["a dog"])
+
+
+def test_weights_saved_under_open_clips_older_names_are_read(encoders, tmp_path):
+    encoder = encoders["tiny-pe"]
+    weights = {name.removeprefix("text."): tensor for name, tensor in encoder._model.state_dict().items()}
+    path = tmp_path / "older.pt"
+    torch.save({**weights, "logit_scale": weights["logit_scale"].reshape(1)}, path)
+    again = load_encoder("open_clip:tiny-pe", str(path))
+    assert torch.equal(again.embed_prompts(["a dog"]), encoder.embed_prompts(["a dog"]))
+    assert again.logit_scale == encoder.logit_scale
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_where_the_authors_squeeze_a_picture_it_enters_as_in_open_clip_itself(photo, monkeypatch, interpolation):
+    published = {
+        "mean": (0.5, 0.4, 0.3),
+        "std": (0.5, 0.6, 0.7),
+        "interpolation": interpolation,
+        "resize_mode": "squash",
+    }
+    monkeypatch.setattr(open_clip, "list_pretrained_tags_by_model", lambda model: ["own"])
+    monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: published)
+    encoder = load_encoder("open_clip:tiny-siglip", "random:0")
+    theirs = open_clip.image_transform(160, is_train=False, **published)
+    assert close(encoder.preprocess(photo), theirs(photo), 1e-6)
+    assert encoder.provenance["resize"] == f"PIL {interpolation} to 160 x 160, aspect not kept"
+    reduced = load_encoder("open_clip:tiny-siglip", "random:0", preprocess="reference")
+    assert "shorter edge 800" in reduced.provenance["resize"]
+    assert not close(reduced.preprocess(photo), encoder.preprocess(photo), 1e-3)
+
+
+def test_which_models_of_open_clip_are_plain_is_told_by_their_configurations():
+    plain = ("ViT-B-16", "ViT-L-14-336-quickgelu", "ViT-H-14", "ViT-B-32-256")
+    other = (
+        "ViT-B-16-SigLIP2",
+        "PE-Core-B-16",
+        "EVA02-B-16",
+        "convnext_base",
+        "coca_ViT-B-32",
+        "RN50",
+        "ViT-H-14-CLIPA",
+    )
+    assert all(is_plain(config_of(name)) for name in plain)
+    assert not any(is_plain(config_of(name)) for name in other)
+    assert isinstance(load_encoder("open_clip:ViT-S-32-alt", "random:0"), ClipEncoder)
+
+
+def test_a_text_encoder_is_asked_for_where_class_names_are_needed(configs, monkeypatch):
+    assert load_text_encoder("open_clip:tiny-pe", "random:0").text_dim == 32
+    monkeypatch.delattr("regionspot.pipeline.backbones.open_clip_encoder.OpenClipEncoder.embed_prompts")
+    with pytest.raises(InputError, match="has no text tower, which class names need"):
+        load_text_encoder("open_clip:tiny-pe", "random:0")
+
+
+def test_a_tag_of_another_model_is_refused_with_those_there_are():
+    with pytest.raises(InputError, match="has no pretrained tag 'openai'; expected one of: webli"):
+        load_encoder("open_clip:ViT-B-16-SigLIP2:openai", "random:0")
+    official = open_clip_models.build_open_clip("PE-Core-T-16-384", "meta").official
+    assert official.url.startswith("https://huggingface.co/timm/PE-Core-T-16-384/resolve/main/")
+
+
+@pytest.mark.usefixtures("home")
+def test_a_head_learns_from_maps_without_a_class_token_and_names_regions_by_them(
+    configs, tmp_path, monkeypatch, capsys
+):
+    world, cache, out = make_toy_world(tmp_path / "world", 40, seed=1), str(tmp_path / "a.zarr"), tmp_path / "run"
+    name = "open_clip:tiny-convnext"
+    random = ["--clip-weights", "random:0"]
+    kept = ["--tokens", "all", "--limit", 8, *random]
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["regionspot", *map(str, arguments), "--device", "cpu"])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        assert not stop.value.code, capsys.readouterr().err
+
+    run("extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--encoder", name, *kept)
+    some = ["--iterations", 2, "--batch-size", 2, "--templates", "plain"]
+    run("train", "--cache", cache, "--out", out, "--preset", "toy", "--encoder", name, *some, *random)
+    assert set(FeatureCache.open(cache).feature_sets) == {"toy_sam", "toy_sam_slots", "toy_sam_iou", stored_name(name)}
+    photo = next(world.rglob("*.jpg"))
+    capsys.readouterr()
+    run(
+        "predict",
+        photo,
+        "--checkpoint",
+        out / "head.safetensors",
+        "--boxes",
+        "0,0,50,50",
+        "--names",
+        "star,moon",
+        *random,
+    )
+    assert '"star"' in capsys.readouterr().out
+
+
+def test_the_baseline_that_pools_a_map_asks_for_one_that_can_be_projected(encoders):
+    with pytest.raises(InputError, match=r"tiny-pe: its map has no projection .* take the baseline of crops"):
+        PooledBaseline(encoders["tiny-pe"], None, None, None)

@@ -1,0 +1,188 @@
+"""One rule for the orientation that a file states: whatever the format, the orientation and the way it is given."""
+
+import io
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageOps, features
+
+from regionspot.cache.errors import PhotoError
+from regionspot.pipeline.datasets.image_sizes import photo_sizes
+from regionspot.pipeline.images.decode import decode_photo
+
+ORIENTATION = 0x0112
+QUARTER_TURNS = (5, 6, 7, 8)
+BLOCK = 16  # pixels; of one colour, so that lossy formats keep it
+COLOURS = np.array(
+    [[[230, 30, 30], [30, 220, 40], [40, 50, 230]], [[240, 230, 40], [20, 20, 20], [240, 240, 240]]], np.uint8
+)
+STORED = COLOURS.repeat(BLOCK, 0).repeat(BLOCK, 1)  # no turn or flip of it is equal to another
+HEIGHT, WIDTH = STORED.shape[:2]
+# EXIF 2.32, tag 0x0112: where the stored row 0 and column 0 are seen. 6: row 0 is at the right, column 0 at the top.
+SEEN = {
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.swapaxes(0, 1),
+    6: lambda stored: stored[::-1].swapaxes(0, 1),
+    7: lambda stored: stored[::-1, ::-1].swapaxes(0, 1),
+    8: lambda stored: stored[:, ::-1].swapaxes(0, 1),
+}
+
+
+def exif_of(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    return exif
+
+
+def xmp_of(orientation: int) -> bytes:
+    return f'<x:xmpmeta xmlns:x="adobe:ns:meta/"><a tiff:Orientation="{orientation}"/></x:xmpmeta>'.encode()
+
+
+def saved(format: str, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(STORED).save(file, format, **options)
+    return file.getvalue()
+
+
+def in_exif(format: str, **options):
+    return lambda orientation: saved(format, exif=exif_of(orientation), **options)
+
+
+def jpeg_with_xmp(orientation: int) -> bytes:
+    jpeg, body = saved("JPEG", quality=95, subsampling=0), b"http://ns.adobe.com/xap/1.0/\0" + xmp_of(orientation)
+    return jpeg[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + jpeg[2:]
+
+
+def png_with(kind: bytes, body: bytes, after_pixels: bool = False) -> bytes:
+    png = saved("PNG")
+    chunk = len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
+    at = png.index(b"IEND" if after_pixels else b"IDAT") - 4
+    return png[:at] + chunk + png[at:]
+
+
+def png_with_xmp(orientation: int) -> bytes:
+    return png_with(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp_of(orientation))
+
+
+def png_with_packed_xmp(orientation: int) -> bytes:
+    return png_with(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp_of(orientation)))
+
+
+def png_with_profile(orientation: int) -> bytes:  # as ImageMagick writes EXIF
+    exif = exif_of(orientation).tobytes()
+    return png_with(
+        b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(b"\nexif\n%8d\n%s" % (len(exif), exif.hex().encode()))
+    )
+
+
+def png_with_late_exif(orientation: int) -> bytes:
+    return png_with(b"eXIf", exif_of(orientation).tobytes()[6:], after_pixels=True)
+
+
+def tiff_with_xmp(orientation: int) -> bytes:
+    return saved("TIFF", tiffinfo={700: xmp_of(orientation)})
+
+
+FORMATS = {
+    "JPEG": in_exif("JPEG", quality=95, subsampling=0),
+    "JPEG, progressive": in_exif("JPEG", quality=95, subsampling=0, progressive=True),
+    "JPEG, no end marker": lambda orientation: FORMATS["JPEG"](orientation)[:-2],
+    "JPEG, XMP": jpeg_with_xmp,
+    "MPO": in_exif("MPO", quality=95, subsampling=0, save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT))]),
+    "PNG": in_exif("PNG"),
+    "PNG, behind the pixels": png_with_late_exif,
+    "PNG, XMP": png_with_xmp,
+    "PNG, XMP compressed": png_with_packed_xmp,
+    "PNG, EXIF as text": png_with_profile,
+    "TIFF": in_exif("TIFF"),
+    "TIFF, deflate": in_exif("TIFF", compression="tiff_adobe_deflate"),
+    "TIFF, LZW": in_exif("TIFF", compression="tiff_lzw"),
+    "TIFF, BigTIFF": in_exif("TIFF", big_tiff=True),
+    "TIFF, XMP": tiff_with_xmp,
+    "TIFF, two pages": in_exif("TIFF", save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT))]),
+    "WebP": in_exif("WEBP", lossless=True),
+}
+if "AVIF" in Image.registered_extensions().values() and features.check("avif"):
+    FORMATS["AVIF"] = in_exif("AVIF", quality=95, subsampling="4:4:4")
+# What the annotation states as (height, width), the rule, and for which orientations the image is turned.
+RULES = [
+    (None, "apply", range(2, 9)),
+    (None, "ignore", ()),
+    (None, "auto", ()),
+    ((WIDTH, HEIGHT), "auto", QUARTER_TURNS),
+    ((HEIGHT, WIDTH), "auto", ()),
+    ((HEIGHT, WIDTH), "ignore", ()),
+    ((WIDTH, HEIGHT), "apply", range(2, 9)),
+    ((HEIGHT, WIDTH), "apply", range(2, 9)),
+]
+
+
+def assert_seen(image: Image.Image, orientation: int) -> None:
+    expected = SEEN[orientation](STORED)
+    assert (image.mode, image.height, image.width) == ("RGB", *expected.shape[:2])
+    blocks = (slice(BLOCK // 2, None, BLOCK),) * 2
+    assert np.abs(np.asarray(image)[blocks].astype(int) - expected[blocks]).max() < 16
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_and_orientation_follows_the_rule_however_the_image_is_given(tmp_path, format, orientation):
+    content = FORMATS[format](orientation)
+    path = tmp_path / "image.x"
+    path.write_bytes(content)
+    for size, rule, turned in RULES:
+        seen = orientation if orientation in turned else 1
+        fits = size in (None, SEEN[seen](STORED).shape[:2])
+        for source in (path, str(path), content, Image.open(path)):
+            if not fits:
+                with pytest.raises(PhotoError, match="boxes would not fit"):
+                    decode_photo(source, size, rule)
+                continue
+            photo = decode_photo(source, size, rule)
+            assert_seen(photo.image, seen)
+            expected = "none" if orientation == 1 else "applied" if orientation in turned else "ignored"
+            assert photo.orientation == expected, (size, rule, type(source))
+            assert decode_photo(photo.image, exif="apply").orientation == "none"
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_sizes_read_from_headers_are_those_of_the_stored_image(tmp_path, format):
+    for orientation in SEEN:
+        (tmp_path / f"{orientation}.x").write_bytes(FORMATS[format](orientation))
+    sizes = photo_sizes(tmp_path, [f"{orientation}.x" for orientation in SEEN])
+    assert sizes.tolist() == [[HEIGHT, WIDTH]] * 8
+
+
+@pytest.mark.parametrize("orientation", [0, 9, 65535])
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WebP"])
+def test_an_orientation_that_does_not_exist_is_none(format, orientation):
+    photo = decode_photo(FORMATS[format](orientation), exif="apply")
+    assert photo.orientation == "none"
+    assert_seen(photo.image, 1)
+
+
+def test_exif_goes_before_xmp():
+    exif, xmp = exif_of(3).tobytes(), xmp_of(6)
+    jpeg = saved("JPEG", quality=95, subsampling=0, exif=exif)
+    body = b"http://ns.adobe.com/xap/1.0/\0" + xmp
+    both = jpeg[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + jpeg[2:]
+    assert_seen(decode_photo(both, exif="apply").image, 3)
+
+
+def test_an_image_that_was_turned_in_memory_is_not_turned_again():
+    for format in ("JPEG", "TIFF", "PNG"):
+        with Image.open(io.BytesIO(FORMATS[format](6))) as opened:
+            upright = ImageOps.exif_transpose(opened)
+        assert_seen(decode_photo(upright, exif="apply").image, 6)
+
+
+def test_an_opened_image_stays_as_it_was():
+    opened = Image.open(io.BytesIO(FORMATS["JPEG"](6)))
+    for rule in ("apply", "ignore"):
+        decode_photo(opened, exif=rule)
+        assert np.asarray(opened).shape == STORED.shape
+        assert opened.getexif()[ORIENTATION] == 6

@@ -1,0 +1,143 @@
+"""The presets: what the reference one does to a picture and its boxes is what its authors do, step by step."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from segment_anything.utils.transforms import ResizeLongestSide
+from torch.nn import functional as F
+
+from regionspot.cache import FeatureCache
+from regionspot.cache.errors import InputError, ProvenanceMismatchError
+from regionspot.cache.format.manifest import Manifest
+from regionspot.evaluation.inference.head_features import features_of
+from regionspot.evaluation.inference.region_spot import RegionSpot
+from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
+from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.pipeline.backbones.clip import load_encoder
+from regionspot.pipeline.backbones.sam import load_localizer
+from regionspot.pipeline.datasets.region_table import manifest_of_pictures
+from regionspot.pipeline.extraction.extract import Backbones
+from regionspot.pipeline.images import preprocess
+from regionspot.pipeline.images.preprocess import PREPROCESS, clip_input, preprocess_named
+
+REFERENCE = PREPROCESS["reference"]
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+# (height, width) of photos, and of what detectron2 0.6's ResizeShortestEdge(800, 1333) makes of them.
+REDUCED = {
+    (480, 640): (800, 1067),
+    (640, 480): (1067, 800),
+    (427, 640): (800, 1199),
+    (375, 500): (800, 1067),
+    (612, 612): (800, 800),
+    (333, 1000): (444, 1333),
+    (1000, 333): (1333, 444),
+    (800, 1333): (800, 1333),
+    (3000, 4000): (800, 1067),
+    (1, 1): (800, 800),
+}
+SLIVER = (20, 30_000)  # rounds to less than a pixel; detectron2 fails on it, here one pixel is left
+
+
+@pytest.fixture(scope="module")
+def photo() -> Image.Image:
+    coarse = np.random.default_rng(0).integers(0, 256, (13, 17, 3), np.uint8)
+    return Image.fromarray(coarse).resize((341, 260), Image.Resampling.BICUBIC)
+
+
+@pytest.fixture(scope="module")
+def boxes() -> np.ndarray:
+    corners = np.random.default_rng(1).uniform(0, 120, (50, 2))
+    return np.concatenate([corners, corners + np.array([221, 140])], axis=1).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def reduced(photo) -> Image.Image:
+    return photo.resize((1049, 800), Image.Resampling.BILINEAR)
+
+
+def test_the_reduced_picture_has_the_size_of_detectron2():
+    assert {size: REFERENCE.first_size(size) for size in REDUCED} == REDUCED
+    assert REFERENCE.first_size(SLIVER) == (1, 1333)
+
+
+def test_sam_takes_the_reduced_picture_through_its_official_transform(photo, reduced):
+    expected = ResizeLongestSide(1024).apply_image(np.asarray(reduced))
+    found = REFERENCE.sam_input(photo, 1024).permute(1, 2, 0).numpy()
+    assert np.array_equal(found, expected)
+    assert found.shape[:2] == REFERENCE.sam_size((photo.height, photo.width), 1024)
+    assert not np.array_equal(found, preprocess_named("direct").sam_input(photo, 1024).permute(1, 2, 0).numpy())
+
+
+def test_boxes_follow_the_picture_through_both_steps(boxes):
+    in_reduced = (boxes.astype(np.float64) * [1049 / 341, 800 / 260, 1049 / 341, 800 / 260]).astype(np.float32)
+    expected = ResizeLongestSide(1024).apply_boxes(in_reduced, (800, 1049)).astype(np.float32)
+    assert np.array_equal(REFERENCE.scale_boxes(boxes, (260, 341), 1024), expected)
+
+
+def test_clip_takes_the_reduced_picture_without_antialiasing(photo, reduced):
+    floats = torch.from_numpy(np.array(reduced)).permute(2, 0, 1)[None] / 255
+    square = F.interpolate(floats, (64, 64), mode="bilinear", align_corners=False)[0]
+    expected = (square - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
+    found = REFERENCE.clip_input(photo, 64, MEAN, STD)
+    assert torch.allclose(found, expected, atol=1e-5)
+    assert not torch.allclose(found, preprocess_named("direct").clip_input(photo, 64, MEAN, STD), atol=0.05)
+
+
+def test_the_toy_backbones_give_by_reference_what_they_give_of_the_reduced_picture(photo, reduced, boxes):
+    direct, by_reference = (load_localizer("toy_sam", preprocess=name) for name in ("direct", "reference"))
+    in_reduced = (boxes.astype(np.float64) * [1049 / 341, 800 / 260, 1049 / 341, 800 / 260]).astype(np.float32)
+    expected = direct.tokens_of_pictures(direct.encode([direct.preprocess(reduced)]), [in_reduced], [(800, 1049)])[0]
+    embedding = by_reference.encode([by_reference.preprocess(photo)])[0]
+    assert torch.equal(by_reference.tokens_of_pictures(embedding[None], [boxes], [(260, 341)])[0], expected)
+    tokens, masks = by_reference.tokens_and_masks(embedding, boxes[:3], (260, 341))
+    assert torch.allclose(tokens, expected[:3], atol=1e-5)
+    assert masks.shape == (3, 260, 341)
+
+
+def test_a_picture_squeezed_strip_by_strip_has_the_bits_of_one_squeezed_whole(photo, monkeypatch):
+    whole = clip_input(photo, 64, MEAN, STD)
+    monkeypatch.setattr(preprocess, "STRIP_PIXELS", 7 * photo.width)
+    assert torch.equal(clip_input(photo, 64, MEAN, STD), whole)
+
+
+@pytest.mark.parametrize("load", [load_localizer, load_encoder], ids=["localizer", "encoder"])
+def test_a_preset_that_there_is_not_is_refused_in_one_line(load):
+    with pytest.raises(InputError, match=r"^preprocess 'sharp': unknown; expected one of direct, reference$"):
+        load("toy_sam" if load is load_localizer else "toy_clip", preprocess="sharp")
+
+
+def one_picture() -> Manifest:
+    sizes = np.array([10])
+    return manifest_of_pictures("coco", "val", np.array([1]), ["1.jpg"], sizes, sizes, ())
+
+
+def test_features_of_one_preset_are_not_added_to_those_of_another(tmp_path):
+    direct, by_reference = (Backbones.load("toy", device="cpu", preprocess=name) for name in PREPROCESS)
+    stated = {each.name: each.provenance for each in by_reference.feature_sets()}
+    assert {name: each["preprocess"] for name, each in stated.items()} == dict.fromkeys(stated, "reference")
+    assert "shorter edge 800, longer at most 1333" in stated["toy_sam"]["resize"]
+    assert "not antialiased" in stated["toy_clip"]["resize"]
+    FeatureCache.open_or_create(tmp_path / "c.zarr", one_picture(), direct.feature_sets(), 4)
+    with pytest.raises(ProvenanceMismatchError, match="preprocess"):
+        FeatureCache.open_or_create(tmp_path / "c.zarr", one_picture(), by_reference.feature_sets(), 4)
+
+
+def test_a_head_is_evaluated_by_the_preset_of_the_features_it_was_trained_on(tmp_path):
+    info = HeadInfo(
+        preset="toy", localizer="toy_sam", encoder="toy_clip", caches=({"map": {"preprocess": "reference"}},)
+    )
+    released, unstated = HeadInfo(preset="bl"), replace(info, caches=())
+    for head, expected in ((info, "reference"), (unstated, "direct"), (released, "reference")):
+        taken = features_of(tmp_path, head)
+        assert (taken.tokens.preprocess, taken.maps.preprocess) == (expected, expected)
+    head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
+    save_checkpoint(tmp_path / "head.safetensors", head, info)
+    found = [
+        RegionSpot.load(tmp_path / "head.safetensors", "random:0", "cpu", preprocess=asked).identity()
+        for asked in (None, "direct")
+    ]
+    assert [each["localizer"]["preprocess"] for each in found] == ["reference", "direct"]
+    assert [each["encoder"]["preprocess"] for each in found] == ["reference", "direct"]

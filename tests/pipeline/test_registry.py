@@ -1,0 +1,170 @@
+"""Backbones by name: ours, those of other packages, and what is said of names that are none."""
+
+import importlib
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from regionspot.cache import FeatureCache
+from regionspot.cache.errors import InputError
+from regionspot.evaluation.inference.head_features import features_of
+from regionspot.fusion.checkpoint import HeadInfo
+from regionspot.pipeline.backbones import registry
+from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.backbones.clip import load_encoder
+from regionspot.pipeline.backbones.protocols import Asked
+from regionspot.pipeline.backbones.registry import (
+    ENCODERS,
+    LOCALIZERS,
+    register_encoder,
+    register_localizer,
+    stored_name,
+)
+from regionspot.pipeline.backbones.sam import load_localizer
+from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.extraction.extract import extract
+from regionspot.pipeline.toy.world import make_toy_world
+
+MODULE = """
+import torch
+from torchvision.transforms.v2 import functional as transforms
+
+
+class Grey:
+    def __init__(self, asked):
+        self.name, self.device, self.map_shape, self.batch_size = "grey", torch.device(asked.device), (4, 1), 2
+        self.provenance = {"model": "grey", "dtype": asked.dtype, "preprocess": asked.preprocess.name}
+
+    def preprocess(self, photo):
+        return transforms.resize(transforms.pil_to_tensor(photo.convert("L")).float(), [2, 2])
+
+    def encode(self, batch):
+        return batch.flatten(1)[:, :, None]
+
+
+class Nothing:
+    def __init__(self, asked):
+        self.name = "nothing"
+"""
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """A module of somebody else's, importable, and both registries as they were afterwards."""
+    (tmp_path / "their_models.py").write_text(MODULE)
+    monkeypatch.syspath_prepend(tmp_path)
+    before = dict(ENCODERS.entries), dict(LOCALIZERS.entries)
+    yield tmp_path
+    for each, entries in zip((ENCODERS, LOCALIZERS), before, strict=True):
+        each.entries.clear()
+        each.entries.update(entries)
+    sys.modules.pop("their_models", None)
+
+
+def test_a_class_in_a_module_is_an_encoder_by_where_it_is(package):
+    encoder = load_encoder("their_models:Grey", dtype="auto", preprocess="reference")
+    assert encoder.provenance == {"model": "grey", "dtype": encoder.provenance["dtype"], "preprocess": "reference"}
+    assert encoder.provenance["dtype"] in ("float32", "bfloat16")
+    sets = Backbones.load("toy", device="cpu", localizer="none", encoders=["their_models:Grey"]).feature_sets()
+    assert [(each.name, each.shape) for each in sets] == [("grey", (4, 1))]
+
+
+def test_a_program_registers_its_own_and_gets_what_was_asked_for(package):
+    from their_models import Grey
+
+    seen = []
+    register_encoder("my_grey", lambda asked: seen.append(asked) or Grey(asked))
+    load_encoder("my_grey", "some.pt", "cpu", "bfloat16")
+    assert seen == [Asked("my_grey", "some.pt", "cpu", "bfloat16", seen[0].preprocess, "first")]
+    with pytest.raises(InputError, match="encoder 'my_grey': there is one of this name"):
+        register_encoder("my_grey", Grey)
+    with pytest.raises(InputError, match="localizer 'toy_sam': there is one of this name"):
+        register_localizer("toy_sam", Grey)
+    with pytest.raises(InputError, match="a name is letters, digits"):
+        register_encoder("my:grey", Grey)
+
+
+def test_an_installed_package_brings_its_own_by_an_entry_point(package):
+    installed = package / "their_package-1.0.dist-info"
+    installed.mkdir()
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
+    (installed / "entry_points.txt").write_text("[regionspot.encoders]\ntheir_grey = their_models:Grey\n")
+    importlib.invalidate_caches()
+    assert load_encoder("their_grey").map_shape == (4, 1)
+    assert "their_grey" in ENCODERS.names()
+    with pytest.raises(InputError, match="their_grey"):
+        load_encoder("their_gray")
+
+
+def test_what_lacks_a_part_of_the_interface_is_refused_with_what_it_lacks(package):
+    with pytest.raises(InputError, match="lacks batch_size, device, encode, map_shape, preprocess, provenance"):
+        load_encoder("their_models:Nothing")
+    with pytest.raises(InputError, match=r"lacks .*outputs_of_pictures"):
+        load_localizer("their_models:Grey")
+
+
+@pytest.mark.parametrize("name", ["their_models:Red", "no_such_package:Grey"])
+def test_a_place_that_holds_no_class_is_refused_in_one_line(package, name):
+    with pytest.raises(InputError, match=f"encoder '{name}': .* cannot be imported") as told:
+        load_encoder(name)
+    assert "\n" not in str(told.value)
+
+
+def test_an_unknown_name_is_told_all_there_is_and_which_extra_brings_it(monkeypatch):
+    monkeypatch.setattr(registry, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="unknown; expected one of sam_vit_b") as told:
+        load_localizer("sam_vit_x")
+    assert r"mobile_sam, toy_sam, sam2_hiera_tiny (needs regionspot[sam2])" in str(told.value)
+    assert "\n" not in str(told.value)
+    with pytest.raises(InputError, match=r"needs the package sam2, .*; pip install 'regionspot\[sam2\]'"):
+        load_localizer("sam2.1_hiera_tiny")
+    with pytest.raises(InputError, match=r"toy_clip, open_clip:MODEL\[:TAG\], package.module:Class"):
+        load_encoder("clip_x")
+
+
+def test_a_name_in_a_checkpoint_imports_nothing():
+    """A stored name has no colon, so whoever made a checkpoint cannot say what is imported when it is opened."""
+    with pytest.raises(InputError, match="unknown"):
+        load_encoder(stored_name("their_models:Grey"))
+
+
+def test_all_tokens_of_sam_are_the_official_decoders_and_the_first_is_what_it_is_without_them():
+    localizer = load_localizer("toy_sam", "random:0", tokens="all")
+    name, sam = localizer.name, localizer._sam
+    assert localizer.outputs == {name: (128,), f"{name}_slots": (512,), f"{name}_iou": (4,)}
+    embeddings = torch.randn(2, 128, 16, 16, generator=torch.Generator().manual_seed(0))
+    boxes = [np.array([[10, 20, 100, 60], [3, 3, 9, 9], [0, 0, 120, 80]], np.float32), np.zeros((0, 4), np.float32)]
+    found = localizer.outputs_of_pictures(embeddings, boxes, [(80, 120), (50, 50)])
+    corners, dense = sam.prompt_encoder(points=None, boxes=localizer._scaled(boxes[0], (80, 120)), masks=None)
+    seen = []
+    handle = sam.mask_decoder.transformer.register_forward_hook(lambda *call: seen.append(call[2][0]))
+    _, ious = sam.mask_decoder.predict_masks(embeddings[:1], sam.prompt_encoder.get_dense_pe(), corners, dense)
+    handle.remove()
+    official = {name: seen[0][:, 1], f"{name}_slots": seen[0][:, 1:5].flatten(1), f"{name}_iou": ious}
+    for each, expected in official.items():
+        assert float((found[0][each] - expected).abs().max() / expected.abs().max()) <= 1e-5
+        assert found[1][each].shape == (0, *expected.shape[1:])
+    alone = load_localizer("toy_sam", "random:0").tokens_of_pictures(embeddings, boxes, [(80, 120), (50, 50)])
+    assert float((found[0][name] - alone[0]).abs().max() / alone[0].abs().max()) <= 1e-5
+    assert localizer.provenance == load_localizer("toy_sam", "random:0").provenance
+
+
+def test_all_tokens_are_added_to_a_cache_of_location_tokens_which_stay_as_they_are(tmp_path):
+    world = make_toy_world(tmp_path / "world", 40, seed=1)
+    manifest, photos = read_dataset("toy", world, "train").head(4), photo_dir("toy", world)
+    rows, kept = np.arange(4), []
+    for tokens in ("first", "all"):
+        backbones = Backbones.load("toy", device="cpu", tokens=tokens)
+        cache = FeatureCache.open_or_create(tmp_path / "a.zarr", manifest, backbones.feature_sets(), 2)
+        extract(cache, photos, backbones)
+        kept.append({name: cache.read(rows, token_set=name).tokens for name in backbones.localizer.outputs})
+    first, read = kept[0]["toy_sam"], kept[1]
+    assert np.array_equal(read["toy_sam"], first)
+    assert np.abs(read["toy_sam_slots"][..., :128] - first).max() <= 2e-3 * np.abs(first).max()
+    assert np.isfinite(read["toy_sam_iou"]).all()
+    assert read["toy_sam_iou"].shape == (*first.shape[:2], 4)
+    # A head that the authors released states no set; it was trained on location tokens.
+    taken = features_of(tmp_path, HeadInfo(preset="toy"))
+    assert (taken.tokens.name, taken.maps.name) == ("toy_sam", "toy_clip")

@@ -1,0 +1,431 @@
+"""Every picture of docs/pictures.md, made for real and extracted: what its table says is what happens."""
+
+import ctypes
+import io
+import json
+import os
+import re
+import struct
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms, ImageOps
+
+from regionspot.cache import FeatureCache
+from regionspot.cache.errors import PhotoError
+from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, photo_sizes
+from regionspot.pipeline.datasets.registry import read_dataset
+from regionspot.pipeline.extraction.config import ExtractConfig
+from regionspot.pipeline.extraction.extract import Backbones, extract
+from regionspot.pipeline.images import decode as photos
+from regionspot.pipeline.images.decode import TURNS, decode_photo
+from regionspot.pipeline.reporting.failures import FailureLimit
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "pictures.md"
+HEIGHT, WIDTH = 45, 64
+ALL_MAY_FAIL = FailureLimit(share=1.0)
+EXIF_ORIENTATION = 0x0112
+SRGB, LAB = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+
+COARSE = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
+COLOUR = Image.fromarray(COARSE).resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC)
+OTHER = COLOUR.transpose(Image.Transpose.ROTATE_180)
+ALPHA = Image.fromarray(np.full((HEIGHT, WIDTH), 40, np.uint8))
+
+Make = Callable[[Path], Image.Image | None]  # writes the file; the picture that is expected, None: what Pillow reads
+
+
+def table() -> list[list[str]]:
+    """The cells of the page's table of pictures, without its head."""
+    section = PAGE.read_text(encoding="utf-8").split("\n## Images\n")[1].split("\n##")[0]
+    rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in row] for row in rows[2:]]
+
+
+def in_backticks(cell: str) -> list[str]:
+    return re.findall(r"`([^`]*)`", cell)
+
+
+def saved(picture: Image.Image = COLOUR, expected: Image.Image | None = None, **options) -> Make:
+    def make(path: Path) -> Image.Image | None:
+        picture.save(path, **options)
+        return expected
+
+    return make
+
+
+def turned(orientation: int, expected_turned: bool) -> Make:
+    def make(path: Path) -> Image.Image:
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        COLOUR.save(path, exif=exif)
+        with Image.open(path) as stored:
+            return ImageOps.exif_transpose(stored) if expected_turned else stored.convert("RGB")
+
+    return make
+
+
+def holding(content: bytes) -> Make:
+    return lambda path: path.write_bytes(content) and None
+
+
+def half(format: str) -> Make:
+    file = io.BytesIO()
+    COLOUR.save(file, format, quality=100)
+    return holding(file.getvalue()[: len(file.getvalue()) // 2])
+
+
+def scratched(path: Path) -> None:
+    COLOUR.save(path, quality=95)
+    data = bytearray(path.read_bytes())
+    data[-300:-290] = bytes(10)
+    path.write_bytes(data)
+
+
+def linked(path: Path) -> None:
+    elsewhere = path.parent.parent / "elsewhere.png"
+    OTHER.save(elsewhere)
+    path.symlink_to(elsewhere)
+
+
+def link_to(target: str) -> Make:
+    return lambda path: path.symlink_to(target)
+
+
+def secret(path: Path) -> None:
+    COLOUR.save(path)
+    path.chmod(0)
+
+
+def png_of(width: int, height: int, depth: int = 1, colour: int = 0, rows: bytes = bytes(1000)) -> bytes:
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
+    return start + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+
+
+def jpeg_of(width: int, height: int) -> bytes:
+    """A small JPEG whose frame header states another size."""
+    file = io.BytesIO()
+    COLOUR.save(file, "JPEG")
+    stated = struct.pack(">HH", HEIGHT, WIDTH)
+    return file.getvalue().replace(stated, struct.pack(">HH", height, width), 1)
+
+
+def sixteen_bits(path: Path) -> Image.Image:
+    deep = np.asarray(COLOUR.convert("L")).astype(np.uint16) * 256 + 77
+    Image.fromarray(deep).save(path)
+    return Image.fromarray((deep >> 8).astype(np.uint8)).convert("RGB")
+
+
+def with_alpha() -> Image.Image:
+    picture = COLOUR.copy()
+    picture.putalpha(ALPHA)
+    return picture
+
+
+def transparent_palette(path: Path) -> Image.Image:
+    picture = COLOUR.convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+    picture.save(path, transparency=bytes([0, 128]))
+    return picture.convert("RGB")
+
+
+def turned_as(format: str, orientation: int, expected_turned: bool) -> Make:
+    """In a lossless format; the expected pixels are turned here, not by Pillow, which turns a TIFF by itself."""
+
+    def make(path: Path) -> Image.Image:
+        exif = Image.Exif()
+        exif[EXIF_ORIENTATION] = orientation
+        COLOUR.save(path, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
+        return COLOUR.transpose(TURNS[orientation]) if expected_turned else COLOUR
+
+    return make
+
+
+GREY = np.asarray(COLOUR.convert("L"))
+
+
+def of_values(values: np.ndarray, **options) -> Make:
+    """The file holds `values`; grey of 8 bits is expected."""
+    return saved(Image.fromarray(values), Image.fromarray(GREY).convert("RGB"), **options)
+
+
+def floats_of_any_range(path: Path) -> Image.Image:
+    flat = GREY.clip(*np.percentile(GREY, (5, 95), method="nearest")).astype(np.float32)  # no outliers
+    Image.fromarray(flat - 300).save(path)
+    stretched = (flat - flat.min()) * 255 / (flat.max() - flat.min())
+    return Image.fromarray(stretched.round().astype(np.uint8)).convert("RGB")
+
+
+def as_jpeg(change: Callable[[bytes], bytes], picture: Image.Image = COLOUR) -> Make:
+    """A JPEG whose bytes are changed; the pixels of the unchanged one are expected."""
+
+    def make(path: Path) -> Image.Image:
+        file = io.BytesIO()
+        picture.save(file, "JPEG")
+        path.write_bytes(change(file.getvalue()))
+        with Image.open(file) as whole:
+            return whole.convert("RGB")
+
+    return make
+
+
+def png_with(kind: bytes, body: bytes, checksum: int | None = None) -> Make:
+    def make(path: Path) -> Image.Image:
+        file = io.BytesIO()
+        COLOUR.save(file, "PNG")
+        png, checked = file.getvalue(), zlib.crc32(kind + body) if checksum is None else checksum
+        chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checked)
+        at = png.index(b"IDAT") - 4
+        path.write_bytes(png[:at] + chunk + png[at:])
+        return COLOUR
+
+    return make
+
+
+def dim_colours(path: Path) -> None:
+    """PNG of 16 bits a channel that uses 12 of them; Pillow cannot write one."""
+    rows = (np.asarray(COLOUR).astype(np.uint16) * 16).astype(">u2")
+    path.write_bytes(png_of(WIDTH, HEIGHT, depth=16, colour=2, rows=b"".join(b"\0" + row.tobytes() for row in rows)))
+
+
+def with_grey_alpha(path: Path) -> Image.Image:
+    rows = np.stack([GREY.astype(np.uint16) * 257, np.full(GREY.shape, 9)], 2).astype(">u2")
+    path.write_bytes(png_of(WIDTH, HEIGHT, depth=16, colour=4, rows=b"".join(b"\0" + row.tobytes() for row in rows)))
+    return Image.fromarray(GREY).convert("RGB")
+
+
+WIDE = Image.fromarray(COARSE).resize((30_000, 1_000), Image.Resampling.NEAREST)
+STATED = {"one_pixel.png": (1, 1), "wide.jpg": (1_000, 30_000), "other_size.jpg": (HEIGHT + 1, WIDTH)}
+STATED |= dict.fromkeys(["exif_6.tif", "exif_6.png", "exif_6.webp"], (WIDTH, HEIGHT))
+STATED |= {f"exif_{turn}.jpg": (WIDTH, HEIGHT) for turn in (5, 6, 7, 8)}  # height and width, (HEIGHT, WIDTH) for others
+
+MAKE: dict[str, Make] = {
+    "plain.jpg": saved(),
+    "grey.jpg": saved(COLOUR.convert("L")),
+    "progressive.jpg": saved(progressive=True),
+    "sharp_colours.jpg": saved(subsampling=0),
+    "cmyk.jpg": saved(COLOUR.convert("CMYK")),
+    "two_frames.mpo": saved(save_all=True, append_images=[OTHER]),
+    "picture.webp": saved(),
+    "picture.tif": saved(expected=COLOUR),
+    "picture.bmp": saved(expected=COLOUR),
+    "png_in_truth.jpg": saved(expected=COLOUR, format="PNG"),
+    "no_ending": saved(expected=COLOUR, format="PNG"),
+    "spaces and ümläuts.jpg": saved(OTHER),
+    "linked.jpg": linked,
+    "one_bit.png": saved(COLOUR.convert("1"), COLOUR.convert("1").convert("RGB")),
+    "grey.png": saved(COLOUR.convert("L"), COLOUR.convert("L").convert("RGB")),
+    "palette.png": saved(COLOUR.convert("P"), COLOUR.convert("P").convert("RGB")),
+    "sixteen_bit.png": sixteen_bits,
+    "twelve_bits.png": of_values(GREY.astype(np.uint16) * 16),
+    "floats.tif": of_values((GREY / 255).astype(np.float32)),
+    "floats_of_any_range.tif": floats_of_any_range,
+    "lab.tif": saved(ImageCms.profileToProfile(COLOUR, SRGB, LAB, outputMode="LAB")),
+    "cmyk.tif": saved(COLOUR.convert("CMYK")),
+    "alpha_sixteen_bit.png": with_grey_alpha,
+    "profile.png": saved(COLOUR, COLOUR, icc_profile=ImageCms.ImageCmsProfile(SRGB).tobytes()),
+    "large_profile.png": png_with(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 * 2**20))),
+    "damaged_text.png": png_with(b"tEXt", b"Comment\0text", checksum=1),
+    "gamma.png": png_with(b"gAMA", struct.pack(">I", 100_000)),
+    "no_end_marker.jpg": as_jpeg(lambda whole: whole[:-2]),
+    "more_behind_the_end.jpg": as_jpeg(lambda whole: whole + b"anything"),
+    "alpha.png": saved(with_alpha(), COLOUR),
+    "transparent_palette.png": transparent_palette,
+    "animated.gif": saved(
+        COLOUR.convert("P"), COLOUR.convert("P").convert("RGB"), save_all=True, append_images=[OTHER]
+    ),
+    "animated.webp": saved(COLOUR, COLOUR, save_all=True, append_images=[OTHER], lossless=True),
+    # Copies: an image that was saved as JPEG keeps settings that TIFF cannot take.
+    "two_pages.tif": saved(COLOUR.copy(), COLOUR, save_all=True, append_images=[OTHER.copy()]),
+    "animated.png": saved(COLOUR, COLOUR, save_all=True, append_images=[OTHER]),
+    **{f"exif_{turn}.jpg": turned(turn, turn >= 5) for turn in range(1, 9)},
+    "exif_6_annotated_as_stored.jpg": turned(6, False),
+    "exif_6.tif": turned_as("TIFF", 6, True),
+    "exif_6.png": turned_as("PNG", 6, True),
+    "exif_6.webp": turned_as("WEBP", 6, True),
+    "exif_8_annotated_as_stored.tif": turned_as("TIFF", 8, False),
+    "exif_3.tif": turned_as("TIFF", 3, False),
+    "broken_exif.jpg": saved(exif=b"Exif\0\0 not what EXIF looks like"),
+    "scratched.jpg": scratched,
+    "one_pixel.png": saved(COLOUR.crop((0, 0, 1, 1)), COLOUR.crop((0, 0, 1, 1))),
+    "wide.jpg": saved(WIDE, quality=30),
+    "removed_while_read.jpg": saved(COLOUR, COLOUR, format="PNG"),
+    "missing.jpg": lambda path: None,
+    "dangling.jpg": link_to("nowhere.jpg"),
+    "empty.jpg": lambda path: path.touch(),
+    "page.jpg": holding(b"<html>404 Not Found</html>"),
+    "pointer.jpg": holding(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    "drawing.svg": holding(b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    "image.jxl": holding(b"\xff\x0a" + bytes(50)),
+    "raw_photo.tif": saved(tiffinfo={254: 1}),
+    "dim_colours.png": dim_colours,
+    "nothing_but_nan.tif": saved(Image.fromarray(np.full((HEIGHT, WIDTH), np.nan, np.float32))),
+    "rows_missing.jpg": as_jpeg(lambda whole: whole[: len(whole) * 3 // 4] + b"\xff\xd9"),
+    "half.jpg": half("JPEG"),
+    "half.png": half("PNG"),
+    "cut_while_read.jpg": saved(),
+    "other_size.jpg": saved(),
+    "bomb.jpg": holding(jpeg_of(65_000, 65_000)),
+    "bomb.png": holding(png_of(65_000, 65_000)),
+    "drawing.eps": saved(),
+    "folder.jpg": lambda path: path.mkdir(),
+    "pipe.jpg": lambda path: os.mkfifo(path),
+    "device.jpg": link_to("/dev/zero"),
+    "secret.jpg": secret,
+    "loop.jpg": link_to("loop.jpg"),
+    "bad_disk.jpg": link_to("/proc/self/mem"),  # its first page is never mapped: reading it gives EIO
+}
+
+
+@contextmanager
+def rights_of_an_ordinary_user() -> Iterator[None]:
+    """Root reads everything: let this thread, and those that it starts, do without that right (capabilities(7))."""
+    if os.geteuid() != 0:
+        yield
+        return
+    libc, header = ctypes.CDLL(None, use_errno=True), struct.pack("Ii", 0x20080522, 0)
+    held = ctypes.create_string_buffer(24)
+    assert libc.capget(header, held) == 0
+    effective, *rest = struct.unpack("6I", held.raw)
+    lowered = struct.pack("6I", effective & ~0b110, *rest)  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
+    assert libc.capset(header, lowered) == 0
+    try:
+        yield
+    finally:
+        assert libc.capset(header, held.raw) == 0
+
+
+def disturbed(opener: Callable[[str, int], int]) -> Callable[[str, int], int]:
+    """Somebody is at work in the folder: two of the files change as soon as they are open."""
+
+    def open_it(path: str, flags: int) -> int:
+        opened = opener(path, flags)
+        if path.endswith("removed_while_read.jpg"):
+            os.unlink(path)
+        if path.endswith("cut_while_read.jpg"):
+            os.truncate(path, 500)
+        return opened
+
+    return open_it
+
+
+def annotation_file(path: Path) -> Path:
+    """COCO's form: every picture with one box, the whole of it."""
+    images, annotations = [], []
+    for number, name in enumerate(MAKE):
+        height, width = STATED.get(name, (HEIGHT, WIDTH))
+        images.append({"id": number, "file_name": name, "height": height, "width": width})
+        annotations.append({"id": number, "image_id": number, "category_id": 1, "bbox": [0, 0, width, height]})
+    content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
+    path.write_text(json.dumps(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def backbones() -> Backbones:
+    return Backbones.load("toy", device="cpu", dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory, backbones):
+    """The cache, the summary, and of each picture what is expected: of all that MAKE makes."""
+    root = tmp_path_factory.mktemp("strange")
+    folder = root / "photos"
+    folder.mkdir()
+    expected = {name: make(folder / name) for name, make in MAKE.items()}
+    manifest = read_dataset("coco", root, "train", annotations=annotation_file(root / "boxes.json"))
+    cache = FeatureCache.open_or_create(root / "c.zarr", manifest, backbones.feature_sets(), 16)
+    with pytest.MonkeyPatch.context() as patch, rights_of_an_ordinary_user():
+        patch.setattr(photos, "_without_waiting", disturbed(photos._without_waiting))
+        summary = extract(cache, folder, backbones, ExtractConfig(max_failures=ALL_MAY_FAIL))
+    return cache, summary, expected
+
+
+def pillows(path: Path) -> Image.Image:
+    with Image.open(path) as stored:
+        return stored.convert("RGB")
+
+
+def test_the_table_and_the_pictures_made_here_are_the_same():
+    named = [name for row in table() for name in in_backticks(row[0])]
+    assert sorted(named) == sorted(MAKE)
+
+
+def test_what_is_extracted_are_the_features_of_the_picture_that_the_table_names(extracted, backbones):
+    cache, _, expected = extracted
+    folder, rows = cache.path.parent / "photos", {str(name): row for row, name in enumerate(cache.manifest.paths)}
+    wanted = [name for row in table() if row[2] == "extracted" for name in in_backticks(row[0])]
+    assert sorted(rows[name] for name in wanted) == cache.valid_rows().tolist()
+    localizer, (encoder,) = backbones.localizer, backbones.encoders
+    for name in wanted:
+        picture = expected[name] or pillows(folder / name)
+        assert (picture.height, picture.width) == STATED.get(name, (HEIGHT, WIDTH)), name
+        box = np.array([[0, 0, picture.width, picture.height]], np.float32)
+        embedding = localizer.encode([localizer.preprocess(picture)])[0]
+        size = (picture.height, picture.width)
+        tokens = localizer.tokens_of_pictures(embedding[None], [box], [size])[0].numpy()
+        feature_map = encoder.encode(encoder.preprocess(picture)[None])[0].numpy()
+        found = cache.read(np.array([rows[name]]))
+        assert np.abs(found.tokens[0, :1] - tokens).max() <= 2e-3 * np.abs(tokens).max(), name
+        assert np.abs(found.feature_map[0] - feature_map).max() <= 2e-3 * np.abs(feature_map).max(), name
+
+
+def test_what_failed_is_recorded_with_the_reason_that_the_table_names(extracted):
+    cache, summary, _ = extracted
+    reasons = {Path(failure.path).name: failure.reason for failure in cache.failures()}
+    stated = {name: in_backticks(row[3])[0] for row in table() if row[2] == "failed" for name in in_backticks(row[0])}
+    assert sorted(reasons) == sorted(stated)
+    assert [(name, reasons[name]) for name, reason in stated.items() if reason not in reasons[name]] == []
+    assert not any("\n" in reason for reason in reasons.values())
+    assert summary.failed == len(stated)
+
+
+def test_the_orientations_that_were_not_applied_are_counted(extracted):
+    assert extracted[1].ignored_orientations == 6
+
+
+def test_reading_sizes_from_the_headers_of_such_a_folder_neither_waits_nor_stops(extracted):
+    folder = extracted[0].path.parent / "photos"
+    expected = {
+        **dict.fromkeys(["missing.jpg", "dangling.jpg", "loop.jpg"], (ABSENT, ABSENT)),
+        **dict.fromkeys(
+            ["pipe.jpg", "device.jpg", "folder.jpg", "empty.jpg", "page.jpg", "bomb.png"], (UNREADABLE,) * 2
+        ),
+        **dict.fromkeys(["plain.jpg", "linked.jpg", "png_in_truth.jpg", "half.jpg"], (HEIGHT, WIDTH)),
+        "wide.jpg": (1_000, 30_000),
+    }
+    assert dict(zip(expected, map(tuple, photo_sizes(folder, list(expected)).tolist()), strict=True)) == expected
+
+
+def peak_bytes() -> int:
+    """Largest resident memory since the last `forget_peak`."""
+    stated = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(stated[1]) * 1024
+
+
+def forget_peak() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
+    except OSError:
+        pytest.skip("this kernel does not let a process forget its peak memory")
+
+
+def test_a_wide_picture_and_the_bombs_take_little_memory(extracted, backbones):
+    folder, (encoder,) = extracted[0].path.parent / "photos", backbones.encoders
+    forget_peak()
+    before = peak_bytes()
+    for bomb in ("bomb.jpg", "bomb.png"):
+        with pytest.raises(PhotoError):
+            decode_photo(folder / bomb)
+    photo = decode_photo(folder / "wide.jpg").image
+    backbones.localizer.preprocess(photo)
+    encoder.preprocess(photo)
+    # The pixels are 90 MB, 120 MB as Pillow holds them, and would be 360 MB as floats; the bombs 12 GB and 0.5 GB.
+    assert peak_bytes() - before < 320e6

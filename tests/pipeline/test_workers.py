@@ -1,0 +1,519 @@
+"""Real worker processes killed, frozen and starved while they fill a cache: it ends complete, with the same bytes.
+
+The GPU is simulated by sleeping (benchmarks/simulated.py), so that workers start in a second; claims, files, dask and
+all that is sent are the real thing.
+"""
+
+import functools
+import importlib
+import json
+import os
+import random
+import resource
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from regionspot.cache import FeatureCache
+from regionspot.cache.errors import CacheError, InputError
+from regionspot.cache.tools.verify import verify
+from regionspot.cache.writing.claims import Claims
+from regionspot.pipeline.distributed import cluster as clusters
+from regionspot.pipeline.distributed import run as on_workers
+from regionspot.pipeline.distributed import worker as part_worker
+from regionspot.pipeline.distributed.cluster import check_scheduler, connected, thread_counts
+from regionspot.pipeline.distributed.run import run_once, run_parts
+from regionspot.pipeline.reporting.failures import FailureCheck, FailureLimit
+from regionspot.pipeline.reporting.run_monitor import Watch
+from regionspot.pipeline.reporting.run_stats import RunStats
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(ROOT))  # workers are started with the same path, so that they can import the job, too
+simulated = importlib.import_module("benchmarks.simulated")
+
+PICTURES, PART_SIZE = 40, 4
+PARTS = range(PICTURES // PART_SIZE)
+
+
+@pytest.fixture(scope="module")
+def connection():
+    with connected("local:3") as found:
+        found.client.wait_for_workers(3)
+        yield found
+
+
+@pytest.fixture
+def cache(tmp_path) -> FeatureCache:
+    return simulated.make_cache(tmp_path / "c.zarr", PICTURES, PART_SIZE)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> dict[str, bytes]:
+    """What one process writes, without dask."""
+    path = tmp_path_factory.mktemp("undisturbed") / "c.zarr"
+    simulated.make_cache(path, PICTURES, PART_SIZE)
+    maker = simulated.SimulatedJob(str(path)).open()
+    for part in PARTS:
+        maker.make(part)
+    maker.close()
+    return content(path)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file's bytes; of the part records all but who wrote them and how long that took.
+
+    Without claims and files that are being written: a frozen worker has such until it wakes.
+    """
+    found = {}
+    for path in folder.rglob("*"):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith("claims/") and not name.endswith(".partial"):
+            data = path.read_bytes()
+            if name.startswith("parts/"):
+                data = json.dumps(
+                    {k: v for k, v in json.loads(data).items() if k not in ("worker", "seconds", "account", "crc32c")}
+                ).encode()
+            found[name] = data
+    return found
+
+
+class Run:
+    """`run_parts` in a thread, so that the test can get in its way."""
+
+    def __init__(self, connection, cache, seconds, **options) -> None:
+        self.cache, self.watch, self.error = cache, Watch(), None
+        self.watch.begin_by_workers(PICTURES, 0)
+        self.job = simulated.SimulatedJob(str(cache.path), seconds, **options)
+        self._thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
+        self._thread.start()
+
+    def _run(self, connection) -> None:
+        try:
+            run_parts(connection, self.job, self.cache, self.cache.feature_sets, PARTS, self.watch)
+        except CacheError as error:
+            self.error = error
+
+    def has_written(self, parts: int) -> None:
+        """Wait until so many are done, whatever that takes."""
+        while self._thread.is_alive() and len(PARTS) - len(self.cache.pending_parts()) < parts:
+            time.sleep(0.002)
+
+    def end(self) -> RunStats:
+        self._thread.join()
+        if self.error is not None:
+            raise self.error
+        return self.watch.stats
+
+
+def pids(connection, count: int) -> list[int]:
+    """Process ids of the workers, when so many are there: one may be being started again."""
+    while len(found := connection.client.run(os.getpid)) < count:
+        time.sleep(0.01)
+    return list(found.values())
+
+
+def must_equal(cache, undisturbed) -> None:
+    report = verify(cache.path)
+    assert report.sound, report.text()
+    assert not report.pending
+    assert content(cache.path) == undisturbed
+
+
+def test_workers_share_the_parts_and_write_what_one_process_writes(connection, cache, undisturbed):
+    stats = Run(connection, cache, 0.005).end()
+    assert (stats.parts, stats.images, stats.failures.total, stats.parts_of_others) == (len(PARTS), PICTURES, 0, 0)
+    assert stats.bytes > 0
+    assert sum(stats.shares().values()) == pytest.approx(1)
+    must_equal(cache, undisturbed)
+
+
+def test_a_killed_worker_has_its_parts_done_by_the_others(connection, cache, undisturbed):
+    found = pids(connection, 3)
+    run = Run(connection, cache, 0.02)
+    run.has_written(2)
+    os.kill(found[0], signal.SIGKILL)
+    assert run.end().parts == len(PARTS)
+    must_equal(cache, undisturbed)
+
+
+def test_a_frozen_worker_is_replaced_and_its_parts_are_done_by_the_others(cache, undisturbed, monkeypatch):
+    # Takes ten seconds: dask waits for five at least, and its nanny asks for four before it kills.
+    monkeypatch.setattr(clusters, "SILENT_SECONDS", 2.0)
+    with connected("local:2") as connection:
+        found = pids(connection, 2)
+        run = Run(connection, cache, 0.02)
+        run.has_written(2)
+        os.kill(found[0], signal.SIGSTOP)
+        assert run.end().parts == len(PARTS)
+        assert found[0] not in pids(connection, 2)
+    must_equal(cache, undisturbed)
+
+
+def test_what_a_slow_worker_has_not_begun_is_done_by_the_others(connection, cache):
+    slow = pids(connection, 3)[0]
+    Run(connection, cache, 0.05, slow=slow).end()
+    by_worker = Counter(cache.record(part, "clip").worker.rpartition(":")[2] for part in PARTS)
+    assert by_worker[str(slow)] <= part_worker.PARTS_AT_ONCE
+
+
+def test_a_part_that_is_given_again_while_it_is_being_made_is_made_once(cache, undisturbed):
+    begun, go_on = threading.Event(), threading.Event()
+
+    class Waiting:
+        def of_rows(self, rows, names, stats):
+            begun.set()
+            go_on.wait()
+            yield from simulated.SimulatedFeatures(cache, simulated.SimulatedJob("")).of_rows(rows, names, stats)
+
+    maker = part_worker.PartMaker(cache, list(cache.feature_sets), Waiting(), "a run")
+    first = threading.Thread(target=maker.make, args=(3,))
+    first.start()
+    begun.wait()
+    maker.make(3)
+    assert cache.missing_sets(3)
+    go_on.set()
+    first.join()
+    maker.close()
+    assert not cache.missing_sets(3)
+    assert not list(cache.path.rglob("*.partial"))
+
+
+def test_what_workers_wrote_while_the_connection_was_broken_counts_as_the_runs_and_what_others_wrote_does_not(
+    connection, cache
+):
+    job = simulated.SimulatedJob(str(cache.path), failing=5)
+    for job_of, part in ((job, 1), (simulated.SimulatedJob(str(cache.path)), 2)):
+        maker = job_of.open()
+        maker.make(part)
+        maker.close()
+    none_may_fail = FailureCheck(cache, PARTS, FailureLimit(count=0), cache.path)
+    with pytest.raises(InputError, match="1 of 40 images could not be read"):
+        run_parts(connection, job, cache, cache.feature_sets, [1], Watch(), none_may_fail)
+    watch = Watch()
+    run_parts(connection, job, cache, cache.feature_sets, PARTS, watch)
+    stats = watch.stats
+    assert (stats.parts, stats.parts_of_others, stats.images) == (len(PARTS) - 1, 1, PICTURES - PART_SIZE)
+    assert stats.failures.total == 1
+
+
+def test_a_part_that_another_run_has_is_waited_for_and_done_when_that_run_is_dead(
+    connection, cache, undisturbed, monkeypatch, caplog
+):
+    monkeypatch.setattr(on_workers, "HELD_SECONDS", 0.05)
+    caplog.set_level("INFO")
+    with Claims(cache.storage) as others:
+        others.claim(4)
+        run = Run(connection, cache, 0)
+        run.has_written(len(PARTS) - 1)
+        while "waiting for 1 parts" not in caplog.text:
+            time.sleep(0.01)
+    assert run.end().parts == len(PARTS)
+    must_equal(cache, undisturbed)
+
+
+class Cable:
+    """A way to a port of this machine that can be cut, which breaks the connections that go through it."""
+
+    def __init__(self, port: int) -> None:
+        self._port, self._ends = port, []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def cut(self) -> None:
+        ends, self._ends = self._ends, []
+        for end in ends:
+            with suppress(OSError):  # it is broken already
+                end.shutdown(socket.SHUT_RDWR)
+
+    def _accept(self) -> None:
+        while True:
+            near, far = self._listener.accept()[0], socket.create_connection(("127.0.0.1", self._port))
+            self._ends += [near, far]
+            for source, target in ((near, far), (far, near)):
+                threading.Thread(target=self._pass_on, args=(source, target), daemon=True).start()
+
+    def _pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_a_connection_to_the_scheduler_that_breaks_is_made_anew_and_every_part_counts_once(
+    connection, cache, undisturbed
+):
+    cable = Cable(int(connection.address.rpartition(":")[2]))
+    with connected(f"tcp://127.0.0.1:{cable.port}") as mine:
+        run = Run(mine, cache, 0.05)
+        for parts in (1, 3, 5):
+            run.has_written(parts)
+            cable.cut()
+        stats = run.end()
+    assert (stats.parts, stats.images, stats.parts_of_others) == (len(PARTS), PICTURES, 0)
+    must_equal(cache, undisturbed)
+
+
+def test_a_worker_with_a_full_disk_is_set_aside_and_when_all_disks_are_full_the_run_says_so(cache, undisturbed, caplog):
+    with connected("local:3") as connection:
+        connection.client.wait_for_workers(3)
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+        def limit(workers, size):
+            connection.client.run(resource.setrlimit, resource.RLIMIT_FSIZE, (size, hard), workers=workers)
+
+        first, *others = connection.client.nthreads()
+        limit([first], 600)  # more than a claim takes, less than a part
+        assert Run(connection, cache, 0.005).end().parts == len(PARTS)
+        assert f"{first} gets no more parts" in caplog.text
+        must_equal(cache, undisturbed)
+        limit(others, 600)
+        for record in (cache.path / "parts/sam").iterdir():
+            record.unlink()
+        with pytest.raises(CacheError, match=r"part . could not be written: File too large") as error:
+            Run(connection, cache, 0.005).end()
+        assert "\n" not in str(error.value)
+        limit(None, soft)
+        Run(connection, cache, 0.0).end()
+    must_equal(cache, undisturbed)
+
+
+def test_a_function_is_run_by_one_worker_and_what_it_cannot_begin_is_said_in_one_line(connection):
+    assert run_once(connection, len, "abc") == 3
+
+    def fails(task):
+        raise ModuleNotFoundError("No module named 'regionspot'")
+
+    with pytest.raises(CacheError, match=r"ModuleNotFoundError: No module .* need the same regionspot") as error:
+        run_once(connection, fails, 1)
+    assert "\n" not in str(error.value)
+
+
+def test_a_part_that_workers_die_of_ends_the_run_and_is_named(connection, cache):
+    with pytest.raises(CacheError, match=r"part (\d or )?4( or \d)?: 4 workers died in turn") as error:
+        Run(connection, cache, 0, deadly=17).end()
+    assert "\n" not in str(error.value)
+    pids(connection, 3)
+
+
+@pytest.mark.parametrize("text", ["", "locals", "local:", "local:0", "local:-1", "host:8786", "tcp://", "3"])
+def test_what_is_no_scheduler_is_refused_in_one_line(text):
+    with pytest.raises(InputError, match="expected none, local, local:8"):
+        check_scheduler(text)
+
+
+def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
+    monkeypatch.setattr("regionspot.pipeline.distributed.cluster.CONNECT_SECONDS", 0.2)
+    with pytest.raises(InputError, match=r"tcp://127.0.0.1:9: no scheduler answers"), connected("tcp://127.0.0.1:9"):
+        pass
+
+
+def test_local_workers_get_a_gpu_each_and_their_share_of_the_cores(monkeypatch):
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
+    assert clusters.local_workers("local") == 2
+    assert thread_counts(3) == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
+    with connected("local:3") as connection:
+        connection.client.wait_for_workers(3)
+        found = connection.client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+    assert sorted(found.values()) == ["4", "4", "GPU-5"]
+
+
+class Cluster:
+    """A dask scheduler and workers as processes of their own, as on other machines."""
+
+    def __init__(self, folder: Path, host: str = "127.0.0.1") -> None:
+        self._folder, self._host = folder, host
+        self._environment = {**os.environ, "PYTHONPATH": str(ROOT), "DASK_LOGGING__DISTRIBUTED": "critical"}
+        self._environment |= {"DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP": "12s"}
+        self.processes: list[subprocess.Popen] = []
+
+    def _start(self, what: str, *options: str, inside: tuple[str, ...] = ()) -> subprocess.Popen:
+        command = [*inside, sys.executable, "-m", f"distributed.cli.dask_{what}", *options]
+        log = (self._folder / "dask.log").open("ab")
+        self.processes.append(subprocess.Popen(command, env=self._environment, stdout=log, stderr=log))
+        return self.processes[-1]
+
+    def scheduler(self, port: int = 0, silent_seconds: int = 300) -> subprocess.Popen:
+        self._environment["DASK_DISTRIBUTED__SCHEDULER__WORKER_TTL"] = f"{silent_seconds}s"
+        file = self._folder / "scheduler.json"
+        file.unlink(missing_ok=True)
+        started = self._start(
+            "scheduler", "--host", self._host, "--port", str(port), "--no-dashboard", "--scheduler-file", str(file)
+        )
+        while not file.exists() or not file.read_bytes():
+            assert started.poll() is None, (self._folder / "dask.log").read_text()
+            time.sleep(0.01)
+        self.address = json.loads(file.read_bytes())["address"]
+        return started
+
+    def worker(self, inside: tuple[str, ...] = ()) -> subprocess.Popen:
+        options = ("--nthreads", "2", "--memory-limit", "0", "--no-nanny", "--no-dashboard")
+        return self._start("worker", self.address, *options, inside=inside)
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.wait()
+
+
+@pytest.fixture
+def cluster(tmp_path):
+    started = Cluster(tmp_path)
+    yield started
+    started.end()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+def test_workers_outlive_their_scheduler_and_a_new_one_goes_on(cluster, cache, undisturbed, seed, stress_result):
+    rng, begun = random.Random(seed), time.monotonic()
+    scheduler = cluster.scheduler()
+    port = int(cluster.address.rpartition(":")[2])
+    workers = [cluster.worker(), cluster.worker()]
+    with connected(cluster.address) as connection:
+        run = Run(connection, cache, 0.02)
+        run.has_written(rng.randrange(1, 6))
+        scheduler.kill()
+        with pytest.raises(CacheError, match=r"the scheduler is gone; .* run the same command again to resume"):
+            run.end()
+    if rng.random() < 0.5:
+        for worker in workers:
+            worker.kill()
+    cluster.scheduler(port)
+    cluster.worker()
+    with connected(cluster.address) as connection:
+        Run(connection, cache, 0.0).end()
+    must_equal(cache, undisturbed)
+    stress_result(seeds=[seed], seconds=time.monotonic() - begun, schedulers=1, lost=0)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_killed_frozen_and_woken_in_full(tmp_path, undisturbed, monkeypatch, seed, stress_result):
+    rng, counts, begun = random.Random(seed), Counter(), time.monotonic()
+    monkeypatch.setattr(clusters, "SILENT_SECONDS", 2.0)
+    with connected("local:4") as connection:
+        for number in range(4):
+            cache = simulated.make_cache(tmp_path / f"{number}.zarr", PICTURES, PART_SIZE)
+            found, frozen = pids(connection, 4), list[int]()
+            run = Run(connection, cache, rng.choice((0.01, 0.03)))
+            for moment in sorted(rng.sample(PARTS, 3)):
+                run.has_written(moment)
+                victim = rng.choice(found)
+                found.remove(victim)
+                if rng.random() < 0.5 and len(frozen) < 2:
+                    os.kill(victim, signal.SIGSTOP)
+                    frozen.append(victim)
+                    counts["frozen"] += 1
+                else:
+                    os.kill(victim, signal.SIGKILL)
+                    counts["killed"] += 1
+            if rng.random() < 0.5:
+                wake(frozen)
+            counts["parts"] += run.end().parts
+            must_equal(cache, undisturbed)
+            wake(frozen)
+            pids(connection, 4)
+            while any(path.name[0].isdigit() for path in (cache.path / "claims").iterdir()):
+                with Claims(cache.storage):
+                    time.sleep(0.05)
+            must_equal(cache, undisturbed)
+            FeatureCache.open(cache.path, "a")  # removes what killed writers left of files, as every run does
+            assert not list(cache.path.rglob("*.partial"))
+            counts["caches"] += 1
+    stress_result(seeds=[seed], seconds=time.monotonic() - begun, lost=0, **counts)
+
+
+def wake(frozen: list[int]) -> None:
+    for pid in frozen:
+        with suppress(ProcessLookupError):  # its nanny has killed it
+            os.kill(pid, signal.SIGCONT)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(2))
+def test_a_frozen_worker_without_a_nanny_is_waited_out_and_when_it_wakes_it_leaves_what_was_taken_over(
+    cluster, cache, undisturbed, monkeypatch, seed, stress_result
+):
+    begun = time.monotonic()
+    monkeypatch.setattr(on_workers, "Claims", functools.partial(Claims, dead_after=3.0))
+    cluster.scheduler(silent_seconds=3)
+    workers = [cluster.worker() for _ in range(2)]
+    with connected(cluster.address) as connection:
+        connection.client.wait_for_workers(2)
+        run = Run(connection, cache, 0.03)
+        run.has_written(2 + seed)
+        workers[0].send_signal(signal.SIGSTOP)
+        assert run.end().parts == len(PARTS)
+    must_equal(cache, undisturbed)
+    workers[0].send_signal(signal.SIGCONT)
+    while any(path.name[0].isdigit() for path in (cache.path / "claims").iterdir()) or list(
+        cache.path.rglob("*.partial")
+    ):
+        time.sleep(0.01)
+    must_equal(cache, undisturbed)
+    stress_result(seeds=[seed], seconds=time.monotonic() - begun, frozen=1, lost=0)
+
+
+@pytest.fixture
+def host():
+    """A network namespace as another machine: `ip netns exec NAME ...`, joined by a cable that can be pulled."""
+    name = f"rs{os.getpid()}"
+    try:
+        for words in (
+            f"netns add {name}",
+            f"link add {name}a type veth peer name {name}b netns {name}",
+            f"addr add 10.231.7.1/30 dev {name}a",
+            f"link set {name}a up",
+            f"-n {name} addr add 10.231.7.2/30 dev {name}b",
+            f"-n {name} link set {name}b up",
+            f"-n {name} link set lo up",
+        ):
+            subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        pytest.skip(f"this machine permits no network namespaces: {getattr(error, 'stderr', error)}")
+    yield name
+    subprocess.run(["ip", "link", "del", f"{name}a"], capture_output=True)
+    subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(4))
+def test_workers_cut_off_from_the_network_and_brought_back(tmp_path, host, cache, undisturbed, seed, stress_result):
+    rng, begun = random.Random(seed), time.monotonic()
+    cluster = Cluster(tmp_path, "10.231.7.1")
+    try:
+        cluster.scheduler()
+        cluster.worker()
+        away = cluster.worker(inside=("ip", "netns", "exec", host))
+        with connected(cluster.address) as connection:
+            connection.client.wait_for_workers(2)
+            run = Run(connection, cache, 0.03)
+            run.has_written(rng.randrange(1, 5))
+            subprocess.run(["ip", "link", "set", f"{host}a", "down"], check=True)
+            if rng.random() < 0.5:
+                run.has_written(7)
+                subprocess.run(["ip", "link", "set", f"{host}a", "up"], check=True)
+            run.end()
+            must_equal(cache, undisturbed)
+            subprocess.run(["ip", "link", "set", f"{host}a", "up"], check=True)
+            # Either it is a worker again, or it has given its connection up and ended, as one without a nanny does.
+            while away.poll() is None and len(connection.client.nthreads()) < 2:
+                time.sleep(0.05)
+        must_equal(cache, undisturbed)
+    finally:
+        cluster.end()
+    stress_result(seeds=[seed], seconds=time.monotonic() - begun, cut=1, lost=0)
