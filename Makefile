@@ -23,7 +23,7 @@ READY := $(VENV)/.ready
 BENCH_VENV  := build/bench-env
 BENCH_READY := $(BENCH_VENV)/.ready
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-# Evaluation runs from photos unless a cache is named for it.
+# Evaluation runs from images unless a cache is named for it.
 CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(CACHE)")
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
@@ -50,7 +50,7 @@ $(BENCH_READY): pyproject.toml | $(READY)
 	uv pip install --quiet --python $(BENCH_VENV)/bin/python $(TORCH) -e ".[dev,bench]"
 	@touch $@
 
-demo: $(READY) ## the main job, small and real: a toy world, extract, train, evaluate; tables and pictures in build/demo
+demo: $(READY) ## the main job, small and real: a toy world, extract, train, evaluate; tables and images in build/demo
 	regionspot demo $(DEMO_OUT) $(ARGS)
 
 extract: $(READY) ## backbones over DATASET= once, into CACHE=; run again, it resumes
@@ -59,7 +59,7 @@ extract: $(READY) ## backbones over DATASET= once, into CACHE=; run again, it re
 train: $(READY) ## train the head from CACHE= into OUT=
 	regionspot train --cache "$(CACHE)" --preset $(PRESET) --out "$(OUT)" --resume $(WEIGHTS_ARG) $(ARGS)
 
-eval-lvis: $(READY) ## LVIS AP of the head in OUT= (or CHECKPOINT=), end to end from the photos in DATA=, or from CACHE=
+eval-lvis: $(READY) ## LVIS AP of the head in OUT= (or CHECKPOINT=), end to end from the images in DATA=, or from CACHE=
 	regionspot eval-lvis --checkpoint "$(CHECKPOINT)" --data "$(DATA)" --preset $(PRESET) --boxes "$(BOXES)" --out "$(OUT)/eval" $(CACHE_ARG) $(WEIGHTS_ARG) $(ARGS)
 
 toy-backbones: $(READY) ## train the toy world's SAM and CLIP again (under an hour on 2 cores)

@@ -1,7 +1,7 @@
 """The command line: one command per verb, no logic of its own.
 
 Results go to stdout, progress and warnings to stderr. What the user can mend is said in one line with exit code 2;
-`--debug` shows where it came from. Ctrl-C and SIGTERM end in one line as well (cli_signals.py). Modules are imported
+`--debug` shows where it came from. Ctrl-C and SIGTERM end in one line as well (commands/signals.py). Modules are imported
 inside the commands, so that `--help` answers at once.
 """
 
@@ -88,12 +88,12 @@ def dataset(
     from dataclasses import replace
 
     from regionspot.pipeline.datasets.proposals import with_boxes
-    from regionspot.pipeline.datasets.registry import describe, photo_dir, read_dataset, require_regions
+    from regionspot.pipeline.datasets.registry import describe, image_folder_of, read_dataset, require_regions
     from regionspot.pipeline.reporting.failures import FailureLimit
 
     limit = FailureLimit.parse(max_failures)
     manifest = with_boxes(read_dataset(name, data, split, annotations, max_failures=limit), boxes, limit)
-    typer.echo(describe(manifest, photo_dir(name, data, split, manifest)).text())
+    typer.echo(describe(manifest, image_folder_of(name, data, split, manifest)).text())
     require_regions(replace(manifest, remarks=()))  # they stand in the report
 
 
@@ -235,7 +235,7 @@ def eval_lvis(
 
 @app.command()
 def predict(
-    photo: Annotated[Path, typer.Argument(help="the image")],
+    image: Annotated[Path, typer.Argument(help="the image")],
     checkpoint: Checkpoint,
     boxes: Annotated[str | None, typer.Option(help='"x1,y1,x2,y2;..." in pixels, or @FILE as --boxes-file')] = None,
     names: Annotated[
@@ -257,39 +257,39 @@ def predict(
     from regionspot.cache.outputs import check_output_file
     from regionspot.evaluation.inference.boxes import boxes_from, names_from
     from regionspot.evaluation.inference.region_spot import RegionSpot
-    from regionspot.evaluation.report.drawing import check_picture_name, labelled, save_picture
-    from regionspot.pipeline.images.decode import read_photo
+    from regionspot.evaluation.report.drawing import check_image_name, labelled, save_image
+    from regionspot.pipeline.images.decode import read_image
 
     if out:
-        inputs = (photo, checkpoint, boxes_file, names_file, weights, sam_weights, clip_weights)
-        check_output_file(check_picture_name(out), inputs)
+        inputs = (image, checkpoint, boxes_file, names_file, weights, sam_weights, clip_weights)
+        check_output_file(check_image_name(out), inputs)
     asked, words = boxes_from(boxes, boxes_file), names_from(names, names_file)
-    picture = read_photo(photo, exif="apply")
+    pixels = read_image(image, exif="apply")
     spot = RegionSpot.load(
         checkpoint, weights, device, preset=preset, sam_weights=sam_weights, clip_weights=clip_weights, dtype=dtype
     )
-    regions = spot.predict(picture, asked, words, templates, masks=out is not None, top=top)
+    regions = spot.predict(pixels, asked, words, templates, masks=out is not None, top=top)
     typer.echo(json.dumps([region.as_json() for region in regions], indent=1, allow_nan=False))
     if out:
-        save_picture(labelled(picture, regions), out)
+        save_image(labelled(pixels, regions), out)
 
 
 @app.command("toy-world")
 def toy_world(
     out: Annotated[Path, typer.Argument(help="folder to write the world into")],
-    pictures: WorldSize = 1000,
+    images: WorldSize = 1000,
     seed: WorldSeed = 0,
 ) -> None:
     """Draw a small world of named shapes with LVIS-form annotations; its rare classes are only in val."""
     from regionspot.pipeline.toy.world import make_toy_world
 
-    typer.echo(make_toy_world(out, pictures, seed))
+    typer.echo(make_toy_world(out, images, seed))
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="folder for everything that it makes")],
-    pictures: WorldSize = 3000,
+    images: WorldSize = 3000,
     seed: WorldSeed = 0,
 ) -> None:
     """The main job on a toy world, every stage by its public command; needs no download."""
@@ -302,7 +302,7 @@ def demo(
             on_stop(AGAIN)  # the demo resumes, however this stage would by itself
 
     on_stop(AGAIN)
-    typer.echo(run_demo(stage, out, pictures, seed))
+    typer.echo(run_demo(stage, out, images, seed))
 
 
 def main() -> None:

@@ -37,7 +37,7 @@ READ_GOALS = [  # of which reader, over which, at least
     (NEVER, "tensorstore", 2.5),
     (NEVER, "zarrs codec pipeline", 8),
     (NEVER, "zarr-python, sharded", 20),
-    (NEVER, ".pth a picture", 6),
+    (NEVER, ".pth an image", 6),
     (NEVER, "LitData", 8),
     (NEVER, "MosaicML Streaming", 8),
 ]
@@ -127,9 +127,9 @@ def _write(report: Report, scale: Scale, scratch: Path) -> Samples:
 def _small_things(report: Report, scale: Scale, scratch: Path) -> None:
     tokens = _alone(measure_tokens, scratch, scale.rounds)
     for name in tokens:
-        report.add_row("Tokens of one picture, 16 x 256 float16", reader=name, microseconds=median(tokens[name]))
+        report.add_row("Tokens of one image, 16 x 256 float16", reader=name, microseconds=median(tokens[name]))
     opening = median(_alone(measure_opening, scratch, scale.rounds))
-    report.add_goal(f"milliseconds to open a part of {PART} pictures", opening, at_most=0.2)
+    report.add_goal(f"milliseconds to open a part of {PART} images", opening, at_most=0.2)
     memory = _alone(measure_memory, scale.memory, scratch)
     for gigabytes, megabytes in memory.items():
         row = {"cache, GB": gigabytes, "loader, MB": megabytes}
@@ -158,7 +158,7 @@ def _alone(section: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
 def _protocol(scale: Scale) -> str:
     sets = ", ".join(f"{each.records:,} of {each.name} ({each.gigabytes:.2f} GB)" for each in scale.reading)
     return f"""
-Made-up features in parts of {PART} pictures: {sets}. Everything compared runs in turn
+Made-up features in parts of {PART} images: {sets}. Everything compared runs in turn
 within a round, in an order drawn anew for each of {scale.rounds} rounds. Rates are medians over the rounds; goals, and
 the columns headed "/", are medians of the ratio within a round. Before the first round a whole epoch of every reader
 is checked against the crc32c of every record.
@@ -166,7 +166,7 @@ is checked against the crc32c of every record.
 - **Warm**: each reader's files are read through right before its turn. An epoch reads all records once, in a new
   random order, in batches of {BATCH}. Readers that take rows fill one batch whose memory is used again; loaders with
   workers have 2, which live through all epochs. Counted are the bytes of the feature maps alone; the cache's own
-  readers lay out {REGIONS} boxes a picture as well, and the scales of int8. `check first` is timed after the epoch
+  readers lay out {REGIONS} boxes an image as well, and the scales of int8. `check first` is timed after the epoch
   in which it checked everything.
 - **Cold**: {scale.cold.records:,} records of {scale.cold.name}; their files are flushed, and dropped from the page
   cache (`POSIX_FADV_DONTNEED`), before each epoch. The last column is what came from disk during the epoch by the

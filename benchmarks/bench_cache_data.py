@@ -18,12 +18,12 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures
+from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest
 from regionspot.cache.format.encodings import Statistics, encode
 
-PART = 512  # pictures, the cache's own default
+PART = 512  # images, the cache's own default
 BATCH = 64
-REGIONS = 8  # a picture
+REGIONS = 8  # an image
 MAPS = "map"
 
 _PATTERNS = 64  # distinct records, but for their first rows
@@ -75,7 +75,7 @@ class Features:
         return np.stack([encode(values, self.feature_set)[0].copy() for values in self._values])
 
     def values(self, row: int) -> NDArray[np.float16]:
-        """The features of a picture, as a backbone would hand them to the cache."""
+        """The features of an image, as a backbone would hand them to the cache."""
         return _numbered(self._values[row % _PATTERNS], row)
 
     def record(self, row: int) -> NDArray[Any]:
@@ -97,17 +97,17 @@ def _numbered(pattern: NDArray[Any], row: int) -> NDArray[Any]:
     return record
 
 
-def manifest_of(pictures: int, regions: int = REGIONS) -> Manifest:
-    """A split of that many pictures with as many regions each."""
-    total = pictures * regions
+def manifest_of(images: int, regions: int = REGIONS) -> Manifest:
+    """A split of that many images with as many regions each."""
+    total = images * regions
     return Manifest(
         dataset="made up",
         split="train",
-        image_ids=np.arange(pictures, dtype=np.int64),
-        paths=np.array([f"{row:08d}.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
-        heights=np.full(pictures, 480, np.int32),
-        widths=np.full(pictures, 640, np.int32),
-        offsets=np.arange(pictures + 1, dtype=np.int64) * regions,
+        image_ids=np.arange(images, dtype=np.int64),
+        paths=np.array([f"{row:08d}.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
+        heights=np.full(images, 480, np.int32),
+        widths=np.full(images, 640, np.int32),
+        offsets=np.arange(images + 1, dtype=np.int64) * regions,
         boxes_xyxy=np.tile(np.array([10, 20, 110, 220], np.float32), (total, 1)),
         category_index=np.zeros(total, np.int32),
         annotation_ids=np.arange(total, dtype=np.int64),
@@ -119,7 +119,7 @@ def write_cache(path: Path, features: Features) -> FeatureCache:
     """The features as a cache of ours."""
     cache = FeatureCache.create(path, manifest_of(features.records), [features.feature_set], PART)
     for part in range(cache.n_parts):
-        cache.write_part(part, (PictureFeatures(row, {MAPS: features.values(row)}) for row in cache.part_rows(part)))
+        cache.write_part(part, (ImageFeatures(row, {MAPS: features.values(row)}) for row in cache.part_rows(part)))
     return cache
 
 

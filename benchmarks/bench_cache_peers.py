@@ -205,7 +205,7 @@ class Hdf5(RowReader):
 
 
 class PthFiles(RowReader):
-    name, how = ".pth a picture", "torch.load(weights_only=True, mmap=True), copied into the batch"
+    name, how = ".pth an image", "torch.load(weights_only=True, mmap=True), copied into the batch"
 
     def __init__(self, path: Path, features: Features) -> None:
         import torch

@@ -1,4 +1,4 @@
-"""What is asked for in microseconds and megabytes: tokens of one picture, opening a part, the memory of a loader."""
+"""What is asked for in microseconds and megabytes: tokens of one image, opening a part, the memory of a loader."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ import zarr
 
 from benchmarks.bench_cache_data import BATCH, MAPS, PART, Features, manifest_of, write_cache
 from benchmarks.goals import Samples, interleaved, say, seconds
-from regionspot.cache import Batch, FeatureCache, FeatureSet, PictureFeatures
+from regionspot.cache import Batch, FeatureCache, FeatureSet, ImageFeatures
 
 _TOKENS = FeatureSet("token", "token", (256,))
-_TOKENS_A_PICTURE = 16
+_TOKENS_A_IMAGE = 16
 _SMALL_MAP = FeatureSet(MAPS, "map", (4, 64))  # 512 bytes a record: many parts cost little
 
 
 def measure_tokens(folder: Path, rounds: int) -> Samples:
-    """Microseconds for the tokens of one picture, at random, by each way; the median of a part's pictures a round."""
+    """Microseconds for the tokens of one image, at random, by each way; the median of a part's images a round."""
     folder.mkdir(parents=True)
     cache = _write_tokens(folder / "cache.zarr")
     array = zarr.open_array(folder / "cache.zarr" / _TOKENS.array, mode="r")
@@ -38,13 +38,13 @@ def measure_tokens(folder: Path, rounds: int) -> Samples:
         return cache.read([row], out=batch).tokens[0]
 
     def by_zarr(row: int) -> Any:
-        first = row * _TOKENS_A_PICTURE
-        return array[0, first : first + _TOKENS_A_PICTURE]
+        first = row * _TOKENS_A_IMAGE
+        return array[0, first : first + _TOKENS_A_IMAGE]
 
     def by_pth(row: int) -> Any:
         return torch.load(folder / f"{row}.pth", weights_only=True).numpy()
 
-    ways = {"cache.read": by_ours, "zarr-python": by_zarr, ".pth a picture": by_pth}
+    ways = {"cache.read": by_ours, "zarr-python": by_zarr, ".pth an image": by_pth}
     for name, way in ways.items():
         if not all((way(row) == _tokens_of(row)).all() for row in range(PART)):
             raise ValueError(f"{name}: tokens came back wrong")
@@ -99,12 +99,12 @@ def _microseconds(way: Callable[[int], Any]) -> Callable[[], float]:
 
 
 def _tokens_of(row: int) -> Any:
-    return np.random.default_rng(row).standard_normal((_TOKENS_A_PICTURE, *_TOKENS.shape)).astype(np.float16)
+    return np.random.default_rng(row).standard_normal((_TOKENS_A_IMAGE, *_TOKENS.shape)).astype(np.float16)
 
 
 def _write_tokens(path: Path) -> FeatureCache:
-    cache = FeatureCache.create(path, manifest_of(PART, _TOKENS_A_PICTURE), [_TOKENS], PART)
-    cache.write_part(0, (PictureFeatures(row, {_TOKENS.name: _tokens_of(row)}) for row in range(PART)))
+    cache = FeatureCache.create(path, manifest_of(PART, _TOKENS_A_IMAGE), [_TOKENS], PART)
+    cache.write_part(0, (ImageFeatures(row, {_TOKENS.name: _tokens_of(row)}) for row in range(PART)))
     return cache
 
 
@@ -112,4 +112,4 @@ def _write_maps(path: Path, parts: int) -> None:
     cache = FeatureCache.create(path, manifest_of(parts * PART, regions=1), [_SMALL_MAP], PART)
     record = np.zeros(_SMALL_MAP.shape, np.float16)
     for part in range(parts):
-        cache.write_part(part, (PictureFeatures(row, {MAPS: record}) for row in cache.part_rows(part)))
+        cache.write_part(part, (ImageFeatures(row, {MAPS: record}) for row in cache.part_rows(part)))

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from benchmarks.bench_cache_data import MAPS, Features, manifest_of
 from benchmarks.goals import Samples, interleaved, say, seconds
-from regionspot.cache import FeatureCache, PictureFeatures
+from regionspot.cache import FeatureCache, ImageFeatures
 from regionspot.cache.storage.atomic_files import sync_tree
 
 
@@ -30,7 +30,7 @@ def measure_writing(features: Features, folder: Path, rounds: int) -> Samples:
         "raw file, fsync": _write_raw,
         "cache.write_part": _write_ours,
         "zarr-python, sharded, fsync": _write_zarr,
-        ".pth a picture, fsync": _write_pth,
+        ".pth an image, fsync": _write_pth,
     }
     say(f"writing: {features.gigabytes:.2f} GB a part, {rounds} rounds")
     return interleaved({name: _rate(way, records, folder, features) for name, way in ways.items()}, rounds)
@@ -67,7 +67,7 @@ def _write_ours(folder: Path, records: NDArray[Any], features: Features) -> Call
     cache = FeatureCache.create(folder / "cache.zarr", manifest_of(features.records), sets, part_size=len(records))
 
     def write() -> None:
-        cache.write_part(0, (PictureFeatures(row, {MAPS: record}) for row, record in enumerate(records)))
+        cache.write_part(0, (ImageFeatures(row, {MAPS: record}) for row, record in enumerate(records)))
 
     return write
 

@@ -42,13 +42,13 @@ class Scale:
 
     preset: str
     rounds: int
-    photos: int
+    images: int
     prompts: tuple[int, int]
     boxes: tuple[int, ...] = (1, 16, 64)
 
 
-FULL = Scale("bl", rounds=3, photos=2, prompts=(50, 1000))
-SMALL = Scale("toy", rounds=2, photos=2, prompts=(20, 200))
+FULL = Scale("bl", rounds=3, images=2, prompts=(50, 1000))
+SMALL = Scale("toy", rounds=2, images=2, prompts=(20, 200))
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ def main() -> None:
     scale = SMALL if asked.quick else FULL
     scratch = SCRATCH / "extract"
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was stopped
-    job = Job(scale.preset, scratch / "photos", scale.photos)
-    job.write_photos()
+    job = Job(scale.preset, scratch / "photos", scale.images)
+    job.write_images()
     if torch.cuda.is_available() or asked.quick:
         _measure_gpu(asked)
     report = Report("extract", "Extraction against the authors' path", _protocol(scale), versions(PACKAGES))
     _measure_steps(report, scale, job)
     measure_decoders(report, job.paths()[: len(SIZES)], rounds=5 if asked.quick else 20, long_side=1024)
-    measure_errors(report, scratch / "world", pictures=2 if asked.quick else 16)
+    measure_errors(report, scratch / "world", images=2 if asked.quick else 16)
     shutil.rmtree(scratch)
     report.finish(asked.results)
 
@@ -136,7 +136,7 @@ def _steps(scale: Scale) -> dict[str, Callable[[Contender, bool], float]]:
         "encoder": lambda side, _: side("encode"),
         "CLIP": lambda side, _: side("clip"),
         "CLIP, 8 images": lambda side, mine: side("clip", 8) if mine else 8 * side("clip"),
-        "whole stage": lambda side, _: side("whole", scale.photos) / scale.photos,
+        "whole stage": lambda side, _: side("whole", scale.images) / scale.images,
         "1,000 prompts": lambda side, mine: side("text", count := ours if mine else theirs) * 1000 / count,
     }
     for count in scale.boxes:
@@ -154,7 +154,7 @@ def _measure_bfloat16(
 ) -> None:
     """Adds our times in bfloat16 to `found`: once, where the CPU has to emulate it."""
     say("bfloat16")
-    rounds, few = (scale.rounds, scale) if cpu_computes("bfloat16") else (1, replace(scale, photos=1))
+    rounds, few = (scale.rounds, scale) if cpu_computes("bfloat16") else (1, replace(scale, images=1))
     side = Contender(DEFAULT_MALLOC, Ours, job, "bfloat16")
     for step in ("encoder", "CLIP", "CLIP, 8 images", "whole stage"):
         run = _steps(few)[step]
@@ -193,9 +193,9 @@ def _off(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
 
 _GPU_PROTOCOL = """
 Drawn weights, drawn JPEGs of 640 x 480 and 2000 x 1500 in turn, 16 boxes each. Rates are wall time between two waits
-for the device, after a warm-up. The matrix rate is that of one bfloat16 product of 8192 x 8192. Operations of a picture
-are counted in the official models' own products. The authors' path: one picture at a time, float16 autocast, masks
-and their postprocessing, one file a picture. The whole stage is `extract` into a new cache, decoding included.
+for the device, after a warm-up. The matrix rate is that of one bfloat16 product of 8192 x 8192. Operations of an image
+are counted in the official models' own products. The authors' path: one image at a time, float16 autocast, masks
+and their postprocessing, one file an image. The whole stage is `extract` into a new cache, decoding included.
 """
 
 
@@ -203,21 +203,21 @@ def _protocol(scale: Scale) -> str:
     few = (
         ""
         if cpu_computes("bfloat16")
-        else " This CPU emulates bfloat16: its figures are of one round and of the smaller photo."
+        else " This CPU emulates bfloat16: its figures are of one round and of the smaller image."
     )
     sizes = " and ".join(f"{width} x {height}" for width, height in SIZES)
     tuned = " ".join(f"`{name}={value}`" for name, value in TUNED_MALLOC.items())
     rehearsal = "" if scale is FULL else "**A rehearsal with the toy backbones, of which no goal is asked.** "
     return f"""
 {rehearsal}Preset `{scale.preset}`, weights drawn from a seed.
-Photos of {sizes} drawn by the benchmark, 16 boxes each. Every side
+Images of {sizes} drawn by the benchmark, 16 boxes each. Every side
 has its own process with one thread of math; figures are CPU seconds of all threads of that process, medians of
 {scale.rounds} rounds in which the sides take turns, in another order each. Ratios are medians of the ratio within a
 round.{few}
 
-- **Authors**: the work of RegionSpot's authors in their order, one picture at a time: segment_anything's image encoder,
-  prompt encoder and mask decoder, masks brought to the picture's size; open_clip's image tower; one `torch.save` a
-  picture. *Default malloc*: as glibc comes. *Tuned malloc*: with {tuned},
+- **Authors**: the work of RegionSpot's authors in their order, one image at a time: segment_anything's image encoder,
+  prompt encoder and mask decoder, masks brought to the image's size; open_clip's image tower; one `torch.save` an
+  image. *Default malloc*: as glibc comes. *Tuned malloc*: with {tuned},
   which spares their code its page faults and which nobody sets.
 - **Ours**: `extract` for the whole stage, into a real cache with its checksums and flushes; parts of it for the steps.
   Our process sets its allocator itself.

@@ -1,7 +1,7 @@
 """The extraction in the order of work of RegionSpot's authors, by the libraries that they call.
 
-One picture at a time: segment_anything's image encoder, its prompt encoder and its mask decoder with masks, which are
-brought to the picture's size; open_clip's image tower; one file a picture by torch.save. Tokens are what comes out
+One image at a time: segment_anything's image encoder, its prompt encoder and its mask decoder with masks, which are
+brought to the image's size; open_clip's image tower; one file an image by torch.save. Tokens are what comes out
 of the mask decoder's transformer on the way. On a GPU under float16 autocast, as they run it.
 """
 
@@ -27,7 +27,7 @@ from regionspot.pipeline.backbones.weights import load_weights
 
 
 class Authors:
-    """Their path over the photos of a job. Each public method is a step that can be timed."""
+    """Their path over the images of a job. Each public method is a step that can be timed."""
 
     def __init__(self, job: Job, device: str = "cpu") -> None:
         names, self._job, self._device = preset_named(job.preset), job, torch.device(device)
@@ -45,17 +45,17 @@ class Authors:
             self._embedding = torch.randn(1, width, *grid, generator=torch.Generator().manual_seed(0)).to(device)
 
     def encode(self) -> NDArray[np.float32]:
-        """SAM's embedding (C, g, g) of the first photo."""
+        """SAM's embedding (C, g, g) of the first image."""
         with self._inference():
             return self._host(self._sam_embedding(self._rgb)[0])
 
     def tokens(self, count: int) -> NDArray[np.float32]:
-        """Tokens (count, C) of so many boxes on the first photo, by a drawn embedding."""
+        """Tokens (count, C) of so many boxes on the first image, by a drawn embedding."""
         with self._inference():
             return self._host(self._tokens(self._embedding, boxes_in(self._job.size(0), count, 0), self._job.size(0)))
 
     def clip(self) -> NDArray[np.float32]:
-        """CLIP's map of the first photo."""
+        """CLIP's map of the first image."""
         with self._inference():
             return self._host(self._clip_map(self._rgb))
 
@@ -67,9 +67,9 @@ class Authors:
         with self._inference():
             return self._host(self._clip_model.encode_text(padded))
 
-    def whole(self, photos: int) -> None:
-        """The stage: so many photos read, encoded and stored."""
-        for row, path in enumerate(self._job.paths()[:photos]):
+    def whole(self, images: int) -> None:
+        """The stage: so many images read, encoded and stored."""
+        for row, path in enumerate(self._job.paths()[:images]):
             self._extract(row, path.with_suffix(".pth"))
 
     def _extract(self, row: int, out: Path) -> None:
@@ -89,8 +89,8 @@ class Authors:
         return np.asarray(Image.open(self._job.paths()[row]).convert("RGB"))
 
     def _sam_embedding(self, rgb: NDArray[np.uint8]) -> Tensor:
-        picture = torch.as_tensor(self._resize.apply_image(rgb), device=self._device).permute(2, 0, 1)[None]
-        return self._sam.image_encoder(self._sam.preprocess(picture.contiguous()))
+        image = torch.as_tensor(self._resize.apply_image(rgb), device=self._device).permute(2, 0, 1)[None]
+        return self._sam.image_encoder(self._sam.preprocess(image.contiguous()))
 
     def _tokens(self, embedding: Tensor, boxes: NDArray[np.float32], size: tuple[int, int]) -> Tensor:
         scaled = torch.as_tensor(self._resize.apply_boxes(boxes, size), dtype=torch.float32, device=self._device)
@@ -108,8 +108,8 @@ class Authors:
 
     def _clip_map(self, rgb: NDArray[np.uint8]) -> Tensor:
         visual = self._clip_model.visual
-        picture = torch.from_numpy(rgb.copy()).to(self._device).permute(2, 0, 1).float().div_(255)[None]
-        square = transforms.resize(picture, list(visual.image_size), antialias=False)
+        image = torch.from_numpy(rgb.copy()).to(self._device).permute(2, 0, 1).float().div_(255)[None]
+        square = transforms.resize(image, list(visual.image_size), antialias=False)
         mean, std = (
             torch.tensor(each, device=self._device).view(3, 1, 1) for each in (self._clip.mean, self._clip.std)
         )

@@ -1,4 +1,4 @@
-"""What the extraction benchmark runs over: photos of real sizes that it draws itself, boxes, and prompts.
+"""What the extraction benchmark runs over: images of real sizes that it draws itself, boxes, and prompts.
 
 Weights are drawn too: what a product costs does not depend on its values, and no download is needed.
 """
@@ -16,11 +16,11 @@ from PIL import Image
 from regionspot.cache.format.manifest import Category, Manifest
 
 WEIGHTS = "random:0"
-TEMPLATE = "a photo of a {}"
+TEMPLATE = "an image of a {}"
 SIZES = (
     (640, 480),
     (2000, 1500),
-)  # width, height: a photo of COCO's, and one as Objects365 and OpenImages have them too
+)  # width, height: an image of COCO's, and one as Objects365 and OpenImages have them too
 
 
 @dataclass(frozen=True)
@@ -29,29 +29,29 @@ class Job:
 
     preset: str
     folder: Path
-    photos: int
+    images: int
     boxes: int = 16
 
     def paths(self) -> list[Path]:
-        return [self.folder / f"{row:06d}.jpg" for row in range(self.photos)]
+        return [self.folder / f"{row:06d}.jpg" for row in range(self.images)]
 
     def size(self, row: int) -> tuple[int, int]:
         """(height, width)."""
         width, height = SIZES[row % len(SIZES)]
         return height, width
 
-    def write_photos(self) -> None:
+    def write_images(self) -> None:
         """One file of each size; the others are links to them."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for row, path in enumerate(self.paths()):
             if row < len(SIZES):
-                draw_photo(row).save(path, quality=90)
+                draw_image(row).save(path, quality=90)
             else:
                 os.link(self.folder / f"{row % len(SIZES):06d}.jpg", path)
 
-    def manifest(self, photos: int | None = None) -> Manifest:
-        """The first so many photos with their boxes, as a dataset."""
-        rows = range(photos or self.photos)
+    def manifest(self, images: int | None = None) -> Manifest:
+        """The first so many images with their boxes, as a dataset."""
+        rows = range(images or self.images)
         sizes = np.array([self.size(row) for row in rows], np.int32)
         total = len(rows) * self.boxes
         return Manifest(
@@ -69,19 +69,19 @@ class Job:
         )
 
 
-def draw_photo(seed: int) -> Image.Image:
-    """Large and small shapes and some noise: a JPEG of about 0.2 bytes a pixel, as photos have."""
+def draw_image(seed: int) -> Image.Image:
+    """Large and small shapes and some noise: a JPEG of about 0.2 bytes a pixel, as images have."""
     width, height = SIZES[seed % len(SIZES)]
     rng = np.random.default_rng(seed)
-    picture = np.zeros((height, width, 3), np.float32)
+    image = np.zeros((height, width, 3), np.float32)
     for cells, weight in ((6, 0.6), (40, 0.3), (200, 0.1)):
         shapes = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), np.uint8))
-        picture += weight * np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC), np.float32)
-    return Image.fromarray((picture + rng.normal(0, 3, picture.shape)).clip(0, 255).astype(np.uint8))
+        image += weight * np.asarray(shapes.resize((width, height), Image.Resampling.BICUBIC), np.float32)
+    return Image.fromarray((image + rng.normal(0, 3, image.shape)).clip(0, 255).astype(np.uint8))
 
 
 def boxes_in(size: tuple[int, int], count: int, seed: int) -> NDArray[np.float32]:
-    """float32 (count, 4): XYXY, at least 8 pixels a side, within a picture of that (height, width)."""
+    """float32 (count, 4): XYXY, at least 8 pixels a side, within an image of that (height, width)."""
     height, width = size
     corners = np.random.default_rng(seed).uniform(0, 1, (count, 2, 2)) * [width - 8, height - 8]
     low, high = corners.min(1), corners.max(1) + 8

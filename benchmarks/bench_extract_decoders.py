@@ -20,7 +20,7 @@ TABLE = "JPEG to RGB"
 
 
 def measure_decoders(report: Report, paths: list[Path], rounds: int, long_side: int) -> None:
-    """A row a photo and decoder. `draft` may halve a photo while it decodes, as long as it stays above `long_side`."""
+    """A row an image and decoder. `draft` may halve an image while decoding, as long as it stays above `long_side`."""
     for path in paths:
         data, decoders = path.read_bytes(), _decoders(long_side)
         samples = interleaved({name: _timed(decode, data) for name, decode in decoders.items()}, rounds)
@@ -31,7 +31,7 @@ def measure_decoders(report: Report, paths: list[Path], rounds: int, long_side: 
             off = int(np.abs(found.astype(int) - expected).max()) if same else None
             report.add_row(
                 TABLE,
-                photo=f"{expected.shape[1]} x {expected.shape[0]}",
+                image=f"{expected.shape[1]} x {expected.shape[0]}",
                 decoder=name,
                 milliseconds=1000 * min(samples[name]),
                 gives=f"{found.shape[1]} x {found.shape[0]}",
@@ -97,7 +97,7 @@ def _torchvision() -> dict[str, Decode]:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     def decode(data: bytes) -> Any:
-        picture = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
-        return picture.permute(1, 2, 0).numpy()
+        image = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), ImageReadMode.RGB)
+        return image.permute(1, 2, 0).numpy()
 
     return {"torchvision.io": decode}

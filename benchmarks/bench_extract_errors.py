@@ -12,25 +12,25 @@ from numpy.typing import NDArray
 from benchmarks.goals import Report
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.backbones.sam import load_localizer
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
-from regionspot.pipeline.images.decode import read_photo
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
+from regionspot.pipeline.images.decode import read_image
 from regionspot.pipeline.toy.world import make_toy_world
 
 TABLE = "Error of a dtype against float32, trained toy backbones (values have rms 1)"
-WORLD = 40  # pictures: the fewest that it can be made of
+WORLD = 40  # images: the fewest that it can be made of
 HALF = ("bfloat16", "float16")
 
 
-def measure_errors(report: Report, folder: Path, pictures: int) -> None:
+def measure_errors(report: Report, folder: Path, count: int) -> None:
     """A row of the tokens and one of the maps for each dtype but float32. The token decoder is float32 always."""
     world = make_toy_world(folder, WORLD, seed=0)
-    manifest = read_dataset("toy", world, "train").head(pictures)
-    photos = [read_photo(photo_dir("toy", world) / str(path)) for path in manifest.paths]
-    boxes = [manifest.boxes_xyxy[manifest.regions(row)] for row in range(len(photos))]
+    manifest = read_dataset("toy", world, "train").head(count)
+    images = [read_image(image_folder_of("toy", world) / str(path)) for path in manifest.paths]
+    boxes = [manifest.boxes_xyxy[manifest.regions(row)] for row in range(len(images))]
     for title, features in (("location tokens", _tokens), ("feature maps", _maps)):
-        exact = features(photos, boxes, "float32")
+        exact = features(images, boxes, "float32")
         for dtype in HALF:
-            rms, largest = error_of(features(photos, boxes, dtype), exact)
+            rms, largest = error_of(features(images, boxes, dtype), exact)
             report.add_row(TABLE, of=title, **{"image encoder": dtype}, rms=rms, largest=largest)
 
 
@@ -40,13 +40,13 @@ def error_of(found: NDArray[np.float32], exact: NDArray[np.float32]) -> tuple[fl
     return float(np.sqrt((off**2).mean()) / scale), float(np.abs(off).max() / scale)
 
 
-def _tokens(photos: list[Any], boxes: list[NDArray[np.float32]], dtype: str) -> NDArray[np.float32]:
+def _tokens(images: list[Any], boxes: list[NDArray[np.float32]], dtype: str) -> NDArray[np.float32]:
     localizer = load_localizer("toy_sam", None, "cpu", dtype)
-    embeddings = localizer.encode([localizer.preprocess(photo) for photo in photos])
-    sizes = [(photo.height, photo.width) for photo in photos]
-    return torch.cat(localizer.tokens_of_pictures(embeddings, boxes, sizes)).numpy()
+    embeddings = localizer.encode([localizer.preprocess(image) for image in images])
+    sizes = [(image.height, image.width) for image in images]
+    return torch.cat(localizer.tokens_of_images(embeddings, boxes, sizes)).numpy()
 
 
-def _maps(photos: list[Any], boxes: list[NDArray[np.float32]], dtype: str) -> NDArray[np.float32]:
+def _maps(images: list[Any], boxes: list[NDArray[np.float32]], dtype: str) -> NDArray[np.float32]:
     encoder = load_encoder("toy_clip", None, "cpu", dtype)
-    return encoder.encode(torch.stack([encoder.preprocess(photo) for photo in photos])).numpy()
+    return encoder.encode(torch.stack([encoder.preprocess(image) for image in images])).numpy()

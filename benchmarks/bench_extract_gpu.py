@@ -1,4 +1,4 @@
-"""Extraction on a GPU: pictures a second of the whole stage and of each part of it, beside what the card can do.
+"""Extraction on a GPU: images a second of the whole stage and of each part of it, beside what the card can do.
 
 Everything takes a device, so that a machine without a GPU can run all of it on the CPU with toy models: the rehearsal.
 """
@@ -20,7 +20,7 @@ from benchmarks.bench_extract_authors import Authors
 from benchmarks.bench_extract_data import WEIGHTS, Job, boxes_in
 from benchmarks.goals import Report, say
 from regionspot.cache import FeatureCache
-from regionspot.cache.format.schema import PictureFeatures
+from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.machine import processors
 from regionspot.pipeline.backbones.batch_size import batch_size_of
 from regionspot.pipeline.backbones.builders import build_clip, build_sam, preset_named
@@ -31,7 +31,7 @@ from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.decode_ahead import Decoder, decode_ahead
 from regionspot.pipeline.extraction.extract import extract, open_for_extraction
 
-OBJECTS365, ALL_SETS = 660_000, 2_500_000  # pictures: Objects365 v1; with OpenImages and V3Det
+OBJECTS365, ALL_SETS = 660_000, 2_500_000  # images: Objects365 v1; with OpenImages and V3Det
 STEPS, STAGES, HOURS = "Steps on the device", "The whole stage", "Hours"
 
 
@@ -40,21 +40,21 @@ class Scale:
     """seconds: of each measurement; matrix: side of the product that the card's rate is taken from."""
 
     preset: str
-    photos: int
+    images: int
     part: int
     seconds: float
     matrix: int
 
 
-FULL_GPU = Scale("bl", photos=4096, part=512, seconds=5, matrix=8192)
-REHEARSAL = Scale("toy", photos=24, part=8, seconds=0.05, matrix=256)
+FULL_GPU = Scale("bl", images=4096, part=512, seconds=5, matrix=8192)
+REHEARSAL = Scale("toy", images=24, part=8, seconds=0.05, matrix=256)
 
 
 def measure_gpu(report: Report, scale: Scale, device: str, scratch: Path) -> None:
     """Fill the report. Takes some five minutes on a GPU, two of them for compiling."""
     shutil.rmtree(scratch, ignore_errors=True)
-    job = Job(scale.preset, scratch / "photos", scale.photos)
-    job.write_photos()
+    job = Job(scale.preset, scratch / "photos", scale.images)
+    job.write_images()
     place = torch.device(device)
     backbones = Backbones.load(scale.preset, WEIGHTS, device=device)
     size = batch_size_of([model for model in (backbones.localizer, *backbones.encoders) if model is not None])
@@ -66,16 +66,16 @@ def measure_gpu(report: Report, scale: Scale, device: str, scratch: Path) -> Non
         report.add_row(STEPS, step=step, **_rates(rate, rate * work, matrix))
     whole = _stages(report, backbones, job, size, scale, scratch)
     share = whole * sum(operations.values()) / matrix
-    report.add_row(STAGES, of="ours, share of the card's matrix rate", **{"pictures/s": share})
+    report.add_row(STAGES, of="ours, share of the card's matrix rate", **{"images/s": share})
     if place.type == "cuda":
         report.add_goal("share of the card's matrix rate, whole stage", share, at_least=0.4)
-    for name, pictures in (("Objects365 v1", OBJECTS365), ("all three sets", ALL_SETS)):
-        report.add_row(HOURS, dataset=name, pictures=f"{pictures:,}", hours=pictures / whole / 3600)
+    for name, images in (("Objects365 v1", OBJECTS365), ("all three sets", ALL_SETS)):
+        report.add_row(HOURS, dataset=name, images=f"{images:,}", hours=images / whole / 3600)
     shutil.rmtree(scratch)
 
 
-def _rates(pictures: float | None, operations: float, matrix: float) -> dict[str, float | None]:
-    return {"pictures/s": pictures, "TFLOP/s": operations / 1e12, "/ matrix rate": operations / matrix}
+def _rates(images: float | None, operations: float, matrix: float) -> dict[str, float | None]:
+    return {"images/s": images, "TFLOP/s": operations / 1e12, "/ matrix rate": operations / matrix}
 
 
 def matrix_rate(device: torch.device, scale: Scale) -> float:
@@ -104,7 +104,7 @@ def _wait(device: torch.device) -> None:
 
 
 def operations_of(preset: str) -> dict[str, int]:
-    """Multiplications and additions of one picture in the official models' own products."""
+    """Multiplications and additions of one image in the official models' own products."""
     names = preset_named(preset)
     with torch.device("meta"):
         sam, clip = build_sam(names.localizer).image_encoder, build_clip(names.encoder).model.visual
@@ -119,12 +119,12 @@ def operations_of(preset: str) -> dict[str, int]:
 def _steps(
     backbones: Backbones, job: Job, size: int, device: torch.device, scale: Scale, operations: dict[str, int]
 ) -> dict[str, tuple[float, float]]:
-    """Pictures a second of each step, and operations of a picture in it."""
+    """Images a second of each step, and operations of an image in it."""
     localizer, (encoder,) = backbones.localizer, backbones.encoders
     if localizer is None:
         raise ValueError(f"preset {job.preset}: has no localizer")
     pixels, dtype = localizer.pixels, localizer.provenance["dtype"]
-    pictures = torch.randn(size, 3, pixels, pixels, device=device)
+    images = torch.randn(size, 3, pixels, pixels, device=device)
     squares = torch.randn(size, 3, encoder.pixels, encoder.pixels, device=device)
     boxes = [boxes_in(job.size(row), job.boxes, row) for row in range(size)]
     sizes = [job.size(row) for row in range(size)]
@@ -135,20 +135,20 @@ def _steps(
     graphs = torch.compile(_sam_encoder(job.preset, dtype, device), mode="reduce-overhead")
     sam, clip = operations["SAM"], operations["CLIP"]
     tried: dict[str, tuple[Callable[[], object], float]] = {
-        f"SAM encoder, {dtype}, batches of {size}": (lambda: eager(pictures), sam),
-        "the same, compiled": (lambda: compiled(pictures), sam),
-        "the same, compiled, CUDA graphs": (lambda: graphs(pictures), sam),
-        "the same, compiled, global attention by flex_attention": (lambda: flexible(pictures), sam),
+        f"SAM encoder, {dtype}, batches of {size}": (lambda: eager(images), sam),
+        "the same, compiled": (lambda: compiled(images), sam),
+        "the same, compiled, CUDA graphs": (lambda: graphs(images), sam),
+        "the same, compiled, global attention by flex_attention": (lambda: flexible(images), sam),
         f"CLIP, {encoder.provenance['dtype']}, batches of {size}": (lambda: encoder.encode(squares), clip),
-        f"tokens of {job.boxes} boxes, float32": (lambda: localizer.tokens_of_pictures(embeddings, boxes, sizes), 0),
+        f"tokens of {job.boxes} boxes, float32": (lambda: localizer.tokens_of_images(embeddings, boxes, sizes), 0),
     }
     found = {}
-    for step, (work, of_picture) in tried.items():
+    for step, (work, of_image) in tried.items():
         say(step)
         if device.type != "cuda":
             torch.compiler.set_stance("force_eager")  # a rehearsal is over before a compiler is
         try:
-            found[step] = rate_of(work, device, scale.seconds) * size, of_picture
+            found[step] = rate_of(work, device, scale.seconds) * size, of_image
         except Exception as error:  # what a compiler cannot do on this card is left out, and all else measured
             say(f"{step}: left out, {' '.join(str(error).split())[:300]}")
     return found
@@ -162,34 +162,34 @@ def _sam_encoder(preset: str, dtype: str, device: torch.device, **options: bool)
 
 
 def _stages(report: Report, backbones: Backbones, job: Job, size: int, scale: Scale, scratch: Path) -> float:
-    """Rates of decoding alone, writing alone, the whole stage and the authors'; pictures a second of the whole."""
+    """Rates of decoding alone, writing alone, the whole stage and the authors'; images a second of the whole."""
     manifest = job.manifest()
     say("decoding")
     decoder = Decoder(manifest, job.folder, backbones, "auto")
     names = [feature_set.name for feature_set in backbones.feature_sets()]
     started = time.perf_counter()
-    with closing(decode_ahead(decoder, ((row, names) for row in range(job.photos)), None)) as decoded:
-        failed = sum(picture.failure is not None for picture in decoded)
+    with closing(decode_ahead(decoder, ((row, names) for row in range(job.images)), None)) as decoded:
+        failed = sum(image.failure is not None for image in decoded)
     taken = time.perf_counter() - started
     if failed:
-        raise ValueError(f"{job.folder}: {failed} of {job.photos} photos could not be decoded")
-    report.add_row(STAGES, of=f"decode and resize alone, {processors()} cores", **{"pictures/s": job.photos / taken})
+        raise ValueError(f"{job.folder}: {failed} of {job.images} images could not be decoded")
+    report.add_row(STAGES, of=f"decode and resize alone, {processors()} cores", **{"images/s": job.images / taken})
     say("writing")
-    pictures, gigabytes = _writing(backbones, job, scale.part, scratch / "written.zarr")
-    report.add_row(STAGES, of=f"write alone, {gigabytes:.3g} GB/s", **{"pictures/s": pictures})
+    images, gigabytes = _writing(backbones, job, scale.part, scratch / "written.zarr")
+    report.add_row(STAGES, of=f"write alone, {gigabytes:.3g} GB/s", **{"images/s": images})
     say("whole stage")
     config = ExtractConfig(part_size=scale.part, batch_size=size)
     cache = open_for_extraction(scratch / "whole.zarr", manifest, job.folder, backbones, config)
     extract(cache, job.folder, backbones, replace(config, parts="0"))  # warms up: kernels, workspaces, page cache
     started = time.perf_counter()
     summary = extract(cache, job.folder, backbones, config)
-    ours = (job.photos - len(cache.part_rows(0))) / (time.perf_counter() - started)
+    ours = (job.images - len(cache.part_rows(0))) / (time.perf_counter() - started)
     say(summary.text())
-    report.add_row(STAGES, of=f"ours, batches of {size}; {_shares(summary.shares)}", **{"pictures/s": ours})
+    report.add_row(STAGES, of=f"ours, batches of {size}; {_shares(summary.shares)}", **{"images/s": ours})
     say("authors' path")
     theirs = _authors(job, backbones.device, scale)
-    report.add_row(STAGES, of="authors, one at a time, float16 autocast", **{"pictures/s": theirs})
-    report.add_row(STAGES, of="ours / authors", **{"pictures/s": ours / theirs})
+    report.add_row(STAGES, of="authors, one at a time, float16 autocast", **{"images/s": theirs})
+    report.add_row(STAGES, of="ours / authors", **{"images/s": ours / theirs})
     return ours
 
 
@@ -198,7 +198,7 @@ def _shares(shares: dict[str, float]) -> str:
 
 
 def _writing(backbones: Backbones, job: Job, part: int, path: Path) -> tuple[float, float]:
-    """Pictures and GB a second of the cache's writer, flushes and checksums included."""
+    """Images and GB a second of the cache's writer, flushes and checksums included."""
     cache = FeatureCache.open_or_create(path, job.manifest(), backbones.feature_sets(), part)
     rows = cache.part_rows(0)
     random, made = np.random.default_rng(0), {}
@@ -206,7 +206,7 @@ def _writing(backbones: Backbones, job: Job, part: int, path: Path) -> tuple[flo
         leading = () if feature_set.kind == "map" else (job.boxes,)
         made[feature_set.name] = random.standard_normal((*leading, *feature_set.shape), np.float32).astype(np.float16)
     started = time.perf_counter()
-    cache.write_part(0, (PictureFeatures(row, dict(made)) for row in rows))
+    cache.write_part(0, (ImageFeatures(row, dict(made)) for row in rows))
     taken = time.perf_counter() - started
     written = len(rows) * sum(values.nbytes for values in made.values())
     shutil.rmtree(path)
@@ -214,10 +214,10 @@ def _writing(backbones: Backbones, job: Job, part: int, path: Path) -> tuple[flo
 
 
 def _authors(job: Job, device: torch.device, scale: Scale) -> float:
-    authors, photos = Authors(job, str(device)), 2
-    authors.whole(photos)
+    authors, images = Authors(job, str(device)), 2
+    authors.whole(images)
     started, done = time.perf_counter(), 0
     while time.perf_counter() - started < scale.seconds:
-        authors.whole(photos)
-        done += photos
+        authors.whole(images)
+        done += images
     return done / (time.perf_counter() - started)

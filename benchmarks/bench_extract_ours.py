@@ -18,23 +18,23 @@ from regionspot.pipeline.extraction.malloc import keep_memory
 
 
 class Ours:
-    """Our path over the photos of a job; the steps are those of `Authors`."""
+    """Our path over the images of a job; the steps are those of `Authors`."""
 
     def __init__(self, job: Job, dtype: str, device: str = "cpu") -> None:
         self._job = job
         self._backbones = Backbones.load(job.preset, WEIGHTS, device=device, dtype=dtype)
         keep_memory()  # as `extract` does it, when the models are there
         self._localizer, (self._encoder,) = self._backbones.localizer, self._backbones.encoders
-        photo = Image.open(job.paths()[0]).convert("RGB")
-        self._picture = self._localizer.preprocess(photo)
-        self._square = self._encoder.preprocess(photo)
+        image = Image.open(job.paths()[0]).convert("RGB")
+        self._image = self._localizer.preprocess(image)
+        self._square = self._encoder.preprocess(image)
         side = self._localizer.pixels // 16  # SAM's patch
         random = torch.Generator().manual_seed(0)
         self._embedding = torch.randn(1, self._localizer.token_dim, side, side, generator=random)
         self._encoded: torch.Tensor | None = None
 
     def encode(self) -> NDArray[np.float32]:
-        self._encoded = self._localizer.encode([self._picture])
+        self._encoded = self._localizer.encode([self._image])
         return self._encoded[0].cpu().numpy()
 
     def tokens(self, count: int) -> NDArray[np.float32]:
@@ -50,9 +50,9 @@ class Ours:
     def text(self, count: int) -> NDArray[np.float32]:
         return self._encoder.embed_prompts(prompts(count)).cpu().numpy()
 
-    def whole(self, photos: int) -> float:
-        """Extract so many photos into a new cache; the share of CPU time outside the image encoders."""
-        path, manifest = self._job.folder.with_suffix(".zarr"), self._job.manifest(photos)
+    def whole(self, images: int) -> float:
+        """Extract so many images into a new cache; the share of CPU time outside the image encoders."""
+        path, manifest = self._job.folder.with_suffix(".zarr"), self._job.manifest(images)
         shutil.rmtree(path, ignore_errors=True)
         within = _Timed([self._localizer, self._encoder])
         cache = open_for_extraction(path, manifest, self._job.folder, self._backbones)
@@ -61,12 +61,12 @@ class Ours:
         taken = time.process_time() - started
         within.undo()
         if summary.failed:
-            raise ValueError(f"{path}: {summary.failed} of {photos} photos were not extracted")
+            raise ValueError(f"{path}: {summary.failed} of {images} images were not extracted")
         return 1 - within.seconds / taken
 
     def _tokens(self, embedding: torch.Tensor, count: int) -> NDArray[np.float32]:
         size = self._job.size(0)
-        return self._localizer.tokens_of_pictures(embedding, [boxes_in(size, count, 0)], [size])[0].cpu().numpy()
+        return self._localizer.tokens_of_images(embedding, [boxes_in(size, count, 0)], [size])[0].cpu().numpy()
 
 
 class _Timed:

@@ -19,24 +19,24 @@ from benchmarks.simulated import SimulatedJob, make_cache
 from regionspot.cache.tools.verify import verify
 from regionspot.pipeline.distributed.cluster import Connection, connected
 from regionspot.pipeline.distributed.run import run_parts
-from regionspot.pipeline.reporting.run_monitor import Watch
+from regionspot.pipeline.reporting.run_monitor import RunMonitor
 
-PICTURES = 16  # of a part: few, for what a part costs beside its GPU time does not grow with them
-PART_SECONDS = 512 / 310  # of GPU for a part of 512 pictures, at 310 pictures a second: the ceiling of an H200
+IMAGES = 16  # of a part: few, for what a part costs beside its GPU time does not grow with them
+PART_SECONDS = 512 / 310  # of GPU for a part of 512 images, at 310 images a second: the ceiling of an H200
 PARTS_EACH = 24
-MANY_PARTS = 6000  # of three million pictures
+MANY_PARTS = 6000  # of three million images
 
 PROTOCOL = f"""
 Workers are dask worker processes on this machine (`--scheduler local:N`) that run the real loop of a part: claim,
-features of {PICTURES} small pictures, files flushed and named, record, report. Only the encoders are replaced, by
+features of {IMAGES} small images, files flushed and named, record, report. Only the encoders are replaced, by
 sleeping under a lock, as one GPU a worker is used by its two task threads: {PART_SECONDS:.2f} s a part, which is what
-512 pictures take at 310 a second, the ceiling of SAM ViT-B with CLIP L/14 on an H200. Shorter parts would measure this
+512 images take at 310 a second, the ceiling of SAM ViT-B with CLIP L/14 on an H200. Shorter parts would measure this
 machine's cores, which all workers share, instead of the scheduler.
 
 * Rate: parts a second over a whole run of {PARTS_EACH} parts a worker, the last ones included, when the workers have
   started and have opened the cache. Speedup is the rate of N workers over N times the rate of one.
 * Every cache is verified afterwards.
-* Cost of a part: {MANY_PARTS:,} parts of one picture on two workers; the CPU time of the process that holds client and
+* Cost of a part: {MANY_PARTS:,} parts of one image on two workers; the CPU time of the process that holds client and
   scheduler, over the parts. Wall time is given beside it.
 """
 
@@ -53,7 +53,7 @@ def main() -> int:
         if count > 1:
             goal = f"speedup of {count} workers, over {count} times one worker"
             report.add_goal(goal, rates[count] / rates[1] / count, at_least=0.9)
-    say("parts of one picture")
+    say("parts of one image")
     _cost(report, 600 if asked.quick else MANY_PARTS)
     report.finish(asked.results)
     return 0
@@ -63,15 +63,15 @@ def _scale(report: Report, count: int, parts_each: int, rates: dict[int, float])
     """Parts a second of so many workers."""
     folder = Path(tempfile.mkdtemp(prefix="scaling-"))
     try:
-        cache, parts = make_cache(folder / "c.zarr", PICTURES * parts_each * count, PICTURES), parts_each * count
-        job = SimulatedJob(str(cache.path), PART_SECONDS / PICTURES)
+        cache, parts = make_cache(folder / "c.zarr", IMAGES * parts_each * count, IMAGES), parts_each * count
+        job = SimulatedJob(str(cache.path), PART_SECONDS / IMAGES)
         started = time.perf_counter()
         with connected(f"local:{count}") as connection:
             connection.client.wait_for_workers(count)
             connection.client.run(_open, job)
             ready, busy = time.perf_counter(), time.process_time()
-            watch = Watch()
-            watch.begin_by_workers(PICTURES * parts, 0)
+            watch = RunMonitor()
+            watch.begin_by_workers(IMAGES * parts, 0)
             run_parts(connection, job, cache, cache.feature_sets, range(parts), watch)
             seconds, busy = time.perf_counter() - ready, time.process_time() - busy
             memory = sum(connection.client.run(_memory_mb).values())
@@ -113,7 +113,7 @@ def _cost(report: Report, parts: int) -> None:
 
 
 def _run_tiny_parts(connection: Connection, path: Path, parts: int) -> None:
-    cache, watch = make_cache(path, parts, 1), Watch()
+    cache, watch = make_cache(path, parts, 1), RunMonitor()
     watch.begin_by_workers(parts, 0)
     run_parts(connection, SimulatedJob(str(path)), cache, cache.feature_sets, range(parts), watch)
 

@@ -1,4 +1,4 @@
-"""What an encoding costs: bytes a picture, the features themselves, and the AP of a head trained on them.
+"""What an encoding costs: bytes an image, the features themselves, and the AP of a head trained on them.
 
 The toy world is extracted once in float32 and converted from there, so that every encoding, float16 too, is compared
 with what the backbones said. A head is trained on each and evaluated on validation features of the same encoding, from
@@ -33,21 +33,21 @@ from regionspot.evaluation.inference.vocabularies import cache_vocabulary
 from regionspot.fusion.config import train_config
 from regionspot.fusion.train import train as train_head
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import extract, open_for_extraction
 from regionspot.pipeline.toy.world import make_toy_world
 
 TRAINED = ("float32", "float16", "bfloat16", "int8")
 COMPRESSED = ("float16+zstd", "bfloat16+zstd", "int8+zstd")  # no number changes, so nothing is trained on them
-PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"  # 200 real photos, where they are
+IMAGES = Path(__file__).resolve().parents[2] / "shared" / "data" / "coco_mini"  # 200 real images, where they are
 ROWS_AT_ONCE = 50
 Scores = dict[str, list[dict[str, float]]]  # of each encoding, AP and APr in % of every seed
 FLOAT32 = Encoding("float32")
 
 PROTOCOL = """
-Toy world of {pictures} pictures, its shipped SAM and CLIP (maps of {tokens} tokens of {width} channels, float32), whose
-features were converted to each encoding; int8's statistics are of 64 pictures. Rows are map tokens and location tokens:
+Toy world of {images} images, its shipped SAM and CLIP (maps of {tokens} tokens of {width} channels, float32), whose
+features were converted to each encoding; int8's statistics are of 64 images. Rows are map tokens and location tokens:
 cosine and relative error (root mean square of the error over that of the features) are those of decoded rows against
 float32. The head: schedule `toy`{shortened}, seeds {seeds}, trained on the training split in that encoding, box AP on
 the validation split in the same encoding, ground-truth boxes, by `lvis`; mean over the seeds and its standard error.
@@ -61,14 +61,14 @@ class Scale:
     """How much is done, and where."""
 
     folder: Path
-    pictures: int
+    images: int
     seeds: tuple[int, ...]
     iterations: int | None  # None: the schedule's own
-    photos: bool
+    from_images: bool
 
 
-FULL = Scale(SCRATCH / "encodings" / "full", pictures=1000, seeds=(0, 1), iterations=None, photos=True)
-QUICK = Scale(SCRATCH / "encodings" / "quick", pictures=60, seeds=(0,), iterations=20, photos=False)
+FULL = Scale(SCRATCH / "encodings" / "full", images=1000, seeds=(0, 1), iterations=None, from_images=True)
+QUICK = Scale(SCRATCH / "encodings" / "quick", images=60, seeds=(0,), iterations=20, from_images=False)
 
 
 def main() -> None:
@@ -77,7 +77,7 @@ def main() -> None:
     logging.getLogger("regionspot").setLevel(logging.INFO)
     scale = QUICK if asked.quick else FULL
     world, train, val = (scale.folder / name for name in ("world", "train_float32.zarr", "val_float32.zarr"))
-    make_toy_world(world, scale.pictures)
+    make_toy_world(world, scale.images)
     extract_float32("toy", world, "train", train)
     extract_float32("toy", world, "val", val)
     maps = FeatureCache.open(train).feature_sets["toy_clip"]
@@ -85,7 +85,7 @@ def main() -> None:
         "encodings",
         "What an encoding costs",
         PROTOCOL.format(
-            pictures=scale.pictures,
+            images=scale.images,
             tokens=maps.shape[0],
             width=maps.shape[1],
             shortened=f" cut to {scale.iterations} steps" if scale.iterations else "",
@@ -94,10 +94,10 @@ def main() -> None:
         versions(["numpy", "torch", "zarr", "lvis"]),
     )
     add_features(report, "Features, toy world", train)
-    if scale.photos and PHOTOS.is_dir():
-        photos = extract_float32("coco", PHOTOS, "val", scale.folder / "photos_float32.zarr")
+    if scale.from_images and IMAGES.is_dir():
+        images = extract_float32("coco", IMAGES, "val", scale.folder / "images_float32.zarr")
         add_features(
-            report, f"Features, {len(FeatureCache.open(photos))} real photos (COCO) by the toy weights", photos
+            report, f"Features, {len(FeatureCache.open(images))} real images (COCO) by the toy weights", images
         )
     add_heads(report, scale)
     report.finish(asked.results)
@@ -107,12 +107,12 @@ def extract_float32(dataset: str, data: Path, split: str, out: Path) -> Path:
     """The features as the backbones say them, in a new cache."""
     say(f"extract {dataset} {split} into {out}")
     manifest = read_dataset(dataset, data, split)
-    photos = photo_dir(dataset, data, split, manifest)
+    images = image_folder_of(dataset, data, split, manifest)
     backbones = Backbones.load("toy", device="cpu")
     cache = open_for_extraction(
-        out, manifest, photos, backbones, ExtractConfig(encoding=FLOAT32, token_encoding=FLOAT32)
+        out, manifest, images, backbones, ExtractConfig(encoding=FLOAT32, token_encoding=FLOAT32)
     )
-    extract(cache, photos, backbones)
+    extract(cache, images, backbones)
     return out
 
 
@@ -131,7 +131,7 @@ def add_features(report: Report, table: str, source: Path) -> None:
     for words in (*TRAINED, *COMPRESSED):
         cache = FeatureCache.open(converted(source, words))
         lost = {name: Lost.of(plain, cache, name) for name in plain.feature_sets if "+" not in words}
-        columns: dict[str, Any] = {"KB a picture": bytes_of(cache) / len(cache) / 1e3}
+        columns: dict[str, Any] = {"KB an image": bytes_of(cache) / len(cache) / 1e3}
         columns["of float16"] = bytes_of(cache) / bytes_of(FeatureCache.open(converted(source, "float16")))
         for name, feature_set in plain.feature_sets.items():
             found = lost.get(name)

@@ -1,6 +1,6 @@
 """An extraction whose GPU is simulated by sleeping: all but the encoders is the real thing, and nothing needs torch.
 
-What each picture's features are follows from its row, so the same cache comes out whoever writes which part. It serves
+What each image's features are follows from its row, so the same cache comes out whoever writes which part. It serves
 to measure how a run scales to more workers than a machine has cores, and to kill workers by the hundred.
 """
 
@@ -17,24 +17,24 @@ from pathlib import Path
 
 import numpy as np
 
-from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures
+from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest
 from regionspot.pipeline.distributed.worker import PartMaker
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 SETS = (FeatureSet("clip", "map", (5, 8)), FeatureSet("sam", "token", (6,)))
 
 
-def make_cache(path: Path, pictures: int, part_size: int) -> FeatureCache:
-    """An empty cache of made-up pictures with 0 to 6 regions each."""
-    counts = np.arange(pictures) % 7
+def make_cache(path: Path, images: int, part_size: int) -> FeatureCache:
+    """An empty cache of made-up images with 0 to 6 regions each."""
+    counts = np.arange(images) % 7
     regions = int(counts.sum())
     manifest = Manifest(
         dataset="toy",
         split="train",
-        image_ids=np.arange(pictures),
-        paths=np.array([f"{row:06d}.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
-        heights=np.full(pictures, 480, np.int32),
-        widths=np.full(pictures, 640, np.int32),
+        image_ids=np.arange(images),
+        paths=np.array([f"{row:06d}.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
+        heights=np.full(images, 480, np.int32),
+        widths=np.full(images, 640, np.int32),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         boxes_xyxy=np.tile(np.float32([10, 20, 30, 40]), (regions, 1)),
         category_index=np.zeros(regions, np.int32),
@@ -72,7 +72,7 @@ class SimulatedFeatures:
         self._seconds = job.seconds * (10 if job.slow == os.getpid() else 1)
         self._gpu = threading.Lock()
 
-    def of_rows(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[PictureFeatures]:
+    def of_rows(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[ImageFeatures]:
         regions = self._cache.manifest.region_count
         for row in rows:
             with stats.timed("encode"), self._gpu:
@@ -80,11 +80,11 @@ class SimulatedFeatures:
             if row == self._job.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             if row == self._job.failing:
-                yield PictureFeatures(row, {}, f"{row:06d}.jpg: is not there")
+                yield ImageFeatures(row, {}, f"{row:06d}.jpg: is not there")
                 continue
             count = int(regions[row])
             shapes = {each.name: each.shape if each.kind == "map" else (count, *each.shape) for each in SETS}
             # Each set from a seed of its own: a part of which one set is there already is asked for the other alone.
-            yield PictureFeatures(
+            yield ImageFeatures(
                 row, {name: np.random.default_rng([row, len(name)]).standard_normal(shapes[name]) for name in names}
             )

@@ -19,7 +19,7 @@ from regionspot.cache.errors import (
 )
 from regionspot.cache.format.manifest import NO_CATEGORY, Category, Manifest, Ragged
 from regionspot.cache.format.part_record import PartRecord
-from regionspot.cache.format.schema import Failure, FeatureSet, PictureFeatures
+from regionspot.cache.format.schema import Failure, FeatureSet, ImageFeatures
 from regionspot.cache.reading.batch import Batch
 from regionspot.cache.reading.loader import Loader
 from regionspot.cache.store import FeatureCache
@@ -33,13 +33,13 @@ __all__ = [
     "Failure",
     "FeatureCache",
     "FeatureSet",
+    "ImageFeatures",
     "InputError",
     "Loader",
     "Manifest",
     "NotACacheError",
     "NotExtractedError",
     "PartRecord",
-    "PictureFeatures",
     "ProvenanceMismatchError",
     "Ragged",
     "RegionSpotError",

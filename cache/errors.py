@@ -4,7 +4,7 @@
     ├── InputError          (ValueError)   mend what was given: an option, a file, a field
     │   ├── AnnotationError                an annotation or proposals file
     │   ├── WeightsError                   a weights file or checkpoint
-    │   └── PhotoError                     one picture cannot be read; extraction records it and goes on
+    │   └── ImageError                     one image cannot be read; extraction records it and goes on
     └── CacheError          (RuntimeError)
         ├── NotACacheError                 the folder is something else, or damaged beyond reading
         ├── CacheExistsError               there is one already where a new one was asked for
@@ -37,8 +37,8 @@ class WeightsError(InputError):
     """A weights file is missing, is not the one asked for, or may not be loaded safely."""
 
 
-class PhotoError(InputError):
-    """One picture cannot be read."""
+class ImageError(InputError):
+    """One image cannot be read."""
 
 
 class CacheError(RegionSpotError, RuntimeError):
@@ -62,7 +62,7 @@ class ProvenanceMismatchError(CacheError):
 
 
 class NotExtractedError(CacheError, LookupError):
-    """The row's part is not committed yet, or its picture could not be read."""
+    """The row's part is not committed yet, or its image could not be read."""
 
 
 class CorruptPartError(CacheError):

@@ -1,4 +1,4 @@
-"""Where this machine keeps what is fetched or computed once: weights, vocabularies, photo sizes."""
+"""Where this machine keeps what is fetched or computed once: weights, vocabularies, image sizes."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """One way to say how far a long job is: rate, time left, and where its time goes.
 
 Here because every stage may import `cache`, and all of them speak alike:
-`12,400/19,809 pictures  41.2/s  3m left  (decode 11%, encode 83%, write 6%)`
+`12,400/19,809 images  41.2/s  3m left  (decode 11%, encode 83%, write 6%)`
 
 On a terminal the line is drawn over itself; elsewhere, in a log, one follows another every few seconds.
 """

@@ -1,4 +1,4 @@
-"""The reading side of a cache: batches of chosen pictures, and loaders of them, over whatever holds their features."""
+"""The reading side of a cache: batches of chosen images, and loaders of them, over whatever holds their features."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from regionspot.cache.reading.sampling import Sampling, Shuffle
 
 
 class ReadableCache(ABC):
-    """What is read by row; `len(cache)` is its number of pictures.
+    """What is read by row; `len(cache)` is its number of images.
 
     path          where it lies, for messages and to open it again
-    manifest      pictures and regions
+    manifest      images and regions
     feature_sets  by name
     """
 
@@ -40,16 +40,16 @@ class ReadableCache(ABC):
     @property
     @abstractmethod
     def part_size(self) -> int:
-        """Pictures that lie together, which shuffling by blocks keeps so."""
+        """Images that lie together, which shuffling by blocks keeps so."""
 
     @abstractmethod
     def valid_rows(self, feature_sets: Sequence[str] | None = None) -> NDArray[np.int64]:
-        """int64, rising: rows written in all of the feature sets (default: all), without pictures that failed."""
+        """int64, rising: rows written in all of the feature sets (default: all), without images that failed."""
 
     def read(
         self, rows: ArrayLike, *, map_set: str | None = None, token_set: str | None = None, out: Batch | None = None
     ) -> Batch:
-        """Read the pictures at `rows`, in that order and as often as they are named, into one padded batch.
+        """Read the images at `rows`, in that order and as often as they are named, into one padded batch.
 
         map_set, token_set   feature sets to read (default: the only one of that kind, none where there is none)
         out                  a batch whose memory is used again; it is changed and returned, so what was read into it
@@ -57,7 +57,7 @@ class ReadableCache(ABC):
                              time after it was given to them
 
         Raises InputError for rows that do not exist, NotExtractedError for a row whose part is not committed or whose
-        picture could not be read, CorruptPartError for one whose bytes do not match their checksum.
+        image could not be read, CorruptPartError for one whose bytes do not match their checksum.
         """
         if out is not None and dataloader_worker() is not None:
             raise InputError(
@@ -91,7 +91,7 @@ class ReadableCache(ABC):
         shuffle     full: any order; block: parts in random order, and rows mixed over `block_parts` of them, for disks
                     and networks that are slow at jumping about; none: as `rows` are
         seed, epoch decide the order; the epoch advances by itself at the end of each pass
-        rows        pictures to take (default: the valid ones)
+        rows        images to take (default: the valid ones)
         rank, world_size   this process's share: over all ranks every row of an epoch is given exactly once, and all
                     have the same number of batches; sampling.py says how
         drop_last   leave out what fills no whole batch on every rank
@@ -100,7 +100,7 @@ class ReadableCache(ABC):
         pin_memory  page-locked batches, for copies to a GPU (default: where this process uses one already). A copy with
                     non_blocking=True must be over before the next batch is asked for
 
-        Raises InputError for options that make no batches, and for a cache without a picture to read.
+        Raises InputError for options that make no batches, and for a cache without an image to read.
         """
         sampling = Sampling(
             batch_size=batch_size,
@@ -114,7 +114,7 @@ class ReadableCache(ABC):
         sets = [each.name for each in (self._only_set("map", map_set), self._only_set("token", token_set)) if each]
         wanted = self.valid_rows(sets) if rows is None else self._checked_rows(rows)
         if not len(wanted):
-            raise InputError(f"{self.path}: there is no picture to load; run `regionspot extract`, or give other rows")
+            raise InputError(f"{self.path}: there is no image to load; run `regionspot extract`, or give other rows")
         return Loader(
             self,
             sampling,

@@ -1,6 +1,6 @@
-"""The feature cache: one Zarr group, one shard a part, one inner chunk a picture.
+"""The feature cache: one Zarr group, one shard a part, one inner chunk an image.
 
-A picture's record lies in one piece, so it is read with one request. A part is the only unit that is ever written, so a
+An image's record lies in one piece, so it is read with one request. A part is the only unit that is ever written, so a
 killed run leaves whole parts or none.
 """
 
@@ -30,7 +30,7 @@ from regionspot.cache.format.schema import (
     Failure,
     FeatureSet,
     Geometry,
-    PictureFeatures,
+    ImageFeatures,
     record_file,
 )
 from regionspot.cache.readable_cache import ReadableCache
@@ -49,14 +49,14 @@ Mode = Literal["r", "a"]
 
 
 class FeatureCache(ReadableCache):
-    """Features of one dataset split; `len(cache)` is its number of pictures.
+    """Features of one dataset split; `len(cache)` is its number of images.
 
     path          the folder, or the URL of one in an object store
     storage       its files
-    manifest      pictures and regions, as they were given when the cache was made
+    manifest      images and regions, as they were given when the cache was made
     categories    what a category index stands for
     feature_sets  by name
-    part_size     pictures of a part; n_parts is the number of parts
+    part_size     images of a part; n_parts is the number of parts
     """
 
     def __init__(
@@ -198,9 +198,7 @@ class FeatureCache(ReadableCache):
         self._adopt(header)
 
     def __repr__(self) -> str:
-        return (
-            f"FeatureCache({str(self.path)!r}, {len(self)} pictures, {', '.join(self.feature_sets) or 'no features'})"
-        )
+        return f"FeatureCache({str(self.path)!r}, {len(self)} images, {', '.join(self.feature_sets) or 'no features'})"
 
     def __reduce__(self) -> tuple[object, ...]:
         # A worker process opens the folder anew instead of being sent a manifest of gigabytes.
@@ -236,20 +234,20 @@ class FeatureCache(ReadableCache):
     def write_part(
         self,
         part: int,
-        pictures: Iterable[PictureFeatures],
+        images: Iterable[ImageFeatures],
         feature_sets: Sequence[str] | None = None,
         worker: str = "",
         before_publish: Callable[[], None] | None = None,
         account: Mapping[str, Any] | None = None,
     ) -> PartRecord:
-        """Write those of the feature sets (default: all) that this part lacks, from its pictures in row order.
+        """Write those of the feature sets (default: all) that this part lacks, from its images in row order.
 
-        `pictures` is consumed one by one, so memory does not grow with the part. Features of sets that are written
+        `images` is consumed one by one, so memory does not grow with the part. Features of sets that are written
         already are left aside. Whatever is raised, also by the iterator, leaves this part unwritten and others as
-        they are. `before_publish` is called behind the last picture, before anything of the part can be seen; what
+        they are. `before_publish` is called behind the last image, before anything of the part can be seen; what
         `account` holds then is kept in the part's records.
 
-        Raises InputError for features that do not fit the picture, CacheError when the disk refuses them or the part
+        Raises InputError for features that do not fit the image, CacheError when the disk refuses them or the part
         is written already.
         """
         if self.mode != "a":
@@ -259,12 +257,12 @@ class FeatureCache(ReadableCache):
             raise CacheError(f"{self.path}: part {part} is written already; write only pending_parts()")
         sets = [self.feature_sets[name] for name in missing]
         with PartWriter(self.storage, self.manifest, self._geometry, part, sets) as writer:
-            for picture in pictures:
-                writer.append(picture)
+            for image in images:
+                writer.append(image)
             return writer.commit(worker, before_publish, account)
 
     def valid_rows(self, feature_sets: Sequence[str] | None = None) -> NDArray[np.int64]:
-        """int64, rising: rows written in all of the feature sets (default: all), without pictures that failed."""
+        """int64, rising: rows written in all of the feature sets (default: all), without images that failed."""
         names = self._names(feature_sets)
         valid = np.full(len(self), bool(names))
         for name in names:
@@ -289,7 +287,7 @@ class FeatureCache(ReadableCache):
         return dask_array(self, name)
 
     def failures(self) -> list[Failure]:
-        """Pictures that could not be read, by row, once each however many feature sets lack them."""
+        """Images that could not be read, by row, once each however many feature sets lack them."""
         found = {
             failure.row: failure
             for name in self._readers
@@ -336,7 +334,7 @@ def _with_local_copy(storage: Storage, folder: str | Path | None, limit: str | i
 
 def _tell_part_size(address: str, geometry: Geometry, asked: int) -> None:
     # The default is not told from nothing asked for.
-    if asked != PART_SIZE and min(asked, geometry.pictures) != geometry.part_size:
+    if asked != PART_SIZE and min(asked, geometry.images) != geometry.part_size:
         log.warning(
             "%s: keeps its parts of %d images; a part size of %d is for new caches", address, geometry.part_size, asked
         )

@@ -55,10 +55,10 @@ def ls(
 ) -> None:
     """List the images, a line each: row, id, size, regions, path, state."""
     from regionspot.cache.store import FeatureCache
-    from regionspot.cache.tools.listing import STATES, list_pictures
+    from regionspot.cache.tools.listing import STATES, list_images
 
     states = [state for state, asked in zip(STATES, (done, failed, pending), strict=True) if asked]
-    for line in list_pictures(FeatureCache.open(path), states or STATES, limit):
+    for line in list_images(FeatureCache.open(path), states or STATES, limit):
         typer.echo(line)
 
 
@@ -67,9 +67,11 @@ def show(
     path: CachePath,
     image_id: Annotated[int, typer.Argument(help="the dataset's id of the image, as `ls` lists it")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the image file to write")],
-    photos: Annotated[
+    images: Annotated[
         Path | None,
-        typer.Option(exists=True, file_okay=False, help="folder of the images; without it regions lie on grey"),
+        typer.Option(
+            "--photos", exists=True, file_okay=False, help="folder of the images; without it regions lie on grey"
+        ),
     ] = None,
     region: Annotated[
         int | None, typer.Option(min=0, help="number of the region to compare; default: a large one")
@@ -79,11 +81,11 @@ def show(
     """Draw one image: its regions, its feature map as colours, and what in it is like one of the regions."""
     from regionspot.cache.outputs import check_output_file
     from regionspot.cache.store import FeatureCache
-    from regionspot.evaluation.report.cache_view import show_picture
-    from regionspot.evaluation.report.drawing import check_picture_name, save_picture
+    from regionspot.evaluation.report.cache_view import show_image
+    from regionspot.evaluation.report.drawing import check_image_name, save_image
 
-    check_output_file(check_picture_name(out), (path, photos))
-    save_picture(show_picture(FeatureCache.open(path), image_id, photos, region, map_set), out)
+    check_output_file(check_image_name(out), (path, images))
+    save_image(show_image(FeatureCache.open(path), image_id, images, region, map_set), out)
     typer.echo(f"{out}")
 
 
@@ -221,12 +223,12 @@ def subset(
     """Take some images into a new cache. Run again, it resumes."""
     from regionspot.cache.store import FeatureCache
     from regionspot.cache.tools.merge_subset_convert import subset as run
-    from regionspot.cache.tools.select_rows import choose_rows, read_ids
+    from regionspot.cache.tools.select_rows import read_ids, select_rows
 
     on_stop(AGAIN)
     cache = FeatureCache.open(path)
     wanted = read_ids(ids) if ids else None
-    rows = choose_rows(cache.manifest, ids=wanted, categories=category or [], every=every, first=first)
+    rows = select_rows(cache.manifest, ids=wanted, categories=category or [], every=every, first=first)
     typer.echo(f"{out}: {run(path, out, rows, part_size).text()}")
 
 

@@ -1,4 +1,4 @@
-"""`regionspot extract`: photos and frozen backbones to a cache."""
+"""`regionspot extract`: images and frozen backbones to a cache."""
 
 from __future__ import annotations
 

@@ -73,6 +73,8 @@ MetricsPort = Annotated[
 _SEED = {"min": 0, "max": 2**32 - 1}
 Seed = Annotated[int | None, typer.Option(**_SEED, help="of the weights, batches and dropout")]
 WorldSeed = Annotated[int, typer.Option(**_SEED, help="another seed, another toy world")]
-WorldSize = Annotated[int, typer.Option(min=40, max=1_000_000, help="of the toy world, training and validation")]
+WorldSize = Annotated[
+    int, typer.Option("--pictures", min=40, max=1_000_000, help="of the toy world, training and validation")
+]
 # Upper bounds are where memory or threads run out, far beyond what anybody uses.
 MOST_IMAGES, MOST_THREADS, MOST_STEPS = MAX_PART_SIZE, 1024, 10_000_000

@@ -1,4 +1,4 @@
-"""Inference end to end from a picture and boxes, LVIS AP, labelled pictures.
+"""Inference end to end from an image and boxes, LVIS AP, labelled images.
 
 Importing it loads neither torch nor a backbone, so that LVIS AP alone can be had in a moment; naming RegionSpot does.
 """

@@ -26,12 +26,12 @@ log = logging.getLogger(__name__)
 HEAD, CROP, POOLED = "head (trained)", "CLIP on every crop", "CLIP map, mean in box"
 
 
-def commands(out: Path, pictures: int, seed: int) -> list[list[str]]:
+def commands(out: Path, images: int, seed: int) -> list[list[str]]:
     """The arguments of each `regionspot` command, in order; everything they write lies in `out`."""
     world, cache, run = str(out / "world"), str(out / "train.zarr"), str(out / "run")
     evaluate = ["eval-lvis", "--dataset", "toy", "--data", world, "--preset", "toy"]
     return [
-        ["toy-world", world, "--pictures", str(pictures), "--seed", str(seed)],
+        ["toy-world", world, "--pictures", str(images), "--seed", str(seed)],
         ["extract", "toy", "--data", world, "--cache", cache, "--preset", "toy"],
         ["train", "--cache", cache, "--preset", "toy", "--schedule", "toy", "--out", run, "--resume"],
         [*evaluate, "--out", str(out / "head"), "--checkpoint", f"{run}/head.safetensors"],
@@ -40,13 +40,13 @@ def commands(out: Path, pictures: int, seed: int) -> list[list[str]]:
     ]
 
 
-def run_demo(run: Callable[[Sequence[str]], object], out: Path, pictures: int = 3000, seed: int = 0) -> str:
+def run_demo(run: Callable[[Sequence[str]], object], out: Path, images: int = 3000, seed: int = 0) -> str:
     """Give `run` the arguments of every command, write `report.md` and return the table with where everything lies.
 
     Raises RegionSpotError, naming the command, when one fails; run again, the demo resumes with that one.
     """
     begin = time.perf_counter()
-    for arguments in commands(out, pictures, seed):
+    for arguments in commands(out, images, seed):
         command, started = f"regionspot {shlex.join(arguments)}", time.perf_counter()
         log.info("\n$ %s", command)
         try:

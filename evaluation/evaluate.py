@@ -19,7 +19,7 @@ from regionspot.cache.machine import compute_device
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline
 from regionspot.evaluation.inference.head_features import features_of
-from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnPhotos
+from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnImages
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.evaluation.inference.resumable import Method
 from regionspot.evaluation.inference.vocabularies import cache_vocabulary
@@ -32,7 +32,7 @@ from regionspot.pipeline.backbones.builders import preset_named
 from regionspot.pipeline.backbones.clip import load_text_encoder
 from regionspot.pipeline.backbones.dtypes import AUTO
 from regionspot.pipeline.datasets.proposals import GROUND_TRUTH
-from regionspot.pipeline.datasets.registry import photo_dir, read_split
+from regionspot.pipeline.datasets.registry import image_folder_of, read_split
 from regionspot.pipeline.images.decode import Exif, check_exif
 from regionspot.pipeline.reporting.failures import EVALUATION_LIMIT, FailureLimit
 
@@ -51,7 +51,7 @@ class LvisEvaluation:
     baseline     "crop" or "pooled" instead of the head
     cache        read features from here instead of running the backbones; then there are no masks
     boxes        "gt", or a detector's proposals file
-    limit        only the first pictures; AP is then that of these pictures alone
+    limit        only the first images; AP is then that of these images alone
     templates    a template set; None: those that the head was trained with
     exif, preprocess, dtype   of images; by default (None, None, "auto") those of the features that the head was trained
                  on, which are always those of `cache`; a baseline: "auto", "direct", what suits the device
@@ -91,11 +91,11 @@ def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
     check_out(asked.out, (asked.annotations, asked.boxes, asked.checkpoint, asked.cache))
     manifest = _manifest(asked)
     annotations = asked.annotations or _annotation_file(asked.data, manifest)
-    photos = photo_dir(asked.dataset, asked.data, asked.split, manifest)
+    images = image_folder_of(asked.dataset, asked.data, asked.split, manifest)
     truth = read_ground_truth(annotations)  # before models are loaded, let alone run for hours
     if asked.masks and asked.cache is None and asked.baseline is None:
         truth.require_masks()
-    method, vocabulary = _method(asked, manifest, photos)
+    method, vocabulary = _method(asked, manifest, images)
     return evaluate_method(
         method,
         truth,
@@ -103,7 +103,7 @@ def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
         boxes="ground truth" if asked.boxes == GROUND_TRUTH else f"detector proposals, {Path(asked.boxes).name}",
         templates=vocabulary.templates,
         max_failures=asked.max_failures,
-        photos=None if asked.cache else photos,
+        images=None if asked.cache else images,
     )
 
 
@@ -111,7 +111,7 @@ def _check_options(asked: LvisEvaluation) -> None:
     if asked.baseline is not None and asked.baseline not in get_args(Baseline):
         raise unknown_name("baseline", asked.baseline, get_args(Baseline))
     if asked.cache is not None and asked.baseline is not None:
-        raise InputError(f"baseline {asked.baseline}: runs from photos, not from a cache; leave --cache away")
+        raise InputError(f"baseline {asked.baseline}: runs from images, not from a cache; leave --cache away")
 
 
 def _manifest(asked: LvisEvaluation) -> Manifest:
@@ -130,18 +130,18 @@ def _annotation_file(data: Path, manifest: Manifest) -> Path:
     raise AnnotationError(f"{data}: {name} is not here any more; name it with --annotations")
 
 
-def _method(asked: LvisEvaluation, manifest: Manifest, photos: Path) -> tuple[Method, Vocabulary]:
+def _method(asked: LvisEvaluation, manifest: Manifest, images: Path) -> tuple[Method, Vocabulary]:
     device = str(compute_device(asked.device))
     if asked.cache is not None:
         return _from_cache(asked, asked.cache, manifest, device)
     if asked.baseline is not None:
-        return _baseline(asked, asked.baseline, manifest.head(asked.limit), photos, device)
-    return _from_photos(asked, manifest.head(asked.limit), photos, device)
+        return _baseline(asked, asked.baseline, manifest.head(asked.limit), images, device)
+    return _from_images(asked, manifest.head(asked.limit), images, device)
 
 
-def _from_photos(
-    asked: LvisEvaluation, manifest: Manifest, photos: Path, device: str
-) -> tuple[HeadOnPhotos, Vocabulary]:
+def _from_images(
+    asked: LvisEvaluation, manifest: Manifest, images: Path, device: str
+) -> tuple[HeadOnImages, Vocabulary]:
     spot = RegionSpot.load(
         _checkpoint(asked),
         asked.weights,
@@ -162,11 +162,11 @@ def _from_photos(
             exif,
         )
     vocabulary = spot.vocabulary(_names(manifest), asked.templates)
-    return HeadOnPhotos(spot, manifest, photos, vocabulary, masks=asked.masks, exif=exif), vocabulary
+    return HeadOnImages(spot, manifest, images, vocabulary, masks=asked.masks, exif=exif), vocabulary
 
 
 def _baseline(
-    asked: LvisEvaluation, baseline: str, manifest: Manifest, photos: Path, device: str
+    asked: LvisEvaluation, baseline: str, manifest: Manifest, images: Path, device: str
 ) -> tuple[CropBaseline | PooledBaseline, Vocabulary]:
     dtype = asked.dtype
     if asked.checkpoint is not None:
@@ -182,7 +182,7 @@ def _baseline(
     encoder = load_text_encoder(name, source, device, dtype, preprocess=rule)
     vocabulary = build_vocabulary(_names(manifest), _templates(asked, info), encoder)
     kind = CropBaseline if baseline == "crop" else PooledBaseline
-    return kind(encoder, manifest, photos, vocabulary, exif=asked.exif or "auto"), vocabulary
+    return kind(encoder, manifest, images, vocabulary, exif=asked.exif or "auto"), vocabulary
 
 
 def _from_cache(
@@ -214,12 +214,12 @@ def _require_as_extracted(asked: LvisEvaluation, cache: FeatureCache, sets: Sequ
 
 
 def _require_same_boxes(asked: LvisEvaluation, cache: FeatureCache, manifest: Manifest) -> None:
-    """The cache may hold a part of the split, but of its pictures the very boxes that are asked for."""
+    """The cache may hold a part of the split, but of its images the very boxes that are asked for."""
     rows = np.flatnonzero(np.isin(manifest.image_ids, cache.manifest.image_ids))
     if manifest.select(rows).digest() != cache.manifest.digest():
         raise ProvenanceMismatchError(
-            f"{cache.path}: was extracted from other pictures, boxes or classes than {asked.dataset} {asked.split} "
-            f"with boxes {asked.boxes}; extract with these, or evaluate from photos without --cache"
+            f"{cache.path}: was extracted from other images, boxes or classes than {asked.dataset} {asked.split} "
+            f"with boxes {asked.boxes}; extract with these, or evaluate from images without --cache"
         )
 
 

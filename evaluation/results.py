@@ -15,17 +15,17 @@ from typing import Any
 from regionspot.cache.outputs import check_output_file, check_output_folder
 from regionspot.cache.storage.atomic_files import write_file
 from regionspot.evaluation.inference.resumable import Inference, Method, infer
-from regionspot.evaluation.metrics.detections import DETECTIONS_PER_PICTURE, write_results_json
+from regionspot.evaluation.metrics.detections import DETECTIONS_PER_IMAGE, write_results_json
 from regionspot.evaluation.metrics.ground_truth import GroundTruth, read_ground_truth
 from regionspot.evaluation.metrics.lvis_ap import lvis_ap
-from regionspot.evaluation.report.drawing import save_picture
+from regionspot.evaluation.report.drawing import save_image
 from regionspot.evaluation.report.sheet import judged_sheet
 from regionspot.pipeline.images.decode import exif_of
 from regionspot.pipeline.reporting.failures import EVALUATION_LIMIT, FailureLimit
 
 RESULTS, DETECTIONS, SHEET = "results.json", "detections.json", "sheet.png"
-SHEET_PICTURES = 9
-# Stages that any method on the same pictures would share: opening them, and the two encoders' maps.
+SHEET_IMAGES = 9
+# Stages that any method on the same images would share: opening them, and the two encoders' maps.
 SHARED_STAGES = ("photo", "read", "sam", "clip")
 
 
@@ -46,14 +46,14 @@ def evaluate_method(
     boxes: str = "ground truth",
     templates: tuple[str, ...] = (),
     max_failures: FailureLimit = EVALUATION_LIMIT,
-    photos: Path | None = None,
+    images: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate, write `results.json` and `detections.json` into `out`, and return what results.json holds.
 
     Goes on where an earlier run of the same evaluation stopped. `boxes` and `templates` are only written down. With
-    the photo folder, the first pictures with their best names go into `sheet.png`.
+    the image folder, the first images with their best names go into `sheet.png`.
 
-    Raises AnnotationError for a truth that cannot be evaluated, InputError where too many pictures are unreadable or
+    Raises AnnotationError for a truth that cannot be evaluated, InputError where too many images are unreadable or
     `out` cannot be written.
     """
     truth = annotations if isinstance(annotations, GroundTruth) else read_ground_truth(annotations)
@@ -79,10 +79,10 @@ def evaluate_method(
         "identity": method.identity,
     }
     write_results_json(out / DETECTIONS, found.detections, names)
-    if photos is not None:
+    if images is not None:
         exif = exif_of(method.features.values())
-        sheet = judged_sheet(method.manifest, photos, found.detections, SHEET_PICTURES, title=method.name, exif=exif)
-        save_picture(sheet, out / SHEET)
+        sheet = judged_sheet(method.manifest, images, found.detections, SHEET_IMAGES, title=method.name, exif=exif)
+        save_image(sheet, out / SHEET)
     write_file(out / RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())
     return results
 
@@ -101,11 +101,11 @@ def _protocol(method: Method, annotations: Path, boxes: str, templates: tuple[st
         "boxes_per_picture": round(len(manifest.boxes_xyxy) / max(1, len(manifest)), 2),
         "candidates_per_box": f"all {len(manifest.categories)} classes",
         "score": scores if manifest.scores is None else f"{scores}, times the detector's score of the box",
-        "detections_per_picture": DETECTIONS_PER_PICTURE,
+        "detections_per_picture": DETECTIONS_PER_IMAGE,
         "box": "as given, not refined",
         "mask": "SAM's single mask for the box",
         **_stated(method.features),
-        "unreadable_pictures": "count as pictures without detections",
+        "unreadable_pictures": "count as images without detections",
         "templates": len(templates),
     }
 
@@ -125,5 +125,5 @@ def _stated(features: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
 def _seconds_per_picture(found: Inference) -> dict[str, float]:
     """From the file on disk to scores, and what of it comes on top of maps that all methods could share."""
     own = sum(spent for stage, spent in found.seconds.items() if stage not in SHARED_STAGES)
-    pictures = max(1, found.pictures)
-    return {"in_all": sum(found.seconds.values()) / pictures, "on_shared_maps": own / pictures}
+    images = max(1, found.images)
+    return {"in_all": sum(found.seconds.values()) / images, "on_shared_maps": own / images}

@@ -1,7 +1,7 @@
-"""Which pictures make up which batch, and reading them ahead.
+"""Which images make up which batch, and reading them ahead.
 
 A batch follows from the seed and the step alone: a run that was stopped goes on with the very batches that it would
-have had, without reading those before. Within a cache the pictures of one epoch after another, each epoch shuffled
+have had, without reading those before. Within a cache the images of one epoch after another, each epoch shuffled
 anew, form one endless row that is cut into batches, so none is left out.
 """
 

@@ -1,4 +1,4 @@
-"""The picture of a training run: its loss, as it was and smoothed, and its learning rate."""
+"""The image of a training run: its loss, as it was and smoothed, and its learning rate."""
 
 from __future__ import annotations
 

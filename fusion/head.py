@@ -1,9 +1,9 @@
-"""The fusion head: what a region is, read out of a picture's feature map by its location token.
+"""The fusion head: what a region is, read out of an image's feature map by its location token.
 
 The only trained part of RegionSpot. Submodules carry the authors' names, so that a state dict of theirs is one of
 ours and the other way round; `nn.TransformerDecoder` with post-norm layers gives exactly these names and numbers.
 
-Legend: B pictures, R regions (padded), C location token, T feature map tokens, D width, E text embedding, V classes.
+Legend: B images, R regions (padded), C location token, T feature map tokens, D width, E text embedding, V classes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class FusionHead(nn.Module):
         """Semantic vectors (B, R, E), not normalised.
 
         tokens       (B, R, C)  location tokens, any float dtype
-        region_mask  (B, R)     bool, True where a region is; None: all are. A vector past a picture's regions means
+        region_mask  (B, R)     bool, True where a region is; None: all are. A vector past an image's regions means
                                 nothing, but is finite
         feature_map  (B, T, D)  any float dtype
         """
@@ -88,7 +88,7 @@ def similarity_logits(semantic: Tensor, text: Tensor, scale: float = LOGIT_SCALE
 
 
 def _padding(region_mask: Tensor | None) -> Tensor | None:
-    """True where attention must not look. A picture without regions looks at its padding: what a softmax over
+    """True where attention must not look. An image without regions looks at its padding: what a softmax over
     nothing gives depends on the attention kernel, and where it is NaN no weight of zero takes that away again."""
     if region_mask is None:
         return None

@@ -1,10 +1,10 @@
 """The focal loss of RegionSpot, over the regions whose class is known.
 
-Scaled as the authors do: summed over pictures and classes, the mean over the regions of a picture. They repeat
-regions until all pictures of a batch have equally many; here each picture's mean runs over its own known regions,
-which is the same number where counts are equal, and gives each picture the same weight where they are not.
+Scaled as the authors do: summed over images and classes, the mean over the regions of an image. They repeat
+regions until all images of a batch have equally many; here each image's mean runs over its own known regions,
+which is the same number where counts are equal, and gives each image the same weight where they are not.
 
-Legend: B pictures, R regions (padded), E text embedding, V classes, K known regions of the batch.
+Legend: B images, R regions (padded), E text embedding, V classes, K known regions of the batch.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def region_loss(
     categories  (B, R)     integer class index, negative where padding or class unknown: no part of the loss
     """
     known = categories >= 0
-    # max(1) only meets pictures without a known region; none of their rows are picked.
+    # max(1) only meets images without a known region; none of their rows are picked.
     weights = (1.0 / known.sum(dim=1, keepdim=True).clamp(min=1)).expand(known.shape)[known]
     logits = similarity_logits(semantic[known], text, scale)
     return (focal_loss(logits, categories[known].long(), alpha, gamma) * weights).sum()

@@ -45,7 +45,7 @@ class Meter:
     step               steps done, counted over all runs that made up this one
     loss, grad_norm    means over the interval; the norm is that before clipping
     lr                 of the interval's last step
-    pictures_per_second, data_wait   over the interval; data_wait is the share of time spent waiting for batches
+    images_per_second, data_wait   over the interval; data_wait is the share of time spent waiting for batches
     seconds            of training so far, over all runs
     """
 
@@ -59,21 +59,21 @@ class Meter:
         self.last: Metrics | None = kept[-1] if kept else None
         self._reset()
         if interval:
-            self._steps, self._pictures = interval["steps"], interval["pictures"]
+            self._steps, self._images = interval["steps"], interval["pictures"]
             self._loss, self._grad_norm, self._waited = interval["loss"], interval["grad_norm"], interval["waited"]
             self._since -= interval["span"]
             self._earlier = interval["seconds"]
 
     def _reset(self) -> None:
         self._since = time.perf_counter()
-        self._steps = self._pictures = 0
+        self._steps = self._images = 0
         self._loss = self._grad_norm = self._waited = 0.0
 
     def open_interval(self) -> Metrics:
         """Sums over the steps since the last line, for a checkpoint between two lines: a resumed run adds to them."""
         return {
             "steps": self._steps,
-            "pictures": self._pictures,
+            "pictures": self._images,
             "loss": self._loss,
             "grad_norm": self._grad_norm,
             "waited": self._waited,
@@ -86,10 +86,10 @@ class Meter:
         """Seconds of training, over all runs."""
         return self._earlier + time.perf_counter() - self._begin
 
-    def add(self, loss: float, grad_norm: float, pictures: int, waited: float) -> None:
+    def add(self, loss: float, grad_norm: float, images: int, waited: float) -> None:
         """Count one step; `waited` is the seconds it waited for its batch."""
         self._steps += 1
-        self._pictures += pictures
+        self._images += images
         self._loss += loss
         self._grad_norm += grad_norm
         self._waited += waited
@@ -102,7 +102,7 @@ class Meter:
             "loss": self._loss / self._steps,
             "lr": lr,
             "grad_norm": self._grad_norm / self._steps,
-            "pictures_per_second": round(self._pictures / span, 2),
+            "pictures_per_second": round(self._images / span, 2),
             "seconds": round(self.seconds, 3),
             "data_wait": round(self._waited / span, 4),
         }
@@ -120,5 +120,5 @@ class Meter:
         last = self.last or {}
         return (
             f"{step:,}/{self._iterations:,} steps  loss {last['loss']:.4g}  lr {last['lr']:.3g}  "
-            f"{last['pictures_per_second']:.3g} pictures/s  {left} left  (waiting for data {last['data_wait']:.0%})"
+            f"{last['pictures_per_second']:.3g} images/s  {left} left  (waiting for data {last['data_wait']:.0%})"
         )

@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """What one cache offers to training: `rows` are extracted pictures with at least one region of known class."""
+    """What one cache offers to training: `rows` are extracted images with at least one region of known class."""
 
     cache: FeatureCache
     maps: FeatureSet
@@ -51,7 +51,7 @@ def open_source(cache: FeatureCache, map_set: str | None = None, token_set: str 
     rows = valid[np.diff(known)[valid] > 0]
     if not len(rows):
         raise InputError(
-            f"{cache.path}: none of its {len(cache):,} pictures is extracted and has a region of known class; "
+            f"{cache.path}: none of its {len(cache):,} images is extracted and has a region of known class; "
             "run `regionspot extract` with an annotated dataset first"
         )
     return Source(cache, maps, tokens, rows, cache.batch_reader(maps.name, tokens.name))

@@ -212,7 +212,7 @@ class _Run:
     def _not_finite(self, planned: Planned, loss: float, norm: float) -> InputError:
         ids = ", ".join(str(image_id) for image_id in planned.batch.image_ids.tolist())
         return InputError(
-            f"step {planned.step + 1}: the loss is {loss} and its gradients' norm {norm} on pictures {ids} of "
+            f"step {planned.step + 1}: the loss is {loss} and its gradients' norm {norm} on images {ids} of "
             f"{self.sources[planned.source].cache.path}; look at their features, or train with a lower rate than "
             f"{self.config.lr}. The last checkpoint in {self.folder.path} is whole"
         )

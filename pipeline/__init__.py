@@ -1,1 +1,1 @@
-"""Runs the frozen backbones over the pictures of a dataset, once, and writes what they say into a cache."""
+"""Runs the frozen backbones over the images of a dataset, once, and writes what they say into a cache."""

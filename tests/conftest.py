@@ -1,4 +1,4 @@
-"""Shared fixtures. `../shared` holds golden values and real photos; where it is not, the tests that use it skip."""
+"""Shared fixtures. `../shared` holds golden values and real images; where it is not, the tests that use it skip."""
 
 import http.client
 import json
@@ -18,11 +18,11 @@ import pytest
 import torch
 
 from regionspot import cli
-from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures, Ragged
+from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest, Ragged
 from regionspot.cache.format.encodings import statistics_of
 from regionspot.cache.machine import processors
 from regionspot.cache.writing.claims import Claims
-from regionspot.pipeline.extraction.part_queue import SharedParts
+from regionspot.pipeline.extraction.part_queue import PartQueue
 from regionspot.pipeline.toy.world import make_toy_world
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -51,13 +51,13 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session")
 def coco_mini() -> Path:
-    """Folder of 200 real photos with COCO and LVIS annotations and a detector's boxes."""
+    """Folder of 200 real images with COCO and LVIS annotations and a detector's boxes."""
     return _under_shared("data/coco_mini")
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A toy world of 32 pictures to train on and 8 to validate with, to be read and never changed."""
+    """A toy world of 32 images to train on and 8 to validate with, to be read and never changed."""
     return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
 
 
@@ -153,8 +153,8 @@ def _make_bucket(port: int, bucket: str) -> None:
 class SmallCache:
     """A cache with a feature set of every encoding, small enough to be made, damaged and looked at thousands of times.
 
-    Ten pictures in three parts, the last one not full; one part has more regions than an inner chunk of tokens, two
-    pictures have none, one cannot be read.
+    Ten images in three parts, the last one not full; one part has more regions than an inner chunk of tokens, two
+    images have none, one cannot be read.
     """
 
     part_size = 4
@@ -162,22 +162,22 @@ class SmallCache:
 
     def __init__(self) -> None:
         rng, counts = np.random.default_rng(0), [2, 0, 1, 5, 60, 7, 3, 0, 3, 1]
-        regions, pictures = sum(counts), len(counts)
+        regions, images = sum(counts), len(counts)
         self.manifest = Manifest(
             dataset="lvis",
             split="train",
-            image_ids=np.arange(pictures) + 100,
-            paths=np.array([f"val2017/{row:04d} ü.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
-            heights=rng.integers(1, 2000, pictures, dtype=np.int32),
-            widths=rng.integers(1, 2000, pictures, dtype=np.int32),
+            image_ids=np.arange(images) + 100,
+            paths=np.array([f"val2017/{row:04d} ü.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
+            heights=rng.integers(1, 2000, images, dtype=np.int32),
+            widths=rng.integers(1, 2000, images, dtype=np.int32),
             offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
             boxes_xyxy=rng.random((regions, 4), dtype=np.float32) * 640,
             category_index=rng.integers(0, 2, regions, dtype=np.int32),
             annotation_ids=rng.integers(0, 2**40, regions),
             categories=(Category(3, "person", "person.n.01", "f", ("man",)), Category(7, "tab\there ü")),
             scores=rng.random(regions, dtype=np.float32),
-            negatives=Ragged(np.arange(pictures + 1), np.arange(pictures, dtype=np.int32) % 2),
-            not_exhaustive=Ragged(np.arange(pictures + 1), np.ones(pictures, np.int32)),
+            negatives=Ragged(np.arange(images + 1), np.arange(images, dtype=np.int32) % 2),
+            not_exhaustive=Ragged(np.arange(images + 1), np.ones(images, np.int32)),
             source={"files": {"lvis_v1_train.json": "c0ffee"}},
             report={"boxes under 1 pixel": 3},
         )
@@ -194,27 +194,27 @@ class SmallCache:
     def names(self) -> list[str]:
         return [feature_set.name for feature_set in self.sets]
 
-    def features(self, row: int) -> PictureFeatures:
-        """What the backbones would say about a picture, the same whenever they are asked."""
+    def features(self, row: int) -> ImageFeatures:
+        """What the backbones would say about an image, the same whenever they are asked."""
         if row == self.failing:
-            return PictureFeatures(row, {}, "truncated JPEG")
+            return ImageFeatures(row, {}, "truncated JPEG")
         rng, regions = np.random.default_rng(row), int(self.manifest.region_count[row])
         shapes = {each.name: each.shape if each.kind == "map" else (regions, *each.shape) for each in self.sets}
-        return PictureFeatures(row, {name: rng.standard_normal(shape) for name, shape in shapes.items()})
+        return ImageFeatures(row, {name: rng.standard_normal(shape) for name, shape in shapes.items()})
 
     def create(self, path: Path) -> FeatureCache:
         return FeatureCache.create(path, self.manifest, self.sets, self.part_size)
 
-    def extract(self, path: Path, at_picture: Callable[[], object] = lambda: None) -> None:
+    def extract(self, path: Path, at_image: Callable[[], object] = lambda: None) -> None:
         """What `regionspot extract` does, with its own sharing of parts among runs, but without backbones."""
 
-        def features(row: int) -> PictureFeatures:
-            at_picture()
+        def features(row: int) -> ImageFeatures:
+            at_image()
             return self.features(row)
 
         cache = FeatureCache.open_or_create(path, self.manifest, self.sets, self.part_size)
         with Claims(cache.storage, beat_every=0.02) as claims:
-            parts = SharedParts(cache, self.names, claims)
+            parts = PartQueue(cache, self.names, claims)
             while parts.wait():
                 for part, jobs in groupby(parts.jobs(), lambda job: job[0] // self.part_size):
                     parts.write(part, (features(row) for row, _ in jobs))

@@ -30,7 +30,7 @@ def extract(world, cache, *more) -> tuple:
 
 @pytest.fixture(scope="module")
 def cache(world, tmp_path_factory) -> Path:
-    """Three pictures of the toy world, extracted."""
+    """Three images of the toy world, extracted."""
     path = tmp_path_factory.mktemp("cache") / "toy.zarr"
     arguments = ["regionspot", *map(str, extract(world, path))]
     with pytest.MonkeyPatch.context() as patch:
@@ -51,8 +51,8 @@ def test_the_three_stages_and_predict_work_from_the_command_line(regionspot, wor
     assert (code, "APr" in said) == (0, True), err
     assert json.loads((out / "results.json").read_text())["pictures"] == 2
     assert Image.open(out / "sheet.png").width > 600
-    photo = next((world / "photos" / "train").glob("*.jpg"))
-    predict = ("predict", photo, "--checkpoint", run / "head.safetensors", "--boxes", "10,10,80,90;30,40,100,120")
+    image = next((world / "photos" / "train").glob("*.jpg"))
+    predict = ("predict", image, "--checkpoint", run / "head.safetensors", "--boxes", "10,10,80,90;30,40,100,120")
     code, said, err = regionspot(*predict, "--names", "red star,blue circle", "-o", tmp_path / "named.png")
     assert code == 0, err
     assert [region["box"] for region in json.loads(said)] == [[10, 10, 80, 90], [30, 40, 100, 120]]
@@ -130,7 +130,7 @@ def test_a_limit_is_a_choice_of_the_run_in_whatever_order_runs_come(regionspot, 
         words = ("--data", world, "--cache", tmp_path / cache, "--preset", "toy", "--part-size", 4)
         code, said, err = regionspot("extract", "toy", *words, *limited, *more)
         assert code == 0, err
-        made = 0 if "nothing to do" in said else int(re.search(r"zarr: (\d+) (?:images|pictures)", said)[1])
+        made = 0 if "nothing to do" in said else int(re.search(r"zarr: (\d+) (?:images|images)", said)[1])
         return len(FeatureCache.open(tmp_path / cache)), made
 
     assert run("a.zarr", 3) == (3, 3)
@@ -225,15 +225,15 @@ def test_a_pickle_with_code_in_it_is_refused_and_never_run(refused, world, tmp_p
     assert not (tmp_path / "ran").exists()
 
 
-def test_proposals_for_unknown_pictures_are_refused(refused, world, tmp_path):
+def test_proposals_for_unknown_images_are_refused(refused, world, tmp_path):
     boxes = {"999999": {"boxes": [[0, 0, 9, 9]], "scores": [0.5], "labels": [1]}}
     (tmp_path / "boxes.json").write_text(json.dumps(boxes))
     refused("999999", *extract(world, tmp_path / "c.zarr", "--boxes", tmp_path / "boxes.json"))
 
 
 def test_an_empty_vocabulary_is_refused(refused, tmp_path, world):
-    photo = next((world / "photos" / "train").glob("*.jpg"))
-    refused("names", "predict", photo, "--checkpoint", "x", "--boxes", "1,1,9,9", "--names", " , ")
+    image = next((world / "photos" / "train").glob("*.jpg"))
+    refused("names", "predict", image, "--checkpoint", "x", "--boxes", "1,1,9,9", "--names", " , ")
 
 
 def test_a_place_without_write_permission_is_named(refused, world, tmp_path):

@@ -15,7 +15,7 @@ from regionspot.pipeline.backbones.dtypes import AUTO, DTYPES
 from regionspot.pipeline.backbones.protocols import TOKENS
 from regionspot.pipeline.images.decode import Exif
 from regionspot.pipeline.images.preprocess import PREPROCESS
-from regionspot.pipeline.toy.world import FEWEST_PICTURES
+from regionspot.pipeline.toy.world import FEWEST_IMAGES
 
 # Each command with all that it needs. None of these files is there: a wrong option is refused before they are opened.
 COMMANDS = {
@@ -175,6 +175,6 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.TokensName) == tuple(TOKENS)
     assert get_args(cli_options.ExifName) == get_args(Exif)
     assert get_args(cli_options.BaselineName) == get_args(Baseline)
-    assert cli_options.WorldSize.__metadata__[0].min == FEWEST_PICTURES
+    assert cli_options.WorldSize.__metadata__[0].min == FEWEST_IMAGES
     TrainConfig(seed=cli_options.Seed.__metadata__[0].max, iterations=cli_options.MOST_STEPS)
     assert Encoding.parse("int8+zstd")

@@ -157,7 +157,7 @@ def test_a_stopped_demo_begins_no_further_stage_and_says_that_it_resumes(start, 
 
 @pytest.mark.parametrize("way", ["ctrl-c on pipes"], indirect=True)
 def test_a_command_that_does_not_resume_does_not_say_so(start, stopped, world, tmp_path):
-    photo, names = next((world / "photos" / "val").glob("*.jpg")), tmp_path / "names"
+    image, names = next((world / "photos" / "val").glob("*.jpg")), tmp_path / "names"
     os.mkfifo(names)
     writers = []
 
@@ -168,7 +168,7 @@ def test_a_command_that_does_not_resume_does_not_say_so(start, stopped, world, t
             return False
         return True
 
-    command = start("predict", photo, "--checkpoint", "none", "--boxes", "1,2,3,4", "--names-file", names)
+    command = start("predict", image, "--checkpoint", "none", "--boxes", "1,2,3,4", "--names-file", names)
     command.wait_until(waits_for_names)
     stopped(command, "")
     os.close(*writers)

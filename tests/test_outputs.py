@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture
-def photo(tmp_path) -> Path:
+def image(tmp_path) -> Path:
     Image.new("RGB", (60, 40), (200, 30, 30)).save(tmp_path / "x.jpg")
     return tmp_path / "x.jpg"
 
@@ -35,9 +35,9 @@ def checkpoint(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def predict(regionspot, photo, checkpoint):
-    """`predict(out)` names a box of the photo."""
-    words = ("predict", photo, "--checkpoint", checkpoint, "--boxes", "1,1,30,30", "--names", "red star")
+def predict(regionspot, image, checkpoint):
+    """`predict(out)` names a box of the image."""
+    words = ("predict", image, "--checkpoint", checkpoint, "--boxes", "1,1,30,30", "--names", "red star")
     return lambda out: regionspot(*words, "--device", "cpu", "-o", out)
 
 
@@ -64,18 +64,18 @@ def other_name(request):
     return NAMES[request.param]
 
 
-def test_an_input_is_never_replaced_by_whatever_name(photo, other_name):
-    (photo.parent / "folder").mkdir()
+def test_an_input_is_never_replaced_by_whatever_name(image, other_name):
+    (image.parent / "folder").mkdir()
     with pytest.raises(InputError, match="is an input of this command and must not be replaced"):
-        check_output_file(other_name(photo), [None, "s3://bucket/x", photo])
+        check_output_file(other_name(image), [None, "s3://bucket/x", image])
 
 
-def test_no_file_of_an_input_folder_is_replaced_but_new_ones_may_lie_in_it(photo):
-    (photo.parent / "in").symlink_to(photo.parent)
-    for folder in (photo.parent, photo.parent / "in"):
+def test_no_file_of_an_input_folder_is_replaced_but_new_ones_may_lie_in_it(image):
+    (image.parent / "in").symlink_to(image.parent)
+    for folder in (image.parent, image.parent / "in"):
         with pytest.raises(InputError, match="is an input"):
-            check_output_file(photo, [folder])
-        assert check_output_file(folder / "new.png", [photo.parent]) == folder / "new.png"
+            check_output_file(image, [folder])
+        assert check_output_file(folder / "new.png", [image.parent]) == folder / "new.png"
 
 
 @pytest.mark.parametrize(
@@ -88,10 +88,10 @@ def test_no_file_of_an_input_folder_is_replaced_but_new_ones_may_lie_in_it(photo
         ("/proc/x.png", "cannot be written"),
     ],
 )
-def test_a_place_where_no_file_can_be_written_is_refused(photo, out, words):
-    os.mkfifo(photo.parent / "pipe")
+def test_a_place_where_no_file_can_be_written_is_refused(image, out, words):
+    os.mkfifo(image.parent / "pipe")
     with pytest.raises(InputError, match=words):
-        check_output_file(photo.parent / out)
+        check_output_file(image.parent / out)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +106,8 @@ def test_a_place_where_no_file_can_be_written_is_refused(photo, out, words):
         ("other", "is a Zarr store"),
     ],
 )
-def test_a_place_where_no_folder_can_be_made_is_refused(photo, out, words):
-    folder = photo.parent
+def test_a_place_where_no_folder_can_be_made_is_refused(image, out, words):
+    folder = image.parent
     for name in ("cache", "other"):
         (folder / name).mkdir()
         (folder / name / "zarr.json").write_text("{}")
@@ -121,34 +121,34 @@ def test_a_place_where_no_folder_can_be_made_is_refused(photo, out, words):
 # --- predict ---
 
 
-def test_predict_never_replaces_its_photo(predict, photo, other_name):
-    (photo.parent / "folder").mkdir()
-    before = photo.read_bytes()
-    code, out, err = predict(other_name(photo))
+def test_predict_never_replaces_its_image(predict, image, other_name):
+    (image.parent / "folder").mkdir()
+    before = image.read_bytes()
+    code, out, err = predict(other_name(image))
     assert (code, out) == (2, "")
     assert "must not be replaced" in err
-    assert photo.read_bytes() == before
+    assert image.read_bytes() == before
 
 
-def test_predict_replaces_an_earlier_result_and_leaves_what_it_is_linked_to(predict, photo):
-    kept = photo.parent / "kept.png"
+def test_predict_replaces_an_earlier_result_and_leaves_what_it_is_linked_to(predict, image):
+    kept = image.parent / "kept.png"
     kept.write_bytes(b"kept")
-    (photo.parent / "hard.png").hardlink_to(kept)
-    (photo.parent / "soft.png").symlink_to(kept)
+    (image.parent / "hard.png").hardlink_to(kept)
+    (image.parent / "soft.png").symlink_to(kept)
     for name in ("hard.png", "soft.png", "hard.png"):
-        code, out, err = predict(photo.parent / name)
+        code, out, err = predict(image.parent / name)
         assert code == 0, err
         assert json.loads(out)[0]["name"] == "red star"
-        assert Image.open(photo.parent / name).width >= 640
+        assert Image.open(image.parent / name).width >= 640
     assert kept.read_bytes() == b"kept"
 
 
-def test_predict_gives_its_answer_also_when_the_image_cannot_be_written_at_last(predict, photo, monkeypatch):
+def test_predict_gives_its_answer_also_when_the_image_cannot_be_written_at_last(predict, image, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr("regionspot.evaluation.report.drawing.write_file", full)
-    code, out, err = predict(photo.parent / "named.png")
+    code, out, err = predict(image.parent / "named.png")
     assert code == 2
     assert json.loads(out)[0]["name"] == "red star"
     assert "No space left on device" in err
@@ -157,7 +157,7 @@ def test_predict_gives_its_answer_also_when_the_image_cannot_be_written_at_last(
 # --- the others ---
 
 
-def test_show_and_stats_replace_neither_cache_nor_photo(regionspot, small_folder, tmp_path):
+def test_show_and_stats_replace_neither_cache_nor_image(regionspot, small_folder, tmp_path):
     cache = shutil.copytree(small_folder / "full", tmp_path / "c.zarr")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "x.png")

@@ -156,7 +156,7 @@ def _create_arrays(folder: Path, feature_set: FeatureSet, geometry: Geometry) ->
     slots = geometry.slots(feature_set)
     group.create_array(
         Path(feature_set.checksums).name,
-        shape=(geometry.pictures,) if feature_set.kind == "map" else (geometry.n_parts, slots),
+        shape=(geometry.images,) if feature_set.kind == "map" else (geometry.n_parts, slots),
         chunks=(slots,) if feature_set.kind == "map" else (1, slots),
         dtype="uint32",
         fill_value=0,

@@ -122,7 +122,7 @@ def statistics_of(sample: Iterable[NDArray[Any]]) -> Statistics:
         total = flat.sum(axis=0) + (0 if total is None else total)
         squares = np.square(flat).sum(axis=0) + (0 if squares is None else squares)
     if total is None or squares is None:
-        raise InputError("statistics: the sample holds no record; give the features of at least one picture")
+        raise InputError("statistics: the sample holds no record; give the features of at least one image")
     if not rows:
         return Statistics(np.zeros(len(total), np.float32), np.ones(len(total), np.float32))
     mean = total / rows
@@ -231,7 +231,7 @@ class Encoder:
         broken = int((~(np.abs(compared) <= largest)).sum())
         return InputError(
             f"{where}: {broken} of {values.size} values are NaN or beyond {largest:.6g}{unit}, the largest "
-            f"{self._set.dtype}; look at the picture and the weights, or store this set as float32"
+            f"{self._set.dtype}; look at the image and the weights, or store this set as float32"
         )
 
 

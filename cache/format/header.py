@@ -19,7 +19,7 @@ from regionspot.cache.errors import InputError, NotACacheError, ProvenanceMismat
 from regionspot.cache.format.compatibility import require_same_features
 from regionspot.cache.format.manifest import Category, Manifest
 from regionspot.cache.format.schema import MAX_PART_SIZE, SCHEMA_VERSION, FeatureSet, Geometry
-from regionspot.cache.storage.atomic_files import file_crc, from_json, is_sealed, seal, to_json
+from regionspot.cache.storage.atomic_files import IMAGES_KEY, file_crc, from_json, is_sealed, seal, to_json
 from regionspot.cache.storage.base import LocalStorage, Storage
 from regionspot.cache.storage.folder_swap import aside
 
@@ -50,9 +50,7 @@ class Header:
     @classmethod
     def of(cls, manifest: Manifest, feature_sets: Iterable[FeatureSet], part_size: int) -> Header:
         if not len(manifest):
-            raise InputError(
-                f"manifest {manifest.dataset}/{manifest.split} holds no picture: there is nothing to cache"
-            )
+            raise InputError(f"manifest {manifest.dataset}/{manifest.split} holds no image: there is nothing to cache")
         if not 1 <= part_size <= MAX_PART_SIZE:
             raise InputError(f"part_size is {part_size}, expected 1 to {MAX_PART_SIZE} images")
         return cls(
@@ -90,7 +88,7 @@ class Header:
         return {
             "dataset": self.dataset,
             "split": self.split,
-            "pictures": self.geometry.pictures,
+            IMAGES_KEY: self.geometry.images,
             "regions": self.regions,
             "part_size": self.geometry.part_size,
             "capacity": self.geometry.capacity,
@@ -162,7 +160,7 @@ def _from_json(words: dict[str, Any]) -> Header:
         dataset=words["dataset"],
         split=words["split"],
         regions=words["regions"],
-        geometry=Geometry(words["pictures"], words["part_size"], words["capacity"]),
+        geometry=Geometry(words[IMAGES_KEY], words["part_size"], words["capacity"]),
         digest=words["manifest"]["digest"],
         source=words["manifest"]["source"],
         report=words["manifest"]["report"],
@@ -191,7 +189,7 @@ def by_name(feature_sets: Iterable[FeatureSet]) -> dict[str, FeatureSet]:
 
 
 def require_same_manifest(cache: str, stored: Header, asked: Header) -> None:
-    """Raises ProvenanceMismatchError, saying what differs, when a cache was made from other pictures or boxes."""
+    """Raises ProvenanceMismatchError, saying what differs, when a cache was made from other images or boxes."""
     if stored.digest == asked.digest:
         return
     differences = [
@@ -199,7 +197,7 @@ def require_same_manifest(cache: str, stored: Header, asked: Header) -> None:
         for name, was, now in (
             ("dataset", stored.dataset, asked.dataset),
             ("split", stored.split, asked.split),
-            ("pictures", stored.geometry.pictures, asked.geometry.pictures),
+            (IMAGES_KEY, stored.geometry.images, asked.geometry.images),
             ("regions", stored.regions, asked.regions),
             ("categories", len(stored.categories), len(asked.categories)),
         )
@@ -208,7 +206,7 @@ def require_same_manifest(cache: str, stored: Header, asked: Header) -> None:
     raise ProvenanceMismatchError(
         f"{cache}: was made from other annotations than asked for: it holds "
         f"{', '.join(differences) or 'other boxes, sizes, paths, ids or class names in the same numbers'}; "
-        "give the annotations that it was made from, or another cache folder; pictures that only came are for "
+        "give the annotations that it was made from, or another cache folder; images that only came are for "
         "`regionspot cache extend`"
     )
 

@@ -1,7 +1,7 @@
-"""What is to be extracted from one dataset split: pictures and their regions, as columns.
+"""What is to be extracted from one dataset split: images and their regions, as columns.
 
 A split may hold ten million boxes, so nothing here is a list of dicts: every field is one numpy array, and the
-regions of picture `row` are the slice `offsets[row]:offsets[row + 1]` of the region columns.
+regions of image `row` are the slice `offsets[row]:offsets[row + 1]` of the region columns.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Category:
 
 @dataclass(frozen=True)
 class Ragged:
-    """A list of category indices for every picture; that of `row` is `values[offsets[row]:offsets[row + 1]]`."""
+    """A list of category indices for every image; that of `row` is `values[offsets[row]:offsets[row + 1]]`."""
 
     offsets: NDArray[np.int64]  # (N + 1,)
     values: NDArray[np.int32]
@@ -45,18 +45,18 @@ class Ragged:
 
 @dataclass(frozen=True)
 class Manifest:
-    """One dataset split: N pictures, M regions.
+    """One dataset split: N images, M regions.
 
     image_ids       int64   (N,)      the dataset's id (OpenImages: its 16 hex digits read as a signed 64-bit number)
-    paths           string  (N,)      relative to the photo folder, with forward slashes (numpy StringDType)
-    heights, widths int32   (N,)      pixels of the original picture, as the annotations state them
+    paths           string  (N,)      relative to the image folder, with forward slashes (numpy StringDType)
+    heights, widths int32   (N,)      pixels of the original image, as the annotations state them
     offsets         int64   (N + 1,)  regions of row n are offsets[n]:offsets[n + 1]
-    boxes_xyxy      float32 (M, 4)    x1, y1, x2, y2 in pixels of the original picture, clipped to it
+    boxes_xyxy      float32 (M, 4)    x1, y1, x2, y2 in pixels of the original image, clipped to it
     category_index  int32   (M,)      position in `categories`, NO_CATEGORY where unknown
     annotation_ids  int64   (M,)      the dataset's id of the region, -1 where it has none
     scores          float32 (M,)      a detector's score of its own box; None for ground truth
     categories                        ordered; an index into this tuple is what the cache stores
-    negatives, not_exhaustive         LVIS's federated lists per picture, as category indices; None elsewhere
+    negatives, not_exhaustive         LVIS's federated lists per image, as category indices; None elsewhere
     source                            JSON-able: {"files": {annotation file name: its SHA-256}}
     report                            what reading dropped or found odd, counts by reason; no part of the digest
     remarks                           what a user should be told of the files, one line each; no part of a cache
@@ -83,12 +83,12 @@ class Manifest:
     remarks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        pictures, regions = len(self.image_ids), len(self.boxes_xyxy)
+        images, regions = len(self.image_ids), len(self.boxes_xyxy)
         lengths = {
-            "paths": (len(self.paths), pictures),
-            "heights": (len(self.heights), pictures),
-            "widths": (len(self.widths), pictures),
-            "offsets": (len(self.offsets), pictures + 1),
+            "paths": (len(self.paths), images),
+            "heights": (len(self.heights), images),
+            "widths": (len(self.widths), images),
+            "offsets": (len(self.offsets), images + 1),
             "category_index": (len(self.category_index), regions),
             "annotation_ids": (len(self.annotation_ids), regions),
             "scores": (regions if self.scores is None else len(self.scores), regions),
@@ -112,22 +112,22 @@ class Manifest:
 
     @property
     def region_count(self) -> NDArray[np.int64]:
-        """int64 (N,): number of regions of each picture."""
+        """int64 (N,): number of regions of each image."""
         return np.diff(self.offsets)
 
     def regions(self, row: int) -> slice:
-        """The slice of the region columns that holds the regions of picture `row`."""
+        """The slice of the region columns that holds the regions of image `row`."""
         return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
 
     def row_of(self, image_id: int) -> int:
-        """The row of a picture. Raises InputError when the split does not hold it."""
+        """The row of an image. Raises InputError when the split does not hold it."""
         found = np.flatnonzero(self.image_ids == image_id)
         if not len(found):
-            raise InputError(f"{self.dataset}/{self.split} holds no picture with id {image_id}")
+            raise InputError(f"{self.dataset}/{self.split} holds no image with id {image_id}")
         return int(found[0])
 
     def select(self, rows: NDArray[np.int64]) -> Manifest:
-        """The same split cut to the pictures at `rows`, in that order; categories stay whole."""
+        """The same split cut to the images at `rows`, in that order; categories stay whole."""
         offsets, pick = _take(self.offsets, rows)
         return Manifest(
             dataset=self.dataset,
@@ -149,19 +149,19 @@ class Manifest:
             remarks=self.remarks,
         )
 
-    def head(self, pictures: int | None) -> Manifest:
-        """The first pictures of the split; all of it for None. Raises InputError for less than one."""
-        if pictures is None or pictures >= len(self):
+    def head(self, images: int | None) -> Manifest:
+        """The first images of the split; all of it for None. Raises InputError for less than one."""
+        if images is None or images >= len(self):
             return self
-        if pictures < 1:
-            raise InputError(f"the first {pictures} pictures were asked for, expected at least 1")
-        return self.select(np.arange(pictures))
+        if images < 1:
+            raise InputError(f"the first {images} images were asked for, expected at least 1")
+        return self.select(np.arange(images))
 
     @classmethod
     def concatenate(cls, manifests: Sequence[Manifest]) -> Manifest:
-        """The pictures of all, one manifest after another; their names are joined by `+` where they differ.
+        """The images of all, one manifest after another; their names are joined by `+` where they differ.
 
-        Raises InputError where a picture's id is in two of them, or where one states what another leaves open:
+        Raises InputError where an image's id is in two of them, or where one states what another leaves open:
         categories, scores, the federated lists.
         """
         _require_alike(manifests)
@@ -186,7 +186,7 @@ class Manifest:
         )
 
     def digest(self) -> str:
-        """SHA-256 over everything that decides what extraction computes: pictures, boxes, classes, in order."""
+        """SHA-256 over everything that decides what extraction computes: images, boxes, classes, in order."""
         digest = hashlib.sha256()
         for column in (self.image_ids, self.heights, self.widths, self.offsets, self.boxes_xyxy, self.category_index):
             digest.update(np.ascontiguousarray(column).tobytes())
@@ -233,7 +233,7 @@ def _require_alike(manifests: Sequence[Manifest]) -> None:
     if len(twice := ids[counts > 1]):
         names = ", ".join(f"{one.dataset}/{one.split}" for one in manifests)
         raise InputError(
-            f"{names}: {len(twice)} pictures are in more than one of them, the first has id {twice[0]}; "
+            f"{names}: {len(twice)} images are in more than one of them, the first has id {twice[0]}; "
             "leave them out of all but one with `regionspot cache subset`"
         )
 

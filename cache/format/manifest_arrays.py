@@ -1,4 +1,4 @@
-"""The manifest as Zarr arrays: images/ with a row a picture, regions/ with a row a part.
+"""The manifest as Zarr arrays: images/ with a row an image, regions/ with a row a part.
 
 It is written when the cache is made and never again, so a column needs no file of its own a part: it lies in a few
 compressed chunks with checksums, which any Zarr library checks as it reads. A region array's row `p` holds the
@@ -23,7 +23,7 @@ from regionspot.cache.storage.base import Storage
 
 # With "." a chunk is one file `c.42.0.0`; the default "/" would spend two folders on every one.
 CHUNK_KEYS: Any = {"name": "default", "separator": "."}
-_COLUMN_CHUNK = 65_536  # entries of an images/ column in one chunk, so that few files hold millions of pictures
+_COLUMN_CHUNK = 65_536  # entries of an images/ column in one chunk, so that few files hold millions of images
 _REGION_CHUNK_BYTES = 16 << 20  # of boxes; the other region arrays are smaller
 
 
@@ -53,7 +53,7 @@ def write_images(group: zarr.Group, manifest: Manifest) -> None:
     for name, ragged in (("negative", manifest.negatives), ("not_exhaustive", manifest.not_exhaustive)):
         if ragged is not None:
             columns.append((f"{name}_count", np.diff(ragged.offsets), "int32"))
-            columns.append((f"{name}_category", ragged.values, "int32"))  # of all pictures, one after another
+            columns.append((f"{name}_category", ragged.values, "int32"))  # of all images, one after another
     for name, values, dtype in columns:
         chunks = (min(max(len(values), 1), _COLUMN_CHUNK),)
         column = _create_column(group, f"images/{name}", (len(values),), chunks, dtype, "" if dtype == "string" else 0)
@@ -72,8 +72,8 @@ def _region_columns(manifest: Manifest) -> list[tuple[str, NDArray[Any], str, An
 
 def _part_starts(offsets: NDArray[np.int64], geometry: Geometry) -> NDArray[np.int64]:
     """int64 (P + 1,): where each part's regions begin in the manifest's region columns."""
-    firsts = np.arange(0, geometry.pictures, geometry.part_size)
-    starts: NDArray[np.int64] = offsets[np.append(firsts, geometry.pictures)]
+    firsts = np.arange(0, geometry.images, geometry.part_size)
+    starts: NDArray[np.int64] = offsets[np.append(firsts, geometry.images)]
     return starts
 
 

@@ -1,7 +1,7 @@
-"""Two manifests side by side: which pictures they share, and what is the first thing that differs.
+"""Two manifests side by side: which images they share, and what is the first thing that differs.
 
-Pictures are matched by the dataset's ids: annotation files are often written anew in another order, and a row is only
-a position. Whatever else is known of a picture has to be equal, since its features were made from it.
+Images are matched by the dataset's ids: annotation files are often written anew in another order, and a row is only
+a position. Whatever else is known of an image has to be equal, since its features were made from it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from regionspot.cache.format.manifest import Manifest
 
 
 def rows_by_id(manifest: Manifest, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64, as many as ids: the row of each picture in the manifest, -1 where it holds none of that id."""
+    """int64, as many as ids: the row of each image in the manifest, -1 where it holds none of that id."""
     if not len(manifest):
         return np.full(len(image_ids), -1)
     order = np.argsort(manifest.image_ids, kind="stable")
@@ -25,19 +25,19 @@ def rows_by_id(manifest: Manifest, image_ids: NDArray[np.int64]) -> NDArray[np.i
 
 
 def first_difference(stored: Manifest, asked: Manifest) -> str | None:
-    """What differs first between the pictures of two manifests, row by row, in words; None where nothing does.
+    """What differs first between the images of two manifests, row by row, in words; None where nothing does.
 
     Compared is what features are made from and what finds them: ids, paths, sizes and regions, not the categories'
-    names nor the federated lists. The manifests have equally many pictures.
+    names nor the federated lists. The manifests have equally many images.
     """
-    of_pictures: list[tuple[str, NDArray[Any], NDArray[Any]]] = [
+    of_images: list[tuple[str, NDArray[Any], NDArray[Any]]] = [
         ("image id", stored.image_ids, asked.image_ids),
         ("path", stored.paths, asked.paths),
         ("height", stored.heights, asked.heights),
         ("width", stored.widths, asked.widths),
         ("number of regions", stored.region_count, asked.region_count),
     ]
-    for name, was, now in of_pictures:
+    for name, was, now in of_images:
         if len(rows := np.flatnonzero(was != now)):
             return _told(stored, int(rows[0]), "", name, was[rows[0]], now[rows[0]])
     of_regions: list[tuple[str, NDArray[Any], NDArray[Any]]] = [
@@ -59,8 +59,8 @@ def first_difference(stored: Manifest, asked: Manifest) -> str | None:
 
 
 def _told(manifest: Manifest, row: int, which: str, name: str, was: Any, now: Any) -> str:
-    picture = f"picture {manifest.image_ids[row]} (row {row}, {manifest.paths[row]}){which}"
-    return f"{picture}: {name} is {_plain(was)}, not {_plain(now)}"
+    image = f"image {manifest.image_ids[row]} (row {row}, {manifest.paths[row]}){which}"
+    return f"{image}: {name} is {_plain(was)}, not {_plain(now)}"
 
 
 def _plain(value: Any) -> Any:
@@ -74,9 +74,9 @@ def same_categories(stored: Manifest, asked: Manifest) -> bool:
 
 
 def in_order_of(stored: Manifest, asked: Manifest) -> Manifest | None:
-    """The asked pictures with those of `stored` first, in its order, and the others as they came.
+    """The asked images with those of `stored` first, in its order, and the others as they came.
 
-    None where a picture of `stored` is not among them.
+    None where an image of `stored` is not among them.
     """
     rows = rows_by_id(asked, stored.image_ids)
     if (rows < 0).any():

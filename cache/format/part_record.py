@@ -13,7 +13,7 @@ import numpy as np
 from regionspot.cache.format.compatibility import UNDECISIVE
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import Failure, FeatureSet, Geometry, checksum_file, part_files
-from regionspot.cache.storage.atomic_files import from_json, is_sealed, seal, to_json
+from regionspot.cache.storage.atomic_files import IMAGES_KEY, from_json, is_sealed, rename_key, seal, to_json
 from regionspot.cache.storage.base import Storage
 
 
@@ -21,10 +21,10 @@ from regionspot.cache.storage.base import Storage
 class PartRecord:
     """What was written of one part.
 
-    first_row, pictures, regions   which rows of the manifest it holds, and how many regions these have
+    first_row, images, regions   which rows of the manifest it holds, and how many regions these have
     files                          bytes of each file, by its path inside the cache
     checksums                      crc32c of the files that hold the records' checksums: through them, of all the part
-    failures                       pictures that could not be read; their records are empty, their tokens zero
+    failures                       images that could not be read; their records are empty, their tokens zero
     worker, seconds                who wrote it and how long that took
     account                        what else the run that wrote it keeps for its own accounting; may be empty
     identity                       `part_identity` of what it was written for; None in records of earlier versions
@@ -34,7 +34,7 @@ class PartRecord:
 
     part: int
     first_row: int
-    pictures: int
+    images: int
     regions: int
     files: dict[str, int]
     checksums: dict[str, int]
@@ -56,7 +56,7 @@ class PartRecord:
 
     def to_json(self) -> bytes:
         """The record as it lies on disk."""
-        return to_json(seal(asdict(self)))
+        return to_json(seal(rename_key(asdict(self), "images", IMAGES_KEY)))
 
 
 class PartIndex:
@@ -76,7 +76,7 @@ class PartIndex:
         facts: list[tuple[str, Any, Any]] = [
             ("part", record.part, part),
             ("first_row", record.first_row, rows.start),
-            ("pictures", record.pictures, len(rows)),
+            (IMAGES_KEY, record.images, len(rows)),
             ("files", sorted(record.files), sorted(part_files(self._feature_set, part))),
             ("checksums", sorted(record.checksums), [checksum_file(self._feature_set, part)]),
             ("rows that failed", failed, sorted(set(failed) & set(rows))),
@@ -87,7 +87,7 @@ class PartIndex:
             facts.append(("regions", record.regions, int(manifest.offsets[rows.stop] - manifest.offsets[rows.start])))
             there = [failure for failure in record.failures if failure.row in rows]
             paths = [str(manifest.paths[failure.row]) for failure in there]
-            facts.append(("pictures that failed", [failure.path for failure in there], paths))
+            facts.append(("images that failed", [failure.path for failure in there], paths))
         for name, found, expected in facts:
             if found != expected:
                 return f"{name}: found {found}, expected {expected}"
@@ -153,4 +153,5 @@ def parse_record(data: bytes) -> PartRecord:
 
 
 def _known(kind: type[Any], words: dict[str, Any]) -> dict[str, Any]:
+    words = rename_key(words, IMAGES_KEY, "images")
     return {each.name: words[each.name] for each in fields(kind) if each.name in words}

@@ -1,9 +1,9 @@
-"""What a cache holds, in types: its feature sets, the features of one picture, and where a part's files lie.
+"""What a cache holds, in types: its feature sets, the features of one image, and where a part's files lie.
 
 Everything on disk follows from the numbers of `Geometry`, which are known before extraction begins; so every
 array has its final shape at once and no two parts ever share a file.
 
-    features/clip_vit_l_14/feature_map   (N, 257, 1024)   a shard is a part, an inner chunk one picture
+    features/clip_vit_l_14/feature_map   (N, 257, 1024)   a shard is a part, an inner chunk one image
     features/clip_vit_l_14/scale         (N, 257)         int8 only: of each row of D channels, in shards likewise
     features/clip_vit_l_14/crc32c        (N,)             of each inner chunk as it lies on disk, then of its scales
     features/sam_vit_b/token             (P, CAP, 256)    a shard is a part, an inner chunk 64 regions
@@ -29,7 +29,7 @@ SCHEMA_VERSION = 1
 MAX_PART_SIZE = 65_536  # images; a shard's index takes 16 bytes for each, read whole
 TOKEN_CHUNK = 64  # regions in one inner chunk: 32 KB of 256 float16, so small parts cost little and reads stay few
 
-PART_SIZE = 512  # pictures: 270 MB of CLIP's maps, which is written and fetched as a whole
+PART_SIZE = 512  # images: 270 MB of CLIP's maps, which is written and fetched as a whole
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _ARRAY_NAMES = {"map": "feature_map", "token": "token"}
@@ -38,7 +38,7 @@ _COMPRESSIONS = (None, "zstd")
 
 @dataclass(frozen=True)
 class FeatureSet:
-    """One backbone's output over all pictures (`map`: one record a picture) or all regions (`token`: one row a region).
+    """One backbone's output over all images (`map`: one record an image) or all regions (`token`: one row a region).
 
     name        folder under features/: letters, digits, `_`, `-` and `.`
     shape       of one record: (T, D) of a map, class token first unless `class_token` in the provenance is false;
@@ -142,7 +142,7 @@ class FeatureSet:
 
     @property
     def record_shape(self) -> tuple[int, ...]:
-        """Shape of one inner chunk without its leading 1: one picture's map, or TOKEN_CHUNK rows of tokens."""
+        """Shape of one inner chunk without its leading 1: one image's map, or TOKEN_CHUNK rows of tokens."""
         return self.shape if self.kind == "map" else (TOKEN_CHUNK, *self.shape)
 
     @property
@@ -157,7 +157,7 @@ class FeatureSet:
 
 
 @dataclass(frozen=True)
-class Stored:
+class EncodedFeatures:
     """Features in the form of their set on disk, which are written as they are: from a cache of the same encoding.
 
     codes    as floating features would be shaped, in the dtype `FeatureSet.stored`
@@ -169,25 +169,25 @@ class Stored:
 
 
 @dataclass
-class PictureFeatures:
-    """What the backbones said about the picture at `row`.
+class ImageFeatures:
+    """What the backbones said about the image at `row`.
 
     features[map set]    floating (T, D)
-    features[token set]  floating (regions of the picture, C), in the manifest's order; or either of them `Stored`
-    failure              why the picture could not be read; its features are then left out
+    features[token set]  floating (regions of the image, C), in the manifest's order; or either `EncodedFeatures`
+    failure              why the image could not be read; its features are then left out
     batch_sizes[set]     images that were computed together, this one included, where that is known; also of one that
                          failed, for its place in the batch stayed blank
     """
 
     row: int
-    features: dict[str, NDArray[Any] | Stored]
+    features: dict[str, NDArray[Any] | EncodedFeatures]
     failure: str | None = None
     batch_sizes: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Failure:
-    """A picture that could not be read when its part was extracted. `path` is relative to the photo folder."""
+    """An image that could not be read when its part was extracted. `path` is relative to the image folder."""
 
     row: int
     path: str
@@ -198,41 +198,41 @@ class Failure:
 class Geometry:
     """The three numbers that place every record.
 
-    pictures   N, rows of the manifest
-    part_size  S, pictures of one part; the last part may have fewer
+    images   N, rows of the manifest
+    part_size  S, images of one part; the last part may have fewer
     capacity   CAP, the largest part's region count rounded up to a whole number of token chunks, at least one
     """
 
-    pictures: int
+    images: int
     part_size: int
     capacity: int
 
     @classmethod
     def of(cls, offsets: NDArray[np.int64], part_size: int) -> Geometry:
         """The geometry of a manifest, from the (N + 1,) offsets of its regions."""
-        pictures = len(offsets) - 1
-        part_size = min(part_size, pictures)
-        firsts = np.append(np.arange(0, pictures, part_size), pictures)
+        images = len(offsets) - 1
+        part_size = min(part_size, images)
+        firsts = np.append(np.arange(0, images, part_size), images)
         largest = int(np.diff(offsets[firsts]).max())
-        return cls(pictures, part_size, max(1, math.ceil(largest / TOKEN_CHUNK)) * TOKEN_CHUNK)
+        return cls(images, part_size, max(1, math.ceil(largest / TOKEN_CHUNK)) * TOKEN_CHUNK)
 
     @property
     def n_parts(self) -> int:
-        return math.ceil(self.pictures / self.part_size)
+        return math.ceil(self.images / self.part_size)
 
     def rows(self, part: int) -> range:
         """Rows of the manifest that make up a part. Raises InputError when there is no such part."""
         if not 0 <= part < self.n_parts:
             raise InputError(f"there is no part {part}: this cache has parts 0 to {self.n_parts - 1}")
         first = part * self.part_size
-        return range(first, min(first + self.part_size, self.pictures))
+        return range(first, min(first + self.part_size, self.images))
 
     def slots(self, feature_set: FeatureSet) -> int:
         """Inner chunks of one shard."""
         return self.part_size if feature_set.kind == "map" else self.capacity // TOKEN_CHUNK
 
     def array_shape(self, feature_set: FeatureSet) -> tuple[int, ...]:
-        lead = (self.pictures,) if feature_set.kind == "map" else (self.n_parts, self.capacity)
+        lead = (self.images,) if feature_set.kind == "map" else (self.n_parts, self.capacity)
         return (*lead, *feature_set.shape)
 
     def shard_shape(self, feature_set: FeatureSet) -> tuple[int, ...]:

@@ -128,15 +128,15 @@ def _short(value: Any) -> str:
 
 
 def _blank_manifest(header: Header) -> Manifest:
-    """As many pictures as the header says, without a region: its arrays' metadata are those of the real one."""
-    pictures = header.geometry.pictures
-    zeros = np.zeros(pictures, np.int64)
-    none = Ragged(np.zeros(pictures + 1, np.int64), np.zeros(0, np.int32))
+    """As many images as the header says, without a region: its arrays' metadata are those of the real one."""
+    images = header.geometry.images
+    zeros = np.zeros(images, np.int64)
+    none = Ragged(np.zeros(images + 1, np.int64), np.zeros(0, np.int32))
     return Manifest(
         dataset=header.dataset,
         split=header.split,
         image_ids=zeros,
-        paths=np.full(pictures, "", dtype=np.dtypes.StringDType()),
+        paths=np.full(images, "", dtype=np.dtypes.StringDType()),
         heights=zeros.astype(np.int32),
         widths=zeros.astype(np.int32),
         offsets=none.offsets,

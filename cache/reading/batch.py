@@ -1,4 +1,4 @@
-"""A padded batch of cached pictures, whose memory is used again.
+"""A padded batch of cached images, whose memory is used again.
 
 Allocating a batch anew costs more than reading it, because the kernel has to hand over and clear every page. So a batch
 keeps one buffer a field, which only ever grows, and its fields are views of them.
@@ -17,22 +17,22 @@ from regionspot.cache.errors import CacheError
 from regionspot.cache.format.manifest import NO_CATEGORY, Manifest
 from regionspot.cache.format.schema import FeatureSet
 
-_OWN = ("pinned", "lent", "_buffers")  # a batch's own affairs; every other field is data
+_OWN = ("pinned", "reusable", "_buffers")  # a batch's own affairs; every other field is data
 
 
 @dataclass(eq=False)
 class Batch:
-    """B pictures, R = the largest region count among them (at least 1), T map tokens of width D, tokens of width C.
+    """B images, R = the largest region count among them (at least 1), T map tokens of width D, tokens of width C.
 
     rows            int64   (B,)        rows of the manifest
     image_ids       int64   (B,)        the dataset's ids
-    tokens          float16 (B, R, C)   location tokens; rows past a picture's count are zero
+    tokens          float16 (B, R, C)   location tokens; rows past an image's count are zero
     token_scale     float16 (B, R)      int8 only: what a region's codes are multiplied by; 0 where no region is
     region_mask     bool    (B, R)      True where a region is
     feature_map     float16 (B, T, D)   class token first, then patches row by row
     map_scale       float16 (B, T)      int8 only: what a map token's codes are multiplied by
     categories      int32   (B, R)      index into the cache's categories, -1 where no region is or its class is unknown
-    boxes_xyxy      float32 (B, R, 4)   pixels of the original picture, 0 where no region is
+    boxes_xyxy      float32 (B, R, 4)   pixels of the original image, 0 where no region is
     annotation_ids  int64   (B, R)      -1 where no region is or it has no id
     scores          float32 (B, R)      a detector's score of its box; 1 where there is none
 
@@ -41,7 +41,7 @@ class Batch:
     that is not int8.
 
     pinned   make the buffers page-locked, for fast copies to a GPU
-    lent     the memory is a loader's, which will use it again; such a batch cannot be pickled
+    reusable     the memory is a loader's, which will use it again; such a batch cannot be pickled
     """
 
     rows: NDArray[np.int64] = field(default_factory=lambda: np.empty((0,), np.int64))
@@ -56,7 +56,7 @@ class Batch:
     annotation_ids: NDArray[np.int64] = field(default_factory=lambda: np.empty((0, 1), np.int64))
     scores: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 1), np.float32))
     pinned: bool = field(default=False, repr=False)
-    lent: bool = field(default=False, repr=False)
+    reusable: bool = field(default=False, repr=False)
     _buffers: dict[str, NDArray[Any]] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class Batch:
     def __reduce__(self) -> Any:
         # A queue pickles in a thread of its own, some time after it was given the batch: whoever receives it would
         # find another one's numbers.
-        if self.lent:
+        if self.reusable:
             raise CacheError(
                 "batch: cannot be sent to another process while its memory is the loader's, to be used again; "
                 "send batch.copy()"
@@ -78,10 +78,10 @@ class Batch:
 
     def shape_features(self, tokens: FeatureSet | None, maps: FeatureSet | None) -> None:
         """Give the feature fields their shapes for the regions laid out before; their values are left undefined."""
-        pictures, regions = self.region_mask.shape
-        self._shape("tokens", "token_scale", (pictures, regions), tokens)
+        images, regions = self.region_mask.shape
+        self._shape("tokens", "token_scale", (images, regions), tokens)
         # A map's shape begins with its number of tokens, a token's has its width only.
-        self._shape("feature_map", "map_scale", (pictures, *maps.shape[:1]) if maps else (pictures, 0), maps)
+        self._shape("feature_map", "map_scale", (images, *maps.shape[:1]) if maps else (images, 0), maps)
 
     def _shape(self, name: str, scale: str, rows: tuple[int, ...], feature_set: FeatureSet | None) -> None:
         """Give one kind of features and their scales their shapes: `rows` of the set's width."""
@@ -90,7 +90,7 @@ class Batch:
         self._view(scale, rows if feature_set and feature_set.has_scales else (rows[0], 0), np.dtype(np.float16))
 
     def fill_regions(self, manifest: Manifest, rows: NDArray[np.int64]) -> None:
-        """Everything but the features, of the pictures at `rows`."""
+        """Everything but the features, of the images at `rows`."""
         counts = manifest.offsets[rows + 1] - manifest.offsets[rows]
         slots = np.arange(max(1, int(counts.max(initial=0))))
         grid = (len(rows), len(slots))

@@ -38,8 +38,8 @@ class BatchReader:
         self.threads = max([1, *(each.threads for each in (maps, tokens) if each is not None)])
 
     def read(self, rows: NDArray[np.int64], out: Batch, threads: int = 1) -> Batch:
-        """Fill `out` with the pictures at `rows`, which exist, and return it."""
-        self.lay_out(rows, out)
+        """Fill `out` with the images at `rows`, which exist, and return it."""
+        self.allocate(rows, out)
         stretches = split(len(rows), threads)
         if len(stretches) <= 1:
             self.fill(out, 0, len(rows))
@@ -49,7 +49,7 @@ class BatchReader:
                     done.result()
         return out
 
-    def lay_out(self, rows: NDArray[np.int64], out: Batch) -> None:
+    def allocate(self, rows: NDArray[np.int64], out: Batch) -> None:
         """Give `out` its shapes and everything but the features."""
         out.fill_regions(self._manifest, rows)
         out.shape_features(
@@ -58,7 +58,7 @@ class BatchReader:
         )
 
     def fill(self, out: Batch, first: int, last: int) -> None:
-        """Read the features of the pictures first to last - 1 of a batch that was laid out."""
+        """Read the features of the images first to last - 1 of a batch that was laid out."""
         if first == last:
             return
         rows = out.rows[first:last].tolist()
@@ -87,5 +87,5 @@ def _bytes(array: NDArray[np.generic]) -> Bytes:
 
 
 def _cut(array: NDArray[np.generic], counts: list[int], width: int) -> list[Bytes]:
-    """The bytes of the first rows of each picture: `counts` says how many, `width` how long one is."""
+    """The bytes of the first rows of each image: `counts` says how many, `width` how long one is."""
     return [row[: count * width] for row, count in zip(_bytes(array), counts, strict=True)]

@@ -33,10 +33,10 @@ _opening = threading.Lock()
 def dask_array(cache: FeatureCache, name: str) -> Array:
     """The features of a set, in chunks of one part.
 
-    map set     (N, T, D), a picture a row of the manifest
+    map set     (N, T, D), an image a row of the manifest
     token set   (M, C), a region a row of the manifest's region columns
 
-    float16 features stay so, all others come as float32. Those of pictures that could not be read are NaN. What dask
+    float16 features stay so, all others come as float32. Those of images that could not be read are NaN. What dask
     sends to its workers is the cache's address, so it must lie where they all can read it.
 
     Raises InputError for a set that is not there, NotExtractedError while parts of it are not written.
@@ -74,7 +74,7 @@ def _whole_set(cache: FeatureCache, name: str) -> FeatureSet:
 
 
 def _entries(cache: FeatureCache, feature_set: FeatureSet, part: int) -> int:
-    """Pictures of a part, or regions, whichever the set has a row for."""
+    """Images of a part, or regions, whichever the set has a row for."""
     rows = cache.part_rows(part)
     if feature_set.kind == "map":
         return len(rows)
@@ -86,7 +86,7 @@ def _read_part(key: bytes, name: str, block_id: tuple[int, ...]) -> NDArray[Any]
 
 
 def read_part(cache: FeatureCache, name: str, part: int) -> NDArray[Any]:
-    """All features of a part, NaN those of pictures that could not be read."""
+    """All features of a part, NaN those of images that could not be read."""
     feature_set, rows = cache.feature_sets[name], cache.part_rows(part)
     failed = [failure.row for failure in cache.record(part, name).failures]
     if not failed:

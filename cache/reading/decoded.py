@@ -20,7 +20,7 @@ def decoded_dtype(feature_set: FeatureSet) -> np.dtype[Any]:
 
 
 def read_decoded(cache: FeatureCache, name: str, rows: ArrayLike) -> NDArray[Any]:
-    """Features of the pictures at `rows`: (B, T, D) of a map set, (M, C) of a token set, the regions one after another.
+    """Features of the images at `rows`: (B, T, D) of a map set, (M, C) of a token set, the regions one after another.
 
     Raises what `FeatureCache.read` raises for rows whose features cannot be had.
     """
@@ -37,5 +37,5 @@ def read_decoded(cache: FeatureCache, name: str, rows: ArrayLike) -> NDArray[Any
 
 
 def _by_row(array: NDArray[Any], offsets: NDArray[np.int64]) -> list[NDArray[np.uint8]]:
-    """The bytes of each picture's entries, which lie at offsets[row] to offsets[row + 1]."""
+    """The bytes of each image's entries, which lie at offsets[row] to offsets[row + 1]."""
     return [array[first:last].reshape(-1).view(np.uint8) for first, last in pairwise(offsets)]

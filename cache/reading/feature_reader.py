@@ -30,7 +30,7 @@ _KEPT_BYTES = 64 << 20  # of a reader's parts: 4,000 of 512 records, a terabyte 
 _PART_BYTES = 4000  # of a part, whatever its records
 _LEAST_PARTS = 16  # whatever their records
 _ANNOUNCED = 32  # records that a disk is asked for at once: with fewer it idles, more of them would push out others
-_TRIES = 3  # of a picture whose files are replaced while it is read
+_TRIES = 3  # of an image whose files are replaced while it is read
 _THREADS = 4  # of a local cache: each copies 5 to 10 GB/s, and no GPU is fed with more
 
 
@@ -85,12 +85,12 @@ class FeatureReader(ABC):
         self._parts = lru_cache(maxsize=most)(self._opener)
 
     def read(self, rows: Sequence[int], outs: Sequence[Bytes], scales: Sequence[Bytes]) -> None:
-        """Read the features of the pictures at `rows`.
+        """Read the features of the images at `rows`.
 
         outs     for each row, the bytes of a contiguous array (T, D), or (n, C) for its n regions, to be filled
         scales   for each row, the bytes of its float16 scales, (T,) or (n,); without a byte unless the set has them
 
-        Raises NotExtractedError for a row whose part is not committed or whose picture could not be read,
+        Raises NotExtractedError for a row whose part is not committed or whose image could not be read,
         CorruptPartError for one whose bytes are not those written, CacheError for what the disk or network refuses.
         """
         parts = [self._part_of(row) for row in rows]
@@ -116,7 +116,7 @@ class FeatureReader(ABC):
 
     @abstractmethod
     def _read_one(self, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
-        """Read one picture's features."""
+        """Read one image's features."""
 
     def _announce(self, parts: Sequence[PartReader], rows: Sequence[int], first: int) -> None:
         """Tell the disk which records will be read soon, so that it fetches them while others are copied."""
@@ -134,7 +134,7 @@ class FeatureReader(ABC):
             part = self._opened_again(error, row)
         if part.failures and row in part.failures:
             raise NotExtractedError(
-                f"{self._storage.address}: {self._picture(row)} could not be read when it was extracted: "
+                f"{self._storage.address}: {self._image(row)} could not be read when it was extracted: "
                 f"{part.failures[row]}; take only the rows of valid_rows()"
             )
         return part
@@ -156,13 +156,13 @@ class FeatureReader(ABC):
             raise self._corrupt(number, error.file, str(error))
         if isinstance(error, FileNotFoundError):
             raise NotExtractedError(
-                f"{self._storage.address}: {self._picture(row)} is in part {number} of {self.feature_set.name}, "
+                f"{self._storage.address}: {self._image(row)} is in part {number} of {self.feature_set.name}, "
                 "which is not written yet; run the same `regionspot extract` again to resume"
             )
         raise self._refused(row, error)
 
     def _read_again(self, error: Exception, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
-        """Read a picture again while its files may be others by now; otherwise raises what is wrong."""
+        """Read an image again while its files may be others by now; otherwise raises what is wrong."""
         for _ in range(_TRIES):
             if not self._may_be_others(error, part):
                 break
@@ -172,7 +172,7 @@ class FeatureReader(ABC):
             except (ReplacedError, DamagedError, OSError) as again:
                 error = again
         if isinstance(error, DamagedError):
-            what = f"the record of {self._picture(row)} {error}"
+            what = f"the record of {self._image(row)} {error}"
             raise self._corrupt(row // self._part_size, error.file, what)
         raise self._refused(row, error)
 
@@ -206,8 +206,8 @@ class FeatureReader(ABC):
     def _must_check(self, part: PartReader, slot: int) -> bool:
         return self._check == "always" or (self._check == "first" and not part.seen[slot])
 
-    def _picture(self, row: int) -> str:
-        return f"picture {self._manifest.image_ids[row]} (row {row}, {self._manifest.paths[row]})"
+    def _image(self, row: int) -> str:
+        return f"image {self._manifest.image_ids[row]} (row {row}, {self._manifest.paths[row]})"
 
     def _corrupt(self, part: int, file: str, what: str) -> CorruptPartError:
         return CorruptPartError(f"{self._storage.address}: {file}: {what}; {self._storage.mend(part)}")
@@ -215,13 +215,13 @@ class FeatureReader(ABC):
     def _refused(self, row: int, error: Exception) -> CacheError:
         why = getattr(error, "strerror", None) or str(error) or "its files keep changing"
         return CacheError(
-            f"{self._storage.address}: {self._picture(row)} could not be read from {self.feature_set.name}: {why}; "
+            f"{self._storage.address}: {self._image(row)} could not be read from {self.feature_set.name}: {why}; "
             "mend the disk or the connection and read it again"
         )
 
 
 class MapReader(FeatureReader):
-    """One record a picture."""
+    """One record an image."""
 
     def _slot(self, part: PartReader, row: int) -> int:
         return row - part.first_row
@@ -232,10 +232,10 @@ class MapReader(FeatureReader):
 
 
 class TokenReader(FeatureReader):
-    """TOKEN_CHUNK regions a record; a picture's may straddle several."""
+    """TOKEN_CHUNK regions a record; an image's may straddle several."""
 
     def _slot(self, part: PartReader, row: int) -> int:
-        # A last picture without regions may begin where there is no record any more.
+        # A last image without regions may begin where there is no record any more.
         return min((self._offsets[row] - self._offsets[part.first_row]) // TOKEN_CHUNK, len(part.seen) - 1)
 
     def _read_one(self, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:

@@ -1,4 +1,4 @@
-"""The tokens of many pictures held in memory: small beside their maps, and otherwise one more read for each picture."""
+"""The tokens of many images held in memory: small beside their maps, and otherwise one more read for each image."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.reading.batch_reader import Features
 from regionspot.cache.reading.part_reader import SCALE_BYTES, Bytes
 
-_PICTURES = 4096  # of one request: enough to keep a disk busy, few enough that their list is small
+_IMAGES = 4096  # of one request: enough to keep a disk busy, few enough that their list is small
 
 
 class HeldTokens:
-    """Hands out what it read of the pictures at `rows` when it was made; takes the bytes of their tokens.
+    """Hands out what it read of the images at `rows` when it was made; takes the bytes of their tokens.
 
-    Raises what `tokens` raises when a picture cannot be read.
+    Raises what `tokens` raises when an image cannot be read.
     """
 
     threads = 1  # copying from memory is no work to be shared
@@ -34,12 +34,12 @@ class HeldTokens:
         regions = int(counts.sum())
         self._tokens, self._scales = (np.empty(regions * width, np.uint8) for width in (self._width, self._scale_width))
         with ThreadPoolExecutor(tokens.threads, thread_name_prefix="regionspot-read") as pool:
-            stretches = [slice(first, first + _PICTURES) for first in range(0, len(self._rows), _PICTURES)]
+            stretches = [slice(first, first + _IMAGES) for first in range(0, len(self._rows), _IMAGES)]
             for _ in pool.map(lambda some: tokens.read(self._rows[some].tolist(), *self._of(some)), stretches):
                 pass
 
     def read(self, rows: Sequence[int], outs: Sequence[Bytes], scales: Sequence[Bytes]) -> None:
-        """Copy the tokens of pictures, and their scales; see FeatureReader.read."""
+        """Copy the tokens of images, and their scales; see FeatureReader.read."""
         held = self._of(np.searchsorted(self._rows, rows))
         for wanted, given in zip((outs, scales), held, strict=True):
             for out, tokens in zip(wanted, given, strict=True):

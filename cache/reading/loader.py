@@ -6,7 +6,7 @@
             ...
             state = loader.state_dict()  # JSON; load_state_dict(state) goes on with the batch after this one
 
-Which pictures make up which batch is decided in sampling.py; ring.py reads them ahead.
+Which images make up which batch is decided in sampling.py; ring.py reads them ahead.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ if TYPE_CHECKING:  # reading.py imports Loader from here
 class Loader:
     """The batches of one epoch after another. Iterating is one pass, after which `epoch` is one higher.
 
-    Which pictures make up which batch follows from the sampling, the rows and the epoch alone; see sampling.py. In the
+    Which images make up which batch follows from the sampling, the rows and the epoch alone; see sampling.py. In the
     workers of a torch DataLoader each worker takes its own share of the rank's batches; what a worker counts its parent
     does not see, so `epoch` is for the caller to set there.
 
     epoch     of the next pass; may be set
     sampling  what decides the batches
-    rows      int64 (n,), the pictures of an epoch
+    rows      int64 (n,), the images of an epoch
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class Loader:
         self.epoch, self._done, self._begins = epoch, batches, batches
 
     @cached_property
-    def _pictures(self) -> dict[str, Any]:
-        """What tells the pictures of an epoch from others. Kept, for a state may be wanted after every batch."""
+    def _images(self) -> dict[str, Any]:
+        """What tells the images of an epoch from others. Kept, for a state may be wanted after every batch."""
         manifest = self.cache.manifest
         return {
             "cache": f"{manifest.dataset}/{manifest.split}",
@@ -140,7 +140,7 @@ class Loader:
 
     def _decided_by(self) -> dict[str, Any]:
         """All that decides the batches, by name."""
-        decided = {**self._pictures, **asdict(self._own_sampling())}
+        decided = {**self._images, **asdict(self._own_sampling())}
         if self.sampling.shuffle == "block":
             return {**decided, "part_size": self.cache.part_size}
         del decided["block_parts"]

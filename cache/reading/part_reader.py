@@ -40,7 +40,7 @@ class PartReader:
     """Reads records by their slot. Safe to use from several threads and after a fork.
 
     record     what was written of it
-    failures   why pictures could not be read when they were extracted, by row
+    failures   why images could not be read when they were extracted, by row
     seen       1 for each slot whose record was read, and found sound the first time where that was asked for; always 0
                where the bytes may be others the next time, as in an object store
 

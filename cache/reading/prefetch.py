@@ -37,16 +37,16 @@ def read_ahead(
 ) -> Generator[Batch]:
     """The batches of `reads`, in order; each is whole until the next one is asked for.
 
-    threads   among which the pictures of a batch are divided
+    threads   among which the images of a batch are divided
     ahead     batches that are read before they are asked for
     pinned    page-locked memory; the caller makes sure that there is a GPU
     ring      the buffers of an earlier pass, which is over; those that this one makes are added
 
     Raises what reading a batch raised when that batch is asked for, and then ends.
     """
-    lent = dataloader_worker() is None
-    ring = ring if ring is not None and lent else []
-    ring += [Batch(pinned=pinned, lent=lent) for _ in range(ahead + 1 - len(ring))]
+    reusable = dataloader_worker() is None
+    ring = ring if ring is not None and reusable else []
+    ring += [Batch(pinned=pinned, reusable=reusable) for _ in range(ahead + 1 - len(ring))]
     free = list(ring)
     filling: deque[_Filling] = deque()
     process, waiting = os.getpid(), iter(reads)
@@ -61,7 +61,7 @@ def read_ahead(
             yield batch
             if os.getpid() != process:
                 raise CacheError("loader: this pass began in another process; begin one here, with iter()")
-            free.append(batch if lent else Batch())
+            free.append(batch if reusable else Batch())
     finally:
         if os.getpid() == process:  # a fork has no such threads to wait for
             pool.shutdown(cancel_futures=True)
@@ -78,7 +78,7 @@ class _Filling:
         self._begun = pool.submit(self._begin)
 
     def _begin(self) -> None:
-        self._reader.lay_out(self._rows, self._batch)
+        self._reader.allocate(self._rows, self._batch)
         ours, *others = split(len(self._rows), self._threads) or [(0, 0)]
         self._others = [self._pool.submit(self._reader.fill, self._batch, *stretch) for stretch in others]
         self._reader.fill(self._batch, *ours)

@@ -98,6 +98,14 @@ def write_file(final: Path, data: bytes) -> None:
         raise
 
 
+IMAGES_KEY = "pictures"  # what JSON files call a number of images, since the first cache
+
+
+def rename_key(document: dict[str, Any], old: str, new: str) -> dict[str, Any]:
+    """The same document, in the same order, with one key renamed where it is there."""
+    return {new if key == old else key: value for key, value in document.items()}
+
+
 def to_json(document: dict[str, Any]) -> bytes:
     """The document as people read it, in one stable form: equal documents give equal bytes."""
     return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()

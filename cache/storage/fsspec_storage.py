@@ -93,7 +93,7 @@ class FsspecStorage(RemoteStorage):
             raise self._trouble(name, error).error from error
 
     def _ask(self, name: str, ask: Callable[[Any, str], T]) -> T:
-        return self.patiently(name, lambda: ask(*self._place(name)))
+        return self.with_retries(name, lambda: ask(*self._place(name)))
 
     def _place(self, name: str) -> tuple[Any, str]:
         from fsspec.core import url_to_fs  # only caches at such a URL need it
@@ -103,7 +103,7 @@ class FsspecStorage(RemoteStorage):
 
     def _trouble(self, name: str, error: Exception) -> Trouble:
         where, kind = f"{self.address}/{name}", type(error).__name__
-        passing = isinstance(error, TimeoutError | ConnectionError) or "Connection" in kind or "Timeout" in kind
+        retryable = isinstance(error, TimeoutError | ConnectionError) or "Connection" in kind or "Timeout" in kind
         told = getattr(error, "strerror", None) or str(error).strip().partition("\n")[0][:200] or kind
         number = errno.EIO
         for known, its_number, its_words in (
@@ -114,7 +114,7 @@ class FsspecStorage(RemoteStorage):
         ):
             if isinstance(error, known):
                 number, told = its_number, its_words
-        return Trouble(OSError(number, told, where), passing)
+        return Trouble(OSError(number, told, where), retryable)
 
 
 class _Transaction:

@@ -31,7 +31,7 @@ class HttpStorage(ObjectStorage):
 
     def listing(self, folder: str) -> dict[str, Version | None]:
         try:
-            page = self.patiently(folder, lambda: self._page(folder))
+            page = self.with_retries(folder, lambda: self._page(folder))
         except FileNotFoundError:
             if not folder:
                 raise OSError(

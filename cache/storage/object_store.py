@@ -153,7 +153,7 @@ class ObjectStorage(RemoteStorage):
         return _Clients(os.getpid(), obstore, *made)
 
     def _ask(self, name: str, ask: Any) -> Any:
-        return self.patiently(name, lambda: ask(self.clients()))
+        return self.with_retries(name, lambda: ask(self.clients()))
 
     def _trouble(self, name: str, error: Exception) -> Trouble:
         return trouble_of(error, self.address, name)

@@ -54,7 +54,7 @@ class Trouble:
     """What a store's error means: the error to raise, and whether it may pass by itself."""
 
     error: OSError
-    passing: bool
+    retryable: bool
 
 
 class RemoteStorage(Storage):
@@ -144,7 +144,7 @@ class RemoteStorage(Storage):
                 pool.shutdown(cancel_futures=True)  # the rest of a file that failed is not fetched
                 raise
 
-    def patiently(self, name: str, ask: Callable[[], T]) -> T:
+    def with_retries(self, name: str, ask: Callable[[], T]) -> T:
         """What `ask` returns, asked again while the store has a trouble that may pass."""
         began, pause, tries = time.monotonic(), _FIRST_PAUSE, 1
         while True:
@@ -152,7 +152,7 @@ class RemoteStorage(Storage):
                 return ask()
             except Exception as error:
                 trouble, waited = self._trouble(name, error), time.monotonic() - began
-                if not trouble.passing:
+                if not trouble.retryable:
                     raise trouble.error from error
                 if waited >= self.patience:
                     raise _given_up(trouble.error, tries, waited) from error

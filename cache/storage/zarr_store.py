@@ -1,5 +1,5 @@
-"""What zarr-python reads a remote cache by: files come through our Storage, so they are asked for patiently and taken
-from a local copy; folders are listed by the store of zarr-python itself.
+"""What zarr-python reads a remote cache by: files come through our Storage, with its retries and its local copy;
+folders are listed by zarr-python's own store.
 """
 
 from __future__ import annotations

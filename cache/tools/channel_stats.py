@@ -37,10 +37,10 @@ class Moments:
 
 @dataclass(frozen=True, eq=False)
 class ChannelStats:
-    """Over all map tokens, or all regions, of the pictures that could be read.
+    """Over all map tokens, or all regions, of the images that could be read.
 
     count      of them
-    left_out   pictures that could not be read
+    left_out   images that could not be read
     mean       float64 (D,)
     variance   float64 (D,), of the population
     """
@@ -57,7 +57,7 @@ class ChannelStats:
         usual = float(np.median(deviation))
         wide = np.flatnonzero(deviation > _WIDE * usual)
         widest = np.argsort(-deviation)[:5]
-        left_out = f"; {self.left_out:,} pictures that could not be read are left out" if self.left_out else ""
+        left_out = f"; {self.left_out:,} images that could not be read are left out" if self.left_out else ""
         return "\n".join(
             [
                 f"{self.name}: {len(self.mean):,} channels over {self.count:,} vectors{left_out}",
@@ -105,7 +105,7 @@ def channel_stats(cache: FeatureCache, name: str) -> ChannelStats:
     with Callback(posttask=lambda key, *_: _count(key, progress)):
         whole: Moments = compute(results[0])[0]
     if not whole.count:
-        raise InputError(f"{cache.path}: {name} holds no features: every picture failed or has no region")
+        raise InputError(f"{cache.path}: {name} holds no features: every image failed or has no region")
     return ChannelStats(name, whole.count, left_out, whole.mean, whole.squares / whole.count)
 
 
@@ -115,7 +115,7 @@ def _count(key: Any, progress: Progress) -> None:
 
 
 def moments(values: NDArray[Any]) -> Moments:
-    """Of floating (..., D) values; rows of NaN, which are of pictures that could not be read, are left out."""
+    """Of floating (..., D) values; rows of NaN, which are of images that could not be read, are left out."""
     rows = values.reshape(-1, values.shape[-1])
     step = max(1, _BLOCK_BYTES // (8 * rows.shape[1]))
     return joined([_moments(rows[at : at + step]) for at in range(0, max(len(rows), 1), step)])

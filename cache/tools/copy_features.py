@@ -1,12 +1,12 @@
-"""Filling a cache from others that hold features of its pictures, part by part, with one record in memory a thread.
+"""Filling a cache from others that hold features of its images, part by part, with one record in memory a thread.
 
-Pictures are found by their ids, so it does not matter in which cache, in which order or in how large parts they lie.
+Images are found by their ids, so it does not matter in which cache, in which order or in how large parts they lie.
 
     a whole part, in the same order and encoding    its files are linked or copied: whole_parts.py
     the same numbers, another order or compression  stored features are taken as they are
     another encoding                                decoded and encoded again
 
-Each part is written when all of its pictures are there in the sources; others stay pending, for when they are. So a
+Each part is written when all of its images are there in the sources; others stay pending, for when they are. So a
 run that was killed goes on where it stopped, and so does one that had to wait for its sources to be finished.
 """
 
@@ -25,7 +25,7 @@ from regionspot.cache.format.compatibility import require_same_features
 from regionspot.cache.format.encodings import decode
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.manifest_diff import first_difference, rows_by_id, same_categories
-from regionspot.cache.format.schema import FeatureSet, PictureFeatures, Stored
+from regionspot.cache.format.schema import EncodedFeatures, FeatureSet, ImageFeatures
 from regionspot.cache.progress import Progress, duration
 from regionspot.cache.reading.feature_reader import FeatureReader, open_reader
 from regionspot.cache.store import FeatureCache
@@ -42,7 +42,7 @@ class CopySummary:
     whole      taken as files
     rewritten  written record by record
     before     were there already
-    pending    wait for pictures that no source holds yet, or are another run's
+    pending    wait for images that no source holds yet, or are another run's
     """
 
     whole: int
@@ -57,19 +57,19 @@ class CopySummary:
         if self.before:
             words.append(f"{self.before:,} were there before")
         if self.pending:
-            words.append(f"{self.pending:,} wait: extract their pictures, then run this again")
+            words.append(f"{self.pending:,} wait: extract their images, then run this again")
         return "; ".join(words)
 
 
 def copy_features(
     sources: Sequence[FeatureCache], destination: FeatureCache, *, link: bool = True, take_over: bool = False
 ) -> CopySummary:
-    """Write all parts that the destination lacks and whose pictures the sources hold; failed ones keep their reason.
+    """Write all parts that the destination lacks and whose images the sources hold; failed ones keep their reason.
 
     link        whether files of both may be one on the disk; otherwise they are copied and checked on the way
     take_over   do also what another run has claimed, which is known to be gone
 
-    Raises ProvenanceMismatchError when a source holds other regions of a picture or features of another backbone,
+    Raises ProvenanceMismatchError when a source holds other regions of an image or features of another backbone,
     InputError for features that cannot be stored in the destination's encoding, CorruptPartError for damaged ones.
     """
     copying = _Copying(sources, destination, link)
@@ -97,9 +97,9 @@ def _in_threads(threads: int, work: Callable[[int], list[bool]], parts: Sequence
 
 
 class _Copying:
-    """Where each picture of the destination lies in the sources, and how its features get across.
+    """Where each image of the destination lies in the sources, and how its features get across.
 
-    source, row   int64 (N,): which source holds the picture, -1 for none, and in which row of it
+    source, row   int64 (N,): which source holds the image, -1 for none, and in which row of it
     """
 
     def __init__(self, sources: Sequence[FeatureCache], destination: FeatureCache, link: bool) -> None:
@@ -111,7 +111,7 @@ class _Copying:
         self._failures = lru_cache(maxsize=64)(self._load_failures)
 
     def ready(self, part: int, names: Sequence[str]) -> list[str]:
-        """Those of the feature sets of which the sources hold every picture of a part."""
+        """Those of the feature sets of which the sources hold every image of a part."""
         rows = self._destination.part_rows(part)
         return [name for name in names if self._there[name][rows.start : rows.stop].all()]
 
@@ -131,12 +131,12 @@ class _Copying:
             commit_part(origin, Place(self._destination, name, part), self._link, lambda: claims.require_ours(part))
             return True
         self._destination.write_part(
-            part, self._pictures(part, name), [name], str(claims.process), lambda: claims.require_ours(part)
+            part, self._images(part, name), [name], str(claims.process), lambda: claims.require_ours(part)
         )
         return False
 
     def _whole_part(self, part: int, name: str) -> Place | None:
-        """The part of a source that holds just these pictures in the same order and encoding, if one does."""
+        """The part of a source that holds just these images in the same order and encoding, if one does."""
         rows = self._destination.part_rows(part)
         source, first = int(self._source[rows.start]), int(self._row[rows.start])
         cache = self._sources[source]
@@ -151,15 +151,15 @@ class _Copying:
         alike = _same_numbers(ours, theirs) and ours.compression == theirs.compression
         return Place(cache, name, origin) if alike else None
 
-    def _pictures(self, part: int, name: str) -> Iterator[PictureFeatures]:
-        """The pictures of a part with the features of one set; what is yielded is good until the next one."""
+    def _images(self, part: int, name: str) -> Iterator[ImageFeatures]:
+        """The images of a part with the features of one set; what is yielded is good until the next one."""
         for row in self._destination.part_rows(part):
             source, theirs = int(self._source[row]), int(self._row[row])
             failure = self._failures(source, name, theirs // self._sources[source].part_size).get(theirs)
             features = {} if failure is not None else {name: self._features(source, theirs, name)}
-            yield PictureFeatures(row, features, failure)
+            yield ImageFeatures(row, features, failure)
 
-    def _features(self, source: int, row: int, name: str) -> Stored | NDArray[np.float32]:
+    def _features(self, source: int, row: int, name: str) -> EncodedFeatures | NDArray[np.float32]:
         feature_set = self._sources[source].feature_sets[name]
         stored = read_stored(self._reader(source, name), self._sources[source].manifest, row)
         if _same_numbers(feature_set, self._destination.feature_sets[name]):
@@ -167,7 +167,7 @@ class _Copying:
         return decode(stored.codes, feature_set, stored.scales)
 
     def _extracted(self, name: str) -> NDArray[np.bool_]:
-        """bool (N,): pictures of which a source holds the features, or knows why there are none."""
+        """bool (N,): images of which a source holds the features, or knows why there are none."""
         there = np.zeros(len(self._destination), dtype=bool)
         for number, cache in enumerate(self._sources):
             if name not in cache.feature_sets:
@@ -189,7 +189,7 @@ class _Copying:
 
 
 def _places(sources: Sequence[FeatureCache], destination: FeatureCache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The source and the row in it of every picture of the destination; of several sources the first counts."""
+    """The source and the row in it of every image of the destination; of several sources the first counts."""
     source, row = np.full(len(destination), -1), np.full(len(destination), -1)
     for number, cache in enumerate(sources):
         _require_same_backbones(cache, destination)
@@ -224,11 +224,11 @@ def _same_numbers(one: FeatureSet, other: FeatureSet) -> bool:
     return one.dtype == other.dtype and one.statistics == other.statistics
 
 
-def read_stored(reader: FeatureReader, manifest: Manifest, row: int) -> Stored:
-    """One picture's features as they lie on disk."""
+def read_stored(reader: FeatureReader, manifest: Manifest, row: int) -> EncodedFeatures:
+    """One image's features as they lie on disk."""
     feature_set = reader.feature_set
     regions = () if feature_set.kind == "map" else (int(manifest.region_count[row]),)
     codes = np.empty((*regions, *feature_set.shape), feature_set.stored)
     scales = np.empty(codes.shape[:-1] if feature_set.has_scales else 0, "<f2")
     reader.read([row], [codes.reshape(-1).view(np.uint8)], [scales.reshape(-1).view(np.uint8)])
-    return Stored(codes, scales if feature_set.has_scales else None)
+    return EncodedFeatures(codes, scales if feature_set.has_scales else None)

@@ -86,7 +86,7 @@ def take_part(
 ) -> PartRecord:
     """Put the files of a part in their places, those that are linked not flushed; its record, which is not saved.
 
-    The two places are of the same pictures in one encoding with the same statistics.
+    The two places are of the same images in one encoding with the same statistics.
     """
     target.storage.check_writable()  # a link asks no storage whether it still is what was opened
     record = source.cache.record(source.part, source.name)
@@ -154,7 +154,7 @@ def _copy_files(
             shard = ShardWriter(files[-1], target.slots)
             for slot, stored in records_of(source, name):
                 if slot >= target.slots:
-                    raise _corrupt(source, name, f"holds a record in slot {slot}, behind all of its pictures")
+                    raise _corrupt(source, name, f"holds a record in slot {slot}, behind all of its images")
                 shard.append(slot, stored)
                 found[slot] = google_crc32c.extend(int(found[slot]), stored)
             sizes[new_name] = shard.finish()

@@ -1,8 +1,8 @@
-"""A cache whose manifest grew: the pictures it holds stay where they are, new ones come behind them.
+"""A cache whose manifest grew: the images it holds stay where they are, new ones come behind them.
 
 Nothing is changed in place. A new folder is made beside the old one, from the grown manifest; the files of every full
 part are linked into it, and then the two exchange their names. So whoever opens the cache, also after a run that was
-killed anywhere, finds the old one or the new one, whole. A last part that was not full has more pictures now: the next
+killed anywhere, finds the old one or the new one, whole. A last part that was not full has more images now: the next
 extract makes it anew, as it makes those that came.
 
 Who has the cache open meanwhile goes on reading full parts, but not a last one that was not full, nor tokens where the
@@ -41,25 +41,25 @@ _GROWTH = "growth"  # what is claimed while a cache is extended
 
 @dataclass(frozen=True)
 class Extended:
-    """What `extend` did: the pictures and regions that came, the parts that are done and those to be extracted."""
+    """What `extend` did: the images and regions that came, the parts that are done and those to be extracted."""
 
-    pictures: int
+    images: int
     regions: int
     done: int
     pending: int
 
     def text(self) -> str:
         """One line for people."""
-        came = f"{self.pictures:,} pictures with {self.regions:,} regions" if self.pictures else "no picture"
+        came = f"{self.images:,} images with {self.regions:,} regions" if self.images else "no image"
         pending = f", {self.pending:,} pending: `regionspot extract` makes them" if self.pending else ""
         return f"{came} came; {self.done:,} parts are done{pending}"
 
 
 def extend(path: str | Path, grown: Manifest, *, part_size: int = PART_SIZE, take_over: bool = False) -> Extended:
-    """Give the cache the pictures of `grown` that it does not hold yet, behind those that it holds.
+    """Give the cache the images of `grown` that it does not hold yet, behind those that it holds.
 
-    The pictures it holds have to be in `grown`, in any order and with nothing about them changed; categories may have
-    been added at the end. The result equals, to the byte, a cache that is made at once from the pictures it held and
+    The images it holds have to be in `grown`, in any order and with nothing about them changed; categories may have
+    been added at the end. The result equals, to the byte, a cache that is made at once from the images it held and
     then the new ones in their order.
 
     part_size   for a cache that is a single part, which may have been small; others keep their own
@@ -101,7 +101,7 @@ def _extend(storage: LocalStorage, grown: Manifest, part_size: int, take_over: b
 
 
 def _grown(cache: FeatureCache, grown: Manifest) -> Manifest:
-    """The grown manifest with the cache's own pictures first, in its order."""
+    """The grown manifest with the cache's own images first, in its order."""
     stored = cache.manifest
     refused = f"{cache.path}: cannot take in {grown.dataset}/{grown.split}"
     if (stored.dataset, stored.split) != (grown.dataset, grown.split):
@@ -117,8 +117,8 @@ def _grown(cache: FeatureCache, grown: Manifest) -> Manifest:
     if ordered is None:
         lacking = stored.image_ids[rows_by_id(grown, stored.image_ids) < 0]
         raise ProvenanceMismatchError(
-            f"{refused}: {len(lacking):,} pictures that it holds are not there, the first has id {lacking[0]}; "
-            "`regionspot cache subset` leaves pictures out"
+            f"{refused}: {len(lacking):,} images that it holds are not there, the first has id {lacking[0]}; "
+            "`regionspot cache subset` leaves images out"
         )
     if difference := first_difference(stored, ordered.head(len(stored))):
         raise ProvenanceMismatchError(f"{refused}: {difference}; its features were made from what it holds")
@@ -138,7 +138,7 @@ def grow_to(path: str | Path, whole: Manifest, part_size: int) -> None:
     storage = open_storage(path)
     if not isinstance(storage, LocalStorage):
         raise InputError(
-            f"{storage.address}: was made with --limit and holds {load_header(storage).geometry.pictures:,} of the "
+            f"{storage.address}: was made with --limit and holds {load_header(storage).geometry.images:,} of the "
             f"{len(whole):,} images asked for, and only a cache in a folder can grow; give that limit or another cache"
         )
     wanted = whole.digest()
@@ -188,7 +188,7 @@ def _replace(
 
 
 def _take_full_parts(old: FeatureCache, new: FeatureCache) -> None:
-    """Give the new cache all parts of the old one whose pictures it has in a part of the same number."""
+    """Give the new cache all parts of the old one whose images it has in a part of the same number."""
     full = [part for part in range(old.n_parts) if old.part_rows(part) == new.part_rows(part)]
     progress = Progress(len(full), "parts")
     for part in full:

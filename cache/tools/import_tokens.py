@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.compatibility import require_same_features
 from regionspot.cache.format.manifest import NO_CATEGORY, Manifest
-from regionspot.cache.format.schema import FeatureSet, PictureFeatures
+from regionspot.cache.format.schema import FeatureSet, ImageFeatures
 from regionspot.cache.progress import Progress, duration
 from regionspot.cache.store import FeatureCache
 
@@ -42,13 +42,13 @@ NAMED = 10  # images named when their files differ or are refused; more would bu
 class ImportSummary:
     """What one import did.
 
-    pictures      whose files were looked for
+    images      whose files were looked for
     missing       of these without a usable file, differing those whose file is of other regions; both are recorded as
                   failed
     parts_before  parts that were there already
     """
 
-    pictures: int
+    images: int
     missing: int
     differing: int
     parts: int
@@ -63,8 +63,8 @@ class ImportSummary:
         """One line for people."""
         if not self.parts:
             return f"nothing to do: the tokens of all {self.parts_before:,} parts are there"
-        taken = self.pictures - self.failed
-        words = [f"tokens of {taken:,} of {self.pictures:,} images in {self.parts:,} parts, {duration(self.seconds)}"]
+        taken = self.images - self.failed
+        words = [f"tokens of {taken:,} of {self.images:,} images in {self.parts:,} parts, {duration(self.seconds)}"]
         if self.missing:
             words.append(f"{self.missing:,} without a usable file")
         if self.differing:
@@ -110,10 +110,10 @@ def import_tokens(folder: Path, address: str | Path, allow_missing: bool = False
     cache = FeatureCache.open_or_create(address, cache.manifest, [feature_set])
     progress = Progress(len(rows), "images")
     for part in pending:
-        pictures = _pictures(files, cache.part_rows(part), compared.failures, progress)
-        cache.write_part(part, pictures, [SET_NAME], f"{socket.gethostname()}:{os.getpid()}")
+        images = _images(files, cache.part_rows(part), compared.failures, progress)
+        cache.write_part(part, images, [SET_NAME], f"{socket.gethostname()}:{os.getpid()}")
     return ImportSummary(
-        pictures=len(rows),
+        images=len(rows),
         missing=len(compared.missing),
         differing=len(compared.differing),
         parts=len(pending),
@@ -122,14 +122,14 @@ def import_tokens(folder: Path, address: str | Path, allow_missing: bool = False
     )
 
 
-def _pictures(
+def _images(
     files: TokenFolder, rows: Iterable[int], failures: Mapping[int, str], progress: Progress
-) -> Iterator[PictureFeatures]:
+) -> Iterator[ImageFeatures]:
     for row in rows:
         if row in failures:
-            yield PictureFeatures(row, {}, failures[row])
+            yield ImageFeatures(row, {}, failures[row])
         else:
-            yield PictureFeatures(row, {SET_NAME: files.tokens(row)})
+            yield ImageFeatures(row, {SET_NAME: files.tokens(row)})
         progress.step()
 
 

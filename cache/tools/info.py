@@ -16,7 +16,7 @@ from typing import Any
 from regionspot.cache.format.part_record import PartRecord
 from regionspot.cache.format.schema import SCHEMA_VERSION, Failure, FeatureSet
 from regionspot.cache.progress import duration
-from regionspot.cache.storage.atomic_files import from_json
+from regionspot.cache.storage.atomic_files import IMAGES_KEY, from_json, rename_key
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.orphans import RUNS
 
@@ -29,10 +29,10 @@ class SetInfo:
     """One feature set, and how much of it is there.
 
     encoding                   "float16"; "int8, zstd"
-    parts, pictures, regions   written so far; `pending` parts are not
+    parts, images, regions   written so far; `pending` parts are not
     bytes                      on disk, with indexes, scales and checksums
     bytes_as_float16           of the same features as bare float16
-    seconds                    that the parts took, each from its first picture to its last, summed up; parts that were
+    seconds                    that the parts took, each from its first image to its last, summed up; parts that were
                                written at the same time count each, and so do all feature sets of a part
     writers                    parts by who wrote them, busiest first
     """
@@ -44,7 +44,7 @@ class SetInfo:
     provenance: dict[str, Any]
     parts: int
     pending: int
-    pictures: int
+    images: int
     regions: int
     bytes: int
     bytes_as_float16: int
@@ -63,20 +63,20 @@ class RunInfo:
 
     started: str
     worker: str
-    pictures: int
+    images: int
     seconds: float
 
     @property
     def rate(self) -> float:
-        """Pictures a second."""
-        return self.pictures / max(self.seconds, 1e-9)
+        """Images a second."""
+        return self.images / max(self.seconds, 1e-9)
 
 
 @dataclass(frozen=True)
 class CacheInfo:
     """A cache as `describe_cache` found it.
 
-    failed     pictures that could not be read
+    failed     images that could not be read
     failures   these by reason, most frequent first; numbers in a reason are N, so that equal troubles count together
     last_run   None where no run has left a record: the features were imported, or written by a program's own means
     """
@@ -85,7 +85,7 @@ class CacheInfo:
     schema: int
     dataset: str
     split: str
-    pictures: int
+    images: int
     regions: int
     classes: int
     parts: int
@@ -99,14 +99,15 @@ class CacheInfo:
 
     @property
     def rate(self) -> float:
-        """Pictures a second of the last run; 0 where there is none."""
+        """Images a second of the last run; 0 where there is none."""
         return self.last_run.rate if self.last_run else 0.0
 
     def as_json(self) -> dict[str, Any]:
         """All of it, for json.dumps. The `rate` of a feature set is the last run's, which wrote all of them at once."""
         rate = round(self.rate, 3)
-        sets = [{**asdict(each), "rate": rate if each.parts else 0.0} for each in self.feature_sets]
-        return {**asdict(self), "feature_sets": sets, "rate": rate}
+        sets = [_as_json(each) | {"rate": rate if each.parts else 0.0} for each in self.feature_sets]
+        last_run = self.last_run and _as_json(self.last_run)
+        return _as_json(self) | {"feature_sets": sets, "last_run": last_run, "rate": rate}
 
     def text(self) -> str:
         """Some lines for people."""
@@ -114,6 +115,10 @@ class CacheInfo:
         if self.failed:
             blocks.append(_failure_lines(self))
         return "\n\n".join("\n".join(lines) for lines in blocks)
+
+
+def _as_json(part: CacheInfo | SetInfo | RunInfo) -> dict[str, Any]:
+    return rename_key(asdict(part), "images", IMAGES_KEY)
 
 
 def describe_cache(cache: FeatureCache) -> CacheInfo:
@@ -127,7 +132,7 @@ def describe_cache(cache: FeatureCache) -> CacheInfo:
         schema=SCHEMA_VERSION,
         dataset=manifest.dataset,
         split=manifest.split,
-        pictures=len(manifest),
+        images=len(manifest),
         regions=len(manifest.boxes_xyxy),
         classes=len(cache.categories),
         parts=cache.n_parts,
@@ -146,7 +151,7 @@ def _last_run(cache: FeatureCache) -> RunInfo | None:
         try:
             words = from_json(cache.storage.read(f"{RUNS}/{name}"))
             summary = words["summary"]
-            run = RunInfo(str(words["started"]), str(words["worker"]), int(summary["pictures"]), summary["seconds"])
+            run = RunInfo(str(words["started"]), str(words["worker"]), int(summary[IMAGES_KEY]), summary["seconds"])
             if run.rate > 0:
                 return run
         except (OSError, ValueError, KeyError, TypeError):
@@ -163,12 +168,12 @@ def part_records(cache: FeatureCache, name: str) -> Iterator[PartRecord]:
 
 
 def cause(failure: Failure) -> str:
-    """Why a picture could not be read, without its path."""
+    """Why an image could not be read, without its path."""
     return failure.reason.partition(f"{failure.path}: ")[2] or failure.reason
 
 
 def _set_info(feature_set: FeatureSet, records: list[PartRecord], n_parts: int) -> SetInfo:
-    pictures = sum(record.pictures - len(record.failures) for record in records)
+    images = sum(record.images - len(record.failures) for record in records)
     regions = sum(record.regions for record in records)
     writers = Counter(record.worker or "unnamed" for record in records)
     return SetInfo(
@@ -179,10 +184,10 @@ def _set_info(feature_set: FeatureSet, records: list[PartRecord], n_parts: int) 
         provenance=feature_set.provenance,
         parts=len(records),
         pending=n_parts - len(records),
-        pictures=pictures,
+        images=images,
         regions=regions,
         bytes=sum(sum(record.files.values()) for record in records),
-        bytes_as_float16=2 * math.prod(feature_set.shape) * (pictures if feature_set.kind == "map" else regions),
+        bytes_as_float16=2 * math.prod(feature_set.shape) * (images if feature_set.kind == "map" else regions),
         seconds=round(sum(record.seconds for record in records), 3),
         writers=dict(writers.most_common()),
     )
@@ -202,7 +207,7 @@ def _head(info: CacheInfo) -> list[str]:
     found = [f"{reason.replace('_', ' ')} {count:,}" for reason, count in info.report.items() if count]
     total = sum(each.bytes for each in info.feature_sets)
     lines = {
-        "pictures": f"{info.pictures:,} in {info.parts:,} parts of {info.part_size:,}",
+        "pictures": f"{info.images:,} in {info.parts:,} parts of {info.part_size:,}",
         "regions": f"{info.regions:,} of {info.classes:,} classes",
         "made from": ", ".join(files),
         "when read": ", ".join(found),
@@ -213,7 +218,7 @@ def _head(info: CacheInfo) -> list[str]:
 
 
 def _set_lines(one: SetInfo, info: CacheInfo) -> list[str]:
-    what = "a map of {} x {} a picture" if one.kind == "map" else "a token of {} numbers a region"
+    what = "a map of {} x {} an image" if one.kind == "map" else "a token of {} numbers a region"
     told = dict(one.provenance)
     lines = {
         "parts": _parts_text(one, info),
@@ -243,15 +248,15 @@ def _parts_text(one: SetInfo, info: CacheInfo) -> str:
 def _run_text(run: RunInfo | None) -> str:
     if run is None:
         return ""
-    done = f"{run.pictures:,} pictures in {duration(run.seconds)}, {run.rate:.3g} pictures/s"
+    done = f"{run.images:,} images in {duration(run.seconds)}, {run.rate:.3g} images/s"
     return f"{done}; by {run.worker}, begun {run.started[:16].replace('T', ' ')} UTC"
 
 
 def _size_line(one: SetInfo) -> str:
     share = one.bytes / one.bytes_as_float16 if one.bytes_as_float16 else 1
     compared = f", {share:.2f} of what float16 takes" if share < 0.95 else ""
-    units = one.pictures if one.kind == "map" else one.regions
-    unit = "picture" if one.kind == "map" else "region"
+    units = one.images if one.kind == "map" else one.regions
+    unit = "image" if one.kind == "map" else "region"
     return f"{size_text(one.bytes)}, {size_text(one.bytes / units)} a {unit}{compared}" if units else ""
 
 
@@ -285,6 +290,6 @@ def _writers_text(writers: dict[str, int]) -> str:
 
 def _failure_lines(info: CacheInfo) -> list[str]:
     wide = len(f"{max(info.failures.values()):,}")
-    return [f"{info.failed:,} of {info.pictures:,} pictures could not be read:"] + [
+    return [f"{info.failed:,} of {info.images:,} images could not be read:"] + [
         f"  {count:>{wide},}  {reason}" for reason, count in info.failures.items()
     ]

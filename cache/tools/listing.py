@@ -1,4 +1,4 @@
-"""The pictures of a cache, one line each, streamed part by part: a cache of millions lists at once."""
+"""The images of a cache, one line each, streamed part by part: a cache of millions lists at once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ STATES: tuple[State, ...] = ("done", "failed", "pending")
 _PATH_WIDTH = 60  # longer paths push the state to the right, rather than all lines of millions
 
 
-def list_pictures(cache: FeatureCache, states: Sequence[State] = STATES, limit: int | None = None) -> Iterator[str]:
-    """A line a picture: row, id, width x height, regions, path, and its state.
+def list_images(cache: FeatureCache, states: Sequence[State] = STATES, limit: int | None = None) -> Iterator[str]:
+    """A line an image: row, id, width x height, regions, path, and its state.
 
     done      all feature sets hold it
     failed    it could not be read, and why
@@ -27,9 +27,9 @@ def list_pictures(cache: FeatureCache, states: Sequence[State] = STATES, limit: 
     """
     unknown = [state for state in states if state not in STATES]
     if unknown or not states:
-        raise InputError(f"{cache.path}: pictures are {', '.join(STATES)}; asked for {', '.join(unknown) or 'none'}")
+        raise InputError(f"{cache.path}: images are {', '.join(STATES)}; asked for {', '.join(unknown) or 'none'}")
     if limit is not None and limit < 1:
-        raise InputError(f"{cache.path}: {limit} pictures were asked for, expected at least 1")
+        raise InputError(f"{cache.path}: {limit} images were asked for, expected at least 1")
     return islice(_lines(cache, states), limit and min(limit, len(cache.manifest)))
 
 
@@ -50,7 +50,7 @@ def _lines(cache: FeatureCache, states: Sequence[State]) -> Iterator[str]:
 
 
 def _states(cache: FeatureCache) -> Iterator[tuple[int, State, str]]:
-    """Row, state and what is to be said of it, of every picture."""
+    """Row, state and what is to be said of it, of every image."""
     for part in range(cache.n_parts):
         missing = cache.missing_sets(part)
         written = [name for name in cache.feature_sets if name not in missing]

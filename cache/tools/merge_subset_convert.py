@@ -1,8 +1,8 @@
-"""New caches made from those that are there: several put together, some pictures of one, another encoding, a copy.
+"""New caches made from those that are there: several put together, some images of one, another encoding, a copy.
 
-Each is a cache of its own, made at once with all of its pictures and then filled by `copy_features`: a run that was
+Each is a cache of its own, made at once with all of its images and then filled by `copy_features`: a run that was
 killed is simply run again, and so is one whose sources were not extracted to the end. What it was made from stands in
-its manifest's source, which decides nothing: annotations that list the same pictures go on with it.
+its manifest's source, which decides nothing: annotations that list the same images go on with it.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from regionspot.cache.reading.feature_reader import open_reader
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.copy_features import CopySummary, copy_features, read_stored
 
-SAMPLE = 64  # pictures that int8's statistics are taken from
+SAMPLE = 64  # images that int8's statistics are taken from
 
 
 def merge(paths: Sequence[str | Path], out: str | Path, part_size: int | None = None) -> CopySummary:
-    """Put the pictures of several caches one after another into a new one at `out`, or go on with it.
+    """Put the images of several caches one after another into a new one at `out`, or go on with it.
 
     part_size   of the new one (default: the first cache's)
 
-    Raises InputError where a picture is in two of them or their categories differ, ProvenanceMismatchError where
+    Raises InputError where an image is in two of them or their categories differ, ProvenanceMismatchError where
     their feature sets were not made and encoded alike.
     """
     caches = [FeatureCache.open(path) for path in paths]
@@ -48,7 +48,7 @@ def merge(paths: Sequence[str | Path], out: str | Path, part_size: int | None = 
 
 
 def subset(path: str | Path, out: str | Path, rows: ArrayLike, part_size: int | None = None) -> CopySummary:
-    """Take the pictures at `rows`, in that order, into a new cache at `out`, or go on with it.
+    """Take the images at `rows`, in that order, into a new cache at `out`, or go on with it.
 
     Raises InputError for rows that do not exist, are named twice, or are none.
     """
@@ -69,7 +69,7 @@ def subset(path: str | Path, out: str | Path, rows: ArrayLike, part_size: int | 
 def convert(path: str | Path, out: str | Path, encodings: Mapping[str, Encoding]) -> CopySummary:
     """Store feature sets in other encodings in a new cache at `out`, or go on with it; sets not named stay as they are.
 
-    What int8 standardises by comes from SAMPLE pictures at even distances. Raises InputError for sets that the cache
+    What int8 standardises by comes from SAMPLE images at even distances. Raises InputError for sets that the cache
     does not hold, encodings that there are not, and values too large for one.
     """
     cache = FeatureCache.open(path)

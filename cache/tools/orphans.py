@@ -16,7 +16,7 @@ RUNS = "runs"  # folder of a file for each run
 
 
 @dataclass(frozen=True)
-class Strays:
+class Orphans:
     """unfinished   of writers that were killed or are at work: the next extract writes them again or removes them
     unknown      none of the cache's
     """
@@ -25,7 +25,7 @@ class Strays:
     unknown: tuple[str, ...]
 
 
-def find_strays(storage: Storage, header: Header, written: Mapping[str, Sequence[int]]) -> Strays:
+def find_orphans(storage: Storage, header: Header, written: Mapping[str, Sequence[int]]) -> Orphans:
     """Look through a cache's own folders; `written` are the parts with a record, by feature set.
 
     Raises OSError where a folder cannot be listed.
@@ -43,4 +43,4 @@ def find_strays(storage: Storage, header: Header, written: Mapping[str, Sequence
         found = (f"{folder}/{base}".removeprefix("/") for base in storage.names(folder))
         for name in sorted(name for name in found if name not in known):
             (unfinished if name in coming or is_partial(name) else unknown).append(name)
-    return Strays(tuple(unfinished), tuple(unknown))
+    return Orphans(tuple(unfinished), tuple(unknown))

@@ -1,4 +1,4 @@
-"""Which pictures of a cache: by ids from a file, by category, each so many-th, the first ones."""
+"""Which images of a cache: by ids from a file, by category, each so many-th, the first ones."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.manifest_diff import rows_by_id
 
 
-def choose_rows(
+def select_rows(
     manifest: Manifest,
     *,
     ids: NDArray[np.int64] | None = None,
@@ -22,14 +22,14 @@ def choose_rows(
     every: int = 1,
     first: int | None = None,
 ) -> NDArray[np.int64]:
-    """int64: rows of the pictures that all of this leaves over, applied in this order.
+    """int64: rows of the images that all of this leaves over, applied in this order.
 
-    ids          pictures of these ids, in the order of the ids (default: all, in the manifest's)
+    ids          images of these ids, in the order of the ids (default: all, in the manifest's)
     categories   of those the ones with a region of one of these names
     every        of those each so many-th one, from the first on
     first        of those at most so many
 
-    Raises InputError for ids and names that the manifest does not hold, and where no picture is left over.
+    Raises InputError for ids and names that the manifest does not hold, and where no image is left over.
     """
     if every < 1 or (first is not None and first < 1):
         name, value = ("every", every) if every < 1 else ("first", first)
@@ -47,7 +47,7 @@ def choose_rows(
 
 
 def read_ids(path: Path) -> NDArray[np.int64]:
-    """Picture ids from a text file with one on a line; empty lines are left out.
+    """Scene ids from a text file with one on a line; empty lines are left out.
 
     Raises InputError for a file that cannot be read, and a line that is no id.
     """
@@ -61,7 +61,7 @@ def read_ids(path: Path) -> NDArray[np.int64]:
             try:
                 ids.append(np.int64(line.strip()))
             except (ValueError, OverflowError):
-                raise InputError(f"{path}: line {number} is {line.strip()[:40]!r}, expected a picture's id") from None
+                raise InputError(f"{path}: line {number} is {line.strip()[:40]!r}, expected an image's id") from None
     return np.array(ids, np.int64)
 
 
@@ -69,14 +69,14 @@ def _of_ids(manifest: Manifest, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     rows = rows_by_id(manifest, ids)
     if len(unknown := ids[rows < 0]):
         raise InputError(
-            f"{manifest.dataset}/{manifest.split}: holds no picture with {len(unknown)} of the {len(ids)} ids, "
+            f"{manifest.dataset}/{manifest.split}: holds no image with {len(unknown)} of the {len(ids)} ids, "
             f"the first is {unknown[0]}; leave them out"
         )
     return rows
 
 
 def _holds(manifest: Manifest, names: Sequence[str]) -> NDArray[np.bool_]:
-    """bool (N,): whether a picture has a region of one of the categories."""
+    """bool (N,): whether an image has a region of one of the categories."""
     index = {category.name: place for place, category in enumerate(manifest.categories)}
     for name in names:
         if name not in index:

@@ -28,7 +28,7 @@ from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import from_json, to_json
 from regionspot.cache.storage.base import Storage, open_storage
 from regionspot.cache.store import FeatureCache
-from regionspot.cache.tools.orphans import find_strays
+from regionspot.cache.tools.orphans import find_orphans
 from regionspot.cache.tools.verify_part import PartCheck
 from regionspot.cache.tools.verify_report import Mend, Problem, VerifyReport, counted
 
@@ -142,7 +142,7 @@ class _Verification:
 
     def _look_for_strays(self, written: dict[str, list[int]]) -> None:
         with self._readable("features"):
-            strays = find_strays(self._storage, self._header, written)
+            strays = find_orphans(self._storage, self._header, written)
             self._unfinished = len(strays.unfinished)
             self._warnings += [f"{name}: is no file of this cache" for name in strays.unknown[:_NAMED_STRAYS]]
             if len(strays.unknown) > _NAMED_STRAYS:

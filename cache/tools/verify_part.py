@@ -125,12 +125,12 @@ class PartCheck:
         return checksums
 
     def _filled_slots(self, feature_set: FeatureSet, record: PartRecord) -> NDArray[np.bool_]:
-        """bool (slots,): which ones hold a record, those of pictures that could be read or of regions."""
+        """bool (slots,): which ones hold a record, those of images that could be read or of regions."""
         filled = np.zeros(self._geometry.slots(feature_set), dtype=bool)
         if feature_set.kind == "token":
             filled[: math.ceil(record.regions / TOKEN_CHUNK)] = True
         else:
-            filled[: record.pictures] = True
+            filled[: record.images] = True
             filled[[failure.row - record.first_row for failure in record.failures]] = False
         return filled
 

@@ -4,7 +4,7 @@
                               └ scales of int8  -------------------------^  ->  a shard of their own
 
 Scales and checksums lie apart so that records stay adjacent and aligned. Features are checked here, where a wrong one
-still has a picture's row to be named by. One record is held at a time, so memory does not grow with the part.
+still has an image's row to be named by. One record is held at a time, so memory does not grow with the part.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.format.encodings import Encoder
 from regionspot.cache.format.schema import (
     TOKEN_CHUNK,
+    EncodedFeatures,
     FeatureSet,
     Geometry,
-    Stored,
     checksum_file,
     scale_file,
     shard_file,
@@ -50,7 +50,7 @@ class SetWriter(ABC):
         self._storage, self._part, self._slots = storage, part, geometry.slots(feature_set)
         self._checksums = np.zeros(self._slots, dtype="<u4")
         self._files: dict[str, NewFile] = {}
-        self._taken = 0  # pictures or regions so far
+        self._taken = 0  # images or regions so far
         try:
             self._records = self._new_shard(shard_file(feature_set, part))
             self._scales = self._new_shard(scale_file(feature_set, part)) if feature_set.has_scales else None
@@ -59,12 +59,12 @@ class SetWriter(ABC):
             raise
 
     @abstractmethod
-    def append(self, row: int, regions: int, features: NDArray[Any] | Stored) -> None:
-        """Take the features of the picture at `row`, which has that many regions."""
+    def append(self, row: int, regions: int, features: NDArray[Any] | EncodedFeatures) -> None:
+        """Take the features of the image at `row`, which has that many regions."""
 
     @abstractmethod
     def skip(self, regions: int) -> None:
-        """Take a picture that could not be read."""
+        """Take an image that could not be read."""
 
     def finish(self) -> Finished:
         """Flush all files."""
@@ -94,7 +94,7 @@ class SetWriter(ABC):
         return ShardWriter(self._new_file(name), self._slots)
 
     def _encode(
-        self, row: int, features: NDArray[Any] | Stored, shape: tuple[int, ...]
+        self, row: int, features: NDArray[Any] | EncodedFeatures, shape: tuple[int, ...]
     ) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
         """Features as they lie on disk, good until the next call.
 
@@ -102,14 +102,14 @@ class SetWriter(ABC):
         they are stored: an overflow to infinity would be found months later, in somebody's loss.
         """
         where = f"feature set {self.feature_set.name}, row {row}"
-        if isinstance(features, Stored):
+        if isinstance(features, EncodedFeatures):
             return self._as_stored(features, where, shape)
         if features.shape != shape or not np.issubdtype(features.dtype, np.floating):
             raise InputError(f"{where}: got {features.dtype} {features.shape}, expected floating {shape}")
         return self._encoder(features, where)
 
     def _as_stored(
-        self, features: Stored, where: str, shape: tuple[int, ...]
+        self, features: EncodedFeatures, where: str, shape: tuple[int, ...]
     ) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
         """Codes and scales as they came; what is in them was checked when they were first stored."""
         codes, scales = features.codes, features.scales
@@ -130,9 +130,9 @@ class SetWriter(ABC):
 
 
 class MapWriter(SetWriter):
-    """One record a picture. A picture that could not be read has none, so its slot stays empty."""
+    """One record an image. An image that could not be read has none, so its slot stays empty."""
 
-    def append(self, row: int, regions: int, features: NDArray[Any] | Stored) -> None:
+    def append(self, row: int, regions: int, features: NDArray[Any] | EncodedFeatures) -> None:
         self._put(self._taken, *self._encode(row, features, self.feature_set.shape))
         self._taken += 1
 
@@ -141,14 +141,14 @@ class MapWriter(SetWriter):
 
 
 class TokenWriter(SetWriter):
-    """One row a region, gathered into inner chunks of TOKEN_CHUNK; a picture's rows may straddle two."""
+    """One row a region, gathered into inner chunks of TOKEN_CHUNK; an image's rows may straddle two."""
 
     def __init__(self, storage: Storage, feature_set: FeatureSet, geometry: Geometry, part: int) -> None:
         super().__init__(storage, feature_set, geometry, part)
         self._chunk = np.zeros(feature_set.record_shape, dtype=feature_set.stored)
         self._chunk_scales = np.zeros(feature_set.scale_shape, dtype="<f2") if feature_set.has_scales else None
 
-    def append(self, row: int, regions: int, features: NDArray[Any] | Stored) -> None:
+    def append(self, row: int, regions: int, features: NDArray[Any] | EncodedFeatures) -> None:
         self._extend(regions, *self._encode(row, features, (regions, *self.feature_set.shape)))
 
     def skip(self, regions: int) -> None:

@@ -21,16 +21,16 @@ from numpy.typing import NDArray
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.part_record import PartRecord, batches_of_sizes, part_identity, set_crc
-from regionspot.cache.format.schema import Failure, FeatureSet, Geometry, PictureFeatures, Stored, record_file
+from regionspot.cache.format.schema import EncodedFeatures, Failure, FeatureSet, Geometry, ImageFeatures, record_file
 from regionspot.cache.storage.base import Storage
 from regionspot.cache.writing.feature_set_writers import MapWriter, SetWriter, TokenWriter
 
 
 class PartWriter:
-    """Takes the pictures of one part in order and writes all given feature sets of it. Use it in a `with`.
+    """Takes the images of one part in order and writes all given feature sets of it. Use it in a `with`.
 
     Leaving the block without `commit` removes what was written. Raises InputError for features that are not the
-    picture's, and CacheError when the disk refuses them.
+    image's, and CacheError when the disk refuses them.
     """
 
     def __init__(
@@ -52,24 +52,24 @@ class PartWriter:
             self._discard()
             raise
 
-    def append(self, picture: PictureFeatures) -> None:
-        """Write the next picture's features."""
+    def append(self, image: ImageFeatures) -> None:
+        """Write the next image's features."""
         row = self._rows.start + self._done
-        if picture.row != row or row not in self._rows:
+        if image.row != row or row not in self._rows:
             raise InputError(
                 f"{self._storage.address}: part {self._part} holds rows {self._rows.start} to {self._rows.stop - 1} "
-                f"in order; got row {picture.row} after {self._done} pictures"
+                f"in order; got row {image.row} after {self._done} images"
             )
         regions = int(self._manifest.offsets[row + 1] - self._manifest.offsets[row])
-        if picture.failure is not None:
-            self._failures.append(Failure(row, str(self._manifest.paths[row]), picture.failure))
+        if image.failure is not None:
+            self._failures.append(Failure(row, str(self._manifest.paths[row]), image.failure))
         for writer in self._writers:
             with self._disk_errors():
-                if picture.failure is None:
-                    writer.append(row, regions, _of_set(picture, writer.feature_set))
+                if image.failure is None:
+                    writer.append(row, regions, _of_set(image, writer.feature_set))
                 else:
                     writer.skip(regions)
-        self._batch_sizes.append(picture.batch_sizes)
+        self._batch_sizes.append(image.batch_sizes)
         self._done += 1
 
     def commit(
@@ -86,14 +86,14 @@ class PartWriter:
         """
         if self._done != len(self._rows):
             raise InputError(
-                f"{self._storage.address}: part {self._part} has {len(self._rows)} pictures, got only {self._done}; "
-                "give one PictureFeatures for each, with `failure` set where it could not be read"
+                f"{self._storage.address}: part {self._part} has {len(self._rows)} images, got only {self._done}; "
+                "give one ImageFeatures for each, with `failure` set where it could not be read"
             )
         offsets = self._manifest.offsets
         record = PartRecord(
             part=self._part,
             first_row=self._rows.start,
-            pictures=len(self._rows),
+            images=len(self._rows),
             regions=int(offsets[self._rows.stop] - offsets[self._rows.start]),
             files={},
             checksums={},
@@ -151,10 +151,10 @@ class PartWriter:
             ) from error
 
 
-def _of_set(picture: PictureFeatures, feature_set: FeatureSet) -> NDArray[Any] | Stored:
-    if feature_set.name not in picture.features:
+def _of_set(image: ImageFeatures, feature_set: FeatureSet) -> NDArray[Any] | EncodedFeatures:
+    if feature_set.name not in image.features:
         raise InputError(
-            f"row {picture.row}: no features of {feature_set.name}, only of {sorted(picture.features) or 'nothing'}; "
+            f"row {image.row}: no features of {feature_set.name}, only of {sorted(image.features) or 'nothing'}; "
             "give them, or say in `failure` why there are none"
         )
-    return picture.features[feature_set.name]
+    return image.features[feature_set.name]

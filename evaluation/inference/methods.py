@@ -1,6 +1,6 @@
-"""The trained head as a method of evaluation: end to end from photos, or from a feature cache.
+"""The trained head as a method of evaluation: end to end from images, or from a feature cache.
 
-Both give the same probabilities up to the rounding of the cache. From photos there are masks too; from a cache no
+Both give the same probabilities up to the rounding of the cache. From images there are masks too; from a cache no
 backbone runs at all, and of CLIP only the text tower is loaded, if the class names were never embedded before.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from regionspot.cache.errors import PhotoError
+from regionspot.cache.errors import ImageError
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference.region_spot import Prepared, RegionSpot
@@ -29,14 +29,14 @@ from regionspot.fusion.head import FusionHead
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.extraction.decode_ahead import default_threads
-from regionspot.pipeline.images.decode import Exif, read_photo
+from regionspot.pipeline.images.decode import Exif, read_image
 
 T = TypeVar("T")
 
 CACHE_BATCH = 16
 
 
-class HeadOnPhotos:
+class HeadOnImages:
     """The head end to end: decode, both encoders, tokens and masks, head."""
 
     name = "head"
@@ -45,7 +45,7 @@ class HeadOnPhotos:
         self,
         spot: RegionSpot,
         manifest: Manifest,
-        photos: Path,
+        images: Path,
         vocabulary: Vocabulary,
         *,
         masks: bool = True,
@@ -53,7 +53,7 @@ class HeadOnPhotos:
     ) -> None:
         self.manifest, self.device = manifest, spot.device
         self._spot, self._text, self._masks = spot, spot.text(vocabulary), masks
-        self._reader = PhotoReader(manifest, photos, self._prepare, exif)
+        self._reader = ImageReader(manifest, images, self._prepare, exif)
         self._batch = spot.localizer.batch_size
         self.identity = {**spot.identity(), "vocabulary": vocabulary.digest, "masks": masks, "exif": exif}
         self.features = {each.name: {**each.provenance, "exif": exif} for each in (spot.localizer, spot.encoder)}
@@ -61,13 +61,13 @@ class HeadOnPhotos:
     def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:
         """One answer a row; stages "photo", "sam", "clip", "tokens" (and masks), "head"."""
         for batch in self._reader.batches(rows, self._batch, timed):
-            readable = [picture for picture in batch if not isinstance(picture, Unreadable)]
+            readable = [image for image in batch if not isinstance(image, Unreadable)]
             scored = iter(self._spot.score(readable, self._text, self._masks, timed) if readable else ())
-            for picture in batch:
-                yield picture if isinstance(picture, Unreadable) else next(scored)
+            for image in batch:
+                yield image if isinstance(image, Unreadable) else next(scored)
 
-    def _prepare(self, photo: Image.Image, row: int) -> Prepared:
-        return self._spot.prepare(photo, self.manifest.boxes_xyxy[self.manifest.regions(row)])
+    def _prepare(self, image: Image.Image, row: int) -> Prepared:
+        return self._spot.prepare(image, self.manifest.boxes_xyxy[self.manifest.regions(row)])
 
 
 class HeadOnCache:
@@ -123,18 +123,18 @@ class HeadOnCache:
             return head_probabilities(self._head, tokens, feature_maps, self._text, self._pieces)
 
 
-class PhotoReader(Generic[T]):
-    """Decodes pictures ahead in threads, in the order asked for; one that cannot be read becomes Unreadable."""
+class ImageReader(Generic[T]):
+    """Decodes images ahead in threads, in the order asked for; one that cannot be read becomes Unreadable."""
 
     def __init__(
-        self, manifest: Manifest, photos: Path, prepare: Callable[[Image.Image, int], T], exif: Exif = "auto"
+        self, manifest: Manifest, images: Path, prepare: Callable[[Image.Image, int], T], exif: Exif = "auto"
     ) -> None:
-        """`prepare(photo, row)` makes of a picture what is wanted; it runs in the threads too."""
-        self._manifest, self._photos, self._prepare, self._exif = manifest, photos, prepare, exif
+        """`prepare(image, row)` makes of an image what is wanted; it runs in the threads too."""
+        self._manifest, self._images, self._prepare, self._exif = manifest, images, prepare, exif
         self._threads = default_threads()
 
     def batches(self, rows: Sequence[int], size: int, timed: Timed) -> Iterator[list[T | Unreadable]]:
-        """`size` prepared pictures at a time; waiting for them is the stage "photo"."""
+        """`size` prepared images at a time; waiting for them is the stage "photo"."""
         pending: deque[Future[T | Unreadable]] = deque()
         ahead = iter(rows)
         with ThreadPoolExecutor(self._threads, thread_name_prefix="decode") as pool:
@@ -154,7 +154,7 @@ class PhotoReader(Generic[T]):
         manifest = self._manifest
         stated = (int(manifest.heights[row]), int(manifest.widths[row]))
         try:
-            photo = read_photo(self._photos / str(manifest.paths[row]), stated, self._exif)
-        except PhotoError as error:
+            image = read_image(self._images / str(manifest.paths[row]), stated, self._exif)
+        except ImageError as error:
             return Unreadable(str(error))
-        return self._prepare(photo, row)
+        return self._prepare(image, row)

@@ -1,10 +1,10 @@
-"""RegionSpot in one object: a photo and boxes in, a name, its score and a mask for every box out.
+"""RegionSpot in one object: an image and boxes in, a name, its score and a mask for every box out.
 
 Localizer, encoder and head run in the same order and batches here, in evaluation and on the command line, so that
 what `predict` says is what AP was measured on.
 """
 
-# B pictures, R regions (padded), V classes, E text embedding, h, w pixels of the original picture
+# B images, R regions (padded), V classes, E text embedding, h, w pixels of the original image
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from regionspot.pipeline.backbones.clip import load_text_encoder
 from regionspot.pipeline.backbones.dtypes import AUTO
 from regionspot.pipeline.backbones.protocols import Localizer, MaskingLocalizer, TextEncoder
 from regionspot.pipeline.backbones.sam import load_localizer
-from regionspot.pipeline.images.decode import Exif, Source, read_photo
+from regionspot.pipeline.images.decode import Exif, Source, read_image
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +52,7 @@ MASK_PIXELS = 50_000_000  # of the bool masks that are in memory at a time
 class Region:
     """What one box was recognised as.
 
-    box_xyxy  x1, y1, x2, y2 in pixels of the picture
+    box_xyxy  x1, y1, x2, y2 in pixels of the image
     name      the likeliest of the names asked about; score is its softmax probability among these names
     scores    the likeliest few names with their scores, best first
     mask      bool (h, w), SAM's mask of the box; None where masks were not asked for, or the localizer draws none
@@ -72,7 +72,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Prepared:
-    """One picture ready for both encoders: SAM's and CLIP's input, its size (h, w), and its boxes float32 (n, 4)."""
+    """One image ready for both encoders: SAM's and CLIP's input, its size (h, w), and its boxes float32 (n, 4)."""
 
     sam: Tensor
     clip: Tensor
@@ -101,7 +101,7 @@ class RegionSpot:
         self._pieces = defaultdict[str, Halving](Halving)  # by stage: a batch that fits one model may not fit another
 
     def identity(self) -> dict[str, Any]:
-        """What decides the numbers besides pictures, boxes and names, ready for JSON."""
+        """What decides the numbers besides images, boxes and names, ready for JSON."""
         backbones = {"localizer": self.localizer.provenance, "encoder": self.encoder.provenance}
         return {"head_sha256": head_digest(self.head), **backbones}
 
@@ -175,15 +175,15 @@ class RegionSpot:
                    those of the upright image. "ignore" takes it as stored. An array is taken as it is
 
         Raises InputError for a box outside of the image, an empty list of names, a name that is too long, or scores
-        that are not finite; PhotoError for an image that cannot be read.
+        that are not finite; ImageError for an image that cannot be read.
         """
-        photo = _photo(image, exif)
-        checked = check_boxes(boxes, (photo.height, photo.width))
+        upright = _image(image, exif)
+        checked = check_boxes(boxes, (upright.height, upright.width))
         vocabulary = self.vocabulary(_each_once(names), templates)
         if not len(checked):
             return []
         drawn = masks and isinstance(self.localizer, MaskingLocalizer)
-        found = self.score([self.prepare(photo, checked)], self.text(vocabulary), drawn)[0]
+        found = self.score([self.prepare(upright, checked)], self.text(vocabulary), drawn)[0]
         if problem := found.not_finite():
             raise InputError(f"{image if isinstance(image, str | Path) else 'image'}: {problem}")
         return [
@@ -203,13 +203,13 @@ class RegionSpot:
         """float32 (V, E): the vocabulary's embeddings where the head runs."""
         return vocabulary.embeddings.to(self.device)
 
-    def prepare(self, photo: Image.Image, boxes_xyxy: NDArray[np.float32]) -> Prepared:
+    def prepare(self, image: Image.Image, boxes_xyxy: NDArray[np.float32]) -> Prepared:
         """Resize for both encoders; may run in a thread."""
-        size = (photo.height, photo.width)
-        return Prepared(self.localizer.preprocess(photo), self.encoder.preprocess(photo), size, boxes_xyxy)
+        size = (image.height, image.width)
+        return Prepared(self.localizer.preprocess(image), self.encoder.preprocess(image), size, boxes_xyxy)
 
     def score(
-        self, pictures: Sequence[Prepared], text: Tensor, masks: bool = False, timed: Timed | None = None
+        self, images: Sequence[Prepared], text: Tensor, masks: bool = False, timed: Timed | None = None
     ) -> list[RegionScores]:
         """Scores of the regions of each image, for text embeddings (V, E).
 
@@ -218,30 +218,30 @@ class RegionSpot:
         """
         timed = timed or _untimed
         with timed("sam"):
-            embeddings = self._pieces["sam"](self.localizer.encode, [image.sam for image in pictures])
+            embeddings = self._pieces["sam"](self.localizer.encode, [image.sam for image in images])
         with timed("clip"):
             feature_maps = self._pieces["clip"](
-                lambda piece: self.encoder.encode(torch.stack(list(piece))), [image.clip for image in pictures]
+                lambda piece: self.encoder.encode(torch.stack(list(piece))), [image.clip for image in images]
             )
         with timed("tokens and masks" if masks else "tokens"):
-            located = [self._locate(*each, masks) for each in zip(pictures, embeddings, strict=True)]
+            located = [self._locate(*each, masks) for each in zip(images, embeddings, strict=True)]
         with timed("head"):
             tokens = [of_image for of_image, _ in located]
             probabilities = head_probabilities(self.head, tokens, feature_maps, text, self._pieces["head"])
         return [RegionScores(found, made) for found, (_, made) in zip(probabilities, located, strict=True)]
 
-    def _locate(self, picture: Prepared, embedding: Tensor, masks: bool) -> tuple[Tensor, Masks | None]:
-        """Tokens (n, C) of one picture's boxes, and their masks, a few at a time: bool masks of 300 boxes are large."""
+    def _locate(self, image: Prepared, embedding: Tensor, masks: bool) -> tuple[Tensor, Masks | None]:
+        """Tokens (n, C) of one image's boxes, and their masks, a few at a time: bool masks of 300 boxes are large."""
         if not masks:
-            found = self.localizer.tokens_of_pictures(embedding[None], [picture.boxes_xyxy], [picture.size])
+            found = self.localizer.tokens_of_images(embedding[None], [image.boxes_xyxy], [image.size])
             return found[0], None
         localizer = self.localizer
         if not isinstance(localizer, MaskingLocalizer):
             raise InputError(f"localizer {localizer.name}: draws no masks; ask for none (--no-masks)")
-        step = max(1, MASK_PIXELS // (picture.size[0] * picture.size[1]))
+        step = max(1, MASK_PIXELS // (image.size[0] * image.size[1]))
         pieces = [
-            localizer.tokens_and_masks(embedding, picture.boxes_xyxy[start : start + step], picture.size)
-            for start in range(0, max(1, len(picture.boxes_xyxy)), step)
+            localizer.tokens_and_masks(embedding, image.boxes_xyxy[start : start + step], image.size)
+            for start in range(0, max(1, len(image.boxes_xyxy)), step)
         ]
         made = concatenate_masks([Masks.encode(bits) for _, bits in pieces])
         return torch.cat([tokens for tokens, _ in pieces]), made
@@ -257,9 +257,9 @@ def _each_once(names: Sequence[str]) -> Sequence[str]:
     return list(once)
 
 
-def _photo(image: Source | NDArray[np.uint8], exif: Exif) -> Image.Image:
+def _image(image: Source | NDArray[np.uint8], exif: Exif) -> Image.Image:
     if isinstance(image, str | os.PathLike | bytes | Image.Image):
-        return read_photo(image, exif=exif)
+        return read_image(image, exif=exif)
     grey_or_rgb = isinstance(image, np.ndarray) and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3))
     if not grey_or_rgb or image.dtype != np.uint8 or not image.size:
         found = f"{image.dtype} of shape {image.shape}" if isinstance(image, np.ndarray) else type(image).__name__

@@ -1,6 +1,6 @@
-"""Long inference that survives being killed: pictures in, detections out, in parts that are written once.
+"""Long inference that survives being killed: images in, detections out, in parts that are written once.
 
-A part is the result of 64 consecutive pictures, one file under a folder named by a digest of everything that decides
+A part is the result of 64 consecutive images, one file under a folder named by a digest of everything that decides
 its numbers. A run that was stopped goes on with the parts that are not there; one with another head, other boxes or
 other classes finds a folder of its own and mixes nothing.
 """
@@ -28,10 +28,10 @@ from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import remove_abandoned, to_json, write_file
 from regionspot.evaluation.inference.scoring import RegionScores, Timed
 from regionspot.evaluation.metrics.detections import (
-    DETECTIONS_PER_PICTURE,
+    DETECTIONS_PER_IMAGE,
     Detections,
     concatenate,
-    detections_of_picture,
+    detections_of_image,
     from_columns,
     to_columns,
 )
@@ -44,13 +44,13 @@ PART_SIZE = 64  # a multiple of every method's batch, so that a resumed run make
 
 @dataclass(frozen=True)
 class Unreadable:
-    """Stands in place of a picture's scores; `reason` is one line."""
+    """Stands in place of an image's scores; `reason` is one line."""
 
     reason: str
 
 
 class Method(Protocol):
-    """One way to score regions: a head or a baseline, over the pictures and boxes of its manifest.
+    """One way to score regions: a head or a baseline, over the images and boxes of its manifest.
 
     name      as it stands in tables
     identity  what decides its numbers besides the manifest, ready for JSON
@@ -79,7 +79,7 @@ class Method(Protocol):
 
 @dataclass(frozen=True)
 class Inference:
-    """What a method said about some pictures.
+    """What a method said about some images.
 
     failures  {image id: reason} of images that could not be read or scored; they have no detections
     seconds   of each stage, over all parts, also those of an earlier run
@@ -88,31 +88,31 @@ class Inference:
     detections: Detections
     failures: dict[int, str]
     seconds: dict[str, float]
-    pictures: int
+    images: int
 
 
 def infer(
     method: Method,
     folder: Path,
     *,
-    detections_per_picture: int = DETECTIONS_PER_PICTURE,
+    detections_per_image: int = DETECTIONS_PER_IMAGE,
     max_failures: FailureLimit = EVALUATION_LIMIT,
 ) -> Inference:
-    """The best detections of every picture of the method's manifest, going on with what `folder` already holds.
+    """The best detections of every image of the method's manifest, going on with what `folder` already holds.
 
-    Parts with pictures that could not be read are tried again. Raises InputError as soon as more than
-    `max_failures` of all pictures are known to be unreadable, or when `folder` cannot be written.
+    Parts with images that could not be read are tried again. Raises InputError as soon as more than
+    `max_failures` of all images are known to be unreadable, or when `folder` cannot be written.
     """
-    parts = _Parts(folder, method, detections_per_picture)
+    parts = _Parts(folder, method, detections_per_image)
     found = {part: stored for part in range(len(parts)) if (stored := parts.load(part)) is not None}
     pending = [part for part in range(len(parts)) if part not in found]
     rows = [row for part in pending for row in parts.rows(part)]
     if found:
         log.info("%s: %d of %d parts are done already", parts.folder, len(found), len(parts))
-    progress = Progress(len(rows), "pictures")
+    progress = Progress(len(rows), "images")
     scores = method.score(rows, _timed(progress, method.device))
     for part in pending:
-        found[part] = _infer_part(method, parts.rows(part), scores, progress, detections_per_picture)
+        found[part] = _infer_part(method, parts.rows(part), scores, progress, detections_per_image)
         parts.save(part, found[part])
         _stop_if_too_many_failed(method.manifest, found.values(), max_failures)
     return _joined([found[part] for part in sorted(found)])
@@ -126,21 +126,21 @@ def _infer_part(
     category_ids = np.array([category.id for category in manifest.categories], np.int64)
     before = dict(progress.stage_seconds)
     detections, failures = [], {}
-    for row, of_picture in zip(rows, islice(scores, len(rows)), strict=True):
+    for row, of_image in zip(rows, islice(scores, len(rows)), strict=True):
         image_id, regions = int(manifest.image_ids[row]), manifest.regions(row)
-        if isinstance(of_picture, Unreadable):
-            failures[image_id] = of_picture.reason
-        elif problem := of_picture.not_finite():
+        if isinstance(of_image, Unreadable):
+            failures[image_id] = of_image.reason
+        elif problem := of_image.not_finite():
             failures[image_id] = f"{manifest.paths[row]}: {problem}"
         else:
             detections.append(
-                detections_of_picture(
+                detections_of_image(
                     image_id,
                     manifest.boxes_xyxy[regions],
-                    of_picture.probabilities,
+                    of_image.probabilities,
                     category_ids,
                     None if manifest.scores is None else manifest.scores[regions],
-                    of_picture.masks,
+                    of_image.masks,
                     limit,
                 )
             )
@@ -175,15 +175,15 @@ def _joined(parts: Sequence[Inference]) -> Inference:
         for stage, spent in part.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + spent
     failures = {image_id: reason for part in parts for image_id, reason in part.failures.items()}
-    pictures = sum(part.pictures for part in parts)
-    return Inference(concatenate([part.detections for part in parts]), failures, seconds, pictures)
+    images = sum(part.images for part in parts)
+    return Inference(concatenate([part.detections for part in parts]), failures, seconds, images)
 
 
 class _Parts:
-    """The files of one evaluation: `folder/<digest>/00000.npz`, each of PART_SIZE pictures."""
+    """The files of one evaluation: `folder/<digest>/00000.npz`, each of PART_SIZE images."""
 
     def __init__(self, folder: Path, method: Method, limit: int) -> None:
-        self._pictures = len(method.manifest)
+        self._images = len(method.manifest)
         identity = {
             "method": method.name,
             "identity": method.identity,
@@ -202,13 +202,13 @@ class _Parts:
         remove_abandoned(self.folder)
 
     def __len__(self) -> int:
-        return -(-self._pictures // PART_SIZE)
+        return -(-self._images // PART_SIZE)
 
     def rows(self, part: int) -> range:
-        return range(part * PART_SIZE, min(self._pictures, (part + 1) * PART_SIZE))
+        return range(part * PART_SIZE, min(self._images, (part + 1) * PART_SIZE))
 
     def save(self, part: int, inference: Inference) -> None:
-        notes = {"failures": inference.failures, "seconds": inference.seconds, "pictures": inference.pictures}
+        notes = {"failures": inference.failures, "seconds": inference.seconds, "pictures": inference.images}
         text = json.dumps(notes, allow_nan=False)
         columns: dict[str, Any] = {"notes": np.array(text), **to_columns(inference.detections)}
         buffer = io.BytesIO()
@@ -216,7 +216,7 @@ class _Parts:
         write_file(self._path(part), buffer.getvalue())
 
     def load(self, part: int) -> Inference | None:
-        """A part of an earlier run; None where it is not there, is damaged, or had pictures that failed."""
+        """A part of an earlier run; None where it is not there, is damaged, or had images that failed."""
         try:
             with np.load(self._path(part)) as columns:
                 notes = json.loads(str(columns["notes"]))

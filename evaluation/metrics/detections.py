@@ -1,6 +1,6 @@
-"""Detections as columns, from the scores of a picture's regions to LVIS's results file.
+"""Detections as columns, from the scores of an image's regions to LVIS's results file.
 
-LVIS val has 19,809 pictures with 300 detections each: six million dicts would fill the memory of most machines, six
+LVIS val has 19,809 images with 300 detections each: six million dicts would fill the memory of most machines, six
 million rows of five columns are 300 MB. The mask of a region is encoded once, however many of its classes are kept.
 """
 
@@ -18,7 +18,7 @@ from pycocotools import mask as rle
 
 from regionspot.cache.storage.atomic_files import partial_path
 
-DETECTIONS_PER_PICTURE = 300  # LVIS's own limit (lvis/results.py, LVISResults.__init__)
+DETECTIONS_PER_IMAGE = 300  # LVIS's own limit (lvis/results.py, LVISResults.__init__)
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Masks:
 
 @dataclass(frozen=True)
 class Detections:
-    """K detections, those of a picture in a row and its best first.
+    """K detections, those of an image in a row and its best first.
 
     image_ids     int64   (K,)
     category_ids  int64   (K,)    the dataset's ids
-    boxes_xywh    float64 (K, 4)  x, y, width, height in pixels of the original picture
+    boxes_xywh    float64 (K, 4)  x, y, width, height in pixels of the original image
     scores        float32 (K,)
     regions       int64   (K,)    which region was named; an index into `masks` where there are any
     masks         of the regions, or None where no masks were made
@@ -108,9 +108,9 @@ class Detections:
 def best_pairs(
     probabilities: NDArray[np.float32],
     box_scores: NDArray[np.float32] | None,
-    limit: int = DETECTIONS_PER_PICTURE,
+    limit: int = DETECTIONS_PER_IMAGE,
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """The `limit` best (region, class) pairs of one picture: regions, classes and scores, best first.
+    """The `limit` best (region, class) pairs of one image: regions, classes and scores, best first.
 
     probabilities float32 (R, C) softmax over the classes; box_scores float32 (R,) multiply them where boxes have one.
     """
@@ -122,16 +122,16 @@ def best_pairs(
     return regions, classes, flat[best]
 
 
-def detections_of_picture(
+def detections_of_image(
     image_id: int,
     boxes_xyxy: NDArray[np.float32],
     probabilities: NDArray[np.float32],
     category_ids: NDArray[np.int64],
     box_scores: NDArray[np.float32] | None = None,
     masks: Masks | None = None,
-    limit: int = DETECTIONS_PER_PICTURE,
+    limit: int = DETECTIONS_PER_IMAGE,
 ) -> Detections:
-    """The `limit` best pairs of one picture, each with the box and mask of its region.
+    """The `limit` best pairs of one image, each with the box and mask of its region.
 
     boxes_xyxy (R, 4) in original pixels, probabilities (R, C), category_ids (C,) the dataset's ids of the classes.
     """

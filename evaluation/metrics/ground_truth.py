@@ -95,10 +95,10 @@ class GroundTruth:
         """A dataset of these classes alone, with the images that show or are said to show one of them."""
         images, categories = self._annotated
         chosen = np.flatnonzero(np.isin(categories, category_ids))
-        pictures = set(np.union1d(images[chosen], detected_in).tolist())
+        image_ids = set(np.union1d(images[chosen], detected_in).tolist())
         classes = set(category_ids.tolist())
         return {
-            "images": [image for image in self.images if image["id"] in pictures],
+            "images": [image for image in self.images if image["id"] in image_ids],
             "categories": [category for category in self.categories if category["id"] in classes],
             "annotations": [self.annotations[index] for index in chosen.tolist()],
         }

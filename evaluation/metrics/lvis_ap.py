@@ -1,8 +1,8 @@
 """AP by the `lvis` package, exactly its numbers, in a memory that does not grow with its bookkeeping.
 
-`lvis` keeps a Python object for every (picture, class) pair whether anything is there or not: 24 million for LVIS
-val. A class's AP depends only on the pictures where it is annotated or listed as absent, so this module hands the
-package a few classes at a time with only those pictures, and lets it average the joined precisions itself.
+`lvis` keeps a Python object for every (image, class) pair whether anything is there or not: 24 million for LVIS
+val. A class's AP depends only on the images where it is annotated or listed as absent, so this module hands the
+package a few classes at a time with only those images, and lets it average the joined precisions itself.
 
 `lvis` 0.5.3 also needs two things put right while it runs, and only then: `np.float`, which numpy 1.24 removed, and
 opencv, which it imports for drawing alone.
@@ -25,11 +25,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.errors import InputError
-from regionspot.evaluation.metrics.detections import DETECTIONS_PER_PICTURE, Detections
+from regionspot.evaluation.metrics.detections import DETECTIONS_PER_IMAGE, Detections
 from regionspot.evaluation.metrics.ground_truth import GroundTruth, read_ground_truth
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
-CLASSES_AT_ONCE = 32  # bounds the memory: lvis makes a few hundred bytes for each class times picture
+CLASSES_AT_ONCE = 32  # bounds the memory: lvis makes a few hundred bytes for each class times image
 IouType = Literal["bbox", "segm"]
 
 
@@ -38,8 +38,8 @@ class LvisAp:
     """AP of one kind of overlap. `values` has every name of METRICS, from 0 to 1, None where there is no truth."""
 
     iou_type: IouType
-    pictures: int
-    detections: int  # after the limit of 300 a picture
+    images: int
+    detections: int  # after the limit of 300 an image
     values: dict[str, float | None]
 
     def __getitem__(self, metric: str) -> float | None:
@@ -52,24 +52,24 @@ def lvis_ap(
     iou_type: IouType,
     image_ids: NDArray[np.int64] | None = None,
 ) -> LvisAp:
-    """Standard LVIS AP (federated, best 300 detections a picture) of `detections`.
+    """Standard LVIS AP (federated, best 300 detections an image) of `detections`.
 
-    `image_ids` restricts truth and detections alike to those pictures. For "segm" a detection's area, which puts it
+    `image_ids` restricts truth and detections alike to those images. For "segm" a detection's area, which puts it
     among small, medium or large, is that of its mask.
 
-    Raises AnnotationError for a file that `lvis` could not evaluate, InputError for detections of pictures or
+    Raises AnnotationError for a file that `lvis` could not evaluate, InputError for detections of images or
     classes that the file does not hold, or without the masks that "segm" needs.
     """
     truth = annotations if isinstance(annotations, GroundTruth) else read_ground_truth(annotations)
     _check(truth, detections, iou_type)
     truth = truth.restrict(image_ids)
-    kept = best_per_picture(detections.take(np.isin(detections.image_ids, truth.image_ids)))
+    kept = best_per_image(detections.take(np.isin(detections.image_ids, truth.image_ids)))
     values = _evaluate(truth, kept.take(truth.counts(kept.image_ids, kept.category_ids)), iou_type)
     return LvisAp(iou_type, len(truth.images), len(kept), values)
 
 
-def best_per_picture(detections: Detections, limit: int = DETECTIONS_PER_PICTURE) -> Detections:
-    """The best `limit` detections of every picture, as LVISResults.limit_dets_per_image keeps them."""
+def best_per_image(detections: Detections, limit: int = DETECTIONS_PER_IMAGE) -> Detections:
+    """The best `limit` detections of every image, as LVISResults.limit_dets_per_image keeps them."""
     order = np.lexsort((-detections.scores, detections.image_ids))
     ids = detections.image_ids[order]
     starts = np.flatnonzero(np.r_[True, ids[1:] != ids[:-1]]) if len(ids) else np.empty(0, np.int64)
@@ -84,9 +84,9 @@ def _check(truth: GroundTruth, detections: Detections, iou_type: IouType) -> Non
     if iou_type == "segm":
         truth.require_masks()
     if iou_type == "segm" and len(detections) and detections.masks is None:
-        raise InputError("mask AP was asked for, but the detections have no masks; evaluate from photos, not a cache")
+        raise InputError("mask AP was asked for, but the detections have no masks; evaluate from images, not a cache")
     for what, found, known in (
-        ("picture", detections.image_ids, truth.image_ids),
+        ("image", detections.image_ids, truth.image_ids),
         ("class", detections.category_ids, truth.category_ids),
     ):
         unknown = np.setdiff1d(found, known)
@@ -135,12 +135,12 @@ class _InMemory:
 
 def _evaluator(lvis: Any, dataset: dict[str, Any], dicts: list[dict[str, Any]], iou_type: IouType) -> Any:
     in_memory = type("Truth", (_InMemory, lvis.LVIS), {})
-    pictures = {**dataset, "annotations": []}
+    images = {**dataset, "annotations": []}
     if dicts:
-        results = lvis.LVISResults(in_memory(pictures), dicts, max_dets=-1)
+        results = lvis.LVISResults(in_memory(images), dicts, max_dets=-1)
     else:
         # LVISResults stumbles over an empty list; it would have become an LVIS without annotations.
-        results = type("Nothing", (_InMemory, lvis.LVISResults), {"__init__": lvis.LVIS.__init__})(pictures)
+        results = type("Nothing", (_InMemory, lvis.LVISResults), {"__init__": lvis.LVIS.__init__})(images)
     return lvis.LVISEval(in_memory(dataset), results, iou_type)
 
 

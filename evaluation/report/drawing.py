@@ -1,6 +1,6 @@
 """An image with its regions on it: boxes, translucent masks, names and scores that can be read.
 
-Two things make such images useless and are avoided here: labels in a fixed font size, unreadable on a large photo and
+Two things make such images useless and are avoided here: labels in a fixed font size, unreadable on a large image and
 covering a small one, and labels on top of each other or of an object. Sizes follow the image, and every label takes the
 free place nearest to its box, with a line to it where that is not beside it. Pillow draws it all, with its own font.
 """
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
 
-LEAST_SIDE = 640  # a picture whose long side is shorter is enlarged, or its labels would cover it
+LEAST_SIDE = 640  # an image whose long side is shorter is enlarged, or its labels would cover it
 MASK_OPACITY = 0.32
 # One golden angle a name round the colour circle keeps any number of hues as far apart as they can be.
 GOLDEN_ANGLE = (3 - math.sqrt(5)) / 2
@@ -36,7 +36,7 @@ GOLDEN_ANGLE = (3 - math.sqrt(5)) / 2
 
 @dataclass(frozen=True)
 class Drawn:
-    """One region to draw: box in pixels of the picture, its label, a mask bool (h, w) or None, a colour or None."""
+    """One region to draw: box in pixels of the image, its label, a mask bool (h, w) or None, a colour or None."""
 
     box_xyxy: NDArray[np.float32]
     label: str
@@ -60,15 +60,15 @@ def colours_of(names: Sequence[str]) -> dict[str, Colour]:
 
 
 def draw_regions(
-    photo: Image.Image, regions: Sequence[Drawn], least_side: int = LEAST_SIDE, opacity: float = MASK_OPACITY
+    image: Image.Image, regions: Sequence[Drawn], least_side: int = LEAST_SIDE, opacity: float = MASK_OPACITY
 ) -> Image.Image:
-    """A copy of `photo` (RGB) with the regions on it, enlarged by a whole factor to a long side of `least_side`.
+    """A copy of `image` (RGB) with the regions on it, enlarged by a whole factor to a long side of `least_side`.
 
     Large regions are drawn first, so that small ones inside them stay visible. Regions without a colour get one by
     their label. Masks are tinted with `opacity`, 0 to 1; their rims are drawn in any case.
     """
-    factor = max(1, math.ceil(least_side / max(photo.size)))
-    canvas = photo.convert("RGB").resize((photo.width * factor, photo.height * factor), Image.Resampling.BICUBIC)
+    factor = max(1, math.ceil(least_side / max(image.size)))
+    canvas = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     palette = colours_of([region.label for region in regions])
     width = max(2, round(max(canvas.size) / 300))
     placed = [
@@ -90,10 +90,10 @@ def draw_regions(
     return canvas
 
 
-def labelled(photo: Image.Image, regions: Sequence[Region]) -> Image.Image:
-    """A copy of `photo` with what `RegionSpot.predict` found in it."""
+def labelled(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
+    """A copy of `image` with what `RegionSpot.predict` found in it."""
     return draw_regions(
-        photo,
+        image,
         [
             Drawn(np.asarray(found.box_xyxy, np.float32), f"{found.name} {found.score:.2f}", found.mask)
             for found in regions
@@ -101,7 +101,7 @@ def labelled(photo: Image.Image, regions: Sequence[Region]) -> Image.Image:
     )
 
 
-def check_picture_name(path: Path) -> Path:
+def check_image_name(path: Path) -> Path:
     """The path itself. Raises InputError for an ending in whose format no image can be written."""
     try:
         _encoded(Image.new("RGB", (32, 32)), path)
@@ -112,28 +112,28 @@ def check_picture_name(path: Path) -> Path:
     return path
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
+def save_image(image: Image.Image, path: Path) -> None:
     """Write an image in the format of the path's ending, whole or not at all, in the place of what is there.
 
     Raises InputError for an image that is too large for the format.
     """
     try:
-        content = _encoded(picture, path)
+        content = _encoded(image, path)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: {picture.width} x {picture.height} pixels cannot be written in this format ({error}); take .png"
+            f"{path}: {image.width} x {image.height} pixels cannot be written in this format ({error}); take .png"
         ) from None
     write_file(path, content)
 
 
-def _encoded(picture: Image.Image, path: Path) -> bytes:
+def _encoded(image: Image.Image, path: Path) -> bytes:
     content = io.BytesIO()
-    picture.save(content, Image.registered_extensions()[path.suffix.lower()])
+    image.save(content, Image.registered_extensions()[path.suffix.lower()])
     return content.getvalue()
 
 
 def font_for(size: tuple[int, int]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The built-in font at a height that can be read when a picture of `size` fills a screen."""
+    """The built-in font at a height that can be read when an image of `size` fills a screen."""
     return ImageFont.load_default(max(13, round(max(size) / 42)))
 
 

@@ -1,4 +1,4 @@
-"""What a frozen encoder's map of one picture tells apart, as colours: no head and no attention has touched it."""
+"""What a frozen encoder's map of one image tells apart, as colours: no head and no attention has touched it."""
 
 # g x g patches row by row, D width
 
@@ -31,7 +31,7 @@ def pca_colours(patches: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float]
 def box_likeness(patches: NDArray[np.float32], box_xyxy: NDArray[np.float32]) -> NDArray[np.float32]:
     """float32 (g, g): cosine of each patch (g, g, D) and the mean of those that a box covers.
 
-    The box is in shares of the picture, 0 to 1; a patch that it covers in part counts in part.
+    The box is in shares of the image, 0 to 1; a patch that it covers in part counts in part.
     """
     weights = _cover(box_xyxy[1::2], len(patches))[:, None] * _cover(box_xyxy[0::2], len(patches))
     mean = np.einsum("yx,yxd->d", weights, patches)

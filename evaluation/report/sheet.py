@@ -10,11 +10,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from regionspot.cache.errors import PhotoError
+from regionspot.cache.errors import ImageError
 from regionspot.cache.format.manifest import NO_CATEGORY, Manifest
 from regionspot.evaluation.metrics.detections import Detections
 from regionspot.evaluation.report.drawing import Drawn, draw_regions
-from regionspot.pipeline.images.decode import Exif, read_photo
+from regionspot.pipeline.images.decode import Exif, read_image
 
 RIGHT, WRONG = (70, 200, 90), (235, 70, 60)
 PAPER, INK, QUIET = (250, 250, 248), (25, 25, 25), (110, 110, 110)
@@ -23,19 +23,19 @@ GAP, CAPTION = 16, 30  # pixels
 
 @dataclass(frozen=True)
 class Captioned:
-    """One picture of a sheet and the line beneath it."""
+    """One image of a sheet and the line beneath it."""
 
     image: Image.Image
     caption: str = ""
 
 
-def contact_sheet(pictures: Sequence[Captioned], columns: int = 3, cell: int = 620, title: str = "") -> Image.Image:
-    """The pictures in rows of `columns` under a title, the long side of each `cell` pixels: labels come out alike.
+def contact_sheet(images: Sequence[Captioned], columns: int = 3, cell: int = 620, title: str = "") -> Image.Image:
+    """The images in rows of `columns` under a title, the long side of each `cell` pixels: labels come out alike.
 
-    A row is as high as its highest picture.
+    A row is as high as its highest image.
     """
     title_font, caption_font = ImageFont.load_default(28), ImageFont.load_default(19)
-    cells = [(_fitted(each.image, cell), each.caption) for each in pictures]
+    cells = [(_fitted(each.image, cell), each.caption) for each in images]
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     heights = [max(image.height for image, _ in row) + CAPTION + GAP for row in rows]
     top = GAP + (28 + 2 * GAP if title else 0)
@@ -59,9 +59,9 @@ def _fitted(image: Image.Image, cell: int) -> Image.Image:
 
 def judged_sheet(
     manifest: Manifest,
-    photos: Path,
+    images: Path,
     detections: Detections,
-    pictures: int = 6,
+    count: int = 6,
     columns: int = 3,
     title: str = "",
     exif: Exif = "auto",
@@ -73,20 +73,20 @@ def judged_sheet(
     """
     drawn: list[Captioned] = []
     for row in range(len(manifest)):
-        if len(drawn) == pictures:
+        if len(drawn) == count:
             break
-        picture = _judged(manifest, photos, detections, row, exif)
-        if picture is not None:
-            drawn.append(picture)
+        image = _judged(manifest, images, detections, row, exif)
+        if image is not None:
+            drawn.append(image)
     return contact_sheet(drawn, columns, title=title)
 
 
-def _judged(manifest: Manifest, photos: Path, detections: Detections, row: int, exif: Exif) -> Captioned | None:
+def _judged(manifest: Manifest, images: Path, detections: Detections, row: int, exif: Exif) -> Captioned | None:
     stated = (int(manifest.heights[row]), int(manifest.widths[row]))
     best = _best_of_regions(detections.take(detections.image_ids == manifest.image_ids[row]))
     try:
-        photo = read_photo(photos / str(manifest.paths[row]), stated, exif)
-    except PhotoError:
+        image = read_image(images / str(manifest.paths[row]), stated, exif)
+    except ImageError:
         return None
     if not len(best):
         return None
@@ -102,7 +102,7 @@ def _judged(manifest: Manifest, photos: Path, detections: Detections, row: int, 
     right = sum(names[int(found)] == truth for found, truth in zip(best.category_ids, truths, strict=True))
     caption = f"{manifest.paths[row]}" + (f"   {right} of {len(known)} right" if known else "")
     # No tint: a green one would turn an orange thing yellow, and the eye could not check the name.
-    return Captioned(draw_regions(photo, drawn, opacity=0), caption)
+    return Captioned(draw_regions(image, drawn, opacity=0), caption)
 
 
 def _best_of_regions(detections: Detections) -> Detections:

@@ -1,4 +1,4 @@
-"""Tables of AP: methods down, metrics across, and what a picture costs, for a terminal and for a document."""
+"""Tables of AP: methods down, metrics across, and what an image costs, for a terminal and for a document."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 from regionspot.evaluation.metrics.lvis_ap import METRICS, IouType
 
-COSTS = ("s/picture", "s on maps")
+COSTS = ("s/image", "s on maps")
 LEGEND = (
     "AP in %, by lvis: AP50 and AP75 at that overlap; s, m, l by size; r, c, f by how frequent a class is. "
-    "s/picture from the file on disk; s on maps: what comes on top of image maps that are there already."
+    "s/image from the file on disk; s on maps: what comes on top of image maps that are there already."
 )
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line: AP from 0 to 1 by metric, None where there is no truth, and seconds a picture in all and on maps."""
+    """One line: AP from 0 to 1 by metric, None where there is no truth, and seconds an image in all and on maps."""
 
     method: str
     ap: dict[str, float | None]

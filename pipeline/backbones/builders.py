@@ -17,7 +17,7 @@ from regionspot.cache.errors import InputError, unknown_name
 from regionspot.pipeline.backbones.open_clip_models import BuiltClip, build_open_clip, model_and_tag
 from regionspot.pipeline.backbones.protocols import Asked
 from regionspot.pipeline.backbones.registry import stored_name
-from regionspot.pipeline.backbones.skip_init import undrawn
+from regionspot.pipeline.backbones.skip_init import skip_init
 from regionspot.pipeline.backbones.state_dicts import StateDict
 from regionspot.pipeline.backbones.weights import OFFICIAL, LoadedWeights
 
@@ -34,7 +34,7 @@ class Preset:
 PRESETS = {
     "bb": Preset(localizer="sam_vit_b", encoder="clip_vit_b_16", clip_pixels=224),
     "bl": Preset(localizer="sam_vit_b", encoder="clip_vit_l_14", clip_pixels=224),
-    # 24 x 24 patches where bl has 16 x 16: a 32-pixel object in a 640-pixel photo spans 1.2 patches, not 0.8.
+    # 24 x 24 patches where bl has 16 x 16: a 32-pixel object in a 640-pixel image spans 1.2 patches, not 0.8.
     "bl336": Preset(localizer="sam_vit_b", encoder="clip_vit_l_14_336", clip_pixels=336),
     # Trained by this project on its own small world; ships with the package.
     "toy": Preset(localizer="toy_sam", encoder="toy_clip", clip_pixels=192),
@@ -77,13 +77,13 @@ def build_sam(name: str) -> Any:
     if name == "toy_sam":
         from regionspot.pipeline.toy.models import build_toy_sam
 
-        with undrawn():
+        with skip_init():
             return build_toy_sam()
     if name not in (*SAM_MODELS, MOBILE_SAM):
         raise InputError(f"{name!r}: is no SAM; expected one of {', '.join((*SAM_MODELS, MOBILE_SAM, 'toy_sam'))}")
     from segment_anything import sam_model_registry
 
-    with undrawn():
+    with skip_init():
         sam = sam_model_registry[SAM_MODELS.get(name, "vit_b")]()
         if name == MOBILE_SAM:
             from regionspot.pipeline.backbones.mobile_sam import TinyVitEncoder
@@ -125,7 +125,7 @@ def _build_toy_clip() -> BuiltClip:
         table[ids.long()] = rows.float()
         return {**weights, "token_embedding.weight": table}
 
-    with undrawn():
+    with skip_init():
         model = build_toy_clip()
     mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
     return BuiltClip(model, toy_tokenizer(), mean, std, unpack=spread, text_config={})

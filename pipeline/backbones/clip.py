@@ -1,10 +1,10 @@
-"""The semantic encoder: CLIP's map of a picture, and its embeddings of prompts and of whole pictures.
+"""The semantic encoder: CLIP's map of an image, and its embeddings of prompts and of whole images.
 
 The map is taken before the last layer norm and the projection, where it still says what lies where; `project` does
 the rest for whoever wants CLIP's own space.
 """
 
-# B pictures, T map tokens (class token first, then patches row by row), D map width, P prompts, p pixels
+# B images, T map tokens (class token first, then patches row by row), D map width, P prompts, p pixels
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class ClipEncoder:
     """A frozen CLIP with a class token. Made by `load_encoder`; a `models.ProjectingEncoder`.
 
     name            registry name, which is also that of the feature set in a cache
-    pixels          side of the square that a picture is squeezed into
+    pixels          side of the square that an image is squeezed into
     map_shape       (T, D)
-    text_dim        width of the space that prompts and projected pictures share
+    text_dim        width of the space that prompts and projected images share
     logit_scale     what CLIP multiplies cosines by (about 100)
     provenance      what decides the maps' values, JSON-able
     weights_sha256  of the file that holds both towers; "random:SEED" for drawn weights
@@ -75,16 +75,16 @@ class ClipEncoder:
 
     @property
     def batch_size(self) -> int:
-        """Pictures to encode at a time."""
+        """Images to encode at a time."""
         return 8
 
-    def preprocess(self, photo: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image) -> Tensor:
         """float32 (3, p, p), normalised."""
-        return self._preprocess.clip_input(photo, self.pixels, *self._normalisation)
+        return self._preprocess.clip_input(image, self.pixels, *self._normalisation)
 
     @torch.no_grad()
     def encode(self, batch: Tensor) -> Tensor:
-        """float32 (B, T, D): the feature maps of preprocessed pictures (B, 3, p, p)."""
+        """float32 (B, T, D): the feature maps of preprocessed images (B, 3, p, p)."""
         with autocast(self.device, self._dtype):
             found = self._clip.visual.forward_intermediates(
                 batch.to(self.device), indices=1, output_fmt="NLC", output_extra_tokens=True, intermediates_only=True
@@ -100,7 +100,7 @@ class ClipEncoder:
         return projected
 
     def embed_images(self, batch: Tensor) -> Tensor:
-        """float32 (B, text_dim): CLIP's embedding of whole preprocessed pictures, not normalised."""
+        """float32 (B, text_dim): CLIP's embedding of whole preprocessed images, not normalised."""
         return self.project(self.encode(batch)[:, 0])
 
     @torch.no_grad()

@@ -57,8 +57,8 @@ class TinyVitEncoder(nn.Module):
             LayerNorm2d(width),
         )
 
-    def forward(self, pictures: Tensor) -> Tensor:
-        embedding: Tensor = self.neck(self.stages(self.patch_embed(pictures)))
+    def forward(self, images: Tensor) -> Tensor:
+        embedding: Tensor = self.neck(self.stages(self.patch_embed(images)))
         return embedding
 
 

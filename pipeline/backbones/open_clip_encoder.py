@@ -2,11 +2,11 @@
 
 The map is what the image tower says of each place before its last norm and pooling, and a class token in front where
 the model has one; registers say nothing of a place and are left out. How pooling takes a map into the text's space is
-each model's own (often an attention over all of it), so there is no projection token by token; whole pictures and
+each model's own (often an attention over all of it), so there is no projection token by token; whole images and
 prompts are embedded as open_clip does it.
 """
 
-# B pictures, T map tokens, D map width, P prompts, E width of the text space, p pixels
+# B images, T map tokens, D map width, P prompts, E width of the text space, p pixels
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class OpenClipEncoder:
     """A frozen model of open_clip. Made by `load_encoder`; a `models.TextEncoder`.
 
     name, provenance, map_shape, text_dim, logit_scale, weights_sha256   as a ClipEncoder's
-    pixels   side of the square that a picture is squeezed into
+    pixels   side of the square that an image is squeezed into
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -60,7 +60,7 @@ class OpenClipEncoder:
         self._normalisation = (tuple(built.mean), tuple(built.std))
         size = self._visual.image_size
         self.pixels: int = size if isinstance(size, int) else size[0]
-        # The authors' own filter, where they squeeze as we do and nothing has shrunk the picture before.
+        # The authors' own filter, where they squeeze as we do and nothing has shrunk the image before.
         self._squash = built.squash if asked.preprocess.name == "direct" else None
         self._has_class_token = _has_class_token(self._visual)
         self.provenance: dict[str, Any] = {
@@ -81,21 +81,21 @@ class OpenClipEncoder:
 
     @property
     def batch_size(self) -> int:
-        """Pictures to encode at a time."""
+        """Images to encode at a time."""
         return 8
 
-    def preprocess(self, photo: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image) -> Tensor:
         """float32 (3, p, p), normalised."""
         if self._squash is None:
-            return self._preprocess.clip_input(photo, self.pixels, *self._normalisation)
-        square = photo.convert("RGB").resize((self.pixels, self.pixels), SQUASH[self._squash])
+            return self._preprocess.clip_input(image, self.pixels, *self._normalisation)
+        square = image.convert("RGB").resize((self.pixels, self.pixels), SQUASH[self._squash])
         values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div_(255)
         mean, std = (torch.tensor(each).view(3, 1, 1) for each in self._normalisation)
         return values.sub_(mean).div_(std)
 
     @torch.no_grad()
     def encode(self, batch: Tensor) -> Tensor:
-        """float32 (B, T, D): the feature maps of preprocessed pictures (B, 3, p, p)."""
+        """float32 (B, T, D): the feature maps of preprocessed images (B, 3, p, p)."""
         # Towers without tokens, such as ConvNeXt, know neither of these two words.
         of_tokens = {"output_fmt": "NLC", "output_extra_tokens": True} if _has_tokens(self._visual) else {}
         with autocast(self.device, self._dtype):
@@ -111,7 +111,7 @@ class OpenClipEncoder:
 
     @torch.no_grad()
     def embed_images(self, batch: Tensor) -> Tensor:
-        """float32 (B, E): the model's embedding of whole preprocessed pictures, not normalised."""
+        """float32 (B, E): the model's embedding of whole preprocessed images, not normalised."""
         with autocast(self.device, self._dtype):
             found = self._visual(batch.to(self.device))
         # CoCa's tower gives its caption tokens as well.

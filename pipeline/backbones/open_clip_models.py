@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from regionspot.cache.errors import InputError
-from regionspot.pipeline.backbones.skip_init import undrawn
+from regionspot.pipeline.backbones.skip_init import skip_init
 from regionspot.pipeline.backbones.state_dicts import StateDict
 from regionspot.pipeline.backbones.weights import OfficialFile
 
@@ -40,10 +40,10 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class BuiltClip:
-    """An open_clip CLIP without weights, and what goes with it: `mean` and `std` normalise a picture in [0, 1].
+    """An open_clip CLIP without weights, and what goes with it: `mean` and `std` normalise an image in [0, 1].
 
     tokenizer    a Tokenizer; None where it has to be fetched from a hub when text is asked for
-    squash       the filter by which the authors squeeze a picture into the square, "bicubic" or "bilinear"; None where
+    squash       the filter by which the authors squeeze an image into the square, "bicubic" or "bilinear"; None where
                  they keep its aspect and crop, which would lose regions
     text_config  of the text tower as open_clip states it; None where there is no tower
     """
@@ -97,7 +97,7 @@ def build_open_clip(model: str, tag: str | None, official: OfficialFile | None =
         raise InputError(f"encoder open_clip:{model}: has no pretrained tag {tag!r}; expected one of: {known}")
     if tag:
         _check_activation(model, tag, config)
-    # Without a tag as with the first one: what a picture has to look like is the same for all of a model's.
+    # Without a tag as with the first one: what an image has to look like is the same for all of a model's.
     published = open_clip.get_pretrained_cfg(model, tag or tags[0]) if tags else {}
     text = None if config["text_cfg"].get("hf_model_name") else config["text_cfg"]
     built = _built(config, text is not None)
@@ -119,7 +119,7 @@ def _built(config: dict[str, Any], with_text: bool) -> Any:
 
     parts = copy.deepcopy(config)
     custom = parts.pop("custom_text", False)
-    with undrawn():
+    with skip_init():
         if not with_text:
             return _ImageTower(CLIP(**{**parts, "text_cfg": NO_TEXT}).visual)
         if "multimodal_cfg" in parts:

@@ -4,7 +4,7 @@ They are Protocols, so a class of somebody else's becomes one by having these na
 some can do (masks, text) is a Protocol of its own, which is asked for where it is needed. docs/backbones.md adds one.
 """
 
-# B pictures, n boxes of a picture, C token width, T map tokens, D map width, P prompts, E width of the text space
+# B images, n boxes of an image, C token width, T map tokens, D map width, P prompts, E width of the text space
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Asked:
     weights     a source that `weights.load_weights` knows; None: the official ones
     device      as torch names it
     dtype       of the image encoder: float32, bfloat16 or float16
-    preprocess  the preset's rule from photos to inputs
+    preprocess  the preset's rule from images to inputs
     tokens      "first", or "all": a localizer's other mask tokens and predicted IoUs as well
     """
 
@@ -58,11 +58,11 @@ class Backbone(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Pictures to encode at a time, where nobody says otherwise."""
+        """Images to encode at a time, where nobody says otherwise."""
         ...
 
-    def preprocess(self, photo: Image.Image) -> Tensor:
-        """One picture's input, on the CPU. Called from several threads at once."""
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """One image's input, on the CPU. Called from several threads at once."""
         ...
 
 
@@ -82,14 +82,14 @@ class Localizer(Backbone, Protocol):
         """What a region gets, by feature set: its shape. The first is `name`, the location token, (C,)."""
         ...
 
-    def encode(self, pictures: Sequence[Tensor]) -> Tensor:
-        """(B, ...): the embeddings of pictures as `preprocess` gives them, one or several."""
+    def encode(self, images: Sequence[Tensor]) -> Tensor:
+        """(B, ...): the embeddings of images as `preprocess` gives them, one or several."""
         ...
 
-    def tokens_of_pictures(
+    def tokens_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """B tensors float32 (n, C): the location tokens of each picture's boxes, in order.
+        """B tensors float32 (n, C): the location tokens of each image's boxes, in order.
 
         embeddings      (B, ...)       as `encode` gives them
         boxes_xyxy      float32 (n, 4) each, in pixels of the original; n may be 0
@@ -97,10 +97,10 @@ class Localizer(Backbone, Protocol):
         """
         ...
 
-    def outputs_of_pictures(
+    def outputs_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """The same with all that `outputs` names: of each picture, float32 (n, *shape) by feature set."""
+        """The same with all that `outputs` names: of each image, float32 (n, *shape) by feature set."""
         ...
 
 
@@ -111,13 +111,13 @@ class MaskingLocalizer(Localizer, Protocol):
     def tokens_and_masks(
         self, embedding: Tensor, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]
     ) -> tuple[Tensor, NDArray[np.bool_]]:
-        """float32 (n, C) and bool (n, h, w): tokens and masks at the original size, of one picture's boxes."""
+        """float32 (n, C) and bool (n, h, w): tokens and masks at the original size, of one image's boxes."""
         ...
 
 
 @runtime_checkable
 class SemanticEncoder(Backbone, Protocol):
-    """A picture to its feature map.
+    """An image to its feature map.
 
     map_shape   (T, D); T is the class token, where there is one, and a square of patches row by row. One without says
                 `"class_token": False` in its provenance
@@ -126,13 +126,13 @@ class SemanticEncoder(Backbone, Protocol):
     map_shape: tuple[int, int]
 
     def encode(self, batch: Tensor) -> Tensor:
-        """float32 (B, T, D): the maps of preprocessed pictures, stacked."""
+        """float32 (B, T, D): the maps of preprocessed images, stacked."""
         ...
 
 
 @runtime_checkable
 class TextEncoder(SemanticEncoder, Protocol):
-    """An encoder whose pictures and prompts meet in one space, as training and evaluation need.
+    """An encoder whose images and prompts meet in one space, as training and evaluation need.
 
     weights_sha256  of the file that holds both towers
     text_dim        E
@@ -144,7 +144,7 @@ class TextEncoder(SemanticEncoder, Protocol):
     logit_scale: float
 
     def embed_images(self, batch: Tensor) -> Tensor:
-        """float32 (B, E): whole preprocessed pictures, not normalised."""
+        """float32 (B, E): whole preprocessed images, not normalised."""
         ...
 
     def embed_prompts(self, prompts: Sequence[str], /) -> Tensor:
@@ -165,7 +165,7 @@ class LimitedTextEncoder(TextEncoder, Protocol):
 
 @runtime_checkable
 class ProjectingEncoder(TextEncoder, Protocol):
-    """An encoder that takes each token of its map into the text's space, not whole pictures alone."""
+    """An encoder that takes each token of its map into the text's space, not whole images alone."""
 
     def project(self, feature_map: Tensor) -> Tensor:
         """float32 (..., D) -> (..., E), token by token."""

@@ -4,7 +4,7 @@ The published method takes the first of the four mask tokens, that of the single
 part and subpart, and the IoU token for how good each mask would be; all come out of the same pass.
 """
 
-# B pictures, n boxes of a picture, N boxes of all, C token width, g side of the embedding
+# B images, n boxes of an image, N boxes of all, C token width, g side of the embedding
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ class RegionTokens:
 
     @torch.no_grad()
     def kept(self, embeddings: Tensor, boxes: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """All that `outputs` names: of each picture, float32 (n, *shape) by feature set."""
+        """All that `outputs` names: of each image, float32 (n, *shape) by feature set."""
         if len(self.outputs) == 1:
             return [{self._name: tokens} for tokens in self.first(embeddings, boxes)]
         queries = self._queries(embeddings, boxes, EVERY_QUERY)
         slots = queries[:, FIRST_MASK_TOKEN:]
         found = (slots[:, TOKEN_SLOT], slots.flatten(1), self._iou_head(queries[:, IOU_TOKEN]))
         counts = [len(each) for each in boxes]
-        pictures = zip(*(torch.split(values, counts) for values in found), strict=True)
-        return [dict(zip(self.outputs, picture, strict=True)) for picture in pictures]
+        images = zip(*(torch.split(values, counts) for values in found), strict=True)
+        return [dict(zip(self.outputs, image, strict=True)) for image in images]
 
     def _queries(self, embeddings: Tensor, boxes: Sequence[Tensor], wanted: Sequence[int]) -> Tensor:
-        """float32 (N, wanted, C). The boxes of all pictures go through the decoder together."""
+        """float32 (N, wanted, C). The boxes of all images go through the decoder together."""
         together = torch.cat(list(boxes))
-        picture = [row for row, each in enumerate(boxes) for _ in range(len(each))]
-        decoded = self.decoder.decode(embeddings.to(together.device).float(), together, picture, wanted)
+        image = [row for row, each in enumerate(boxes) for _ in range(len(each))]
+        decoded = self.decoder.decode(embeddings.to(together.device).float(), together, image, wanted)
         none = torch.zeros(0, len(wanted), self.width, device=together.device)
         return torch.cat([none, *(part.queries for part in decoded)])

@@ -4,7 +4,7 @@ Masks are upscaled only where somebody asks for them. MobileSAM is a SAM with an
 a class of its own (sam2_localizer.py); all are loaded by name here.
 """
 
-# B pictures, n boxes, C token width (256), g side of the embedding (64), h, w pixels
+# B images, n boxes, C token width (256), g side of the embedding (64), h, w pixels
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ from regionspot.pipeline.images.preprocess import preprocess_named
 # Of ImageNet, in 0..255 (segment_anything/build_sam.py).
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
-MASK_CHUNK = 8  # masks are interpolated in float32 at the original size: 48 MB each for a 12-megapixel photo
+MASK_CHUNK = 8  # masks are interpolated in float32 at the original size: 48 MB each for a 12-megapixel image
 
 
 class SamLocalizer:
     """A frozen SAM or MobileSAM. Made by `load_localizer`; a `models.MaskingLocalizer`.
 
     name        registry name, which is also that of the feature set in a cache
-    pixels      the longer side of a picture on entry
+    pixels      the longer side of an image on entry
     token_dim   width of a location token
     provenance  what decides the tokens' values, JSON-able
     """
@@ -73,33 +73,33 @@ class SamLocalizer:
         if isinstance(encoder, ImageEncoderViT):
             return SamEncoder(encoder, dtype)
 
-        def plain(pictures: Tensor) -> Tensor:
+        def plain(images: Tensor) -> Tensor:
             with autocast(self.device, dtype):
-                embedding: Tensor = encoder(pictures)
+                embedding: Tensor = encoder(images)
             return embedding.float()
 
         return plain
 
     @property
     def batch_size(self) -> int:
-        """Pictures to encode at a time. On a CPU more than one large one gains nothing."""
+        """Images to encode at a time. On a CPU more than one large one gains nothing."""
         return 8 if self.device.type == "cuda" or self.pixels <= 512 else 1
 
-    def preprocess(self, photo: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image) -> Tensor:
         """uint8 (3, h, w), the longer side `pixels` long; normalising and padding are left to the device."""
-        return self._preprocess.sam_input(photo, self.pixels)
+        return self._preprocess.sam_input(image, self.pixels)
 
     @torch.no_grad()
-    def encode(self, pictures: Sequence[Tensor]) -> Tensor:
-        """float32 (B, C, g, g): the image embeddings of pictures as `preprocess` gives them."""
-        return self._encoder(torch.stack([self._normalised(picture) for picture in pictures]))
+    def encode(self, images: Sequence[Tensor]) -> Tensor:
+        """float32 (B, C, g, g): the image embeddings of images as `preprocess` gives them."""
+        return self._encoder(torch.stack([self._normalised(image) for image in images]))
 
-    def _normalised(self, picture: Tensor) -> Tensor:
-        values = (self._on_device(picture).float() - self._mean) / self._std
+    def _normalised(self, image: Tensor) -> Tensor:
+        values = (self._on_device(image).float() - self._mean) / self._std
         # After normalising: the padding is 0, the mean colour, as in SAM's own preprocess.
         return F.pad(values, (0, self.pixels - values.shape[2], 0, self.pixels - values.shape[1]))
 
-    def tokens_of_pictures(
+    def tokens_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
         """B tensors float32 (n, C): the location tokens of several images' boxes, decoded together, in order.
@@ -110,10 +110,10 @@ class SamLocalizer:
         """
         return self._tokens.first(embeddings, self._all_scaled(boxes_xyxy, original_sizes))
 
-    def outputs_of_pictures(
+    def outputs_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """The same with all that `outputs` names: of each picture, tensors (n, *shape) by feature set."""
+        """The same with all that `outputs` names: of each image, tensors (n, *shape) by feature set."""
         return self._tokens.kept(embeddings, self._all_scaled(boxes_xyxy, original_sizes))
 
     @torch.no_grad()

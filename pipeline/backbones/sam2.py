@@ -1,12 +1,12 @@
 """SAM 2 and 2.1 as localizers, by Meta's package `sam2` (the extra of the same name).
 
-Of the model for videos only what looks at one picture is used: the image encoder, the prompt encoder and the mask
+Of the model for videos only what looks at one image is used: the image encoder, the prompt encoder and the mask
 decoder. The decoder's transformer is that of SAM, so `TokenDecoder` computes it; it has two more queries that are
 never asked for, an object score and an empty point behind the box's corners. Queries attend to each other as a set, so
 they may stand behind the others here.
 """
 
-# B pictures, n boxes, C token width (256), g side of the embedding (64)
+# B images, n boxes, C token width (256), g side of the embedding (64)
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from regionspot.pipeline.backbones.builders import stated
 from regionspot.pipeline.backbones.dtypes import autocast
 from regionspot.pipeline.backbones.protocols import Asked
 from regionspot.pipeline.backbones.region_tokens import TOKEN_SLOT, RegionTokens
-from regionspot.pipeline.backbones.skip_init import undrawn
+from regionspot.pipeline.backbones.skip_init import skip_init
 from regionspot.pipeline.backbones.weights import load_weights
 
-# Of ImageNet, in 0..1 (sam2/utils/transforms.py), where pictures are squeezed into a square.
+# Of ImageNet, in 0..1 (sam2/utils/transforms.py), where images are squeezed into a square.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 
@@ -43,15 +43,15 @@ def build_sam2(name: str, overrides: Sequence[str] = ()) -> Any:
     version, size = name.split("_hiera_")
     config = compose(f"configs/{version}/{version}_hiera_{SIZES[size]}.yaml", overrides=list(overrides))
     OmegaConf.resolve(config)
-    with undrawn():
+    with skip_init():
         return instantiate(config.model, _recursive_=True)
 
 
 class Sam2Localizer:
-    """The frozen picture part of a SAM 2. Made by `load_localizer`; a `models.Localizer`, without masks.
+    """The frozen image part of a SAM 2. Made by `load_localizer`; a `models.Localizer`, without masks.
 
     name, provenance, token_dim, outputs   as a SamLocalizer's
-    pixels   side of the square that a picture is squeezed into
+    pixels   side of the square that an image is squeezed into
     """
 
     def __init__(self, asked: Asked) -> None:
@@ -73,34 +73,34 @@ class Sam2Localizer:
 
     @property
     def batch_size(self) -> int:
-        """Pictures to encode at a time. On a CPU more than one gains nothing."""
+        """Images to encode at a time. On a CPU more than one gains nothing."""
         return 8 if self.device.type == "cuda" else 1
 
-    def preprocess(self, photo: Image.Image) -> Tensor:
+    def preprocess(self, image: Image.Image) -> Tensor:
         """float32 (3, pixels, pixels), normalised."""
-        return self._preprocess.clip_input(photo, self.pixels, MEAN, STD)
+        return self._preprocess.clip_input(image, self.pixels, MEAN, STD)
 
     @torch.no_grad()
-    def encode(self, pictures: Sequence[Tensor]) -> Tensor:
-        """float32 (B, C, g, g): the image embeddings of pictures as `preprocess` gives them."""
+    def encode(self, images: Sequence[Tensor]) -> Tensor:
+        """float32 (B, C, g, g): the image embeddings of images as `preprocess` gives them."""
         with autocast(self.device, self._dtype):
-            found = self._model.image_encoder(torch.stack(list(pictures)).to(self.device))
+            found = self._model.image_encoder(torch.stack(list(images)).to(self.device))
         embeddings: Tensor = found["vision_features"].float()
         if self._model.directly_add_no_mem_embed:
             # What a video's first frame gets in place of memories (SAM2ImagePredictor.set_image).
             embeddings = embeddings + self._model.no_mem_embed.view(1, -1, 1, 1)
         return embeddings
 
-    def tokens_of_pictures(
+    def tokens_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
         """B tensors float32 (n, C), as `models.Localizer` says."""
         return self._tokens.first(embeddings, self._scaled(boxes_xyxy, original_sizes))
 
-    def outputs_of_pictures(
+    def outputs_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Of each picture, float32 (n, *shape) by feature set, as `models.Localizer` says."""
+        """Of each image, float32 (n, *shape) by feature set, as `models.Localizer` says."""
         return self._tokens.kept(embeddings, self._scaled(boxes_xyxy, original_sizes))
 
     def _scaled(

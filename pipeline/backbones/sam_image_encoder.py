@@ -2,7 +2,7 @@
 
 It equals the official one (segment_anything/modeling/image_encoder.py) to float rounding. That one writes out the
 scores of 4,096 places against 4,096, 0.8 GB in float32, reads them five times, and projects the padding of its windows
-as if it were picture. Here:
+as if it were image. Here:
 
 - Attention is one fused kernel. Its relative positions, a bias `q . R_h[y, y'] + q . R_w[x, x']`, become part of the
   product of queries and keys: the query is extended by its two rows of biases, the key by two one-hot vectors that pick
@@ -15,7 +15,7 @@ as if it were picture. Here:
 The residual stream stays in float32 whatever the products are computed in.
 """
 
-# B pictures, g side of the grid (64), P = g * g places, C width, H heads, c width of a head, w side of a window (14)
+# B images, g side of the grid (64), P = g * g places, C width, H heads, c width of a head, w side of a window (14)
 
 from __future__ import annotations
 
@@ -48,23 +48,23 @@ class SamEncoder:
         self._run = torch.compile(self._forward) if compile else self._forward
 
     @torch.no_grad()
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def __call__(self, images: Tensor) -> Tensor:
         """float32 (B, 256, g, g) of float32 (B, 3, pixels, pixels), normalised and padded."""
-        return self._run(pictures)
+        return self._run(images)
 
-    def _forward(self, pictures: Tensor) -> Tensor:
-        with torch.autocast(pictures.device.type, self._dtype, enabled=self._dtype != torch.float32):
-            x = self._patch_embed(pictures)
+    def _forward(self, images: Tensor) -> Tensor:
+        with torch.autocast(images.device.type, self._dtype, enabled=self._dtype != torch.float32):
+            x = self._patch_embed(images)
         x = (x.float() + self._positions).contiguous()  # the convolution leaves channels first in memory
         for block in self._blocks:
             x = block(x)
-        with torch.autocast(pictures.device.type, self._dtype, enabled=self._dtype != torch.float32):
+        with torch.autocast(images.device.type, self._dtype, enabled=self._dtype != torch.float32):
             embedding: Tensor = self._neck(x.permute(0, 3, 1, 2))
         return embedding.float()
 
 
 class _Block:
-    """One transformer block, over windows or over the whole picture."""
+    """One transformer block, over windows or over the whole image."""
 
     def __init__(self, block: Any, grid: int, dtype: torch.dtype, flex: bool) -> None:
         attention = block.attn
@@ -90,11 +90,11 @@ class _Block:
         return x
 
     def _attention(self, x: Tensor) -> Tensor:
-        pictures, grid, _, _ = x.shape
-        qkv = self._cut(self._qkv(x))  # (n windows of all pictures, w * w, 3 C)
+        images, grid, _, _ = x.shape
+        qkv = self._cut(self._qkv(x))  # (n windows of all images, w * w, 3 C)
         split = qkv.view(*qkv.shape[:2], 3, self._heads, -1).permute(2, 0, 3, 1, 4)  # (3, n, H, w * w, c)
         seen = self._kernel(x.device)(*(each.contiguous() for each in split))
-        return self._out(self._joined(seen.transpose(1, 2).flatten(2), pictures, grid)).view_as(x)
+        return self._out(self._joined(seen.transpose(1, 2).flatten(2), images, grid)).view_as(x)
 
     def _kernel(self, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         if self._flex:
@@ -102,22 +102,22 @@ class _Block:
         return self._attend_by_rows if device.type == "cpu" and self._windows == 1 else self._attend
 
     def _cut(self, qkv: Tensor) -> Tensor:
-        pictures, grid, _, width = qkv.shape
+        images, grid, _, width = qkv.shape
         if self._windows == 1 and grid == self._side:
-            return qkv.view(pictures, grid * grid, width)
+            return qkv.view(images, grid * grid, width)
         padded = self._windows * self._side
         if padded != grid:
-            whole = self._qkv.bias.to(qkv.dtype).expand(pictures, padded, padded, width).contiguous()
+            whole = self._qkv.bias.to(qkv.dtype).expand(images, padded, padded, width).contiguous()
             whole[:, :grid, :grid] = qkv
             qkv = whole
-        cut = qkv.view(pictures, self._windows, self._side, self._windows, self._side, width)
+        cut = qkv.view(images, self._windows, self._side, self._windows, self._side, width)
         return cut.transpose(2, 3).reshape(-1, self._side**2, width)
 
-    def _joined(self, windows: Tensor, pictures: int, grid: int) -> Tensor:
+    def _joined(self, windows: Tensor, images: int, grid: int) -> Tensor:
         if self._windows == 1 and grid == self._side:
             return windows
-        cut = windows.view(pictures, self._windows, self._windows, self._side, self._side, -1)
-        return cut.transpose(2, 3).reshape(pictures, *[self._windows * self._side] * 2, -1)[:, :grid, :grid]
+        cut = windows.view(images, self._windows, self._windows, self._side, self._side, -1)
+        return cut.transpose(2, 3).reshape(images, *[self._windows * self._side] * 2, -1)[:, :grid, :grid]
 
     def _attend(self, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         """(n, H, w * w, c): softmax attention with relative positions, all in one kernel."""
@@ -134,8 +134,8 @@ class _Block:
         side = self._side
         of_rows, of_columns = (each.flatten(2, 3) for each in self._biases(queries))
 
-        def biased(score: Tensor, picture: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-            return score + of_rows[picture, head, query, key // side] + of_columns[picture, head, query, key % side]
+        def biased(score: Tensor, image: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return score + of_rows[image, head, query, key // side] + of_columns[image, head, query, key % side]
 
         seen: Tensor = flex_attention(queries, keys, values, score_mod=biased, scale=self._scale)
         return seen

@@ -1,16 +1,16 @@
-"""SAM's mask decoder, as far as a location token needs it, for the boxes of many pictures at once.
+"""SAM's mask decoder, as far as a location token needs it, for the boxes of many images at once.
 
 It equals the official transformer (segment_anything/modeling/transformer.py) to float rounding and does a fraction of
 its work, by algebra alone:
 
-- The first layer sees the same picture whatever the box, so what it makes of the picture is made once a picture.
-- Later layers see a picture of each box's own. There, attention is taken in the width of the picture's cells: a query
+- The first layer sees the same image whatever the box, so what it makes of the image is made once an image.
+- Later layers see an image of each box's own. There, attention is taken in the width of the image's cells: a query
   `q` meets keys `W x + b` as `(W^T q) . x`, for `q . b` is the same everywhere and cancels in the softmax; values
   `W x + b` are projected after the weighted sum, for the weights sum to one. No cell is ever projected.
-- Where the picture attends to the 7 queries, their values go through the output projection, not the 4,096 cells.
+- Where the image attends to the 7 queries, their values go through the output projection, not the 4,096 cells.
 - The last attention is taken for the wanted queries only.
 
-Boxes never see each other, so those of several pictures stand in one batch without padding.
+Boxes never see each other, so those of several images stand in one batch without padding.
 """
 
 # n boxes of a chunk, K queries of a box (7: IoU, four masks, two corners), P cells (g * g), C width (256), H heads (8)
@@ -36,7 +36,7 @@ QUERIES = 1 + MASK_TOKENS + 2  # the two corners of a box come last
 # What a chunk of boxes may take; one of SAM ViT-B carries 15 MB of cells and scores. On a CPU 16 together are a tenth
 # faster than 4 and more gain nothing, as long as their memory is not new each time (allocator.py).
 CHUNK_BYTES = {"cpu": 256_000_000, "cuda": 2_000_000_000}
-FREE_SHARE = 0.1  # of a GPU's free memory at most: the next batch of pictures is under way beside it
+FREE_SHARE = 0.1  # of a GPU's free memory at most: the next batch of images is under way beside it
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Decoded:
 
     boxes    their positions among all the boxes of the call
     queries  float32 (n, wanted, C)
-    cells    float32 (n, P, C): the picture as each box left it, which masks are made from
+    cells    float32 (n, P, C): the image as each box left it, which masks are made from
     """
 
     boxes: slice
@@ -70,26 +70,26 @@ class TokenDecoder:
 
     @torch.no_grad()
     def decode(
-        self, embeddings: Tensor, boxes: Tensor, picture: Sequence[int], wanted: Sequence[int], chunk: int | None = None
+        self, embeddings: Tensor, boxes: Tensor, image: Sequence[int], wanted: Sequence[int], chunk: int | None = None
     ) -> Iterator[Decoded]:
         """The wanted queries of every box, in order, `chunk` boxes at a time; by default as many as memory bears.
 
         embeddings  float32 (B, C, g, g)  of the image encoder
         boxes       float32 (n, 4)        XYXY in pixels of the encoder's input
-        picture     n numbers, rising     which embedding a box belongs to
+        image     n numbers, rising     which embedding a box belongs to
         wanted      positions of queries: IOU_TOKEN, FIRST_MASK_TOKEN + 0..3
         """
         chunk = chunk or self._boxes_at_a_time(boxes.device)
         shared: dict[int, _Shared] = {}
         for start in range(0, len(boxes), chunk):
             some = slice(start, min(start + chunk, len(boxes)))
-            here = list(picture[some])
+            here = list(image[some])
             shared = {p: shared.get(p) or self._share(embeddings[p]) for p in dict.fromkeys(here)}
             yield Decoded(some, *self._chunk(boxes[some], [shared[p] for p in here], list(wanted)))
 
     def _boxes_at_a_time(self, device: torch.device) -> int:
         places, width = self._positions.shape
-        # Three pictures of cells, and three sets of scores of the 7 queries in 8 heads, live at once.
+        # Three images of cells, and three sets of scores of the 7 queries in 8 heads, live at once.
         box = 4 * places * 3 * (width + self._last.heads * QUERIES)
         limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
         if device.type == "cuda":
@@ -98,7 +98,7 @@ class TokenDecoder:
         return 1 << max(1, limit // box).bit_length() - 1
 
     def _share(self, embedding: Tensor) -> _Shared:
-        """What all boxes of a picture have in common: its cells and the first layer's projections of them."""
+        """What all boxes of an image have in common: its cells and the first layer's projections of them."""
         cells = embedding.flatten(1).T + self._no_mask
         placed = cells + self._positions
         first = self._first
@@ -150,7 +150,7 @@ def _met(asked: Tensor, cells: Tensor, positions: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class _Shared:
-    """Of one picture: cells (P, C), and the first layer's keys, values and queries of them, (H, P, c) each."""
+    """Of one image: cells (P, C), and the first layer's keys, values and queries of them, (H, P, c) each."""
 
     cells: Tensor
     keys: Tensor
@@ -159,7 +159,7 @@ class _Shared:
 
 
 def _runs(shared: Sequence[_Shared]) -> list[tuple[slice, _Shared]]:
-    """Neighbouring boxes of the same picture as slices."""
+    """Neighbouring boxes of the same image as slices."""
     starts = [at for at, one in enumerate(shared) if not at or one is not shared[at - 1]]
     return [(slice(a, b), shared[a]) for a, b in zip(starts, [*starts[1:], len(shared)], strict=True)]
 
@@ -204,7 +204,7 @@ class _Attention:
         return cells @ self._q.mT + self._q_bias.mT
 
     def to_shared(self, queries: Tensor, shared: _Shared) -> Tensor:
-        """(n, K, C): queries (n, K, C) attending to a picture that all of them share."""
+        """(n, K, C): queries (n, K, C) attending to an image that all of them share."""
         n, count, _ = queries.shape
         asked = self._scaled_queries(queries.flatten(0, 1))  # (H, n * K, c)
         weights = (asked @ shared.keys.mT).softmax(-1)
@@ -220,7 +220,7 @@ class _Attention:
         return self._combined(seen @ self._v.mT + self._v_bias.mT).view(n, count, -1)
 
     def weights_of_shared(self, keys: Tensor, shared: _Shared) -> Tensor:
-        """(n, H * K, P): how much every cell of a shared picture takes from each key (n, K, C), by head."""
+        """(n, H * K, P): how much every cell of a shared image takes from each key (n, K, C), by head."""
         n, count, _ = keys.shape
         met = self._scaled_keys(keys.flatten(0, 1)) @ shared.queries.mT  # (H, n * K, P)
         return met.view(self.heads, n, count, -1).transpose(0, 1).softmax(2).flatten(1, 2)

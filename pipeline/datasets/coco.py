@@ -174,16 +174,16 @@ def _text_or_none(value: Any) -> str | None:
 
 
 def _with_regions(
-    file: AnnotationFile, raw: msgspec.Raw, images: CocoImages, pictures: Manifest, skipped: SkippedRecords
+    file: AnnotationFile, raw: msgspec.Raw, images: CocoImages, manifest: Manifest, skipped: SkippedRecords
 ) -> Manifest:
-    """`pictures` with the regions of the list `raw`; those of images that were skipped go with them."""
-    picture_of = Lookup(pictures.image_ids)
-    category_of = Lookup(np.array([category.id for category in pictures.categories], np.int64))
+    """`manifest` with the regions of the list `raw`; those of images that were skipped go with them."""
+    row_of = Lookup(manifest.image_ids)
+    category_of = Lookup(np.array([category.id for category in manifest.categories], np.int64))
     left_out = np.array(sorted(images.left_out), np.int64)
-    table = RegionTable(pictures, file.path, "xywh")
+    table = RegionTable(manifest, file.path, "xywh")
     for piece in file.slices("annotations", raw, _Annotation, _read_record, skipped):
         image_ids = column(piece.items, "image_id", np.int64)
-        rows, categories = picture_of.find(image_ids), category_of.find(column(piece.items, "category_id", np.int64))
+        rows, categories = row_of.find(image_ids), category_of.find(column(piece.items, "category_id", np.int64))
         without_image = (rows < 0) & np.isin(image_ids, left_out)
         known = ((rows >= 0) | without_image) & (categories >= 0)
         for at in np.flatnonzero(~known).tolist():

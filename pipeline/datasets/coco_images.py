@@ -14,7 +14,7 @@ from regionspot.cache.format.manifest import Category, Manifest
 from regionspot.pipeline.datasets import json_values as values
 from regionspot.pipeline.datasets.json_stream import AnnotationFile, SkippedRecords
 from regionspot.pipeline.datasets.json_values import FieldError
-from regionspot.pipeline.datasets.region_table import Ints, Lookup, column, manifest_of_pictures, ragged
+from regionspot.pipeline.datasets.region_table import Ints, Lookup, column, manifest_of_images, ragged
 
 if TYPE_CHECKING:
     from regionspot.pipeline.datasets.coco import Form
@@ -76,7 +76,7 @@ class CocoImages:
                 f"`images` holds {len(repeated)} ids more than once, the first is {repeated[0]} (of {first} and of "
                 f"{other}); give each image an id of its own"
             )
-        return manifest_of_pictures(
+        return manifest_of_images(
             dataset,
             split,
             ids,

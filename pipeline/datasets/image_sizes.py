@@ -1,7 +1,7 @@
-"""Sizes of photos whose annotations do not state them: read once from the file headers, then remembered.
+"""Sizes of images whose annotations do not state them: read once from the file headers, then remembered.
 
-1.7 million headers take minutes, so each size is kept with the photo's length in bytes and its time of change, in a
-small Parquet file inside the photo folder, or under $REGIONSPOT_HOME/sizes where that folder may not be written.
+1.7 million headers take minutes, so each size is kept with the image's length in bytes and its time of change, in a
+small Parquet file inside the image folder, or under $REGIONSPOT_HOME/sizes where that folder may not be written.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ Stamp: TypeAlias = tuple[int, int]  # length in bytes, time of last change in na
 Size: TypeAlias = tuple[int, int]  # height, width
 
 
-def photo_sizes(folder: Path, names: Sequence[str]) -> NDArray[np.int64]:
-    """int64 (N, 2): height and width of each photo, as stored (EXIF orientation not applied).
+def image_sizes(folder: Path, names: Sequence[str]) -> NDArray[np.int64]:
+    """int64 (N, 2): height and width of each image, as stored (EXIF orientation not applied).
 
-    A row is ABSENT twice where `folder` holds no such file, UNREADABLE twice where it is no picture.
+    A row is ABSENT twice where `folder` holds no such file, UNREADABLE twice where it is no image.
     """
     there = _stamps(folder, set(names))
     known = {name: size for name, (stamp, size) in _remembered(folder).items() if there.get(name) == stamp}
     unread = [name for name in there if name not in known]
     if unread:
-        log.info("%s: reading the sizes of %d photos from their headers", folder, len(unread))
+        log.info("%s: reading the sizes of %d images from their headers", folder, len(unread))
     for start in range(0, len(unread), _SAVE_EVERY):
         known.update(_read_headers(folder, unread[start : start + _SAVE_EVERY]))
         _remember(folder, there, known)
@@ -57,7 +57,7 @@ def photo_sizes(folder: Path, names: Sequence[str]) -> NDArray[np.int64]:
 
 
 def _stamps(folder: Path, wanted: set[str]) -> dict[str, Stamp]:
-    """The wanted photos that are there. One listing of the folder, not a look-up for each name."""
+    """The wanted images that are there. One listing of the folder, not a look-up for each name."""
     found = {}
     try:
         with os.scandir(folder) as entries:
@@ -71,7 +71,7 @@ def _stamps(folder: Path, wanted: set[str]) -> dict[str, Stamp]:
 
 
 def _read_headers(folder: Path, names: Sequence[str]) -> dict[str, Size]:
-    """Sizes of the photos whose header can be read. Threads: most of the time is spent waiting for the disk."""
+    """Sizes of the images whose header can be read. Threads: most of the time is spent waiting for the disk."""
     with ThreadPoolExecutor(max_workers=4 * processors()) as pool:
         sizes = pool.map(lambda name: _header_size(folder / name), names)
         return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
@@ -79,8 +79,8 @@ def _read_headers(folder: Path, names: Sequence[str]) -> dict[str, Size]:
 
 def _header_size(path: Path) -> Size | None:
     try:
-        with open_regular(path) as file, read_header(file) as photo:
-            width, height = stored_size(photo)
+        with open_regular(path) as file, read_header(file) as image:
+            width, height = stored_size(image)
             return height, width
     except Exception:  # whatever broken bytes trip PIL's readers into
         return None
@@ -100,7 +100,7 @@ def _remembered(folder: Path) -> dict[str, tuple[Stamp, Size]]:
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, pa.ArrowException, KeyError) as error:
-            log.warning("%s: the remembered photo sizes cannot be read (%s) and are read anew", place, error)
+            log.warning("%s: the remembered image sizes cannot be read (%s) and are read anew", place, error)
             continue
         stamps, sizes = zip(lengths, times, strict=True), zip(heights, widths, strict=True)
         return dict(zip(names, zip(stamps, sizes, strict=True), strict=True))
@@ -123,4 +123,4 @@ def _remember(folder: Path, there: dict[str, Stamp], known: dict[str, Size]) -> 
             log.debug("%s: cannot be written (%s)", place, error)
             with suppress(OSError):
                 partial.unlink()
-    log.warning("%s: the sizes of its photos could not be remembered; they are read again next time", folder)
+    log.warning("%s: the sizes of its images could not be remembered; they are read again next time", folder)

@@ -20,10 +20,10 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from regionspot.cache.format.manifest import Category, Manifest
-from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, photo_sizes
+from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, image_sizes
 from regionspot.pipeline.datasets.json_stream import AnnotationFile, SkippedRecords
 from regionspot.pipeline.datasets.json_values import shown
-from regionspot.pipeline.datasets.region_table import Floats, Ints, RegionTable, manifest_of_pictures
+from regionspot.pipeline.datasets.region_table import Floats, Ints, RegionTable, manifest_of_images
 from regionspot.pipeline.datasets.report import contents
 from regionspot.pipeline.reporting.failures import EXTRACTION_LIMIT, FailureLimit
 
@@ -58,7 +58,7 @@ def image_id_of(hex_id: str) -> int:
 def read_openimages(
     boxes_csv: Path,
     classes_csv: Path,
-    photo_folder: Path,
+    image_folder: Path,
     split: str,
     keep_groups: bool = False,
     max_failures: FailureLimit = EXTRACTION_LIMIT,
@@ -74,14 +74,14 @@ def read_openimages(
     skipped = SkippedRecords(boxes_file, max_failures)
     boxes, remarks = _read_boxes(boxes_file, places, classes_file.path, skipped)
     paths = [f"{name}.jpg" for name in boxes.hex_ids]
-    sizes = photo_sizes(photo_folder, paths)
+    sizes = image_sizes(image_folder, paths)
     there = np.flatnonzero(sizes[:, 0] > 0)
     if not len(there):
         raise boxes_file.refuse(
-            f"{photo_folder} holds none of its {len(paths):,} images that can be read, and their sizes are needed; the "
-            f"first is {paths[0]}, that folder {contents(photo_folder)}"
+            f"{image_folder} holds none of its {len(paths):,} images that can be read, and their sizes are needed; the "
+            f"first is {paths[0]}, that folder {contents(image_folder)}"
         )
-    pictures = manifest_of_pictures(
+    images = manifest_of_images(
         "openimages",
         split,
         np.array([image_id_of(boxes.hex_ids[at]) for at in there], np.int64),
@@ -93,15 +93,15 @@ def read_openimages(
         report={**skipped.report, **_left_out(sizes[:, 0])},
         remarks=(*skipped.remarks, *remarks),
     )
-    return _with_regions(pictures, boxes, boxes_csv, there, keep_groups)
+    return _with_regions(images, boxes, boxes_csv, there, keep_groups)
 
 
-def _with_regions(pictures: Manifest, boxes: _Boxes, path: Path, there: Ints, keep_groups: bool) -> Manifest:
+def _with_regions(images: Manifest, boxes: _Boxes, path: Path, there: Ints, keep_groups: bool) -> Manifest:
     row_of_image = np.full(len(boxes.hex_ids), -1, np.int64)
     row_of_image[there] = np.arange(len(there))
-    scale = np.stack([pictures.widths, pictures.heights] * 2, axis=1).astype(np.float64)
+    scale = np.stack([images.widths, images.heights] * 2, axis=1).astype(np.float64)
     x1, x2, y1, y2 = boxes.corners
-    table = RegionTable(pictures, path, "normalised")
+    table = RegionTable(images, path, "normalised")
     for start in range(0, len(boxes.image), _PIECE):
         piece = slice(start, start + _PIECE)
         rows = row_of_image[boxes.image[piece]]

@@ -55,9 +55,9 @@ class RegionTable:
     form   how its boxes are written
     """
 
-    def __init__(self, pictures: Manifest, path: Path, form: BoxForm) -> None:
-        self._pictures, self._path, self._form = pictures, path, form
-        self._limits = np.stack([pictures.widths, pictures.heights] * 2, axis=1).astype(np.float64)
+    def __init__(self, images: Manifest, path: Path, form: BoxForm) -> None:
+        self._images, self._path, self._form = images, path, form
+        self._limits = np.stack([images.widths, images.heights] * 2, axis=1).astype(np.float64)
         self._rows: list[NDArray[np.int32]] = []
         self._boxes: list[NDArray[np.float32]] = []
         self._categories: list[NDArray[np.int32]] = []
@@ -108,21 +108,21 @@ class RegionTable:
         """The manifest with these regions, in the order added within each image, instead of those it had."""
         rows = _joined(self._rows, np.int32)
         order = np.argsort(rows, kind="stable")
-        counts = np.bincount(rows, minlength=len(self._pictures))
+        counts = np.bincount(rows, minlength=len(self._images))
         boxes = _joined(self._boxes, np.float32).reshape(-1, 4)
         ids = _joined(self._ids, np.int64)
         categories = _joined(self._categories, np.int32)[order]
         self._report["repeated_boxes"] = _repeated(_box_keys(rows[order], boxes[order], categories))
         self._report["repeated_annotation_ids"] = _repeated(ids[ids != -1])
         return replace(
-            self._pictures,
+            self._images,
             offsets=_offsets(counts),
             boxes_xyxy=boxes[order],
             category_index=categories,
             annotation_ids=ids[order],
             scores=_joined(self._scores, np.float32)[order] if self._scores else None,
-            report={**self._pictures.report, **+self._report},
-            remarks=(*self._pictures.remarks, *self._remarks()),
+            report={**self._images.report, **+self._report},
+            remarks=(*self._images.remarks, *self._remarks()),
         )
 
     def _kept(self, unusable: Mapping[str, Bools], keep: Bools) -> Bools:
@@ -152,7 +152,7 @@ class RegionTable:
         return [f"{self._path}: {told}{odd and '; '}{odd}"]
 
 
-def manifest_of_pictures(
+def manifest_of_images(
     dataset: str,
     split: str,
     image_ids: Ints,

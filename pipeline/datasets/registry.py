@@ -25,7 +25,7 @@ __all__ = [
     "Dataset",
     "DatasetReport",
     "describe",
-    "photo_dir",
+    "image_folder_of",
     "read_dataset",
     "read_split",
     "require_regions",
@@ -65,63 +65,63 @@ class Dataset:
     """Where one dataset's parts lie under its data folder.
 
     files    the annotation file's possible names, by split
-    photos   the folders that may be the photo folder, likeliest first; `{split}` is filled in
+    images   the folders that may be the image folder, likeliest first; `{split}` is filled in
     holding  what is inside the right one: the folder that holds most of these is taken, the first of equals
     form     how its COCO-form file is read; None for OpenImages' tables
     """
 
     summary: str
     files: dict[str, tuple[str, ...]]
-    photos: tuple[str, ...]
+    images: tuple[str, ...]
     holding: tuple[str, ...] = (".",)
     form: Form | None = None
 
 
 DATASETS = {
     "o365": Dataset(
-        "Objects365 v1: objects365_{train,val}.json, photos in train/, val/",
+        "Objects365 v1: objects365_{train,val}.json, images in train/, val/",
         {split: (f"objects365_{split}.json",) for split in ("train", "val")},
-        photos=("{split}", "images/{split}"),
+        images=("{split}", "images/{split}"),
         form=Form(),
     ),
     "o365v2": Dataset(
-        "Objects365 v2: zhiyuan_objv2_{train,val}.json, photos in train/patch0/, ...",
+        "Objects365 v2: zhiyuan_objv2_{train,val}.json, images in train/patch0/, ...",
         {split: (f"zhiyuan_objv2_{split}.json",) for split in ("train", "val")},
-        photos=("{split}", "images/{split}"),
+        images=("{split}", "images/{split}"),
         form=Form(path_parts=2, spelling=O365V2_SPELLING),
     ),
     "openimages": Dataset(
-        "OpenImages V6/V7: oidv6-train-annotations-bbox.csv and the class file, photos in train/, val/, test/",
+        "OpenImages V6/V7: oidv6-train-annotations-bbox.csv and the class file, images in train/, val/, test/",
         {
             "train": ("oidv6-train-annotations-bbox.csv", "train-annotations-bbox.csv"),
             "val": ("validation-annotations-bbox.csv",),
             "test": ("test-annotations-bbox.csv",),
         },
-        photos=("{split}", "images/{split}", "{split}idation", "images/{split}idation"),
+        images=("{split}", "images/{split}", "{split}idation", "images/{split}idation"),
     ),
     "v3det": Dataset(
-        "V3Det: v3det_2023_v1_{train,val}.json, photos in images/",
+        "V3Det: v3det_2023_v1_{train,val}.json, images in images/",
         {split: (f"v3det_2023_v1_{split}.json",) for split in ("train", "val")},
-        photos=(".",),
+        images=(".",),
         form=Form(),
     ),
     "lvis": Dataset(
-        "LVIS v1: lvis_v1_{train,val}.json, COCO's photos in train2017/, val2017/; split minival too",
+        "LVIS v1: lvis_v1_{train,val}.json, COCO's images in train2017/, val2017/; split minival too",
         {"train": ("lvis_v1_train.json",), "val": ("lvis_v1_val.json",), "minival": ("lvis_v1_val.json",)},
-        photos=(".", "images", "coco", "{split}2017", "images/{split}2017"),  # the last two: paths by file_name
+        images=(".", "images", "coco", "{split}2017", "images/{split}2017"),  # the last two: paths by file_name
         holding=("train2017", "val2017"),
         form=_LVIS_FORM,
     ),
     "coco": Dataset(
-        "COCO: instances_{train,val}2017.json, photos in train2017/, val2017/; or any file of its form",
+        "COCO: instances_{train,val}2017.json, images in train2017/, val2017/; or any file of its form",
         {split: (f"instances_{split}2017.json", f"instances_{split}.json") for split in ("train", "val")},
-        photos=("images/{split}2017", "{split}2017", "images/{split}", "{split}", "images", "."),
+        images=("images/{split}2017", "{split}2017", "images/{split}", "{split}", "images", "."),
         form=Form(),
     ),
     "toy": Dataset(
-        "the generated world: toy_{train,val}.json, photos in photos/",
+        "the generated world: toy_{train,val}.json, images in photos/",
         {split: (f"toy_{split}.json",) for split in ("train", "val")},
-        photos=("photos",),
+        images=("photos",),
         form=_LVIS_FORM,
     ),
 }
@@ -184,21 +184,21 @@ def read_dataset(
     path = Path(annotations) if annotations else _annotation_file(name, dataset, data, split)
     if dataset.form is None:
         classes = _find(name, data, _OPENIMAGES_CLASSES)
-        return read_openimages(path, classes, photo_dir(name, data, split), split, keep_groups, max_failures)
+        return read_openimages(path, classes, image_folder_of(name, data, split), split, keep_groups, max_failures)
     manifest = read_coco_form(path, name, split, dataset.form, max_failures)
     if name == "lvis" and split == "minival" and annotations is None:
         return cut_to_images(manifest, _find(name, data, (_MINIVAL,)), split)
     return manifest
 
 
-def photo_dir(name: str, data: Path, split: str = "train", manifest: Manifest | None = None) -> Path:
+def image_folder_of(name: str, data: Path, split: str = "train", manifest: Manifest | None = None) -> Path:
     """The folder that the manifest's paths start from.
 
     Of the folders where this dataset's images may lie, the one that holds most of some images of `manifest`, where
     that is given; else the likeliest that is there. Where none is there, the place where it should be.
     """
     dataset, split = _dataset(name), _SPLIT_ALIASES.get(split, split)
-    folders = [Path(data) / place.format(split=split) for place in dataset.photos]
+    folders = [Path(data) / place.format(split=split) for place in dataset.images]
     holding = dataset.holding if manifest is None else _some_paths(manifest)
     return max(folders, key=lambda folder: (sum(os.path.exists(folder / path) for path in holding), folder.is_dir()))
 

@@ -19,95 +19,95 @@ _SEARCHED = 2000  # folders beside the right one that are looked into for a miss
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """Counts of one split. `missing_photos` is None where the disk was not looked at."""
+    """Counts of one split. `missing_images` is None where the disk was not looked at."""
 
     dataset: str
     split: str
-    pictures: int
+    images: int
     regions: int
     categories: int
     median_regions: float
     max_regions: int
-    pictures_without_regions: int
+    images_without_regions: int
     counts: dict[str, int]
     remarks: tuple[str, ...]
-    photo_folder: Path
-    missing_photos: int | None
+    image_folder: Path
+    missing_images: int | None
     first_missing: tuple[str, ...]
     hint: str
 
     def text(self) -> str:
         """A few lines for people."""
         lines = [
-            f"{self.dataset} {self.split}: {self.pictures:,} images, {self.regions:,} regions, "
+            f"{self.dataset} {self.split}: {self.images:,} images, {self.regions:,} regions, "
             f"{self.categories:,} categories",
             f"regions an image: median {self.median_regions:g}, at most {self.max_regions:,}; "
-            f"{self.pictures_without_regions:,} images have none",
+            f"{self.images_without_regions:,} images have none",
             *(f"{name.replace('_', ' ')}: {count:,}" for name, count in sorted(self.counts.items())),
             *self.remarks,
         ]
-        if self.missing_photos is not None:
-            lines.append(self.photos_text())
+        if self.missing_images is not None:
+            lines.append(self.images_text())
         return "\n".join(lines)
 
-    def photos_text(self) -> str:
+    def images_text(self) -> str:
         """Where the images are, or which are not, and where they may be."""
-        if not self.missing_photos:
-            return f"images: all in {self.photo_folder}"
-        more = ", ..." if self.missing_photos > len(self.first_missing) else ""
+        if not self.missing_images:
+            return f"images: all in {self.image_folder}"
+        more = ", ..." if self.missing_images > len(self.first_missing) else ""
         named = ", ".join(self.first_missing)
         hint = f"; {self.hint}" if self.hint else ""
-        return f"images: {self.missing_photos:,} are not in {self.photo_folder}: {named}{more}{hint}"
+        return f"images: {self.missing_images:,} are not in {self.image_folder}: {named}{more}{hint}"
 
 
-def describe(manifest: Manifest, photo_folder: Path, check_photos: bool = True) -> DatasetReport:
-    """Count what the manifest holds and, with `check_photos`, which of its images `photo_folder` lacks."""
+def describe(manifest: Manifest, image_folder: Path, check_images: bool = True) -> DatasetReport:
+    """Count what the manifest holds and, with `check_images`, which of its images `image_folder` lacks."""
     counts = manifest.region_count
-    missing = missing_photos(manifest, photo_folder) if check_photos else None
+    missing = missing_images(manifest, image_folder) if check_images else None
     return DatasetReport(
         dataset=manifest.dataset,
         split=manifest.split,
-        pictures=len(manifest),
+        images=len(manifest),
         regions=len(manifest.boxes_xyxy),
         categories=len(manifest.categories),
         median_regions=float(np.median(counts)) if len(counts) else 0.0,
         max_regions=int(counts.max(initial=0)),
-        pictures_without_regions=int((counts == 0).sum()),
+        images_without_regions=int((counts == 0).sum()),
         counts=dict(manifest.report),
         remarks=manifest.remarks,
-        photo_folder=photo_folder,
-        missing_photos=None if missing is None else len(missing),
+        image_folder=image_folder,
+        missing_images=None if missing is None else len(missing),
         first_missing=tuple((missing or [])[:FIRST_MISSING]),
-        hint=where_it_may_be(photo_folder, missing[0]) if missing else "",
+        hint=where_it_may_be(image_folder, missing[0]) if missing else "",
     )
 
 
-def missing_photos(manifest: Manifest, photo_folder: Path) -> list[str]:
+def missing_images(manifest: Manifest, image_folder: Path) -> list[str]:
     """Paths of the manifest that are not on the disk, in its order. One listing a folder, not a look-up an image."""
     wanted: defaultdict[str, list[str]] = defaultdict(list)
     for path in manifest.paths.tolist():
         wanted[path.rpartition("/")[0]].append(path)
     absent: set[str] = set()
     for folder, paths in wanted.items():
-        names = _names(photo_folder / folder)
+        names = _names(image_folder / folder)
         absent.update(path for path in paths if path.rpartition("/")[2] not in names)
     return [path for path in manifest.paths.tolist() if path in absent]
 
 
-def where_it_may_be(photo_folder: Path, path: str) -> str:
+def where_it_may_be(image_folder: Path, path: str) -> str:
     """What a missing image is called or where it lies instead, in words; "" where nothing like it is found."""
-    if (decoded := unquote(path)) != path and os.path.exists(photo_folder / decoded):
+    if (decoded := unquote(path)) != path and os.path.exists(image_folder / decoded):
         return f"{decoded} is there: the annotations have its name URL-encoded; decode it"
     stated = PurePosixPath(path)
-    here = _names(photo_folder / stated.parent)
+    here = _names(image_folder / stated.parent)
     alike = [name for name in here if PurePosixPath(name).stem.lower() == stated.stem.lower()]
     if alike:
         return f"{min(alike)} is there; write the name as the disk has it"
-    for folder in _folders_around(photo_folder, stated):
+    for folder in _folders_around(image_folder, stated):
         if os.path.exists(folder / stated.name):
-            return f"{stated.name} lies in {folder}, not in {photo_folder / stated.parent}; mend the paths or move it"
+            return f"{stated.name} lies in {folder}, not in {image_folder / stated.parent}; mend the paths or move it"
     if not here:
-        return f"{photo_folder / stated.parent} {contents(photo_folder / stated.parent)}"
+        return f"{image_folder / stated.parent} {contents(image_folder / stated.parent)}"
     return ""
 
 
@@ -121,10 +121,10 @@ def contents(folder: Path) -> str:
     return f"holds {', '.join(names[:_LISTED])}{more}" if names else "is empty"
 
 
-def _folders_around(photo_folder: Path, stated: PurePosixPath) -> list[Path]:
+def _folders_around(image_folder: Path, stated: PurePosixPath) -> list[Path]:
     """Where an image may lie instead: the other patches of Objects365, the folder itself or one further up."""
-    around = [photo_folder, photo_folder.parent, photo_folder / stated.parent / "..", *photo_folder.glob("*/")]
-    return [folder for folder in around if folder != photo_folder / stated.parent][:_SEARCHED]
+    around = [image_folder, image_folder.parent, image_folder / stated.parent / "..", *image_folder.glob("*/")]
+    return [folder for folder in around if folder != image_folder / stated.parent][:_SEARCHED]
 
 
 def _names(folder: Path) -> set[str]:

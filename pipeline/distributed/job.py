@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.compatibility import require_same_features
-from regionspot.cache.format.schema import FeatureSet, PictureFeatures
+from regionspot.cache.format.schema import FeatureSet, ImageFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.distributed.worker import PartMaker
 from regionspot.pipeline.extraction.config import ExtractConfig
@@ -62,7 +62,7 @@ class ExtractJob:
         cache, backbones = extraction.prepare()
         names = tuple(each.name for each in self.config.feature_sets(backbones))
         environment = Environment.here(cache, backbones, self.config.decode_threads)
-        return Prepared(extraction.photos, names, environment)
+        return Prepared(extraction.images, names, environment)
 
     def open(self) -> PartMaker:
         """What a worker needs to make parts. Raises RegionSpotError where it lacks cache, images or models."""
@@ -78,10 +78,10 @@ class ExtractJob:
                 self.config.cache, stored, replace(asked, dtype=stored.dtype, compression=stored.compression)
             )
         names = [each.name for each in wanted]
-        return PartMaker(cache, names, ImageFeatures(cache, names, images, backbones, self.config), self.run)
+        return PartMaker(cache, names, PartImageEncoder(cache, names, images, backbones, self.config), self.run)
 
 
-class ImageFeatures:
+class PartImageEncoder:
     """Features of a part's images from their files; for several threads at once."""
 
     def __init__(
@@ -95,7 +95,7 @@ class ImageFeatures:
         self._decoder = Decoder(cache.manifest, images, backbones, config.exif)
         self._one_was_read = False
 
-    def of_rows(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[PictureFeatures]:
+    def of_rows(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[ImageFeatures]:
         """The rows of one part.
 
         Raises InputError when this worker has not read one image yet and cannot read any of the first of this part: it
@@ -110,7 +110,7 @@ class ImageFeatures:
             self._one_was_read |= image.failure is None
             if not self._one_was_read and image.row + 1 - rows.start >= min(FIRST_IMAGES, len(rows)):
                 raise InputError(
-                    f"{self._decoder.photo_folder}: none of a part's first images could be read (the last: "
+                    f"{self._decoder.image_folder}: none of a part's first images could be read (the last: "
                     f"{image.failure}); check --data, and that this machine sees it"
                 )
             yield image
@@ -119,7 +119,7 @@ class ImageFeatures:
 class _OneAtATime:
     """A model whose computing calls wait for one another: those of other threads use the device meanwhile."""
 
-    _CALLS = ("encode", "outputs_of_pictures")
+    _CALLS = ("encode", "outputs_of_images")
 
     def __init__(self, model: Any, turn: threading.Lock) -> None:
         self._model, self._turn = model, turn

@@ -30,7 +30,7 @@ from regionspot.pipeline.distributed.job import ExtractJob, Prepared
 from regionspot.pipeline.distributed.worker import Job, WorkerFailedError, do_part, when_idle
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.reporting.failures import FailureCheck
-from regionspot.pipeline.reporting.run_monitor import Watch
+from regionspot.pipeline.reporting.run_monitor import RunMonitor
 from regionspot.pipeline.reporting.run_stats import RunStats
 from regionspot.pipeline.reporting.run_summary import ExtractSummary
 
@@ -48,7 +48,7 @@ def run_parts(
     cache: FeatureCache,
     names: Sequence[str],
     parts: Iterable[int],
-    watch: Watch,
+    watch: RunMonitor,
     check: Callable[[int, str | None], None] = lambda row, failure: None,
     take_over: bool = False,
 ) -> None:
@@ -83,7 +83,7 @@ class _Run:
         cache: FeatureCache,
         names: Sequence[str],
         parts: Iterable[int],
-        watch: Watch,
+        watch: RunMonitor,
         check: Callable[[int, str | None], None],
     ) -> None:
         self._connection, self._job, self._cache, self._names = connection, job, cache, list(names)
@@ -135,7 +135,7 @@ class _Run:
         """The task of a part that a worker could not make, for another worker. Raises CacheError when it is no use.
 
         Dask's own `retries` would give it to the same worker again, which has most room because it fails quickly. So
-        this one is retired: its disk is full, it lacks the photos, its GPU is broken.
+        this one is retired: its disk is full, it lacks the images, its GPU is broken.
         """
         if not isinstance(error, WorkerFailedError):
             # Dask counts a worker's death for all of its parts: others may reach the limit together with this one.
@@ -157,7 +157,7 @@ class _Run:
             for part, records in pool.map(lambda part: (part, self._records(part)), self.missing.intersection(parts)):
                 if records:
                     self.missing.discard(part)
-                    self._watch.part(RunStats.of_part(records, self._job.run), records[0].pictures)
+                    self._watch.part(RunStats.of_part(records, self._job.run), records[0].images)
                     self._check_images(records)
 
     def _check_images(self, records: Sequence[PartRecord]) -> None:
@@ -250,7 +250,7 @@ def extract_on(scheduler: str, config: ExtractConfig) -> ExtractSummary:
     config = config.with_absolute_paths()
     if (count := local_workers(scheduler)) and config.decode_threads is None:
         config = replace(config, decode_threads=min(max(processors() // count, 1), 16))  # they share the cores
-    job, watch = ExtractJob(config), Watch()
+    job, watch = ExtractJob(config), RunMonitor()
     with connected(scheduler) as connection:
         prepared: Prepared = run_once(connection, ExtractJob.prepare, job)
         cache = _opened(config.cache)

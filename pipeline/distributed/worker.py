@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from regionspot.cache.errors import CacheError, RegionSpotError
-from regionspot.cache.format.schema import PictureFeatures
+from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.reporting.run_stats import RunStats
@@ -54,7 +54,7 @@ class Job(Protocol):
 class Features(Protocol):
     """Where the features of a part's images come from. Called by several threads at once."""
 
-    def of_rows(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[PictureFeatures]:
+    def of_rows(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[ImageFeatures]:
         """Features of the sets `names` of each image, in order; `stats` get the time of each stage."""
 
 

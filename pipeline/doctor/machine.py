@@ -59,7 +59,7 @@ def gpus_work(_: Asked) -> Iterator[Finding]:
             mend = "install a torch built for CUDA and a driver that fits it (`nvidia-smi` shows the driver)"
             yield Finding("gpu", "fail", "there is one, but this torch cannot use it", mend)
         else:
-            mend = "extraction runs on the CPU, seconds a picture; --preset toy does not mind"
+            mend = "extraction runs on the CPU, seconds an image; --preset toy does not mind"
             yield Finding("gpu", "warn", "none", mend)
         return
     for number in range(torch.cuda.device_count()):

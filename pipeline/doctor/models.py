@@ -1,4 +1,4 @@
-"""The doctor's look at the weights, and one picture sent through every stage by `extract` itself."""
+"""The doctor's look at the weights, and one image sent through every stage by `extract` itself."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from regionspot.pipeline.doctor.run import Asked, Finding
 
 TOY = "toy"
 _BOXES = 16
-_SLOW_ON_A_CPU = ("sam_vit_l", "sam_vit_h")  # minutes a picture: the doctor takes one at most
+_SLOW_ON_A_CPU = ("sam_vit_l", "sam_vit_h")  # minutes an image: the doctor takes one at most
 
 
 def weights(asked: Asked) -> Iterator[Finding]:
@@ -59,7 +59,7 @@ def _official(name: str, source: str | None) -> Finding:
 
 
 def stages(asked: Asked) -> Iterator[Finding]:
-    """A picture through the toy's models, which come with the package, and through those of the preset."""
+    """An image through the toy's models, which come with the package, and through those of the preset."""
     yield _through(TOY, None, asked.device)
     if asked.preset in (None, TOY):
         return
@@ -70,7 +70,7 @@ def stages(asked: Asked) -> Iterator[Finding]:
 
     on_cpu = asked.device == "cpu" or not torch.cuda.is_available()
     if on_cpu and preset_named(asked.preset).localizer in _SLOW_ON_A_CPU:
-        yield Finding("stages", "warn", f"{asked.preset}: not tried, a picture takes minutes on a CPU")
+        yield Finding("stages", "warn", f"{asked.preset}: not tried, an image takes minutes on a CPU")
         return
     yield _through(asked.preset, asked.weights, asked.device)
 
@@ -78,15 +78,15 @@ def stages(asked: Asked) -> Iterator[Finding]:
 def _through(preset: str, source: str | None, device: str | None) -> Finding:
     from regionspot.pipeline.backbones.bundle import Backbones
     from regionspot.pipeline.extraction.extract import extract
-    from regionspot.pipeline.reporting.run_monitor import Watch
+    from regionspot.pipeline.reporting.run_monitor import RunMonitor
 
     begin = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as folder:
-            manifest, backbones = _one_picture(Path(folder)), Backbones.load(preset, source, device=device)
+            manifest, backbones = _one_image(Path(folder)), Backbones.load(preset, source, device=device)
             loaded = time.perf_counter() - begin
             cache = FeatureCache.open_or_create(Path(folder, "doctor.zarr"), manifest, backbones.feature_sets(), 1)
-            watch = Watch(publish=False)
+            watch = RunMonitor(publish=False)
             summary = extract(cache, Path(folder), backbones, watch=watch)
             verified = verify(cache)
             sound = verified.sound and not summary.failed and _is_finite(cache)
@@ -95,24 +95,24 @@ def _through(preset: str, source: str | None, device: str | None) -> Finding:
     parts = {"load": loaded, **watch.stats.stage_seconds, "verify": verified.seconds}
     parts.pop("wait", None)
     told = ", ".join(f"{stage} {seconds:.2f} s" for stage, seconds in parts.items())
-    text = f"{preset} on {backbones.device}: a picture with {_BOXES} boxes: {told}"
+    text = f"{preset} on {backbones.device}: an image with {_BOXES} boxes: {told}"
     if not sound:
-        why = "; ".join(map(str, verified.problems)) or "features are not finite, or the picture could not be read"
+        why = "; ".join(map(str, verified.problems)) or "features are not finite, or the image could not be read"
         return Finding("stages", "fail", f"{text}; {why}", "try --device cpu, or --weights of another source")
     return Finding("stages", "ok", text)
 
 
-def _one_picture(folder: Path) -> Manifest:
-    """A photo of 640 x 480 pixels in a folder, and the manifest of it."""
+def _one_image(folder: Path) -> Manifest:
+    """An image of 640 x 480 pixels in a folder, and the manifest of it."""
     rng = np.random.default_rng(0)
     coarse = Image.fromarray(rng.integers(0, 256, (15, 20, 3), np.uint8))
-    coarse.resize((640, 480), Image.Resampling.BICUBIC).save(folder / "picture.jpg", quality=92)
+    coarse.resize((640, 480), Image.Resampling.BICUBIC).save(folder / "image.jpg", quality=92)
     corners = rng.random((_BOXES, 2), np.float32) * np.array([400, 300], np.float32)
     return Manifest(
         dataset="doctor",
         split="train",
         image_ids=np.array([1]),
-        paths=np.array(["picture.jpg"], dtype=np.dtypes.StringDType()),
+        paths=np.array(["image.jpg"], dtype=np.dtypes.StringDType()),
         heights=np.array([480], np.int32),
         widths=np.array([640], np.int32),
         offsets=np.array([0, _BOXES]),

@@ -18,7 +18,7 @@ from regionspot.pipeline.doctor.run import Asked, Finding
 _BLOCK = 8 << 20  # bytes
 _MOST = 32 * _BLOCK
 _SECONDS = 3.0  # of writing at most
-_LITTLE = 2 * 10**9  # bytes: a part of 512 pictures with CLIP L/14 maps is 0.27 GB, and several are under way at once
+_LITTLE = 2 * 10**9  # bytes: a part of 512 images with CLIP L/14 maps is 0.27 GB, and several are under way at once
 
 
 def cache_place(asked: Asked) -> Iterator[Finding]:
@@ -81,21 +81,21 @@ def dataset(asked: Asked) -> Iterator[Finding]:
     """The annotations read, the images looked for, and one of them opened; without a folder, the annotations alone."""
     if asked.data is None and asked.annotations is None:
         return
-    from regionspot.pipeline.datasets.registry import describe, photo_dir, read_dataset, require_regions
-    from regionspot.pipeline.images.decode import read_photo
+    from regionspot.pipeline.datasets.registry import describe, image_folder_of, read_dataset, require_regions
+    from regionspot.pipeline.images.decode import read_image
 
     data = Path(asked.annotations or "").parent if asked.data is None else Path(asked.data)
     try:
         manifest = read_dataset(asked.dataset, data, asked.split, asked.annotations)
-        folder = photo_dir(asked.dataset, data, asked.split, manifest)
+        folder = image_folder_of(asked.dataset, data, asked.split, manifest)
         require_regions(replace(manifest, remarks=()))
     except (RegionSpotError, OSError) as error:
         yield Finding("data", "fail", str(error))
         return
     for remark in manifest.remarks:
         yield Finding("data", "warn", remark)
-    report = describe(manifest, folder, check_photos=asked.data is not None)
-    missing = report.missing_photos or 0
+    report = describe(manifest, folder, check_images=asked.data is not None)
+    missing = report.missing_images or 0
     text = f"{asked.dataset} {asked.split}: {len(manifest):,} images, {report.regions:,} regions"
     if asked.data is None:
         yield Finding("data", "ok", f"{text} in {asked.annotations}; its images were not looked for", "give --data")
@@ -103,16 +103,16 @@ def dataset(asked: Asked) -> Iterator[Finding]:
     if missing:
         none = missing == len(manifest)
         yield Finding(
-            "data", "fail" if none else "warn", f"{text}; {report.photos_text()}", "check --data, or fetch them"
+            "data", "fail" if none else "warn", f"{text}; {report.images_text()}", "check --data, or fetch them"
         )
         if none:
             return
     else:
-        yield Finding("data", "ok", f"{text}; {report.photos_text()}")
+        yield Finding("data", "ok", f"{text}; {report.images_text()}")
     path = next(folder / name for name in map(str, manifest.paths) if (folder / name).is_file())
     try:
-        photo = read_photo(path)
+        image = read_image(path)
     except RegionSpotError as error:
         yield Finding("data", "warn", str(error), "`extract` lists such images and goes on")
     else:
-        yield Finding("data", "ok", f"{path.name} opens: {photo.width} x {photo.height} pixels")
+        yield Finding("data", "ok", f"{path.name} opens: {image.width} x {image.height} pixels")

@@ -2,7 +2,7 @@
 
     doctor_machine.py   Python, torch, GPUs, allocator, decoders, packages, the metrics' port
     doctor_places.py    the cache's disk and its write rate, the dataset
-    doctor_models.py    weights, and one picture through every stage
+    doctor_models.py    weights, and one image through every stage
 
 Each check gives findings and never stops the others; what it did not foresee is a finding too.
 """
@@ -37,7 +37,7 @@ class Asked:
     cache     where features are to be written
     data      folder of the dataset, with its name and split
     annotations   this file instead of the dataset's own
-    preset    whose weights must be there and whose models a picture goes through; None: the toy's alone
+    preset    whose weights must be there and whose models an image goes through; None: the toy's alone
     weights   a folder of the official files, or random:SEED; None: where they are downloaded to
     """
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from regionspot.cache.errors import CorruptPartError
 from regionspot.cache.format.manifest import Manifest
-from regionspot.cache.format.schema import PictureFeatures, Stored
+from regionspot.cache.format.schema import EncodedFeatures, ImageFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones
@@ -34,7 +34,7 @@ from regionspot.pipeline.reporting.run_stats import RunStats
 
 def features_of(
     jobs: Jobs, decoder: Decoder, encode: BatchEncoder, batch_size: int, part_size: int, threads: int | None
-) -> Generator[PictureFeatures, None, None]:
+) -> Generator[ImageFeatures, None, None]:
     """Features of the images of `jobs`, in order: decoded ahead by threads, then encoded in batches.
 
     All ways to extract go through here, in one process or in a worker, so that the bytes are the same.
@@ -91,7 +91,7 @@ def _recorded_size(cache: FeatureCache, name: str) -> int | None:
 class _Slot:
     """What the models made of one image of a batch: on the host, once the batch is ready.
 
-    batch_sizes   as `PictureFeatures` has them
+    batch_sizes   as `ImageFeatures` has them
     """
 
     features: dict[str, Tensor] = field(default_factory=dict)
@@ -119,7 +119,7 @@ class BatchEncoder:
         self._device = backbones.device
         self._pieces = defaultdict[str, Halving](Halving)  # by model: a batch that fits one may be too much for another
 
-    def __call__(self, batches: Iterable[list[DecodedImage]]) -> Iterator[PictureFeatures]:
+    def __call__(self, batches: Iterable[list[DecodedImage]]) -> Iterator[ImageFeatures]:
         """The wanted features of each image, in order; one that failed, or whose features did, has its reason."""
         under_way: _Launched | None = None
         for batch in batches:
@@ -186,7 +186,7 @@ class BatchEncoder:
                 boxes = [manifest.boxes_xyxy[manifest.regions(each.image.row)] for each in inputs]
                 # The stated size of an image that was not read is as good as any: nobody gets its tokens.
                 sizes = [each.image.size or self._stated_size(each.image.row) for each in inputs]
-                found = localizer.outputs_of_pictures(embeddings, boxes, sizes)
+                found = localizer.outputs_of_images(embeddings, boxes, sizes)
                 return [{name: self._on_host(values) for name, values in features.items()} for features in found]
 
         return compute
@@ -201,17 +201,17 @@ class BatchEncoder:
         # On CUDA into pinned memory, to be read behind an event. Elsewhere there is none to wait for.
         return values.to("cpu", non_blocking=self._device.type == "cuda")
 
-    def _collect(self, launched: _Launched) -> Iterator[PictureFeatures]:
+    def _collect(self, launched: _Launched) -> Iterator[ImageFeatures]:
         if launched.ready is not None:
             with self.stats.timed("encode"):
                 launched.ready.synchronize()
         for image, slot in zip(launched.batch, launched.slots, strict=True):
             self.stats.ignored_orientations += image.orientation_ignored
-            features: dict[str, NDArray[Any] | Stored] = {
+            features: dict[str, NDArray[Any] | EncodedFeatures] = {
                 name: values.numpy() for name, values in slot.features.items()
             }
             failure = image.failure or self._not_finite(image.row, slot.features)
-            yield PictureFeatures(image.row, features, failure, slot.batch_sizes)
+            yield ImageFeatures(image.row, features, failure, slot.batch_sizes)
 
     def _not_finite(self, row: int, features: Mapping[str, Tensor]) -> str | None:
         """Why an image fails whose features hold NaN or infinity: it must cost itself only, and never be stored."""

@@ -132,9 +132,9 @@ class ExtractConfig:
 
     def image_folder(self, manifest: Manifest) -> Path:
         """The folder that the manifest's paths start from."""
-        from regionspot.pipeline.datasets.registry import photo_dir
+        from regionspot.pipeline.datasets.registry import image_folder_of
 
-        return photo_dir(self.dataset, Path(self.data), self.split, manifest)
+        return image_folder_of(self.dataset, Path(self.data), self.split, manifest)
 
     def load_backbones(self, held: Mapping[str, FeatureSet] | None = None) -> Backbones:
         """The models, in the dtype of the feature sets `held` where `dtype` is "auto".

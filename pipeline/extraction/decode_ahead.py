@@ -1,4 +1,4 @@
-"""Photos read and resized ahead of the encoders, by threads: Pillow and torch let go of the interpreter meanwhile."""
+"""Images read and resized ahead of the encoders, by threads: Pillow and torch let go of the interpreter meanwhile."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pathlib import Path
 from PIL import Image
 from torch import Tensor
 
-from regionspot.cache.errors import PhotoError
+from regionspot.cache.errors import ImageError
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.machine import processors
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.images.decode import Exif, decode_photo
+from regionspot.pipeline.images.decode import Exif, decode_image
 
 
 @dataclass(frozen=True)
@@ -39,30 +39,30 @@ class Decoder:
     """Reads an image once and resizes it for each model whose features are wanted of it. Called from threads."""
 
     manifest: Manifest
-    photo_folder: Path
+    image_folder: Path
     backbones: Backbones
     exif: Exif
 
     def __call__(self, row: int, names: Sequence[str]) -> DecodedImage:
         stated = (int(self.manifest.heights[row]), int(self.manifest.widths[row]))
         try:
-            photo = decode_photo(self.photo_folder / str(self.manifest.paths[row]), stated, self.exif)
-        except PhotoError as error:
+            image = decode_image(self.image_folder / str(self.manifest.paths[row]), stated, self.exif)
+        except ImageError as error:
             return DecodedImage(row, failure=str(error))
         return DecodedImage(
             row,
-            inputs=self._inputs(photo.image, names),
-            size=(photo.image.height, photo.image.width),
-            orientation_ignored=photo.orientation == "ignored",
+            inputs=self._inputs(image.image, names),
+            size=(image.image.height, image.image.width),
+            orientation_ignored=image.orientation == "ignored",
         )
 
-    def _inputs(self, photo: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
+    def _inputs(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
         localizer, inputs = self.backbones.localizer, {}
         if localizer is not None and not localizer.outputs.keys().isdisjoint(names):
-            inputs[localizer.name] = localizer.preprocess(photo)
+            inputs[localizer.name] = localizer.preprocess(image)
         for encoder in self.backbones.encoders:
             if encoder.name in names:
-                inputs[encoder.name] = encoder.preprocess(photo)
+                inputs[encoder.name] = encoder.preprocess(image)
         if self.backbones.device.type == "cuda":  # page-locked, so that a copy to the device holds nobody up
             inputs = {name: values.pin_memory() for name, values in inputs.items()}
         return inputs

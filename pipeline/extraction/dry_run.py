@@ -1,4 +1,4 @@
-"""What an extraction would do and how long it would take, from a few pictures that are run and thrown away."""
+"""What an extraction would do and how long it would take, from a few images that are run and thrown away."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.extraction.batch_encoder import BatchEncoder, batches_of
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, decode_ahead
-from regionspot.pipeline.extraction.plan import Outstanding
+from regionspot.pipeline.extraction.plan import ExtractionPlan
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 SAMPLE_SECONDS = 20.0
@@ -28,11 +28,11 @@ SAMPLE_BATCHES = 8
 class DryRun:
     """The plan of an extraction.
 
-    rate      pictures a second in the sample; None where none of it could be read
-    sample    pictures that were run, `failed` of them could not be read
+    rate      images a second in the sample; None where none of it could be read
+    sample    images that were run, `failed` of them could not be read
     """
 
-    needed: Outstanding
+    needed: ExtractionPlan
     rate: float | None
     sample: int
     failed: int
@@ -43,35 +43,35 @@ class DryRun:
         needed = self.needed
         sizes = ", ".join(f"{name} {size_text(size)}" for name, size in needed.bytes.items())
         lines = [
-            f"{needed.pictures:,} pictures with {needed.regions:,} regions in {len(needed.parts):,} parts",
+            f"{needed.images:,} images with {needed.regions:,} regions in {len(needed.parts):,} parts",
             f"{size_text(needed.total_bytes)} to write ({sizes})",
         ]
         if self.rate:
-            hours = duration(needed.pictures / self.rate)
-            lines.append(f"about {hours} at {self.rate:.3g} pictures a second, measured on {self.sample}")
+            hours = duration(needed.images / self.rate)
+            lines.append(f"about {hours} at {self.rate:.3g} images a second, measured on {self.sample}")
         if self.failed:
-            lines.append(f"{self.failed} of {self.sample} sampled pictures could not be read: {self.reason}")
+            lines.append(f"{self.failed} of {self.sample} sampled images could not be read: {self.reason}")
         return "\n".join([*lines, "nothing was written"])
 
 
 def dry_run(
-    needed: Outstanding, manifest: Manifest, photo_folder: Path, backbones: Backbones, config: ExtractConfig
+    needed: ExtractionPlan, manifest: Manifest, image_folder: Path, backbones: Backbones, config: ExtractConfig
 ) -> DryRun:
-    """Run the backbones over a sample of pictures spread evenly over the manifest; nothing is written.
+    """Run the backbones over a sample of images spread evenly over the manifest; nothing is written.
 
     The first batch, in which libraries load and caches fill, is left out of the rate where there are more.
     """
     size = config.batch_size or backbones.batch_size
-    count = min(needed.pictures, SAMPLE_BATCHES * size)
+    count = min(needed.images, SAMPLE_BATCHES * size)
     rows = np.linspace(0, len(manifest) - 1, count).round().astype(int).tolist() if count else []
     names = [feature_set.name for feature_set in config.feature_sets(backbones)]
-    decoder = Decoder(manifest, photo_folder, backbones, config.exif)
+    decoder = Decoder(manifest, image_folder, backbones, config.exif)
     encode = BatchEncoder(manifest, backbones, RunStats())
     ends, failures = [time.perf_counter()], []
     with closing(decode_ahead(decoder, ((row, names) for row in rows), config.decode_threads)) as decoded:
-        for picture in encode(_for_a_while(batches_of(decoded, size, len(manifest) + 1, encode.stats))):
+        for image in encode(_for_a_while(batches_of(decoded, size, len(manifest) + 1, encode.stats))):
             ends.append(time.perf_counter())
-            failures += [picture.failure] if picture.failure is not None else []
+            failures += [image.failure] if image.failure is not None else []
     sample, start = len(ends) - 1, size if len(ends) - 1 > size else 0
     read = sample - len(failures)
     rate = (sample - start) / (ends[-1] - ends[start]) if read else None

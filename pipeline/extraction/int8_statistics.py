@@ -19,7 +19,7 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.format.encodings import statistics_of
 from regionspot.cache.format.header import load_header
 from regionspot.cache.format.manifest import Manifest
-from regionspot.cache.format.schema import FeatureSet, PictureFeatures
+from regionspot.cache.format.schema import FeatureSet, ImageFeatures
 from regionspot.cache.storage.base import open_storage
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 SAMPLE_IMAGES = 64
 
 # Features of the sets named, of the images at these rows, in order; one that could not be read says why.
-SampleFeatures = Callable[[list[int], list[str]], Iterator[PictureFeatures]]
+SampleFeatures = Callable[[list[int], list[str]], Iterator[ImageFeatures]]
 
 
 def ready_to_store(

@@ -22,7 +22,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
 from regionspot.cache.errors import CacheError
-from regionspot.cache.format.schema import PictureFeatures
+from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.writing.claims import Claims
 
@@ -44,18 +44,18 @@ class PartCounts:
     done      this run has written, `bytes` are theirs
     others    other runs have written since the start
     pending   neither this run nor another one is known to have written
-    pictures  of the parts that this run has done, does or may still have to do
+    images  of the parts that this run has done, does or may still have to do
     """
 
     before: int
     done: int
     others: int
     pending: int
-    pictures: int
+    images: int
     bytes: int
 
 
-class SharedParts:
+class PartQueue:
     """Those of the parts `asked` for (default: all) of `cache` that lack one of the feature sets `names`.
 
     counts   how they stand; replaced as a whole at every change, so any thread may read it
@@ -74,13 +74,13 @@ class SharedParts:
         self._open = set(asked).intersection(cache.pending_parts(names))  # neither done nor claimed by this run
         self._claimed: dict[int, list[str]] = {}
         self._round: Iterator[int] = iter(())
-        pictures = sum(len(cache.part_rows(part)) for part in self._open)
-        self.counts = PartCounts(len(asked) - len(self._open), 0, 0, len(self._open), pictures, 0)
+        images = sum(len(cache.part_rows(part)) for part in self._open)
+        self.counts = PartCounts(len(asked) - len(self._open), 0, 0, len(self._open), images, 0)
 
     def wait(self) -> bool:
         """Claim a part to begin with, waiting as long as others hold all there are; False when none is left.
 
-        To be asked when no part is under way. Pictures that lie decoded while this waits are never committed, and two
+        To be asked when no part is under way. Images that lie decoded while this waits are never committed, and two
         runs would wait for each other.
         """
         said = -math.inf
@@ -99,7 +99,7 @@ class SharedParts:
             for row in self._cache.part_rows(part):
                 yield row, names
 
-    def write(self, part: int, pictures: Iterator[PictureFeatures]) -> None:
+    def write(self, part: int, images: Iterator[ImageFeatures]) -> None:
         """Write a part that this run claimed and release it; nothing is written when it was taken over meanwhile.
 
         Raises CacheError when the disk refuses it.
@@ -107,7 +107,7 @@ class SharedParts:
         try:
             record = self._cache.write_part(
                 part,
-                pictures,
+                images,
                 self._claimed[part],
                 worker=str(self._claims.process),
                 before_publish=lambda: self._claims.require_ours(part),
@@ -116,7 +116,7 @@ class SharedParts:
             if self._claims.still_ours(part):
                 raise
             log.warning("%s", error)
-            deque(pictures, maxlen=0)  # those of this part that are still to come
+            deque(images, maxlen=0)  # those of this part that are still to come
             self._claims.release(part)
             self._taken_over(part)
         else:
@@ -152,7 +152,7 @@ class SharedParts:
                 now,
                 pending=now.pending - 1,
                 others=now.others + 1,
-                pictures=now.pictures - len(self._cache.part_rows(part)),
+                images=now.images - len(self._cache.part_rows(part)),
             )
 
     def _taken_over(self, part: int) -> None:
@@ -160,8 +160,8 @@ class SharedParts:
         with self._lock:
             del self._claimed[part]
             self._open.add(part)
-            pictures = self.counts.pictures + len(self._cache.part_rows(part))  # made once in vain
-            self.counts = replace(self.counts, pictures=pictures)
+            images = self.counts.images + len(self._cache.part_rows(part))  # made once in vain
+            self.counts = replace(self.counts, images=images)
 
     def _done(self, part: int, size: int) -> None:
         with self._lock:

@@ -1,6 +1,6 @@
 """A cache's parts divided among runs that know nothing of each other: "3/16" is the third of sixteen shares.
 
-Shares are interleaved (part 2, 18, 34, ... for "3/16"): a cache that grows keeps them equal, pictures that come in
+Shares are interleaved (part 2, 18, 34, ... for "3/16"): a cache that grows keeps them equal, images that come in
 order of size or dataset are spread over all, and wherever it is stopped, every stretch of the manifest is done alike.
 """
 

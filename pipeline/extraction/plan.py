@@ -1,4 +1,4 @@
-"""What an extraction still has to do and how many bytes that takes, known before the first picture is opened.
+"""What an extraction still has to do and how many bytes that takes, known before the first image is opened.
 
 Every array of a cache has its shape from the manifest, so a disk that will be full after three days is refused in the
 first second.
@@ -26,20 +26,20 @@ from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.extend import part_size_when_grown
 from regionspot.cache.tools.info import size_text
 
-# Features of real photos lose 2 to 15 % to zstd; the disk must hold the worst of it.
+# Features of real images lose 2 to 15 % to zstd; the disk must hold the worst of it.
 _COMPRESSED = 0.98
 _SLACK = 1.01  # records, checksums and the file system's blocks
 
 
 @dataclass(frozen=True)
-class Outstanding:
+class ExtractionPlan:
     """What is left to do: `parts` of which at least one feature set is missing, and what they come to.
 
     bytes   of all that will be written, by feature set
     """
 
     parts: tuple[int, ...]
-    pictures: int
+    images: int
     regions: int
     bytes: dict[str, int]
 
@@ -55,7 +55,7 @@ def check_part_size(address: str | Path, part_size: int) -> None:
         return
     held = load_header(storage).geometry
     # A cache of fewer images than that has one part, which holds them all.
-    if held.part_size != min(part_size, held.pictures):
+    if held.part_size != min(part_size, held.images):
         raise InputError(
             f"{address}: has parts of {held.part_size} images, --part-size {part_size} was asked for; leave that "
             "out, or name another cache"
@@ -74,7 +74,7 @@ def outstanding(
     feature_sets: Sequence[FeatureSet],
     part_size: int,
     choose: Callable[[Geometry], Collection[int]] | None = None,
-) -> Outstanding:
+) -> ExtractionPlan:
     """What the feature sets lack in the cache at `address`, all of them where there is none yet.
 
     choose   gives the parts that are wanted of a cache of this geometry; None: all
@@ -97,9 +97,9 @@ def outstanding(
     missing = {name: [part for part in parts if part in wanted] for name, parts in lacking.items()}
     parts = sorted(set().union(*missing.values()))
     rows = [geometry.rows(part) for part in parts]
-    return Outstanding(
+    return ExtractionPlan(
         parts=tuple(parts),
-        pictures=sum(map(len, rows)),
+        images=sum(map(len, rows)),
         regions=int(sum(manifest.offsets[each.stop] - manifest.offsets[each.start] for each in rows)),
         bytes={each.name: part_bytes(each, manifest.offsets, geometry, missing[each.name]) for each in feature_sets},
     )
@@ -121,7 +121,7 @@ def part_bytes(feature_set: FeatureSet, offsets: NDArray[np.int64], geometry: Ge
     return int(records * (values + scales) * share) + len(parts) * index
 
 
-def require_room(address: str | Path, needed: Outstanding) -> None:
+def require_room(address: str | Path, needed: ExtractionPlan) -> None:
     """Raises InputError where a disk has fewer bytes free than the features will take. An object store is not asked."""
     storage = open_storage(address)
     if not isinstance(storage, LocalStorage):
@@ -131,7 +131,7 @@ def require_room(address: str | Path, needed: Outstanding) -> None:
     free, asked = shutil.disk_usage(disk).free, int(needed.total_bytes * _SLACK)
     if asked > free:
         raise InputError(
-            f"{address}: {size_text(asked)} are needed for {needed.pictures:,} pictures, {disk} has {size_text(free)} "
+            f"{address}: {size_text(asked)} are needed for {needed.images:,} images, {disk} has {size_text(free)} "
             "free; make room, choose another disk, int8 (--encoding int8 halves it) or some --parts, or go on all the "
             "same with --no-room-check"
         )

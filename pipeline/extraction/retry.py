@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regionspot.cache.format.schema import PictureFeatures
+from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.progress import Progress, duration
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.rewrite_part import rewrite_part
@@ -54,7 +54,7 @@ class RetrySummary:
         return "; ".join(words)
 
 
-def retry(cache: FeatureCache, photo_folder: Path, backbones: Backbones, config: ExtractConfig) -> RetrySummary:
+def retry(cache: FeatureCache, image_folder: Path, backbones: Backbones, config: ExtractConfig) -> RetrySummary:
     """Run the backbones over the images that failed and write the parts anew in which some can be read now.
 
     The config's batch size is that of parts whose records do not state how they were computed: those of earlier
@@ -66,7 +66,7 @@ def retry(cache: FeatureCache, photo_folder: Path, backbones: Backbones, config:
     names, parts = [each.name for each in config.feature_sets(backbones)], config.chosen_parts(cache.geometry)
     missing = _missing(cache, names, parts, lambda: config.batch_size or backbones.batch_size)
     counts = {part: len({row for some in sets for row in some.rows}) for part, sets in missing.items()}
-    decoder = Decoder(cache.manifest, photo_folder, backbones, config.exif)
+    decoder = Decoder(cache.manifest, image_folder, backbones, config.exif)
     stats = RunStats()
     progress = Progress(sum(counts.values()), "failed images", shares=stats.shares)
     encode = BatchEncoder(cache.manifest, backbones, stats)
@@ -132,7 +132,7 @@ def _in_batches_of(size: int, rows: range) -> list[range]:
 
 def _computed(
     missing: _Missing, decoder: Decoder, encode: BatchEncoder, decode_threads: int | None
-) -> list[PictureFeatures]:
+) -> list[ImageFeatures]:
     """The images that are missing, each computed in its own place of its batch, or the reason why it is still not."""
     wanted = set(missing.rows)
     jobs = ((row, missing.names) for row in missing.rows)
@@ -146,7 +146,7 @@ def _computed(
 
 
 def _replace(
-    cache: FeatureCache, part: int, names: Sequence[str], good: Mapping[int, PictureFeatures], claims: Claims
+    cache: FeatureCache, part: int, names: Sequence[str], good: Mapping[int, ImageFeatures], claims: Claims
 ) -> None:
     for name in names:
         rewrite_part(cache, part, name, good, str(claims.process), lambda: claims.require_ours(part))

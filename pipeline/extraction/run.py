@@ -1,4 +1,4 @@
-"""One extraction as a user asks for it: what is checked before the first picture, and in which order."""
+"""One extraction as a user asks for it: what is checked before the first image, and in which order."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from regionspot.pipeline.backbones.clip import warn_of_unknown_names
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.dry_run import DryRun, dry_run
 from regionspot.pipeline.extraction.extract import extract, open_for_extraction
-from regionspot.pipeline.extraction.plan import Outstanding, held_sets, outstanding, require_room
+from regionspot.pipeline.extraction.plan import ExtractionPlan, held_sets, outstanding, require_room
 from regionspot.pipeline.extraction.retry import RetrySummary, retry
 from regionspot.pipeline.reporting.run_summary import ExtractSummary
 
@@ -25,7 +25,7 @@ class Extraction:
 
     config: ExtractConfig
     manifest: Manifest
-    photos: Path
+    images: Path
     backbones: Backbones
 
     @classmethod
@@ -41,12 +41,12 @@ class Extraction:
     def plan(self) -> DryRun:
         """What a run would do, measured on a few images. Writes nothing."""
         self._warn_of_unknown_names()
-        return dry_run(self._outstanding(), self.manifest, self.photos, self.backbones, self.config)
+        return dry_run(self._outstanding(), self.manifest, self.images, self.backbones, self.config)
 
     def run(self) -> ExtractSummary:
         """Extract what is missing, unless the disk is too small for it."""
         cache, backbones = self.prepare()
-        return extract(cache, self.photos, backbones, self.config)
+        return extract(cache, self.images, backbones, self.config)
 
     def prepare(self) -> tuple[FeatureCache, Backbones]:
         """The cache, made where there is none, unless the disk is too small for what is missing; and its models.
@@ -63,9 +63,9 @@ class Extraction:
         """Try the images again that could not be read. Raises InputError where there is no cache."""
         address = self.config.cache
         if not open_storage(address).exists(""):
-            raise InputError(f"{address}: there is no cache to try failed pictures of; extract without --retry-failed")
+            raise InputError(f"{address}: there is no cache to try failed images of; extract without --retry-failed")
         cache, backbones = self._open(may_grow=False)  # only images that the cache holds can have failed
-        return retry(cache, self.photos, backbones, self.config)
+        return retry(cache, self.images, backbones, self.config)
 
     def _warn_of_unknown_names(self) -> None:
         warn_of_unknown_names(self.backbones.encoders, [category.name for category in self.manifest.categories])
@@ -80,9 +80,9 @@ class Extraction:
         return self._opened_for(following, may_grow), following
 
     def _opened_for(self, backbones: Backbones, may_grow: bool) -> FeatureCache:
-        return open_for_extraction(self.config.cache, self.manifest, self.photos, backbones, self.config, may_grow)
+        return open_for_extraction(self.config.cache, self.manifest, self.images, backbones, self.config, may_grow)
 
-    def _outstanding(self) -> Outstanding:
+    def _outstanding(self) -> ExtractionPlan:
         config = self.config
         sets = config.feature_sets(self.backbones)
         return outstanding(config.cache, self.manifest, sets, config.part_size, config.chosen_parts)

@@ -6,37 +6,37 @@ import queue
 import threading
 from collections.abc import Iterator
 
-from regionspot.cache.format.schema import PictureFeatures
+from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.store import FeatureCache
-from regionspot.pipeline.extraction.part_queue import SharedParts
+from regionspot.pipeline.extraction.part_queue import PartQueue
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 
-class CommitThread:
-    """Commits parts in a thread of its own, one after the other, fed by `put` with all pictures of each in row order.
+class WriterThread:
+    """Commits parts in a thread of its own, one after the other, fed by `put` with all images of each in row order.
 
     Leaving the `with` block waits for the last part; leaving it by an error drops the part in flight, which then
     has no record and is done again by the next run.
     """
 
-    def __init__(self, cache: FeatureCache, parts: SharedParts, stats: RunStats) -> None:
+    def __init__(self, cache: FeatureCache, parts: PartQueue, stats: RunStats) -> None:
         self._cache, self._parts, self._stats = cache, parts, stats
-        self._queue: queue.Queue[PictureFeatures | None] = queue.Queue(maxsize=64)
+        self._queue: queue.Queue[ImageFeatures | None] = queue.Queue(maxsize=64)
         self._abandoned = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
 
-    def __enter__(self) -> CommitThread:
+    def __enter__(self) -> WriterThread:
         self._thread.start()
         return self
 
-    def put(self, picture: PictureFeatures | None) -> None:
-        """Hand over the next picture, None behind the last. Raises what stopped the writer, if something did."""
+    def put(self, image: ImageFeatures | None) -> None:
+        """Hand over the next image, None behind the last. Raises what stopped the writer, if something did."""
         while True:
             if self._error is not None:
                 raise self._error
             try:
-                return self._queue.put(picture, timeout=0.2)
+                return self._queue.put(image, timeout=0.2)
             except queue.Full:
                 continue
 
@@ -54,18 +54,18 @@ class CommitThread:
         try:
             while (first := self._next()) is not None:
                 part = first.row // self._cache.part_size
-                self._parts.write(part, self._pictures(first, len(self._cache.part_rows(part))))
+                self._parts.write(part, self._images(first, len(self._cache.part_rows(part))))
         except BaseException as error:
             self._error = error
 
-    def _pictures(self, first: PictureFeatures, count: int) -> Iterator[PictureFeatures]:
+    def _images(self, first: ImageFeatures, count: int) -> Iterator[ImageFeatures]:
         yield first
         for _ in range(count - 1):
-            if (picture := self._next()) is None:
+            if (image := self._next()) is None:
                 return  # the part is not whole, which its writer says
-            yield picture
+            yield image
 
-    def _next(self) -> PictureFeatures | None:
+    def _next(self) -> ImageFeatures | None:
         while not self._abandoned.is_set():
             try:
                 return self._queue.get(timeout=0.2)

@@ -1,7 +1,7 @@
 """Reading one image: any format and mode to RGB of 8 bits, in the orientation that its boxes were drawn in.
 
 A folder of millions of images holds everything that was ever given an image's name. Each file is either read as
-docs/pictures.md says or refused in one line: nothing here blocks, runs another program or takes memory that the
+docs/images.md says or refused in one line: nothing here blocks, runs another program or takes memory that the
 header did not announce.
 
 A camera may store an image sideways and say so in EXIF. Some datasets annotate the stored pixels, others what a
@@ -25,7 +25,7 @@ from typing import Any, BinaryIO, Literal, TypeAlias, cast, get_args
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from regionspot.cache.errors import PhotoError, unknown_name
+from regionspot.cache.errors import ImageError, unknown_name
 from regionspot.pipeline.images.image_kinds import MAX_BYTES, NotAnImageError, read_header
 from regionspot.pipeline.images.jpeg import MAGIC, decode_jpeg, ended, lacks_rows
 from regionspot.pipeline.images.pixel_depth import UnscalableError, grey_of, is_deep, loses_low_bits, rgb_of_upper_bits
@@ -58,7 +58,7 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
-class Photo:
+class OrientedImage:
     """A decoded image: RGB, 8 bits a channel. `orientation` is what became of EXIF's, "none" where it states none."""
 
     image: Image.Image
@@ -77,7 +77,7 @@ def exif_of(provenances: Iterable[Mapping[str, Any]]) -> Exif:
     return check_exif(next((each["exif"] for each in provenances if "exif" in each), "auto"))
 
 
-def read_photo(source: Source, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> Image.Image:
+def read_image(source: Source, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> Image.Image:
     """The image as RGB; transparency is dropped.
 
     source       a path, a file's content, or an image that Pillow opened or made
@@ -85,13 +85,13 @@ def read_photo(source: Source, stated_size: tuple[int, int] | None = None, exif:
     exif         whether to apply the orientation that EXIF or XMP states. "auto": exactly when that makes the image
                  of `stated_size`, so not where no size is stated
 
-    Raises PhotoError when it is absent, broken, too large to be a photo, or of another size than stated.
+    Raises ImageError when it is absent, broken, too large to be an image, or of another size than stated.
     """
-    return decode_photo(source, stated_size, exif).image
+    return decode_image(source, stated_size, exif).image
 
 
-def decode_photo(source: Source, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> Photo:
-    """As `read_photo`, and what became of the orientation, which the image itself no longer states."""
+def decode_image(source: Source, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> OrientedImage:
+    """As `read_image`, and what became of the orientation, which the image itself no longer states."""
     name = _name(source)
     try:
         with _opened(source) as (stored, jpeg):
@@ -104,18 +104,18 @@ def decode_photo(source: Source, stated_size: tuple[int, int] | None = None, exi
             # Pillow applies the orientation of a TIFF while it loads the pixels, and then removes the tag.
             loaded_upright = turns and _orientation(stored) not in TURNS
     except Exception as error:  # PIL's decoders pass on whatever broken bytes trip them into
-        raise PhotoError(f"{name}: {_reason(error)}") from None
+        raise ImageError(f"{name}: {_reason(error)}") from None
     if applied != loaded_upright:
         image = image.transpose((TURNS if applied else TURNS_BACK)[orientation])
     if turns:  # whoever is given this image must not find the orientation and apply it again
         image = image.copy() if image is stored else image
         image.info = {}
     if stated_size is not None and (image.height, image.width) != tuple(stated_size):
-        raise PhotoError(
+        raise ImageError(
             f"{name}: is {image.width} x {image.height} pixels (width x height), its annotation states "
-            f"{stated_size[1]} x {stated_size[0]}; boxes would not fit: is this another copy of the photos?"
+            f"{stated_size[1]} x {stated_size[0]}; boxes would not fit: is this another copy of the images?"
         )
-    return Photo(image, "applied" if applied else "ignored" if turns else "none")
+    return OrientedImage(image, "applied" if applied else "ignored" if turns else "none")
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
@@ -235,7 +235,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "is not an image in a known format"
     if isinstance(error, Image.DecompressionBombError):
-        return f"has too many pixels for a photo (more than {MAX_PIXELS:,})"
+        return f"has too many pixels for an image (more than {MAX_PIXELS:,})"
     if isinstance(error, MemoryError):
         return "does not fit into the memory that is left"
     if isinstance(error, OSError) and error.strerror:

@@ -1,16 +1,16 @@
-"""From a photo to what each image encoder takes, by one of two named presets.
+"""From an image to what each image encoder takes, by one of two named presets.
 
-direct      the photo straight to SAM's longer side and to CLIP's square, both antialiased: what the models' own
+direct      the image straight to SAM's longer side and to CLIP's square, both antialiased: what the models' own
             authors do, and the sharpest that their input sizes allow
-reference   what the authors of RegionSpot do: the photo is first brought to detectron2's size (shorter edge 800,
+reference   what the authors of RegionSpot do: the image is first brought to detectron2's size (shorter edge 800,
             longer at most 1333, in 8 bits), and SAM and CLIP both start from that; CLIP without antialiasing
 
 SAM keeps the aspect and resizes by PIL's bilinear filter; CLIP gets a square, aspect not kept, by torch's bilinear
 filter on floats. The two differ by more than rounding, so each keeps its own. The preset is part of a model's
-provenance: features of different presets are features of different pictures.
+provenance: features of different presets are features of different images.
 """
 
-# h, w pixels of the resized picture, n boxes, p pixels of CLIP's square
+# h, w pixels of the resized image, n boxes, p pixels of CLIP's square
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ SAM_RESIZE = "PIL bilinear, long side {pixels}, sizes int(x + 0.5), zero padding
 CLIP_RESIZE = "{filter} bilinear on floats to {pixels} x {pixels}, aspect not kept"
 FIRST_RESIZE = "PIL bilinear, shorter edge {shorter}, longer at most {longer}, sizes int(x + 0.5); then "
 
-# A picture of more is made narrow strip by strip. As floats in one piece, one 30,000 pixels wide would take gigabytes.
+# An image of more is made narrow strip by strip. As floats in one piece, one 30,000 pixels wide would take gigabytes.
 STRIP_PIXELS = 2**21
 
 Size = tuple[int, int]  # height, width
@@ -39,10 +39,10 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A rule from photos to inputs. Made by `preprocess_named`.
+    """A rule from images to inputs. Made by `preprocess_named`.
 
     name          the preset's name
-    first_edges   (shorter, longer): the size that a photo is brought to before either encoder's; None: none
+    first_edges   (shorter, longer): the size that an image is brought to before either encoder's; None: none
     antialiased   whether CLIP's square is filtered against aliasing
     """
 
@@ -51,7 +51,7 @@ class Preprocess:
     antialiased: bool
 
     def first_size(self, original_size: Size) -> Size:
-        """(height, width) of the picture that both encoders start from, by the rule of detectron2's ResizeShortestEdge.
+        """(height, width) of the image that both encoders start from, by the rule of detectron2's ResizeShortestEdge.
 
         The shorter edge becomes the first number; where the longer would then exceed the second, both shrink again.
         """
@@ -67,15 +67,15 @@ class Preprocess:
         return _rounded(edges[0]), _rounded(edges[1])
 
     def sam_size(self, original_size: Size, long_side: int) -> Size:
-        """(height, width) of `sam_input`'s picture."""
+        """(height, width) of `sam_input`'s image."""
         return sam_size(self.first_size(original_size), long_side)
 
-    def sam_input(self, photo: Image.Image, long_side: int) -> Tensor:
-        """uint8 (3, h, w): the photo with its longer side at `long_side` pixels, neither normalised nor padded."""
-        return sam_input(self._first(photo), long_side)
+    def sam_input(self, image: Image.Image, long_side: int) -> Tensor:
+        """uint8 (3, h, w): the image with its longer side at `long_side` pixels, neither normalised nor padded."""
+        return sam_input(self._first(image), long_side)
 
     def scale_boxes(self, boxes_xyxy: NDArray[np.float32], original_size: Size, long_side: int) -> NDArray[np.float32]:
-        """Boxes in pixels of the original, float32 (n, 4), in pixels of `sam_input`'s picture.
+        """Boxes in pixels of the original, float32 (n, 4), in pixels of `sam_input`'s image.
 
         By each step's own ratio, rounded to float32 after each, as the authors' annotations and prompts are.
         """
@@ -84,9 +84,9 @@ class Preprocess:
             boxes_xyxy = _scaled(boxes_xyxy, original_size, first)
         return scale_boxes(boxes_xyxy, first, long_side)
 
-    def clip_input(self, photo: Image.Image, pixels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-        """float32 (3, p, p): the whole photo squeezed into a square, normalised channel by channel."""
-        return clip_input(self._first(photo), pixels, mean, std, self.antialiased)
+    def clip_input(self, image: Image.Image, pixels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+        """float32 (3, p, p): the whole image squeezed into a square, normalised channel by channel."""
+        return clip_input(self._first(image), pixels, mean, std, self.antialiased)
 
     def sam_provenance(self, long_side: int) -> dict[str, Any]:
         """What a localizer's provenance says of its input."""
@@ -100,11 +100,11 @@ class Preprocess:
             "resize": self._first_words() + CLIP_RESIZE.format(filter=filtered, pixels=pixels),
         }
 
-    def _first(self, photo: Image.Image) -> Image.Image:
+    def _first(self, image: Image.Image) -> Image.Image:
         if self.first_edges is None:
-            return photo
-        height, width = self.first_size((photo.height, photo.width))
-        return _rgb(photo).resize((width, height), Image.Resampling.BILINEAR)
+            return image
+        height, width = self.first_size((image.height, image.width))
+        return _rgb(image).resize((width, height), Image.Resampling.BILINEAR)
 
     def _first_words(self) -> str:
         if self.first_edges is None:
@@ -133,15 +133,15 @@ def sam_size(original_size: Size, long_side: int) -> Size:
     return _rounded(original_size[0] * scale), _rounded(original_size[1] * scale)
 
 
-def sam_input(photo: Image.Image, long_side: int) -> Tensor:
-    """uint8 (3, h, w): the photo with its longer side at `long_side` pixels, neither normalised nor padded."""
-    height, width = sam_size((photo.height, photo.width), long_side)
-    resized = _rgb(photo).resize((width, height), Image.Resampling.BILINEAR)
+def sam_input(image: Image.Image, long_side: int) -> Tensor:
+    """uint8 (3, h, w): the image with its longer side at `long_side` pixels, neither normalised nor padded."""
+    height, width = sam_size((image.height, image.width), long_side)
+    resized = _rgb(image).resize((width, height), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
 
 def scale_boxes(boxes_xyxy: NDArray[np.float32], original_size: Size, long_side: int) -> NDArray[np.float32]:
-    """Boxes in pixels of the original, float32 (n, 4), in pixels of `sam_input`'s picture.
+    """Boxes in pixels of the original, float32 (n, 4), in pixels of `sam_input`'s values.
 
     Multiplied in float64 and then rounded, as segment_anything's ResizeLongestSide.apply_boxes does.
     """
@@ -149,34 +149,34 @@ def scale_boxes(boxes_xyxy: NDArray[np.float32], original_size: Size, long_side:
 
 
 def clip_input(
-    photo: Image.Image, pixels: int, mean: tuple[float, ...], std: tuple[float, ...], antialiased: bool = True
+    image: Image.Image, pixels: int, mean: tuple[float, ...], std: tuple[float, ...], antialiased: bool = True
 ) -> Tensor:
-    """float32 (3, p, p): the whole photo squeezed into a square, normalised channel by channel."""
-    rows = max(STRIP_PIXELS // photo.width, 1)
-    if rows >= photo.height:
-        picture = _floats(photo)
+    """float32 (3, p, p): the whole image squeezed into a square, normalised channel by channel."""
+    rows = max(STRIP_PIXELS // image.width, 1)
+    if rows >= image.height:
+        values = _floats(image)
     else:
         strips = (
-            photo.crop((0, top, photo.width, min(top + rows, photo.height))) for top in range(0, photo.height, rows)
+            image.crop((0, top, image.width, min(top + rows, image.height))) for top in range(0, image.height, rows)
         )
         # The filter is separable and its horizontal pass comes first: the same bits as in one piece.
         narrow = [transforms.resize(_floats(each), [each.height, pixels], antialias=antialiased) for each in strips]
-        picture = torch.cat(narrow, dim=1)
-    square: Tensor = transforms.resize(picture, [pixels, pixels], antialias=antialiased)
+        values = torch.cat(narrow, dim=1)
+    square: Tensor = transforms.resize(values, [pixels, pixels], antialias=antialiased)
     return square.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
 
 
-def _floats(photo: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(_rgb(photo))).permute(2, 0, 1).float().div_(255)
+def _floats(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1).float().div_(255)
 
 
-def _rgb(photo: Image.Image) -> Image.Image:
+def _rgb(image: Image.Image) -> Image.Image:
     """Itself where it is RGB; `convert` would copy it."""
-    return photo if photo.mode == "RGB" else photo.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _rounded(edge: float) -> int:
-    # A sliver of a picture would round to no pixels at all.
+    # A sliver of an image would round to no pixels at all.
     return max(int(edge + 0.5), 1)
 
 

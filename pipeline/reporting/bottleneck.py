@@ -43,7 +43,7 @@ def find_bottleneck(
     shares: Mapping[str, float],
     *,
     device: str,
-    regions_per_picture: float,
+    regions_per_image: float,
     decode_threads: int,
     cores: int,
     half_is_faster: bool = False,
@@ -60,5 +60,5 @@ def find_bottleneck(
     on_cpu = stage == "encode" and device.startswith("cpu")
     words = _ADVICE.get("encode on a CPU" if on_cpu else stage, "")
     half = (f"{_HALF}or " if on_cpu else _HALF) if half_is_faster else ""
-    advice = words.format(threads=decode_threads, cores=cores, regions=regions_per_picture, half=half)
+    advice = words.format(threads=decode_threads, cores=cores, regions=regions_per_image, half=half)
     return Bottleneck(stage, shares[stage], advice)

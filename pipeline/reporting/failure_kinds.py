@@ -1,4 +1,4 @@
-"""Pictures that could not be read, counted by what is wrong with them."""
+"""Images that could not be read, counted by what is wrong with them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OTHER = "other"
 
 @dataclass
 class FailureKind:
-    """One thing that is wrong with pictures: how many of them, and the first few by path."""
+    """One thing that is wrong with images: how many of them, and the first few by path."""
 
     kind: str
     count: int
@@ -31,7 +31,7 @@ class FailureCount:
             self.add(path, reason)
 
     def add(self, path: str, reason: str) -> None:
-        """Count a picture by its path in the photo folder and the reason why it could not be read."""
+        """Count an image by its path in the image folder and the reason why it could not be read."""
         self._add(FailureKind(kind_of(path, reason), 1, [path]))
 
     def merge(self, other: FailureCount) -> None:

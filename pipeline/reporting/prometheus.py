@@ -1,6 +1,6 @@
 """What a run has done, served over HTTP for Prometheus: `extract --metrics-port 9400`, `curl localhost:9400/metrics`.
 
-Values are taken from the run's Watch when they are asked for, so nothing is counted twice and no picture waits. Each
+Values are taken from the run's RunMonitor when they are asked for, so nothing is counted twice and no image waits. Each
 run is a process with a registry of its own; Prometheus tells runs apart by their address.
 """
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from regionspot.cache.errors import InputError
 
 if TYPE_CHECKING:  # it imports this module where metrics are asked for
-    from regionspot.pipeline.reporting.run_monitor import Watch
+    from regionspot.pipeline.reporting.run_monitor import RunMonitor
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 class _Collector:
     """Gives the client library a run's numbers as they are at this moment."""
 
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: RunMonitor) -> None:
         self._watch = watch
 
     def collect(self) -> Iterator[Any]:
@@ -31,15 +31,15 @@ class _Collector:
         stats, progress, parts = self._watch.stats, self._watch.progress, self._watch.parts
         now = parts.counts if parts else None
         yield CounterMetricFamily(
-            "regionspot_pictures", "Pictures that this run has done, those that could not be read too", stats.images
+            "regionspot_pictures", "Images that this run has done, those that could not be read too", stats.images
         )
-        yield CounterMetricFamily("regionspot_regions", "Regions of these pictures", stats.regions)
+        yield CounterMetricFamily("regionspot_regions", "Regions of these images", stats.regions)
         yield CounterMetricFamily(
             "regionspot_bytes_written", "Bytes of the parts that this run wrote", now.bytes if now else 0
         )
         yield CounterMetricFamily("regionspot_parts", "Parts that this run wrote", now.done if now else 0)
         failures = CounterMetricFamily(
-            "regionspot_failures", "Pictures that could not be read, by what is wrong with them", labels=["kind"]
+            "regionspot_failures", "Images that could not be read, by what is wrong with them", labels=["kind"]
         )
         for each in stats.failures.kinds():
             failures.add_metric([each.kind], each.count)
@@ -56,16 +56,16 @@ class _Collector:
             now.pending if now else 0,
         )
         yield GaugeMetricFamily(
-            "regionspot_pictures_pending", "Pictures that this run may still have to do", progress.total - progress.done
+            "regionspot_pictures_pending", "Images that this run may still have to do", progress.total - progress.done
         )
         yield GaugeMetricFamily(
-            "regionspot_pictures_per_second", "Pictures a second, of the last five minutes", progress.rate
+            "regionspot_pictures_per_second", "Images a second, of the last five minutes", progress.rate
         )
         yield GaugeMetricFamily("regionspot_run_seconds", "Seconds since the run began", progress.seconds)
 
 
 @contextmanager
-def served(watch: Watch, port: int) -> Iterator[None]:
+def served(watch: RunMonitor, port: int) -> Iterator[None]:
     """Serve a run's metrics at http://HOST:port/metrics inside the block.
 
     Raises InputError where the client library is not installed or the port cannot be had.

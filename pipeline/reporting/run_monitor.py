@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from regionspot.cache.format.schema import PictureFeatures
+from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.process import this_process
 from regionspot.cache.progress import Progress
 from regionspot.cache.store import FeatureCache
@@ -23,10 +23,10 @@ from regionspot.pipeline.reporting.run_summary import COMPLETE, ExtractSummary, 
 from regionspot.pipeline.reporting.summary_page import publish
 
 if TYPE_CHECKING:
-    from regionspot.pipeline.extraction.part_queue import SharedParts  # imports torch
+    from regionspot.pipeline.extraction.part_queue import PartQueue  # imports torch
 
 
-class Watch:
+class RunMonitor:
     """Watches one run at a time.
 
     metrics_port   serve Prometheus metrics there while a run is at work
@@ -44,8 +44,8 @@ class Watch:
 
     def _reset(self, images: int) -> None:
         self.stats, self.parts_before = RunStats(), 0
-        self.parts: SharedParts | None = None
-        self.progress = Progress(images, "pictures", detail=self._detail, shares=self.stats.shares)
+        self.parts: PartQueue | None = None
+        self.progress = Progress(images, "images", detail=self._detail, shares=self.stats.shares)
 
     @contextmanager
     def over(self, cache: FeatureCache, environment: Environment) -> Iterator[None]:
@@ -71,9 +71,9 @@ class Watch:
                         RunRecord(started, by, outcome, where.machine, where.versions, where.models, self.summary()),
                     )
 
-    def begin(self, parts: SharedParts) -> RunStats:
+    def begin(self, parts: PartQueue) -> RunStats:
         """A run in one process knows its parts now; what it is to count and time in."""
-        self._reset(parts.counts.pictures)
+        self._reset(parts.counts.images)
         self.parts, self.parts_before = parts, parts.counts.before
         return self.stats
 
@@ -88,7 +88,7 @@ class Watch:
         with self.stats.timed("wait"):
             return self.parts is not None and self.parts.wait()
 
-    def image(self, image: PictureFeatures) -> None:
+    def image(self, image: ImageFeatures) -> None:
         """An image of a run in one process went to the writer."""
         stats, manifest = self.stats, self._cache.manifest
         stats.images += 1
@@ -109,7 +109,7 @@ class Watch:
         if self.parts is not None:
             now = self.parts.counts
             self.stats.parts, self.stats.parts_of_others, self.stats.bytes = now.done, now.others, now.bytes
-            self.progress.total = now.pictures  # others may have done some of them meanwhile
+            self.progress.total = now.images  # others may have done some of them meanwhile
 
     def summary(self) -> ExtractSummary:
         """The run as it stands now."""
@@ -119,7 +119,7 @@ class Watch:
             stats.seconds = seconds
         shares = stats.shares()
         return ExtractSummary(
-            pictures=stats.images,
+            images=stats.images,
             failed=stats.failures.total,
             parts=stats.parts,
             parts_before=self.parts_before,
@@ -132,7 +132,7 @@ class Watch:
             bottleneck=find_bottleneck(
                 shares,
                 device=where.device,
-                regions_per_picture=stats.regions / max(stats.images, 1),
+                regions_per_image=stats.regions / max(stats.images, 1),
                 decode_threads=where.decode_threads,
                 cores=int(where.machine.get("cores", 1)),
                 half_is_faster=where.half_is_faster,

@@ -50,7 +50,7 @@ class RunStats:
         first = ours[0]
         failures = {each.row: each for record in ours for each in record.failures}
         return cls(
-            images=first.pictures,
+            images=first.images,
             regions=first.regions,
             ignored_orientations=first.account["ignored_orientations"],
             parts=1,

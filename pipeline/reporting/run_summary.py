@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from regionspot.cache.progress import duration
-from regionspot.cache.storage.atomic_files import from_json, to_json
+from regionspot.cache.storage.atomic_files import IMAGES_KEY, from_json, rename_key, to_json
 from regionspot.cache.tools.info import size_text
 from regionspot.pipeline.reporting.bottleneck import Bottleneck
 from regionspot.pipeline.reporting.failure_kinds import FailureKind
@@ -23,17 +23,17 @@ COMPLETE = "complete"
 class ExtractSummary:
     """What one run of `extract` did.
 
-    regions, bytes        of the pictures done, and of the parts written
+    regions, bytes        of the images done, and of the parts written
     parts                 parts that it wrote
     parts_before          parts that were complete when it started
     parts_of_others       parts that other runs wrote while it was at work
-    ignored_orientations  pictures whose EXIF would have turned them, but whose annotations want them as stored
+    ignored_orientations  images whose EXIF would have turned them, but whose annotations want them as stored
     shares                each stage's share of the time
     bottleneck            the largest share and what to change; None where none stands out
-    failures              pictures that could not be read, by kind
+    failures              images that could not be read, by kind
     """
 
-    pictures: int
+    images: int
     failed: int
     parts: int
     parts_before: int
@@ -52,8 +52,8 @@ class ExtractSummary:
             others = f", {self.parts_of_others:,} of them by other runs meanwhile" if self.parts_of_others else ""
             return f"nothing to do: all {self.parts_before + self.parts_of_others:,} parts are there{others}"
         words = [
-            f"{self.pictures:,} pictures with {self.regions:,} regions in {self.parts:,} parts",
-            f"{size_text(self.bytes)} in {duration(self.seconds)}, {self.pictures / self.seconds:.3g} pictures/s",
+            f"{self.images:,} images with {self.regions:,} regions in {self.parts:,} parts",
+            f"{size_text(self.bytes)} in {duration(self.seconds)}, {self.images / self.seconds:.3g} images/s",
             f"{self.failed:,} could not be read",
             f"{self.parts_before:,} parts were there before" * bool(self.parts_before),
             f"other runs did {self.parts_of_others:,} parts meanwhile" * bool(self.parts_of_others),
@@ -87,7 +87,8 @@ class RunRecord:
 
     def to_json(self) -> bytes:
         """The record as it lies in the cache."""
-        return to_json({"form": FORM, **asdict(self)})
+        document = {"form": FORM, **asdict(self)}
+        return to_json({**document, "summary": rename_key(document["summary"], "images", IMAGES_KEY)})
 
 
 def parse_run(data: bytes) -> RunRecord:
@@ -96,7 +97,7 @@ def parse_run(data: bytes) -> RunRecord:
     try:
         if words.pop("form") != FORM:
             raise ValueError("is of another version")
-        of_run = words.pop("summary")
+        of_run = rename_key(words.pop("summary"), IMAGES_KEY, "images")
         failures = [FailureKind(**each) for each in of_run.pop("failures")]
         bottleneck = Bottleneck(**found) if (found := of_run.pop("bottleneck")) else None
         return RunRecord(**words, summary=ExtractSummary(**of_run, bottleneck=bottleneck, failures=failures))

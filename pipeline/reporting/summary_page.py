@@ -86,7 +86,7 @@ def _head(cache: FeatureCache, parts: Parts) -> str:
     return "\n\n".join(
         [
             f"# {cache.storage.address.rstrip('/').rpartition('/')[2]}",
-            f"Features of {manifest.dataset} {manifest.split}: {len(manifest):,} pictures with "
+            f"Features of {manifest.dataset} {manifest.split}: {len(manifest):,} images with "
             f"{len(manifest.boxes_xyxy):,} regions in {cache.n_parts:,} parts of {cache.part_size:,}; **{state}**. "
             "Written by `regionspot extract`, anew at the end of each of its runs.",
         ]
@@ -99,14 +99,14 @@ def _sets(cache: FeatureCache, parts: Parts) -> str:
             name,
             cache.feature_sets[name].dtype,
             f"{len(records):,} of {cache.n_parts:,}",
-            f"{sum(record.pictures for record in records):,}",
+            f"{sum(record.images for record in records):,}",
             f"{sum(record.regions for record in records):,}",
             size_text(sum(sum(record.files.values()) for record in records)),
             f"{sum(len(record.failures) for record in records):,}",
         )
         for name, records in parts.items()
     ]
-    return _table("feature set|type|parts|pictures|regions|bytes|could not be read", rows)
+    return _table("feature set|type|parts|images|regions|bytes|could not be read", rows)
 
 
 def _failures(parts: Parts) -> str:
@@ -114,16 +114,16 @@ def _failures(parts: Parts) -> str:
         each.row: (each, record.part) for records in parts.values() for record in records for each in record.failures
     }
     if not failed:
-        return "Every picture of the written parts could be read." if any(parts.values()) else ""
+        return "Every image of the written parts could be read." if any(parts.values()) else ""
     kinds = FailureCount((each.path, each.reason) for each, _ in failed.values()).kinds()
     by_part = Counter(part for _, part in failed.values())
     left_out = f"\n\nFurther parts with failures: {len(by_part) - _SHOWN_PARTS:,}." * (len(by_part) > _SHOWN_PARTS)
     return "\n\n".join(
         [
-            "## Pictures that could not be read",
+            "## Images that could not be read",
             "Each part's record under `parts/` names its own, with reasons; `extract --retry-failed` tries them again.",
             _table(
-                "what is wrong|pictures|for example",
+                "what is wrong|images|for example",
                 [(each.kind, f"{each.count:,}", ", ".join(each.examples)) for each in kinds],
             ),
             _table(
@@ -140,10 +140,10 @@ def _how_it_went(runs: Sequence[RunRecord]) -> Iterator[str]:
         return
     yield "## Runs"
     if len(runs) > _SHOWN_RUNS:
-        done = sum(run.summary.pictures for run in runs)
-        yield f"The latest {_SHOWN_RUNS} of {len(runs):,}, which did {done:,} pictures together."
+        done = sum(run.summary.images for run in runs)
+        yield f"The latest {_SHOWN_RUNS} of {len(runs):,}, which did {done:,} images together."
     yield _table(
-        "began (UTC)|worker|pictures|pictures/s|regions/s|written|took|could not be read|bottleneck|outcome",
+        "began (UTC)|worker|images|images/s|regions/s|written|took|could not be read|bottleneck|outcome",
         map(_run_row, reversed(runs[-_SHOWN_RUNS:])),
     )
     yield from _last_run(runs[-1])
@@ -155,8 +155,8 @@ def _run_row(run: RunRecord) -> tuple[str, ...]:
     return (
         run.started[:19].replace("T", " "),
         run.worker,
-        f"{did.pictures:,}",
-        f"{did.pictures / seconds:.3g}",
+        f"{did.images:,}",
+        f"{did.images / seconds:.3g}",
         f"{did.regions / seconds:.3g}",
         size_text(did.bytes),
         duration(did.seconds),

@@ -1,10 +1,10 @@
 """What the toy backbones are trained to do: masks for SAM, names for CLIP.
 
 The patches of CLIP have a loss of their own. A large CLIP's patches know what they show, and where they are, from
-hundreds of millions of pictures; ours have minutes, and without it a head finds nothing to read in the map.
+hundreds of millions of images; ours have minutes, and without it a head finds nothing to read in the map.
 """
 
-# B pictures or boxes, S mask slots, P patches, N names
+# B images or boxes, S mask slots, P patches, N names
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ TOKEN_IDS = "token_ids"  # in the file: which row of the word table each shipped
 
 
 def build_toy_sam() -> Sam:
-    """An untrained toy SAM in evaluation mode: pictures of long side 256, location tokens of TOKEN_DIM numbers."""
+    """An untrained toy SAM in evaluation mode: images of long side 256, location tokens of TOKEN_DIM numbers."""
     grid = SAM_PIXELS // SAM_PATCH
     sam = Sam(
         image_encoder=ImageEncoderViT(

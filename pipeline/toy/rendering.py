@@ -1,6 +1,6 @@
-"""Draws the toy world's pictures: objects of a shape, a colour and a texture on cluttered ground.
+"""Draws the toy world's images: objects of a shape, a colour and a texture on cluttered ground.
 
-Only numpy and Pillow, and every choice comes from the generator that is handed in, so a picture is the same on every
+Only numpy and Pillow, and every choice comes from the generator that is handed in, so an image is the same on every
 machine. Shapes are polygons, filled at four times the size and averaged down, which gives smooth edges in well under
 a millisecond. Large objects are drawn first: small ones then lie on them instead of vanishing below them.
 """
@@ -25,7 +25,7 @@ COLOURS = {
 }
 TEXTURES = ("plain", "striped", "dotted", "checkered")
 
-SIDES = (192, 320)  # pixels of a picture's side
+SIDES = (192, 320)  # pixels of an image's side
 SIZES = (16.0, 150.0)  # pixels across an object, drawn log-uniformly
 VISIBLE = 0.42  # an object never shows less of itself
 GROUND = -1  # owner of a pixel that belongs to no object
@@ -48,15 +48,15 @@ class Look:
 
 
 @dataclass(frozen=True)
-class Picture:
+class Scene:
     """pixels uint8 (h, w, 3) RGB; owner int16 (h, w): which of the looks a pixel shows, GROUND where none."""
 
     pixels: NDArray[np.uint8]
     owner: NDArray[np.int16]
 
 
-def draw_picture(looks: Sequence[Look], rng: np.random.Generator) -> Picture:
-    """One picture that shows every one of `looks`, each at least VISIBLE of itself and wholly inside."""
+def draw_image(looks: Sequence[Look], rng: np.random.Generator) -> Scene:
+    """One image that shows every one of `looks`, each at least VISIBLE of itself and wholly inside."""
     height, width = (int(side) for side in rng.integers(SIDES[0], SIDES[1] + 1, 2))
     canvas = _ground(height, width, rng)
     owner = np.full((height, width), GROUND, np.int16)
@@ -68,15 +68,15 @@ def draw_picture(looks: Sequence[Look], rng: np.random.Generator) -> Picture:
         owner[window][cover > 0.5] = number
         whole[number] = np.count_nonzero(cover > 0.5)
     canvas += 3 * rng.standard_normal((height, width, 1), np.float32)
-    return Picture(canvas.clip(0, 255).astype(np.uint8), owner)
+    return Scene(canvas.clip(0, 255).astype(np.uint8), owner)
 
 
 def _place(
     shape: str, size: float, owner: NDArray[np.int16], whole: NDArray[np.int64], rng: np.random.Generator
 ) -> tuple[Floats, tuple[slice, slice]]:
-    """A shape's coverage (h, w) and the window of the picture for it, where it hides no earlier object too far.
+    """A shape's coverage (h, w) and the window of the image for it, where it hides no earlier object too far.
 
-    Tries a few places, then a smaller shape: a picture always holds all the objects it was dealt.
+    Tries a few places, then a smaller shape: an image always holds all the objects it was dealt.
     """
     visible = np.bincount(owner.ravel() + 1, minlength=len(whole) + 1)[1:]
     while True:

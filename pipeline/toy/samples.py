@@ -1,4 +1,4 @@
-"""What the toy backbones are trained on: pictures of the toy world, drawn into memory and cut into samples.
+"""What the toy backbones are trained on: images of the toy world, drawn into memory and cut into samples.
 
 No sample ever shows a rare class, so what the backbones say about one is put together from its words alone.
 """
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from regionspot.pipeline.toy.rendering import COLOURS, GROUND, SHAPES, TEXTURES, Look, draw_picture
+from regionspot.pipeline.toy.rendering import COLOURS, GROUND, SHAPES, TEXTURES, Look, draw_image
 from regionspot.pipeline.toy.world import OBJECTS, toy_classes
 
 BASE = tuple(entry.look for entry in toy_classes() if entry.weight > 0)  # the classes that training may show
@@ -24,7 +24,7 @@ GROUPS = (tuple(look.name for look in BASE), SHAPES, tuple(COLOURS), TEXTURES)
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture and what it shows.
+    """One image and what it shows.
 
     pixels  uint8   (h, w, 3)
     owner   int8    (h, w)     position in `looks` of what a pixel shows, or GROUND
@@ -38,16 +38,16 @@ class Sample:
 
 
 def draw_samples(count: int, seed: int) -> Iterator[Sample]:
-    """`count` pictures of base classes, all equally often; the same for the same seed."""
+    """`count` images of base classes, all equally often; the same for the same seed."""
     return (_draw([seed, number]) for number in range(count))
 
 
 def _draw(seed: list[int]) -> Sample:
     rng = np.random.default_rng(seed)
     looks = tuple(BASE[k] for k in rng.integers(0, len(BASE), rng.integers(OBJECTS[0], OBJECTS[1] + 1)))
-    picture = draw_picture(looks, rng)
-    boxes = [_box(picture.owner == number) for number in range(len(looks))]
-    return Sample(picture.pixels, picture.owner.astype(np.int8), looks, np.array(boxes, np.float32))
+    image = draw_image(looks, rng)
+    boxes = [_box(image.owner == number) for number in range(len(looks))]
+    return Sample(image.pixels, image.owner.astype(np.int8), looks, np.array(boxes, np.float32))
 
 
 def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
@@ -56,16 +56,16 @@ def _box(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
 
 
-# ---- for SAM: whole pictures, some of their boxes, and the masks of those
+# ---- for SAM: whole images, some of their boxes, and the masks of those
 
 
 def mask_batch(
     samples: list[Sample], pixels: int, boxes_each: int, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pictures uint8 (B, 3, pixels, pixels) of that long side, padded right and below; boxes XYXY in their pixels
+    """images uint8 (B, 3, pixels, pixels) of that long side, padded right and below; boxes XYXY in their pixels
     (B, boxes_each, 4), a little off as a detector's are; masks float32 (B, boxes_each, pixels / 2, pixels / 2) 0..1.
     """
-    pictures = np.zeros((len(samples), pixels, pixels, 3), np.uint8)
+    images = np.zeros((len(samples), pixels, pixels, 3), np.uint8)
     masks = np.zeros((len(samples), boxes_each, pixels // 2, pixels // 2), np.float32)
     boxes = np.zeros((len(samples), boxes_each, 4), np.float32)
     for row, sample in enumerate(samples):
@@ -73,7 +73,7 @@ def mask_batch(
         height, width = sample.owner.shape
         scale = pixels / max(height, width)
         h, w = round(height * scale), round(width * scale)
-        pictures[row, :h, :w] = np.asarray(Image.fromarray(sample.pixels).resize((w, h), Image.Resampling.BILINEAR))
+        images[row, :h, :w] = np.asarray(Image.fromarray(sample.pixels).resize((w, h), Image.Resampling.BILINEAR))
         owner = np.full((pixels, pixels), GROUND, np.int8)
         owner[:h, :w] = sample.owner[np.arange(h) * height // h][:, np.arange(w) * width // w]
         chosen = rng.integers(0, len(sample.looks), boxes_each)
@@ -81,7 +81,7 @@ def mask_batch(
         masks[row] = visible.reshape(boxes_each, pixels // 2, 2, pixels // 2, 2).mean(axis=(2, 4))
         sides = np.tile(sample.boxes[chosen, 2:] - sample.boxes[chosen, :2], 2)
         boxes[row] = (sample.boxes[chosen] + sides * rng.normal(0, 0.03, (boxes_each, 4))) * scale
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(boxes), torch.from_numpy(masks)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(boxes), torch.from_numpy(masks)
 
 
 def _mirrored(sample: Sample) -> Sample:
@@ -96,22 +96,22 @@ def _mirrored(sample: Sample) -> Sample:
 def named_batch(
     samples: list[Sample], pixels: int, grid: int, scene_share: float, rng: np.random.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """pictures uint8 (B, 3, pixels, pixels), aspect not kept; truth float32 (B, 160 + 8 + 6 + 4), 0 or 1 as GROUPS;
+    """images uint8 (B, 3, pixels, pixels), aspect not kept; truth float32 (B, 160 + 8 + 6 + 4), 0 or 1 as GROUPS;
     local int64 (B, grid * grid, 3): shape, colour and texture of what each patch has in its middle, -1 for ground.
     """
-    pictures = np.zeros((len(samples), pixels, pixels, 3), np.uint8)
+    images = np.zeros((len(samples), pixels, pixels, 3), np.uint8)
     truth = np.zeros((len(samples), sum(len(group) for group in GROUPS)), np.float32)
     local = np.full((len(samples), grid * grid, 3), GROUND, np.int64)
     for row, sample in enumerate(samples):
         sample = _mirrored(sample) if rng.random() < 0.5 else sample
         window, shown = _scene(sample, rng) if rng.random() < scene_share else _crop(sample, rng)
-        picture = Image.fromarray(sample.pixels).resize((pixels, pixels), Image.Resampling.BILINEAR, window)
-        pictures[row] = np.asarray(picture)
+        image = Image.fromarray(sample.pixels).resize((pixels, pixels), Image.Resampling.BILINEAR, window)
+        images[row] = np.asarray(image)
         words = np.array([*(_words(look) for look in sample.looks), (GROUND, GROUND, GROUND)])
         local[row] = words[_middles(sample.owner, window, grid).ravel()]
         for number in shown:
             truth[row, _columns(sample.looks[number])] = 1
-    return torch.from_numpy(pictures).permute(0, 3, 1, 2), torch.from_numpy(truth), torch.from_numpy(local)
+    return torch.from_numpy(images).permute(0, 3, 1, 2), torch.from_numpy(truth), torch.from_numpy(local)
 
 
 def _middles(owner: NDArray[np.int8], window: tuple[float, float, float, float], grid: int) -> NDArray[np.int8]:
@@ -132,7 +132,7 @@ def _crop(sample: Sample, rng: np.random.Generator) -> tuple[tuple[float, float,
 
 
 def _scene(sample: Sample, rng: np.random.Generator) -> tuple[tuple[float, float, float, float], list[int]]:
-    """Half or more of a picture in each direction, and the objects of which it shows the larger part."""
+    """Half or more of an image in each direction, and the objects of which it shows the larger part."""
     height, width = sample.owner.shape
     if rng.random() < 0.5:
         return (0, 0, width, height), list(range(len(sample.looks)))

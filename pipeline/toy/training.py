@@ -1,8 +1,8 @@
 """Trains the toy backbones on the toy world: `python -m regionspot.pipeline.toy.training` (make toy-backbones).
 
-SAM learns as the large one did, class-agnostic: a picture and a box go in, the mask of the object comes out. CLIP
-learns from pictures and the names that are true of them: crops of one object, whole scenes with several. It starts on
-small pictures and ends on larger ones with its position table interpolated, as OpenAI's ViT-L/14@336px did. Everything
+SAM learns as the large one did, class-agnostic: an image and a box go in, the mask of the object comes out. CLIP
+learns from images and the names that are true of them: crops of one object, whole scenes with several. It starts on
+small images and ends on larger ones with its position table interpolated, as OpenAI's ViT-L/14@336px did. Everything
 is drawn from one seed. On two cores it takes under an hour; each run writes both weight files anew.
 """
 
@@ -55,7 +55,7 @@ class ToyRecipe:
     """What decides the shipped weights."""
 
     seed: int = 20_000  # no demo world is drawn from it
-    pictures: int = 6_000
+    images: int = 6_000
     sam_steps: int = 3_200
     sam_batch: int = 8
     sam_boxes: int = 5
@@ -84,8 +84,8 @@ def train_toy_backbones(out: Path, recipe: ToyRecipe | None = None) -> None:
 def _train_and_save(name: str, out: Path, recipe: ToyRecipe) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(recipe.seed)
-    samples = list(draw_samples(recipe.pictures, recipe.seed))
-    log.info("%s: %d pictures drawn", name, len(samples))
+    samples = list(draw_samples(recipe.images, recipe.seed))
+    log.info("%s: %d images drawn", name, len(samples))
     if name == "toy_sam":
         weights = _halved(train_toy_sam(samples, recipe).state_dict())
     else:
@@ -108,8 +108,8 @@ def train_toy_sam(samples: Sequence[Sample], recipe: ToyRecipe) -> Sam:
     def cut(rng: np.random.Generator) -> tuple[Tensor, ...]:
         return mask_batch(_pick(samples, recipe.sam_batch, rng), SAM_PIXELS, recipe.sam_boxes, rng)
 
-    def loss(pictures: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
-        logits, quality = sam_logits(sam, sam.image_encoder(sam.preprocess(pictures)), boxes)
+    def loss(images: Tensor, boxes: Tensor, masks: Tensor) -> Tensor:
+        logits, quality = sam_logits(sam, sam.image_encoder(sam.preprocess(images)), boxes)
         return mask_loss(logits, quality, masks.flatten(0, 1))
 
     _fit("toy_sam", sam, loss, cut, recipe.sam_steps, recipe.sam_rate, recipe.seed)
@@ -117,17 +117,17 @@ def train_toy_sam(samples: Sequence[Sample], recipe: ToyRecipe) -> Sam:
 
 
 def sam_logits(sam: Sam, embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mask logits (B * n, 4, 64, 64) and predicted IoU (B * n, 4) of boxes (B, n, 4) in B pictures at once.
+    """Mask logits (B * n, 4, 64, 64) and predicted IoU (B * n, 4) of boxes (B, n, 4) in B images at once.
 
-    What MaskDecoder.predict_masks computes; that one takes a single picture a call, which is far slower here.
+    What MaskDecoder.predict_masks computes; that one takes a single image a call, which is far slower here.
     """
     decoder, each = sam.mask_decoder, boxes.shape[1]
     sparse, dense = sam.prompt_encoder(points=None, boxes=boxes.flatten(0, 1), masks=None)
     learned = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight]).expand(len(sparse), -1, -1)
-    picture = embeddings.repeat_interleave(each, dim=0) + dense
+    image = embeddings.repeat_interleave(each, dim=0) + dense
     position = sam.prompt_encoder.get_dense_pe().expand(len(sparse), -1, -1, -1)
-    tokens, picture = decoder.transformer(picture, position, torch.cat([learned, sparse], dim=1))
-    upscaled = decoder.output_upscaling(picture.transpose(1, 2).unflatten(2, embeddings.shape[-2:]))
+    tokens, image = decoder.transformer(image, position, torch.cat([learned, sparse], dim=1))
+    upscaled = decoder.output_upscaling(image.transpose(1, 2).unflatten(2, embeddings.shape[-2:]))
     masks = [mlp(tokens[:, 1 + slot]) for slot, mlp in enumerate(decoder.output_hypernetworks_mlps)]
     return torch.einsum("bsc,bchw->bshw", torch.stack(masks, dim=1), upscaled), decoder.iou_prediction_head(
         tokens[:, 0]
@@ -158,7 +158,7 @@ def into_a_cone(clip: CLIP, prompts: Tensor) -> None:
     Large CLIPs' texts lie in a narrow cone (Liang et al. 2022, "Mind the Gap"); ours, of a softmax alone, spread around
     the origin: two names that share two words of three have a cosine of 0.66 and others -0.3. The head's sigmoid loss
     at 100 x cosine can be met in a cone only, where a region can be far from all names but its own. What CLIP itself
-    answers stays: all its scores of a picture move together, and the scale makes up for the longer texts.
+    answers stays: all its scores of an image move together, and the scale makes up for the longer texts.
     """
     raw = encode_short_text(clip, prompts)
     # The faintest direction that the projection reaches: it has fewer inputs than outputs, what lies beyond is out of
@@ -190,8 +190,8 @@ def _fit_clip(
         batch = named_batch(_pick(samples, recipe.clip_batch, rng), pixels, grid, scene_share, rng)
         return *batch, prompts[torch.arange(len(prompts)), wording]
 
-    def loss(pictures: Tensor, truth: Tensor, local: Tensor, text: Tensor) -> Tensor:
-        shown, patches = clip.visual((pictures.float() / 255 - mean) / std)
+    def loss(images: Tensor, truth: Tensor, local: Tensor, text: Tensor) -> Tensor:
+        shown, patches = clip.visual((images.float() / 255 - mean) / std)
         said = F.normalize(encode_short_text(clip, text), dim=-1)
         scale = clip.logit_scale.exp().clamp(max=100)
         whole = name_loss(scale * F.normalize(shown, dim=-1) @ said.T, truth)
@@ -222,13 +222,13 @@ def encode_short_text(clip: CLIP, text: Tensor) -> Tensor:
 
 
 def _place_patches(clip: CLIP) -> None:
-    """Start the position table from sines and cosines of x and y, as strong as the picture itself.
+    """Start the position table from sines and cosines of x and y, as strong as the image itself.
 
     Beyer et al. 2022, "Better plain ViT baselines for ImageNet-1k". From open_clip's faint random start the patches of
     a briefly trained model forget where they are, and a head could not find a region's patches.
     """
     grid, quarter = clip.visual.grid_size[0], CLIP_WIDTH // 4
-    waves = torch.pi * torch.logspace(-1, 4, quarter, base=2)  # half a wave to sixteen across the picture
+    waves = torch.pi * torch.logspace(-1, 4, quarter, base=2)  # half a wave to sixteen across the image
     phase = torch.outer((torch.arange(grid) + 0.5) / grid, waves)
     line = torch.cat([phase.sin(), phase.cos()], dim=1)
     table = torch.cat([line.repeat_interleave(grid, dim=0), line.repeat(grid, 1)], dim=1)

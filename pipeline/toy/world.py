@@ -1,11 +1,11 @@
-"""The toy world: generated pictures with annotations in LVIS's own form, so that every stage runs with no download.
+"""The toy world: generated images with annotations in LVIS's own form, so that every stage runs with no download.
 
 A class is a texture, a colour and a shape ("striped green star"): 4 x 6 x 8 = 192 of them. 32 are rare: none of them
 is ever in the training split, though each of their words occurs there in other classes, and the validation split holds
 all of them. What recognises a rare class has therefore understood its words. LVIS's groups are defined by counts of
-training pictures; here they are a property of the class, the same in every world:
+training images; here they are a property of the class, the same in every world:
 
-    rare       32 classes, in no training picture; the training annotations do not even list them
+    rare       32 classes, in no training image; the training annotations do not even list them
     common     96 classes, in few
     frequent   64 classes, in up to ten times as many
 
@@ -30,11 +30,11 @@ from pycocotools import mask as rle
 from regionspot.cache.errors import InputError
 from regionspot.cache.machine import processors
 from regionspot.cache.outputs import check_output_folder
-from regionspot.pipeline.toy.rendering import COLOURS, SHAPES, TEXTURES, Look, draw_picture
+from regionspot.pipeline.toy.rendering import COLOURS, SHAPES, TEXTURES, Look, draw_image
 
-OBJECTS = (4, 9)  # objects in a picture
+OBJECTS = (4, 9)  # objects in an image
 TRAIN_SHARE = 0.8
-FEWEST_PICTURES = 40  # so that validation's 8 pictures of at least 4 objects can show all 32 rare classes
+FEWEST_IMAGES = 40  # so that validation's 8 images of at least 4 objects can show all 32 rare classes
 JPEG_QUALITY = 92
 RARE, FREQUENT = 32, 64  # number of classes
 
@@ -51,7 +51,7 @@ class ToyClass:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What the annotations keep of a picture once it is written; its pixels are gone by then."""
+    """What the annotations keep of an image once it is written; its pixels are gone by then."""
 
     image_id: int
     size_hw: tuple[int, ...]
@@ -78,24 +78,24 @@ def _is_rare(look: Look) -> bool:
     return (colour + shape + 2 * texture) % 6 == 0
 
 
-def make_toy_world(folder: Path | str, pictures: int = 1000, seed: int = 0) -> Path:
-    """Write a world of `pictures` pictures, the first 80 % for training, and return its folder.
+def make_toy_world(folder: Path | str, images: int = 1000, seed: int = 0) -> Path:
+    """Write a world of `images` images, the first 80 % for training, and return its folder.
 
-    The same `pictures` and `seed` give the same files, which replace those of an earlier world there. Pictures are
-    192 to 320 pixels a side and hold 4 to 9 objects. Raises InputError for fewer than 40 pictures, for a folder that
+    The same `images` and `seed` give the same files, which replace those of an earlier world there. Images are
+    192 to 320 pixels a side and hold 4 to 9 objects. Raises InputError for fewer than 40 images, for a folder that
     holds something else than a toy world, and where it cannot be written.
     """
     folder = check_output_folder(Path(folder))
-    if pictures < FEWEST_PICTURES:
+    if images < FEWEST_IMAGES:
         raise InputError(
-            f"toy world: {pictures} pictures asked for, expected at least {FEWEST_PICTURES}: "
+            f"toy world: {images} images asked for, expected at least {FEWEST_IMAGES}: "
             "fewer cannot show every rare class in validation"
         )
     _require_own(folder)
-    train = round(TRAIN_SHARE * pictures)
+    train = round(TRAIN_SHARE * images)
     try:
         _write_split(folder, "train", range(1, train + 1), seed)
-        _write_split(folder, "val", range(train + 1, pictures + 1), seed)
+        _write_split(folder, "val", range(train + 1, images + 1), seed)
     except OSError as error:
         raise InputError(
             f"{folder}: the toy world cannot be written there ({error.strerror}); name another folder"
@@ -112,13 +112,13 @@ def _require_own(folder: Path) -> None:
             raise InputError(f"{inside}: holds {others[0]}, which is no part of a toy world; name an empty folder")
 
 
-def deal(classes: Sequence[ToyClass], split: str, pictures: int, rng: np.random.Generator) -> list[list[ToyClass]]:
-    """Which classes each picture of a split shows, 4 to 9 of them.
+def deal(classes: Sequence[ToyClass], split: str, images: int, rng: np.random.Generator) -> list[list[ToyClass]]:
+    """Which classes each image of a split shows, 4 to 9 of them.
 
     Training draws by weight. Validation deals round after round of all classes, the rare ones first in the first
     round, so that none of them is missing however small the split; then all is shuffled.
     """
-    counts = rng.integers(OBJECTS[0], OBJECTS[1] + 1, pictures)
+    counts = rng.integers(OBJECTS[0], OBJECTS[1] + 1, images)
     total = int(counts.sum())
     weights = np.array([entry.weight for entry in classes])
     if split == "train":
@@ -132,19 +132,19 @@ def deal(classes: Sequence[ToyClass], split: str, pictures: int, rng: np.random.
 
 
 def _write_split(folder: Path, split: str, image_ids: Sequence[int], seed: int) -> None:
-    """Photos first, in as many threads as there are cores; the annotation file last."""
-    photos = folder / "photos" / split
-    photos.mkdir(parents=True, exist_ok=True)
+    """Images first, in as many threads as there are cores; the annotation file last."""
+    images = folder / "photos" / split
+    images.mkdir(parents=True, exist_ok=True)
     is_val = int(split == "val")
     dealt = deal(toy_classes(), split, len(image_ids), np.random.default_rng([seed, is_val]))
 
     def write(job: tuple[int, list[ToyClass]]) -> Drawn:
         image_id, shown = job
-        # Seeded by the picture, not by its turn: the threads finish in any order.
-        picture = draw_picture([entry.look for entry in shown], np.random.default_rng([seed, is_val, image_id]))
-        Image.fromarray(picture.pixels).save(photos / _file_name(image_id), quality=JPEG_QUALITY)
-        regions = [_region_entry(entry, picture.owner == number) for number, entry in enumerate(shown)]
-        return Drawn(image_id, picture.owner.shape, regions)
+        # Seeded by the image, not by its turn: the threads finish in any order.
+        image = draw_image([entry.look for entry in shown], np.random.default_rng([seed, is_val, image_id]))
+        Image.fromarray(image.pixels).save(images / _file_name(image_id), quality=JPEG_QUALITY)
+        regions = [_region_entry(entry, image.owner == number) for number, entry in enumerate(shown)]
+        return Drawn(image_id, image.owner.shape, regions)
 
     with ThreadPoolExecutor(processors()) as threads:
         annotations = _lvis_form(split, threads.map(write, zip(image_ids, dealt, strict=True)))
@@ -160,11 +160,11 @@ def _lvis_form(split: str, drawn: Iterable[Drawn]) -> dict[str, Any]:
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     listed = [entry for entry in toy_classes() if split != "train" or entry.weight > 0]
-    for picture in drawn:
-        present = {region["category_id"] for region in picture.regions}
-        images.append(_image_entry(split, picture, [entry.id for entry in listed if entry.id not in present]))
-        for region in picture.regions:
-            annotations.append({"id": len(annotations) + 1, "image_id": picture.image_id, **region})
+    for image in drawn:
+        present = {region["category_id"] for region in image.regions}
+        images.append(_image_entry(split, image, [entry.id for entry in listed if entry.id not in present]))
+        for region in image.regions:
+            annotations.append({"id": len(annotations) + 1, "image_id": image.image_id, **region})
     return {
         "info": {"description": f"regionspot toy world, {split}", "version": "v1"},
         "licenses": [],
@@ -174,13 +174,13 @@ def _lvis_form(split: str, drawn: Iterable[Drawn]) -> dict[str, Any]:
     }
 
 
-def _image_entry(split: str, picture: Drawn, absent: list[int]) -> dict[str, Any]:
+def _image_entry(split: str, image: Drawn, absent: list[int]) -> dict[str, Any]:
     """An LVIS image; every class that it does not show is known to be absent, for nothing is left unannotated."""
     return {
-        "id": picture.image_id,
-        "width": picture.size_hw[1],
-        "height": picture.size_hw[0],
-        "coco_url": f"toy://photos/{split}/{_file_name(picture.image_id)}",
+        "id": image.image_id,
+        "width": image.size_hw[1],
+        "height": image.size_hw[0],
+        "coco_url": f"toy://photos/{split}/{_file_name(image.image_id)}",
         "neg_category_ids": absent,
         "not_exhaustive_category_ids": [],
     }

@@ -27,11 +27,11 @@ from regionspot.cache import (
     CorruptPartError,
     FeatureCache,
     FeatureSet,
+    ImageFeatures,
     InputError,
     Manifest,
     NotACacheError,
     NotExtractedError,
-    PictureFeatures,
     ProvenanceMismatchError,
     Ragged,
     SchemaVersionError,
@@ -49,15 +49,15 @@ CATEGORIES = (
 
 
 def manifest_of(counts, seed=0, **changes):
-    """Pictures with the given region counts and everything a manifest can hold."""
-    rng, pictures, regions = np.random.default_rng(seed), len(counts), sum(counts)
+    """Images with the given region counts and everything a manifest can hold."""
+    rng, images, regions = np.random.default_rng(seed), len(counts), sum(counts)
     columns = {
         "dataset": "lvis",
         "split": "train",
-        "image_ids": rng.permutation(10 * pictures)[:pictures] - 5,
-        "paths": np.array([f"val2017/{row:04d} ü.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
-        "heights": rng.integers(1, 2000, pictures, dtype=np.int32),
-        "widths": rng.integers(1, 2000, pictures, dtype=np.int32),
+        "image_ids": rng.permutation(10 * images)[:images] - 5,
+        "paths": np.array([f"val2017/{row:04d} ü.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
+        "heights": rng.integers(1, 2000, images, dtype=np.int32),
+        "widths": rng.integers(1, 2000, images, dtype=np.int32),
         "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         "boxes_xyxy": rng.random((regions, 4), dtype=np.float32) * 640,
         "category_index": rng.integers(NO_CATEGORY, len(CATEGORIES), regions, dtype=np.int32),
@@ -70,9 +70,9 @@ def manifest_of(counts, seed=0, **changes):
 
 
 def features_of(manifest, row, seed=0):
-    """What the backbones would say about a picture."""
+    """What the backbones would say about an image."""
     rng, regions = np.random.default_rng([seed, row]), int(manifest.region_count[row])
-    return PictureFeatures(
+    return ImageFeatures(
         row, {"clip": rng.standard_normal((5, 8)).astype(np.float16), "sam": rng.standard_normal((regions, 6))}
     )
 
@@ -82,7 +82,7 @@ def fill(cache, parts=None, failing=()):
         cache.write_part(
             part,
             (
-                PictureFeatures(row, {}, "truncated JPEG") if row in failing else features_of(cache.manifest, row)
+                ImageFeatures(row, {}, "truncated JPEG") if row in failing else features_of(cache.manifest, row)
                 for row in cache.part_rows(part)
             ),
             worker="here",
@@ -108,7 +108,7 @@ def snapshot(folder: Path):
 
 @pytest.fixture(scope="module")
 def manifest():
-    """Ten pictures, 4 a part; part 1 has more regions than one inner chunk of tokens, two pictures have none."""
+    """Ten images, 4 a part; part 1 has more regions than one inner chunk of tokens, two images have none."""
     return manifest_of([2, 0, 1, 5, 60, 7, 70, 0, 3, 1])
 
 
@@ -171,8 +171,8 @@ def test_small_and_empty_splits_work(tmp_path, counts):
     assert cache.part_size == len(counts)
 
 
-def test_a_split_without_pictures_is_refused(tmp_path):
-    with pytest.raises(InputError, match="holds no picture"):
+def test_a_split_without_images_is_refused(tmp_path):
+    with pytest.raises(InputError, match="holds no image"):
         FeatureCache.create(tmp_path / "c.zarr", manifest_of([]), [MAPS])
 
 
@@ -238,7 +238,7 @@ def test_with_several_sets_of_a_kind_one_has_to_be_named(tmp_path, manifest):
     other = replace(MAPS, name="clip_336", shape=(3, 2), dtype="float32")
     cache = FeatureCache.create(tmp_path / "c.zarr", manifest, [MAPS, other], part_size=10)
     values = np.random.default_rng(0).standard_normal((10, 3, 2)).astype(np.float32)
-    cache.write_part(0, [PictureFeatures(row, {"clip_336": values[row]}) for row in range(10)], ["clip_336"])
+    cache.write_part(0, [ImageFeatures(row, {"clip_336": values[row]}) for row in range(10)], ["clip_336"])
     with pytest.raises(InputError, match="clip, clip_336; say which"):
         cache.read([0])
     with pytest.raises(InputError, match="'dino' is none of them"):
@@ -345,10 +345,10 @@ def test_checksums_beside_the_data_are_those_of_its_chunks(cache):
     assert root["features/sam/crc32c"][0, 1:].tolist() == [0, 0]
 
 
-# --- pictures that could not be read ---
+# --- images that could not be read ---
 
 
-def test_a_picture_that_could_not_be_read_is_recorded_and_never_handed_out(empty):
+def test_an_image_that_could_not_be_read_is_recorded_and_never_handed_out(empty):
     fill(empty, failing=[4, 7])
     reader = FeatureCache.open(empty.path)
     assert [(failure.row, failure.reason) for failure in reader.failures()] == [
@@ -363,11 +363,11 @@ def test_a_picture_that_could_not_be_read_is_recorded_and_never_handed_out(empty
     assert not zarr.open(empty.path, mode="r")["features/sam/token"][1, :60].any()
 
 
-def test_a_picture_that_failed_for_one_set_only_is_valid_for_the_other(empty):
+def test_an_image_that_failed_for_one_set_only_is_valid_for_the_other(empty):
     for name, failing in (("clip", 2), ("sam", 3)):
-        pictures = [features_of(empty.manifest, row) for row in range(4)]
-        pictures[failing] = PictureFeatures(failing, {}, "gone")
-        empty.write_part(0, pictures, [name])
+        images = [features_of(empty.manifest, row) for row in range(4)]
+        images[failing] = ImageFeatures(failing, {}, "gone")
+        empty.write_part(0, images, [name])
     assert empty.valid_rows(["clip"]).tolist() == [0, 1, 3]
     assert empty.valid_rows().tolist() == [0, 1]
     assert [failure.row for failure in empty.failures()] == [2, 3]
@@ -378,19 +378,19 @@ def test_a_picture_that_failed_for_one_set_only_is_valid_for_the_other(empty):
 
 def test_parts_are_pending_until_every_set_asked_for_is_written(empty):
     fill(empty, [1])
-    pictures = [features_of(empty.manifest, row) for row in empty.part_rows(2)]
-    empty.write_part(2, pictures, ["sam"])
+    images = [features_of(empty.manifest, row) for row in empty.part_rows(2)]
+    empty.write_part(2, images, ["sam"])
     assert empty.pending_parts() == [0, 2]
     assert empty.pending_parts(["sam"]) == [0]
     assert empty.missing_sets(2) == ["clip"]
-    empty.write_part(2, pictures)
+    empty.write_part(2, images)
     assert empty.pending_parts() == [0]
     require_equal_to_source(empty, [8, 9], empty.read([8, 9]))
 
 
 def test_a_part_record_says_what_was_written(empty):
     record = empty.write_part(1, (features_of(empty.manifest, row) for row in range(4, 8)), worker="gpu:1")
-    assert (record.part, record.first_row, record.pictures, record.regions) == (1, 4, 4, 137)
+    assert (record.part, record.first_row, record.images, record.regions) == (1, 4, 4, 137)
     assert record.files == {name: (empty.path / name).stat().st_size for name in record.files}
     assert len(record.files) == 4
     stored = json.loads((empty.path / "parts/sam/00001.json").read_bytes())
@@ -419,54 +419,54 @@ BAD_FEATURES = {
 @pytest.mark.parametrize("case", BAD_FEATURES)
 def test_features_that_do_not_fit_are_refused_and_leave_nothing(empty, case):
     wrong, message = BAD_FEATURES[case]
-    pictures = [features_of(empty.manifest, row) for row in empty.part_rows(1)]
-    pictures[1].features.update(wrong)
-    require_refused(empty, pictures, InputError, message)
+    images = [features_of(empty.manifest, row) for row in empty.part_rows(1)]
+    images[1].features.update(wrong)
+    require_refused(empty, images, InputError, message)
 
 
 @pytest.mark.parametrize(
     ("choose", "message"),
     [
-        (lambda pictures: pictures[:3], "has 4 pictures, got only 3"),
-        (lambda pictures: [*pictures, pictures[0]], "rows 4 to 7 in order; got row 4 after 4 pictures"),
-        (lambda pictures: pictures[::-1], "got row 7 after 0 pictures"),
-        (lambda pictures: [PictureFeatures(4, {"sam": np.zeros((60, 6))})], "row 4: no features of clip, only of"),
+        (lambda images: images[:3], "has 4 images, got only 3"),
+        (lambda images: [*images, images[0]], "rows 4 to 7 in order; got row 4 after 4 images"),
+        (lambda images: images[::-1], "got row 7 after 0 images"),
+        (lambda images: [ImageFeatures(4, {"sam": np.zeros((60, 6))})], "row 4: no features of clip, only of"),
     ],
 )
-def test_pictures_that_are_not_the_parts_are_refused_and_leave_nothing(empty, choose, message):
-    pictures = [features_of(empty.manifest, row) for row in empty.part_rows(1)]
-    require_refused(empty, choose(pictures), InputError, message)
+def test_images_that_are_not_the_parts_are_refused_and_leave_nothing(empty, choose, message):
+    images = [features_of(empty.manifest, row) for row in empty.part_rows(1)]
+    require_refused(empty, choose(images), InputError, message)
 
 
 def test_an_error_of_the_backbones_leaves_the_part_unwritten(empty):
-    def pictures():
+    def images():
         yield features_of(empty.manifest, 4)
-        raise OSError("the photo folder went away")
+        raise OSError("the image folder went away")
 
-    require_refused(empty, pictures(), OSError, "photo folder went away")
+    require_refused(empty, images(), OSError, "image folder went away")
 
 
-def require_refused(cache, pictures, error, message):
+def require_refused(cache, images, error, message):
     before = snapshot(cache.path)
     with pytest.raises(error, match=message):
-        cache.write_part(1, pictures)
+        cache.write_part(1, images)
     assert snapshot(cache.path) == before
 
 
 def test_the_largest_float16_is_kept(empty):
-    pictures = [features_of(empty.manifest, row) for row in range(4)]
-    pictures[0].features["clip"] = np.full((5, 8), -65504.0)
-    empty.write_part(0, pictures)
+    images = [features_of(empty.manifest, row) for row in range(4)]
+    images[0].features["clip"] = np.full((5, 8), -65504.0)
+    empty.write_part(0, images)
     assert (empty.read([0]).feature_map == -65504).all()
 
 
 def test_memory_does_not_grow_with_the_part(tmp_path):
     maps = FeatureSet("clip", "map", (64, 256))
 
-    def peak(pictures):
-        cache = FeatureCache.create(tmp_path / f"{pictures}.zarr", manifest_of([1] * pictures), [maps], pictures)
+    def peak(images):
+        cache = FeatureCache.create(tmp_path / f"{images}.zarr", manifest_of([1] * images), [maps], images)
         tracemalloc.start()
-        cache.write_part(0, (PictureFeatures(row, {"clip": np.ones((64, 256))}) for row in range(pictures)))
+        cache.write_part(0, (ImageFeatures(row, {"clip": np.ones((64, 256))}) for row in range(images)))
         at_most = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         return at_most
@@ -531,16 +531,14 @@ def test_every_truncated_file_of_a_part_is_found(cache):
             path.write_bytes(sound)
 
 
-def test_a_corrupt_record_is_named_by_file_and_picture_and_the_mend_works(cache):
+def test_a_corrupt_record_is_named_by_file_and_image_and_the_mend_works(cache):
     path = cache.path / "features/clip/feature_map/c.1.0.0"
     data = bytearray(path.read_bytes())
     data[2 * MAPS.record_bytes] ^= 1
     path.write_bytes(data)
     reader = FeatureCache.open(cache.path)
     require_equal_to_source(cache, [4, 5], reader.read([4, 5]))
-    expected = (
-        rf"c\.1\.0\.0: the record of picture {cache.manifest.image_ids[6]} \(row 6, val2017/0006 ü.jpg\) does not"
-    )
+    expected = rf"c\.1\.0\.0: the record of image {cache.manifest.image_ids[6]} \(row 6, val2017/0006 ü.jpg\) does not"
     with pytest.raises(CorruptPartError, match=expected):
         reader.read([6])
     (cache.path / "parts/clip/00001.json").unlink()
@@ -689,7 +687,7 @@ def test_another_set_is_added_and_touches_nothing_else(cache, manifest):
     assert grown.pending_parts() == [0, 1, 2]
     for part in grown.pending_parts():
         grown.write_part(
-            part, [PictureFeatures(row, {"dino": np.full((2, 3), row) * 1.0}) for row in grown.part_rows(part)]
+            part, [ImageFeatures(row, {"dino": np.full((2, 3), row) * 1.0}) for row in grown.part_rows(part)]
         )
     after = snapshot(cache.path)
     assert {name for name in before if after[name] != before[name]} == {"zarr.json"}
@@ -730,7 +728,7 @@ def test_other_software_versions_are_told_and_accepted(cache, manifest, caplog):
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (manifest_of([2, 0, 1]), "pictures 10, not 3, regions 149, not 3"),
+        (manifest_of([2, 0, 1]), "images 10, not 3, regions 149, not 3"),
         (manifest_of([2, 0, 1, 5, 60, 7, 70, 0, 3, 1], seed=1), "other boxes, sizes, paths, ids or class names"),
         (manifest_of([2, 0, 1, 5, 60, 7, 70, 0, 3, 2], split="val"), "split 'train', not 'val', regions 149, not 150"),
     ],

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures
+from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest
 from regionspot.cache.storage import atomic_files as durable
 
-PICTURES, PART_SIZE = 16, 4
+IMAGES, PART_SIZE = 16, 4
 MAPS = FeatureSet("clip", "map", (5, 8))
 TOKENS = FeatureSet("sam", "token", (6,))
 MORE = FeatureSet("dino", "map", (2, 2))
@@ -26,15 +26,15 @@ SYSTEM_CALLS = ("open", "write", "fsync", "replace", "rename")
 
 @pytest.fixture(scope="module")
 def manifest():
-    counts = np.random.default_rng(0).integers(0, 50, PICTURES)
+    counts = np.random.default_rng(0).integers(0, 50, IMAGES)
     regions = int(counts.sum())
     return Manifest(
         dataset="toy",
         split="train",
-        image_ids=np.arange(PICTURES) + 100,
-        paths=np.array([f"{row}.jpg" for row in range(PICTURES)], dtype=np.dtypes.StringDType()),
-        heights=np.full(PICTURES, 480, np.int32),
-        widths=np.full(PICTURES, 640, np.int32),
+        image_ids=np.arange(IMAGES) + 100,
+        paths=np.array([f"{row}.jpg" for row in range(IMAGES)], dtype=np.dtypes.StringDType()),
+        heights=np.full(IMAGES, 480, np.int32),
+        widths=np.full(IMAGES, 640, np.int32),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         boxes_xyxy=np.zeros((regions, 4), np.float32),
         category_index=np.zeros(regions, np.int32),
@@ -45,24 +45,24 @@ def manifest():
 
 def features_of(manifest, row):
     if row == 6:
-        return PictureFeatures(row, {}, "truncated JPEG")
+        return ImageFeatures(row, {}, "truncated JPEG")
     rng = np.random.default_rng(row)
     tokens = rng.standard_normal((int(manifest.region_count[row]), 6))
-    return PictureFeatures(row, {"clip": rng.standard_normal((5, 8)), "sam": tokens, "dino": rng.random((2, 2))})
+    return ImageFeatures(row, {"clip": rng.standard_normal((5, 8)), "sam": tokens, "dino": rng.random((2, 2))})
 
 
-def extract(path, manifest, sets=(MAPS, TOKENS), at_picture=lambda: None):
+def extract(path, manifest, sets=(MAPS, TOKENS), at_image=lambda: None):
     """What `regionspot extract` does: go on with the cache, write what is missing."""
 
-    def pictures(part):
+    def images(part):
         for row in cache.part_rows(part):
-            at_picture()
+            at_image()
             yield features_of(manifest, row)
 
     cache = FeatureCache.open_or_create(path, manifest, sets, PART_SIZE)
     names = [feature_set.name for feature_set in sets]
     for part in cache.pending_parts(names):
-        cache.write_part(part, pictures(part), names)
+        cache.write_part(part, images(part), names)
 
 
 @pytest.fixture(scope="module")
@@ -105,12 +105,12 @@ def killed_at_call(function, call):
     return was_killed(forked(dying))
 
 
-def killed_after_pictures(function, pictures, seconds):
-    """Run `function(at_picture)` in a process that is killed `seconds` after its n-th picture; False if it was done."""
+def killed_after_images(function, images, seconds):
+    """Run `function(at_image)` in a process that is killed `seconds` after its n-th image; False if it was done."""
     heard, said = os.pipe()
     pid = forked(lambda: function(lambda: os.write(said, b".")))
     os.close(said)
-    for _ in range(pictures):
+    for _ in range(images):
         os.read(heard, 1)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
@@ -169,15 +169,15 @@ def require_committed_parts_whole(path, manifest):
 def test_a_part_killed_at_any_call_to_the_system_is_whole_or_missing(undisturbed, manifest, tmp_path):
     expected, path, calls = content(undisturbed / "full"), tmp_path / "c.zarr", 0
     empty = FeatureCache.open(shutil.copytree(undisturbed / "empty", path), "a")
-    pictures = [features_of(manifest, row) for row in empty.part_rows(1)]
-    while killed_at_call(lambda: empty.write_part(1, pictures), calls + 1):
+    images = [features_of(manifest, row) for row in empty.part_rows(1)]
+    while killed_at_call(lambda: empty.write_part(1, images), calls + 1):
         calls += 1
         for name, value in content(path).items():
             assert name.endswith(".partial") or value == expected[name]
         if calls % 5 == 0:
             require_committed_parts_whole(path, manifest)
             if empty.missing_sets(1):
-                empty.write_part(1, pictures)
+                empty.write_part(1, images)
         for record in (path / "parts").glob("*/00001.json"):
             record.unlink()
     assert calls > 35  # of a part: two sets, two files and a record each, all opened, written, flushed and renamed
@@ -189,8 +189,8 @@ def test_runs_killed_at_random_moments_end_with_the_bytes_of_an_undisturbed_run(
         path = tmp_path / f"{kills}.zarr"
         shutil.copytree(undisturbed / "empty", path)
         for _ in range(100):
-            pictures, seconds = rng.randrange(8), rng.uniform(0, 0.003)  # so now and then a part of four is finished
-            kills += killed_after_pictures(lambda at: extract(path, manifest, at_picture=at), pictures, seconds)  # noqa: B023
+            images, seconds = rng.randrange(8), rng.uniform(0, 0.003)  # so now and then a part of four is finished
+            kills += killed_after_images(lambda at: extract(path, manifest, at_image=at), images, seconds)  # noqa: B023
             require_committed_parts_whole(path, manifest)
             if not FeatureCache.open(path).pending_parts():
                 break
@@ -302,13 +302,13 @@ def test_two_threads_that_write_the_same_part_leave_a_whole_one(undisturbed, man
     path = shutil.copytree(undisturbed / "empty", tmp_path / "c.zarr")
     cache, together = FeatureCache.open(path, "a"), threading.Barrier(2)
 
-    def pictures():
+    def images():
         for row in cache.part_rows(0):
             together.wait(10)  # in step, so that a file that both write gets the records of both
             yield features_of(manifest, row)
 
     with ThreadPoolExecutor(2) as pool:
-        for written in [pool.submit(cache.write_part, 0, pictures()) for _ in range(2)]:
+        for written in [pool.submit(cache.write_part, 0, images()) for _ in range(2)]:
             written.result()
     extract(path, manifest)
     assert content(path) == content(undisturbed / "full")

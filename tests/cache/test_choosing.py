@@ -1,4 +1,4 @@
-"""Pictures chosen from a cache: by ids, by category, each so many-th; and the commands that make caches of caches."""
+"""Images chosen from a cache: by ids, by category, each so many-th; and the commands that make caches of caches."""
 
 import json
 import sys
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from regionspot import cli
-from regionspot.cache import Category, FeatureCache, FeatureSet, InputError, Manifest, PictureFeatures
-from regionspot.cache.tools.select_rows import choose_rows, read_ids
+from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest
+from regionspot.cache.tools.select_rows import read_ids, select_rows
 from regionspot.pipeline.datasets.registry import read_dataset
 
 MAPS = FeatureSet("clip", "map", (2, 4))
@@ -46,14 +46,14 @@ def manifest():
         ({"ids": np.array([8, 3, 12]), "categories": ["moon"], "first": 1}, [4]),
     ],
 )
-def test_pictures_are_chosen_by_ids_then_categories_then_each_so_many_th(manifest, asked, rows):
-    assert choose_rows(manifest, **asked).tolist() == rows
+def test_images_are_chosen_by_ids_then_categories_then_each_so_many_th(manifest, asked, rows):
+    assert select_rows(manifest, **asked).tolist() == rows
 
 
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"ids": np.array([3, 4, 5])}, "holds no picture with 2 of the 3 ids, the first is 4"),
+        ({"ids": np.array([3, 4, 5])}, "holds no image with 2 of the 3 ids, the first is 4"),
         ({"categories": ["red stare"]}, "has no category 'red stare'; take one like red star"),
         ({"every": 0}, "every is 0, expected at least 1"),
         ({"first": 0}, "first is 0, expected at least 1"),
@@ -63,9 +63,9 @@ def test_pictures_are_chosen_by_ids_then_categories_then_each_so_many_th(manifes
         ),
     ],
 )
-def test_what_leads_to_no_picture_is_refused(manifest, asked, told):
+def test_what_leads_to_no_image_is_refused(manifest, asked, told):
     with pytest.raises(InputError, match=told):
-        choose_rows(manifest, **asked)
+        select_rows(manifest, **asked)
 
 
 def test_ids_are_read_from_the_lines_of_a_file(tmp_path):
@@ -108,7 +108,7 @@ def cache(tmp_path, manifest):
         made.write_part(
             part,
             (
-                PictureFeatures(
+                ImageFeatures(
                     row, {"clip": np.full((2, 4), row + 0.1), "sam": np.zeros((manifest.region_count[row], 3))}
                 )
                 for row in made.part_rows(part)
@@ -133,9 +133,9 @@ def test_the_commands_make_caches_of_caches(cache, manifest, tmp_path, regionspo
     assert FeatureCache.open(back).pending_parts() == []
 
 
-def annotations(folder, pictures):
-    """A COCO-form file of so many pictures, the last one first, with a box each."""
-    rows = range(pictures)[::-1]
+def annotations(folder, images):
+    """A COCO-form file of so many images, the last one first, with a box each."""
+    rows = range(images)[::-1]
     words = {
         "images": [{"id": row, "file_name": f"{row}.jpg", "height": 40, "width": 60} for row in rows],
         "annotations": [{"id": row, "image_id": row, "category_id": 1, "bbox": [0, 0, 9, 9]} for row in rows],
@@ -149,23 +149,23 @@ def test_a_cache_is_extended_by_the_options_of_extract(tmp_path, regionspot):
     dataset = annotations(tmp_path, 3)
     path = tmp_path / "c.zarr"
     FeatureCache.create(path, read_dataset("coco", tmp_path, annotations=tmp_path / "file.json"), [MAPS], part_size=2)
-    said = f"{path}: 2 pictures with 2 regions came; 0 parts are done, 3 pending: `regionspot extract` makes them\n"
+    said = f"{path}: 2 images with 2 regions came; 0 parts are done, 3 pending: `regionspot extract` makes them\n"
     assert regionspot("extend", path, *dataset, "--part-size", 2)[:2] == (
         0,
-        f"{path}: no picture came; 0 parts are done, 2 pending: `regionspot extract` makes them\n",
+        f"{path}: no image came; 0 parts are done, 2 pending: `regionspot extract` makes them\n",
     )
     assert regionspot("extend", path, *annotations(tmp_path, 5))[:2] == (0, said)
     assert FeatureCache.open(path).manifest.image_ids.tolist() == [2, 1, 0, 4, 3]
     code, _, err = regionspot("extend", path, *annotations(tmp_path, 4))
     assert (code, err.count("\n")) == (2, 1)
-    assert "1 pictures that it holds are not there, the first has id 4" in err
+    assert "1 images that it holds are not there, the first has id 4" in err
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         (("subset", "c.zarr", "out", "--category", "sun"), "has no category 'sun'"),
-        (("merge", "c.zarr", "c.zarr", "--out", "out"), "6 pictures are in more than one of them"),
+        (("merge", "c.zarr", "c.zarr", "--out", "out"), "6 images are in more than one of them"),
         (("convert", "c.zarr", "out", "--to", "clip"), "expected a feature set and its encoding once"),
         (("convert", "c.zarr", "out", "--to", "clip=int8", "--to", "clip=float32"), "its encoding once"),
         (("convert", "c.zarr", "out", "--to", "clip=int9"), "encoding 'int9': unknown; expected one of"),

@@ -18,13 +18,13 @@ from regionspot.cache import (
     CorruptPartError,
     FeatureCache,
     FeatureSet,
+    ImageFeatures,
     InputError,
     Manifest,
-    PictureFeatures,
     ProvenanceMismatchError,
 )
 from regionspot.cache.format.encodings import Encoding, Statistics, decode, statistics_of
-from regionspot.cache.format.schema import Stored
+from regionspot.cache.format.schema import EncodedFeatures
 from regionspot.cache.tools import copy_parts as whole_parts
 from regionspot.cache.tools.copy_features import copy_features
 from regionspot.cache.tools.hdf5_export import export_hdf5
@@ -41,7 +41,7 @@ CATEGORIES = (Category(1, "star"), Category(2, "moon"))
 
 
 def manifest_of(counts, first_id, **changes):
-    """Pictures with these region counts and ids from `first_id` on; all else follows from the id."""
+    """Images with these region counts and ids from `first_id` on; all else follows from the id."""
     ids = np.arange(first_id, first_id + len(counts))
     regions, rng = int(sum(counts)), np.random.default_rng(first_id)
     columns = {
@@ -62,13 +62,13 @@ def manifest_of(counts, first_id, **changes):
 
 
 def features_of(manifest, row):
-    """Features by the picture's id, so that they are the same in whatever cache it stands."""
+    """Features by the image's id, so that they are the same in whatever cache it stands."""
     image_id = int(manifest.image_ids[row])
     if image_id % 10 == 5:
-        return PictureFeatures(row, {}, f"truncated JPEG {image_id}")
+        return ImageFeatures(row, {}, f"truncated JPEG {image_id}")
     rng = np.random.default_rng(image_id)
     tokens = rng.standard_normal((int(manifest.region_count[row]), 6))
-    return PictureFeatures(row, {"clip": rng.standard_normal((5, 8)), "dino": rng.random((2, 2)), "sam": tokens})
+    return ImageFeatures(row, {"clip": rng.standard_normal((5, 8)), "dino": rng.random((2, 2)), "sam": tokens})
 
 
 def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
@@ -80,7 +80,7 @@ def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """Folder of two caches: ten pictures, and five with more regions in one part than the first has in any."""
+    """Folder of two caches: ten images, and five with more regions in one part than the first has in any."""
     folder = tmp_path_factory.mktemp("made")
     extract(folder / "ten", manifest_of([2, 0, 1, 5, 50, 7, 0, 0, 3, 1], 0))
     extract(folder / "five", manifest_of([30, 50, 2, 0, 4], 20, split="val"))
@@ -115,7 +115,7 @@ def inode(folder, name):
     return (folder / name).stat().st_ino
 
 
-def test_a_subset_equals_to_the_byte_what_is_extracted_from_its_pictures(made, tmp_path):
+def test_a_subset_equals_to_the_byte_what_is_extracted_from_its_images(made, tmp_path):
     rows = [9, 3, 5, 4, 0, 2]
     summary = subset(made / "ten", tmp_path / "some", rows)
     assert (summary.whole, summary.rewritten, summary.pending) == (0, 6, 0)
@@ -136,7 +136,7 @@ def test_parts_that_stay_as_they_are_share_their_files(made, tmp_path):
     assert differing(tmp_path / "some", tmp_path / "extracted") == set()
 
 
-def test_merged_caches_equal_to_the_byte_one_of_all_their_pictures(made, tmp_path):
+def test_merged_caches_equal_to_the_byte_one_of_all_their_images(made, tmp_path):
     summary = merge([made / "ten", made / "five"], tmp_path / "both")
     assert (summary.whole, summary.rewritten) == (6, 6)
     one, other = (FeatureCache.open(made / name).manifest for name in ("ten", "five"))
@@ -155,7 +155,7 @@ def test_parts_may_be_of_another_size(made, tmp_path):
     assert differing(tmp_path / "both", tmp_path / "extracted") == set()
 
 
-def test_parts_wait_until_their_pictures_are_extracted(made, tmp_path):
+def test_parts_wait_until_their_images_are_extracted(made, tmp_path):
     ten = FeatureCache.open(made / "ten").manifest
     extract(tmp_path / "begun", ten, parts=[0, 2])
     first = merge([tmp_path / "begun", made / "five"], tmp_path / "both")
@@ -213,7 +213,7 @@ def test_a_converted_set_holds_the_same_features_and_the_others_stay_as_they_are
     assert (after.feature_sets["clip"].dtype == encoding.partition("+")[0]) is True
 
 
-def test_statistics_of_int8_come_from_64_pictures_at_even_distances(tmp_path):
+def test_statistics_of_int8_come_from_64_images_at_even_distances(tmp_path):
     manifest = manifest_of([0] * 200, 0)
     extract(tmp_path / "many", manifest, [MAPS], part_size=64)
     convert(tmp_path / "many", tmp_path / "int8", {"clip": Encoding("int8")})
@@ -249,7 +249,7 @@ def test_a_value_too_large_for_the_new_encoding_is_named_and_nothing_half_is_lef
     cache = FeatureCache.create(tmp_path / "wide", manifest_of([0] * 6, 0), [wide], part_size=3)
     for part in range(2):
         values = {row: np.full((5, 8), 1e5 if row == 4 else 1.0) for row in cache.part_rows(part)}
-        cache.write_part(part, (PictureFeatures(row, {"clip": value}) for row, value in values.items()))
+        cache.write_part(part, (ImageFeatures(row, {"clip": value}) for row, value in values.items()))
     with pytest.raises(InputError, match=r"clip, row 4: 40 of 40 values .* float16"):
         convert(tmp_path / "wide", tmp_path / "half", {"clip": Encoding("float16")})
     assert FeatureCache.open(tmp_path / "half").pending_parts() == [1]
@@ -340,12 +340,12 @@ def test_damage_is_found_on_the_way_and_its_part_stays_pending(made, tmp_path, n
             merge([tmp_path / "damaged"], tmp_path / "linked")
 
 
-def test_what_is_none_of_the_pictures_is_refused(made, tmp_path):
+def test_what_is_none_of_the_images_is_refused(made, tmp_path):
     ten = FeatureCache.open(made / "ten")
     moved = ten.manifest.boxes_xyxy.copy()
     moved[4] += 1
     other = FeatureCache.create(tmp_path / "moved", replace(ten.manifest, boxes_xyxy=moved), SETS, PART_SIZE)
-    with pytest.raises(ProvenanceMismatchError, match=r"picture 3 \(row 3, 3.jpg\), region 1: box is"):
+    with pytest.raises(ProvenanceMismatchError, match=r"image 3 \(row 3, 3.jpg\), region 1: box is"):
         copy_features([ten], other)
     renamed = replace(ten.manifest, categories=CATEGORIES[::-1])
     with pytest.raises(ProvenanceMismatchError, match="categories differ"):
@@ -358,11 +358,11 @@ def test_what_is_none_of_the_pictures_is_refused(made, tmp_path):
 @pytest.mark.parametrize(
     ("ask", "told"),
     [
-        (lambda made, out: merge([made / "ten", made / "ten"], out), "10 pictures are in more than one of them"),
+        (lambda made, out: merge([made / "ten", made / "ten"], out), "10 images are in more than one of them"),
         (lambda made, out: merge([], out), "no cache was given"),
         (lambda made, out: subset(made / "ten", out, [1, 10]), "there is no row 10: this cache has rows 0 to 9"),
         (lambda made, out: subset(made / "ten", out, [1, 1]), r"image \d+ \(row 1\) is asked for more than once"),
-        (lambda made, out: subset(made / "ten", out, []), "holds no picture"),
+        (lambda made, out: subset(made / "ten", out, []), "holds no image"),
         (lambda made, out: subset(made / "ten", out, [1], part_size=0), "part_size is 0, expected 1 to 65536 images"),
         (lambda made, out: merge([made / "ten"], out, part_size=0), "part_size is 0, expected 1 to 65536 images"),
         (lambda made, out: convert(made / "ten", out, {"sma": Encoding("int8")}), "there is no feature set 'sma'"),
@@ -413,10 +413,10 @@ def test_a_whole_part_that_was_taken_over_meanwhile_gets_no_name(made, tmp_path,
 def test_stored_features_of_another_form_are_refused(tmp_path, codes):
     cache = FeatureCache.create(tmp_path / "c", manifest_of([0], 0), [MAPS])
     with pytest.raises(InputError, match=r"clip, row 0: got stored .*, expected float16 \(5, 8\)"):
-        cache.write_part(0, [PictureFeatures(0, {"clip": Stored(codes)})])
-    too_much = Stored(np.zeros((5, 8), np.float16), np.zeros(5, np.float16))
+        cache.write_part(0, [ImageFeatures(0, {"clip": EncodedFeatures(codes)})])
+    too_much = EncodedFeatures(np.zeros((5, 8), np.float16), np.zeros(5, np.float16))
     with pytest.raises(InputError, match="got stored"):
-        cache.write_part(0, [PictureFeatures(0, {"clip": too_much})])
+        cache.write_part(0, [ImageFeatures(0, {"clip": too_much})])
 
 
 def test_runs_killed_at_random_moments_go_on_to_the_same_bytes(made, tmp_path):

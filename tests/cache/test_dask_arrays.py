@@ -15,10 +15,10 @@ from regionspot.cache import (
     Category,
     FeatureCache,
     FeatureSet,
+    ImageFeatures,
     InputError,
     Manifest,
     NotExtractedError,
-    PictureFeatures,
 )
 from regionspot.cache.format.encodings import decode, encode, statistics_of
 from regionspot.cache.reading.dask_arrays import dask_array
@@ -48,7 +48,7 @@ SETS = [
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
-    """Eight pictures in three parts, of which two failed; the set `later` is not written."""
+    """Eight images in three parts, of which two failed; the set `later` is not written."""
     folder = tmp_path_factory.mktemp("dask")
     regions = sum(COUNTS)
     manifest = Manifest(
@@ -67,13 +67,13 @@ def path(tmp_path_factory) -> Path:
     later = FeatureSet("later", "map", (2, 2))
     cache = FeatureCache.create(folder / "a.zarr", manifest, [*SETS, later], part_size=3)
     for part in range(3):
-        pictures = [
-            PictureFeatures(row, {}, FAILED[row])
+        images = [
+            ImageFeatures(row, {}, FAILED[row])
             if row in FAILED
-            else PictureFeatures(row, {each.name: maps_of(row) for each in SETS[:4]} | {"token": tokens_of(row)})
+            else ImageFeatures(row, {each.name: maps_of(row) for each in SETS[:4]} | {"token": tokens_of(row)})
             for row in cache.part_rows(part)
         ]
-        cache.write_part(part, pictures, [each.name for each in SETS])
+        cache.write_part(part, images, [each.name for each in SETS])
     return cache.path
 
 
@@ -83,7 +83,7 @@ def cache(path) -> FeatureCache:
 
 
 def expected(feature_set: FeatureSet) -> np.ndarray:
-    """All features as they come back from their encoding, NaN for pictures that failed."""
+    """All features as they come back from their encoding, NaN for images that failed."""
     values = []
     for row in range(8):
         plain = tokens_of(row) if feature_set.kind == "token" else maps_of(row)[None]
@@ -148,7 +148,7 @@ def test_another_process_opens_the_cache_by_its_address_and_only_once(cache, tmp
 
 
 @pytest.mark.parametrize("feature_set", SETS, ids=lambda each: each.name)
-def test_statistics_are_those_of_numpy_without_the_pictures_that_failed(cache, feature_set):
+def test_statistics_are_those_of_numpy_without_the_images_that_failed(cache, feature_set):
     rows = expected(feature_set).reshape(-1, feature_set.shape[-1]).astype(np.float64)
     rows = rows[~np.isnan(rows[:, 0])]
     found = channel_stats(cache, feature_set.name)
@@ -177,7 +177,7 @@ def test_nothing_joined_to_something_changes_nothing():
 def test_statistics_are_told_and_written(cache, tmp_path, caplog):
     caplog.set_level(logging.INFO)
     found = channel_stats(cache, "half")
-    assert "half: 8 channels over 30 vectors; 2 pictures" in found.text()
+    assert "half: 8 channels over 30 vectors; 2 images" in found.text()
     assert "channel 7" in found.text().splitlines()[3]
     assert "3/3 parts" in caplog.text
     found.save(tmp_path / "s.npz")
@@ -192,7 +192,7 @@ def test_statistics_are_told_and_written(cache, tmp_path, caplog):
 def test_statistics_of_nothing_are_refused(cache, tmp_path):
     manifest = cache.manifest.select(np.array([1, 7]))
     empty = FeatureCache.create(tmp_path / "a.zarr", manifest, [SETS[4]])
-    empty.write_part(0, [PictureFeatures(row, {"token": np.zeros((0, 6))}) for row in range(2)])
+    empty.write_part(0, [ImageFeatures(row, {"token": np.zeros((0, 6))}) for row in range(2)])
     with pytest.raises(InputError, match="token holds no features"):
         channel_stats(empty, "token")
 
@@ -210,6 +210,6 @@ def test_it_runs_on_a_cluster(path):
 
 def test_the_arrays_of_two_caches_are_not_taken_for_each_other(cache, tmp_path):
     other = FeatureCache.create(tmp_path / "b.zarr", cache.manifest, [SETS[0]], part_size=8)
-    other.write_part(0, [PictureFeatures(row, {"half": np.full((5, 8), float(row))}) for row in range(8)])
+    other.write_part(0, [ImageFeatures(row, {"half": np.full((5, 8), float(row))}) for row in range(8)])
     both = dask.compute(dask_array(cache, "half")[0, 0, 0], dask_array(other, "half")[0, 0, 0])
     assert both == (np.float16(maps_of(0)[0, 0]), 0)

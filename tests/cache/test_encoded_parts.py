@@ -11,9 +11,9 @@ from regionspot.cache import (
     Category,
     FeatureCache,
     FeatureSet,
+    ImageFeatures,
     InputError,
     Manifest,
-    PictureFeatures,
     ProvenanceMismatchError,
 )
 from regionspot.cache.format.encodings import Statistics, statistics_of
@@ -56,7 +56,7 @@ def fill(path, sets):
     cache.write_part(
         0,
         [
-            PictureFeatures(row, {"clip": rng.standard_normal((5, 6)), "sam": rng.standard_normal((count, 6))})
+            ImageFeatures(row, {"clip": rng.standard_normal((5, 6)), "sam": rng.standard_normal((count, 6))})
             for row, count in enumerate(COUNTS)
         ],
     )
@@ -79,7 +79,7 @@ def test_a_part_gets_its_names_data_first_then_scales_checksums_and_the_record(t
     FeatureCache.create(tmp_path / "c.zarr", manifest_of(), sets_of()[:1])
     cache = FeatureCache.open(tmp_path / "c.zarr", "a")
     monkeypatch.setattr(os, "replace", lambda old, new: given.append(str(new)) or real(old, new))
-    cache.write_part(0, [PictureFeatures(row, {"clip": SAMPLE[row]}) for row in range(3)])
+    cache.write_part(0, [ImageFeatures(row, {"clip": SAMPLE[row]}) for row in range(3)])
     folder = f"{tmp_path}/c.zarr"
     assert given == [
         f"{folder}/features/clip/feature_map/c.0.0.0",
@@ -96,10 +96,10 @@ def test_memory_does_not_grow_with_the_part(tmp_path, dtype, compression):
     statistics = statistics_of(sample) if dtype == "int8" else None
     feature_set = FeatureSet("clip", "map", sample.shape, dtype, compression=compression, statistics=statistics)
 
-    def peak(pictures):
+    def peak(images):
         tracemalloc.start()
-        writer = MapWriter(LocalStorage(tmp_path), feature_set, Geometry(pictures, pictures, 64), 0)
-        for row in range(pictures):
+        writer = MapWriter(LocalStorage(tmp_path), feature_set, Geometry(images, images, 64), 0)
+        for row in range(images):
             writer.append(row, 0, sample)
         writer.finish()
         bytes_at_most = tracemalloc.get_traced_memory()[1]
@@ -110,7 +110,7 @@ def test_memory_does_not_grow_with_the_part(tmp_path, dtype, compression):
     assert peak(64) < peak(2) + 64 * 150  # two indexes of 16 bytes a record, checksums, and a few copies of them
 
 
-def test_tokens_fall_into_the_same_chunks_however_the_pictures_divide_them(tmp_path):
+def test_tokens_fall_into_the_same_chunks_however_the_images_divide_them(tmp_path):
     tokens = np.random.default_rng(0).standard_normal((150, 6)).astype(np.float32)
     written = []
     for name, ends in (("whole", [150]), ("pieces", [10, 64, 64, 65, 149, 150])):

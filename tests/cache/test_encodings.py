@@ -16,7 +16,7 @@ ALL = ("float16", "float32", "bfloat16", "int8")
 
 @pytest.fixture(scope="module")
 def sample():
-    """Twenty pictures' maps whose channels have means and widths of many sizes; the last never moves."""
+    """Twenty images' maps whose channels have means and widths of many sizes; the last never moves."""
     rng = np.random.default_rng(0)
     wide, middle = 10.0 ** rng.uniform(-2, 2, WIDTH), rng.uniform(-50, 50, WIDTH)
     wide[-1] = 0
@@ -133,7 +133,7 @@ def test_int8_loses_less_than_a_hundredth_of_every_channels_width_where_a_plain_
     assert np.median(lost(plain)) > 0.3
 
 
-def test_a_row_of_means_and_a_picture_far_from_them_are_both_stored(set_of, statistics):
+def test_a_row_of_means_and_an_image_far_from_them_are_both_stored(set_of, statistics):
     rows = np.stack([statistics.mean, statistics.mean + 1e5 * statistics.deviation, statistics.mean])
     codes, scales = encode(rows, set_of("int8"))
     assert not codes[0].any()
@@ -186,7 +186,7 @@ def test_a_channel_that_never_moved_gets_a_deviation_to_divide_by(sample, statis
     assert (statistics_of(np.full((3, 2), 7.0)).deviation == np.float32(1e-3)).all()
 
 
-def test_a_sample_may_come_record_by_record_and_hold_pictures_without_regions(sample):
+def test_a_sample_may_come_record_by_record_and_hold_images_without_regions(sample):
     records = [sample[0], np.zeros((0, WIDTH), np.float16), *sample[1:]]
     assert statistics_of(iter(records)) == statistics_of(sample)
 
@@ -231,7 +231,7 @@ def test_what_is_not_finite_is_refused_wherever_it_stands(set_of, dtype, given, 
     for place in ((0, 0), (TOKENS - 1, WIDTH - 1)):
         values = np.zeros((TOKENS, WIDTH), given)
         values[place] = broken
-        with pytest.raises(InputError, match=f"1 of 144 values are NaN or beyond .*{dtype}; look at the picture"):
+        with pytest.raises(InputError, match=f"1 of 144 values are NaN or beyond .*{dtype}; look at the image"):
             encode(values, set_of(dtype))
 
 

@@ -3,7 +3,7 @@
 A run under a fault goes through, or ends with one clear line. Either way what was committed verifies, and the same run
 without the fault completes the cache with the bytes of an undisturbed one.
 
-Faults are injected where the system is called, from a picture on that is drawn. A full disk is also made for real where
+Faults are injected where the system is called, from an image on that is drawn. A full disk is also made for real where
 this machine allows it.
 """
 
@@ -27,16 +27,16 @@ NOBODY = 65534
 
 
 class Armed:
-    """Counts pictures and calls; `due()` says of each call whether the fault strikes: from one on, or that one only."""
+    """Counts images and calls; `due()` says of each call whether the fault strikes: from one on, or that one only."""
 
     def __init__(self, rng, lasting):
-        self.pictures, self.calls, self.lasting = rng.randrange(10), rng.randrange(8), lasting
+        self.images, self.calls, self.lasting = rng.randrange(10), rng.randrange(8), lasting
 
-    def at_picture(self):
-        self.pictures -= 1
+    def at_image(self):
+        self.images -= 1
 
     def due(self):
-        if self.pictures >= 0:
+        if self.images >= 0:
             return False
         self.calls -= 1
         return self.calls < 0 if self.lasting else self.calls == -1
@@ -198,7 +198,7 @@ def stress(small, small_folder, tmp_path, name, seed, runs):
             armed, real_write = Armed(rng, lasting), os.write
             fault(path, rng, armed)
             try:
-                small.extract(path, armed.at_picture)
+                small.extract(path, armed.at_image)
             finally:
                 os.write = real_write  # for what the run has to say
 

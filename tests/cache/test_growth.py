@@ -17,9 +17,9 @@ from regionspot.cache import (
     Category,
     FeatureCache,
     FeatureSet,
+    ImageFeatures,
     InputError,
     Manifest,
-    PictureFeatures,
     ProvenanceMismatchError,
 )
 from regionspot.cache.format.encodings import Statistics
@@ -41,7 +41,7 @@ CATEGORIES = (Category(1, "star"), Category(2, "moon"))
 
 @pytest.fixture(scope="module")
 def grown():
-    """22 pictures; the largest of the first three parts has 64 regions, that of all of them 90."""
+    """22 images; the largest of the first three parts has 64 regions, that of all of them 90."""
     counts = np.array([2, 0, 1, 5, 60, 1, 3, 0, 3, 1, 0, 7, 80, 4, 0, 6, 2, 2, 1, 0, 9, 5])
     regions, rng = int(counts.sum()), np.random.default_rng(0)
     return Manifest(
@@ -61,12 +61,12 @@ def grown():
 
 
 def features_of(manifest, row):
-    """Features by the picture's id, so that they are the same in whatever row it stands."""
+    """Features by the image's id, so that they are the same in whatever row it stands."""
     if manifest.image_ids[row] % 16 == 0:
-        return PictureFeatures(row, {}, "truncated JPEG")
+        return ImageFeatures(row, {}, "truncated JPEG")
     rng = np.random.default_rng(int(manifest.image_ids[row]))
     tokens = rng.standard_normal((int(manifest.region_count[row]), 6))
-    return PictureFeatures(row, {"clip": rng.random((5, 8)), "dino": rng.random((2, 2)), "sam": tokens})
+    return ImageFeatures(row, {"clip": rng.random((5, 8)), "dino": rng.random((2, 2)), "sam": tokens})
 
 
 def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
@@ -78,7 +78,7 @@ def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, grown):
-    """Folder of a cache of the first ten pictures, and of one that was made from all of them at once."""
+    """Folder of a cache of the first ten images, and of one that was made from all of them at once."""
     folder = tmp_path_factory.mktemp("made")
     assert (grown.image_ids[:BEFORE] % 16 == 0).any()
     extract(folder / "before", grown.head(BEFORE))
@@ -109,7 +109,7 @@ def test_a_cache_that_grew_equals_to_the_byte_one_that_was_made_at_once(made, gr
     kept = path / "features/clip/feature_map/c.1.0.0"
     inode = kept.stat().st_ino
     extended = extend(path, grown)
-    assert (extended.pictures, extended.done, extended.pending) == (12, 2, 4)
+    assert (extended.images, extended.done, extended.pending) == (12, 2, 4)
     assert extended.regions == len(grown.boxes_xyxy) - grown.offsets[BEFORE]
     assert kept.stat().st_ino == inode, "a full part of maps is not written again"
     cache = FeatureCache.open(path)
@@ -151,7 +151,7 @@ def test_annotations_in_another_order_keep_the_order_of_the_cache(made, grown, t
 def test_new_categories_come_at_the_end(made, grown, tmp_path):
     path = shutil.copytree(made / "before", tmp_path / "c.zarr")
     more = replace(grown, categories=(*CATEGORIES, Category(3, "sun")))
-    assert extend(path, more).pictures == 12
+    assert extend(path, more).images == 12
     assert [category.name for category in FeatureCache.open(path).categories] == ["star", "moon", "sun"]
 
 
@@ -159,7 +159,7 @@ def test_nothing_new_changes_nothing(made, grown, tmp_path):
     path = shutil.copytree(made / "before", tmp_path / "c.zarr")
     inode = path.stat().st_ino
     extended = extend(path, grown.head(BEFORE))
-    assert (extended.pictures, extended.done, extended.pending) == (0, 3, 0)
+    assert (extended.images, extended.done, extended.pending) == (0, 3, 0)
     assert path.stat().st_ino == inode
     assert differing(path, made / "before") == set()
 
@@ -207,7 +207,7 @@ def changed(manifest, column, place, value):
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        (lambda grown: grown.select(np.arange(1, len(grown))), "1 pictures that it holds are not there, the first"),
+        (lambda grown: grown.select(np.arange(1, len(grown))), "1 images that it holds are not there, the first"),
         (lambda grown: changed(grown, "boxes_xyxy", (7, 2), 3), "(row 3, 3.jpg), region 4: box is ["),
         (lambda grown: changed(grown, "widths", 9, 3), "(row 9, 9.jpg): width is"),
         (lambda grown: changed(grown, "paths", 0, "a.jpg"), "(row 0, 0.jpg): path is '0.jpg', not 'a.jpg'"),
@@ -255,7 +255,7 @@ def test_a_run_that_opened_the_cache_before_it_grew_writes_nothing_into_it(made,
     (path / "parts/clip/00002.json").unlink()
     late, in_the_middle = FeatureCache.open(path, "a"), FeatureCache.open(path, "a")
 
-    def pictures(cache):
+    def images(cache):
         for row in cache.part_rows(2):
             yield features_of(cache.manifest, row)
             if row == 8:
@@ -263,7 +263,7 @@ def test_a_run_that_opened_the_cache_before_it_grew_writes_nothing_into_it(made,
 
     for cache in (in_the_middle, late):
         with pytest.raises(CacheError, match="part 2 could not be written"):
-            cache.write_part(2, pictures(cache))
+            cache.write_part(2, images(cache))
     with pytest.raises(CacheError, match="could not be added: it grew"):
         late._add(Header.of(late.manifest, [FeatureSet("more", "map", (2, 2))], PART_SIZE))
     assert FeatureCache.open(path).pending_parts() == [2, 3, 4, 5]
@@ -370,8 +370,8 @@ def test_killed_at_any_moment_the_old_cache_or_the_new_one_has_the_name(
 
 def test_a_cache_made_with_a_limit_grows_with_it_and_full_parts_are_not_made_again(grown, tmp_path):
     kept: dict[Path, int] = {}
-    for pictures in (3, BEFORE, 14, None):
-        made = extract(tmp_path / "c.zarr", grown.head(pictures))
+    for images in (3, BEFORE, 14, None):
+        made = extract(tmp_path / "c.zarr", grown.head(images))
         assert {path: path.stat().st_ino for path in kept} == kept
         full = [part for part in range(made.n_parts) if len(made.part_rows(part)) == PART_SIZE]
         kept = {

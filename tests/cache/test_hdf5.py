@@ -20,11 +20,11 @@ from regionspot.cache import (
     CorruptPartError,
     FeatureCache,
     FeatureSet,
+    ImageFeatures,
     InputError,
     Manifest,
     NotACacheError,
     NotExtractedError,
-    PictureFeatures,
     Ragged,
 )
 from regionspot.cache.format.encodings import statistics_of
@@ -38,20 +38,20 @@ SHAPE = (5, 8)
 
 
 def manifest_of(counts) -> Manifest:
-    rng, pictures, regions = np.random.default_rng(0), len(counts), sum(counts)
+    rng, images, regions = np.random.default_rng(0), len(counts), sum(counts)
     return Manifest(
         dataset="lvis",
         split="val",
-        image_ids=np.arange(pictures) * 7 - 3,
-        paths=np.array([f"val/{row} ü.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
-        heights=np.full(pictures, 480, np.int32),
-        widths=np.full(pictures, 640, np.int32),
+        image_ids=np.arange(images) * 7 - 3,
+        paths=np.array([f"val/{row} ü.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
+        heights=np.full(images, 480, np.int32),
+        widths=np.full(images, 640, np.int32),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
         boxes_xyxy=rng.random((regions, 4), dtype=np.float32),
         category_index=rng.integers(NO_CATEGORY, 2, regions, dtype=np.int32),
         annotation_ids=np.arange(regions),
         categories=(Category(1, "cup"), Category(2, "bowl ü")),
-        negatives=Ragged(np.arange(pictures + 1), np.zeros(pictures, np.int32)),
+        negatives=Ragged(np.arange(images + 1), np.zeros(images, np.int32)),
     )
 
 
@@ -75,19 +75,19 @@ SETS = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """`a.zarr`, nine pictures in three parts, one of which failed; the last part of two sets is not written. `a.h5`."""
+    """`a.zarr`, nine images in three parts, one of which failed; the last part of two sets is not written. `a.h5`."""
     folder = tmp_path_factory.mktemp("hdf5")
     cache = FeatureCache.create(folder / "a.zarr", manifest_of(COUNTS), SETS, part_size=4)
     for part in range(3):
-        pictures = [
-            PictureFeatures(row, {}, "is empty")
+        images = [
+            ImageFeatures(row, {}, "is empty")
             if row == 2
-            else PictureFeatures(
+            else ImageFeatures(
                 row, {each.name: maps_of(row) if each.kind == "map" else tokens_of(row, COUNTS[row]) for each in SETS}
             )
             for row in cache.part_rows(part)
         ]
-        cache.write_part(part, pictures, [each.name for each in SETS][: 3 if part == 2 else None], worker="here")
+        cache.write_part(part, images, [each.name for each in SETS][: 3 if part == 2 else None], worker="here")
     export_hdf5(cache, folder / "a.h5")
     return folder
 
@@ -129,7 +129,7 @@ def test_what_is_known_of_the_cache_comes_along(zarr, h5):
     assert {**ours, "path": ""} == {**theirs, "path": ""}
 
 
-def test_failed_and_pending_pictures_stay_what_they_are(h5):
+def test_failed_and_pending_images_stay_what_they_are(h5):
     with pytest.raises(NotExtractedError, match="is empty"):
         h5.read([2], map_set="clip", token_set="sam")
     assert h5.pending_parts(["sam"]) == [2]
@@ -341,7 +341,7 @@ def test_memory_does_not_grow_with_the_part(tmp_path):
     maps = FeatureSet("clip", "map", (64, 1024))
     cache = FeatureCache.create(tmp_path / "a.zarr", manifest_of([0] * 500), [maps], part_size=500)
     record = np.zeros(maps.shape, np.float16)
-    cache.write_part(0, (PictureFeatures(row, {"clip": record}) for row in range(500)))
+    cache.write_part(0, (ImageFeatures(row, {"clip": record}) for row in range(500)))
     export_hdf5(cache, tmp_path / "warm.h5")
     tracemalloc.start()
     export_hdf5(cache, tmp_path / "a.h5")

@@ -1,4 +1,4 @@
-"""What a cache says of itself, in words, in JSON and a line a picture."""
+"""What a cache says of itself, in words, in JSON and a line an image."""
 
 import json
 import shutil
@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from regionspot.cache import Category, CorruptPartError, FeatureCache, FeatureSet, InputError, Manifest, PictureFeatures
+from regionspot.cache import Category, CorruptPartError, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest
 from regionspot.cache.tools.info import describe_cache, size_text
-from regionspot.cache.tools.listing import list_pictures
+from regionspot.cache.tools.listing import list_images
 from regionspot.pipeline.reporting.run_summary import ExtractSummary, RunRecord
 from regionspot.pipeline.reporting.summary_page import publish
 
@@ -33,7 +33,7 @@ REGIONS = [2, 0, 3, 1, 4, 1, 2]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Seven pictures in three parts: the maps of two are written, two of these failed; the tokens of none are."""
+    """Seven images in three parts: the maps of two are written, two of these failed; the tokens of none are."""
     manifest = Manifest(
         dataset="lvis",
         split="val",
@@ -51,7 +51,7 @@ def made(tmp_path_factory) -> Path:
     )
     made = FeatureCache.create(tmp_path_factory.mktemp("made") / "a.zarr", manifest, [MAPS, TOKENS], part_size=3)
     for part in (0, 1):
-        made.write_part(part, (picture(row) for row in made.part_rows(part)), ["clip"], worker="gpu1:7")
+        made.write_part(part, (image(row) for row in made.part_rows(part)), ["clip"], worker="gpu1:7")
     return made.path
 
 
@@ -60,17 +60,17 @@ def cache(made, tmp_path) -> FeatureCache:
     return FeatureCache.open(shutil.copytree(made, tmp_path / "a.zarr"), "a")
 
 
-def picture(row: int) -> PictureFeatures:
+def image(row: int) -> ImageFeatures:
     failures = {1: "/photos/val/1.jpg: has 71 bytes too few", 4: "/photos/val/4.jpg: has 9 bytes too few"}
     if row in failures:
-        return PictureFeatures(row, {}, failures[row])
-    return PictureFeatures(row, {"clip": np.full((5, 8), row, np.float16), "sam": np.ones((REGIONS[row], 6))})
+        return ImageFeatures(row, {}, failures[row])
+    return ImageFeatures(row, {"clip": np.full((5, 8), row, np.float16), "sam": np.ones((REGIONS[row], 6))})
 
 
-def test_it_counts_parts_sizes_and_pictures_of_each_feature_set(cache):
+def test_it_counts_parts_sizes_and_images_of_each_feature_set(cache):
     maps, tokens = describe_cache(cache).feature_sets
     on_disk = sum(path.stat().st_size for path in cache.path.glob("features/clip/*/c.*"))
-    assert (maps.parts, maps.pending, maps.pictures, maps.bytes) == (2, 1, 4, on_disk)
+    assert (maps.parts, maps.pending, maps.images, maps.bytes) == (2, 1, 4, on_disk)
     assert maps.bytes_as_float16 == 4 * 5 * 8 * 2
     assert maps.writers == {"gpu1:7": 2}
     assert (tokens.parts, tokens.pending, tokens.bytes) == (0, 3, 0)
@@ -81,8 +81,8 @@ def test_equal_troubles_count_together_whatever_the_path_and_the_numbers(cache):
     assert (info.failed, info.failures) == (2, {"has N bytes too few": 2})
 
 
-def test_a_picture_that_failed_in_two_sets_counts_once(cache):
-    cache.write_part(0, (picture(row) for row in cache.part_rows(0)), ["sam"])
+def test_an_image_that_failed_in_two_sets_counts_once(cache):
+    cache.write_part(0, (image(row) for row in cache.part_rows(0)), ["sam"])
     assert describe_cache(cache).failed == 2
 
 
@@ -93,14 +93,14 @@ def test_the_text_tells_what_a_person_asks(cache):
         "7 in 3 parts of 3",
         "lvis_v1_val.json (c0ffeec0ffee)",
         "boxes without area 3",
-        "clip: a map of 5 x 8 a picture, float16",
+        "clip: a map of 5 x 8 an image, float16",
         "sam: a token of 6 numbers a region, float16",
         "2 of 3; 1 pending",
         "ViT-L-14, weights abababababab (official), computed in float32",
         "mean 0.5 0.25",
         "torch 2.15.0",
         "gpu1:7 (2)",
-        "2 of 7 pictures could not be read:\n  2  has N bytes too few",
+        "2 of 7 images could not be read:\n  2  has N bytes too few",
     ):
         assert words in text
     assert "crowd" not in text
@@ -110,9 +110,9 @@ def test_the_text_tells_what_a_person_asks(cache):
 def test_an_encoding_that_saves_disk_says_how_much(cache, tmp_path):
     maps = FeatureSet("clip", "map", (5, 8), "float16", compression="zstd")
     small = FeatureCache.create(tmp_path / "small.zarr", cache.manifest, [maps], part_size=7)
-    small.write_part(0, [PictureFeatures(row, {"clip": np.zeros((5, 8))}) for row in range(7)])
+    small.write_part(0, [ImageFeatures(row, {"clip": np.zeros((5, 8))}) for row in range(7)])
     text = describe_cache(small).text()
-    assert "clip: a map of 5 x 8 a picture, float16, zstd" in text
+    assert "clip: a map of 5 x 8 an image, float16, zstd" in text
     assert "of what float16 takes" in text
 
 
@@ -124,14 +124,14 @@ def test_the_json_holds_all_of_it(cache):
     assert (words["rate"], words["last_run"]) == (0, None)
 
 
-def ran(cache, started, pictures, seconds):
-    summary = ExtractSummary(pictures, 0, 1, 0, 0, 0, seconds, {})
+def ran(cache, started, images, seconds):
+    summary = ExtractSummary(images, 0, 1, 0, 0, 0, seconds, {})
     run = RunRecord(started, "gpu1:7", "complete", {}, {}, {}, summary)
     publish(cache, run)
 
 
 def test_the_rate_is_that_of_the_last_run_and_not_of_the_parts_each_by_itself(cache):
-    assert "pictures/s" not in describe_cache(cache).text()
+    assert "images/s" not in describe_cache(cache).text()
     ran(cache, "2026-01-02T03:04:05+00:00", 3, 100.0)
     ran(cache, "2026-01-03T03:04:05+00:00", 3, 1.5)
     ran(cache, "2026-01-04T03:04:05+00:00", 0, 0.5)  # found nothing to do
@@ -140,7 +140,7 @@ def test_the_rate_is_that_of_the_last_run_and_not_of_the_parts_each_by_itself(ca
     assert info.rate == 2
     words = info.as_json()
     assert (words["rate"], [each["rate"] for each in words["feature_sets"]]) == (2, [2, 0])
-    assert "last run    3 pictures in 2s, 2 pictures/s; by gpu1:7, begun 2026-01-03 03:04 UTC" in info.text()
+    assert "last run    3 images in 2s, 2 images/s; by gpu1:7, begun 2026-01-03 03:04 UTC" in info.text()
     assert "2 of 3; 1 pending, 2s at the last run's rate" in info.text()
 
 
@@ -151,9 +151,9 @@ def test_a_damaged_record_is_named_with_the_mend(cache):
         describe_cache(cache)
 
 
-def test_every_picture_has_a_line_with_its_state(cache):
-    cache.write_part(0, (picture(row) for row in cache.part_rows(0)), ["sam"])
-    lines = list(list_pictures(cache))
+def test_every_image_has_a_line_with_its_state(cache):
+    cache.write_part(0, (image(row) for row in cache.part_rows(0)), ["sam"])
+    lines = list(list_images(cache))
     assert len(lines) == 7
     assert lines[0].split() == ["0", "0", "640", "x", "480", "2", "regions", "val/0.jpg", "done"]
     assert lines[1].endswith("val/1.jpg  failed: has 71 bytes too few")
@@ -163,16 +163,16 @@ def test_every_picture_has_a_line_with_its_state(cache):
 
 
 def test_the_list_can_be_cut_to_states_and_a_number(cache):
-    assert [line.split()[0] for line in list_pictures(cache, ["failed"])] == ["1", "4"]
-    assert [line.split()[0] for line in list_pictures(cache, ["pending"], limit=2)] == ["0", "2"]
-    assert not list(list_pictures(cache, ["done"]))
+    assert [line.split()[0] for line in list_images(cache, ["failed"])] == ["1", "4"]
+    assert [line.split()[0] for line in list_images(cache, ["pending"], limit=2)] == ["0", "2"]
+    assert not list(list_images(cache, ["done"]))
 
 
 def test_a_state_or_limit_that_is_none_is_refused(cache):
     with pytest.raises(InputError, match="done, failed, pending; asked for broken"):
-        list_pictures(cache, ["broken"])
+        list_images(cache, ["broken"])
     with pytest.raises(InputError, match="expected at least 1"):
-        list_pictures(cache, limit=0)
+        list_images(cache, limit=0)
 
 
 def test_the_list_begins_before_the_last_part_is_looked_at(cache, monkeypatch):
@@ -180,7 +180,7 @@ def test_the_list_begins_before_the_last_part_is_looked_at(cache, monkeypatch):
     monkeypatch.setattr(
         cache, "record", lambda part, name: looked.append(part) or FeatureCache.record(cache, part, name)
     )
-    assert next(list_pictures(cache)).split()[0] == "0"
+    assert next(list_images(cache)).split()[0] == "0"
     assert looked == [0]
 
 

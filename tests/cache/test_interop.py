@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import zarr
 
-from regionspot.cache import Category, FeatureCache, FeatureSet, Manifest, PictureFeatures
+from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest
 from regionspot.cache.format.encodings import decode, encode, statistics_of
 from regionspot.cache.format.schema import TOKEN_CHUNK, shard_file
 from regionspot.cache.storage.zarr_shard import index_bytes, parse_index
 
-COUNTS = [2, 0, 1, 5, 60, 7, 70, 0, 3, 1]  # regions of ten pictures; part 1 needs three inner chunks of tokens
+COUNTS = [2, 0, 1, 5, 60, 7, 70, 0, 3, 1]  # regions of ten images; part 1 needs three inner chunks of tokens
 PART_SIZE, FAILED = 4, 5
 MAP_SHAPE, TOKEN_DIM = (5, 8), 6
 DTYPES = ("float16", "float32", "bfloat16", "int8")
@@ -39,7 +39,7 @@ def name_of(kind, dtype, zstd):
 
 
 def features_of(row):
-    """A picture's map and tokens, some channels a hundred times as wide as others."""
+    """An image's map and tokens, some channels a hundred times as wide as others."""
     rng, wide = np.random.default_rng(row), 10.0 ** np.linspace(-1, 1, 8)
     return {
         "map": (rng.standard_normal(MAP_SHAPE) * wide + 3).astype(np.float32),
@@ -49,7 +49,7 @@ def features_of(row):
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
-    """A full cache that holds the same maps and tokens in every encoding; one picture could not be read."""
+    """A full cache that holds the same maps and tokens in every encoding; one image could not be read."""
     total = sum(COUNTS)
     manifest = Manifest(
         dataset="lvis",
@@ -79,15 +79,15 @@ def cache(tmp_path_factory):
     ]
     made = FeatureCache.create(tmp_path_factory.mktemp("interop") / "c.zarr", manifest, sets, PART_SIZE)
     for part in range(made.n_parts):
-        made.write_part(part, [picture(row, sets) for row in made.part_rows(part)])
+        made.write_part(part, [image(row, sets) for row in made.part_rows(part)])
     return made
 
 
-def picture(row, sets):
+def image(row, sets):
     if row == FAILED:
-        return PictureFeatures(row, {}, "truncated JPEG")
+        return ImageFeatures(row, {}, "truncated JPEG")
     features = features_of(row)
-    return PictureFeatures(row, {each.name: features[each.kind] for each in sets})
+    return ImageFeatures(row, {each.name: features[each.kind] for each in sets})
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +201,7 @@ def test_a_checksum_covers_the_bytes_on_disk_and_then_their_scales(cache, read_b
     assert seen == (9 if kind == "map" else 1 + 3 + 1)
 
 
-def test_a_picture_that_could_not_be_read_costs_no_bytes(cache):
+def test_an_image_that_could_not_be_read_costs_no_bytes(cache):
     plain = cache.feature_sets["map_int8"]
     sizes = [(cache.path / shard_file(plain, part)).stat().st_size for part in range(cache.n_parts)]
     assert sizes == [count * plain.record_bytes + index_bytes(PART_SIZE) for count in (4, 3, 2)]

@@ -63,7 +63,7 @@ def writer(small, path, call, pause):
     def run():
         if call:
             die_at(call)
-        small.extract(path, at_picture=lambda: time.sleep(pause))
+        small.extract(path, at_image=lambda: time.sleep(pause))
 
     return run
 

@@ -1,4 +1,4 @@
-"""Batches read ahead: which pictures, in which order, on which rank; going on in the middle; threads and processes."""
+"""Batches read ahead: which images, in which order, on which rank; going on in the middle; threads and processes."""
 
 import gc
 import json
@@ -25,10 +25,10 @@ from regionspot.cache import (
     CorruptPartError,
     FeatureCache,
     FeatureSet,
+    ImageFeatures,
     InputError,
     Manifest,
     NotExtractedError,
-    PictureFeatures,
 )
 from regionspot.cache.format.encodings import decode, statistics_of
 from regionspot.cache.format.schema import shard_file
@@ -37,11 +37,11 @@ from regionspot.cache.reading.batch import Batch
 from regionspot.cache.reading.sampling import Sampling
 from regionspot.cache.storage.base import LocalStorage
 
-PICTURES, PART = 23, 4
-FAILED = 9  # the row of the picture that could not be read
+IMAGES, PART = 23, 4
+FAILED = 9  # the row of the image that could not be read
 RNG = np.random.default_rng(0)
-COUNTS = np.concatenate([[0, 70, 3], RNG.integers(0, 9, PICTURES - 3)])
-MAP_VALUES = RNG.standard_normal((PICTURES, 5, 8)).astype(np.float16)
+COUNTS = np.concatenate([[0, 70, 3], RNG.integers(0, 9, IMAGES - 3)])
+MAP_VALUES = RNG.standard_normal((IMAGES, 5, 8)).astype(np.float16)
 TOKEN_VALUES = [RNG.standard_normal((count, 6)).astype(np.float16) for count in COUNTS]
 STATISTICS = {"maps": statistics_of(MAP_VALUES), "tokens": statistics_of(TOKEN_VALUES)}
 
@@ -57,15 +57,15 @@ def feature_sets(dtype="float16", compression=None):
 
 
 def make_cache(path, **encoding):
-    """Part 0 has more regions than one record of tokens; one picture of part 2 could not be read."""
+    """Part 0 has more regions than one record of tokens; one image of part 2 could not be read."""
     offsets = np.concatenate([[0], np.cumsum(COUNTS)])
     manifest = Manifest(
         dataset="small",
         split="train",
-        image_ids=np.arange(PICTURES) + 100,
-        paths=np.array([f"{row}.jpg" for row in range(PICTURES)], dtype=np.dtypes.StringDType()),
-        heights=np.full(PICTURES, 5, np.int32),
-        widths=np.full(PICTURES, 5, np.int32),
+        image_ids=np.arange(IMAGES) + 100,
+        paths=np.array([f"{row}.jpg" for row in range(IMAGES)], dtype=np.dtypes.StringDType()),
+        heights=np.full(IMAGES, 5, np.int32),
+        widths=np.full(IMAGES, 5, np.int32),
         offsets=offsets,
         boxes_xyxy=RNG.random((offsets[-1], 4), np.float32),
         category_index=np.zeros(offsets[-1], np.int32),
@@ -74,14 +74,14 @@ def make_cache(path, **encoding):
     )
     cache = FeatureCache.create(path, manifest, feature_sets(**encoding), part_size=PART)
     for part in range(cache.n_parts):
-        cache.write_part(part, (picture(row) for row in cache.part_rows(part)))
+        cache.write_part(part, (image(row) for row in cache.part_rows(part)))
     return FeatureCache.open(path)
 
 
-def picture(row):
+def image(row):
     if row == FAILED:
-        return PictureFeatures(row, {}, "broken JPEG")
-    return PictureFeatures(row, {"maps": MAP_VALUES[row], "tokens": TOKEN_VALUES[row]})
+        return ImageFeatures(row, {}, "broken JPEG")
+    return ImageFeatures(row, {"maps": MAP_VALUES[row], "tokens": TOKEN_VALUES[row]})
 
 
 @pytest.fixture(scope="module")
@@ -228,7 +228,7 @@ def test_ranks_of_a_block_shuffle_read_parts_of_their_own():
         ({"threads": 0}, "threads is 0"),
         ({"ahead": 0}, "ahead is 0"),
         ({"rows": [23]}, "there is no row 23"),
-        ({"rows": []}, "there is no picture to load"),
+        ({"rows": []}, "there is no image to load"),
         ({"pin_memory": True}, "torch finds none here"),
     ],
 )
@@ -243,12 +243,12 @@ def test_options_that_make_no_batches_are_refused(cache, options, said):
 
 
 @pytest.mark.parametrize("shuffle", ["full", "block", "none"])
-def test_a_pass_gives_every_readable_picture_with_its_own_numbers(cache, shuffle):
+def test_a_pass_gives_every_readable_image_with_its_own_numbers(cache, shuffle):
     loader = cache.loader(5, shuffle=shuffle, block_parts=2)
     passes = [rows_of(loader), rows_of(loader)]
     for batches in passes:
         assert len(batches) == len(loader) == 5
-        assert sorted(chain(*batches)) == [row for row in range(PICTURES) if row != FAILED]
+        assert sorted(chain(*batches)) == [row for row in range(IMAGES) if row != FAILED]
     assert (passes[0] == passes[1]) == (shuffle == "none")
     assert loader.epoch == 2
 
@@ -364,7 +364,7 @@ def test_a_pass_that_was_left_begins_anew(cache):
     [
         ({"seed": 1}, "its seed is 0, here it is 1"),
         ({"batch_size": 5}, "its batch_size is 4, here it is 5"),
-        ({"rows": [1, 2, 3]}, "its pictures is 22, here it is 3"),
+        ({"rows": [1, 2, 3]}, "its images is 22, here it is 3"),
         ({"rows": [*range(9), *range(10, 22), 21]}, "its crc32c of their rows"),
         ({"shuffle": "none"}, "its shuffle is full, here it is none"),
         ({"shuffle": "block"}, "its shuffle is full, here it is block"),
@@ -383,7 +383,7 @@ def test_a_state_of_another_cache_is_refused(cache, tmp_path):
     other = FeatureCache.create(tmp_path / "o.zarr", replace(cache.manifest, split="val"), feature_sets())
     with pytest.raises(InputError, match="its cache is small/train, here it is small/val"):
         other.loader(4, rows=cache.valid_rows()).load_state_dict(cache.loader(4).state_dict())
-    ids = replace(cache.manifest, image_ids=np.arange(PICTURES) + 7)
+    ids = replace(cache.manifest, image_ids=np.arange(IMAGES) + 7)
     other = FeatureCache.create(tmp_path / "ids.zarr", ids, feature_sets())
     with pytest.raises(InputError, match="its crc32c of their ids"):
         other.loader(4, rows=cache.valid_rows()).load_state_dict(cache.loader(4).state_dict())
@@ -481,7 +481,7 @@ def test_an_error_comes_with_the_batch_that_could_not_be_read(own_cache):
     path.write_bytes(data)
     batches = iter(FeatureCache.open(own_cache.path).loader(2, shuffle="none", ahead=4, threads=3))
     got = [batch.rows.tolist() for batch in islice(batches, 6)]
-    with pytest.raises(CorruptPartError, match=r"c\.3\.0\.0: the record of picture 113 \(row 13, 13\.jpg\) does not"):
+    with pytest.raises(CorruptPartError, match=r"c\.3\.0\.0: the record of image 113 \(row 13, 13\.jpg\) does not"):
         next(batches)
     assert list(chain(*got)) == [row for row in range(13) if row != FAILED]
     assert list(batches) == []
@@ -496,7 +496,7 @@ def test_a_row_that_was_not_extracted_comes_as_an_error_not_as_numbers(cache):
 # --- other processes ---
 
 
-class Pictures(IterableDataset):
+class Images(IterableDataset):
     """What somebody would write to use a loader in a DataLoader's workers."""
 
     def __init__(self, loader, as_tensors):
@@ -509,11 +509,11 @@ class Pictures(IterableDataset):
 
 
 @pytest.mark.parametrize(("method", "as_tensors"), [("fork", True), ("fork", False), ("spawn", True)])
-def test_the_workers_of_a_data_loader_share_the_pictures_and_send_right_numbers(cache, method, as_tensors):
+def test_the_workers_of_a_data_loader_share_the_images_and_send_right_numbers(cache, method, as_tensors):
     loader = cache.loader(3, seed=5)
     next(iter(loader))  # so that a fork inherits what reading has opened
     data = DataLoader(
-        Pictures(loader, as_tensors), batch_size=None, num_workers=2, multiprocessing_context=method, prefetch_factor=4
+        Images(loader, as_tensors), batch_size=None, num_workers=2, multiprocessing_context=method, prefetch_factor=4
     )
     got = []
     for sent in data:
@@ -605,7 +605,7 @@ def test_a_replaced_part_is_read_by_its_own_index_and_checksums(own_cache, monke
     reader.read(own_cache.valid_rows())
     (own_cache.path / "parts/maps/00001.json").unlink()
     again = FeatureCache.open(own_cache.path, "a")
-    again.write_part(1, (PictureFeatures(row, {"maps": MAP_VALUES[row] + 1}) for row in again.part_rows(1)), ["maps"])
+    again.write_part(1, (ImageFeatures(row, {"maps": MAP_VALUES[row] + 1}) for row in again.part_rows(1)), ["maps"])
     np.testing.assert_array_equal(reader.read([5]).feature_map[0], MAP_VALUES[5] + np.float16(1))
 
 
@@ -655,7 +655,7 @@ def test_what_does_not_fit_into_memory_is_not_mapped(cache, monkeypatch):
         monkeypatch.setattr("regionspot.cache.reading.feature_reader.available_memory", lambda: memory)
         return FeatureCache.open(cache.path)._readers["maps"]._mapped
 
-    stored = PICTURES * 5 * 8 * 2
+    stored = IMAGES * 5 * 8 * 2
     assert (mapped(2 * stored), mapped(2 * stored - 2)) == (True, False)
 
 

@@ -21,9 +21,9 @@ from regionspot.cache import (
     CorruptPartError,
     FeatureCache,
     FeatureSet,
+    ImageFeatures,
     InputError,
     Manifest,
-    PictureFeatures,
 )
 from regionspot.cache.storage.base import LocalStorage, open_storage
 from regionspot.cache.storage.local_mirror import parse_bytes, with_local_copy
@@ -35,18 +35,18 @@ SHARD = "features/clip/feature_map/c.{}.0.0"
 PLENTY = 10**9
 
 
-def manifest_of(pictures):
+def manifest_of(images):
     return Manifest(
         dataset="toy",
         split="train",
-        image_ids=np.arange(pictures),
-        paths=np.array([f"{row}.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
-        heights=np.full(pictures, 32, np.int32),
-        widths=np.full(pictures, 32, np.int32),
-        offsets=np.arange(pictures + 1, dtype=np.int64),
-        boxes_xyxy=np.tile(np.float32([1, 2, 3, 4]), (pictures, 1)),
-        category_index=np.zeros(pictures, np.int32),
-        annotation_ids=np.arange(pictures),
+        image_ids=np.arange(images),
+        paths=np.array([f"{row}.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
+        heights=np.full(images, 32, np.int32),
+        widths=np.full(images, 32, np.int32),
+        offsets=np.arange(images + 1, dtype=np.int64),
+        boxes_xyxy=np.tile(np.float32([1, 2, 3, 4]), (images, 1)),
+        category_index=np.zeros(images, np.int32),
+        annotation_ids=np.arange(images),
         categories=(Category(1, "cat"),),
     )
 
@@ -57,7 +57,7 @@ def map_of(row, seed=0):
 
 def write_part(cache, part, seed=0):
     rows = cache.part_rows(part)
-    cache.write_part(part, [PictureFeatures(row, {"clip": map_of(row, seed)}) for row in rows])
+    cache.write_part(part, [ImageFeatures(row, {"clip": map_of(row, seed)}) for row in rows])
 
 
 def require_maps(cache, seeds):
@@ -69,7 +69,7 @@ def require_maps(cache, seeds):
 
 @pytest.fixture
 def address(s3):
-    """A remote cache of two parts of two pictures."""
+    """A remote cache of two parts of two images."""
     cache = FeatureCache.create(f"{s3}/toy.zarr", manifest_of(4), [MAPS], part_size=2)
     for part in (0, 1):
         write_part(cache, part)
@@ -171,7 +171,7 @@ def test_a_shard_that_makes_room_right_before_it_is_opened_is_fetched_again(addr
 def test_the_least_recently_used_shard_goes_first_whichever_cache_it_is_of(bucket, s3, tmp_path):
     other = open_storage(f"{s3}/other.zarr")
     other.write(SHARD.format(9), b"9" * 1000)
-    mine = [tmp_path / name for name in ("photo.jpg", "thesis@home/features/x@1", "features/c.0.0.0.partial")]
+    mine = [tmp_path / name for name in ("image.jpg", "thesis@home/features/x@1", "features/c.0.0.0.partial")]
     for path in mine:  # of somebody who keeps more than copies in this folder
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(bytes(3000))

@@ -1,4 +1,4 @@
-"""Manifests side by side and one after another: which pictures they share, what differs, what cannot be joined."""
+"""Manifests side by side and one after another: which images they share, what differs, what cannot be joined."""
 
 from dataclasses import replace
 
@@ -35,17 +35,17 @@ def manifest_of(ids, seed=0, **changes):
     return Manifest(**{**columns, **changes})
 
 
-def test_a_picture_is_found_by_its_id_wherever_it_stands():
+def test_an_image_is_found_by_its_id_wherever_it_stands():
     manifest = manifest_of([40, -7, 2**62, 3])
     assert rows_by_id(manifest, np.array([3, 5, -7, 2**62, 2**62 + 1, -(2**63)])).tolist() == [3, -1, 1, 2, -1, -1]
 
 
-def test_equal_manifests_differ_in_nothing_and_each_column_is_told_by_its_picture():
+def test_equal_manifests_differ_in_nothing_and_each_column_is_told_by_its_image():
     manifest = manifest_of([4, 9, 1, 5, 8])
     row = int(np.flatnonzero(manifest.region_count > 1)[-1])
     region = int(manifest.offsets[row]) + 1
     assert first_difference(manifest, manifest_of([4, 9, 1, 5, 8])) is None
-    where = f"picture {manifest.image_ids[row]} (row {row}, {manifest.paths[row]})"
+    where = f"image {manifest.image_ids[row]} (row {row}, {manifest.paths[row]})"
     for column, told in {
         "image_ids": f"{where}: image id is",
         "paths": f"{where}: path is '{manifest.paths[row]}', not 'other.jpg'",
@@ -70,7 +70,7 @@ def test_equal_manifests_differ_in_nothing_and_each_column_is_told_by_its_pictur
     assert "scores" in first_difference(manifest, replace(manifest, scores=None))
 
 
-def test_pictures_that_came_in_another_order_are_put_behind_those_that_were_there():
+def test_images_that_came_in_another_order_are_put_behind_those_that_were_there():
     stored = manifest_of([4, 9, 1])
     grown = Manifest.concatenate([manifest_of([7, 2], 1), stored])
     ordered = in_order_of(stored, grown.select(np.array([0, 3, 1, 4, 2])))
@@ -97,7 +97,7 @@ def test_manifests_one_after_another_are_cut_back_into_what_they_were():
 @pytest.mark.parametrize(
     ("other", "told"),
     [
-        (manifest_of([2, 9], 1), "1 pictures are in more than one of them, the first has id 9"),
+        (manifest_of([2, 9], 1), "1 images are in more than one of them, the first has id 9"),
         (manifest_of([2], categories=(Category(1, "star"), Category(2, "sun"))), "their categories differ"),
         (manifest_of([2], scores=None), "only one of them has scores"),
         (manifest_of([2], negatives=None), "only one of them has negatives"),

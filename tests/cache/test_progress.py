@@ -26,7 +26,7 @@ def clock() -> Clock:
 
 
 def test_time_left_is_told_from_recent_work_and_not_from_a_slow_start(clock):
-    progress = Progress(10_000, "pictures", clock=clock)
+    progress = Progress(10_000, "images", clock=clock)
     for _ in range(100):  # 10 s each: libraries load, the page cache is cold
         clock.now += 10
         progress.step()
@@ -35,11 +35,11 @@ def test_time_left_is_told_from_recent_work_and_not_from_a_slow_start(clock):
         progress.step()
     assert progress.rate == pytest.approx(1.0, rel=0.03)
     assert progress.done / progress.seconds < 0.4
-    assert "500/10,000 pictures  1/s  2h 3" in progress.line()
+    assert "500/10,000 images  1/s  2h 3" in progress.line()
 
 
-def test_a_burst_of_pictures_behind_each_slow_batch_gives_the_rate_of_the_batches(clock):
-    progress = Progress(1000, "pictures", clock=clock)
+def test_a_burst_of_images_behind_each_slow_batch_gives_the_rate_of_the_batches(clock):
+    progress = Progress(1000, "images", clock=clock)
     for _ in range(10):
         clock.now += 100
         for _ in range(8):
@@ -48,7 +48,7 @@ def test_a_burst_of_pictures_behind_each_slow_batch_gives_the_rate_of_the_batche
 
 
 def test_the_window_stays_small_however_many_steps_there_are(clock):
-    progress = Progress(10**6, "pictures", clock=clock)
+    progress = Progress(10**6, "images", clock=clock)
     for _ in range(50_000):
         clock.now += 0.02
         progress.step()
@@ -58,7 +58,7 @@ def test_the_window_stays_small_however_many_steps_there_are(clock):
 
 def test_lines_come_every_interval_and_at_the_end_in_the_same_words(clock, caplog):
     caplog.set_level(logging.INFO, "regionspot")
-    progress = Progress(40, "pictures", detail=lambda: "0.2 GB written", clock=clock)
+    progress = Progress(40, "images", detail=lambda: "0.2 GB written", clock=clock)
     for _ in range(40):
         with progress.timed("encode"):
             clock.now += 0.9
@@ -67,8 +67,8 @@ def test_lines_come_every_interval_and_at_the_end_in_the_same_words(clock, caplo
         progress.step()
     lines = [record.getMessage() for record in caplog.records]
     assert len(lines) == 8
-    assert lines[0] == "5/40 pictures  1/s  0.2 GB written  35s left  (encode 90%, write 10%)"
-    assert lines[-1].startswith("40/40 pictures  1/s  0.2 GB written  0s left")
+    assert lines[0] == "5/40 images  1/s  0.2 GB written  35s left  (encode 90%, write 10%)"
+    assert lines[-1].startswith("40/40 images  1/s  0.2 GB written  0s left")
 
 
 _JOB = """
@@ -79,7 +79,7 @@ progress = Progress(5, "parts", interval=0.0)
 for number in range(4):
     progress.step()
     if number == 1:
-        logging.getLogger("regionspot").warning("a photo is broken")
+        logging.getLogger("regionspot").warning("an image is broken")
 logging.shutdown()
 print("regionspot: stopped", file=sys.stderr)
 """
@@ -92,7 +92,7 @@ def test_on_a_terminal_a_line_is_drawn_over_itself_and_other_words_stand_above_i
     shown = os.read(ours, 65536).decode().replace("\r\n", "\n")
     os.close(ours)
     assert shown.count("\n") == 3
-    assert "\r\x1b[Ka photo is broken\n3/5 parts" in shown
+    assert "\r\x1b[Kan image is broken\n3/5 parts" in shown
     assert shown.count("\r\x1b[K") == 3
     assert shown.endswith("left\nregionspot: stopped\n")
 
@@ -100,4 +100,4 @@ def test_on_a_terminal_a_line_is_drawn_over_itself_and_other_words_stand_above_i
 def test_in_a_log_each_line_stands_for_itself():
     said = subprocess.run([sys.executable, "-c", _JOB], capture_output=True, text=True, check=True).stderr
     assert "\r" not in said
-    assert [line.split()[0] for line in said.splitlines()] == ["1/5", "2/5", "a", "3/5", "4/5", "regionspot:"]
+    assert [line.split()[0] for line in said.splitlines()] == ["1/5", "2/5", "an", "3/5", "4/5", "regionspot:"]

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import zarr
 
-from regionspot.cache import CacheError, Category, FeatureCache, FeatureSet, InputError, Manifest, PictureFeatures
+from regionspot.cache import CacheError, Category, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest
 from regionspot.cache.errors import CacheExistsError, NotACacheError
 from regionspot.cache.format.upload import upload_tree
 from regionspot.cache.storage.base import LocalStorage, open_storage
@@ -46,15 +46,15 @@ def manifest_of(counts, split="train"):
     )
 
 
-MANIFEST = manifest_of([2, 0, 70, 1, 3, 1])  # three parts of two pictures
+MANIFEST = manifest_of([2, 0, 70, 1, 3, 1])  # three parts of two images
 
 
 def features_of(row):
     if row == 3:
-        return PictureFeatures(row, {}, "truncated JPEG")
+        return ImageFeatures(row, {}, "truncated JPEG")
     rng = np.random.default_rng(row)
     regions = int(MANIFEST.region_count[row])
-    return PictureFeatures(row, {"clip": rng.standard_normal((5, 8)), "sam": rng.standard_normal((regions, 6))})
+    return ImageFeatures(row, {"clip": rng.standard_normal((5, 8)), "sam": rng.standard_normal((regions, 6))})
 
 
 def fill(cache):
@@ -220,7 +220,7 @@ def test_a_writer_killed_inside_a_part_leaves_nothing_of_it_and_the_next_goes_on
     cache.write_part(0, [features_of(row) for row in (0, 1)])
     at_it, tell = os.pipe()
 
-    def pictures():
+    def images():
         yield features_of(2)
         os.write(tell, b"at it")
         signal.pause()
@@ -228,7 +228,7 @@ def test_a_writer_killed_inside_a_part_leaves_nothing_of_it_and_the_next_goes_on
     writer = os.fork()
     if not writer:
         try:
-            FeatureCache.open(cache.path, "a").write_part(1, pictures())
+            FeatureCache.open(cache.path, "a").write_part(1, images())
         finally:
             os._exit(1)
     os.close(tell)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from regionspot.cache import CorruptPartError, FeatureCache, NotExtractedError, PictureFeatures
+from regionspot.cache import CorruptPartError, FeatureCache, ImageFeatures, NotExtractedError
 from regionspot.cache.format.part_record import load_record
 from regionspot.cache.reading.feature_reader import PartOpener
 from regionspot.cache.storage.atomic_files import from_json, seal, to_json
@@ -52,9 +52,9 @@ def features_of(small, row, seed=0):
 def retried(small, address):
     """What `extract --retry-failed` does: the image that could not be read can be, its part is written again."""
     cache, row = FeatureCache.open(address, "a"), small.failing
-    picture = PictureFeatures(row, features_of(small, row))
+    image = ImageFeatures(row, features_of(small, row))
     for name in cache.feature_sets:
-        rewrite_part(cache, row // small.part_size, name, {row: picture})
+        rewrite_part(cache, row // small.part_size, name, {row: image})
 
 
 @pytest.mark.parametrize("where", ["map", "pread", "memory"])
@@ -131,7 +131,7 @@ def of_another_backbone(small, path):
     sets = [replace(each, provenance={**each.provenance, "model": "ViT-B-32"}) for each in small.sets]
     cache = FeatureCache.create(path, small.manifest, sets, small.part_size)
     for part in range(cache.n_parts):
-        cache.write_part(part, (PictureFeatures(row, features_of(small, row, 1)) for row in cache.part_rows(part)))
+        cache.write_part(part, (ImageFeatures(row, features_of(small, row, 1)) for row in cache.part_rows(part)))
 
 
 def of_other_boxes(small, path):
@@ -139,7 +139,7 @@ def of_other_boxes(small, path):
     manifest = replace(small.manifest, boxes_xyxy=small.manifest.boxes_xyxy + 1)
     cache = FeatureCache.create(path, manifest, small.sets, small.part_size)
     for part in range(cache.n_parts):
-        cache.write_part(part, (PictureFeatures(row, features_of(small, row, 1)) for row in cache.part_rows(part)))
+        cache.write_part(part, (ImageFeatures(row, features_of(small, row, 1)) for row in cache.part_rows(part)))
 
 
 @pytest.mark.parametrize("make", [of_another_backbone, of_other_boxes])
@@ -159,10 +159,10 @@ def test_a_part_of_another_cache_is_refused_and_made_again(small, full, tmp_path
 def test_a_record_that_names_other_rows_is_refused_though_it_is_sealed(full):
     storage, name = LocalStorage(full), "parts/clip/00001.json"
     right = load_record(storage, name)
-    for field, found in (("first_row", 5), ("pictures", 3), ("regions", 71)):
+    for field, key, found in (("first_row", "first_row", 5), ("images", "pictures", 3), ("regions", "regions", 71)):
         replace(right, **{field: found}).save(storage, name)
         with pytest.raises(
-            CorruptPartError, match=rf"00001.json: {field}: found {found}, expected {getattr(right, field)}"
+            CorruptPartError, match=rf"00001.json: {key}: found {found}, expected {getattr(right, field)}"
         ):
             FeatureCache.open(full).read([4], **SETS)
 

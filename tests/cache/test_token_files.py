@@ -16,9 +16,9 @@ from regionspot.cache import (
     Category,
     FeatureCache,
     FeatureSet,
+    ImageFeatures,
     InputError,
     Manifest,
-    PictureFeatures,
     ProvenanceMismatchError,
 )
 from regionspot.cache.tools.import_tokens import import_tokens, read_token_file
@@ -35,7 +35,7 @@ def tokens_of(row: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """`c.zarr`: seven pictures in three parts, no features; `tokens/`: a file of each that has regions."""
+    """`c.zarr`: seven images in three parts, no features; `tokens/`: a file of each that has regions."""
     folder = tmp_path_factory.mktemp("tokens")
     offsets = np.concatenate([[0], np.cumsum(COUNTS)]).astype(np.int64)
     manifest = Manifest(
@@ -56,7 +56,7 @@ def made(tmp_path_factory) -> Path:
     for row, image_id in enumerate(IDS):
         indices = INDICES[offsets[row] : offsets[row + 1]]
         classes = [99 if index == NO_CATEGORY else CATEGORIES[index].id for index in indices]
-        # As OpenImages' are: the manifest's number of that picture is in no file name.
+        # As OpenImages' are: the manifest's number of that image is in no file name.
         name = "p5" if image_id < 0 else str(image_id)
         if classes:
             save(folder / "tokens" / f"{name}.pth", tokens_of(row), classes)
@@ -101,7 +101,7 @@ def refused(files, address, caplog, *, allow_missing=False) -> tuple[str, list[s
 
 def test_every_regions_token_is_what_its_file_holds(files, address):
     summary = import_tokens(files, address)
-    assert (summary.pictures, summary.parts, summary.failed) == (7, 3, 0)
+    assert (summary.images, summary.parts, summary.failed) == (7, 3, 0)
     assert "tokens of 7 of 7 images in 3 parts" in summary.text()
     cache = FeatureCache.open(address)
     batch = cache.read(np.arange(7))
@@ -138,7 +138,7 @@ def test_a_killed_import_goes_on_with_the_parts_that_are_left(files, address):
     assert child.exitcode == -9
     (files / "10.pth").unlink()  # of the part that is done: it is asked for no more
     summary = import_tokens(files, address)
-    assert (summary.parts, summary.parts_before, summary.pictures) == (2, 1, 4)
+    assert (summary.parts, summary.parts_before, summary.images) == (2, 1, 4)
     assert import_tokens(files, address).text() == "nothing to do: the tokens of all 3 parts are there"
 
 
@@ -165,7 +165,7 @@ def test_images_whose_files_are_of_other_regions_are_left_out_and_the_others_tak
     save(files / "14.pth", tokens_of(4), [7, 3, 3, 7])
     with caplog.at_level("WARNING"):
         summary = import_tokens(files, address)
-    assert (summary.pictures, summary.differing, summary.missing) == (7, 2, 0)
+    assert (summary.images, summary.differing, summary.missing) == (7, 2, 0)
     assert "tokens of 5 of 7 images" in summary.text()
     assert "2 whose file is of other regions; these are recorded as failed" in summary.text()
     cache = FeatureCache.open(address)
@@ -271,6 +271,6 @@ def test_tokens_that_sam_itself_made_are_not_mixed_with_imported_ones(files, add
     manifest = FeatureCache.open(address).manifest
     own = FeatureSet("sam_vit_b", "token", (256,), provenance={"model": "sam_vit_b", "weights_sha256": "ec2df6"})
     cache = FeatureCache.open_or_create(address, manifest, [own])
-    cache.write_part(0, [PictureFeatures(row, {"sam_vit_b": tokens_of(row)[:, 0]}) for row in range(3)])
+    cache.write_part(0, [ImageFeatures(row, {"sam_vit_b": tokens_of(row)[:, 0]}) for row in range(3)])
     with pytest.raises(ProvenanceMismatchError, match="weights_sha256"):
         import_tokens(files, address)

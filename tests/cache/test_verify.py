@@ -82,7 +82,7 @@ def test_a_flipped_bit_is_found_and_named(full, file, place, reason, mend):
     assert "\n" not in str(problem)
 
 
-def test_a_damaged_record_is_told_by_its_picture(full):
+def test_a_damaged_record_is_told_by_its_image(full):
     change_byte(full / "features/clip/feature_map/c.1.0.0", 3)
     assert "the first is of row 4 (val2017/0004 ü.jpg)" in verify(full).text()
 

@@ -9,7 +9,7 @@ from regionspot.evaluation.inference.resumable import Progress, _timed
 from regionspot.evaluation.inference.scoring import class_probabilities
 from regionspot.fusion.vocabulary import build_vocabulary
 from regionspot.pipeline.backbones.clip import load_encoder
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.toy.world import make_toy_world
 
 
@@ -49,8 +49,8 @@ def test_what_the_memory_of_a_gpu_does_not_hold_is_scored_in_halves(
     encoder, vocabulary, manifest, world, monkeypatch, kind, method
 ):
     rows = range(8)
-    timed = _timed(Progress(8, "pictures"), torch.device("cpu"))
-    baseline = kind(encoder, manifest, photo_dir("toy", world, "val", manifest), vocabulary)
+    timed = _timed(Progress(8, "images"), torch.device("cpu"))
+    baseline = kind(encoder, manifest, image_folder_of("toy", world, "val", manifest), vocabulary)
     expected = [scores.probabilities for scores in baseline.score(rows, timed)]
     compute, tried = getattr(encoder, method), []
 
@@ -67,12 +67,12 @@ def test_what_the_memory_of_a_gpu_does_not_hold_is_scored_in_halves(
     assert max(tried[tried.index(max(tried)) + 2 :]) <= 3
 
 
-def test_a_box_over_the_whole_picture_weighs_every_patch_the_same():
+def test_a_box_over_the_whole_image_weighs_every_patch_the_same():
     assert pooling_weights(boxes([0, 0, 300, 100]), (300, 100), 4) == pytest.approx(np.full((1, 16), 1 / 16))
 
 
 def test_patches_weigh_as_much_as_the_box_covers_of_them():
-    # A picture of 40 x 40 in 4 x 4 patches of 10: one whole patch, half of its right, a quarter of the lower ones.
+    # An image of 40 x 40 in 4 x 4 patches of 10: one whole patch, half of its right, a quarter of the lower ones.
     weights = pooling_weights(boxes([10, 0, 25, 15]), (40, 40), 4).reshape(4, 4)
     assert weights[0, 1:3] == pytest.approx(np.array([100, 50]) / 225)
     assert weights[1, 1:3] == pytest.approx(np.array([50, 25]) / 225)
@@ -84,39 +84,39 @@ def test_a_tiny_box_takes_the_patch_that_it_lies_in():
     assert weights[1, 3] == pytest.approx(1)
 
 
-def test_the_grid_follows_a_picture_that_is_squeezed_into_a_square():
+def test_the_grid_follows_an_image_that_is_squeezed_into_a_square():
     weights = pooling_weights(boxes([50, 0, 100, 10]), (100, 10), 2).reshape(2, 2)
     assert weights == pytest.approx(np.array([[0, 0.5], [0, 0.5]]))
 
 
 def test_a_crop_holds_its_margin_and_ends_at_the_edge():
-    photo = Image.new("RGB", (100, 80))
-    assert crop(photo, np.float32([20, 20, 60, 40]), 0.1).size == (48, 24)
-    assert crop(photo, np.float32([0, 0, 100, 80]), 0.5).size == (100, 80)
-    assert crop(photo, np.float32([99.6, 79.6, 100, 80]), 0).size == (1, 1)
+    image = Image.new("RGB", (100, 80))
+    assert crop(image, np.float32([20, 20, 60, 40]), 0.1).size == (48, 24)
+    assert crop(image, np.float32([0, 0, 100, 80]), 0.5).size == (100, 80)
+    assert crop(image, np.float32([99.6, 79.6, 100, 80]), 0).size == (1, 1)
 
 
 def scores(method, rows):
-    return list(method.score(rows, _timed(Progress(len(rows), "pictures"), torch.device("cpu"))))
+    return list(method.score(rows, _timed(Progress(len(rows), "images"), torch.device("cpu"))))
 
 
-def test_the_crop_of_a_whole_picture_scores_as_clip_scores_the_picture(world, manifest, encoder, vocabulary):
-    photos = photo_dir("toy", world, "val", manifest)
+def test_the_crop_of_a_whole_image_scores_as_clip_scores_the_image(world, manifest, encoder, vocabulary):
+    images = image_folder_of("toy", world, "val", manifest)
     whole = manifest.select(np.arange(1))
     region = whole.boxes_xyxy[:1].copy()
     region[:] = [0, 0, whole.widths[0], whole.heights[0]]
     whole.boxes_xyxy[:] = region
-    found = scores(CropBaseline(encoder, whole, photos, vocabulary), [0])[0].probabilities
-    picture = encoder.preprocess(Image.open(photos / str(whole.paths[0])))
-    expected = class_probabilities(encoder.embed_images(picture[None]), vocabulary.embeddings, encoder.logit_scale)
+    found = scores(CropBaseline(encoder, whole, images, vocabulary), [0])[0].probabilities
+    image = encoder.preprocess(Image.open(images / str(whole.paths[0])))
+    expected = class_probabilities(encoder.embed_images(image[None]), vocabulary.embeddings, encoder.logit_scale)
     assert found[0] == pytest.approx(expected[0], abs=1e-5)
 
 
 def test_the_pooled_baseline_projects_the_mean_of_the_patches(world, manifest, encoder, vocabulary):
-    photos = photo_dir("toy", world, "val", manifest)
-    found = scores(PooledBaseline(encoder, manifest, photos, vocabulary), [2])[0].probabilities
-    picture = encoder.preprocess(Image.open(photos / str(manifest.paths[2])))
-    patches = encoder.encode(picture[None])[0, 1:]
+    images = image_folder_of("toy", world, "val", manifest)
+    found = scores(PooledBaseline(encoder, manifest, images, vocabulary), [2])[0].probabilities
+    image = encoder.preprocess(Image.open(images / str(manifest.paths[2])))
+    patches = encoder.encode(image[None])[0, 1:]
     regions = manifest.boxes_xyxy[manifest.regions(2)]
     weights = pooling_weights(regions, (int(manifest.widths[2]), int(manifest.heights[2])), 12)
     pooled = encoder.project(torch.from_numpy(weights) @ patches)

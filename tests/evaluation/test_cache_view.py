@@ -1,4 +1,4 @@
-"""A picture of a cache to look at: equal patches look equal, what is like a region is bright, and nothing crashes."""
+"""An image of a cache to look at: equal patches look equal, what is like a region is bright, and nothing crashes."""
 
 import shutil
 from dataclasses import replace
@@ -13,14 +13,14 @@ from regionspot.cache import (
     Category,
     FeatureCache,
     FeatureSet,
+    ImageFeatures,
     InputError,
     Manifest,
     NotExtractedError,
-    PictureFeatures,
 )
 from regionspot.cache.format.encodings import statistics_of
 from regionspot.evaluation.report import cache_view
-from regionspot.evaluation.report.cache_view import show_picture
+from regionspot.evaluation.report.cache_view import show_image
 from regionspot.evaluation.report.map_views import box_likeness, pca_colours
 
 GRID = 4
@@ -36,7 +36,7 @@ def patches_in_halves() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Pictures 10, 11 and 12: the first two are extracted, the second failed. The first has two regions."""
+    """Images 10, 11 and 12: the first two are extracted, the second failed. The first has two regions."""
     folder = tmp_path_factory.mktemp("view")
     manifest = Manifest(
         dataset="coco",
@@ -53,7 +53,7 @@ def made(tmp_path_factory) -> Path:
     )
     cache = FeatureCache.create(folder / "a.zarr", manifest, [MAPS], part_size=2)
     feature_map = np.concatenate([np.zeros((1, 8), np.float32), patches_in_halves().reshape(-1, 8)])
-    cache.write_part(0, [PictureFeatures(0, {"clip": feature_map}), PictureFeatures(1, {}, "b.jpg: is not there")])
+    cache.write_part(0, [ImageFeatures(0, {"clip": feature_map}), ImageFeatures(1, {}, "b.jpg: is not there")])
     Image.new("RGB", (160, 120), (90, 120, 30)).save(folder / "a.jpg")
     return folder
 
@@ -65,7 +65,7 @@ def cache(made) -> FeatureCache:
 
 @pytest.fixture
 def captions(monkeypatch):
-    """What stands below the views of the picture made last."""
+    """What stands below the views of the image made last."""
     said = []
     original = cache_view.side_by_side
 
@@ -128,21 +128,21 @@ def test_the_image_is_turned_by_the_rule_of_the_features(made, cache, tmp_path, 
     monkeypatch.setattr(cache_view, "side_by_side", lambda each, title: views.extend(each) or original(each, title))
     sets = [MAPS if rule is None else replace(MAPS, provenance={"exif": rule})]
     turned = FeatureCache.create(tmp_path / "turned.zarr", cache.manifest, sets, part_size=2)
-    turned.write_part(0, [PictureFeatures(row, {"clip": np.zeros(MAPS.shape)}) for row in (0, 1)])
+    turned.write_part(0, [ImageFeatures(row, {"clip": np.zeros(MAPS.shape)}) for row in (0, 1)])
     halves = np.zeros((120, 160, 3), np.uint8)
     halves[:, :80, 0] = halves[:, 80:, 2] = 255
     exif = Image.Exif()
     exif[0x0112] = 3
     Image.fromarray(halves).save(tmp_path / "b.jpg", "PNG", exif=exif)
-    show_picture(turned, 11, tmp_path)
+    show_image(turned, 11, tmp_path)
     image = views[0].image
     assert image.getpixel((image.width // 4, image.height * 3 // 4)) == first
 
 
 def test_three_views_stand_side_by_side_and_say_what_they_show(cache, made, captions):
-    sheet = show_picture(cache, 10, made)
+    sheet = show_image(cache, 10, made)
     assert sheet.width > 3 * cache_view.LEAST_COLUMN
-    assert captions[0] == "coco val, picture 10 (row 0)"
+    assert captions[0] == "coco val, image 10 (row 0)"
     assert captions[1] == "a.jpg / 2 regions"
     assert captions[2].startswith("clip: 4 x 4 patches")
     assert captions[3].startswith("what is like region 0 chaise longue / cosine")
@@ -157,8 +157,8 @@ def test_every_encoding_looks_the_same(made, captions, tmp_path, dtype):
     statistics = statistics_of(feature_map[None]) if dtype == "int8" else None
     maps = FeatureSet("clip", "map", MAPS.shape, dtype, compression="zstd", statistics=statistics)
     cache = FeatureCache.create(tmp_path / "a.zarr", original.manifest.head(1), [maps])
-    cache.write_part(0, [PictureFeatures(0, {"clip": feature_map})])
-    sheets = [np.asarray(show_picture(each, 10), int) for each in (cache, original)]
+    cache.write_part(0, [ImageFeatures(0, {"clip": feature_map})])
+    sheets = [np.asarray(show_image(each, 10), int) for each in (cache, original)]
     views = slice(0, len(sheets[0]) - cache_view.GAP - 2 * cache_view.LINE)  # below stand rounded numbers
     assert np.abs(sheets[0][views] - sheets[1][views]).max() <= 16
 
@@ -166,67 +166,67 @@ def test_every_encoding_looks_the_same(made, captions, tmp_path, dtype):
 def test_maps_are_shown_before_the_tokens_are_there(made, captions, tmp_path):
     copy = shutil.copytree(made / "a.zarr", tmp_path / "a.zarr")
     manifest = FeatureCache.open(copy).manifest
-    show_picture(FeatureCache.open_or_create(copy, manifest, [FeatureSet("sam", "token", (6,))]), 10)
+    show_image(FeatureCache.open_or_create(copy, manifest, [FeatureSet("sam", "token", (6,))]), 10)
     assert len(captions) == 4
 
 
 def test_a_region_can_be_chosen_by_its_number(cache, captions):
-    show_picture(cache, 10, region=1)
+    show_image(cache, 10, region=1)
     assert captions[3].startswith("what is like region 1 unnamed")
 
 
-def test_without_the_photo_the_rest_is_shown_and_that_is_said(cache, made, captions, tmp_path):
-    show_picture(cache, 10)
-    assert captions[1] == "a.jpg / 2 regions; no folder of photos given"
-    show_picture(cache, 10, tmp_path)
-    assert captions[1] == "a.jpg / 2 regions; photo is not there"
+def test_without_the_image_the_rest_is_shown_and_that_is_said(cache, made, captions, tmp_path):
+    show_image(cache, 10)
+    assert captions[1] == "a.jpg / 2 regions; no folder of images given"
+    show_image(cache, 10, tmp_path)
+    assert captions[1] == "a.jpg / 2 regions; image is not there"
 
 
 def test_a_cache_without_maps_shows_the_regions(made, captions, tmp_path):
     manifest = FeatureCache.open(made / "a.zarr").manifest
-    show_picture(FeatureCache.create(tmp_path / "t.zarr", manifest, []), 10, made)
+    show_image(FeatureCache.create(tmp_path / "t.zarr", manifest, []), 10, made)
     assert captions[1:] == ["a.jpg / 2 regions"]
 
 
-def test_a_picture_that_is_not_there_failed_or_is_pending_is_told_in_one_line(cache):
+def test_an_image_that_is_not_there_failed_or_is_pending_is_told_in_one_line(cache):
     for image_id, error, words in (
-        (99, InputError, "no picture with id 99"),
+        (99, InputError, "no image with id 99"),
         (11, NotExtractedError, "is not there"),
         (12, NotExtractedError, "not written yet"),
     ):
         with pytest.raises(error, match=words) as told:
-            show_picture(cache, image_id)
+            show_image(cache, image_id)
         assert "\n" not in str(told.value)
 
 
 def test_a_region_or_feature_set_that_is_not_there_is_refused_with_those_there_are(cache):
     with pytest.raises(InputError, match="no region 2; it has 2, from 0 on"):
-        show_picture(cache, 10, region=2)
+        show_image(cache, 10, region=2)
     with pytest.raises(InputError, match="map feature sets are clip"):
-        show_picture(cache, 10, map_set="dino")
+        show_image(cache, 10, map_set="dino")
 
 
 def test_a_map_without_a_square_of_patches_is_refused(made, tmp_path):
     manifest = FeatureCache.open(made / "a.zarr").manifest
     odd = FeatureCache.create(tmp_path / "odd.zarr", manifest, [FeatureSet("odd", "map", (7, 8))])
     with pytest.raises(InputError, match="odd has 7 tokens"):
-        show_picture(odd, 10)
+        show_image(odd, 10)
 
 
-def test_every_region_and_word_fits_into_the_picture(made, captions, tmp_path):
+def test_every_region_and_word_fits_into_the_image(made, captions, tmp_path):
     copy = FeatureCache.open(shutil.copytree(made / "a.zarr", tmp_path / "a.zarr"))
-    sheet = np.asarray(show_picture(copy, 10, made))
+    sheet = np.asarray(show_image(copy, 10, made))
     paper = np.array(cache_view.PAPER)
     assert (sheet[:, -cache_view.GAP :] == paper).all()
     assert (sheet[-4:] == paper).all()
 
 
 def test_a_map_without_a_class_token_gives_the_same_views(cache, tmp_path, captions):
-    show_picture(cache, 10)
+    show_image(cache, 10)
     expected = captions[1:]
     bare = FeatureSet("siglip", "map", (GRID * GRID, 8), provenance={"class_token": False})
     other = FeatureCache.create(tmp_path / "b.zarr", cache.manifest, [bare], part_size=2)
     patches = {"siglip": patches_in_halves().reshape(-1, 8)}
-    other.write_part(0, [PictureFeatures(0, patches), PictureFeatures(1, {}, "b.jpg: is not there")])
-    show_picture(other, 10)
+    other.write_part(0, [ImageFeatures(0, patches), ImageFeatures(1, {}, "b.jpg: is not there")])
+    show_image(other, 10)
     assert [words.replace("siglip", "clip") for words in captions[1:]] == expected

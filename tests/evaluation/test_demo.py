@@ -16,7 +16,7 @@ def run_briefly(arguments):
 
 def test_the_demo_prints_every_command_that_it_runs_and_what_came_out(tmp_path, caplog):
     caplog.set_level("INFO", "regionspot")
-    table = run_demo(run_briefly, tmp_path, pictures=40)
+    table = run_demo(run_briefly, tmp_path, images=40)
     printed = [line[2:] for line in caplog.text.splitlines() if line.startswith("$ regionspot ")]
     assert printed == [f"regionspot {shlex.join(arguments)}" for arguments in commands(tmp_path, 40, 0)]
     for method in ("head (trained)", "CLIP on every crop", "CLIP map, mean in box", "8 validation images"):

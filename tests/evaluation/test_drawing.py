@@ -66,7 +66,7 @@ def test_a_label_away_from_its_box_is_joined_to_it(labels):
     assert (row == (255, 0, 0)).all(axis=-1).any()
 
 
-def test_labels_stay_inside_the_picture(labels):
+def test_labels_stay_inside_the_image(labels):
     corners = [box(0, 0, 30, 20), box(610, 0, 640, 20), box(0, 470, 20, 480), box(600, 440, 640, 480)]
     draw_regions(grey(), [Drawn(corner, "a name that is rather long") for corner in corners])
     for left, top, right, bottom in labels:
@@ -82,19 +82,19 @@ def test_a_label_does_not_hide_a_small_object_next_to_it(labels):
     assert max(overlap(label, pea) for label in labels) < 0.5 * 30 * 13
 
 
-def test_the_font_grows_with_the_picture(labels):
+def test_the_font_grows_with_the_image(labels):
     draw_regions(grey(640, 480), [Drawn(box(10, 60, 60, 90), "dog")])
     draw_regions(grey(2560, 1920), [Drawn(box(10, 60, 60, 90), "dog")])
     small, large = (place[3] - place[1] for place in labels)
     assert large > 3 * small
 
 
-def test_a_small_picture_is_enlarged_so_that_labels_leave_room():
+def test_a_small_image_is_enlarged_so_that_labels_leave_room():
     assert draw_regions(grey(160, 120), []).size == (640, 480)
     assert draw_regions(grey(700, 500), []).size == (700, 500)
 
 
-def test_a_name_wider_than_the_picture_is_cut_short():
+def test_a_name_wider_than_the_image_is_cut_short():
     pen, font = ImageDraw.Draw(grey()), drawing.font_for((640, 480))
     shortened = drawing._shortened(pen, "word " * 80, font, 300)
     assert shortened.endswith("...")
@@ -122,8 +122,8 @@ def test_boxes_at_the_edge_and_smaller_than_a_pixel_can_be_drawn():
     draw_regions(grey(), [Drawn(box(639.5, 479.5, 640, 480), "dust"), Drawn(box(0, 0, 0.2, 0.2), "speck")])
 
 
-def test_a_sheet_holds_every_picture_with_its_caption():
-    cells = [Captioned(Image.new("RGB", (100, 50 + 10 * k), (40 * k, 0, 200)), f"picture {k}") for k in range(5)]
+def test_a_sheet_holds_every_image_with_its_caption():
+    cells = [Captioned(Image.new("RGB", (100, 50 + 10 * k), (40 * k, 0, 200)), f"image {k}") for k in range(5)]
     sheet = contact_sheet(cells, columns=2, cell=200, title="all of them")
     pixels = np.asarray(sheet).reshape(-1, 3)
     for k in range(5):

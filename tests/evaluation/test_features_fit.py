@@ -20,7 +20,7 @@ from regionspot.fusion.config import train_config
 from regionspot.fusion.train import train
 from regionspot.pipeline.backbones import dtypes
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import extract
 
@@ -46,7 +46,7 @@ def extracted(world, tmp_path_factory):
             backbones = Backbones.load("toy", device="cpu", dtype=dtype, preprocess=preprocess)
             path = tmp_path_factory.mktemp("caches") / f"{'-'.join(key)}.zarr"
             made[key] = FeatureCache.create(path, manifest, backbones.feature_sets(exif), 2)
-            extract(made[key], photo_dir("toy", world, "val", manifest), backbones, ExtractConfig(exif=exif))
+            extract(made[key], image_folder_of("toy", world, "val", manifest), backbones, ExtractConfig(exif=exif))
         return made[key]
 
     return cache_of

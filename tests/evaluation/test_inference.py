@@ -14,7 +14,7 @@ from regionspot.cache.errors import AnnotationError, InputError, ProvenanceMisma
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
 from regionspot.evaluation.inference import resumable as inference
-from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnPhotos
+from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnImages
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.evaluation.inference.resumable import Unreadable, infer
 from regionspot.evaluation.inference.scoring import RegionScores
@@ -24,7 +24,7 @@ from regionspot.evaluation.report.tables import ap_markdown, ap_table, row_of
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.head import FusionHead, HeadConfig
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.extract import extract
 from regionspot.pipeline.reporting.failures import FailureLimit
 
@@ -68,7 +68,7 @@ def manifest(world):
 def cache(world, spot, manifest, tmp_path_factory):
     backbones = Backbones(spot.localizer, (spot.encoder,))
     store = FeatureCache.create(tmp_path_factory.mktemp("cache") / "val.zarr", manifest, backbones.feature_sets(), 4)
-    extract(store, photo_dir("toy", world, "val", manifest), backbones)
+    extract(store, image_folder_of("toy", world, "val", manifest), backbones)
     return store
 
 
@@ -91,7 +91,7 @@ class Counted:
         for row in rows:
             self.asked.append(row)
             if row in self.broken:
-                yield Unreadable(f"picture {row} is broken")
+                yield Unreadable(f"image {row} is broken")
                 continue
             rng = np.random.default_rng(row)
             count = int(self.manifest.region_count[row])
@@ -111,11 +111,11 @@ def same(one, other):
     )
 
 
-def test_photos_and_cache_give_the_same_scores_up_to_its_rounding(world, spot, manifest, cache):
+def test_images_and_cache_give_the_same_scores_up_to_its_rounding(world, spot, manifest, cache):
     vocabulary = spot.vocabulary([category.name for category in manifest.categories])
-    photos = photo_dir("toy", world, "val", manifest)
-    rows, timed = range(len(manifest)), inference._timed(inference.Progress(8, "pictures"), torch.device("cpu"))
-    end_to_end = list(HeadOnPhotos(spot, manifest, photos, vocabulary, masks=False).score(rows, timed))
+    images = image_folder_of("toy", world, "val", manifest)
+    rows, timed = range(len(manifest)), inference._timed(inference.Progress(8, "images"), torch.device("cpu"))
+    end_to_end = list(HeadOnImages(spot, manifest, images, vocabulary, masks=False).score(rows, timed))
     stored = list(HeadOnCache(spot.head, cache, vocabulary, ("toy_sam", "toy_clip")).score(rows, timed))
     for one, other, count in zip(end_to_end, stored, manifest.region_count, strict=True):
         assert one.probabilities.shape == (count, 192)
@@ -149,21 +149,21 @@ class Small:
 
 
 def probabilities(method, manifest):
-    timed = inference._timed(inference.Progress(8, "pictures"), torch.device("cpu"))
+    timed = inference._timed(inference.Progress(8, "images"), torch.device("cpu"))
     return [scores.probabilities for scores in method.score(range(len(manifest)), timed)]
 
 
 def test_what_the_memory_of_a_gpu_does_not_hold_is_evaluated_in_halves(world, spot, manifest, cache):
     vocabulary = spot.vocabulary([category.name for category in manifest.categories])
-    photos = photo_dir("toy", world, "val", manifest)
+    images = image_folder_of("toy", world, "val", manifest)
     tight = RegionSpot(spot.head, Small(spot.localizer), Small(spot.encoder), spot.templates)
     tight.head = Small(spot.head, most=1)
     on_cache = HeadOnCache(spot.head, cache, vocabulary, ("toy_sam", "toy_clip"))
     expected = probabilities(on_cache, manifest)
     on_cache._head = Small(spot.head, most=3)
     for found, wanted in (
-        (HeadOnPhotos(tight, manifest, photos, vocabulary, masks=False), probabilities(
-            HeadOnPhotos(spot, manifest, photos, vocabulary, masks=False), manifest)),
+        (HeadOnImages(tight, manifest, images, vocabulary, masks=False), probabilities(
+            HeadOnImages(spot, manifest, images, vocabulary, masks=False), manifest)),
         (on_cache, expected),
     ):  # fmt: skip
         for one, other in zip(probabilities(found, manifest), wanted, strict=True):
@@ -262,7 +262,7 @@ def test_results_name_images_whose_ids_are_names_and_ap_is_the_same(asked, world
     assert names == [f"image {number}" for number in numbers]
 
 
-def test_a_limit_evaluates_the_first_pictures_against_their_own_truth_only(asked, manifest, tmp_path):
+def test_a_limit_evaluates_the_first_images_against_their_own_truth_only(asked, manifest, tmp_path):
     found = evaluate_lvis(replace(asked, limit=3, masks=False))
     whole = json.loads((asked.data / "toy_val.json").read_text())
     kept = set(manifest.image_ids[:3].tolist())
@@ -293,11 +293,11 @@ def test_a_detectors_scores_multiply_those_of_the_classes(asked, manifest, tmp_p
     assert "times the detector's score" in found["protocol"]["score"]
 
 
-def test_from_a_cache_ap_is_that_from_photos_without_any_mask(asked, cache, tmp_path):
+def test_from_a_cache_ap_is_that_from_images_without_any_mask(asked, cache, tmp_path):
     stored = evaluate_lvis(replace(asked, cache=cache.path))
-    photos = evaluate_lvis(replace(asked, masks=False, out=tmp_path / "photos"))
+    images = evaluate_lvis(replace(asked, masks=False, out=tmp_path / "photos"))
     assert stored["segm"] is None
-    assert stored["bbox"]["AP"] == pytest.approx(photos["bbox"]["AP"], abs=0.02)
+    assert stored["bbox"]["AP"] == pytest.approx(images["bbox"]["AP"], abs=0.02)
     assert "sam" not in stored["seconds"]
 
 
@@ -305,7 +305,7 @@ def test_a_cache_of_other_boxes_is_refused(asked, cache, tmp_path):
     proposals = tmp_path / "proposals.json"
     image_id = int(cache.manifest.image_ids[0])
     proposals.write_text(json.dumps({str(image_id): {"boxes": [[1, 1, 50, 50]], "scores": [1]}}))
-    with pytest.raises(ProvenanceMismatchError, match="other pictures, boxes or classes"):
+    with pytest.raises(ProvenanceMismatchError, match="other images, boxes or classes"):
         evaluate_lvis(replace(asked, cache=cache.path, boxes=str(proposals)))
 
 
@@ -358,29 +358,29 @@ def test_a_damaged_part_is_made_again_and_no_other(manifest, tmp_path, parts_of_
     assert again.asked == [2, 3]
 
 
-def test_an_unreadable_picture_is_counted_and_tried_again_later(manifest, tmp_path, parts_of_two):
+def test_an_unreadable_image_is_counted_and_tried_again_later(manifest, tmp_path, parts_of_two):
     found = infer(Counted(manifest, broken=[5]), tmp_path, max_failures=FailureLimit(share=0.2))
-    assert found.failures == {int(manifest.image_ids[5]): "picture 5 is broken"}
+    assert found.failures == {int(manifest.image_ids[5]): "image 5 is broken"}
     assert manifest.image_ids[5] not in found.detections.image_ids
     mended = Counted(manifest)
     assert infer(mended, tmp_path).failures == {}
     assert mended.asked == [4, 5]
 
 
-def test_more_unreadable_pictures_than_allowed_stop_the_run(manifest, tmp_path, parts_of_two):
+def test_more_unreadable_images_than_allowed_stop_the_run(manifest, tmp_path, parts_of_two):
     method = Counted(manifest, broken=[0, 1])
-    with pytest.raises(InputError, match=r"2 of 8 images could not be read.*picture 0 is broken"):
+    with pytest.raises(InputError, match=r"2 of 8 images could not be read.*image 0 is broken"):
         infer(method, tmp_path, max_failures=FailureLimit(share=0.2))
     assert method.asked == [0, 1]
 
 
-def test_a_missing_photo_leaves_the_others_in_order(world, spot, manifest, tmp_path):
+def test_a_missing_image_leaves_the_others_in_order(world, spot, manifest, tmp_path):
     vocabulary = spot.vocabulary([category.name for category in manifest.categories])
     paths = manifest.paths.copy()
     paths[3] = "val/absent.jpg"
-    photos = photo_dir("toy", world, "val", manifest)
-    whole = infer(HeadOnPhotos(spot, manifest, photos, vocabulary, masks=False), tmp_path)
-    holed = HeadOnPhotos(spot, replace(manifest, paths=paths), photos, vocabulary, masks=False)
+    images = image_folder_of("toy", world, "val", manifest)
+    whole = infer(HeadOnImages(spot, manifest, images, vocabulary, masks=False), tmp_path)
+    holed = HeadOnImages(spot, replace(manifest, paths=paths), images, vocabulary, masks=False)
     found = infer(holed, tmp_path, max_failures=FailureLimit(share=0.5))
     assert "absent.jpg" in found.failures[int(manifest.image_ids[3])]
     expected = whole.detections.take(whole.detections.image_ids != manifest.image_ids[3])
@@ -423,10 +423,10 @@ def test_a_run_killed_inside_a_part_goes_on_with_that_part(manifest, tmp_path, p
 
 
 def test_the_sheet_marks_wrong_names_in_red_and_right_ones_in_green(world, manifest, tmp_path):
-    photos = photo_dir("toy", world, "val", manifest)
+    images = image_folder_of("toy", world, "val", manifest)
 
     class Half(Counted):
-        """Right about the first region of every picture, wrong about all others."""
+        """Right about the first region of every image, wrong about all others."""
 
         def score(self, rows, timed):
             for row in rows:
@@ -435,20 +435,20 @@ def test_the_sheet_marks_wrong_names_in_red_and_right_ones_in_green(world, manif
                 yield RegionScores(np.eye(192, dtype=np.float32)[classes] * np.float32(0.9))
 
     found = infer(Half(manifest), tmp_path)
-    sheet = np.asarray(judged_sheet(manifest, photos, found.detections, pictures=4, title="four"))
+    sheet = np.asarray(judged_sheet(manifest, images, found.detections, count=4, title="four"))
     green, red = ((sheet == colour).all(axis=-1).sum() for colour in ((70, 200, 90), (235, 70, 60)))
     assert green > 500
     assert red > 2 * green
 
 
 def test_a_sheet_turns_images_by_the_rule_of_the_features(world, manifest, tmp_path):
-    photos, path = photo_dir("toy", world, "val", manifest), str(manifest.paths[0])
+    images, path = image_folder_of("toy", world, "val", manifest), str(manifest.paths[0])
     detections = infer(Counted(manifest), tmp_path / "inference").detections
     exif = Image.Exif()
     exif[0x0112] = 3
     for folder, angle in (("upright", 0), ("stored", 180)):
         (tmp_path / folder / path).parent.mkdir(parents=True)
-        Image.open(photos / path).rotate(angle).save(
+        Image.open(images / path).rotate(angle).save(
             tmp_path / folder / path, "PNG", **({"exif": exif} if angle else {})
         )
     sheets = [

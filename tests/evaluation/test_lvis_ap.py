@@ -11,12 +11,12 @@ from regionspot.evaluation.metrics.detections import (
     Detections,
     Masks,
     concatenate_masks,
-    detections_of_picture,
+    detections_of_image,
     from_columns,
     to_columns,
 )
 from regionspot.evaluation.metrics.ground_truth import read_ground_truth
-from regionspot.evaluation.metrics.lvis_ap import METRICS, best_per_picture, lvis_ap
+from regionspot.evaluation.metrics.lvis_ap import METRICS, best_per_image, lvis_ap
 from regionspot.pipeline.datasets.json_values import image_id
 
 SIDE = 128
@@ -32,11 +32,11 @@ def annotation(number, image_id, category_id, box):
 
 def write_truth(path, annotations, images=(1, 2), negatives=None):
     frequencies = {7: "r", 3: "c", 5: "f"}
-    pictures = [
+    records = [
         {"id": i, "height": SIDE, "width": SIDE, "neg_category_ids": (negatives or {}).get(i, [])} for i in images
     ]
     dataset = {
-        "images": [{**picture, "not_exhaustive_category_ids": []} for picture in pictures],
+        "images": [{**record, "not_exhaustive_category_ids": []} for record in records],
         "categories": [{"id": i, "name": str(i), "frequency": f} for i, f in frequencies.items()],
         "annotations": annotations,
     }
@@ -94,7 +94,7 @@ def test_a_loose_box_counts_up_to_its_overlap_only(truth):
     assert (found["APr"], found["AP75"]) == (pytest.approx(0.7), pytest.approx(1))
 
 
-def test_a_class_that_a_picture_does_not_list_is_not_held_against_the_detector(tmp_path):
+def test_a_class_that_an_image_does_not_list_is_not_held_against_the_detector(tmp_path):
     boxes = [annotation(1, 1, 3, [10, 10, 20, 20]), annotation(2, 2, 5, [0, 0, 50, 50])]
     rows = [(1, 3, [10, 10, 20, 20], 0.5), (2, 3, [60, 60, 20, 20], 0.9)]
     unlisted = write_truth(tmp_path / "unlisted.json", boxes)
@@ -115,18 +115,18 @@ def test_no_detections_at_all_is_an_ap_of_zero(truth, iou_type):
     assert lvis_ap(truth, detections([]), iou_type).values == dict.fromkeys(METRICS, 0.0)
 
 
-def test_a_subset_of_pictures_is_evaluated_as_a_file_of_only_these(truth, tmp_path):
+def test_a_subset_of_images_is_evaluated_as_a_file_of_only_these(truth, tmp_path):
     found = lvis_ap(truth, detections([*PERFECT, (2, 3, [90, 90, 9, 9], 0.99)]), "bbox", np.array([1]))
     kept = [entry for entry in json.loads(truth.read_text())["annotations"] if entry["image_id"] == 1]
     alone = lvis_ap(write_truth(tmp_path / "alone.json", kept, images=(1,)), detections(PERFECT[:2]), "bbox")
-    assert (found.pictures, found.detections) == (1, 2)
+    assert (found.images, found.detections) == (1, 2)
     assert found == alone
 
 
-def test_only_the_best_300_of_a_picture_count_and_ties_keep_their_order():
+def test_only_the_best_300_of_an_image_count_and_ties_keep_their_order():
     scores = np.repeat([0.5, 0.9, 0.5], [200, 50, 200])
     many = detections([(1, 3, [index % 100, 0, 9, 9], score) for index, score in enumerate(scores)])
-    kept = best_per_picture(many)
+    kept = best_per_image(many)
     assert kept.regions.tolist() == [*range(250), *range(250, 300)]
 
 
@@ -137,17 +137,17 @@ def random_detections(truth, seed=0):
     images, boxes = (np.array([entry[key] for entry in truth.annotations]) for key in ("image_id", "bbox"))
     classes = np.array([entry["category_id"] for entry in truth.annotations])
     rows = []
-    for picture in truth.images:
-        of_picture = images == picture["id"]
-        for _ in range(350 if picture is truth.images[3] else 10):
-            if of_picture.any() and rng.random() < 0.5:
-                pick = rng.choice(np.flatnonzero(of_picture))
-                rows.append((picture["id"], classes[pick], boxes[pick] + rng.normal(0, 6, 4)))
+    for image in truth.images:
+        of_image = images == image["id"]
+        for _ in range(350 if image is truth.images[3] else 10):
+            if of_image.any() and rng.random() < 0.5:
+                pick = rng.choice(np.flatnonzero(of_image))
+                rows.append((image["id"], classes[pick], boxes[pick] + rng.normal(0, 6, 4)))
             else:
-                rows.append((picture["id"], rng.choice(ids), rng.uniform(5, 200, 4)))
+                rows.append((image["id"], rng.choice(ids), rng.uniform(5, 200, 4)))
     scores = np.round(rng.random(len(rows)), 2).astype(np.float32)  # rounded: ties are the hard part
     xywh = np.maximum(np.array([row[2] for row in rows]), 0)
-    sizes = {picture["id"]: (picture["height"], picture["width"]) for picture in truth.images}
+    sizes = {image["id"]: (image["height"], image["width"]) for image in truth.images}
     masks = [mask_of_box(sizes[row[0]], box) for row, box in zip(rows, xywh, strict=True)]
     columns = (np.array([row[0] for row in rows]), np.array([row[1] for row in rows]), xywh, scores)
     return Detections(*columns, np.arange(len(rows)), concatenate_masks(masks))
@@ -348,7 +348,7 @@ def test_a_missing_annotation_file_is_named(tmp_path):
 
 
 def test_detections_that_do_not_belong_to_the_file_are_refused(truth):
-    with pytest.raises(InputError, match="picture id 9"):
+    with pytest.raises(InputError, match="image id 9"):
         lvis_ap(truth, detections([(9, 3, [0, 0, 9, 9], 0.5)]), "bbox")
     with pytest.raises(InputError, match="class id 4"):
         lvis_ap(truth, detections([(1, 4, [0, 0, 9, 9], 0.5)]), "bbox")
@@ -363,7 +363,7 @@ def test_the_best_pairs_of_region_and_class_are_kept_with_the_box_score_in_them(
     probabilities = np.array([[0.6, 0.4], [0.1, 0.9]], np.float32)
     boxes = np.array([[0, 0, 10, 20], [5, 5, 8, 9]], np.float32)
     masks = Masks.encode(np.ones((2, 4, 4), bool))
-    found = detections_of_picture(8, boxes, probabilities, np.array([30, 10]), np.float32([1, 0.5]), masks, limit=3)
+    found = detections_of_image(8, boxes, probabilities, np.array([30, 10]), np.float32([1, 0.5]), masks, limit=3)
     assert found.category_ids.tolist() == [30, 10, 10]
     assert found.regions.tolist() == [0, 1, 0]
     assert found.scores.tolist() == pytest.approx([0.6, 0.45, 0.4])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from regionspot.cache.errors import AnnotationError, InputError, PhotoError, WeightsError
+from regionspot.cache.errors import AnnotationError, ImageError, InputError, WeightsError
 from regionspot.evaluation.inference.boxes import boxes_from, check_boxes, names_from, parse_boxes
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
@@ -46,7 +46,7 @@ def spot(checkpoint):
 
 @pytest.fixture(scope="module")
 def pixels():
-    """A picture of 200 x 120 with something on it everywhere."""
+    """An image of 200 x 120 with something on it everywhere."""
     coarse = np.random.default_rng(0).integers(0, 255, (12, 20, 3), np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((200, 120), Image.Resampling.BICUBIC))
 
@@ -54,7 +54,7 @@ def pixels():
 BOXES = [[10, 10, 60, 50], [100.5, 20, 199, 119]]
 
 
-def test_every_box_gets_the_likeliest_of_the_names_and_a_mask_of_the_picture(spot, pixels):
+def test_every_box_gets_the_likeliest_of_the_names_and_a_mask_of_the_image(spot, pixels):
     found = spot.predict(pixels, BOXES, NAMES)
     assert [region.box_xyxy for region in found] == [tuple(map(float, box)) for box in BOXES]
     for region in found:
@@ -68,7 +68,7 @@ def test_every_box_gets_the_likeliest_of_the_names_and_a_mask_of_the_picture(spo
 
 
 def test_a_localizer_that_draws_no_masks_names_boxes_and_refuses_to_make_masks(spot, pixels):
-    names = ("device", "preprocess", "encode", "tokens_of_pictures", "name", "provenance")
+    names = ("device", "preprocess", "encode", "tokens_of_images", "name", "provenance")
     bare = SimpleNamespace(**{name: getattr(spot.localizer, name) for name in names})
     other = RegionSpot(spot.head, bare, spot.encoder, spot.templates)
     found = other.predict(pixels, BOXES, NAMES)
@@ -79,8 +79,8 @@ def test_a_localizer_that_draws_no_masks_names_boxes_and_refuses_to_make_masks(s
         other.score([prepared], other.text(other.vocabulary(NAMES)), masks=True)
 
 
-def test_a_picture_is_the_same_from_a_file_pil_or_numpy(spot, pixels, tmp_path):
-    path = tmp_path / "photo.png"
+def test_an_image_is_the_same_from_a_file_pil_or_numpy(spot, pixels, tmp_path):
+    path = tmp_path / "image.png"
     Image.fromarray(pixels).save(path)
     answers = [
         spot.predict(image, BOXES, NAMES, masks=False) for image in (pixels, Image.fromarray(pixels), path, str(path))
@@ -111,7 +111,7 @@ def test_an_image_is_turned_upright_before_boxes_are_laid_on_it_however_it_is_gi
 
 
 def test_one_box_scores_the_same_whatever_boxes_stand_around_it_in_another_call(spot, pixels):
-    """Only regions of one picture see each other; the padding of a batch must not."""
+    """Only regions of one image see each other; the padding of a batch must not."""
     alone = spot.prepare(Image.fromarray(pixels), np.array(BOXES[:1], np.float32))
     both = spot.prepare(Image.fromarray(pixels), np.array(BOXES, np.float32))
     text = spot.text(spot.vocabulary(NAMES))
@@ -133,7 +133,7 @@ def test_without_boxes_there_is_nothing_to_name(spot, pixels):
     assert spot.predict(pixels, np.zeros((0, 4), np.float32), NAMES) == []
 
 
-def test_a_box_over_the_edge_is_cut_to_the_picture(spot, pixels):
+def test_a_box_over_the_edge_is_cut_to_the_image(spot, pixels):
     assert spot.predict(pixels, [[-20, 5, 400, 90]], NAMES)[0].box_xyxy == (0, 5, 200, 90)
 
 
@@ -179,7 +179,7 @@ def test_names_must_be_there_and_be_a_list(spot, pixels):
 
 
 def test_scores_that_are_not_finite_are_refused_by_the_images_name(spot, pixels, tmp_path):
-    Image.fromarray(pixels).save(tmp_path / "photo.png")
+    Image.fromarray(pixels).save(tmp_path / "image.png")
     overflowing = SimpleNamespace(
         **{
             name: getattr(spot.encoder, name)
@@ -189,16 +189,16 @@ def test_scores_that_are_not_finite_are_refused_by_the_images_name(spot, pixels,
         encode=lambda batch: spot.encoder.encode(batch) * float("inf"),
     )
     other = RegionSpot(spot.head, spot.localizer, overflowing, spot.templates)
-    with pytest.raises(InputError, match=r"photo\.png: 6 of 6 scores are not finite"):
-        other.predict(tmp_path / "photo.png", BOXES, NAMES)
+    with pytest.raises(InputError, match=r"image\.png: 6 of 6 scores are not finite"):
+        other.predict(tmp_path / "image.png", BOXES, NAMES)
 
 
-def test_what_is_no_picture_is_refused(spot, pixels, tmp_path):
+def test_what_is_no_image_is_refused(spot, pixels, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff nothing more")
-    with pytest.raises(PhotoError, match=r"broken\.jpg"):
+    with pytest.raises(ImageError, match=r"broken\.jpg"):
         spot.predict(broken, BOXES, NAMES)
-    with pytest.raises(PhotoError, match="is not there"):
+    with pytest.raises(ImageError, match="is not there"):
         spot.predict(tmp_path / "absent.jpg", BOXES, NAMES)
     with pytest.raises(InputError, match="float64 of shape"):
         spot.predict(pixels / 255, BOXES, NAMES)

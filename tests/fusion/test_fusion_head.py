@@ -40,7 +40,7 @@ def test_padding_rows_change_nothing_for_the_regions(head):
     torch.testing.assert_close(head(padded, mask, feature_map)[:, :3], head(tokens, None, feature_map))
 
 
-def test_a_picture_without_regions_gives_neither_nan_nor_gradients_of_nan(head):
+def test_an_image_without_regions_gives_neither_nan_nor_gradients_of_nan(head):
     mask = torch.tensor([[True, True], [False, False]])
     semantic = head(torch.randn(2, 2, 12), mask, torch.randn(2, 5, 16))
     loss = region_loss(semantic, unit(3, 8), torch.tensor([[0, 2], [-1, -1]]))
@@ -99,8 +99,8 @@ def test_regions_of_unknown_class_are_no_part_of_the_loss():
     torch.testing.assert_close(region_loss(semantic, text, categories), expected)
 
 
-def test_each_picture_weighs_the_same_however_many_regions_it_has():
-    """The authors repeat regions to fill a picture up; that must be the same as not repeating them."""
+def test_each_image_weighs_the_same_however_many_regions_it_has():
+    """The authors repeat regions to fill an image up; that must be the same as not repeating them."""
     semantic, text = torch.randn(1, 2, 8), unit(5, 8)
     once = region_loss(semantic, text, torch.tensor([[0, 3]]))
     repeated = region_loss(semantic.repeat(1, 4, 1), text, torch.tensor([[0, 3] * 4]))

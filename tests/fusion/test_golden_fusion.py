@@ -71,7 +71,7 @@ def test_golden_loss_and_every_gradient_norm_equal_the_authors(head, inputs, exp
 
 
 def test_golden_numbers_are_untouched_by_padding(head, inputs, expected):
-    """A third picture with two regions and three of padding changes nothing for the other two, nor for its own."""
+    """A third image with two regions and three of padding changes nothing for the other two, nor for its own."""
     tokens = torch.cat([inputs["tokens"], inputs["tokens"][:1]])
     tokens[2, 2:] = 7.0
     mask = torch.ones(3, 5, dtype=torch.bool)

@@ -9,14 +9,14 @@ import pytest
 
 from regionspot.cache import Category, FeatureCache, Manifest
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.extract import extract
 from regionspot.pipeline.toy.world import make_toy_world
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "other_heads.md"
 # A program, and below it what it prints.
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n    (.*?)\n", DOCUMENT.read_text(), re.DOTALL)
-PICTURES = 75
+IMAGES = 75
 
 
 def by_colours(manifest: Manifest) -> Manifest:
@@ -32,11 +32,11 @@ def by_colours(manifest: Manifest) -> Manifest:
 def folder(tmp_path_factory) -> Path:
     """A folder with the cache that the programs open."""
     root = tmp_path_factory.mktemp("heads")
-    world = make_toy_world(root / "world", 2 * PICTURES, seed=3)
-    manifest = by_colours(read_dataset("toy", world).head(PICTURES))
+    world = make_toy_world(root / "world", 2 * IMAGES, seed=3)
+    manifest = by_colours(read_dataset("toy", world).head(IMAGES))
     backbones = Backbones.load("toy", device="cpu")
     cache = FeatureCache.create(root / "o365.zarr", manifest, backbones.feature_sets(), part_size=16)
-    extract(cache, photo_dir("toy", world), backbones)
+    extract(cache, image_folder_of("toy", world), backbones)
     return root
 
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.format.encodings import Statistics, decode
 from regionspot.cache.format.manifest import Category, Manifest
-from regionspot.cache.format.schema import FeatureSet, PictureFeatures
+from regionspot.cache.format.schema import FeatureSet, ImageFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.batches import BatchPlan, read_ahead
 from regionspot.fusion.checkpoint import load_checkpoint
@@ -31,14 +31,14 @@ from regionspot.fusion.tensor_file import read_document
 from regionspot.fusion.train import train
 from regionspot.fusion.vocabulary import Vocabulary
 
-CLASSES, PICTURES = 6, 21
+CLASSES, IMAGES = 6, 21
 CONFIG = TrainConfig(lr=2e-3, iterations=40, warmup=4, batch_size=4, layers=1, heads=4, ffn=32, dropout=0.1)
 
 
-def make_manifest(pictures: int, seed: int) -> Manifest:
-    """Picture 3 has no region and picture 5 none of known class."""
+def make_manifest(images: int, seed: int) -> Manifest:
+    """Scene 3 has no region and image 5 none of known class."""
     rng = np.random.default_rng(seed)
-    counts = rng.integers(1, 5, pictures)
+    counts = rng.integers(1, 5, images)
     counts[3] = 0
     offsets = np.concatenate([[0], np.cumsum(counts)])
     categories = rng.integers(0, CLASSES, offsets[-1]).astype(np.int32)
@@ -46,10 +46,10 @@ def make_manifest(pictures: int, seed: int) -> Manifest:
     return Manifest(
         dataset=f"small{seed}",
         split="train",
-        image_ids=1000 + np.arange(pictures),
-        paths=np.array([f"{row}.jpg" for row in range(pictures)], dtype=np.dtypes.StringDType()),
-        heights=np.full(pictures, 50, np.int32),
-        widths=np.full(pictures, 60, np.int32),
+        image_ids=1000 + np.arange(images),
+        paths=np.array([f"{row}.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
+        heights=np.full(images, 50, np.int32),
+        widths=np.full(images, 60, np.int32),
         offsets=offsets,
         boxes_xyxy=np.tile(np.array([1, 2, 30, 40], np.float32), (offsets[-1], 1)),
         category_index=categories,
@@ -67,23 +67,23 @@ def feature_sets(width: int = 16, weights: str = "w" * 64, dtype: str = "float16
     ]
 
 
-def make_cache(path, seed=0, pictures=PICTURES, **sets) -> FeatureCache:
-    """A region's token says its class, so there is something to learn. Picture 7 could not be read."""
-    manifest = make_manifest(pictures, seed)
+def make_cache(path, seed=0, images=IMAGES, **sets) -> FeatureCache:
+    """A region's token says its class, so there is something to learn. Scene 7 could not be read."""
+    manifest = make_manifest(images, seed)
     cache = FeatureCache.create(path, manifest, feature_sets(**sets), part_size=8)
     rng = np.random.default_rng(seed)
     said = np.random.default_rng(99).standard_normal((CLASSES + 1, 8))
 
-    def picture(row):
+    def image(row):
         if row == 7:
-            return PictureFeatures(row, {}, "broken JPEG")
+            return ImageFeatures(row, {}, "broken JPEG")
         tokens = said[manifest.category_index[manifest.regions(row)]]
         tokens = tokens + 0.1 * rng.standard_normal(tokens.shape)
         maps = rng.standard_normal(cache.feature_sets["maps"].shape)
-        return PictureFeatures(row, {"maps": maps, "tokens": tokens})
+        return ImageFeatures(row, {"maps": maps, "tokens": tokens})
 
     for part in range(cache.n_parts):
-        cache.write_part(part, (picture(row) for row in cache.part_rows(part)), ["maps", "tokens"])
+        cache.write_part(part, (image(row) for row in cache.part_rows(part)), ["maps", "tokens"])
     return FeatureCache.open(path)
 
 
@@ -118,7 +118,7 @@ def numbers(metrics_path) -> list[dict]:
 # Batches
 
 
-def test_an_epoch_holds_every_usable_picture_once_and_each_epoch_is_shuffled_anew():
+def test_an_epoch_holds_every_usable_image_once_and_each_epoch_is_shuffled_anew():
     plan = BatchPlan([10], batch_size=4, seed=1)
     row = np.concatenate([positions for _, positions in plan.steps(0, 5)])
     first, second = row[:10], row[10:]
@@ -150,10 +150,10 @@ def test_ratios_that_are_none_are_refused(ratios):
         BatchPlan([5, 5], batch_size=4, seed=0, ratios=ratios)
 
 
-def test_only_pictures_that_can_teach_something_are_read(cache):
+def test_only_images_that_can_teach_something_are_read(cache):
     rows = open_source(cache).rows
     assert not {3, 5, 7} & set(rows.tolist())
-    assert len(rows) == PICTURES - 3
+    assert len(rows) == IMAGES - 3
 
 
 def test_a_batch_read_ahead_stays_whole_while_it_is_in_use(cache):
@@ -165,7 +165,7 @@ def test_a_batch_read_ahead_stays_whole_while_it_is_in_use(cache):
             np.testing.assert_array_equal(getattr(planned.batch, name), getattr(expected, name))
 
 
-def test_a_picture_that_cannot_be_read_stops_the_run_with_the_caches_words(cache, tmp_path):
+def test_an_image_that_cannot_be_read_stops_the_run_with_the_caches_words(cache, tmp_path):
     damaged = make_cache(tmp_path / "damaged.zarr", seed=3)
     (shard, *_) = sorted(damaged.path.glob("features/maps/feature_map/c.1*"))
     shard.write_bytes(bytes(shard.stat().st_size))
@@ -382,7 +382,7 @@ def test_resume_begins_where_there_is_nothing_to_resume(cache, tmp_path):
 
 
 def test_several_caches_each_with_its_own_classes_train_one_head(cache, tmp_path):
-    other = make_cache(tmp_path / "b.zarr", seed=1, pictures=9)
+    other = make_cache(tmp_path / "b.zarr", seed=1, images=9)
     config = replace(CONFIG, iterations=6)
     train([cache, other], [make_vocabulary()] * 2, tmp_path / "run", config, ratios=(1, 1))
     assert [part["share"] for part in load_checkpoint(tmp_path / "run/head.safetensors").info.caches] == [0.5, 0.5]
@@ -431,7 +431,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_spares_the_checkpoint(cache
     _, (_, positions) = BatchPlan([len(source.rows)], config.batch_size, config.seed).steps(0, 2)
     ids = ", ".join(str(1000 + row) for row in source.rows[positions])
     assert "step 2: the loss is nan" in one_line(error)
-    assert f"on pictures {ids} of {cache.path}" in one_line(error)
+    assert f"on images {ids} of {cache.path}" in one_line(error)
     state = load_file(tmp_path / "run/last.state.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in state.values())
     assert load_checkpoint(tmp_path / "run/head.safetensors").info.step == 1
@@ -516,7 +516,7 @@ def test_a_damaged_state_is_refused(cache, tmp_path):
     [({"weights": "x" * 64}, "train on features of the same backbones"), ({"width": 32}, r"maps \(5, 32\)")],
 )
 def test_caches_of_different_backbones_are_refused(cache, tmp_path, sets, message):
-    other = make_cache(tmp_path / "b.zarr", seed=1, pictures=9, **sets)
+    other = make_cache(tmp_path / "b.zarr", seed=1, images=9, **sets)
     with pytest.raises(InputError, match=message):
         train([cache, other], [make_vocabulary(encoder_sha256="")] * 2, tmp_path / "run", CONFIG)
     assert not (tmp_path / "run").exists()

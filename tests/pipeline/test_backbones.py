@@ -17,7 +17,7 @@ from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.backbones.open_clip_models import contiguous_attention
 from regionspot.pipeline.backbones.registry import ENCODERS, LOCALIZERS, stored_name
 from regionspot.pipeline.backbones.sam import load_localizer
-from regionspot.pipeline.backbones.skip_init import undrawn
+from regionspot.pipeline.backbones.skip_init import skip_init
 from regionspot.pipeline.backbones.weights import OFFICIAL, draw_weights
 
 BOXES = np.array([[10, 20, 100, 60], [0, 0, 119.5, 79], [50.25, 60, 90, 79], [3, 3, 9, 9]], np.float32)
@@ -34,14 +34,14 @@ def encoder():
 
 
 @pytest.fixture(scope="module")
-def photo():
+def image():
     noise = np.random.default_rng(0).integers(0, 255, (10, 15, 3), np.uint8)
     return Image.fromarray(noise).resize((120, 80), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture(scope="module")
-def embedding(localizer, photo):
-    return localizer.encode([localizer.preprocess(photo)])[0]
+def embedding(localizer, image):
+    return localizer.encode([localizer.preprocess(image)])[0]
 
 
 def close(found, expected, relative=1e-5) -> bool:
@@ -50,7 +50,7 @@ def close(found, expected, relative=1e-5) -> bool:
 
 
 def tokens_of(localizer, embedding, boxes, size):
-    return localizer.tokens_of_pictures(embedding[None], [boxes], [size])[0]
+    return localizer.tokens_of_images(embedding[None], [boxes], [size])[0]
 
 
 def test_every_preset_names_backbones_that_exist():
@@ -80,24 +80,24 @@ def test_building_without_drawing_leaves_the_global_random_numbers_alone():
 
 def test_a_model_built_without_drawing_computes_as_one_built_with_it():
     expected = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
-    with undrawn():
+    with skip_init():
         found = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
     found.load_state_dict(expected.state_dict())
     values = torch.randn(3, 8)
     assert torch.equal(found(values), expected(values))
 
 
-def test_masks_are_those_of_the_official_predictor(localizer, embedding, photo):
+def test_masks_are_those_of_the_official_predictor(localizer, embedding, image):
     predictor = SamPredictor(localizer._sam)
-    predictor.set_image(np.asarray(photo))
-    boxes = predictor.transform.apply_boxes_torch(torch.from_numpy(BOXES), (photo.height, photo.width))
+    predictor.set_image(np.asarray(image))
+    boxes = predictor.transform.apply_boxes_torch(torch.from_numpy(BOXES), (image.height, image.width))
     expected, _, _ = predictor.predict_torch(None, None, boxes=boxes, multimask_output=False)
-    tokens, masks = localizer.tokens_and_masks(embedding, BOXES, (photo.height, photo.width))
+    tokens, masks = localizer.tokens_and_masks(embedding, BOXES, (image.height, image.width))
     assert close(embedding, predictor.features[0])
     assert masks.dtype == bool
     assert 0.05 < masks.mean() < 0.95  # neither empty nor full: the comparison says something
     assert (masks != expected[:, 0].numpy()).mean() < 1e-3
-    assert close(tokens, tokens_of(localizer, embedding, BOXES, (photo.height, photo.width)))
+    assert close(tokens, tokens_of(localizer, embedding, BOXES, (image.height, image.width)))
 
 
 def test_tokens_do_not_depend_on_how_boxes_are_grouped(localizer, embedding, monkeypatch):
@@ -111,30 +111,30 @@ def test_tokens_do_not_depend_on_how_boxes_are_grouped(localizer, embedding, mon
     assert not close(together[0], together[3], relative=0.01)
 
 
-def test_a_picture_without_boxes_has_no_tokens_and_no_masks(localizer, embedding):
+def test_an_image_without_boxes_has_no_tokens_and_no_masks(localizer, embedding):
     none = BOXES[:0]
     tokens, masks = localizer.tokens_and_masks(embedding, none, (80, 120))
     assert tokens.shape == tokens_of(localizer, embedding, none, (80, 120)).shape == (0, localizer.token_dim)
     assert masks.shape == (0, 80, 120)
 
 
-def test_pictures_of_different_sizes_are_encoded_in_one_batch(localizer, photo):
-    pictures = [localizer.preprocess(photo), localizer.preprocess(photo.rotate(90, expand=True))]
-    together = localizer.encode(pictures)
-    assert close(together[1], localizer.encode(pictures[1:])[0])
+def test_images_of_different_sizes_are_encoded_in_one_batch(localizer, image):
+    images = [localizer.preprocess(image), localizer.preprocess(image.rotate(90, expand=True))]
+    together = localizer.encode(images)
+    assert close(together[1], localizer.encode(images[1:])[0])
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_a_smaller_dtype_rounds_the_encoders_and_leaves_the_token_decoder_in_float32(
-    localizer, encoder, photo, embedding, dtype
+    localizer, encoder, image, embedding, dtype
 ):
     small = load_localizer("toy_sam", "random:0", dtype=dtype)
-    rounded = small.encode([small.preprocess(photo)])[0]
+    rounded = small.encode([small.preprocess(image)])[0]
     assert rounded.dtype == torch.float32
     assert not close(rounded, embedding, 1e-6)
     assert close(rounded, embedding, 0.05)
     assert torch.equal(tokens_of(small, embedding, BOXES, (80, 120)), tokens_of(localizer, embedding, BOXES, (80, 120)))
-    other, batch = load_encoder("toy_clip", "random:0", dtype=dtype), encoder.preprocess(photo)[None]
+    other, batch = load_encoder("toy_clip", "random:0", dtype=dtype), encoder.preprocess(image)[None]
     assert not close(other.encode(batch), encoder.encode(batch), 1e-6)
     assert close(other.encode(batch), encoder.encode(batch), 0.05)
     assert torch.equal(other.embed_prompts(["a cat"]), encoder.embed_prompts(["a cat"]))
@@ -173,16 +173,16 @@ def test_attention_on_contiguous_memory_gives_what_it_gave(inputs, dtype):
         assert close(ours.float(), theirs.float(), 1e-6 if dtype == torch.float32 else 0.02)
 
 
-def test_the_map_projected_at_the_class_token_is_clips_own_embedding(encoder, photo):
-    batch = torch.stack([encoder.preprocess(photo), encoder.preprocess(photo.rotate(180))])
+def test_the_map_projected_at_the_class_token_is_clips_own_embedding(encoder, image):
+    batch = torch.stack([encoder.preprocess(image), encoder.preprocess(image.rotate(180))])
     feature_map = encoder.encode(batch)
     assert feature_map.shape == (2, *encoder.map_shape)
     assert close(encoder.project(feature_map)[:, 0], encoder._clip.encode_image(batch))
     assert torch.equal(encoder.embed_images(batch), encoder.project(feature_map[:, 0]))
 
 
-def test_the_map_is_taken_before_the_last_layer_norm(encoder, photo):
-    batch = encoder.preprocess(photo)[None]
+def test_the_map_is_taken_before_the_last_layer_norm(encoder, image):
+    batch = encoder.preprocess(image)[None]
     seen = []
     handle = encoder._clip.visual.ln_post.register_forward_pre_hook(lambda _, values: seen.append(values[0]))
     encoder._clip.encode_image(batch)
@@ -193,7 +193,7 @@ def test_the_map_is_taken_before_the_last_layer_norm(encoder, photo):
 def test_prompts_cut_at_the_longest_equal_the_full_length_way_in_any_order(encoder):
     import open_clip
 
-    prompts = ["dog", "a photo of the hard to see bow-tie.", "aerosol_can", "", "a " * 75, "barge (boat)"]
+    prompts = ["dog", "an image of the hard to see bow-tie.", "aerosol_can", "", "a " * 75, "barge (boat)"]
     expected = encoder._clip.encode_text(open_clip.get_tokenizer("ViT-B-16")(prompts))
     assert close(encoder.embed_prompts(prompts), expected)
     assert close(encoder.embed_prompts(prompts[::-1]), expected.flip(0))
@@ -271,9 +271,9 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
         load_encoder("toy_clip", str(path))
 
 
-def test_any_other_vision_transformer_of_open_clip_goes_by_its_own_name(photo):
+def test_any_other_vision_transformer_of_open_clip_goes_by_its_own_name(image):
     other = load_encoder("open_clip:ViT-S-32-alt", "random:0")
-    assert other.encode(other.preprocess(photo)[None]).shape == (1, *other.map_shape) == (1, 50, 384)
+    assert other.encode(other.preprocess(image)[None]).shape == (1, *other.map_shape) == (1, 50, 384)
     assert other.embed_prompts(["a dog"]).shape == (1, other.text_dim)
 
 

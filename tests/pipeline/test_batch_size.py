@@ -21,21 +21,21 @@ GB = 10**9
         (1 * GB, 2 * GB, 10_000 * GB, LARGEST),
     ],
 )
-def test_as_many_pictures_as_fit_by_what_one_and_two_take(one, two, free, expected):
+def test_as_many_images_as_fit_by_what_one_and_two_take(one, two, free, expected):
     assert fitting(one, two, free) == expected
 
 
 class Fake:
-    """A model whose batch of n pictures takes (1 + 2 n) GB."""
+    """A model whose batch of n images takes (1 + 2 n) GB."""
 
     def __init__(self, device="cuda", size=8):
         self.device, self.batch_size, self.peak = torch.device(device), size, 0
 
-    def preprocess(self, photo):
+    def preprocess(self, image):
         return torch.zeros(3, 4, 4)
 
-    def encode(self, pictures):
-        self.peak = (1 + 2 * len(pictures)) * GB
+    def encode(self, images):
+        self.peak = (1 + 2 * len(images)) * GB
 
 
 def test_a_gpu_is_asked_what_it_has_free_and_the_largest_model_decides(monkeypatch):
@@ -53,16 +53,16 @@ def test_elsewhere_the_model_that_wants_the_fewest_decides():
 
 
 class Memory:
-    """Encodes `holds` pictures at a time and no more."""
+    """Encodes `holds` images at a time and no more."""
 
     def __init__(self, holds):
         self.holds, self.tried = holds, []
 
-    def encode(self, pictures):
-        self.tried.append(len(pictures))
-        if len(pictures) > self.holds:
-            raise torch.OutOfMemoryError(f"{len(pictures)} pictures")
-        return torch.stack([picture * 2 for picture in pictures])
+    def encode(self, images):
+        self.tried.append(len(images))
+        if len(images) > self.holds:
+            raise torch.OutOfMemoryError(f"{len(images)} images")
+        return torch.stack([image * 2 for image in images])
 
 
 @pytest.mark.parametrize("count", [1, 3, 7, 16])
@@ -82,13 +82,13 @@ def test_the_size_that_fitted_is_remembered_and_said_once(caplog):
     assert [record.args for record in caplog.records] == [(8, 4), (4, 2)]
 
 
-def test_a_single_picture_that_does_not_fit_stops_the_run():
-    with pytest.raises(torch.OutOfMemoryError, match="1 pictures"):
+def test_a_single_image_that_does_not_fit_stops_the_run():
+    with pytest.raises(torch.OutOfMemoryError, match="1 images"):
         Halving()(Memory(holds=0).encode, torch.zeros(4, 2))
 
 
 def test_other_errors_pass_through():
-    def encode(pictures):
+    def encode(images):
         raise RuntimeError("shape")
 
     with pytest.raises(RuntimeError, match="shape"):

@@ -16,7 +16,7 @@ import torch
 from regionspot.cache import FeatureCache
 from regionspot.cache.format.encodings import Encoding
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.distributed.job import ExtractJob
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.run import Extraction
@@ -49,37 +49,37 @@ def backbones(request) -> Backbones:
 
 
 @pytest.fixture
-def photos(world, tmp_path) -> Path:
+def images(world, tmp_path) -> Path:
     """A copy that a test may damage."""
-    return Path(shutil.copytree(photo_dir("toy", world), tmp_path / "photos"))
+    return Path(shutil.copytree(image_folder_of("toy", world), tmp_path / "photos"))
 
 
-def extraction_of(cache, manifest, photos, backbones, **fields) -> Extraction:
+def extraction_of(cache, manifest, images, backbones, **fields) -> Extraction:
     usual = {"encoding": EXACT, "token_encoding": EXACT, "part_size": PART_SIZE, "batch_size": BATCH_SIZE}
     config = ExtractConfig(str(cache), **{**usual, "max_failures": FailureLimit(count=IMAGES), **fields})
-    return Extraction(config, manifest, photos, backbones)
+    return Extraction(config, manifest, images, backbones)
 
 
 @pytest.fixture
-def extraction(tmp_path, manifest, photos, backbones):
-    """`extraction(**fields)`: one of the copied photos into a cache of this test."""
-    return lambda **fields: extraction_of(tmp_path / "c.zarr", manifest, photos, backbones, **fields)
+def extraction(tmp_path, manifest, images, backbones):
+    """`extraction(**fields)`: one of the copied images into a cache of this test."""
+    return lambda **fields: extraction_of(tmp_path / "c.zarr", manifest, images, backbones, **fields)
 
 
 @pytest.fixture(scope="module")
 def unbroken(world, manifest, backbones, tmp_path_factory) -> FeatureCache:
     """What a run that meets no trouble makes."""
     path = tmp_path_factory.mktemp("unbroken") / "c.zarr"
-    extraction_of(path, manifest, photo_dir("toy", world), backbones).run()
+    extraction_of(path, manifest, image_folder_of("toy", world), backbones).run()
     return FeatureCache.open(path)
 
 
 @pytest.fixture
-def breaking(photos, manifest):
-    """`mend = breaking({3, 5})`: the photos of these rows cannot be read until `mend()`."""
+def breaking(images, manifest):
+    """`mend = breaking({3, 5})`: the images of these rows cannot be read until `mend()`."""
 
     def damage(rows):
-        kept = {photos / str(manifest.paths[row]): b"" for row in rows}
+        kept = {images / str(manifest.paths[row]): b"" for row in rows}
         for path in kept:
             kept[path] = path.read_bytes()
             path.write_bytes(b"")
@@ -156,10 +156,10 @@ def test_a_feature_set_added_later_has_the_bytes_of_one_made_with_the_others(ext
     assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
-def test_a_worker_writes_the_bytes_of_one_process_whatever_is_broken(extraction, breaking, unbroken, photos):
+def test_a_worker_writes_the_bytes_of_one_process_whatever_is_broken(extraction, breaking, unbroken, images):
     cache, backbones = extraction().prepare()
     dtype = backbones.localizer.provenance["dtype"]
-    config = ExtractConfig(str(cache.path), "toy", str(photos.parent), preset="toy", device="cpu", dtype=dtype)
+    config = ExtractConfig(str(cache.path), "toy", str(images.parent), preset="toy", device="cpu", dtype=dtype)
     job = ExtractJob(replace(config, batch_size=BATCH_SIZE))
     broken = BROKEN["some of each part"]
     mend = breaking(broken)
@@ -175,10 +175,10 @@ def test_a_worker_writes_the_bytes_of_one_process_whatever_is_broken(extraction,
 
 @pytest.mark.parametrize("encoding", ["int8", "bfloat16+zstd"])
 def test_broken_images_change_no_byte_of_the_others_in_any_encoding(
-    extraction, breaking, tmp_path, manifest, photos, backbones, encoding
+    extraction, breaking, tmp_path, manifest, images, backbones, encoding
 ):
     encodings = {"encoding": Encoding.parse(encoding), "token_encoding": Encoding.parse(encoding)}
-    whole = extraction_of(tmp_path / "whole.zarr", manifest, photos, backbones, **encodings)
+    whole = extraction_of(tmp_path / "whole.zarr", manifest, images, backbones, **encodings)
     whole.run()
     extraction(**encodings).prepare()  # int8 takes its statistics from a sample of the images that can be read now
     mend = breaking({0, 4, 8, 9, 10})
@@ -218,9 +218,9 @@ def small_memory(backbones, monkeypatch):
 
 
 def test_batches_that_had_to_be_halved_are_recorded_and_retried_as_they_were(
-    extraction, breaking, small_memory, tmp_path, manifest, photos, backbones
+    extraction, breaking, small_memory, tmp_path, manifest, images, backbones
 ):
-    whole = extraction_of(tmp_path / "whole.zarr", manifest, photos, backbones, batch_size=6)
+    whole = extraction_of(tmp_path / "whole.zarr", manifest, images, backbones, batch_size=6)
     small_memory(4)
     whole.run()
     batches = {name: FeatureCache.open(whole.config.cache).record(0, name).batches for name in ("toy_clip", "toy_sam")}
@@ -269,7 +269,7 @@ def test_nothing_depends_on_what_the_cpu_has_instructions_for(
     monkeypatch.setenv("REGIONSPOT_CPU_DTYPES", computes)
     dtype = backbones.localizer.provenance["dtype"]
     again = Backbones.load("toy", device="cpu", dtype="auto" if dtype == "float32" else dtype)
-    extraction_of(tmp_path / "c.zarr", manifest, photo_dir("toy", world), again).run()
+    extraction_of(tmp_path / "c.zarr", manifest, image_folder_of("toy", world), again).run()
     assert contents(tmp_path / "c.zarr") == contents(unbroken.path)
     assert FeatureCache.open(tmp_path / "c.zarr").feature_sets == unbroken.feature_sets
 
@@ -292,15 +292,15 @@ class Overflowing:
 
 
 def test_an_image_whose_features_are_not_finite_fails_alone_and_nothing_of_it_is_stored(
-    manifest, photos, backbones, tmp_path
+    manifest, images, backbones, tmp_path
 ):
     overflowing = replace(backbones, encoders=(Overflowing(backbones.encoders[0], at=4),))
-    summary = extraction_of(tmp_path / "a.zarr", manifest, photos, overflowing).run()
+    summary = extraction_of(tmp_path / "a.zarr", manifest, images, overflowing).run()
     assert summary.failed == 1
     cache = FeatureCache.open(tmp_path / "a.zarr")
     (failure,) = cache.failures()
     assert failure.row == 4
     assert failure.reason.startswith(f"{manifest.paths[4]}: its toy_clip features are not finite; ")
     assert cache.valid_rows().tolist() == [row for row in range(IMAGES) if row != 4]
-    extraction_of(tmp_path / "a.zarr", manifest, photos, backbones).retry()
+    extraction_of(tmp_path / "a.zarr", manifest, images, backbones).retry()
     assert len(FeatureCache.open(tmp_path / "a.zarr").valid_rows()) == IMAGES

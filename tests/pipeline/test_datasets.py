@@ -14,7 +14,7 @@ from regionspot.pipeline.datasets import json_stream as annotation_file
 from regionspot.pipeline.datasets.registry import (
     DATASETS,
     describe,
-    photo_dir,
+    image_folder_of,
     read_dataset,
     read_split,
     require_regions,
@@ -22,7 +22,7 @@ from regionspot.pipeline.datasets.registry import (
 from regionspot.pipeline.reporting.failures import FailureLimit
 
 
-def picture(image_id, **fields):
+def image(image_id, **fields):
     return {"id": image_id, "height": 100, "width": 200, "file_name": f"{image_id}.jpg"} | fields
 
 
@@ -30,10 +30,10 @@ def box(image_id, category_id=1, bbox=(10, 20, 30, 40), **fields):
     return {"image_id": image_id, "category_id": category_id, "bbox": list(bbox)} | fields
 
 
-ONE_PICTURE = (picture(1),)
+ONE_IMAGE = (image(1),)
 
 
-def coco(images=ONE_PICTURE, annotations=(), categories=({"id": 1, "name": "cat"},)):
+def coco(images=ONE_IMAGE, annotations=(), categories=({"id": 1, "name": "cat"},)):
     return {"images": list(images), "annotations": list(annotations), "categories": list(categories)}
 
 
@@ -49,7 +49,7 @@ def read(tmp_path):
     return read
 
 
-def lvis_picture(image_id, folder="val2017", **fields):
+def lvis_image(image_id, folder="val2017", **fields):
     return {
         "id": image_id,
         "height": 100,
@@ -63,16 +63,16 @@ def lvis_picture(image_id, folder="val2017", **fields):
 # What a manifest holds
 
 
-def test_boxes_become_corners_of_their_pictures_in_the_order_of_the_file(read):
+def test_boxes_become_corners_of_their_images_in_the_order_of_the_file(read):
     boxes = [box(7, bbox=(1, 2, 3, 4), id=30), box(3, bbox=(5, 6, 7, 8), id=20), box(7, bbox=(9, 9, 9, 9), id=10)]
-    manifest = read(coco([picture(7), picture(5), picture(3)], boxes))
+    manifest = read(coco([image(7), image(5), image(3)], boxes))
     assert manifest.image_ids.tolist() == [7, 5, 3]
     assert manifest.region_count.tolist() == [2, 0, 1]
     assert manifest.boxes_xyxy.tolist() == [[1, 2, 4, 6], [9, 9, 18, 18], [5, 6, 12, 14]]
     assert manifest.annotation_ids.tolist() == [30, 10, 20]
 
 
-def test_boxes_are_clipped_to_the_picture(read):
+def test_boxes_are_clipped_to_the_image(read):
     assert read(coco(annotations=[box(1, bbox=(-5, 90, 300, 30))])).boxes_xyxy.tolist() == [[0, 90, 200, 100]]
 
 
@@ -122,7 +122,7 @@ def test_categories_of_one_name_stay_apart_by_their_ids(read):
 
 
 def test_objects365_v2_paths_are_their_last_two_parts_and_known_misspellings_are_corrected_and_counted(read):
-    images = [picture(1, file_name="images/v1/patch8/objects365_v1_00420917.jpg")]
+    images = [image(1, file_name="images/v1/patch8/objects365_v1_00420917.jpg")]
     names = [{"id": 53, "name": "Bakset"}, {"id": 54, "name": "Drum"}]
     manifest = read(coco(images, categories=names), "o365v2")
     assert manifest.paths.tolist() == ["patch8/objects365_v1_00420917.jpg"]
@@ -131,7 +131,7 @@ def test_objects365_v2_paths_are_their_last_two_parts_and_known_misspellings_are
 
 
 def test_v3det_paths_keep_every_part(read):
-    assert read(coco([picture(1, file_name="images/n01/x.jpg")]), "v3det").paths.tolist() == ["images/n01/x.jpg"]
+    assert read(coco([image(1, file_name="images/n01/x.jpg")]), "v3det").paths.tolist() == ["images/n01/x.jpg"]
 
 
 def test_lvis_gives_paths_by_coco_url_facts_of_its_categories_and_federated_lists(read):
@@ -147,8 +147,8 @@ def test_lvis_gives_paths_by_coco_url_facts_of_its_categories_and_federated_list
         },
     ]
     images = [
-        lvis_picture(5, "train2017", neg_category_ids=[12, 11]),
-        lvis_picture(6, not_exhaustive_category_ids=[12]),
+        lvis_image(5, "train2017", neg_category_ids=[12, 11]),
+        lvis_image(6, not_exhaustive_category_ids=[12]),
     ]
     manifest = read(coco(images, [box(5, 12)], categories), "lvis", "val")
     assert manifest.paths.tolist() == ["train2017/000000000005.jpg", "val2017/000000000006.jpg"]
@@ -159,9 +159,9 @@ def test_lvis_gives_paths_by_coco_url_facts_of_its_categories_and_federated_list
     assert (manifest.not_exhaustive.offsets.tolist(), manifest.not_exhaustive.values.tolist()) == ([0, 0, 1], [1])
 
 
-def test_minival_is_val_cut_to_the_listed_pictures(tmp_path):
+def test_minival_is_val_cut_to_the_listed_images(tmp_path):
     boxes = [box(1), box(2, bbox=(1, 1, 50, 50)), box(3)]
-    whole = coco([lvis_picture(1), lvis_picture(2), lvis_picture(3)], boxes)
+    whole = coco([lvis_image(1), lvis_image(2), lvis_image(3)], boxes)
     (tmp_path / "annotations").mkdir()
     (tmp_path / "lvis_v1_val.json").write_text(json.dumps(whole))
     minival = tmp_path / "annotations" / "lvis_v1_minival_inserted_image_name.json"
@@ -175,7 +175,7 @@ def test_minival_is_val_cut_to_the_listed_pictures(tmp_path):
 
 def test_a_long_file_read_in_slices_gives_the_same_as_in_one(read, monkeypatch):
     nested = {"parts": [{"a": "}, {"}, {"b": 2}], "segmentation": {"counts": "a}, {b", "size": [1, 2]}}
-    images = [picture(image_id) for image_id in range(1, 50)]
+    images = [image(image_id) for image_id in range(1, 50)]
     boxes = [box(1 + at % 49, bbox=(at % 90, at % 40, 5, 6), id=at, **nested) for at in range(500)]
     whole = read(coco(images, boxes))
     monkeypatch.setattr(annotation_file, "SLICE_BYTES", 1000)
@@ -193,7 +193,7 @@ def test_the_source_names_the_file_with_its_sha256(read):
 
 
 TWO_BOXES = [box(1, 1, (10, 20, 30, 40), id=1), box(2, 1, (1, 2, 3, 4), id=2)]
-TWO_PICTURES = [picture(1), picture(2)]
+TWO_IMAGES = [image(1), image(2)]
 
 
 def changed(records, **fields):
@@ -201,9 +201,9 @@ def changed(records, **fields):
 
 
 SAME = {  # every one of them means what COCO would write in its way
-    "null in fields that are not needed": coco(changed(TWO_PICTURES, coco_url=None, license=None), TWO_BOXES),
+    "null in fields that are not needed": coco(changed(TWO_IMAGES, coco_url=None, license=None), TWO_BOXES),
     "anything in fields that are not needed": coco(
-        changed(TWO_PICTURES, coco_url=7, neg_category_ids="none", date_captured={}),
+        changed(TWO_IMAGES, coco_url=7, neg_category_ids="none", date_captured={}),
         changed(TWO_BOXES, segmentation=None, keypoints=None, attributes={"occluded": False}, area="large"),
         [{"id": 1, "name": "cat", "supercategory": None, "frequency": "x", "synonyms": None, "def": 1, "synset": []}],
     ),
@@ -220,9 +220,9 @@ SAME = {  # every one of them means what COCO would write in its way
         ],
         [{"id": "1", "name": "cat"}],
     ),
-    "nested boxes": coco(TWO_PICTURES, [one | {"bbox": [one["bbox"]]} for one in TWO_BOXES]),
+    "nested boxes": coco(TWO_IMAGES, [one | {"bbox": [one["bbox"]]} for one in TWO_BOXES]),
     **{
-        f"iscrowd as {none!r}": coco(TWO_PICTURES, changed(TWO_BOXES, iscrowd=none, isfake=none))
+        f"iscrowd as {none!r}": coco(TWO_IMAGES, changed(TWO_BOXES, iscrowd=none, isfake=none))
         for none in (None, 0.0, "0", "", False, "false")
     },
 }
@@ -231,7 +231,7 @@ SAME = {  # every one of them means what COCO would write in its way
 @pytest.mark.parametrize("case", SAME)
 def test_what_means_the_same_reads_the_same(read, case):
     manifest = read(SAME[case])
-    assert manifest.digest() == read(coco(TWO_PICTURES, TWO_BOXES)).digest()
+    assert manifest.digest() == read(coco(TWO_IMAGES, TWO_BOXES)).digest()
     assert (manifest.report, manifest.remarks) == ({}, ())
 
 
@@ -246,8 +246,8 @@ def test_a_utf8_byte_order_mark_is_stepped_over(read, tmp_path):
 
 
 def test_ids_of_images_that_are_names_stand_for_the_same_number_in_every_file(read):
-    first = read(coco([picture("a.jpg"), picture("dog-7")], [box("dog-7"), box("a.jpg")]))
-    other = read(coco([picture(5), picture("dog-7")], [box("dog-7")]))
+    first = read(coco([image("a.jpg"), image("dog-7")], [box("dog-7"), box("a.jpg")]))
+    other = read(coco([image(5), image("dog-7")], [box("dog-7")]))
     assert first.paths.tolist() == ["a.jpg.jpg", "dog-7.jpg"]
     assert first.region_count.tolist() == [1, 1]
     assert first.image_ids[1] == other.image_ids[1] >= 2**62
@@ -255,7 +255,7 @@ def test_ids_of_images_that_are_names_stand_for_the_same_number_in_every_file(re
 
 
 def test_an_id_of_more_than_64_bits_is_a_name(read):
-    manifest = read(coco([picture(2**64 + 5), picture(5)], [box(2**64 + 5), box(str(2**64 + 5))]))
+    manifest = read(coco([image(2**64 + 5), image(5)], [box(2**64 + 5), box(str(2**64 + 5))]))
     assert manifest.region_count.tolist() == [2, 0]
 
 
@@ -278,12 +278,12 @@ def test_repeated_ids_boxes_and_names_are_counted(read):
 
 
 def test_windows_separators_are_read(read):
-    assert read(coco([picture(1, file_name="sub dir\\e.jpg")])).paths.tolist() == ["sub dir/e.jpg"]
+    assert read(coco([image(1, file_name="sub dir\\e.jpg")])).paths.tolist() == ["sub dir/e.jpg"]
 
 
 def test_lvis_takes_the_path_of_an_address_and_the_name_where_there_is_none(read):
     urls = ["http://x/val2017/a%20b.jpg?size=1#top", None]
-    images = [lvis_picture(at) | {"coco_url": url, "file_name": "val2017/c%20d.jpg"} for at, url in enumerate(urls)]
+    images = [lvis_image(at) | {"coco_url": url, "file_name": "val2017/c%20d.jpg"} for at, url in enumerate(urls)]
     assert read(coco(images), "lvis").paths.tolist() == ["val2017/a b.jpg", "val2017/c%20d.jpg"]
 
 
@@ -321,7 +321,7 @@ def test_one_bad_annotation_is_left_out_counted_and_told_with_its_place(read, tm
     assert len(remark) < 300
 
 
-BAD_PICTURES = {
+BAD_IMAGES = {
     "height 0": ({"height": 0}, ".height is 0, expected pixels, a whole number from 1"),
     "width null": ({"width": None}, ".width is null"),
     "no name": ({"file_name": None}, " has no `file_name`"),
@@ -334,12 +334,12 @@ BAD_PICTURES = {
 }
 
 
-@pytest.mark.parametrize("case", BAD_PICTURES)
-def test_one_bad_picture_is_left_out_with_its_boxes_counted_and_told(read, case):
-    fields, told = BAD_PICTURES[case]
-    pictures = [picture(at) for at in range(MANY)]
-    pictures[3] |= fields
-    manifest = read(coco(pictures, [box(3), box(4)]))
+@pytest.mark.parametrize("case", BAD_IMAGES)
+def test_one_bad_image_is_left_out_with_its_boxes_counted_and_told(read, case):
+    fields, told = BAD_IMAGES[case]
+    images = [image(at) for at in range(MANY)]
+    images[3] |= fields
+    manifest = read(coco(images, [box(3), box(4)]))
     assert manifest.image_ids.tolist() == [at for at in range(MANY) if at != 3]
     assert manifest.report == {"skipped_images": 1, "dropped_image_skipped": 1}
     assert re.search(rf"images\[3\].*{re.escape(told)}", manifest.remarks[0])
@@ -412,7 +412,7 @@ def test_boxes_in_another_form_are_counted_and_what_they_look_like_is_told(read,
 
 def test_sizes_that_are_swapped_are_told(read):
     boxes = boxes_of("x, y, width, height in pixels")
-    manifest = read(coco([picture(1, height=WIDE, width=HIGH)], [box(1, bbox=each) for each in boxes]))
+    manifest = read(coco([image(1, height=WIDE, width=HIGH)], [box(1, bbox=each) for each in boxes]))
     assert "height and width are swapped" in manifest.remarks[0]
 
 
@@ -443,7 +443,7 @@ def test_where_no_region_is_left_that_is_told_with_what_became_of_the_boxes(read
 def test_the_annotation_file_is_found_under_its_own_name(tmp_path, name, folder):
     path = tmp_path / folder / DATASETS[name].files["val"][0]
     path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(coco([lvis_picture(1, file_name="1.jpg")])))
+    path.write_text(json.dumps(coco([lvis_image(1, file_name="1.jpg")])))
     manifest = read_dataset(name, tmp_path, "val")
     assert (manifest.dataset, manifest.split, len(manifest)) == (name, "val", 1)
 
@@ -463,30 +463,30 @@ def test_the_annotation_file_is_found_under_its_own_name(tmp_path, name, folder)
         ("openimages", "nothing", "val"),
     ],
 )
-def test_the_photo_folder_is_found_where_people_have_it(tmp_path, name, inside, expected):
+def test_the_image_folder_is_found_where_people_have_it(tmp_path, name, inside, expected):
     (tmp_path / inside).mkdir(parents=True)
-    assert photo_dir(name, tmp_path, "val") == tmp_path / expected
+    assert image_folder_of(name, tmp_path, "val") == tmp_path / expected
 
 
-def test_the_photos_of_any_coco_form_file_are_found_by_its_first_paths(read, tmp_path):
-    manifest = read(coco([picture(1, file_name="train/deep/a.jpg")]))
+def test_the_images_of_any_coco_form_file_are_found_by_its_first_paths(read, tmp_path):
+    manifest = read(coco([image(1, file_name="train/deep/a.jpg")]))
     (tmp_path / "images").mkdir()
     (tmp_path / "train" / "deep").mkdir(parents=True)
     (tmp_path / "train" / "deep" / "a.jpg").touch()
-    assert photo_dir("coco", tmp_path, "train", manifest) == tmp_path
+    assert image_folder_of("coco", tmp_path, "train", manifest) == tmp_path
 
 
 def test_the_folder_that_holds_most_of_some_paths_is_taken_though_the_first_are_missing(read, tmp_path):
-    manifest = read(coco([picture(at) for at in range(100)]))
+    manifest = read(coco([image(at) for at in range(100)]))
     (tmp_path / "train").mkdir()
     for at in range(50, 100):
         (tmp_path / "train" / f"{at}.jpg").touch()
     (tmp_path / "images").mkdir()
-    assert photo_dir("coco", tmp_path, "train", manifest) == tmp_path / "train"
+    assert image_folder_of("coco", tmp_path, "train", manifest) == tmp_path / "train"
 
 
 def test_where_no_image_is_found_the_folder_that_is_there_is_named(read, tmp_path):
-    report = describe(manifest := read(coco()), photo_dir("coco", tmp_path, "train", manifest))
+    report = describe(manifest := read(coco()), image_folder_of("coco", tmp_path, "train", manifest))
     assert f"1 are not in {tmp_path}: 1.jpg" in report.text()
 
 
@@ -506,27 +506,27 @@ def test_a_missing_image_that_lies_elsewhere_gets_a_hint(read, tmp_path, path, t
     folder = tmp_path / "photos"
     (folder / there).parent.mkdir(parents=True)
     (folder / there).touch()
-    report = describe(read(coco([picture(1, file_name=path)])), folder)
+    report = describe(read(coco([image(1, file_name=path)])), folder)
     assert report.hint.startswith(hint.replace("{}", str(folder)))
     assert bool(report.hint) == bool(hint)
     assert report.hint in report.text()
 
 
-def test_real_coco_photos_and_boxes_fit_each_other(coco_mini):
+def test_real_coco_images_and_boxes_fit_each_other(coco_mini):
     for split in ("train", "val"):
         manifest = read_dataset("coco", coco_mini, split)
-        folder = photo_dir("coco", coco_mini, split)
-        assert describe(manifest, folder).missing_photos == 0
+        folder = image_folder_of("coco", coco_mini, split)
+        assert describe(manifest, folder).missing_images == 0
         assert len(manifest) == 100
-        with Image.open(folder / manifest.paths[0]) as photo:
-            assert photo.size == (manifest.widths[0], manifest.heights[0])
+        with Image.open(folder / manifest.paths[0]) as image:
+            assert image.size == (manifest.widths[0], manifest.heights[0])
     assert len(manifest.boxes_xyxy) + manifest.report["dropped_crowd"] == 712
 
 
 def test_real_lvis_form_annotations_read_with_their_federated_lists(coco_mini):
     path = coco_mini / "annotations" / "lvis_mini_val.json"
     manifest = read_dataset("lvis", coco_mini, "val", annotations=path)
-    assert describe(manifest, photo_dir("lvis", coco_mini, "val")).missing_photos == 0
+    assert describe(manifest, image_folder_of("lvis", coco_mini, "val")).missing_images == 0
     first = json.loads(path.read_text())["images"][0]
     negatives = manifest.negatives.values[: manifest.negatives.offsets[1]]
     assert [manifest.categories[index].id for index in negatives] == first["neg_category_ids"]
@@ -536,20 +536,20 @@ def test_real_lvis_form_annotations_read_with_their_federated_lists(coco_mini):
 
 
 def test_the_report_counts_what_was_read_dropped_and_is_missing(read, tmp_path):
-    images = [picture(1), picture(2, file_name="deep/2.jpg"), picture(3)]
+    images = [image(1), image(2, file_name="deep/2.jpg"), image(3)]
     manifest = read(coco(images, [box(1), box(1), box(2), box(2, iscrowd=1)]))
     (tmp_path / "1.jpg").touch()
     report = describe(manifest, tmp_path)
-    assert (report.pictures, report.regions, report.categories) == (3, 3, 1)
-    assert (report.median_regions, report.max_regions, report.pictures_without_regions) == (1, 2, 1)
-    assert (report.missing_photos, report.first_missing) == (2, ("deep/2.jpg", "3.jpg"))
+    assert (report.images, report.regions, report.categories) == (3, 3, 1)
+    assert (report.median_regions, report.max_regions, report.images_without_regions) == (1, 2, 1)
+    assert (report.missing_images, report.first_missing) == (2, ("deep/2.jpg", "3.jpg"))
     assert "dropped crowd: 1" in report.text()
     assert f"2 are not in {tmp_path}: deep/2.jpg, 3.jpg" in report.text()
 
 
-def test_the_disk_is_left_alone_when_photos_are_not_to_be_checked(read, tmp_path):
-    report = describe(read(coco()), tmp_path / "nowhere", check_photos=False)
-    assert report.missing_photos is None
+def test_the_disk_is_left_alone_when_images_are_not_to_be_checked(read, tmp_path):
+    report = describe(read(coco()), tmp_path / "nowhere", check_images=False)
+    assert report.missing_images is None
     assert "images:" not in report.text()
 
 
@@ -574,10 +574,10 @@ BROKEN = {
     "captions": (coco(annotations=[{"id": 1, "image_id": 1, "caption": "a cat"}]), "the file holds captions"),
     "box of three numbers": (coco(annotations=[box(1, bbox=(1, 2, 3))]), "annotations[0].bbox has 3 numbers"),
     "rotated box": (coco(annotations=[box(1, bbox=(1, 2, 3, 4, 0.5))]), "has 5 numbers (a rotated box?)"),
-    "no pictures": (coco([]), "`images` is empty"),
-    "no picture that can be read": (coco([picture(1, height=0)]), "images[0].height is 0, expected pixels"),
+    "no images": (coco([]), "`images` is empty"),
+    "no image that can be read": (coco([image(1, height=0)]), "images[0].height is 0, expected pixels"),
     "one id twice": (
-        coco([picture(4), picture(4)]),
+        coco([image(4), image(4)]),
         "holds 1 ids more than once, the first is 4 (of 4.jpg and of 4.jpg)",
     ),
     "one category twice": (coco(categories=[{"id": 3, "name": "a"}, {"id": 3, "name": "b"}]), "id 3 more than once"),
@@ -609,7 +609,7 @@ def test_the_place_of_an_error_is_counted_from_the_start_of_a_sliced_file(read, 
 
 def test_climbing_paths_of_objects365_v2_are_refused_though_only_their_last_parts_count(read):
     with pytest.raises(AnnotationError, match="this one leaves it"):
-        read(coco([picture(1, file_name="../../v1/patch8/a.jpg")]), "o365v2")
+        read(coco([image(1, file_name="../../v1/patch8/a.jpg")]), "o365v2")
 
 
 @pytest.mark.parametrize(
@@ -621,13 +621,13 @@ def test_climbing_paths_of_objects365_v2_are_refused_though_only_their_last_part
         ({"coco_url": "http://x/val2017/.."}, "this one leaves it"),
     ],
 )
-def test_a_broken_lvis_picture_is_refused(read, fields, told):
+def test_a_broken_lvis_image_is_refused(read, fields, told):
     with pytest.raises(AnnotationError, match=told):
-        read(coco([lvis_picture(1) | fields]), "lvis")
+        read(coco([lvis_image(1) | fields]), "lvis")
 
 
 def test_minival_of_another_val_is_refused(tmp_path):
-    (tmp_path / "lvis_v1_val.json").write_text(json.dumps(coco([lvis_picture(1)])))
+    (tmp_path / "lvis_v1_val.json").write_text(json.dumps(coco([lvis_image(1)])))
     (tmp_path / "lvis_v1_minival_inserted_image_name.json").write_text('{"images": [{"id": 1}, {"id": 2}]}')
     with pytest.raises(AnnotationError, match=r"1 of its images are not in lvis_v1_val\.json, the first has id 2"):
         read_dataset("lvis", tmp_path, "minival")

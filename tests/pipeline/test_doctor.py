@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from regionspot.cli import app
 from regionspot.pipeline.backbones.weights import OFFICIAL
-from regionspot.pipeline.datasets.registry import photo_dir
+from regionspot.pipeline.datasets.registry import image_folder_of
 from regionspot.pipeline.doctor import models as doctor_models
 from regionspot.pipeline.doctor import paths as doctor_places
 from regionspot.pipeline.doctor.machine import metrics_port, packages
@@ -23,7 +23,7 @@ def states(findings) -> list[tuple[str, str]]:
     return [(each.check, each.state) for each in findings]
 
 
-def test_a_sound_machine_passes_with_a_picture_through_every_stage(tmp_path, home):
+def test_a_sound_machine_passes_with_an_image_through_every_stage(tmp_path, home):
     found = list(examine(Asked(cache=str(tmp_path / "new" / "c.zarr"), preset="toy", device="cpu")))
     assert is_healthy(found), [each.line() for each in found]
     checks = [each.check for each in found]
@@ -95,10 +95,10 @@ def test_a_cache_that_is_damaged_is_found(tmp_path):
     assert states(doctor_places.cache_place(Asked(cache=str(path))))[0] == ("cache", "fail")
 
 
-def test_a_dataset_is_read_its_photos_looked_for_and_one_is_opened(world, tmp_path):
+def test_a_dataset_is_read_its_images_looked_for_and_one_is_opened(world, tmp_path):
     asked = Asked(data=world, dataset="toy")
     assert states(doctor_places.dataset(asked)) == [("data", "ok"), ("data", "ok")]
-    missing = next(photo_dir("toy", world).rglob("*.jpg"))
+    missing = next(image_folder_of("toy", world).rglob("*.jpg"))
     kept = missing.rename(tmp_path / "kept.jpg")
     first, _ = doctor_places.dataset(asked)
     kept.rename(missing)

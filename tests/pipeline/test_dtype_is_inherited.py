@@ -12,7 +12,7 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.pipeline.backbones import dtypes
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.distributed.job import ExtractJob
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.run import Extraction
@@ -58,7 +58,7 @@ def extraction(world, tmp_path):
         manifest = read_dataset("toy", world, "train").head(IMAGES)
         backbones = Backbones.load("toy", device="cpu", dtype=dtype, **models)
         config = ExtractConfig(str(tmp_path / name), part_size=1, parts=parts)
-        return Extraction(config, manifest, photo_dir("toy", world), backbones)
+        return Extraction(config, manifest, image_folder_of("toy", world), backbones)
 
     return make
 

@@ -1,11 +1,11 @@
-"""The sample behind int8: the same pictures for everybody, taken once, and only where a cache has none."""
+"""The sample behind int8: the same images for everybody, taken once, and only where a cache has none."""
 
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from regionspot.cache import Category, FeatureCache, FeatureSet, InputError, Manifest, NotACacheError, PictureFeatures
+from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest, NotACacheError
 from regionspot.cache.format.encodings import statistics_of
 from regionspot.pipeline.extraction.int8_statistics import SAMPLE_IMAGES, ready_to_store, sample_rows, with_statistics
 
@@ -38,7 +38,7 @@ def manifest():
 
 @pytest.fixture
 def backbones(manifest):
-    """Features of any pictures asked for; `asked` keeps what was."""
+    """Features of any images asked for; `asked` keeps what was."""
 
     class Backbones:
         def __init__(self):
@@ -48,7 +48,7 @@ def backbones(manifest):
             self.asked.append((rows, names))
             for row in rows:
                 failed = "truncated JPEG" if row in self.broken else None
-                yield PictureFeatures(row, {} if failed else {name: self.of(row, name) for name in names}, failed)
+                yield ImageFeatures(row, {} if failed else {name: self.of(row, name) for name in names}, failed)
 
         def of(self, row, name):
             shape = (3, 4) if name == "clip" else (int(manifest.region_count[row]), 5)
@@ -57,7 +57,7 @@ def backbones(manifest):
     return Backbones()
 
 
-def test_the_sample_is_spread_over_the_pictures_that_have_regions(manifest):
+def test_the_sample_is_spread_over_the_images_that_have_regions(manifest):
     rows = sample_rows(manifest)
     assert len(rows) == len(set(rows)) == SAMPLE_IMAGES
     assert (rows[0], rows[-1]) == (0, len(manifest) - 1)
@@ -70,7 +70,7 @@ def test_small_splits_and_those_without_regions_have_a_sample_too(counts, rows):
     assert sample_rows(manifest_of(counts)) == rows
 
 
-def test_statistics_are_those_of_the_pictures_that_can_be_read(manifest, backbones):
+def test_statistics_are_those_of_the_images_that_can_be_read(manifest, backbones):
     rows = sample_rows(manifest)
     backbones.broken = set(rows[:40])
     maps, tokens = with_statistics([MAPS, TOKENS], manifest, backbones)
@@ -103,12 +103,12 @@ def test_only_int8_sets_that_a_cache_does_not_hold_are_sampled(tmp_path, manifes
     assert len(backbones.asked) == 2
 
 
-def test_without_int8_no_picture_is_touched(tmp_path, manifest, backbones):
+def test_without_int8_no_image_is_touched(tmp_path, manifest, backbones):
     assert ready_to_store(tmp_path / "c.zarr", manifest, [PLAIN], backbones) == [PLAIN]
     assert not backbones.asked
 
 
-def test_a_folder_of_something_else_is_refused_before_a_picture_is_touched(tmp_path, manifest, backbones):
+def test_a_folder_of_something_else_is_refused_before_an_image_is_touched(tmp_path, manifest, backbones):
     with pytest.raises(NotACacheError):
         ready_to_store(tmp_path, manifest, [MAPS], backbones)
     assert not backbones.asked

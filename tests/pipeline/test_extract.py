@@ -17,19 +17,19 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cli import app
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import extract
-from regionspot.pipeline.images.decode import read_photo
+from regionspot.pipeline.images.decode import read_image
 
 PART_SIZE = 4
-PICTURES = 10
+IMAGES = 10
 ONE_CORE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
 def manifest(world):
-    return read_dataset("toy", world, "train").head(PICTURES)
+    return read_dataset("toy", world, "train").head(IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +38,9 @@ def backbones() -> Backbones:
 
 
 @pytest.fixture
-def photos(world, tmp_path) -> Path:
+def images(world, tmp_path) -> Path:
     """A copy that a test may damage."""
-    return Path(shutil.copytree(photo_dir("toy", world), tmp_path / "photos"))
+    return Path(shutil.copytree(image_folder_of("toy", world), tmp_path / "photos"))
 
 
 def new_cache(path, manifest, backbones) -> FeatureCache:
@@ -56,18 +56,18 @@ def files_of(cache: Path) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def undisturbed(world, manifest, backbones, tmp_path_factory) -> FeatureCache:
     cache = new_cache(tmp_path_factory.mktemp("undisturbed") / "c.zarr", manifest, backbones)
-    extract(cache, photo_dir("toy", world), backbones, ExtractConfig(batch_size=3))
+    extract(cache, image_folder_of("toy", world), backbones, ExtractConfig(batch_size=3))
     return cache
 
 
-def test_the_cache_holds_what_the_backbones_say_of_each_picture(world, manifest, backbones, undisturbed):
-    assert undisturbed.valid_rows().tolist() == list(range(PICTURES))
+def test_the_cache_holds_what_the_backbones_say_of_each_image(world, manifest, backbones, undisturbed):
+    assert undisturbed.valid_rows().tolist() == list(range(IMAGES))
     for row in (0, 5, 9):
-        photo = read_photo(photo_dir("toy", world) / str(manifest.paths[row]))
-        size, boxes = (photo.height, photo.width), manifest.boxes_xyxy[manifest.regions(row)]
-        embedding = backbones.localizer.encode([backbones.localizer.preprocess(photo)])[0]
-        tokens = backbones.localizer.tokens_of_pictures(embedding[None], [boxes], [size])[0].numpy()
-        feature_map = backbones.encoders[0].encode(backbones.encoders[0].preprocess(photo)[None])[0].numpy()
+        image = read_image(image_folder_of("toy", world) / str(manifest.paths[row]))
+        size, boxes = (image.height, image.width), manifest.boxes_xyxy[manifest.regions(row)]
+        embedding = backbones.localizer.encode([backbones.localizer.preprocess(image)])[0]
+        tokens = backbones.localizer.tokens_of_images(embedding[None], [boxes], [size])[0].numpy()
+        feature_map = backbones.encoders[0].encode(backbones.encoders[0].preprocess(image)[None])[0].numpy()
         batch = undisturbed.read(np.array([row]))
         assert np.abs(batch.tokens[0, : len(boxes)] - tokens).max() <= 2e-3 * np.abs(tokens).max()
         assert np.abs(batch.feature_map[0] - feature_map).max() <= 2e-3 * np.abs(feature_map).max()
@@ -75,8 +75,8 @@ def test_the_cache_holds_what_the_backbones_say_of_each_picture(world, manifest,
 
 
 def test_a_second_run_finds_nothing_to_do(world, backbones, undisturbed):
-    summary = extract(undisturbed, photo_dir("toy", world), backbones)
-    assert (summary.pictures, summary.parts, summary.parts_before) == (0, 0, 3)
+    summary = extract(undisturbed, image_folder_of("toy", world), backbones)
+    assert (summary.images, summary.parts, summary.parts_before) == (0, 0, 3)
     assert "nothing to do" in summary.text()
 
 
@@ -96,7 +96,7 @@ def test_a_run_killed_in_the_middle_is_resumed_to_the_bytes_of_one_never_stopped
     path, manifest = tmp_path / "killed.zarr", read_dataset("toy", world, "train")
     backbones = Backbones.load("toy", device="cpu", dtype=dtype)
     whole = FeatureCache.open_or_create(tmp_path / "whole.zarr", manifest, backbones.feature_sets(), part_size=3)
-    extract(whole, photo_dir("toy", world), backbones, ExtractConfig(batch_size=2))
+    extract(whole, image_folder_of("toy", world), backbones, ExtractConfig(batch_size=2))
     words = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy"]
     words += ["--part-size", "3", "--batch-size", "2", "--device", "cpu", "--dtype", dtype]
     committed = killed_between_two_parts([sys.executable, "-m", "regionspot.cli", *words], path)
@@ -107,14 +107,14 @@ def test_a_run_killed_in_the_middle_is_resumed_to_the_bytes_of_one_never_stopped
     assert f"{committed} parts were there before" in done.output
 
 
-def test_a_broken_and_a_missing_photo_are_recorded_and_the_rest_is_as_before(
-    photos, manifest, backbones, undisturbed, tmp_path
+def test_a_broken_and_a_missing_image_are_recorded_and_the_rest_is_as_before(
+    images, manifest, backbones, undisturbed, tmp_path
 ):
-    broken, missing = photos / str(manifest.paths[2]), photos / str(manifest.paths[7])
+    broken, missing = images / str(manifest.paths[2]), images / str(manifest.paths[7])
     broken.write_bytes(broken.read_bytes()[:700])
     missing.unlink()
     cache = new_cache(tmp_path / "c.zarr", manifest, backbones)
-    summary = extract(cache, photos, backbones)
+    summary = extract(cache, images, backbones)
     assert summary.failed == 2
     assert {failure.row: Path(failure.path).name for failure in cache.failures()} == {2: broken.name, 7: missing.name}
     good = np.array([0, 1, 3, 4, 5, 6, 8, 9])
@@ -123,16 +123,16 @@ def test_a_broken_and_a_missing_photo_are_recorded_and_the_rest_is_as_before(
     assert np.array_equal(cache.read(good).tokens, undisturbed.read(good).tokens)
 
 
-def test_a_photo_of_another_size_than_its_annotations_state_is_not_used(photos, manifest, backbones, tmp_path):
-    path = photos / str(manifest.paths[0])
+def test_an_image_of_another_size_than_its_annotations_state_is_not_used(images, manifest, backbones, tmp_path):
+    path = images / str(manifest.paths[0])
     Image.open(path).resize((50, 40)).save(path)
     cache = new_cache(tmp_path / "c.zarr", manifest, backbones)
-    extract(cache, photos, backbones)
+    extract(cache, images, backbones)
     assert [failure.row for failure in cache.failures()] == [0]
     assert "40" in cache.failures()[0].reason
 
 
-def test_a_wrong_photo_folder_stops_the_run_before_anything_is_committed(manifest, backbones, tmp_path):
+def test_a_wrong_image_folder_stops_the_run_before_anything_is_committed(manifest, backbones, tmp_path):
     cache = new_cache(tmp_path / "c.zarr", manifest, backbones)
     with pytest.raises(InputError, match=r"3 of 10 images could not be read.*check --data"):
         extract(cache, tmp_path / "nowhere", backbones, ExtractConfig(batch_size=16))
@@ -142,14 +142,14 @@ def test_a_wrong_photo_folder_stops_the_run_before_anything_is_committed(manifes
 def test_each_backbone_can_be_extracted_alone_and_the_other_added_later(
     world, manifest, backbones, undisturbed, tmp_path
 ):
-    path, folder = tmp_path / "c.zarr", photo_dir("toy", world)
+    path, folder = tmp_path / "c.zarr", image_folder_of("toy", world)
     clip = Backbones(encoders=backbones.encoders)
     extract(new_cache(path, manifest, clip), folder, clip, ExtractConfig(batch_size=3))
     before = (path / "features/toy_clip/feature_map/c.0.0.0").stat().st_mtime_ns
     cache = new_cache(path, manifest, backbones)
     assert extract(cache, folder, backbones, ExtractConfig(batch_size=3)).parts == 3
     assert (path / "features/toy_clip/feature_map/c.0.0.0").stat().st_mtime_ns == before
-    rows = np.arange(PICTURES)
+    rows = np.arange(IMAGES)
     assert np.array_equal(cache.read(rows).tokens, undisturbed.read(rows).tokens)
     assert np.array_equal(cache.read(rows).feature_map, undisturbed.read(rows).feature_map)
 
@@ -162,4 +162,4 @@ def test_what_stops_the_writer_stops_the_run_and_is_said(world, manifest, backbo
 
     monkeypatch.setattr(cache, "write_part", full)
     with pytest.raises(CacheError, match="no space left"):
-        extract(cache, photo_dir("toy", world), backbones, ExtractConfig(batch_size=1))
+        extract(cache, image_folder_of("toy", world), backbones, ExtractConfig(batch_size=1))

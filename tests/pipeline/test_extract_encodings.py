@@ -13,18 +13,18 @@ from regionspot.cache.format.encodings import decode
 from regionspot.cli import app
 from regionspot.pipeline.toy.world import make_toy_world
 
-PICTURES = 6
+IMAGES = 6
 
 
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory):
-    """`extracted(name, options)`: a cache made by the command line from the toy world's first pictures."""
+    """`extracted(name, options)`: a cache made by the command line from the toy world's first images."""
     folder = tmp_path_factory.mktemp("encodings")
     world = make_toy_world(folder / "world", 40, seed=1)
 
     def extract(name, *options):
         command = ["extract", "toy", "--data", str(world), "--cache", str(folder / name), "--preset", "toy"]
-        done = CliRunner().invoke(app, [*command, "--limit", str(PICTURES), "--part-size", "4", *options])
+        done = CliRunner().invoke(app, [*command, "--limit", str(IMAGES), "--part-size", "4", *options])
         if done.exception is not None:
             raise done.exception
         return folder / name

@@ -1,4 +1,4 @@
-"""What may be asked of an extraction: some parts, a plan, several encoders, failed pictures once more."""
+"""What may be asked of an extraction: some parts, a plan, several encoders, failed images once more."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ from regionspot.cache.storage.base import LocalStorage
 from regionspot.cache.tools.verify import verify
 from regionspot.cli import app
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction import decode_ahead as decoding
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import extract
@@ -29,12 +29,12 @@ from regionspot.pipeline.extraction.run import Extraction
 from regionspot.pipeline.reporting.failures import FailureLimit
 
 PART_SIZE = 4
-PICTURES = 10  # parts of 4, 4 and 2
+IMAGES = 10  # parts of 4, 4 and 2
 
 
 @pytest.fixture(scope="module")
 def manifest(world):
-    return read_dataset("toy", world, "train").head(PICTURES)
+    return read_dataset("toy", world, "train").head(IMAGES)
 
 
 @pytest.fixture(scope="module")
@@ -43,15 +43,15 @@ def backbones() -> Backbones:
 
 
 @pytest.fixture
-def photos(world, tmp_path) -> Path:
+def images(world, tmp_path) -> Path:
     """A copy that a test may damage."""
-    return Path(shutil.copytree(photo_dir("toy", world), tmp_path / "photos"))
+    return Path(shutil.copytree(image_folder_of("toy", world), tmp_path / "photos"))
 
 
 @pytest.fixture(scope="module")
 def undisturbed(world, manifest, backbones, tmp_path_factory) -> FeatureCache:
     path = str(tmp_path_factory.mktemp("undisturbed") / "c.zarr")
-    Extraction(ExtractConfig(path, part_size=PART_SIZE), manifest, photo_dir("toy", world), backbones).run()
+    Extraction(ExtractConfig(path, part_size=PART_SIZE), manifest, image_folder_of("toy", world), backbones).run()
     return FeatureCache.open(path)
 
 
@@ -60,7 +60,7 @@ def asked(world, manifest, backbones, tmp_path):
     """An extraction into a new cache, with other fields than the usual ones."""
 
     def extraction(**fields):
-        folder = fields.pop("photos", photo_dir("toy", world))
+        folder = fields.pop("photos", image_folder_of("toy", world))
         config = ExtractConfig(**{"cache": str(tmp_path / "c.zarr"), "part_size": PART_SIZE, **fields})
         return Extraction(config, manifest, folder, backbones)
 
@@ -79,17 +79,17 @@ def test_class_names_that_the_toy_encoder_cannot_read_are_told_before_anything_i
 ):
     words = ("person", "red circle", "traffic light", "striped zebra", "dog")
     categories = tuple(Category(number + 1, word) for number, word in enumerate(words))
-    photos, path = photo_dir("toy", world), str(tmp_path / "c.zarr")
+    images, path = image_folder_of("toy", world), str(tmp_path / "c.zarr")
     index = manifest.category_index % len(words)
     strange = replace(manifest, categories=categories, category_index=index)
-    Extraction(ExtractConfig(path), strange, photos, backbones).prepare()
+    Extraction(ExtractConfig(path), strange, images, backbones).prepare()
     (said,) = [record.getMessage() for record in caplog.records if "cannot read" in record.getMessage()]
     assert said.startswith(
         "toy_clip cannot read 4 of the 5 class names of this dataset (person, traffic light, striped"
     )
     assert "it knows the words blue, checkered, circle" in said
     caplog.clear()
-    Extraction(ExtractConfig(str(tmp_path / "toy.zarr")), manifest, photos, backbones).prepare()
+    Extraction(ExtractConfig(str(tmp_path / "toy.zarr")), manifest, images, backbones).prepare()
     assert not caplog.text
 
 
@@ -108,7 +108,7 @@ def test_what_names_no_part_is_refused_in_one_line(text, said):
 
 def test_only_the_parts_asked_for_are_made_and_the_rest_another_time(asked, undisturbed):
     summary = asked(parts="0,2").run()
-    assert (summary.pictures, summary.parts) == (6, 2)
+    assert (summary.images, summary.parts) == (6, 2)
     cache = FeatureCache.open(asked().config.cache)
     assert cache.pending_parts() == [1]
     assert asked(parts="0,2").run().parts == 0
@@ -148,10 +148,10 @@ def test_the_bytes_that_are_foretold_are_those_that_are_written(asked, encoding)
 
 def test_a_plan_says_how_much_there_is_and_how_long_it_takes_and_writes_nothing(asked, manifest):
     plan = asked(parts="1-2").plan()
-    assert (plan.needed.parts, plan.needed.pictures) == ((1, 2), 6)
+    assert (plan.needed.parts, plan.needed.images) == ((1, 2), 6)
     assert plan.needed.regions == manifest.offsets[10] - manifest.offsets[4]
     assert plan.rate > 0
-    assert "6 pictures" in plan.text()
+    assert "6 images" in plan.text()
     assert "nothing was written" in plan.text()
     assert not Path(asked().config.cache).exists()
 
@@ -165,7 +165,7 @@ def test_a_plan_counts_what_a_feature_set_lacks(asked, manifest, backbones):
 
 
 def test_a_plan_of_a_wrong_folder_says_so(asked, tmp_path):
-    plan = asked(photos=tmp_path / "nowhere").plan()
+    plan = asked(images=tmp_path / "nowhere").plan()
     assert plan.rate is None
     assert "could not be read" in plan.text()
 
@@ -174,7 +174,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(asked, monk
     needed = asked().plan().needed.total_bytes
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed))
-    with pytest.raises(InputError, match=r"are needed for 10 pictures.*free.*--no-room-check"):
+    with pytest.raises(InputError, match=r"are needed for 10 images.*free.*--no-room-check"):
         asked().run()
     assert not Path(asked().config.cache).exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, int(needed * 1.02)))
@@ -189,22 +189,22 @@ def test_a_disk_that_is_too_small_can_be_tried_all_the_same(asked, monkeypatch):
 # --- models ---
 
 
-def test_several_encoders_share_one_reading_of_a_picture(asked, tmp_path, monkeypatch):
+def test_several_encoders_share_one_reading_of_an_image(asked, tmp_path, monkeypatch):
     both = Backbones.load(
         "toy", "random:0", device="cpu", localizer="none", encoders=["toy_clip", "open_clip:ViT-S-32-alt"]
     )
-    opened, decode = [], decoding.decode_photo
-    monkeypatch.setattr(decoding, "decode_photo", lambda *args: opened.append(args) or decode(*args))
+    opened, decode = [], decoding.decode_image
+    monkeypatch.setattr(decoding, "decode_image", lambda *args: opened.append(args) or decode(*args))
     extraction = replace(asked(), backbones=both)
     extraction.run()
     cache = FeatureCache.open(extraction.config.cache)
     assert set(cache.feature_sets) == {encoder.name for encoder in both.encoders}
-    assert len(opened) == PICTURES
+    assert len(opened) == IMAGES
     for encoder in both.encoders:
         alone = replace(asked(cache=str(tmp_path / encoder.name)), backbones=Backbones(encoders=(encoder,)))
         alone.run()
-        expected = FeatureCache.open(alone.config.cache).read(np.arange(PICTURES), map_set=encoder.name).feature_map
-        np.testing.assert_array_equal(cache.read(np.arange(PICTURES), map_set=encoder.name).feature_map, expected)
+        expected = FeatureCache.open(alone.config.cache).read(np.arange(IMAGES), map_set=encoder.name).feature_map
+        np.testing.assert_array_equal(cache.read(np.arange(IMAGES), map_set=encoder.name).feature_map, expected)
 
 
 def test_an_encoder_named_twice_is_refused():
@@ -214,28 +214,28 @@ def test_an_encoder_named_twice_is_refused():
 
 def test_a_cache_goes_on_in_the_dtype_that_it_was_made_in(asked, manifest, world):
     rounded = Backbones.load("toy", device="cpu", dtype="bfloat16")
-    path, folder = asked().config.cache, photo_dir("toy", world)
+    path, folder = asked().config.cache, image_folder_of("toy", world)
     Extraction(ExtractConfig(path, part_size=PART_SIZE, parts="0"), manifest, folder, rounded).run()
     held = FeatureCache.open(path).feature_sets
     again = Backbones.load("toy", device="cpu", held=held)
     assert {each.provenance["dtype"] for each in again.feature_sets()} == {"bfloat16"}
 
 
-# --- failed pictures once more ---
+# --- failed images once more ---
 
 
 @pytest.fixture
-def with_failures(asked, photos, manifest):
-    """An extraction with pictures 2, 7 and 8 failed, their photos still broken, and how to mend one."""
-    kept = {row: (photos / str(manifest.paths[row])).read_bytes() for row in (2, 7, 8)}
+def with_failures(asked, images, manifest):
+    """An extraction with images 2, 7 and 8 failed, their images still broken, and how to mend one."""
+    kept = {row: (images / str(manifest.paths[row])).read_bytes() for row in (2, 7, 8)}
     for row in kept:
-        (photos / str(manifest.paths[row])).write_bytes(b"")
-    extraction = asked(photos=photos, max_failures=FailureLimit(count=3))
+        (images / str(manifest.paths[row])).write_bytes(b"")
+    extraction = asked(images=images, max_failures=FailureLimit(count=3))
     assert extraction.run().failed == 3
-    return extraction, lambda row: (photos / str(manifest.paths[row])).write_bytes(kept[row])
+    return extraction, lambda row: (images / str(manifest.paths[row])).write_bytes(kept[row])
 
 
-def test_failed_pictures_that_can_be_read_now_are_put_in_their_places(with_failures, undisturbed):
+def test_failed_images_that_can_be_read_now_are_put_in_their_places(with_failures, undisturbed):
     extraction, mend = with_failures
     before = FeatureCache.open(extraction.config.cache).read(np.array([0, 1, 3]))
     mend(2), mend(8)
@@ -254,7 +254,7 @@ def test_failed_pictures_that_can_be_read_now_are_put_in_their_places(with_failu
     np.testing.assert_array_equal(cache.read(np.array([0, 1, 3])).feature_map, before.feature_map)
 
 
-def test_pictures_that_fail_again_leave_every_byte_as_it_was(with_failures):
+def test_images_that_fail_again_leave_every_byte_as_it_was(with_failures):
     extraction, _ = with_failures
     before = {
         path: path.stat().st_mtime_ns for path in Path(extraction.config.cache).glob("[fp]*/**/*") if path.is_file()
@@ -288,11 +288,11 @@ def test_a_retry_killed_between_two_files_is_mended_by_the_next_extract(with_fai
     pid = os.fork()
     if not pid:
         monkeypatch.setattr(LocalStorage, "remove", remove_and_die)
-        retry(cache, extraction.photos, extraction.backbones, extraction.config)
+        retry(cache, extraction.images, extraction.backbones, extraction.config)
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     assert FeatureCache.open(extraction.config.cache).pending_parts() == [0]
-    extract(FeatureCache.open(extraction.config.cache, "a"), extraction.photos, extraction.backbones)
+    extract(FeatureCache.open(extraction.config.cache, "a"), extraction.images, extraction.backbones)
     assert extraction.retry().read == 3  # the killed run had come to one feature set of one part
     assert features_files(Path(extraction.config.cache)) == features_files(undisturbed.path)
 
@@ -305,12 +305,12 @@ def test_the_command_takes_them_all(world, tmp_path):
     words = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy", "--device", "cpu"]
     words += ["--limit", "10", "--part-size", "4"]
     planned = CliRunner().invoke(app, [*words, "--dry-run"])
-    assert "10 pictures" in planned.stdout, planned.output
+    assert "10 images" in planned.stdout, planned.output
     assert not path.exists()
     some = CliRunner().invoke(app, [*words, "--parts", "0,2", "--localizer", "none", "--exact"])
-    assert "6 pictures with 40 regions in 2 parts" in some.stdout, some.output
+    assert "6 images with 40 regions in 2 parts" in some.stdout, some.output
     assert list(FeatureCache.open(path).feature_sets) == ["toy_clip"]
     rest = CliRunner().invoke(app, [*words, "--max-failures", "0"])
-    assert "10 pictures" in rest.stdout, rest.output
+    assert "10 images" in rest.stdout, rest.output
     again = CliRunner().invoke(app, [*words, "--retry-failed"])
     assert "nothing to try again" in again.stdout, again.output

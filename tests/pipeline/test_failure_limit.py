@@ -9,7 +9,7 @@ import pytest
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import extract
 from regionspot.pipeline.reporting.failures import FailureLimit
@@ -62,14 +62,14 @@ def backbones() -> Backbones:
 
 @pytest.fixture
 def run(world, manifest, backbones, tmp_path):
-    """`run({1, 5}, "20%")` extracts with these rows' photos missing and gives the number of failures."""
+    """`run({1, 5}, "20%")` extracts with these rows' images missing and gives the number of failures."""
 
     def extract_without(missing, limit: str, part_size: int = 4) -> int:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
         for row, path in enumerate(manifest.paths):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             if row not in missing:
-                os.link(photo_dir("toy", world) / path, folder / path)
+                os.link(image_folder_of("toy", world) / path, folder / path)
         cache = FeatureCache.open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), part_size)
         config = ExtractConfig(batch_size=4, max_failures=FailureLimit.parse(limit))
         return extract(cache, folder, backbones, config).failed
@@ -121,7 +121,7 @@ def test_the_command_fails_when_most_of_a_small_set_is_missing(regionspot, world
     (tmp_path / "toy_train.json").symlink_to(world / "toy_train.json")
     for path in manifest.paths[:2]:
         (tmp_path / "photos" / path).parent.mkdir(parents=True, exist_ok=True)
-        os.link(photo_dir("toy", world) / path, tmp_path / "photos" / path)
+        os.link(image_folder_of("toy", world) / path, tmp_path / "photos" / path)
     words = ("extract", "toy", "--data", tmp_path, "--cache", tmp_path / "c.zarr", "--preset", "toy", "--limit", 10)
     code, _, err = regionspot(*words, "--device", "cpu")
     assert code == 2

@@ -29,7 +29,7 @@ def stated(golden):
 
 
 @pytest.fixture(scope="module")
-def photo(stated, coco_mini):
+def image(stated, coco_mini):
     return Image.open(coco_mini / stated["image"]).convert("RGB")
 
 
@@ -47,24 +47,24 @@ def encoder(stated, from_formula, tmp_path_factory):
     return load_encoder("clip_vit_b_16", str(path))
 
 
-def test_golden_sam_tokens_and_masks_are_those_of_the_authors(localizer, photo, stated, golden):
+def test_golden_sam_tokens_and_masks_are_those_of_the_authors(localizer, image, stated, golden):
     expected = np.load(golden / "sam_tokens.npz")
-    boxes, size = np.asarray(stated["boxes_xyxy"], np.float32), (photo.height, photo.width)
-    embedding = localizer.encode([localizer.preprocess(photo)])[0]
+    boxes, size = np.asarray(stated["boxes_xyxy"], np.float32), (image.height, image.width)
+    embedding = localizer.encode([localizer.preprocess(image)])[0]
     tokens, masks = localizer.tokens_and_masks(embedding, boxes, size)
-    (alone,) = localizer.tokens_of_pictures(embedding[None], [boxes], [size])
+    (alone,) = localizer.tokens_of_images(embedding[None], [boxes], [size])
     assert relative_error(tokens, expected["tokens"]) < RELATIVE
     assert relative_error(alone, expected["tokens"]) < RELATIVE
     assert masks.sum((1, 2)).tolist() == expected["mask_area"].tolist()
-    # These masks cover the whole photo or nearly so; the logits tell more.
+    # These masks cover the whole image or nearly so; the logits tell more.
     scaled = localizer._scaled(boxes[:2], size)
     decoded = next(localizer._tokens.decoder.decode(embedding[None], scaled, [0, 0], [FIRST_MASK_TOKEN], 2))
     assert relative_error(localizer._mask_logits(decoded.queries[:, 0], decoded.cells), expected["low_res"]) < RELATIVE
 
 
-def test_golden_clip_feature_map_is_that_of_the_authors(encoder, photo, golden):
+def test_golden_clip_feature_map_is_that_of_the_authors(encoder, image, golden):
     expected = np.load(golden / "clip.npz")
-    feature_map = encoder.encode(encoder.preprocess(photo)[None])[0]
+    feature_map = encoder.encode(encoder.preprocess(image)[None])[0]
     assert feature_map.shape == (197, 768)
     assert relative_error(feature_map[::16], expected["featuremap_rows"]) < RELATIVE
     assert relative_error(feature_map.mean(0), expected["featuremap_mean"]) < RELATIVE

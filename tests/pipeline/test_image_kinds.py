@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regionspot.cache.errors import PhotoError
-from regionspot.pipeline.images.decode import TURNS, read_photo
+from regionspot.cache.errors import ImageError
+from regionspot.pipeline.images.decode import TURNS, read_image
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
 MEGABYTE = 2**20
@@ -57,7 +57,7 @@ TEXTS = {
 @pytest.mark.parametrize("before", [b"IDAT", b"IEND"], ids=["before the pixels", "behind them"])
 @pytest.mark.parametrize("name", TEXTS)
 def test_what_a_png_holds_besides_pixels_does_not_matter(name, before):
-    assert np.array_equal(np.asarray(read_photo(png_with(TEXTS[name], before))), np.asarray(NOISE))
+    assert np.array_equal(np.asarray(read_image(png_with(TEXTS[name], before))), np.asarray(NOISE))
 
 
 def test_a_text_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked():
@@ -65,7 +65,7 @@ def test_a_text_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked():
     png = png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed), b"IDAT")
     tracemalloc.start()
     try:
-        read_photo(png)
+        read_image(png)
         assert tracemalloc.get_traced_memory()[1] < 8 * MEGABYTE
     finally:
         tracemalloc.stop()
@@ -74,13 +74,13 @@ def test_a_text_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked():
 def test_a_png_may_lack_its_end_and_have_anything_behind_it():
     png = saved("PNG")
     for other in (png[: png.index(b"IEND") - 4], png + b"anything", png + bytes(5000)):
-        assert np.array_equal(np.asarray(read_photo(other)), np.asarray(NOISE))
+        assert np.array_equal(np.asarray(read_image(other)), np.asarray(NOISE))
 
 
 @pytest.mark.parametrize("kept", [20, 40, 60, 500, -200])
 def test_a_png_that_lacks_pixels_is_cut_off(kept):
-    with pytest.raises(PhotoError, match=r"is broken or cut off|cannot be read; it is cut off"):
-        read_photo(saved("PNG")[:kept])
+    with pytest.raises(ImageError, match=r"is broken or cut off|cannot be read; it is cut off"):
+        read_image(saved("PNG")[:kept])
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,8 @@ def test_a_png_that_lacks_pixels_is_cut_off(kept):
 def test_what_is_no_readable_image_is_named_for_what_it_is(tmp_path, content, reason):
     (tmp_path / "image.jpg").write_bytes(content)
     for source in (content, tmp_path / "image.jpg"):
-        with pytest.raises(PhotoError, match=reason) as caught:
-            read_photo(source)
+        with pytest.raises(ImageError, match=reason) as caught:
+            read_image(source)
         assert "\n" not in str(caught.value)
 
 
@@ -125,8 +125,8 @@ def test_a_format_that_needs_a_plugin_is_refused_with_its_name(monkeypatch, cont
     monkeypatch.setitem(sys.modules, f"{module}.HeifImagePlugin", None)
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name not in ("HEIF", "JXL")])
     monkeypatch.setattr(Image, "OPEN", {name: how for name, how in Image.OPEN.items() if name not in ("HEIF", "JXL")})
-    with pytest.raises(PhotoError, match=f"is in {format} format; to read it, `pip install {package}`$"):
-        read_photo(content)
+    with pytest.raises(ImageError, match=f"is in {format} format; to read it, `pip install {package}`$"):
+        read_image(content)
 
 
 STAND_IN = """
@@ -151,10 +151,10 @@ def test_a_plugin_is_used_as_soon_as_it_is_installed_by_all_threads(tmp_path):
     script = """
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from regionspot.pipeline.images.decode import read_photo
+from regionspot.pipeline.images.decode import read_image
 sys.path.insert(0, sys.argv[1])
 with ThreadPoolExecutor(16) as pool:
-    print({read.getpixel((0, 0)) for read in pool.map(read_photo, [sys.argv[1] + "/image.jpg"] * 64)})
+    print({read.getpixel((0, 0)) for read in pool.map(read_image, [sys.argv[1] + "/image.jpg"] * 64)})
 """
     done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True)
     assert done.stdout == "{(10, 20, 30)}\n", done.stderr
@@ -164,7 +164,7 @@ def test_damaged_metadata_is_not_worth_a_word(tmp_path):
     NOISE.save(tmp_path / "image.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05 not what EXIF looks like")
     (tmp_path / "image.tif").write_bytes(saved("TIFF")[:60])
     script = (
-        "import sys\nfrom regionspot.pipeline.images.decode import read_photo\nread_photo(sys.argv[1], exif='apply')"
+        "import sys\nfrom regionspot.pipeline.images.decode import read_image\nread_image(sys.argv[1], exif='apply')"
     )
     done = [
         subprocess.run([sys.executable, "-c", script, tmp_path / name], capture_output=True, text=True)
@@ -185,7 +185,7 @@ def test_heic_is_upright_whatever_the_rule(orientation):
     exif[0x0112] = orientation
     file = io.BytesIO()
     stored.save(file, "HEIF", quality=95, exif=exif.tobytes())
-    with_rule = [np.asarray(read_photo(file.getvalue(), exif=rule)) for rule in ("auto", "apply", "ignore")]
+    with_rule = [np.asarray(read_image(file.getvalue(), exif=rule)) for rule in ("auto", "apply", "ignore")]
     assert all(np.array_equal(one, with_rule[0]) for one in with_rule)
     expected = stored.transpose(TURNS[orientation]) if orientation > 1 else stored
     found = Image.fromarray(with_rule[0])

@@ -8,10 +8,10 @@ import pytest
 import simplejpeg
 from PIL import Image
 
-from regionspot.cache.errors import PhotoError
-from regionspot.pipeline.images import decode as photos
+from regionspot.cache.errors import ImageError
+from regionspot.pipeline.images import decode as images
 from regionspot.pipeline.images import jpeg
-from regionspot.pipeline.images.decode import read_photo
+from regionspot.pipeline.images.decode import read_image
 from regionspot.pipeline.images.jpeg import decode_jpeg, gives_pillows_pixels
 
 COARSE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8))
@@ -26,9 +26,9 @@ def compared():
     gives_pillows_pixels.cache_clear()
 
 
-def jpeg_bytes(picture: Image.Image = NOISE, **options) -> bytes:
+def jpeg_bytes(image: Image.Image = NOISE, **options) -> bytes:
     file = io.BytesIO()
-    picture.save(file, "JPEG", **options)
+    image.save(file, "JPEG", **options)
     return file.getvalue()
 
 
@@ -40,11 +40,11 @@ def pillows(data: bytes) -> np.ndarray:
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (8, 8), (17, 33), (131, 97), (64, 3)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
 def test_every_kind_of_jpeg_has_pillows_pixels(mode, size):
-    picture = COARSE.resize(size, Image.Resampling.BICUBIC).convert(mode)
+    image = COARSE.resize(size, Image.Resampling.BICUBIC).convert(mode)
     for subsampling in (0, 1, 2):
         for quality in (30, 95):
             for options in ({}, {"progressive": True}, {"restart_marker_blocks": 3}, {"optimize": True}):
-                data = jpeg_bytes(picture, quality=quality, subsampling=subsampling, **options)
+                data = jpeg_bytes(image, quality=quality, subsampling=subsampling, **options)
                 assert np.array_equal(decode_jpeg(data), pillows(data)), (subsampling, quality, options)
 
 
@@ -86,10 +86,10 @@ def read(monkeypatch):
     def read(data: bytes, decoder: str) -> np.ndarray | str:
         with monkeypatch.context() as patch:
             if decoder == "Pillow":
-                patch.setattr(photos, "decode_jpeg", lambda _: None)
+                patch.setattr(images, "decode_jpeg", lambda _: None)
             try:
-                return np.asarray(read_photo(data))
-            except PhotoError as error:
+                return np.asarray(read_image(data))
+            except ImageError as error:
                 return str(error)
 
     return read
@@ -98,8 +98,8 @@ def read(monkeypatch):
 @WITH_AND_WITHOUT_SIMPLEJPEG
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_jpeg_may_lack_its_end_marker_but_no_pixels(read, kind, decoder):
-    picture, options = KINDS[kind]
-    whole = jpeg_bytes(picture, quality=90, **options)
+    image, options = KINDS[kind]
+    whole = jpeg_bytes(image, quality=90, **options)
     for tail in (b"", b"\xff", bytes(4096), b"\xff\xd9", b"\xff\xd9" + b"anything behind it"):
         assert np.array_equal(read(whole[:-2] + tail, decoder), pillows(whole)), tail
     for kept in (len(whole) // 4, len(whole) // 2, len(whole) * 9 // 10, len(whole) - 12):
@@ -138,8 +138,8 @@ def test_of_two_images_in_a_file_the_first_counts(read, decoder):
 
 def outcome(path) -> np.ndarray | str:
     try:
-        return np.asarray(read_photo(path))
-    except PhotoError as error:
+        return np.asarray(read_image(path))
+    except ImageError as error:
         return str(error)
 
 
@@ -154,7 +154,7 @@ def test_a_damaged_jpeg_comes_out_as_it_would_of_pillow_alone(tmp_path, monkeypa
         path.write_bytes(data[: drawn.choice([len(data), len(data), len(data) - 2, drawn.randrange(3, len(data))])])
         found = outcome(path)
         with monkeypatch.context() as without:
-            without.setattr(photos, "decode_jpeg", lambda _: None)
+            without.setattr(images, "decode_jpeg", lambda _: None)
             assert np.array_equal(found, outcome(path))
         broken += isinstance(found, str)
     assert 20 < broken < 130, "some are read, some are not"
@@ -169,6 +169,6 @@ def test_a_decoder_whose_pixels_are_off_by_one_is_not_used(monkeypatch):
 
 
 def test_a_jpeg_is_decoded_by_simplejpeg_where_it_may_be(tmp_path, monkeypatch):
-    NOISE.save(tmp_path / "photo.jpg")
-    monkeypatch.setattr(photos, "to_rgb", lambda *_: pytest.fail("Pillow decoded it"))
-    assert read_photo(tmp_path / "photo.jpg").size == NOISE.size
+    NOISE.save(tmp_path / "image.jpg")
+    monkeypatch.setattr(images, "to_rgb", lambda *_: pytest.fail("Pillow decoded it"))
+    assert read_image(tmp_path / "image.jpg").size == NOISE.size

@@ -66,16 +66,16 @@ def test_the_encoder_is_timms_tiny_vit_up_to_its_last_stage_which_keeps_the_grid
     ours, theirs = localizer._sam.image_encoder, tiny_vit_5m_224().eval()
     shared = {name: tensor for name, tensor in ours.state_dict().items() if not name.startswith("neck.")}
     theirs.load_state_dict(shared, strict=False)
-    picture = torch.randn(1, 3, 224, 224)
+    image = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        stem = ours.patch_embed(picture)
-        assert torch.equal(ours.stages[:3](stem), theirs.stages[:3](theirs.patch_embed(picture)))
+        stem = ours.patch_embed(image)
+        assert torch.equal(ours.stages[:3](stem), theirs.stages[:3](theirs.patch_embed(image)))
         assert ours.stages(stem).shape == (1, 320, 14, 14)
         assert theirs.stages(stem).shape == (1, 320, 7, 7)
-        assert ours(picture).shape == (1, 256, 14, 14)
+        assert ours(image).shape == (1, 256, 14, 14)
 
 
-def test_it_is_a_localizer_with_masks_whose_pictures_enter_as_sams(localizer):
+def test_it_is_a_localizer_with_masks_whose_images_enter_as_sams(localizer):
     assert isinstance(localizer, MaskingLocalizer)
     assert isinstance(localizer._sam.image_encoder, TinyVitEncoder)
     assert (localizer.pixels, localizer.token_dim) == (1024, 256)

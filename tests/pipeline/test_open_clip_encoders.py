@@ -85,7 +85,7 @@ def configs(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def photo():
+def image():
     noise = np.random.default_rng(0).integers(0, 255, (10, 15, 3), np.uint8)
     return Image.fromarray(noise).resize((120, 80), Image.Resampling.BICUBIC)
 
@@ -101,9 +101,9 @@ def close(found, expected, relative=1e-5) -> bool:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_map_has_the_shape_that_the_encoder_states_and_says_whether_a_class_token_leads_it(encoders, photo, name):
+def test_a_map_has_the_shape_that_the_encoder_states_and_says_whether_a_class_token_leads_it(encoders, image, name):
     encoder = encoders[name]
-    batch = torch.stack([encoder.preprocess(photo), encoder.preprocess(photo.rotate(180))])
+    batch = torch.stack([encoder.preprocess(image), encoder.preprocess(image.rotate(180))])
     maps = encoder.encode(batch)
     assert maps.shape == (2, *encoder.map_shape)
     assert encoder.map_shape[0] == PATCHES[name] + (name in WITH_CLASS_TOKEN)
@@ -114,9 +114,9 @@ def test_a_map_has_the_shape_that_the_encoder_states_and_says_whether_a_class_to
 
 
 @pytest.mark.parametrize("name", ["tiny-pe", "tiny-siglip"])
-def test_places_are_what_the_tower_says_before_its_last_norm_row_by_row_without_registers(encoders, photo, name):
+def test_places_are_what_the_tower_says_before_its_last_norm_row_by_row_without_registers(encoders, image, name):
     encoder = encoders[name]
-    batch, seen = encoder.preprocess(photo)[None], []
+    batch, seen = encoder.preprocess(image)[None], []
     trunk = encoder._visual.trunk
     handle = trunk.blocks[-1].register_forward_hook(lambda *call: seen.append(call[2]))
     encoder.embed_images(batch)
@@ -126,10 +126,10 @@ def test_places_are_what_the_tower_says_before_its_last_norm_row_by_row_without_
     assert close(encoder.encode(batch), expected)
 
 
-def test_a_picture_and_a_prompt_meet_as_in_open_clip_itself(encoders, photo):
+def test_an_image_and_a_prompt_meet_as_in_open_clip_itself(encoders, image):
     encoder, prompts = encoders["tiny-pe"], ["a dog", "a cat on a mat"]
     ids = open_clip.get_tokenizer("tiny-pe")(prompts)
-    batch = encoder.preprocess(photo)[None]
+    batch = encoder.preprocess(image)[None]
     assert close(encoder.embed_prompts(prompts), encoder._model.encode_text(ids))
     assert close(encoder.embed_images(batch), encoder._model.encode_image(batch))
     assert encoder.embed_prompts([]).shape == (0, encoder.text_dim)
@@ -137,10 +137,10 @@ def test_a_picture_and_a_prompt_meet_as_in_open_clip_itself(encoders, photo):
     assert not isinstance(encoder, ProjectingEncoder)
 
 
-def test_without_the_package_of_its_tokenizer_an_encoder_gives_maps_and_names_the_extra(encoders, photo, monkeypatch):
+def test_without_the_package_of_its_tokenizer_an_encoder_gives_maps_and_names_the_extra(encoders, image, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     encoder = encoders["tiny-siglip"]
-    assert encoder.encode(encoder.preprocess(photo)[None]).shape == (1, *encoder.map_shape)
+    assert encoder.encode(encoder.preprocess(image)[None]).shape == (1, *encoder.map_shape)
     with pytest.raises(InputError, match=r"the tokenizer nobody/nothing, .* pip install 'regionspot\[text\]'") as told:
         encoder.embed_prompts(["a dog"])
     assert "\n" not in str(told.value)
@@ -171,7 +171,7 @@ def test_weights_saved_under_open_clips_older_names_are_read(encoders, tmp_path)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_where_the_authors_squeeze_a_picture_it_enters_as_in_open_clip_itself(photo, monkeypatch, interpolation):
+def test_where_the_authors_squeeze_an_image_it_enters_as_in_open_clip_itself(image, monkeypatch, interpolation):
     published = {
         "mean": (0.5, 0.4, 0.3),
         "std": (0.5, 0.6, 0.7),
@@ -182,11 +182,11 @@ def test_where_the_authors_squeeze_a_picture_it_enters_as_in_open_clip_itself(ph
     monkeypatch.setattr(open_clip, "get_pretrained_cfg", lambda model, tag: published)
     encoder = load_encoder("open_clip:tiny-siglip", "random:0")
     theirs = open_clip.image_transform(160, is_train=False, **published)
-    assert close(encoder.preprocess(photo), theirs(photo), 1e-6)
+    assert close(encoder.preprocess(image), theirs(image), 1e-6)
     assert encoder.provenance["resize"] == f"PIL {interpolation} to 160 x 160, aspect not kept"
     reduced = load_encoder("open_clip:tiny-siglip", "random:0", preprocess="reference")
     assert "shorter edge 800" in reduced.provenance["resize"]
-    assert not close(reduced.preprocess(photo), encoder.preprocess(photo), 1e-3)
+    assert not close(reduced.preprocess(image), encoder.preprocess(image), 1e-3)
 
 
 def test_which_models_of_open_clip_are_plain_is_told_by_their_configurations():
@@ -238,11 +238,11 @@ def test_a_head_learns_from_maps_without_a_class_token_and_names_regions_by_them
     some = ["--iterations", 2, "--batch-size", 2, "--templates", "plain"]
     run("train", "--cache", cache, "--out", out, "--preset", "toy", "--encoder", name, *some, *random)
     assert set(FeatureCache.open(cache).feature_sets) == {"toy_sam", "toy_sam_slots", "toy_sam_iou", stored_name(name)}
-    photo = next(world.rglob("*.jpg"))
+    image = next(world.rglob("*.jpg"))
     capsys.readouterr()
     run(
         "predict",
-        photo,
+        image,
         "--checkpoint",
         out / "head.safetensors",
         "--boxes",

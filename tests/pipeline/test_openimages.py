@@ -1,4 +1,4 @@
-"""OpenImages: boxes from its CSV, sizes from the photos' headers, and both remembered and refused as they should be."""
+"""OpenImages: boxes from its CSV, sizes from the images' headers, and both remembered and refused as they should be."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from PIL import Image
 
 from regionspot.cache.errors import AnnotationError
 from regionspot.pipeline.datasets import image_sizes as sizes_module
-from regionspot.pipeline.datasets.image_sizes import SIZES_NAME, photo_sizes
+from regionspot.pipeline.datasets.image_sizes import SIZES_NAME, image_sizes
 from regionspot.pipeline.datasets.openimages import image_id_of
 from regionspot.pipeline.datasets.registry import read_dataset
 
@@ -24,14 +24,14 @@ def row(image, label=CAT, corners="0.1,0.5,0.25,0.75", group=0):
 
 
 class World:
-    """A data folder with the class file, two photos of 200 x 100 and one of 64 x 32, and the boxes given."""
+    """A data folder with the class file, two images of 200 x 100 and one of 64 x 32, and the boxes given."""
 
     def __init__(self, folder):
         self.folder = folder
-        self.photos = folder / "train"
-        self.photos.mkdir()
+        self.images = folder / "train"
+        self.images.mkdir()
         for image, size in ((ONE, (200, 100)), (TWO, (200, 100)), (LAST, (64, 32))):
-            Image.new("RGB", size).save(self.photos / f"{image}.jpg")
+            Image.new("RGB", size).save(self.images / f"{image}.jpg")
         (folder / "class-descriptions-boxable.csv").write_text(f'{DOG},Dog\n{CAT},"Cat, tame"\n')
 
     def read(self, *rows, header=HEADER, **options):
@@ -44,7 +44,7 @@ def world(tmp_path, home):
     return World(tmp_path)
 
 
-def test_normalised_corners_become_pixels_of_the_photo_in_a_boxs_own_order(world):
+def test_normalised_corners_become_pixels_of_the_image_in_a_boxs_own_order(world):
     manifest = world.read(row(TWO), row(LAST, corners="0,1,0.5,1"), row(TWO, DOG, "0.5,1,0,1"))
     assert manifest.paths.tolist() == [f"{TWO}.jpg", f"{LAST}.jpg"]
     assert (manifest.heights.tolist(), manifest.widths.tolist()) == ([100, 32], [200, 64])
@@ -78,16 +78,16 @@ def test_group_boxes_are_dropped_unless_asked_for_and_unknown_flags_are_no_group
     assert len(world.read(*rows, keep_groups=True).boxes_xyxy) == 2
 
 
-def test_pictures_without_photo_are_counted_and_left_out_with_their_boxes(world):
-    (world.photos / f"{ONE}.jpg").unlink()
-    (world.photos / f"{TWO}.jpg").write_bytes(b"no JPEG")
+def test_images_without_image_are_counted_and_left_out_with_their_boxes(world):
+    (world.images / f"{ONE}.jpg").unlink()
+    (world.images / f"{TWO}.jpg").write_bytes(b"no JPEG")
     manifest = world.read(row(ONE), row(ONE), row(TWO), row(LAST))
     assert manifest.paths.tolist() == [f"{LAST}.jpg"]
     assert manifest.report == {"missing_photos": 1, "unreadable_photos": 1, "dropped_photo_missing": 3}
     assert manifest.boxes_xyxy.tolist() == pytest.approx(np.array([[6.4, 8, 32, 24]]))
 
 
-def test_a_picture_whose_only_box_is_a_group_stays(world):
+def test_an_image_whose_only_box_is_a_group_stays(world):
     assert world.read(row(ONE, group=1), row(TWO)).region_count.tolist() == [0, 1]
 
 
@@ -113,46 +113,46 @@ def test_the_source_names_both_files(world):
 
 @pytest.fixture
 def headers_read(monkeypatch):
-    """The names of the photos whose headers were read."""
+    """The names of the images whose headers were read."""
     names = []
     read = sizes_module._header_size
     monkeypatch.setattr(sizes_module, "_header_size", lambda path: names.append(path.name) or read(path))
     return names
 
 
-def test_sizes_are_read_once_and_again_only_for_photos_that_changed(world, headers_read):
+def test_sizes_are_read_once_and_again_only_for_images_that_changed(world, headers_read):
     names = [f"{ONE}.jpg", f"{TWO}.jpg"]
-    photo_sizes(world.photos, names)
+    image_sizes(world.images, names)
     assert sorted(headers_read) == names
     headers_read.clear()
-    Image.new("RGB", (30, 50)).save(world.photos / f"{TWO}.jpg")
-    assert photo_sizes(world.photos, names).tolist() == [[100, 200], [50, 30]]
+    Image.new("RGB", (30, 50)).save(world.images / f"{TWO}.jpg")
+    assert image_sizes(world.images, names).tolist() == [[100, 200], [50, 30]]
     assert headers_read == [f"{TWO}.jpg"]
 
 
-def test_sizes_are_remembered_elsewhere_when_the_photo_folder_may_not_be_written(
+def test_sizes_are_remembered_elsewhere_when_the_image_folder_may_not_be_written(
     world, headers_read, home, monkeypatch
 ):
     monkeypatch.setattr(sizes_module, "SIZES_NAME", "no/such/folder")
-    (world.photos / "no").touch()  # a file where a folder would have to be: nothing can be written under it
-    photo_sizes(world.photos, [f"{ONE}.jpg"])
+    (world.images / "no").touch()  # a file where a folder would have to be: nothing can be written under it
+    image_sizes(world.images, [f"{ONE}.jpg"])
     assert len(list((home / "sizes").iterdir())) == 1
     headers_read.clear()
-    assert photo_sizes(world.photos, [f"{ONE}.jpg"]).tolist() == [[100, 200]]
+    assert image_sizes(world.images, [f"{ONE}.jpg"]).tolist() == [[100, 200]]
     assert not headers_read
 
 
 def test_a_broken_memory_is_read_over(world, headers_read):
-    (world.photos / SIZES_NAME).write_bytes(b"PAR1 broken")
-    assert photo_sizes(world.photos, [f"{ONE}.jpg"]).tolist() == [[100, 200]]
+    (world.images / SIZES_NAME).write_bytes(b"PAR1 broken")
+    assert image_sizes(world.images, [f"{ONE}.jpg"]).tolist() == [[100, 200]]
     headers_read.clear()
-    photo_sizes(world.photos, [f"{ONE}.jpg"])
+    image_sizes(world.images, [f"{ONE}.jpg"])
     assert not headers_read
 
 
 def test_nothing_is_left_beside_the_remembered_sizes(world):
-    photo_sizes(world.photos, [f"{ONE}.jpg"])
-    assert sorted(os.listdir(world.photos)) == sorted([SIZES_NAME, *(f"{name}.jpg" for name in (ONE, TWO, LAST))])
+    image_sizes(world.images, [f"{ONE}.jpg"])
+    assert sorted(os.listdir(world.images)) == sorted([SIZES_NAME, *(f"{name}.jpg" for name in (ONE, TWO, LAST))])
 
 
 # What is refused
@@ -245,9 +245,9 @@ def test_boxes_in_pixels_are_told_and_so_are_corners_in_another_order_and_repeat
     ("name", "there"), [("train_0/", "holds train_0/"), ("{}.JPG", "holds {}.JPG"), ("", "is empty")]
 )
 def test_where_no_image_is_found_what_the_folder_holds_is_told(world, name, there):
-    for photo in world.photos.iterdir():
-        photo.unlink()
-    path = world.photos / name.format(ONE)
+    for image in world.images.iterdir():
+        image.unlink()
+    path = world.images / name.format(ONE)
     path.mkdir(exist_ok=True) if name.endswith("/") or not name else path.touch()
     with pytest.raises(AnnotationError, match=there.format(ONE)):
         world.read(row(ONE))

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps, features
 
-from regionspot.cache.errors import PhotoError
-from regionspot.pipeline.datasets.image_sizes import photo_sizes
-from regionspot.pipeline.images.decode import decode_photo
+from regionspot.cache.errors import ImageError
+from regionspot.pipeline.datasets.image_sizes import image_sizes
+from regionspot.pipeline.images.decode import decode_image
 
 ORIENTATION = 0x0112
 QUARTER_TURNS = (5, 6, 7, 8)
@@ -139,30 +139,30 @@ def test_every_format_and_orientation_follows_the_rule_however_the_image_is_give
         fits = size in (None, SEEN[seen](STORED).shape[:2])
         for source in (path, str(path), content, Image.open(path)):
             if not fits:
-                with pytest.raises(PhotoError, match="boxes would not fit"):
-                    decode_photo(source, size, rule)
+                with pytest.raises(ImageError, match="boxes would not fit"):
+                    decode_image(source, size, rule)
                 continue
-            photo = decode_photo(source, size, rule)
-            assert_seen(photo.image, seen)
+            image = decode_image(source, size, rule)
+            assert_seen(image.image, seen)
             expected = "none" if orientation == 1 else "applied" if orientation in turned else "ignored"
-            assert photo.orientation == expected, (size, rule, type(source))
-            assert decode_photo(photo.image, exif="apply").orientation == "none"
+            assert image.orientation == expected, (size, rule, type(source))
+            assert decode_image(image.image, exif="apply").orientation == "none"
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_sizes_read_from_headers_are_those_of_the_stored_image(tmp_path, format):
     for orientation in SEEN:
         (tmp_path / f"{orientation}.x").write_bytes(FORMATS[format](orientation))
-    sizes = photo_sizes(tmp_path, [f"{orientation}.x" for orientation in SEEN])
+    sizes = image_sizes(tmp_path, [f"{orientation}.x" for orientation in SEEN])
     assert sizes.tolist() == [[HEIGHT, WIDTH]] * 8
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WebP"])
 def test_an_orientation_that_does_not_exist_is_none(format, orientation):
-    photo = decode_photo(FORMATS[format](orientation), exif="apply")
-    assert photo.orientation == "none"
-    assert_seen(photo.image, 1)
+    image = decode_image(FORMATS[format](orientation), exif="apply")
+    assert image.orientation == "none"
+    assert_seen(image.image, 1)
 
 
 def test_exif_goes_before_xmp():
@@ -170,19 +170,19 @@ def test_exif_goes_before_xmp():
     jpeg = saved("JPEG", quality=95, subsampling=0, exif=exif)
     body = b"http://ns.adobe.com/xap/1.0/\0" + xmp
     both = jpeg[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + jpeg[2:]
-    assert_seen(decode_photo(both, exif="apply").image, 3)
+    assert_seen(decode_image(both, exif="apply").image, 3)
 
 
 def test_an_image_that_was_turned_in_memory_is_not_turned_again():
     for format in ("JPEG", "TIFF", "PNG"):
         with Image.open(io.BytesIO(FORMATS[format](6))) as opened:
             upright = ImageOps.exif_transpose(opened)
-        assert_seen(decode_photo(upright, exif="apply").image, 6)
+        assert_seen(decode_image(upright, exif="apply").image, 6)
 
 
 def test_an_opened_image_stays_as_it_was():
     opened = Image.open(io.BytesIO(FORMATS["JPEG"](6)))
     for rule in ("apply", "ignore"):
-        decode_photo(opened, exif=rule)
+        decode_image(opened, exif=rule)
         assert np.asarray(opened).shape == STORED.shape
         assert opened.getexif()[ORIENTATION] == 6

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from regionspot.cache.errors import PhotoError
+from regionspot.cache.errors import ImageError
 from regionspot.pipeline.images import pixel_depth
-from regionspot.pipeline.images.decode import read_photo
+from regionspot.pipeline.images.decode import read_image
 
 HEIGHT, WIDTH = 32, 48
 RAMP = np.linspace(0, 1, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH)  # black at the top left to white at the bottom right
@@ -140,13 +140,13 @@ def assert_ramp(image: Image.Image, but: int = 1) -> None:
 
 @pytest.mark.parametrize("name", STATED)
 def test_a_stated_or_usual_white_is_taken(name, caplog):
-    assert_ramp(read_photo(STATED[name]), but=0)
+    assert_ramp(read_image(STATED[name]), but=0)
     assert not caplog.records
 
 
 @pytest.mark.parametrize("name", GUESSED)
 def test_where_nothing_says_what_is_white_it_is_guessed_with_a_warning(name, caplog):
-    assert_ramp(read_photo(GUESSED[name]))
+    assert_ramp(read_image(GUESSED[name]))
     (warned,) = caplog.messages
     assert warned.startswith(f"the image of {len(GUESSED[name]):,} bytes: nothing says which of its")
 
@@ -154,19 +154,19 @@ def test_where_nothing_says_what_is_white_it_is_guessed_with_a_warning(name, cap
 def test_a_kind_of_image_is_warned_of_once(caplog, tmp_path):
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(GUESSED["12 bits in 16"])
-        read_photo(tmp_path / name)
+        read_image(tmp_path / name)
     (warned,) = caplog.messages
     assert f"{tmp_path / 'a.png'}: nothing says which of its values, 0 to 4095, is white; 4095 is taken" in warned
 
 
 def test_12_bits_keep_their_upper_8_whatever_the_brightest_is():
     dim = (ramp(4095, np.uint16) * 0.7).astype(np.uint16)
-    assert np.array_equal(np.asarray(read_photo(png(dim)))[..., 0], dim >> 4)
+    assert np.array_equal(np.asarray(read_image(png(dim)))[..., 0], dim >> 4)
 
 
 @pytest.mark.parametrize("value", [0, 65535])
 def test_an_image_of_16_bits_may_be_all_black_or_all_white(value, caplog):
-    image = read_photo(png(np.full((HEIGHT, WIDTH), value, np.uint16)))
+    image = read_image(png(np.full((HEIGHT, WIDTH), value, np.uint16)))
     assert np.asarray(image).max() == np.asarray(image).min() == value >> 8
     assert not caplog.records
 
@@ -174,14 +174,14 @@ def test_an_image_of_16_bits_may_be_all_black_or_all_white(value, caplog):
 def test_a_few_stars_on_a_black_sky_are_seen():
     sky = np.zeros((100, 100), np.uint16)
     sky[50, 50] = 3000
-    assert read_photo(png(sky)).getpixel((50, 50)) == (255, 255, 255)
+    assert read_image(png(sky)).getpixel((50, 50)) == (255, 255, 255)
 
 
 def test_values_that_are_not_finite_are_black_or_white_and_told(caplog):
     samples = ramp(1, np.float32)
     samples[0, :4] = samples[9, 9] = np.nan
     samples[1, 1], samples[1, 2] = np.inf, -np.inf
-    image = read_photo(tiff(samples, FLOAT))
+    image = read_image(tiff(samples, FLOAT))
     assert [image.getpixel(at)[0] for at in [(0, 0), (9, 9), (1, 1), (2, 1)]] == [0, 0, 255, 0]
     assert_ramp(image, but=5)
     assert "7 of its values are not finite" in caplog.text
@@ -201,11 +201,11 @@ def test_values_that_are_not_finite_are_black_or_white_and_told(caplog):
     ids=["nothing but NaN", "a few lights in the dark", "12 bits in 16, colour", "8 bits in 16, colour"],
 )
 def test_what_no_scale_shows_is_refused(content, reason):
-    with pytest.raises(PhotoError, match=reason):
-        read_photo(content)
+    with pytest.raises(ImageError, match=reason):
+        read_image(content)
 
 
 def test_images_from_python_are_scaled_alike():
-    assert_ramp(read_photo(Image.fromarray(ramp(1, np.float32))))
-    assert_ramp(read_photo(Image.fromarray(ramp(4095, np.uint16))))
-    assert_ramp(read_photo(Image.fromarray(ramp(65535, np.int32))))
+    assert_ramp(read_image(Image.fromarray(ramp(1, np.float32))))
+    assert_ramp(read_image(Image.fromarray(ramp(4095, np.uint16))))
+    assert_ramp(read_image(Image.fromarray(ramp(65535, np.int32))))

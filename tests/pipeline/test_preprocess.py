@@ -1,4 +1,4 @@
-"""The presets: what the reference one does to a picture and its boxes is what its authors do, step by step."""
+"""The presets: what the reference one does to an image and its boxes is what its authors do, step by step."""
 
 from dataclasses import replace
 
@@ -18,14 +18,14 @@ from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.head import FusionHead, HeadConfig
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.backbones.sam import load_localizer
-from regionspot.pipeline.datasets.region_table import manifest_of_pictures
+from regionspot.pipeline.datasets.region_table import manifest_of_images
 from regionspot.pipeline.extraction.extract import Backbones
 from regionspot.pipeline.images import preprocess
 from regionspot.pipeline.images.preprocess import PREPROCESS, clip_input, preprocess_named
 
 REFERENCE = PREPROCESS["reference"]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-# (height, width) of photos, and of what detectron2 0.6's ResizeShortestEdge(800, 1333) makes of them.
+# (height, width) of images, and of what detectron2 0.6's ResizeShortestEdge(800, 1333) makes of them.
 REDUCED = {
     (480, 640): (800, 1067),
     (640, 480): (1067, 800),
@@ -42,7 +42,7 @@ SLIVER = (20, 30_000)  # rounds to less than a pixel; detectron2 fails on it, he
 
 
 @pytest.fixture(scope="module")
-def photo() -> Image.Image:
+def image() -> Image.Image:
     coarse = np.random.default_rng(0).integers(0, 256, (13, 17, 3), np.uint8)
     return Image.fromarray(coarse).resize((341, 260), Image.Resampling.BICUBIC)
 
@@ -54,53 +54,53 @@ def boxes() -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def reduced(photo) -> Image.Image:
-    return photo.resize((1049, 800), Image.Resampling.BILINEAR)
+def reduced(image) -> Image.Image:
+    return image.resize((1049, 800), Image.Resampling.BILINEAR)
 
 
-def test_the_reduced_picture_has_the_size_of_detectron2():
+def test_the_reduced_image_has_the_size_of_detectron2():
     assert {size: REFERENCE.first_size(size) for size in REDUCED} == REDUCED
     assert REFERENCE.first_size(SLIVER) == (1, 1333)
 
 
-def test_sam_takes_the_reduced_picture_through_its_official_transform(photo, reduced):
+def test_sam_takes_the_reduced_image_through_its_official_transform(image, reduced):
     expected = ResizeLongestSide(1024).apply_image(np.asarray(reduced))
-    found = REFERENCE.sam_input(photo, 1024).permute(1, 2, 0).numpy()
+    found = REFERENCE.sam_input(image, 1024).permute(1, 2, 0).numpy()
     assert np.array_equal(found, expected)
-    assert found.shape[:2] == REFERENCE.sam_size((photo.height, photo.width), 1024)
-    assert not np.array_equal(found, preprocess_named("direct").sam_input(photo, 1024).permute(1, 2, 0).numpy())
+    assert found.shape[:2] == REFERENCE.sam_size((image.height, image.width), 1024)
+    assert not np.array_equal(found, preprocess_named("direct").sam_input(image, 1024).permute(1, 2, 0).numpy())
 
 
-def test_boxes_follow_the_picture_through_both_steps(boxes):
+def test_boxes_follow_the_image_through_both_steps(boxes):
     in_reduced = (boxes.astype(np.float64) * [1049 / 341, 800 / 260, 1049 / 341, 800 / 260]).astype(np.float32)
     expected = ResizeLongestSide(1024).apply_boxes(in_reduced, (800, 1049)).astype(np.float32)
     assert np.array_equal(REFERENCE.scale_boxes(boxes, (260, 341), 1024), expected)
 
 
-def test_clip_takes_the_reduced_picture_without_antialiasing(photo, reduced):
+def test_clip_takes_the_reduced_image_without_antialiasing(image, reduced):
     floats = torch.from_numpy(np.array(reduced)).permute(2, 0, 1)[None] / 255
     square = F.interpolate(floats, (64, 64), mode="bilinear", align_corners=False)[0]
     expected = (square - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    found = REFERENCE.clip_input(photo, 64, MEAN, STD)
+    found = REFERENCE.clip_input(image, 64, MEAN, STD)
     assert torch.allclose(found, expected, atol=1e-5)
-    assert not torch.allclose(found, preprocess_named("direct").clip_input(photo, 64, MEAN, STD), atol=0.05)
+    assert not torch.allclose(found, preprocess_named("direct").clip_input(image, 64, MEAN, STD), atol=0.05)
 
 
-def test_the_toy_backbones_give_by_reference_what_they_give_of_the_reduced_picture(photo, reduced, boxes):
+def test_the_toy_backbones_give_by_reference_what_they_give_of_the_reduced_image(image, reduced, boxes):
     direct, by_reference = (load_localizer("toy_sam", preprocess=name) for name in ("direct", "reference"))
     in_reduced = (boxes.astype(np.float64) * [1049 / 341, 800 / 260, 1049 / 341, 800 / 260]).astype(np.float32)
-    expected = direct.tokens_of_pictures(direct.encode([direct.preprocess(reduced)]), [in_reduced], [(800, 1049)])[0]
-    embedding = by_reference.encode([by_reference.preprocess(photo)])[0]
-    assert torch.equal(by_reference.tokens_of_pictures(embedding[None], [boxes], [(260, 341)])[0], expected)
+    expected = direct.tokens_of_images(direct.encode([direct.preprocess(reduced)]), [in_reduced], [(800, 1049)])[0]
+    embedding = by_reference.encode([by_reference.preprocess(image)])[0]
+    assert torch.equal(by_reference.tokens_of_images(embedding[None], [boxes], [(260, 341)])[0], expected)
     tokens, masks = by_reference.tokens_and_masks(embedding, boxes[:3], (260, 341))
     assert torch.allclose(tokens, expected[:3], atol=1e-5)
     assert masks.shape == (3, 260, 341)
 
 
-def test_a_picture_squeezed_strip_by_strip_has_the_bits_of_one_squeezed_whole(photo, monkeypatch):
-    whole = clip_input(photo, 64, MEAN, STD)
-    monkeypatch.setattr(preprocess, "STRIP_PIXELS", 7 * photo.width)
-    assert torch.equal(clip_input(photo, 64, MEAN, STD), whole)
+def test_an_image_squeezed_strip_by_strip_has_the_bits_of_one_squeezed_whole(image, monkeypatch):
+    whole = clip_input(image, 64, MEAN, STD)
+    monkeypatch.setattr(preprocess, "STRIP_PIXELS", 7 * image.width)
+    assert torch.equal(clip_input(image, 64, MEAN, STD), whole)
 
 
 @pytest.mark.parametrize("load", [load_localizer, load_encoder], ids=["localizer", "encoder"])
@@ -109,9 +109,9 @@ def test_a_preset_that_there_is_not_is_refused_in_one_line(load):
         load("toy_sam" if load is load_localizer else "toy_clip", preprocess="sharp")
 
 
-def one_picture() -> Manifest:
+def one_image() -> Manifest:
     sizes = np.array([10])
-    return manifest_of_pictures("coco", "val", np.array([1]), ["1.jpg"], sizes, sizes, ())
+    return manifest_of_images("coco", "val", np.array([1]), ["1.jpg"], sizes, sizes, ())
 
 
 def test_features_of_one_preset_are_not_added_to_those_of_another(tmp_path):
@@ -120,9 +120,9 @@ def test_features_of_one_preset_are_not_added_to_those_of_another(tmp_path):
     assert {name: each["preprocess"] for name, each in stated.items()} == dict.fromkeys(stated, "reference")
     assert "shorter edge 800, longer at most 1333" in stated["toy_sam"]["resize"]
     assert "not antialiased" in stated["toy_clip"]["resize"]
-    FeatureCache.open_or_create(tmp_path / "c.zarr", one_picture(), direct.feature_sets(), 4)
+    FeatureCache.open_or_create(tmp_path / "c.zarr", one_image(), direct.feature_sets(), 4)
     with pytest.raises(ProvenanceMismatchError, match="preprocess"):
-        FeatureCache.open_or_create(tmp_path / "c.zarr", one_picture(), by_reference.feature_sets(), 4)
+        FeatureCache.open_or_create(tmp_path / "c.zarr", one_image(), by_reference.feature_sets(), 4)
 
 
 def test_a_head_is_evaluated_by_the_preset_of_the_features_it_was_trained_on(tmp_path):

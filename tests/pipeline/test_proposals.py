@@ -15,7 +15,7 @@ from regionspot.pipeline.reporting.failures import FailureLimit
 
 @pytest.fixture
 def manifest(tmp_path):
-    """Pictures 5 and 3 of 200 x 100 with a box each; categories 10 and 20."""
+    """Images 5 and 3 of 200 x 100 with a box each; categories 10 and 20."""
     path = tmp_path / "boxes.json"
     images = [{"id": image_id, "height": 100, "width": 200, "file_name": f"{image_id}.jpg"} for image_id in (5, 3)]
     boxes = [{"image_id": image_id, "category_id": 10, "bbox": [1, 2, 30, 40]} for image_id in (5, 3)]
@@ -54,9 +54,9 @@ def test_regions_are_replaced_by_the_detectors_in_its_order_with_scores_and_labe
 
 
 def test_the_results_form_of_detectors_gives_the_same(read):
-    by_picture = read({"3": detections([[1, 2, 31, 42]], [0.25], labels=[20]), "5": detections([], [], labels=[])})
+    by_image = read({"3": detections([[1, 2, 31, 42]], [0.25], labels=[20]), "5": detections([], [], labels=[])})
     results = read([{"image_id": 3, "bbox": [1, 2, 30, 40], "score": 0.25, "category_id": 20}])
-    assert results.digest() == by_picture.digest()
+    assert results.digest() == by_image.digest()
 
 
 def test_images_without_proposals_stay_and_are_counted(read):
@@ -65,7 +65,7 @@ def test_images_without_proposals_stay_and_are_counted(read):
     assert found.report == {"images_without_proposals": 1}
 
 
-def test_no_proposals_at_all_leave_every_picture(read):
+def test_no_proposals_at_all_leave_every_image(read):
     for nothing in ({}, []):
         found = read(nothing)
         assert (len(found), len(found.boxes_xyxy), found.report) == (2, 0, {"images_without_proposals": 2})
@@ -89,7 +89,7 @@ def test_the_rules_for_boxes_are_those_of_the_annotations(read):
     }
 
 
-def test_proposals_for_unknown_pictures_are_refused_by_name_unless_allowed(read):
+def test_proposals_for_unknown_images_are_refused_by_name_unless_allowed(read):
     boxes = {str(image_id): detections([[0, 0, 9, 9]], [1], labels=[77]) for image_id in (3, 5, 6, 7, 8, 9)}
     with pytest.raises(AnnotationError, match=r"4 of its 6 images are not in coco val \(6, 7, 8, \.\.\.\)"):
         read(boxes)

@@ -23,7 +23,7 @@ from regionspot.pipeline.backbones.registry import (
     stored_name,
 )
 from regionspot.pipeline.backbones.sam import load_localizer
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.extract import extract
 from regionspot.pipeline.toy.world import make_toy_world
 
@@ -37,8 +37,8 @@ class Grey:
         self.name, self.device, self.map_shape, self.batch_size = "grey", torch.device(asked.device), (4, 1), 2
         self.provenance = {"model": "grey", "dtype": asked.dtype, "preprocess": asked.preprocess.name}
 
-    def preprocess(self, photo):
-        return transforms.resize(transforms.pil_to_tensor(photo.convert("L")).float(), [2, 2])
+    def preprocess(self, image):
+        return transforms.resize(transforms.pil_to_tensor(image.convert("L")).float(), [2, 2])
 
     def encode(self, batch):
         return batch.flatten(1)[:, :, None]
@@ -101,7 +101,7 @@ def test_an_installed_package_brings_its_own_by_an_entry_point(package):
 def test_what_lacks_a_part_of_the_interface_is_refused_with_what_it_lacks(package):
     with pytest.raises(InputError, match="lacks batch_size, device, encode, map_shape, preprocess, provenance"):
         load_encoder("their_models:Nothing")
-    with pytest.raises(InputError, match=r"lacks .*outputs_of_pictures"):
+    with pytest.raises(InputError, match=r"lacks .*outputs_of_images"):
         load_localizer("their_models:Grey")
 
 
@@ -136,7 +136,7 @@ def test_all_tokens_of_sam_are_the_official_decoders_and_the_first_is_what_it_is
     assert localizer.outputs == {name: (128,), f"{name}_slots": (512,), f"{name}_iou": (4,)}
     embeddings = torch.randn(2, 128, 16, 16, generator=torch.Generator().manual_seed(0))
     boxes = [np.array([[10, 20, 100, 60], [3, 3, 9, 9], [0, 0, 120, 80]], np.float32), np.zeros((0, 4), np.float32)]
-    found = localizer.outputs_of_pictures(embeddings, boxes, [(80, 120), (50, 50)])
+    found = localizer.outputs_of_images(embeddings, boxes, [(80, 120), (50, 50)])
     corners, dense = sam.prompt_encoder(points=None, boxes=localizer._scaled(boxes[0], (80, 120)), masks=None)
     seen = []
     handle = sam.mask_decoder.transformer.register_forward_hook(lambda *call: seen.append(call[2][0]))
@@ -146,19 +146,19 @@ def test_all_tokens_of_sam_are_the_official_decoders_and_the_first_is_what_it_is
     for each, expected in official.items():
         assert float((found[0][each] - expected).abs().max() / expected.abs().max()) <= 1e-5
         assert found[1][each].shape == (0, *expected.shape[1:])
-    alone = load_localizer("toy_sam", "random:0").tokens_of_pictures(embeddings, boxes, [(80, 120), (50, 50)])
+    alone = load_localizer("toy_sam", "random:0").tokens_of_images(embeddings, boxes, [(80, 120), (50, 50)])
     assert float((found[0][name] - alone[0]).abs().max() / alone[0].abs().max()) <= 1e-5
     assert localizer.provenance == load_localizer("toy_sam", "random:0").provenance
 
 
 def test_all_tokens_are_added_to_a_cache_of_location_tokens_which_stay_as_they_are(tmp_path):
     world = make_toy_world(tmp_path / "world", 40, seed=1)
-    manifest, photos = read_dataset("toy", world, "train").head(4), photo_dir("toy", world)
+    manifest, images = read_dataset("toy", world, "train").head(4), image_folder_of("toy", world)
     rows, kept = np.arange(4), []
     for tokens in ("first", "all"):
         backbones = Backbones.load("toy", device="cpu", tokens=tokens)
         cache = FeatureCache.open_or_create(tmp_path / "a.zarr", manifest, backbones.feature_sets(), 2)
-        extract(cache, photos, backbones)
+        extract(cache, images, backbones)
         kept.append({name: cache.read(rows, token_set=name).tokens for name in backbones.localizer.outputs})
     first, read = kept[0]["toy_sam"], kept[1]
     assert np.array_equal(read["toy_sam"], first)

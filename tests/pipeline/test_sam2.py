@@ -31,7 +31,7 @@ def error(found, expected) -> float:
 
 
 @pytest.fixture(scope="module")
-def photo():
+def image():
     noise = np.random.default_rng(0).integers(0, 255, (10, 15, 3), np.uint8)
     return Image.fromarray(noise).resize((120, 80), Image.Resampling.BICUBIC)
 
@@ -44,17 +44,17 @@ def localizer(request):
 
 
 @pytest.fixture(scope="module")
-def embeddings(localizer, photo):
-    return localizer.encode([localizer.preprocess(photo), localizer.preprocess(photo.rotate(180))])
+def embeddings(localizer, image):
+    return localizer.encode([localizer.preprocess(image), localizer.preprocess(image.rotate(180))])
 
 
 @pytest.fixture(scope="module")
-def predictor(localizer, photo):
+def predictor(localizer, image):
     from sam2.sam2_image_predictor import SAM2ImagePredictor
 
     made = SAM2ImagePredictor(localizer._model)
     made._bb_feat_sizes = [(64, 64), (32, 32), (16, 16)]  # which it knows for 1,024 pixels only
-    made.set_image(photo)
+    made.set_image(image)
     return made
 
 
@@ -69,7 +69,7 @@ def test_all_four_tokens_and_their_ious_are_the_official_predictors(localizer, p
     predictor.predict(box=BOXES, multimask_output=False)
     _, ious, tokens, _ = seen[-1]
     name = localizer.name
-    found = localizer.outputs_of_pictures(embeddings, [BOXES, BOXES[:0]], [SIZE, SIZE])
+    found = localizer.outputs_of_images(embeddings, [BOXES, BOXES[:0]], [SIZE, SIZE])
     assert error(found[0][name], tokens[:, 0]) <= RELATIVE
     assert error(found[0][f"{name}_slots"], tokens.flatten(1)) <= RELATIVE
     assert error(found[0][f"{name}_iou"], ious) <= RELATIVE
@@ -80,13 +80,13 @@ def test_all_four_tokens_and_their_ious_are_the_official_predictors(localizer, p
 
 
 def test_tokens_do_not_depend_on_which_boxes_go_together(localizer, embeddings):
-    together = localizer.tokens_of_pictures(embeddings, [BOXES, BOXES[:2]], [SIZE, SIZE])
-    alone = localizer.tokens_of_pictures(embeddings[1:], [BOXES[:2]], [SIZE])
+    together = localizer.tokens_of_images(embeddings, [BOXES, BOXES[:2]], [SIZE, SIZE])
+    alone = localizer.tokens_of_images(embeddings[1:], [BOXES[:2]], [SIZE])
     assert error(together[1], alone[0]) <= RELATIVE
     assert error(together[0][:2], alone[0]) > 0.01
 
 
-def test_it_is_a_localizer_without_masks_that_says_how_pictures_enter(localizer):
+def test_it_is_a_localizer_without_masks_that_says_how_images_enter(localizer):
     assert isinstance(localizer, Localizer)
     assert not isinstance(localizer, MaskingLocalizer)
     assert localizer.provenance["resize"] == "antialiased bilinear on floats to 256 x 256, aspect not kept"

@@ -29,7 +29,7 @@ def drawn(window_size, pixels=160):
     return encoder.eval().requires_grad_(False)
 
 
-def pictures(count=2, pixels=160):
+def images(count=2, pixels=160):
     return torch.randn(count, 3, pixels, pixels, generator=torch.Generator().manual_seed(1))
 
 
@@ -42,14 +42,14 @@ def error(found, expected):
 @pytest.mark.parametrize("window_size", [4, 5, 7, 0])  # 10 places: 2 of padding, none, 4, no windows at all
 def test_embeddings_equal_the_official_encoders(window_size):
     encoder = drawn(window_size)
-    assert error(SamEncoder(encoder, "float32")(pictures()), encoder(pictures())) < 1e-5
+    assert error(SamEncoder(encoder, "float32")(images()), encoder(images())) < 1e-5
 
 
 def test_they_do_not_depend_on_how_many_queries_attend_at_a_time(monkeypatch):
     encoder = drawn(4)
     monkeypatch.setattr(sam_encoder, "_QUERIES", 30)  # 3 rows of the grid's 10: the last run is shorter
     monkeypatch.setattr(sam_encoder, "_MLP_ROWS", 33)
-    assert error(SamEncoder(encoder, "float32")(pictures()), encoder(pictures())) < 1e-5
+    assert error(SamEncoder(encoder, "float32")(images()), encoder(images())) < 1e-5
 
 
 def test_the_kernel_of_a_gpu_gives_the_same_on_a_cpu():
@@ -62,7 +62,7 @@ def test_the_kernel_of_a_gpu_gives_the_same_on_a_cpu():
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_flexible_attention_gives_the_same():
     encoder = drawn(4)
-    assert error(SamEncoder(encoder, "float32", flex=True)(pictures()), encoder(pictures())) < 1e-5
+    assert error(SamEncoder(encoder, "float32", flex=True)(images()), encoder(images())) < 1e-5
 
 
 def test_tables_of_another_grid_are_interpolated_as_the_official_encoder_does():
@@ -73,19 +73,19 @@ def test_tables_of_another_grid_are_interpolated_as_the_official_encoder_does():
             torch.nn.Parameter(torch.randn(13, 16, generator=torch.Generator().manual_seed(3)), requires_grad=False)
             for _ in range(2)
         )
-    assert error(SamEncoder(encoder, "float32")(pictures()), encoder(pictures())) < 1e-5
+    assert error(SamEncoder(encoder, "float32")(images()), encoder(images())) < 1e-5
 
 
 def test_bfloat16_rounds_the_products_and_nothing_else():
     encoder = drawn(4)
-    found, exact = SamEncoder(encoder, "bfloat16")(pictures()), encoder(pictures())
+    found, exact = SamEncoder(encoder, "bfloat16")(images()), encoder(images())
     assert 1e-4 < error(found, exact) < 0.05
 
 
-def test_pictures_do_not_see_each_other():
+def test_images_do_not_see_each_other():
     encoder = SamEncoder(drawn(4), "float32")
-    together = encoder(pictures())
-    assert error(torch.cat([encoder(picture[None]) for picture in pictures()]), together) < 1e-6
+    together = encoder(images())
+    assert error(torch.cat([encoder(image[None]) for image in images()]), together) < 1e-6
 
 
 def test_it_compiles_as_one_graph_that_computes_the_same(monkeypatch):
@@ -93,4 +93,4 @@ def test_it_compiles_as_one_graph_that_computes_the_same(monkeypatch):
     traced = functools.partial(torch.compile, backend="eager", fullgraph=True)
     monkeypatch.setattr(torch, "compile", traced)
     encoder = drawn(4)
-    assert error(SamEncoder(encoder, "float32", compile=True)(pictures()), encoder(pictures())) < 1e-5
+    assert error(SamEncoder(encoder, "float32", compile=True)(images()), encoder(images())) < 1e-5

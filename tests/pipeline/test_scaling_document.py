@@ -13,7 +13,7 @@ import pytest
 from regionspot.cache import FeatureCache
 from regionspot.cache.tools.verify import verify
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.extract import extract
 from regionspot.pipeline.toy.world import make_toy_world
 
@@ -41,7 +41,7 @@ def one_process(world, tmp_path_factory) -> dict[str, bytes]:
     path = tmp_path_factory.mktemp("one") / "c.zarr"
     backbones = Backbones.load("toy", device="cpu")
     cache = FeatureCache.open_or_create(path, read_dataset("toy", world, "train"), backbones.feature_sets(), 4)
-    extract(cache, photo_dir("toy", world), backbones)
+    extract(cache, image_folder_of("toy", world), backbones)
     return content(path)
 
 
@@ -63,7 +63,7 @@ def must_equal(path: Path, one_process: dict[str, bytes]) -> None:
 def test_the_commands_for_one_machine_write_what_one_process_writes(tmp_path, one_process):
     done = must_run(BLOCKS[0], tmp_path)
     must_equal(tmp_path / "toy.zarr", one_process)
-    assert "pictures" in done.stdout
+    assert "images" in done.stdout
     assert "2 workers" in done.stderr
 
 

@@ -11,11 +11,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from regionspot.cache import FeatureCache, InputError, PictureFeatures
+from regionspot.cache import FeatureCache, ImageFeatures, InputError
 from regionspot.cache.tools.verify import verify
 from regionspot.cache.writing.claims import Claims
-from regionspot.pipeline.extraction.part_queue import PartCounts, SharedParts
-from regionspot.pipeline.extraction.writer_thread import CommitThread
+from regionspot.pipeline.extraction.part_queue import PartCounts, PartQueue
+from regionspot.pipeline.extraction.writer_thread import WriterThread
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 PARTS = 40
@@ -45,17 +45,17 @@ def features(cache, row, names):
     shapes = {
         each.name: each.shape if each.kind == "map" else (regions, *each.shape) for each in cache.feature_sets.values()
     }
-    return PictureFeatures(row, {name: np.full(shapes[name], row, np.float32) for name in names})
+    return ImageFeatures(row, {name: np.full(shapes[name], row, np.float32) for name in names})
 
 
 def opened(address, claims, only=None):
     cache = FeatureCache.open(address, "a")
-    return cache, SharedParts(cache, list(cache.feature_sets), claims, only)
+    return cache, PartQueue(cache, list(cache.feature_sets), claims, only)
 
 
 def run(cache, parts):
     while parts.wait():
-        with CommitThread(cache, parts, RunStats()) as writer:
+        with WriterThread(cache, parts, RunStats()) as writer:
             for row, names in parts.jobs():
                 writer.put(features(cache, row, names))
 
@@ -70,7 +70,7 @@ def test_runs_at_once_do_every_part_once_and_their_counts_add_up_at_every_moment
             while not ended.is_set():
                 for _, parts in runs:
                     now = parts.counts
-                    if now.before + now.done + now.others + now.pending != PARTS or now.pictures < now.done:
+                    if now.before + now.done + now.others + now.pending != PARTS or now.images < now.done:
                         wrong.append(now)
 
         with ThreadPoolExecutor(3) as pool:
@@ -83,7 +83,7 @@ def test_runs_at_once_do_every_part_once_and_their_counts_add_up_at_every_moment
     assert wrong == []
     assert (ours.done + theirs.done, ours.pending, theirs.pending) == (PARTS, 0, 0)
     assert (ours.others, theirs.others) == (theirs.done, ours.done)
-    assert (ours.pictures, theirs.pictures) == (ours.done, theirs.done)
+    assert (ours.images, theirs.images) == (ours.done, theirs.done)
     report = verify(address)
     assert (report.sound, report.pending) == (True, 0)
     assert ours.bytes + theirs.bytes == sum(path.stat().st_size for path in address.glob("features/*/*/c.*"))
@@ -103,7 +103,7 @@ class Instantly:
     def missing_sets(self, part, names):
         return names if part % 2 else []
 
-    def write_part(self, part, pictures, names, worker, before_publish):
+    def write_part(self, part, images, names, worker, before_publish):
         return SimpleNamespace(files={"a": 1})
 
     def claim(self, part):
@@ -116,14 +116,14 @@ class Instantly:
 @pytest.mark.usefixtures("_often_switching")
 def test_threads_that_claim_and_write_at_the_same_time_lose_no_part_from_the_counts():
     instantly = Instantly()
-    parts = SharedParts(instantly, ["clip"], instantly)
+    parts = PartQueue(instantly, ["clip"], instantly)
     with ThreadPoolExecutor(4) as pool:
         assert parts.wait()
         for written in [pool.submit(parts.write, row, iter(())) for row, _ in parts.jobs()]:
             written.result()
     assert not parts.wait()
     half = instantly.n_parts // 2
-    assert parts.counts == PartCounts(before=0, done=half, others=half, pending=0, pictures=half, bytes=half)
+    assert parts.counts == PartCounts(before=0, done=half, others=half, pending=0, images=half, bytes=half)
 
 
 def test_a_part_that_was_taken_over_is_looked_at_again_and_done_once_it_is_free(address, monkeypatch):
@@ -138,7 +138,7 @@ def test_a_part_that_was_taken_over_is_looked_at_again_and_done_once_it_is_free(
                 assert other.claim(0)
                 monkeypatch.undo()
             parts.write(row, iter([features(cache, row, names)]))
-        assert (parts.counts.done, parts.counts.pending, parts.counts.pictures) == (1, 1, 3)
+        assert (parts.counts.done, parts.counts.pending, parts.counts.images) == (1, 1, 3)
         other.release(0)
         run(cache, parts)
         assert (parts.counts.done, parts.counts.pending) == (2, 0)
@@ -147,14 +147,14 @@ def test_a_part_that_was_taken_over_is_looked_at_again_and_done_once_it_is_free(
 def test_a_part_whose_images_end_early_is_an_error_and_not_a_run_that_waits_for_ever(small, tmp_path):
     cache = small.create(tmp_path / "c.zarr")
     with Claims(cache.storage) as claims:
-        parts = SharedParts(cache, small.names, claims)
+        parts = PartQueue(cache, small.names, claims)
         assert parts.wait()
-        writer = CommitThread(cache, parts, RunStats())
+        writer = WriterThread(cache, parts, RunStats())
 
         def one_image_of_four():
             with writer:
                 assert next(parts.jobs())[0] == 0
                 writer.put(small.features(0))
 
-        with pytest.raises(InputError, match="part 0 has 4 pictures, got only 1"):
+        with pytest.raises(InputError, match="part 0 has 4 images, got only 1"):
             one_image_of_four()

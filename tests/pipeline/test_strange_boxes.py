@@ -1,4 +1,4 @@
-"""Every box of docs/pictures.md through the real reader and `extract`: its own token, or dropped and counted."""
+"""Every box of docs/images.md through the real reader and `extract`: its own token, or dropped and counted."""
 
 import json
 import re
@@ -11,10 +11,10 @@ from PIL import Image
 from regionspot.cache import FeatureCache
 from regionspot.pipeline.datasets.registry import read_dataset
 from regionspot.pipeline.extraction.extract import Backbones, extract
-from regionspot.pipeline.images.decode import read_photo
+from regionspot.pipeline.images.decode import read_image
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "pictures.md"
-HEIGHT, WIDTH = 120, 200  # of all pictures, as the page says
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "images.md"
+HEIGHT, WIDTH = 120, 200  # of all images, as the page says
 MANY = 1500
 
 
@@ -31,12 +31,10 @@ def numbers(cell: str) -> list[float | None]:
 
 
 def annotation_file(path: Path, boxes: dict[str, list[list[float | None]]]) -> Path:
-    """COCO's form: pictures by name, each with boxes as x, y, width and height."""
+    """COCO's form: images by name, each with boxes as x, y, width and height."""
     images = [{"id": n, "file_name": name, "height": HEIGHT, "width": WIDTH} for n, name in enumerate(boxes)]
     annotations = [
-        {"image_id": n, "category_id": 1, "bbox": box}
-        for n, of_picture in enumerate(boxes.values())
-        for box in of_picture
+        {"image_id": n, "category_id": 1, "bbox": box} for n, of_image in enumerate(boxes.values()) for box in of_image
     ]
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     path.write_text(json.dumps(content))  # NaN and Infinity as Python writes them
@@ -58,7 +56,7 @@ def test_a_box_is_kept_clipped_or_dropped_and_counted_as_the_table_says_and_gets
     assert manifest.region_count.tolist() == [len(kept), 0, MANY, 0]
     assert manifest.boxes_xyxy[manifest.regions(0)].tolist() == kept
     dropped = Counter(outcome for _, outcome in rows if isinstance(outcome, str))
-    dropped["dropped_under_1_px"] += 1  # that of the last picture
+    dropped["dropped_under_1_px"] += 1  # that of the last image
     for given, outcome in rows:
         if isinstance(outcome, list):
             x, y, width, height = given
@@ -77,8 +75,8 @@ def test_a_box_is_kept_clipped_or_dropped_and_counted_as_the_table_says_and_gets
         (0, np.array(kept), range(len(kept))),
         (2, corners, rng.choice(MANY, 15, replace=False)),
     ]:
-        embedding = localizer.encode([localizer.preprocess(read_photo(tmp_path / str(manifest.paths[row])))])[0]
+        embedding = localizer.encode([localizer.preprocess(read_image(tmp_path / str(manifest.paths[row])))])[0]
         for region in regions:  # each by itself, so that it cannot be another box's
             box = expected[region : region + 1].astype(np.float32)
-            token = localizer.tokens_of_pictures(embedding[None], [box], [(HEIGHT, WIDTH)])[0].numpy()
+            token = localizer.tokens_of_images(embedding[None], [box], [(HEIGHT, WIDTH)])[0].numpy()
             assert np.abs(found.tokens[row, region] - token).max() <= 2e-3 * np.abs(token).max(), (row, region)

@@ -1,4 +1,4 @@
-"""The token decoder equals SAM's official mask decoder, whatever the number of boxes and pictures."""
+"""The token decoder equals SAM's official mask decoder, whatever the number of boxes and images."""
 
 import copy
 
@@ -30,7 +30,7 @@ def sam():
     return drawn_sam(1.0)
 
 
-def pictures_of(sam, count, seed=0):
+def images_of(sam, count, seed=0):
     side, width = sam.prompt_encoder.image_embedding_size[0], sam.mask_decoder.transformer_dim
     return torch.randn(count, width, side, side, generator=torch.Generator().manual_seed(seed))
 
@@ -51,8 +51,8 @@ def official(sam, embedding, boxes, dtype=torch.float32):
     return copy.deepcopy(decoder.transformer).to(dtype)(*(each.to(dtype) for each in inputs))
 
 
-def decoded(sam, embeddings, boxes, picture, wanted=EVERY_QUERY, chunk=16):
-    return list(TokenDecoder(sam).decode(embeddings, boxes, picture, wanted, chunk))
+def decoded(sam, embeddings, boxes, image, wanted=EVERY_QUERY, chunk=16):
+    return list(TokenDecoder(sam).decode(embeddings, boxes, image, wanted, chunk))
 
 
 def error(found, expected):
@@ -62,15 +62,15 @@ def error(found, expected):
 
 @pytest.mark.parametrize("count", [1, 2, 16, 17, 64, 2000])
 def test_tokens_equal_the_official_decoders_for_any_number_of_boxes(sam, count):
-    embeddings, boxes = pictures_of(sam, 1), boxes_of(sam, count)
+    embeddings, boxes = images_of(sam, 1), boxes_of(sam, count)
     found = torch.cat([part.queries for part in decoded(sam, embeddings, boxes, [0] * count, chunk=128)])
     some = torch.linspace(0, count - 1, min(count, 50)).long()  # each box is its own; these show all of them
     expected, _ = official(sam, embeddings, boxes[some])
     assert error(found[some], expected[:, EVERY_QUERY]) < RELATIVE
 
 
-def test_the_picture_that_masks_are_made_from_is_the_official_one(sam):
-    embeddings, boxes = pictures_of(sam, 1), boxes_of(sam, 5)
+def test_the_image_that_masks_are_made_from_is_the_official_one(sam):
+    embeddings, boxes = images_of(sam, 1), boxes_of(sam, 5)
     _, expected = official(sam, embeddings, boxes)
     (found,) = decoded(sam, embeddings, boxes, [0] * 5)
     assert error(found.cells, expected) < RELATIVE
@@ -78,7 +78,7 @@ def test_the_picture_that_masks_are_made_from_is_the_official_one(sam):
 
 def test_with_sharply_peaked_attention_it_rounds_no_worse_than_the_official_decoder():
     sharp = drawn_sam(4.0)  # every rounding error is blown up, the official decoder's own as well
-    embeddings, boxes = pictures_of(sharp, 1), boxes_of(sharp, 8)
+    embeddings, boxes = images_of(sharp, 1), boxes_of(sharp, 8)
     exact, theirs = (
         official(sharp, embeddings, boxes, dtype)[0][:, EVERY_QUERY] for dtype in (torch.float64, torch.float32)
     )
@@ -86,26 +86,26 @@ def test_with_sharply_peaked_attention_it_rounds_no_worse_than_the_official_deco
     assert error(ours.queries, exact) < 2 * error(theirs, exact) < 1e-2
 
 
-def test_boxes_of_several_pictures_go_together_and_each_sees_its_own(sam):
-    counts = [3, 0, 7, 1]  # the second picture has no box, a chunk holds boxes of several
-    embeddings, boxes = pictures_of(sam, len(counts)), boxes_of(sam, sum(counts))
-    picture = [row for row, count in enumerate(counts) for _ in range(count)]
-    parts = decoded(sam, embeddings, boxes, picture, [FIRST_MASK_TOKEN], chunk=4)
+def test_boxes_of_several_images_go_together_and_each_sees_its_own(sam):
+    counts = [3, 0, 7, 1]  # the second image has no box, a chunk holds boxes of several
+    embeddings, boxes = images_of(sam, len(counts)), boxes_of(sam, sum(counts))
+    image = [row for row, count in enumerate(counts) for _ in range(count)]
+    parts = decoded(sam, embeddings, boxes, image, [FIRST_MASK_TOKEN], chunk=4)
     assert [(part.boxes.start, part.boxes.stop) for part in parts] == [(0, 4), (4, 8), (8, 11)]
     found = torch.cat([part.queries[:, 0] for part in parts])
     expected = [
         official(sam, embeddings[row : row + 1], box[None])[0][:, FIRST_MASK_TOKEN]
-        for row, box in zip(picture, boxes, strict=True)
+        for row, box in zip(image, boxes, strict=True)
     ]
     assert error(found, torch.cat(expected)) < RELATIVE
 
 
 def test_no_boxes_give_no_tokens(sam):
-    assert decoded(sam, pictures_of(sam, 2), boxes_of(sam, 0), []) == []
+    assert decoded(sam, images_of(sam, 2), boxes_of(sam, 0), []) == []
 
 
 def test_as_many_boxes_go_together_as_memory_bears(sam, monkeypatch):
-    embeddings, boxes = pictures_of(sam, 1), boxes_of(sam, 9)
+    embeddings, boxes = images_of(sam, 1), boxes_of(sam, 9)
     places, width = sam.prompt_encoder.image_embedding_size[0] ** 2, sam.mask_decoder.transformer_dim
     heads = sam.mask_decoder.transformer.num_heads
     monkeypatch.setitem(token_decoder.CHUNK_BYTES, "cpu", 4 * 12 * places * (width + 7 * heads))

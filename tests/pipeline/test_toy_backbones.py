@@ -1,4 +1,4 @@
-"""The shipped toy weights do what they were trained for, on pictures that no training saw."""
+"""The shipped toy weights do what they were trained for, on images that no training saw."""
 
 from dataclasses import dataclass
 
@@ -12,38 +12,38 @@ from torch.nn import functional as F
 from regionspot.pipeline.backbones.clip import ClipEncoder, load_encoder
 from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.toy.models import TOY_WEIGHTS, build_toy_sam, known_token_ids, unknown_words
-from regionspot.pipeline.toy.rendering import COLOURS, SHAPES, TEXTURES, Picture, draw_picture
+from regionspot.pipeline.toy.rendering import COLOURS, SHAPES, TEXTURES, Scene, draw_image
 from regionspot.pipeline.toy.samples import BASE, GROUPS, draw_samples, mask_batch, named_batch
 from regionspot.pipeline.toy.training import ToyRecipe, sam_logits, train_toy_clip, train_toy_sam
 from regionspot.pipeline.toy.world import ToyClass, deal, toy_classes
 
-PICTURES = 24  # some 150 objects, rare classes among them
+IMAGES = 24  # some 150 objects, rare classes among them
 # Under what the shipped weights reach here: 0.71 / 0.77 / 0.81 / 0.83 (shape, the hardest word).
 SAM_IOU, CLIP_ALL, CLIP_RARE, CLIP_WORD = 0.65, 0.65, 0.6, 0.7
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One picture, what it shows, and the visible boxes XYXY float32 (n, 4) and masks bool (n, h, w) of that."""
+    """One image, what it shows, and the visible boxes XYXY float32 (n, 4) and masks bool (n, h, w) of that."""
 
-    photo: Image.Image
+    image: Image.Image
     classes: list[ToyClass]
     boxes: np.ndarray
     masks: np.ndarray
 
 
-def _shown(picture: Picture, classes: list[ToyClass]) -> Shown:
-    masks = picture.owner == np.arange(len(classes))[:, None, None]
+def _shown(image: Scene, classes: list[ToyClass]) -> Shown:
+    masks = image.owner == np.arange(len(classes))[:, None, None]
     edges = [(np.flatnonzero(m.any(axis=0)), np.flatnonzero(m.any(axis=1))) for m in masks]
     boxes = [(x[0], y[0], x[-1] + 1, y[-1] + 1) for x, y in edges]
-    return Shown(Image.fromarray(picture.pixels), classes, np.array(boxes, np.float32), masks)
+    return Shown(Image.fromarray(image.pixels), classes, np.array(boxes, np.float32), masks)
 
 
 @pytest.fixture(scope="module")
 def held_out() -> list[Shown]:
-    dealt = deal(toy_classes(), "val", PICTURES, np.random.default_rng(77))
+    dealt = deal(toy_classes(), "val", IMAGES, np.random.default_rng(77))
     return [
-        _shown(draw_picture([entry.look for entry in classes], np.random.default_rng([77, number])), classes)
+        _shown(draw_image([entry.look for entry in classes], np.random.default_rng([77, number])), classes)
         for number, classes in enumerate(dealt)
     ]
 
@@ -56,11 +56,11 @@ def encoder() -> ClipEncoder:
 @pytest.fixture(scope="module")
 def answers(held_out, encoder) -> tuple[list[ToyClass], list[ToyClass]]:
     """What each object is, and what the toy CLIP says to its crop."""
-    prompts = [f"a photo of a {entry.look.name}." for entry in toy_classes()]
+    prompts = [f"an image of a {entry.look.name}." for entry in toy_classes()]
     names, said = F.normalize(encoder.embed_prompts(prompts), dim=1), []
     for shown in held_out:
         boxes = shown.boxes.astype(int).tolist()
-        crops = torch.stack([encoder.preprocess(shown.photo.crop(tuple(box))) for box in boxes])
+        crops = torch.stack([encoder.preprocess(shown.image.crop(tuple(box))) for box in boxes])
         said += [toy_classes()[k] for k in (encoder.embed_images(crops) @ names.T).argmax(dim=1).tolist()]
     return [entry for shown in held_out for entry in shown.classes], said
 
@@ -72,8 +72,8 @@ def test_the_shipped_weights_are_small():
 def test_toy_sam_draws_the_masks_of_held_out_objects(held_out):
     sam, overlaps = load_localizer("toy_sam"), []
     for shown in held_out:
-        size = shown.photo.size[::-1]
-        _, masks = sam.tokens_and_masks(sam.encode([sam.preprocess(shown.photo)])[0], shown.boxes, size)
+        size = shown.image.size[::-1]
+        _, masks = sam.tokens_and_masks(sam.encode([sam.preprocess(shown.image)])[0], shown.boxes, size)
         both, either = (masks & shown.masks).sum(axis=(1, 2)), (masks | shown.masks).sum(axis=(1, 2))
         overlaps += (both / either).tolist()
     assert np.mean(overlaps) > SAM_IOU
@@ -102,7 +102,7 @@ def test_the_word_table_covers_every_name_and_every_template(encoder):
 
 def test_words_that_were_never_taught_are_named_in_their_order():
     known = frozenset(known_token_ids())
-    assert unknown_words("a photo of a striped giraffe, or a zebra.", known) == ["giraffe", "or", "zebra"]
+    assert unknown_words("an image of a striped giraffe, or a zebra.", known) == ["giraffe", "or", "zebra"]
 
 
 def test_no_training_sample_shows_a_rare_class():
@@ -114,8 +114,8 @@ def test_no_training_sample_shows_a_rare_class():
 def test_samples_state_what_they_show():
     """A window that shows one plain object: its middle patch says so, and so do the names that are true of it."""
     samples = list(draw_samples(60, seed=2))
-    pictures, truth, local = named_batch(samples, 96, 6, 0.0, np.random.default_rng(0))
-    assert pictures.shape == (60, 3, 96, 96)
+    images, truth, local = named_batch(samples, 96, 6, 0.0, np.random.default_rng(0))
+    assert images.shape == (60, 3, 96, 96)
     assert local.shape == (60, 36, 3)
     names, shapes, *_ = truth.split([len(group) for group in GROUPS], dim=1)
     assert (names.sum(dim=1) == 1).all()
@@ -147,8 +147,8 @@ def test_training_masks_are_those_of_the_libraries_own_decoder():
 
 
 def test_training_depends_on_its_seed_alone():
-    recipe = ToyRecipe(pictures=12, sam_steps=2, sam_batch=2, crop_steps=2, scene_steps=1, clip_batch=4)
-    samples = list(draw_samples(recipe.pictures, recipe.seed))
+    recipe = ToyRecipe(images=12, sam_steps=2, sam_batch=2, crop_steps=2, scene_steps=1, clip_batch=4)
+    samples = list(draw_samples(recipe.images, recipe.seed))
     for train in (train_toy_sam, train_toy_clip):
         states = []
         for _ in range(2):

@@ -1,4 +1,4 @@
-"""The toy world keeps its promises: what the annotations say is what the pictures show."""
+"""The toy world keeps its promises: what the annotations say is what the images show."""
 
 import json
 from collections import Counter
@@ -10,14 +10,14 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from regionspot.cache.errors import InputError
-from regionspot.pipeline.toy import rendering as toy_pictures
-from regionspot.pipeline.toy.rendering import COLOURS, GROUND, SHAPES, TEXTURES, VISIBLE, draw_picture
+from regionspot.pipeline.toy import rendering as toy_images
+from regionspot.pipeline.toy.rendering import COLOURS, GROUND, SHAPES, TEXTURES, VISIBLE, draw_image
 from regionspot.pipeline.toy.world import deal, make_toy_world, toy_classes
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    return make_toy_world(tmp_path_factory.mktemp("world"), pictures=60, seed=3)
+    return make_toy_world(tmp_path_factory.mktemp("world"), images=60, seed=3)
 
 
 @pytest.fixture(scope="module")
@@ -52,24 +52,24 @@ def test_rare_classes_are_never_trained_on_and_all_validated(annotations):
 
 def test_the_smallest_world_still_validates_every_rare_class():
     rng = np.random.default_rng(0)
-    dealt = [entry for picture in deal(toy_classes(), "val", 8, rng) for entry in picture]
+    dealt = [entry for image in deal(toy_classes(), "val", 8, rng) for entry in image]
     assert {entry.id for entry in dealt} >= {entry.id for entry in toy_classes() if entry.frequency == "r"}
 
 
 def test_frequent_classes_are_trained_on_more_than_common_ones():
-    dealt = [entry for picture in deal(toy_classes(), "train", 800, np.random.default_rng(0)) for entry in picture]
+    dealt = [entry for image in deal(toy_classes(), "train", 800, np.random.default_rng(0)) for entry in image]
     count = Counter(entry.frequency for entry in dealt)
     assert count["f"] / 64 > 2 * count["c"] / 96
     assert len({entry.id for entry in dealt}) == 160
 
 
-def test_every_picture_exists_with_the_stated_size(world, annotations):
+def test_every_image_exists_with_the_stated_size(world, annotations):
     for split, content in annotations.items():
         for image in content["images"]:
             path = world / "photos" / Path(*image["coco_url"].split("/")[-2:])
             assert path.parent.name == split
-            with Image.open(path) as photo:
-                assert photo.size == (image["width"], image["height"])
+            with Image.open(path) as opened:
+                assert opened.size == (image["width"], image["height"])
 
 
 def test_boxes_and_areas_are_those_of_the_masks(annotations):
@@ -85,15 +85,15 @@ def test_boxes_and_areas_are_those_of_the_masks(annotations):
 
 
 def test_masks_lie_on_what_has_the_colour_of_the_class(world, annotations):
-    """A plain object has one colour: the photo under its mask is nearest to that of its name."""
+    """A plain object has one colour: the image under its mask is nearest to that of its name."""
     categories = {category["id"]: category["name"].split() for category in annotations["train"]["categories"]}
     names, tones = list(COLOURS), np.array(list(COLOURS.values()), float)
     right = []
     for region in annotations["train"]["annotations"]:
         texture, colour, _ = categories[region["category_id"]]
         if texture == "plain" and region["area"] > 100:
-            photo = np.asarray(Image.open(world / "photos" / "train" / f"{region['image_id']:012d}.jpg"), float)
-            seen = np.median(photo[rle.decode(region["segmentation"]) > 0], axis=0)
+            image = np.asarray(Image.open(world / "photos" / "train" / f"{region['image_id']:012d}.jpg"), float)
+            seen = np.median(image[rle.decode(region["segmentation"]) > 0], axis=0)
             right.append(names[np.abs(tones - seen).sum(axis=1).argmin()] == colour)
     assert len(right) > 30
     assert np.mean(right) > 0.95
@@ -109,25 +109,25 @@ def test_absent_classes_are_stated_as_absent(annotations):
 
 
 def test_every_object_shows_at_least_the_stated_part_of_itself(monkeypatch):
-    whole, place = [], toy_pictures._place
+    whole, place = [], toy_images._place
 
     def recording(*arguments):
         cover, window = place(*arguments)
         whole.append(np.count_nonzero(cover > 0.5))
         return cover, window
 
-    monkeypatch.setattr(toy_pictures, "_place", recording)
+    monkeypatch.setattr(toy_images, "_place", recording)
     looks = [entry.look for entry in toy_classes()[:72:8]]
     for seed in range(20):
         whole.clear()
-        owner = draw_picture(looks, np.random.default_rng(seed)).owner
+        owner = draw_image(looks, np.random.default_rng(seed)).owner
         visible = np.bincount(owner.ravel() - GROUND, minlength=1 + len(looks))[1:]
         assert (visible >= VISIBLE * np.array(whole)).all()
 
 
-def test_too_few_pictures_and_an_unwritable_folder_are_refused_in_one_line(tmp_path):
+def test_too_few_images_and_an_unwritable_folder_are_refused_in_one_line(tmp_path):
     with pytest.raises(InputError, match="expected at least 40"):
-        make_toy_world(tmp_path, pictures=39)
+        make_toy_world(tmp_path, images=39)
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="is there already and no folder"):
-        make_toy_world(tmp_path / "file", pictures=40)
+        make_toy_world(tmp_path / "file", images=40)

@@ -16,23 +16,23 @@ from regionspot.cache.tools.verify import verify
 from regionspot.commands import extract as cli_extract
 from regionspot.pipeline.backbones import dtypes
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.datasets.registry import photo_dir, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction import extract
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.reporting import bottleneck, summary_page
 from regionspot.pipeline.reporting.bottleneck import find_bottleneck
 from regionspot.pipeline.reporting.failure_kinds import FailureCount, kind_of
 from regionspot.pipeline.reporting.failures import FailureLimit
-from regionspot.pipeline.reporting.run_monitor import Watch
+from regionspot.pipeline.reporting.run_monitor import RunMonitor
 from regionspot.pipeline.reporting.run_summary import parse_run
 
-PICTURES = 6
+IMAGES = 6
 
 
 @pytest.fixture(scope="module")
 def manifest(world):
-    """Of 6 pictures, of which row 4 is not there and row 1 is no picture."""
-    found = read_dataset("toy", world, "train").head(PICTURES)
+    """Of 6 images, of which row 4 is not there and row 1 is no image."""
+    found = read_dataset("toy", world, "train").head(IMAGES)
     paths = found.paths.copy()
     paths[4] = "train/not-there.jpg"
     paths[1] = "../toy_train.json"
@@ -51,13 +51,13 @@ def cache(tmp_path, manifest, backbones) -> FeatureCache:
 
 def run(cache, world, backbones, watch=None, parts=None):
     config = ExtractConfig(batch_size=2, max_failures=FailureLimit(count=len(cache)), parts=parts)
-    return extract.extract(cache, photo_dir("toy", world), backbones, config, watch)
+    return extract.extract(cache, image_folder_of("toy", world), backbones, config, watch)
 
 
 def test_a_run_leaves_a_summary_of_what_is_there_what_failed_and_how_fast_it_was(cache, world, backbones, manifest):
     did = run(cache, world, backbones)
     page = (cache.path / "summary.md").read_text()
-    assert (did.pictures, did.failed, did.regions) == (PICTURES, 2, int(manifest.offsets[-1]))
+    assert (did.images, did.failed, did.regions) == (IMAGES, 2, int(manifest.offsets[-1]))
     assert did.bytes == sum(sum(cache.record(part, "toy_sam").files.values()) for part in range(3))
     assert "**complete**" in page
     assert "| is not there | 1 | train/not-there.jpg |" in page
@@ -65,7 +65,7 @@ def test_a_run_leaves_a_summary_of_what_is_there_what_failed_and_how_fast_it_was
     assert "| 2 | 1 |" in page
     for words in ("# c.zarr", "## Runs", "cores", "torch 2", "weights of toy_sam | package", "| encode |"):
         assert words in page
-    assert did.text().startswith("6 pictures with ")
+    assert did.text().startswith("6 images with ")
 
 
 def test_what_runs_tell_of_themselves_does_no_harm_to_verify_and_a_second_run_adds_nothing(cache, world, backbones):
@@ -103,7 +103,7 @@ def test_a_file_of_somebody_else_among_the_runs_is_left_alone_and_passed_over(ca
 
 
 def test_a_run_that_is_stopped_says_why_in_the_summary(cache, world, backbones):
-    class Stopped(Watch):
+    class Stopped(RunMonitor):
         def image(self, *args):
             super().image(*args)
             if self.progress.done == 3:
@@ -130,7 +130,7 @@ def test_in_an_object_store_the_summary_lies_beside_the_cache_as_on_a_disk(s3, m
 
 def _scraped(port: int) -> dict[str, float]:
     text = urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=30).read().decode()
-    assert "# HELP regionspot_pictures_total Pictures" in text
+    assert "# HELP regionspot_pictures_total Images" in text
     lines = [line.rpartition(" ") for line in text.splitlines() if not line.startswith("#")]
     return {name: float(value) for name, _, value in lines}
 
@@ -145,7 +145,7 @@ def free_port() -> int:
 def test_prometheus_sees_a_run_while_it_is_at_work_and_no_more_when_it_ended(cache, world, backbones, free_port):
     seen = []
 
-    class Scraped(Watch):
+    class Scraped(RunMonitor):
         def image(self, *args):
             super().image(*args)
             if self.progress.done == 5:
@@ -170,7 +170,7 @@ def test_a_port_in_use_is_said_in_one_line_before_anything_is_done(cache, world,
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InputError, match=rf"--metrics-port {port}: cannot be listened on .*give another port"):
-            run(cache, world, backbones, watch=Watch(metrics_port=port))
+            run(cache, world, backbones, watch=RunMonitor(metrics_port=port))
     assert len(cache.pending_parts()) == 3
 
 
@@ -184,20 +184,20 @@ def test_the_bottleneck_comes_with_what_to_change_and_options_that_there_are():
         ("write", "cpu"),
     ):
         found = find_bottleneck(
-            {stage: 0.8, "wait": 0.1}, device=device, regions_per_picture=16, decode_threads=2, cores=8
+            {stage: 0.8, "wait": 0.1}, device=device, regions_per_image=16, decode_threads=2, cores=8
         )
         assert (found.stage, found.share) == (stage, 0.8)
         assert found.advice
     words = (*bottleneck._ADVICE.values(), bottleneck._HALF)
     named = {word.strip("`(),;:") for each in words for word in each.split() if "--" in word}
-    shared = Path(cli_extract.__file__).with_name("cli_options.py").read_text()
+    shared = Path(cli_extract.__file__).with_name("options.py").read_text()
     for option in {word for word in named if word.startswith("--")}:
         assert option in options + shared or option[2:].replace("-", "_") + ":" in options
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_bfloat16_is_advised_only_where_it_is_not_in_use_and_faster(device):
-    asked = {"device": device, "regions_per_picture": 1, "decode_threads": 1, "cores": 1}
+    asked = {"device": device, "regions_per_image": 1, "decode_threads": 1, "cores": 1}
     assert "bfloat16" not in find_bottleneck({"encode": 0.9}, **asked).advice
     assert (
         "--dtype bfloat16 in place of float32" in find_bottleneck({"encode": 0.9}, **asked, half_is_faster=True).advice
@@ -216,7 +216,7 @@ def test_half_is_faster_than_float32_alone_and_where_there_are_instructions_for_
 
 def test_a_run_without_a_stage_that_stands_out_gets_no_advice():
     shares = {"decode": 0.1, "encode": 0.2}
-    assert find_bottleneck(shares, device="cpu", regions_per_picture=1, decode_threads=1, cores=1) is None
+    assert find_bottleneck(shares, device="cpu", regions_per_image=1, decode_threads=1, cores=1) is None
 
 
 def test_failures_of_one_kind_are_counted_together_whatever_numbers_they_quote():

@@ -32,15 +32,15 @@ from regionspot.pipeline.distributed import worker as part_worker
 from regionspot.pipeline.distributed.cluster import check_scheduler, connected, thread_counts
 from regionspot.pipeline.distributed.run import run_once, run_parts
 from regionspot.pipeline.reporting.failures import FailureCheck, FailureLimit
-from regionspot.pipeline.reporting.run_monitor import Watch
+from regionspot.pipeline.reporting.run_monitor import RunMonitor
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.append(str(ROOT))  # workers are started with the same path, so that they can import the job, too
 simulated = importlib.import_module("benchmarks.simulated")
 
-PICTURES, PART_SIZE = 40, 4
-PARTS = range(PICTURES // PART_SIZE)
+IMAGES, PART_SIZE = 40, 4
+PARTS = range(IMAGES // PART_SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -52,14 +52,14 @@ def connection():
 
 @pytest.fixture
 def cache(tmp_path) -> FeatureCache:
-    return simulated.make_cache(tmp_path / "c.zarr", PICTURES, PART_SIZE)
+    return simulated.make_cache(tmp_path / "c.zarr", IMAGES, PART_SIZE)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory) -> dict[str, bytes]:
     """What one process writes, without dask."""
     path = tmp_path_factory.mktemp("undisturbed") / "c.zarr"
-    simulated.make_cache(path, PICTURES, PART_SIZE)
+    simulated.make_cache(path, IMAGES, PART_SIZE)
     maker = simulated.SimulatedJob(str(path)).open()
     for part in PARTS:
         maker.make(part)
@@ -89,8 +89,8 @@ class Run:
     """`run_parts` in a thread, so that the test can get in its way."""
 
     def __init__(self, connection, cache, seconds, **options) -> None:
-        self.cache, self.watch, self.error = cache, Watch(), None
-        self.watch.begin_by_workers(PICTURES, 0)
+        self.cache, self.watch, self.error = cache, RunMonitor(), None
+        self.watch.begin_by_workers(IMAGES, 0)
         self.job = simulated.SimulatedJob(str(cache.path), seconds, **options)
         self._thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
         self._thread.start()
@@ -129,7 +129,7 @@ def must_equal(cache, undisturbed) -> None:
 
 def test_workers_share_the_parts_and_write_what_one_process_writes(connection, cache, undisturbed):
     stats = Run(connection, cache, 0.005).end()
-    assert (stats.parts, stats.images, stats.failures.total, stats.parts_of_others) == (len(PARTS), PICTURES, 0, 0)
+    assert (stats.parts, stats.images, stats.failures.total, stats.parts_of_others) == (len(PARTS), IMAGES, 0, 0)
     assert stats.bytes > 0
     assert sum(stats.shares().values()) == pytest.approx(1)
     must_equal(cache, undisturbed)
@@ -196,11 +196,11 @@ def test_what_workers_wrote_while_the_connection_was_broken_counts_as_the_runs_a
         maker.close()
     none_may_fail = FailureCheck(cache, PARTS, FailureLimit(count=0), cache.path)
     with pytest.raises(InputError, match="1 of 40 images could not be read"):
-        run_parts(connection, job, cache, cache.feature_sets, [1], Watch(), none_may_fail)
-    watch = Watch()
+        run_parts(connection, job, cache, cache.feature_sets, [1], RunMonitor(), none_may_fail)
+    watch = RunMonitor()
     run_parts(connection, job, cache, cache.feature_sets, PARTS, watch)
     stats = watch.stats
-    assert (stats.parts, stats.parts_of_others, stats.images) == (len(PARTS) - 1, 1, PICTURES - PART_SIZE)
+    assert (stats.parts, stats.parts_of_others, stats.images) == (len(PARTS) - 1, 1, IMAGES - PART_SIZE)
     assert stats.failures.total == 1
 
 
@@ -259,7 +259,7 @@ def test_a_connection_to_the_scheduler_that_breaks_is_made_anew_and_every_part_c
             run.has_written(parts)
             cable.cut()
         stats = run.end()
-    assert (stats.parts, stats.images, stats.parts_of_others) == (len(PARTS), PICTURES, 0)
+    assert (stats.parts, stats.images, stats.parts_of_others) == (len(PARTS), IMAGES, 0)
     must_equal(cache, undisturbed)
 
 
@@ -407,7 +407,7 @@ def test_workers_killed_frozen_and_woken_in_full(tmp_path, undisturbed, monkeypa
     monkeypatch.setattr(clusters, "SILENT_SECONDS", 2.0)
     with connected("local:4") as connection:
         for number in range(4):
-            cache = simulated.make_cache(tmp_path / f"{number}.zarr", PICTURES, PART_SIZE)
+            cache = simulated.make_cache(tmp_path / f"{number}.zarr", IMAGES, PART_SIZE)
             found, frozen = pids(connection, 4), list[int]()
             run = Run(connection, cache, rng.choice((0.01, 0.03)))
             for moment in sorted(rng.sample(PARTS, 3)):

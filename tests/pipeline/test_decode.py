@@ -1,4 +1,4 @@
-"""Every photo becomes RGB in the orientation of its boxes, or is refused in one line."""
+"""Every image becomes RGB in the orientation of its boxes, or is refused in one line."""
 
 import os
 import struct
@@ -9,16 +9,16 @@ import pytest
 from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 
-from regionspot.cache.errors import PhotoError
-from regionspot.pipeline.images import decode as photos
-from regionspot.pipeline.images.decode import decode_photo, read_photo
+from regionspot.cache.errors import ImageError
+from regionspot.pipeline.images import decode as images
+from regionspot.pipeline.images.decode import decode_image, read_image
 from regionspot.pipeline.images.preprocess import clip_input, sam_input, sam_size, scale_boxes
 
 HEIGHT, WIDTH = 20, 30
 QUARTER_TURN = 6  # EXIF: turn it a quarter clockwise to see it upright
 
 
-def stored_photo(path, orientation=None):
+def stored_image(path, orientation=None):
     """A JPEG stored 20 high and 30 wide whose left half is red and right half blue."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     pixels[:, :15, 0] = pixels[:, 15:, 2] = 255
@@ -38,58 +38,58 @@ def test_every_mode_becomes_rgb_with_the_same_light_and_dark(tmp_path, mode):
     grey = np.zeros((HEIGHT, WIDTH), np.uint8)
     grey[:, 15:] = 255
     deep = mode == "I;16"
-    picture = Image.fromarray(grey.astype(np.uint16) * 257) if deep else Image.fromarray(grey).convert(mode)
-    path = tmp_path / ("photo.tif" if mode in ("CMYK", "YCbCr", "F", "I") else "photo.png")
-    picture.save(path)
-    photo = read_photo(path)
-    assert (photo.mode, photo.size) == ("RGB", (WIDTH, HEIGHT))
-    assert max(photo.getpixel((2, 2))) < 10
-    assert min(photo.getpixel((27, 2))) > 245
+    image = Image.fromarray(grey.astype(np.uint16) * 257) if deep else Image.fromarray(grey).convert(mode)
+    path = tmp_path / ("image.tif" if mode in ("CMYK", "YCbCr", "F", "I") else "image.png")
+    image.save(path)
+    upright = read_image(path)
+    assert (upright.mode, upright.size) == ("RGB", (WIDTH, HEIGHT))
+    assert max(upright.getpixel((2, 2))) < 10
+    assert min(upright.getpixel((27, 2))) > 245
 
 
 def test_sixteen_bit_grey_keeps_its_shades_instead_of_turning_white(tmp_path):
     shades = np.linspace(0, 65535, WIDTH).astype(np.uint16)[None].repeat(HEIGHT, 0)
     Image.fromarray(shades).save(tmp_path / "x-ray.png")
-    assert np.array_equal(np.asarray(read_photo(tmp_path / "x-ray.png"))[:, :, 0], shades >> 8)
+    assert np.array_equal(np.asarray(read_image(tmp_path / "x-ray.png"))[:, :, 0], shades >> 8)
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_palette_with_transparent_colours_is_read_without_a_warning(tmp_path):
-    picture = Image.new("P", (WIDTH, HEIGHT), 1)
-    picture.putpalette([0, 0, 0, 200, 100, 50])
-    picture.save(tmp_path / "sign.png", transparency=bytes([0, 128]))
-    assert read_photo(tmp_path / "sign.png").getpixel((3, 3)) == (200, 100, 50)
+    image = Image.new("P", (WIDTH, HEIGHT), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.save(tmp_path / "sign.png", transparency=bytes([0, 128]))
+    assert read_image(tmp_path / "sign.png").getpixel((3, 3)) == (200, 100, 50)
 
 
 @pytest.mark.parametrize("bits", [8, 16])
 def test_the_palette_of_a_tiff_may_have_8_bits_a_value_although_it_should_have_16(tmp_path, bits):
-    picture = Image.new("P", (WIDTH, HEIGHT), 1)
-    picture.putpalette([0, 0, 0, 200, 100, 50])
-    picture.save(tmp_path / "sign.tif")
+    image = Image.new("P", (WIDTH, HEIGHT), 1)
+    image.putpalette([0, 0, 0, 200, 100, 50])
+    image.save(tmp_path / "sign.tif")
     with Image.open(tmp_path / "sign.tif") as stored:
         values = [value // 256 << (bits - 8) for value in stored.tag_v2[320]]
     content = (tmp_path / "sign.tif").read_bytes()
     written = b"".join(struct.pack("<H", value) for value in stored.tag_v2[320])
     changed = content.replace(written, b"".join(struct.pack("<H", value) for value in values))
-    assert read_photo(changed).getpixel((3, 3)) == (200, 100, 50)
+    assert read_image(changed).getpixel((3, 3)) == (200, 100, 50)
 
 
-def test_a_photo_that_fits_neither_way_is_refused_with_both_sizes(tmp_path):
-    path = stored_photo(tmp_path / "small_copy.jpg", QUARTER_TURN)
-    with pytest.raises(PhotoError, match=r"small_copy.jpg: is 30 x 20 pixels .*states 300 x 200"):
-        read_photo(path, (200, 300))
+def test_an_image_that_fits_neither_way_is_refused_with_both_sizes(tmp_path):
+    path = stored_image(tmp_path / "small_copy.jpg", QUARTER_TURN)
+    with pytest.raises(ImageError, match=r"small_copy.jpg: is 30 x 20 pixels .*states 300 x 200"):
+        read_image(path, (200, 300))
 
 
-def test_damaged_exif_does_not_cost_the_photo(tmp_path):
-    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "photo.png", exif=b"Exif\0\0 not what EXIF looks like")
-    assert read_photo(tmp_path / "photo.png").size == (WIDTH, HEIGHT)
+def test_damaged_exif_does_not_cost_the_image(tmp_path):
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "image.png", exif=b"Exif\0\0 not what EXIF looks like")
+    assert read_image(tmp_path / "image.png").size == (WIDTH, HEIGHT)
 
 
-def test_a_square_photo_is_left_as_stored_because_the_size_does_not_ask_for_a_turn(tmp_path):
+def test_a_square_image_is_left_as_stored_because_the_size_does_not_ask_for_a_turn(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = QUARTER_TURN
     Image.new("RGB", (HEIGHT, HEIGHT)).save(tmp_path / "square.jpg", exif=exif)
-    assert decode_photo(tmp_path / "square.jpg", (HEIGHT, HEIGHT)).orientation == "ignored"
+    assert decode_image(tmp_path / "square.jpg", (HEIGHT, HEIGHT)).orientation == "ignored"
 
 
 def png_that_claims(width: int, height: int) -> bytes:
@@ -112,48 +112,48 @@ def png_that_claims(width: int, height: int) -> bytes:
     ],
     ids=["absent", "empty", "html", "half a jpeg", "half a png", "bomb"],
 )
-def test_a_photo_that_cannot_be_read_is_refused_in_one_line_with_its_path(tmp_path, content, reason):
-    path = tmp_path / "photo.jpg"
+def test_an_image_that_cannot_be_read_is_refused_in_one_line_with_its_path(tmp_path, content, reason):
+    path = tmp_path / "image.jpg"
     if isinstance(content, str):
         noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
         Image.fromarray(noise).save(path, format=content.split()[-1])
         content = path.read_bytes()[: path.stat().st_size // 2]
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(PhotoError) as caught:
-        read_photo(path)
+    with pytest.raises(ImageError) as caught:
+        read_image(path)
     assert str(caught.value).startswith(f"{path}: {reason}")
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_in_place_of_a_photo_is_refused(tmp_path):
-    with pytest.raises(PhotoError, match="cannot be read"):
-        read_photo(tmp_path)
+def test_a_folder_in_place_of_an_image_is_refused(tmp_path):
+    with pytest.raises(ImageError, match="cannot be read"):
+        read_image(tmp_path)
 
 
-def test_a_photo_too_large_for_what_memory_is_left_is_refused_as_such(tmp_path, monkeypatch):
+def test_an_image_too_large_for_what_memory_is_left_is_refused_as_such(tmp_path, monkeypatch):
     def full(*_):
         raise MemoryError
 
-    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "photo.png")
-    monkeypatch.setattr(photos, "to_rgb", full)
-    with pytest.raises(PhotoError, match=r"photo.png: does not fit into the memory"):
-        read_photo(tmp_path / "photo.png")
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "image.png")
+    monkeypatch.setattr(images, "to_rgb", full)
+    with pytest.raises(ImageError, match=r"image.png: does not fit into the memory"):
+        read_image(tmp_path / "image.png")
 
 
-def test_photos_that_cannot_be_read_leave_no_file_open(tmp_path):
+def test_images_that_cannot_be_read_leave_no_file_open(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "empty.jpg").touch()
-    (tmp_path / "text.jpg").write_text("no picture")
-    stored_photo(tmp_path / "cut.jpg")
+    (tmp_path / "text.jpg").write_text("no image")
+    stored_image(tmp_path / "cut.jpg")
     os.truncate(tmp_path / "cut.jpg", 650)
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "cut.png")
     os.truncate(tmp_path / "cut.png", 50)
     before = len(os.listdir("/dev/fd"))
     for path in tmp_path.iterdir():
-        with pytest.raises(PhotoError):
-            read_photo(path)
+        with pytest.raises(ImageError):
+            read_image(path)
     assert len(os.listdir("/dev/fd")) == before
 
 
@@ -166,18 +166,18 @@ def test_sam_sizes_and_boxes_are_those_of_the_official_transform():
         assert np.array_equal(scale_boxes(boxes, size, 1024), official.apply_boxes(boxes, size).astype(np.float32))
 
 
-def test_the_sam_picture_has_the_pixels_of_the_official_transform():
+def test_the_sam_image_has_the_pixels_of_the_official_transform():
     pixels = np.random.default_rng(0).integers(0, 255, (50, 90, 3), np.uint8)
     expected = ResizeLongestSide(64).apply_image(pixels)
     assert np.array_equal(sam_input(Image.fromarray(pixels), 64).permute(1, 2, 0).numpy(), expected)
 
 
-def test_a_sliver_of_a_picture_keeps_one_pixel():
+def test_a_sliver_of_an_image_keeps_one_pixel():
     assert sam_input(Image.new("RGB", (5000, 1)), 256).shape == (3, 1, 256)
 
 
-def test_the_clip_picture_is_a_normalised_square_whatever_the_aspect():
-    photo = Image.new("RGB", (90, 30), (255, 0, 51))
-    square = clip_input(photo, 16, (0.5, 0.5, 0.2), (0.5, 0.25, 1.0))
+def test_the_clip_image_is_a_normalised_square_whatever_the_aspect():
+    image = Image.new("RGB", (90, 30), (255, 0, 51))
+    square = clip_input(image, 16, (0.5, 0.5, 0.2), (0.5, 0.25, 1.0))
     assert square.shape == (3, 16, 16)
     assert np.allclose(square.mean((1, 2)).numpy(), [1.0, -2.0, 0.0], atol=1e-5)

@@ -1,4 +1,4 @@
-"""Every picture of docs/pictures.md, made for real and extracted: what its table says is what happens."""
+"""Every image of docs/images.md, made for real and extracted: what its table says is what happens."""
 
 import ctypes
 import io
@@ -16,16 +16,16 @@ import pytest
 from PIL import Image, ImageCms, ImageOps
 
 from regionspot.cache import FeatureCache
-from regionspot.cache.errors import PhotoError
-from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, photo_sizes
+from regionspot.cache.errors import ImageError
+from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, image_sizes
 from regionspot.pipeline.datasets.registry import read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import Backbones, extract
-from regionspot.pipeline.images import decode as photos
-from regionspot.pipeline.images.decode import TURNS, decode_photo
+from regionspot.pipeline.images import decode as images
+from regionspot.pipeline.images.decode import TURNS, decode_image
 from regionspot.pipeline.reporting.failures import FailureLimit
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "pictures.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "images.md"
 HEIGHT, WIDTH = 45, 64
 ALL_MAY_FAIL = FailureLimit(share=1.0)
 EXIF_ORIENTATION = 0x0112
@@ -36,11 +36,11 @@ COLOUR = Image.fromarray(COARSE).resize((WIDTH, HEIGHT), Image.Resampling.BICUBI
 OTHER = COLOUR.transpose(Image.Transpose.ROTATE_180)
 ALPHA = Image.fromarray(np.full((HEIGHT, WIDTH), 40, np.uint8))
 
-Make = Callable[[Path], Image.Image | None]  # writes the file; the picture that is expected, None: what Pillow reads
+Make = Callable[[Path], Image.Image | None]  # writes the file; the image that is expected, None: what Pillow reads
 
 
 def table() -> list[list[str]]:
-    """The cells of the page's table of pictures, without its head."""
+    """The cells of the page's table of images, without its head."""
     section = PAGE.read_text(encoding="utf-8").split("\n## Images\n")[1].split("\n##")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
@@ -50,9 +50,9 @@ def in_backticks(cell: str) -> list[str]:
     return re.findall(r"`([^`]*)`", cell)
 
 
-def saved(picture: Image.Image = COLOUR, expected: Image.Image | None = None, **options) -> Make:
+def saved(image: Image.Image = COLOUR, expected: Image.Image | None = None, **options) -> Make:
     def make(path: Path) -> Image.Image | None:
-        picture.save(path, **options)
+        image.save(path, **options)
         return expected
 
     return make
@@ -125,15 +125,15 @@ def sixteen_bits(path: Path) -> Image.Image:
 
 
 def with_alpha() -> Image.Image:
-    picture = COLOUR.copy()
-    picture.putalpha(ALPHA)
-    return picture
+    image = COLOUR.copy()
+    image.putalpha(ALPHA)
+    return image
 
 
 def transparent_palette(path: Path) -> Image.Image:
-    picture = COLOUR.convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
-    picture.save(path, transparency=bytes([0, 128]))
-    return picture.convert("RGB")
+    image = COLOUR.convert("P", palette=Image.Palette.ADAPTIVE, colors=8)
+    image.save(path, transparency=bytes([0, 128]))
+    return image.convert("RGB")
 
 
 def turned_as(format: str, orientation: int, expected_turned: bool) -> Make:
@@ -163,12 +163,12 @@ def floats_of_any_range(path: Path) -> Image.Image:
     return Image.fromarray(stretched.round().astype(np.uint8)).convert("RGB")
 
 
-def as_jpeg(change: Callable[[bytes], bytes], picture: Image.Image = COLOUR) -> Make:
+def as_jpeg(change: Callable[[bytes], bytes], image: Image.Image = COLOUR) -> Make:
     """A JPEG whose bytes are changed; the pixels of the unchanged one are expected."""
 
     def make(path: Path) -> Image.Image:
         file = io.BytesIO()
-        picture.save(file, "JPEG")
+        image.save(file, "JPEG")
         path.write_bytes(change(file.getvalue()))
         with Image.open(file) as whole:
             return whole.convert("RGB")
@@ -213,9 +213,9 @@ MAKE: dict[str, Make] = {
     "sharp_colours.jpg": saved(subsampling=0),
     "cmyk.jpg": saved(COLOUR.convert("CMYK")),
     "two_frames.mpo": saved(save_all=True, append_images=[OTHER]),
-    "picture.webp": saved(),
-    "picture.tif": saved(expected=COLOUR),
-    "picture.bmp": saved(expected=COLOUR),
+    "image.webp": saved(),
+    "image.tif": saved(expected=COLOUR),
+    "image.bmp": saved(expected=COLOUR),
     "png_in_truth.jpg": saved(expected=COLOUR, format="PNG"),
     "no_ending": saved(expected=COLOUR, format="PNG"),
     "spaces and ümläuts.jpg": saved(OTHER),
@@ -264,7 +264,7 @@ MAKE: dict[str, Make] = {
     "pointer.jpg": holding(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
     "drawing.svg": holding(b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
     "image.jxl": holding(b"\xff\x0a" + bytes(50)),
-    "raw_photo.tif": saved(tiffinfo={254: 1}),
+    "raw_image.tif": saved(tiffinfo={254: 1}),
     "dim_colours.png": dim_colours,
     "nothing_but_nan.tif": saved(Image.fromarray(np.full((HEIGHT, WIDTH), np.nan, np.float32))),
     "rows_missing.jpg": as_jpeg(lambda whole: whole[: len(whole) * 3 // 4] + b"\xff\xd9"),
@@ -317,7 +317,7 @@ def disturbed(opener: Callable[[str, int], int]) -> Callable[[str, int], int]:
 
 
 def annotation_file(path: Path) -> Path:
-    """COCO's form: every picture with one box, the whole of it."""
+    """COCO's form: every image with one box, the whole of it."""
     images, annotations = [], []
     for number, name in enumerate(MAKE):
         height, width = STATED.get(name, (HEIGHT, WIDTH))
@@ -335,7 +335,7 @@ def backbones() -> Backbones:
 
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory, backbones):
-    """The cache, the summary, and of each picture what is expected: of all that MAKE makes."""
+    """The cache, the summary, and of each image what is expected: of all that MAKE makes."""
     root = tmp_path_factory.mktemp("strange")
     folder = root / "photos"
     folder.mkdir()
@@ -343,7 +343,7 @@ def extracted(tmp_path_factory, backbones):
     manifest = read_dataset("coco", root, "train", annotations=annotation_file(root / "boxes.json"))
     cache = FeatureCache.open_or_create(root / "c.zarr", manifest, backbones.feature_sets(), 16)
     with pytest.MonkeyPatch.context() as patch, rights_of_an_ordinary_user():
-        patch.setattr(photos, "_without_waiting", disturbed(photos._without_waiting))
+        patch.setattr(images, "_without_waiting", disturbed(images._without_waiting))
         summary = extract(cache, folder, backbones, ExtractConfig(max_failures=ALL_MAY_FAIL))
     return cache, summary, expected
 
@@ -353,25 +353,25 @@ def pillows(path: Path) -> Image.Image:
         return stored.convert("RGB")
 
 
-def test_the_table_and_the_pictures_made_here_are_the_same():
+def test_the_table_and_the_images_made_here_are_the_same():
     named = [name for row in table() for name in in_backticks(row[0])]
     assert sorted(named) == sorted(MAKE)
 
 
-def test_what_is_extracted_are_the_features_of_the_picture_that_the_table_names(extracted, backbones):
+def test_what_is_extracted_are_the_features_of_the_image_that_the_table_names(extracted, backbones):
     cache, _, expected = extracted
     folder, rows = cache.path.parent / "photos", {str(name): row for row, name in enumerate(cache.manifest.paths)}
     wanted = [name for row in table() if row[2] == "extracted" for name in in_backticks(row[0])]
     assert sorted(rows[name] for name in wanted) == cache.valid_rows().tolist()
     localizer, (encoder,) = backbones.localizer, backbones.encoders
     for name in wanted:
-        picture = expected[name] or pillows(folder / name)
-        assert (picture.height, picture.width) == STATED.get(name, (HEIGHT, WIDTH)), name
-        box = np.array([[0, 0, picture.width, picture.height]], np.float32)
-        embedding = localizer.encode([localizer.preprocess(picture)])[0]
-        size = (picture.height, picture.width)
-        tokens = localizer.tokens_of_pictures(embedding[None], [box], [size])[0].numpy()
-        feature_map = encoder.encode(encoder.preprocess(picture)[None])[0].numpy()
+        image = expected[name] or pillows(folder / name)
+        assert (image.height, image.width) == STATED.get(name, (HEIGHT, WIDTH)), name
+        box = np.array([[0, 0, image.width, image.height]], np.float32)
+        embedding = localizer.encode([localizer.preprocess(image)])[0]
+        size = (image.height, image.width)
+        tokens = localizer.tokens_of_images(embedding[None], [box], [size])[0].numpy()
+        feature_map = encoder.encode(encoder.preprocess(image)[None])[0].numpy()
         found = cache.read(np.array([rows[name]]))
         assert np.abs(found.tokens[0, :1] - tokens).max() <= 2e-3 * np.abs(tokens).max(), name
         assert np.abs(found.feature_map[0] - feature_map).max() <= 2e-3 * np.abs(feature_map).max(), name
@@ -401,7 +401,7 @@ def test_reading_sizes_from_the_headers_of_such_a_folder_neither_waits_nor_stops
         **dict.fromkeys(["plain.jpg", "linked.jpg", "png_in_truth.jpg", "half.jpg"], (HEIGHT, WIDTH)),
         "wide.jpg": (1_000, 30_000),
     }
-    assert dict(zip(expected, map(tuple, photo_sizes(folder, list(expected)).tolist()), strict=True)) == expected
+    assert dict(zip(expected, map(tuple, image_sizes(folder, list(expected)).tolist()), strict=True)) == expected
 
 
 def peak_bytes() -> int:
@@ -417,15 +417,15 @@ def forget_peak() -> None:
         pytest.skip("this kernel does not let a process forget its peak memory")
 
 
-def test_a_wide_picture_and_the_bombs_take_little_memory(extracted, backbones):
+def test_a_wide_image_and_the_bombs_take_little_memory(extracted, backbones):
     folder, (encoder,) = extracted[0].path.parent / "photos", backbones.encoders
     forget_peak()
     before = peak_bytes()
     for bomb in ("bomb.jpg", "bomb.png"):
-        with pytest.raises(PhotoError):
-            decode_photo(folder / bomb)
-    photo = decode_photo(folder / "wide.jpg").image
-    backbones.localizer.preprocess(photo)
-    encoder.preprocess(photo)
+        with pytest.raises(ImageError):
+            decode_image(folder / bomb)
+    image = decode_image(folder / "wide.jpg").image
+    backbones.localizer.preprocess(image)
+    encoder.preprocess(image)
     # The pixels are 90 MB, 120 MB as Pillow holds them, and would be 360 MB as floats; the bombs 12 GB and 0.5 GB.
     assert peak_bytes() - before < 320e6
