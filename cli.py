@@ -1,8 +1,8 @@
 """The command line: one command per verb, no logic of its own.
 
 Results go to stdout, progress and warnings to stderr. What the user can mend is said in one line with exit code 2;
-`--debug` shows where it came from. Ctrl-C and SIGTERM end in one line as well (commands/signals.py). Modules are imported
-inside the commands, so that `--help` answers at once.
+`--debug` shows where it came from. Ctrl-C and SIGTERM end in one line as well (commands/signals.py). Modules are
+imported inside the commands, so that `--help` answers at once.
 """
 
 from __future__ import annotations

@@ -16,9 +16,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from makers import make_features, make_manifest
 
 from regionspot import cli
-from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest, Ragged
+from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Ragged
 from regionspot.cache.format.encodings import statistics_of
 from regionspot.cache.machine import processors
 from regionspot.cache.writing.claims import Claims
@@ -163,15 +164,12 @@ class SmallCache:
     def __init__(self) -> None:
         rng, counts = np.random.default_rng(0), [2, 0, 1, 5, 60, 7, 3, 0, 3, 1]
         regions, images = sum(counts), len(counts)
-        self.manifest = Manifest(
+        self.manifest = make_manifest(
+            counts,
             dataset="lvis",
-            split="train",
-            image_ids=np.arange(images) + 100,
-            paths=np.array([f"val2017/{row:04d} ü.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
+            paths=[f"val2017/{row:04d} ü.jpg" for row in range(images)],
             heights=rng.integers(1, 2000, images, dtype=np.int32),
             widths=rng.integers(1, 2000, images, dtype=np.int32),
-            offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-            boxes_xyxy=rng.random((regions, 4), dtype=np.float32) * 640,
             category_index=rng.integers(0, 2, regions, dtype=np.int32),
             annotation_ids=rng.integers(0, 2**40, regions),
             categories=(Category(3, "person", "person.n.01", "f", ("man",)), Category(7, "tab\there ü")),
@@ -198,9 +196,7 @@ class SmallCache:
         """What the backbones would say about an image, the same whenever they are asked."""
         if row == self.failing:
             return ImageFeatures(row, {}, "truncated JPEG")
-        rng, regions = np.random.default_rng(row), int(self.manifest.region_count[row])
-        shapes = {each.name: each.shape if each.kind == "map" else (regions, *each.shape) for each in self.sets}
-        return ImageFeatures(row, {name: rng.standard_normal(shape) for name, shape in shapes.items()})
+        return make_features(self.manifest, self.sets, row)
 
     def create(self, path: Path) -> FeatureCache:
         return FeatureCache.create(path, self.manifest, self.sets, self.part_size)

@@ -1,0 +1,55 @@
+"""Manifests and features for tests: made here only, so that a test states just the columns that it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest
+
+
+def make_manifest(counts: Sequence[int], **columns: Any) -> Manifest:
+    """A split whose image `row` has `counts[row]` regions; `columns` replace the fields of Manifest that they name."""
+    images, regions = len(counts), int(sum(counts))
+    values = {
+        "dataset": "toy",
+        "split": "train",
+        "image_ids": np.arange(images) + 100,
+        "paths": [f"{row}.jpg" for row in range(images)],
+        "heights": np.full(images, 480, np.int32),
+        "widths": np.full(images, 640, np.int32),
+        "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        "boxes_xyxy": np.random.default_rng(0).random((regions, 4), dtype=np.float32),
+        "category_index": np.zeros(regions, np.int32),
+        "annotation_ids": np.arange(regions),
+        "categories": (Category(1, "cat"),),
+        **columns,
+    }
+    return Manifest(**{**values, "paths": np.array(values["paths"], dtype=np.dtypes.StringDType())})
+
+
+def make_features(manifest: Manifest, sets: Iterable[FeatureSet], row: int, seed: int = 0) -> ImageFeatures:
+    """Random features of one image, drawn from its id and `seed`: equal wherever the image stands in a manifest."""
+    rng, regions = np.random.default_rng([seed, int(manifest.image_ids[row]) % 2**32]), int(manifest.region_count[row])
+    shapes = {each.name: each.shape if each.kind == "map" else (regions, *each.shape) for each in sets}
+    return ImageFeatures(row, {name: rng.standard_normal(shape) for name, shape in shapes.items()})
+
+
+def fill(
+    cache: FeatureCache,
+    parts: Iterable[int] | None = None,
+    names: Sequence[str] | None = None,
+    failures: Mapping[int, str] | None = None,
+    seed: int = 0,
+) -> FeatureCache:
+    """Write `parts` (default: the pending ones) of the sets `names` (default: all); `failures` gives reasons by row."""
+    sets, failures = [cache.feature_sets[name] for name in names or cache.feature_sets], failures or {}
+    for part in cache.pending_parts(names) if parts is None else parts:
+        images = (
+            ImageFeatures(row, {}, failures[row]) if row in failures else make_features(cache.manifest, sets, row, seed)
+            for row in cache.part_rows(part)
+        )
+        cache.write_part(part, images, names)
+    return cache
