@@ -303,7 +303,7 @@ def test_open_files_are_bounded_whatever_the_number_of_parts(tmp_path, monkeypat
 
 
 def test_plain_zarr_reads_the_features_without_our_code(cache, manifest):
-    """The ten lines of README."""
+    """The lines of docs/cache.md."""
     root = zarr.open(cache.path, mode="r")
     maps, tokens = root["features/clip/feature_map"], root["features/sam/token"]
     counts, part_size = root["images/region_count"][:], root.attrs["regionspot"]["part_size"]
