@@ -19,7 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 from benchmarks.bench_cache_data import BATCH, Features, write_raw
 from benchmarks.bench_cache_peers import Reader
 from regionspot.cache import FeatureCache
-from regionspot.cache.storage.shard_files import Access
+from regionspot.cache.storage.base import Access
 
 WORKERS = 2
 

@@ -35,8 +35,9 @@ from regionspot.cache.format.schema import (
 )
 from regionspot.cache.readable_cache import ReadableCache
 from regionspot.cache.reading.feature_reader import Check, FeatureReader, open_reader
-from regionspot.cache.storage.base import LocalStorage, Storage, open_storage
-from regionspot.cache.storage.shard_files import Access
+from regionspot.cache.storage.base import Access, Storage
+from regionspot.cache.storage.local import LocalStorage
+from regionspot.cache.storage.open import open_storage
 from regionspot.cache.writing.claims import Claims
 from regionspot.cache.writing.part_writer import PartWriter
 

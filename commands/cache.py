@@ -55,7 +55,7 @@ def ls(
 ) -> None:
     """List the images, a line each: row, id, size, regions, path, state."""
     from regionspot.cache.store import FeatureCache
-    from regionspot.cache.tools.listing import STATES, list_images
+    from regionspot.cache.tools.info import STATES, list_images
 
     states = [state for state, asked in zip(STATES, (done, failed, pending), strict=True) if asked]
     for line in list_images(FeatureCache.open(path), states or STATES, limit):

@@ -25,8 +25,9 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.manifest_arrays import CHUNK_KEYS, write_images, write_regions
 from regionspot.cache.format.schema import FeatureSet, Geometry
 from regionspot.cache.storage.atomic_files import file_crc, partial_path, remove_abandoned, sync_folder, sync_tree
-from regionspot.cache.storage.base import LocalStorage, Storage
+from regionspot.cache.storage.base import Storage
 from regionspot.cache.storage.folder_swap import put_back
+from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.zarr_shard import ZSTD_LEVEL
 
 # What the numbers mean, told where somebody without our code looks first.

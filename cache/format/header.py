@@ -20,8 +20,9 @@ from regionspot.cache.format.compatibility import require_same_features
 from regionspot.cache.format.manifest import Category, Manifest
 from regionspot.cache.format.schema import MAX_PART_SIZE, SCHEMA_VERSION, FeatureSet, Geometry
 from regionspot.cache.storage.atomic_files import IMAGES_KEY, file_crc, from_json, is_sealed, seal, to_json
-from regionspot.cache.storage.base import LocalStorage, Storage
+from regionspot.cache.storage.base import Storage
 from regionspot.cache.storage.folder_swap import aside
+from regionspot.cache.storage.local import LocalStorage
 
 log = logging.getLogger(__name__)
 

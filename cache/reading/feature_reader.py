@@ -21,8 +21,8 @@ from regionspot.cache.format.part_record import PartIndex, PartRecord
 from regionspot.cache.format.schema import TOKEN_CHUNK, FeatureSet, Geometry
 from regionspot.cache.machine import available_memory, processors
 from regionspot.cache.reading.part_reader import SCALE_BYTES, Bytes, DamagedError, PartReader, load_part_record
-from regionspot.cache.storage.base import Storage
-from regionspot.cache.storage.shard_files import Access, ReplacedError, ShardOpener
+from regionspot.cache.storage.base import Access, ReplacedError, Storage
+from regionspot.cache.storage.shard_files import ShardOpener
 
 Check = Literal["first", "always", "never"]  # when a record's checksum is looked at; "first" is once a process
 

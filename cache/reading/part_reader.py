@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from regionspot.cache.format.part_record import PartIndex, PartRecord, load_record
 from regionspot.cache.format.schema import FeatureSet, checksum_file, record_file, scale_file, shard_file
 from regionspot.cache.storage.atomic_files import file_crc
-from regionspot.cache.storage.base import Storage
-from regionspot.cache.storage.shard_files import ReplacedError, ShardFile
+from regionspot.cache.storage.base import ReplacedError, ShardFile, Storage
 from regionspot.cache.storage.zarr_shard import decompress, index_bytes, parse_index, without_crc
 
 OpenShard = Callable[[str, int], ShardFile]  # opens the shard of a name, of which so many bytes were written

@@ -1,33 +1,24 @@
-"""Where a cache lies: a tree of files under one address, on a disk or in an object store.
+"""The interface of every storage: a tree of files under one address, on a disk or in an object store.
 
-Everything that is read or written goes through `Storage`, so that a cache behaves alike wherever it is. Names are
-paths inside the cache with forward slashes. A file appears under its name whole or not at all, and is never changed
-afterwards, only replaced; that is all that the cache asks of a store.
+The cache reads and writes only through `Storage`, so it behaves the same everywhere. File names are paths inside the
+cache with forward slashes. A file appears whole or not at all; it is never changed in place, only replaced.
 
-    LocalStorage    a folder: disk, NFS                                             (here)
-    RemoteStorage   s3://, gs://, az://, http://, any URL of fsspec                 (remote.py)
-    LocalCopy       a RemoteStorage whose files are kept in a folder as they are read   (local_copy.py)
-    Hdf5Storage     the files in one .h5 file, to be read only                          (hdf5_storage.py)
+    LocalStorage    a folder: disk, NFS                                         (local.py)
+    RemoteStorage   s3://, gs://, az://, http://, any URL of fsspec             (remote.py)
+    LocalCopy       a RemoteStorage with a local mirror of the files it reads   (local_mirror.py)
+    Hdf5Storage     read-only, all files in one .h5 file                        (hdf5_storage.py)
 """
 
 from __future__ import annotations
 
-import errno
-import os
 from abc import ABC, abstractmethod
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Literal, Protocol
 
-from regionspot.cache.errors import CacheError
-from regionspot.cache.storage.atomic_files import DurableFile, remove_abandoned, write_file
+import numpy as np
+from numpy.typing import NDArray
 
-_NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # exFAT, some network and user-space file systems (link(2))
-
-if TYPE_CHECKING:  # shard_files.py imports Storage from here
-    from regionspot.cache.storage.shard_files import ShardFile
-
-HDF5_ENDINGS = (".h5", ".hdf5")  # of a cache in one file
+Access = Literal["auto", "map", "pread"]  # how a local shard is read; "auto" maps what fits into memory
 
 
 class NewFile(Protocol):
@@ -37,6 +28,26 @@ class NewFile(Protocol):
     def finish(self) -> None: ...
     def publish(self) -> None: ...
     def discard(self) -> None: ...
+
+
+class ReplacedError(Exception):
+    """The file was replaced after its index was read."""
+
+
+class ShardFile(Protocol):
+    """An opened shard. Safe to use from several threads and after a fork.
+
+    stays   whether its bytes stay as they are for as long as it is open, also when another file takes its place
+    """
+
+    size: int
+    stays: bool
+
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        """Fill the contiguous `out`. Raises EOFError where the file ends before, OSError, ReplacedError."""
+
+    def announce(self, offset: int, size: int) -> None:
+        """Say that these bytes will be read soon, so that a disk fetches them while others are copied."""
 
 
 class Storage(ABC):
@@ -124,129 +135,3 @@ class Storage(ABC):
         except FileNotFoundError:
             return False
         return True
-
-
-class LocalStorage(Storage):
-    """A folder."""
-
-    readers = 2
-    on_disk = True
-
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.address = folder, str(folder)
-        self._pinned: tuple[int, int] | None = None
-
-    def local_path(self, name: str) -> Path:
-        return self.folder / name
-
-    def read(self, name: str) -> bytes:
-        return (self.folder / name).read_bytes()
-
-    def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        fd = os.open(self.folder / name, os.O_RDONLY)
-        try:
-            if os.preadv(fd, [out], offset) != out.nbytes:
-                raise EOFError(f"{self.folder / name} ends before byte {offset + out.nbytes}")
-        finally:
-            os.close(fd)
-
-    def size(self, name: str) -> int:
-        return os.stat(self.folder / name).st_size
-
-    def names(self, folder: str) -> list[str]:
-        try:
-            with os.scandir(self.folder / folder) as entries:
-                return [entry.name for entry in entries if entry.is_file()]
-        except FileNotFoundError:
-            return []
-
-    def create(self, name: str) -> DurableFile:
-        return DurableFile(self._place(name))
-
-    def write(self, name: str, data: bytes) -> None:
-        write_file(self._place(name), data)
-
-    def write_new(self, name: str, data: bytes) -> bool:
-        final = self._place(name)
-        file = DurableFile(final)
-        try:
-            file.write(data)
-            file.finish()
-            os.link(file.partial, final)  # unlike a rename it refuses to replace, also over NFS
-        except FileExistsError:
-            return False
-        except OSError as error:
-            if error.errno not in _NO_LINKS:
-                raise
-            return _write_exclusively(final, data)
-        finally:
-            file.discard()
-        return True
-
-    def remove(self, name: str) -> None:
-        (self.folder / name).unlink(missing_ok=True)
-
-    def remove_abandoned(self, folder: str) -> None:
-        remove_abandoned(self.folder / folder)
-
-    def check_writable(self) -> None:
-        self._require_pinned()
-        if not os.access(self.folder, os.W_OK | os.X_OK):
-            raise CacheError(f"{self.folder}: no permission to write; change it, or open the cache for reading")
-
-    def zarr_store(self, read_only: bool = True) -> Any:
-        from zarr.storage import LocalStore  # zarr takes a second to import
-
-        return LocalStore(self.folder, read_only=read_only)
-
-    def pin(self) -> None:
-        """From now on write nothing when another folder has come to have this name, as it does when a cache grows."""
-        with suppress(OSError):  # who reads it next says what is wrong with it
-            self._pinned = self._identity()
-
-    def _place(self, name: str) -> Path:
-        """Where a new file is to lie; the folder around it is there then."""
-        self._require_pinned()
-        final = self.folder / name
-        final.parent.mkdir(parents=True, exist_ok=True)
-        return final
-
-    def _require_pinned(self) -> None:
-        if self._pinned is not None and self._identity() != self._pinned:
-            told = "it grew, or was put in another one's place, since this run opened it; run this again"
-            raise OSError(errno.ESTALE, told, self.address)
-
-    def _identity(self) -> tuple[int, int]:
-        status = os.stat(self.folder)
-        return status.st_dev, status.st_ino
-
-
-def _write_exclusively(final: Path, data: bytes) -> bool:
-    """`write_new` without links: for a moment others may see a file that is not whole yet."""
-    try:
-        with final.open("xb") as file:
-            file.write(data)
-    except FileExistsError:
-        return False
-    return True
-
-
-def open_storage(address: str | Path | Storage) -> Storage:
-    """The storage at a path or URL, or one that is open already; nothing is read of it yet.
-
-    Raises InputError for a URL of a kind that no installed library knows.
-    """
-    if isinstance(address, Storage):
-        return address
-    if "://" not in str(address):
-        path = Path(address)
-        if path.suffix in HDF5_ENDINGS and not path.is_dir():
-            from regionspot.cache.storage.hdf5_storage import Hdf5Storage  # for whoever has such a file
-
-            return Hdf5Storage(path)
-        return LocalStorage(path)
-    from regionspot.cache.storage.remote import (
-        open_remote,  # obstore and fsspec are there where remote caches are wanted
-    )
-
-    return open_remote(str(address))

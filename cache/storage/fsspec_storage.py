@@ -27,8 +27,8 @@ class FsspecStorage(RemoteStorage):
 
     readers = 8  # file systems that are not object stores seldom gain from more
 
-    def __init__(self, address: str, patience: float) -> None:
-        super().__init__(address, patience)
+    def __init__(self, address: str, retry_seconds: float) -> None:
+        super().__init__(address, retry_seconds)
         _require_known(address)
 
     def version(self, name: str) -> Version:

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from regionspot.cache.errors import NotACacheError
 from regionspot.cache.machine import available_memory
-from regionspot.cache.storage.shard_files import MappedShard, ShardFile
+from regionspot.cache.storage.base import ShardFile
+from regionspot.cache.storage.shard_files import MappedShard
 from regionspot.cache.storage.zarr_shard import index_bytes, with_crc
 
 SLOTS = "records_of_a_part"  # attribute of a dataset of records

@@ -23,9 +23,8 @@ import google_crc32c
 import numpy as np
 
 from regionspot.cache.errors import CacheError, NotACacheError
-from regionspot.cache.storage.base import NewFile, Storage
+from regionspot.cache.storage.base import NewFile, ShardFile, Storage
 from regionspot.cache.storage.hdf5_shards import PiecedShard, Records, load_records, open_file, why
-from regionspot.cache.storage.shard_files import ShardFile
 
 FORM = "regionspot_hdf5"  # the root's attribute that tells such a file, and its version
 FORM_VERSION = 1

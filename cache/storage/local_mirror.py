@@ -26,7 +26,7 @@ from typing import Any
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.storage.base import NewFile, Storage
-from regionspot.cache.storage.lru_folder import CopyFolder
+from regionspot.cache.storage.lru_folder import LruFolder
 from regionspot.cache.storage.remote import RemoteStorage, Version
 from regionspot.cache.storage.zarr_shard import with_crc, without_crc
 
@@ -51,7 +51,7 @@ class LocalCopy(Storage):
     readers = 4  # most reads are the disk's, but a few shards are fetched at once
 
     def __init__(self, remote: RemoteStorage, folder: Path, limit: int) -> None:
-        self.address, self._remote, self._copies = remote.address, remote, CopyFolder(folder, limit)
+        self.address, self._remote, self._copies = remote.address, remote, LruFolder(folder, limit)
         name = re.sub(r"[^\w.-]+", "_", remote.address.rpartition("/")[2]) or "cache"
         self._place = f"{name}-{_hash(remote.address)}"
         self._seen: dict[str, tuple[float, Version]] = {}
@@ -218,7 +218,7 @@ def with_local_copy(storage: Storage, folder: str | Path, limit_bytes: int) -> S
     A storage on a local disk is returned as it is. Raises InputError where the folder cannot be written.
     """
     if not isinstance(storage, RemoteStorage):
-        log.info("%s: is local already, so it is not copied to %s", storage.address, folder)
+        log.warning("%s: is a local cache; --local-copy %s is ignored", storage.address, folder)
         return storage
     return LocalCopy(storage, Path(folder), limit_bytes)
 

@@ -52,7 +52,7 @@ class _Kept:
     used: float
 
 
-class CopyFolder:
+class LruFolder:
     """Names are `<cache>/<path in the cache>@<16 hex digits>`; each stands for one content for ever.
 
     Whatever else lies in the folder is not counted and never touched.

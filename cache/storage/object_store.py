@@ -8,17 +8,18 @@ A client belongs to the process that made it: after a fork another one is made (
 
 from __future__ import annotations
 
+import configparser
 import contextlib
 import errno
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from regionspot.cache.errors import InputError
-from regionspot.cache.storage.aws_profile import aws_profile
 from regionspot.cache.storage.base import NewFile
 from regionspot.cache.storage.obstore_errors import trouble_of
 from regionspot.cache.storage.obstore_fork_safety import current_obstore, keep
@@ -27,6 +28,23 @@ from regionspot.cache.storage.remote import RemoteStorage, Trouble, Version
 _PART_BYTES = 8 << 20  # of a multipart upload: S3 takes 5 MB to 5 GB, and 10,000 of them, so files up to 80 GB
 _PARTS_AT_ONCE = 4  # so a file being written takes at most 40 MB of memory
 _LONGEST_SILENCE = 30.0  # seconds without a byte after which a request counts as failed
+
+
+# What says where keys come from, so that the files are not asked.
+_AWS_KEY_SOURCES = (
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SKIP_SIGNATURE",
+    "AWS_WEB_IDENTITY_TOKEN_FILE",
+    "AWS_CONTAINER_CREDENTIALS_RELATIVE_URI",
+    "AWS_CONTAINER_CREDENTIALS_FULL_URI",
+)
+_AWS_FIELDS = {
+    "aws_access_key_id": "access_key_id",
+    "aws_secret_access_key": "secret_access_key",
+    "aws_session_token": "session_token",
+    "region": "region",
+    "endpoint_url": "endpoint",
+}
 
 
 @dataclass(frozen=True)
@@ -42,8 +60,8 @@ class _Clients:
 class ObjectStorage(RemoteStorage):
     """A prefix in a bucket."""
 
-    def __init__(self, address: str, patience: float) -> None:
-        super().__init__(address, patience)
+    def __init__(self, address: str, retry_seconds: float) -> None:
+        super().__init__(address, retry_seconds)
         self._held = self._connect()
 
     def version(self, name: str) -> Version:
@@ -130,7 +148,7 @@ class ObjectStorage(RemoteStorage):
         from obstore.store import from_url
 
         connect: Any = from_url  # typed by the names of each store's own options
-        silence = timedelta(seconds=min(_LONGEST_SILENCE, max(self.patience, 1)))
+        silence = timedelta(seconds=min(_LONGEST_SILENCE, max(self.retry_seconds, 1)))
         client_options = {
             "allow_http": True,  # where an endpoint is given as http://
             "connect_timeout": timedelta(seconds=5),
@@ -139,10 +157,10 @@ class ObjectStorage(RemoteStorage):
         }
         patient = {
             "max_retries": 20,
-            "retry_timeout": timedelta(seconds=self.patience),
+            "retry_timeout": timedelta(seconds=self.retry_seconds),
             "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2},
         }
-        config = aws_profile() if urlsplit(self.address).scheme in ("s3", "s3a") else {}
+        config = _aws_profile() if urlsplit(self.address).scheme in ("s3", "s3a") else {}
         try:
             made = [
                 connect(self.address, client_options=client_options, retry_config=retries, **config)
@@ -204,3 +222,27 @@ def _version(found: Any) -> Version:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0]
+
+
+def _aws_profile() -> dict[str, str]:
+    """What the files say and the environment does not, by the names of obstore's S3 options."""
+    if any(os.environ.get(name) for name in _AWS_KEY_SOURCES):
+        return {}
+    profile = os.environ.get("AWS_PROFILE") or "default"
+    words: dict[str, str] = {}
+    for variable, file, section in (
+        ("AWS_CONFIG_FILE", "config", profile if profile == "default" else f"profile {profile}"),
+        ("AWS_SHARED_CREDENTIALS_FILE", "credentials", profile),
+    ):
+        parser = configparser.RawConfigParser()
+        try:
+            parser.read(Path(os.environ.get(variable) or f"~/.aws/{file}").expanduser())
+        except configparser.Error:
+            continue  # as if it were not there: the store will say that keys are missing
+        if parser.has_section(section):
+            words |= dict(parser.items(section))
+    if os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
+        words.pop("region", None)
+    if os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL_S3"):
+        words.pop("endpoint_url", None)
+    return {option: words[field] for field, option in _AWS_FIELDS.items() if words.get(field)}

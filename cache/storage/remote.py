@@ -1,13 +1,9 @@
-"""Caches in object stores and behind any other URL: what all of them have in common.
+"""What all remote storages share: retries, reads by byte range, parallel downloads.
 
-    s3:// gs:// az:// abfs:// http://   ObjectStorage (object_storage.py), by obstore, which reads at the network's rate
-    any other URL of fsspec             FsspecStorage (fsspec_storage.py): memory://, sftp://, hf://, smb://, ...
-    file://                             LocalStorage (storage.py)
-
-A store that does not answer, answers 429 or 5xx, or breaks off is asked again: after 0.1 s, then after twice as long
-each time, at most 10 s, all of it shortened by chance up to a half so that many readers do not come back at once. What
-still fails after `patience` seconds (60, or REGIONSPOT_PATIENCE) is an OSError with one short line in `strerror`. What
-no waiting mends, a wrong bucket or wrong credentials, is one at once.
+A request that gets no answer, a broken connection or status 429 or 5xx is retried with exponential backoff: 0.1 s,
+doubled each time up to 10 s, each shortened by a random factor of up to one half so that many readers do not retry in
+step. After `retry_seconds` (60, or REGIONSPOT_PATIENCE) it raises OSError with a one-line `strerror`. An error that no
+retry can fix, such as a wrong bucket or wrong credentials, is raised at once.
 """
 
 from __future__ import annotations
@@ -15,30 +11,22 @@ from __future__ import annotations
 import logging
 import os
 import random
-import re
 import time
 from abc import abstractmethod
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
-from regionspot.cache.errors import InputError
-from regionspot.cache.storage.base import LocalStorage, Storage
+from regionspot.cache.storage.base import Storage
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-PATIENCE = 60.0  # seconds; long enough for the restart of a server, short enough that a wrong address is soon seen
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds
 _RANGE_BYTES = 8 << 20  # of one request of a download: long enough that its latency is small against its transfer
 _RANGES = 8  # requests of one download at once, so at most 64 MB of it are in memory
-
-_OBJECT_STORES = ("s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss")
-_SERVERS = ("http", "https")
 
 
 @dataclass(frozen=True)
@@ -62,11 +50,11 @@ class RemoteStorage(Storage):
 
     readers = 16  # a range of 500 KB takes about 20 ms of waiting and 5 ms of transfer: so many keep a line busy
 
-    def __init__(self, address: str, patience: float) -> None:
-        self.address, self.patience = address, patience
+    def __init__(self, address: str, retry_seconds: float) -> None:
+        self.address, self.retry_seconds = address, retry_seconds
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return open_remote, (self.address, self.patience)  # a worker process makes connections of its own
+        return type(self), (self.address, self.retry_seconds)  # a worker process makes connections of its own
 
     @abstractmethod
     def version(self, name: str) -> Version:
@@ -154,9 +142,9 @@ class RemoteStorage(Storage):
                 trouble, waited = self._trouble(name, error), time.monotonic() - began
                 if not trouble.retryable:
                     raise trouble.error from error
-                if waited >= self.patience:
+                if waited >= self.retry_seconds:
                     raise _given_up(trouble.error, tries, waited) from error
-            wait = min(pause * random.uniform(0.5, 1), max(self.patience - waited, 0))
+            wait = min(pause * random.uniform(0.5, 1), max(self.retry_seconds - waited, 0))
             log.warning("%s/%s: %s; asking again in %.1f s", self.address, name, trouble.error.strerror, wait)
             time.sleep(wait)
             pause, tries = min(pause * 2, _LONGEST_PAUSE), tries + 1
@@ -164,44 +152,3 @@ class RemoteStorage(Storage):
 
 def _given_up(error: OSError, tries: int, seconds: float) -> OSError:
     return OSError(error.errno, f"{error.strerror}, asked {tries} times in {seconds:.0f} s", error.filename)
-
-
-def open_remote(address: str, patience: float | None = None) -> Storage:
-    """The storage at a URL; nothing is read of it yet.
-
-    patience   seconds for which a failing store is asked again (default: REGIONSPOT_PATIENCE, else 60)
-
-    Credentials and endpoints are those that every tool of the store takes from the environment: AWS_ACCESS_KEY_ID,
-    AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL, AWS_SKIP_SIGNATURE=true for public buckets, ~/.aws;
-    GOOGLE_APPLICATION_CREDENTIALS; AZURE_STORAGE_ACCOUNT_NAME and _KEY. Raises InputError, in one line, for a URL
-    that no installed library knows.
-    """
-    address = re.sub(r"(?<![:/])/+$", "", address)  # memory:// and file:/// keep theirs
-    scheme = urlsplit(address).scheme
-    seconds = _patience() if patience is None else patience
-    if scheme == "file":
-        return LocalStorage(Path(urlsplit(address).path))
-    if scheme in _OBJECT_STORES:
-        from regionspot.cache.storage.object_store import (
-            ObjectStorage,  # obstore is there where remote caches are wanted
-        )
-
-        return ObjectStorage(address, seconds)
-    if scheme in _SERVERS:
-        from regionspot.cache.storage.http_storage import HttpStorage
-
-        return HttpStorage(address, seconds)
-    from regionspot.cache.storage.fsspec_storage import FsspecStorage
-
-    return FsspecStorage(address, seconds)
-
-
-def _patience() -> float:
-    given = os.environ.get("REGIONSPOT_PATIENCE") or str(PATIENCE)
-    try:
-        seconds = float(given)
-    except ValueError:
-        seconds = -1.0
-    if not seconds >= 0:  # NaN neither
-        raise InputError(f"REGIONSPOT_PATIENCE is {given!r}, expected a number of seconds, 0 or more")
-    return seconds

@@ -21,14 +21,11 @@ import resource
 from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from regionspot.cache.storage.base import Storage
-
-Access = Literal["auto", "map", "pread"]  # how a local shard is read; "auto" maps what fits into memory
+from regionspot.cache.storage.base import ReplacedError, ShardFile, Storage
 
 _MAP_FAILED = ctypes.c_void_p(-1).value
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -36,26 +33,6 @@ _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
 _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-class ReplacedError(Exception):
-    """Another file stands where the shard was whose index is known."""
-
-
-class ShardFile(Protocol):
-    """An opened shard. Safe to use from several threads and after a fork.
-
-    stays   whether its bytes stay as they are for as long as it is open, also when another file takes its place
-    """
-
-    size: int
-    stays: bool
-
-    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill the contiguous `out`. Raises EOFError where the file ends before, OSError, ReplacedError."""
-
-    def announce(self, offset: int, size: int) -> None:
-        """Say that these bytes will be read soon, so that a disk fetches them while others are copied."""
 
 
 class MappedShard:

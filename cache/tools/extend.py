@@ -26,8 +26,9 @@ from regionspot.cache.format.manifest_diff import first_difference, in_order_of,
 from regionspot.cache.format.schema import PART_SIZE, Geometry
 from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import partial_path, remove_abandoned, sync_tree, to_json
-from regionspot.cache.storage.base import LocalStorage, open_storage
 from regionspot.cache.storage.folder_swap import put_back, replace_folder
+from regionspot.cache.storage.local import LocalStorage
+from regionspot.cache.storage.open import open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.copy_parts import Place, take_part
 from regionspot.cache.writing.claim_files import FOLDER as CLAIMS

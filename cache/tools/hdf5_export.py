@@ -29,9 +29,11 @@ from regionspot.cache.format.zarr_metadata import damaged_files
 from regionspot.cache.outputs import require_apart
 from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import partial_path, remove_abandoned, sync_folder
-from regionspot.cache.storage.base import HDF5_ENDINGS, LocalStorage, Storage
+from regionspot.cache.storage.base import Storage
 from regionspot.cache.storage.hdf5_shards import SLOTS
 from regionspot.cache.storage.hdf5_storage import DATA, FORM, FORM_VERSION, INDEX, INDEX_CRC
+from regionspot.cache.storage.local import LocalStorage
+from regionspot.cache.storage.open import HDF5_SUFFIXES
 from regionspot.cache.storage.zarr_shard import ZSTD_LEVEL
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.copy_parts import Place, commit_part, records_of, require_equal
@@ -52,7 +54,7 @@ def export_hdf5(cache: FeatureCache, out: str | Path) -> Path:
     NotACacheError for a damaged manifest.
     """
     out = Path(out)
-    if out.suffix not in HDF5_ENDINGS:
+    if out.suffix not in HDF5_SUFFIXES:
         raise InputError(f"{out}: a cache in one file ends in .h5, so that it is opened as such; name it so")
     require_apart(out, [cache.path])
     with _written_beside(out) as building:

@@ -22,7 +22,8 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import FeatureSet, part_files, record_file
 from regionspot.cache.format.zarr_metadata import ROOT, expected_metadata
 from regionspot.cache.storage.atomic_files import file_crc, to_json
-from regionspot.cache.storage.base import Storage, open_storage
+from regionspot.cache.storage.base import Storage
+from regionspot.cache.storage.open import open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.verify_part import PartCheck
 from regionspot.cache.tools.verify_report import Problem, VerifyReport, counted

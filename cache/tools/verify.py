@@ -13,22 +13,24 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
 from regionspot.cache.errors import InputError, NotACacheError
 from regionspot.cache.format.header import Header, load_header
 from regionspot.cache.format.manifest import Manifest
-from regionspot.cache.format.schema import record_file
+from regionspot.cache.format.schema import part_files, record_file
 from regionspot.cache.format.zarr_metadata import ROOT, damaged_files, document_difference, out_of_date
 from regionspot.cache.progress import Progress
-from regionspot.cache.storage.atomic_files import from_json, to_json
-from regionspot.cache.storage.base import Storage, open_storage
+from regionspot.cache.storage.atomic_files import from_json, is_partial, to_json
+from regionspot.cache.storage.base import Storage
+from regionspot.cache.storage.open import open_storage
 from regionspot.cache.store import FeatureCache
-from regionspot.cache.tools.orphans import find_orphans
+from regionspot.cache.tools.info import SUMMARY
 from regionspot.cache.tools.verify_part import PartCheck
 from regionspot.cache.tools.verify_report import Mend, Problem, VerifyReport, counted
 
@@ -142,7 +144,7 @@ class _Verification:
 
     def _look_for_strays(self, written: dict[str, list[int]]) -> None:
         with self._readable("features"):
-            strays = find_orphans(self._storage, self._header, written)
+            strays = _find_orphans(self._storage, self._header, written)
             self._unfinished = len(strays.unfinished)
             self._warnings += [f"{name}: is no file of this cache" for name in strays.unknown[:_NAMED_STRAYS]]
             if len(strays.unknown) > _NAMED_STRAYS:
@@ -195,3 +197,34 @@ class _Verification:
 
 def _unreadable(name: str, error: OSError) -> Problem:
     return Problem(name, None, None, f"cannot be read: {error.strerror or error}", "access")
+
+
+@dataclass(frozen=True)
+class _Orphans:
+    """unfinished   of writers that were killed or are at work: the next extract writes them again or removes them
+    unknown      none of the cache's
+    """
+
+    unfinished: tuple[str, ...]
+    unknown: tuple[str, ...]
+
+
+def _find_orphans(storage: Storage, header: Header, written: Mapping[str, Sequence[int]]) -> _Orphans:
+    """Look through a cache's own folders; `written` are the parts with a record, by feature set.
+
+    Raises OSError where a folder cannot be listed.
+    """
+    known = {"zarr.json", SUMMARY, *header.files}
+    coming: set[str] = set()
+    for name, feature_set in header.feature_sets.items():
+        known.update(record_file(name, part) for part in written[name])
+        for part in range(header.geometry.n_parts):
+            coming.update(part_files(feature_set, part))
+        known.update(file for part in written[name] for file in part_files(feature_set, part))
+    unfinished: list[str] = []
+    unknown: list[str] = []
+    for folder in sorted({name.rpartition("/")[0] for name in known}):
+        found = (f"{folder}/{base}".removeprefix("/") for base in storage.names(folder))
+        for name in sorted(name for name in found if name not in known):
+            (unfinished if name in coming or is_partial(name) else unknown).append(name)
+    return _Orphans(tuple(unfinished), tuple(unknown))

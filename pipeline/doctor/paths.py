@@ -10,7 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from regionspot.cache.errors import RegionSpotError
-from regionspot.cache.storage.base import LocalStorage, Storage, open_storage
+from regionspot.cache.storage.base import Storage
+from regionspot.cache.storage.local import LocalStorage
+from regionspot.cache.storage.open import open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.info import size_text
 from regionspot.pipeline.doctor.run import Asked, Finding

@@ -20,7 +20,7 @@ from regionspot.cache.format.encodings import statistics_of
 from regionspot.cache.format.header import load_header
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import FeatureSet, ImageFeatures
-from regionspot.cache.storage.base import open_storage
+from regionspot.cache.storage.open import open_storage
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,8 @@ from regionspot.cache.format.header import load_header
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.manifest_diff import grows_to
 from regionspot.cache.format.schema import TOKEN_CHUNK, FeatureSet, Geometry
-from regionspot.cache.storage.base import LocalStorage, open_storage
+from regionspot.cache.storage.local import LocalStorage
+from regionspot.cache.storage.open import open_storage
 from regionspot.cache.storage.zarr_shard import index_bytes
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.extend import part_size_when_grown

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.cache.format.manifest import Manifest
-from regionspot.cache.storage.base import open_storage
+from regionspot.cache.storage.open import open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.backbones.clip import warn_of_unknown_names

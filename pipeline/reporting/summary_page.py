@@ -17,8 +17,7 @@ from regionspot.cache.errors import CacheError
 from regionspot.cache.format.part_record import PartRecord
 from regionspot.cache.progress import duration
 from regionspot.cache.store import FeatureCache
-from regionspot.cache.tools.info import size_text
-from regionspot.cache.tools.orphans import RUNS, SUMMARY
+from regionspot.cache.tools.info import RUNS, SUMMARY, size_text
 from regionspot.pipeline.reporting.failure_kinds import FailureCount
 from regionspot.pipeline.reporting.run_summary import RunRecord, parse_run
 

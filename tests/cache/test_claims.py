@@ -18,7 +18,7 @@ import pytest
 
 from regionspot.cache import CacheError
 from regionspot.cache.process import this_process
-from regionspot.cache.storage.base import LocalStorage
+from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.writing import claim_files, claims
 from regionspot.cache.writing.claims import Claims
 

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from regionspot.cache.process import Process
-from regionspot.cache.storage.base import LocalStorage
+from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.writing import claims
 from regionspot.cache.writing.claim_files import counter, run_file
 from regionspot.cache.writing.claims import CLAIM_SECONDS, Claims

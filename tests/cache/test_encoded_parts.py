@@ -18,7 +18,7 @@ from regionspot.cache import (
 )
 from regionspot.cache.format.encodings import Statistics, statistics_of
 from regionspot.cache.format.schema import Geometry
-from regionspot.cache.storage.base import LocalStorage
+from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.writing.feature_set_writers import MapWriter, TokenWriter
 
 COUNTS = [3, 70, 1]

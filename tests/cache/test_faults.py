@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from regionspot.cache import CacheError
-from regionspot.cache.storage.base import LocalStorage
+from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.tools.verify import verify
 
 NOBODY = 65534

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from regionspot.cache import Category, CorruptPartError, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest
-from regionspot.cache.tools.info import describe_cache, size_text
-from regionspot.cache.tools.listing import list_images
+from regionspot.cache.tools.info import describe_cache, list_images, size_text
 from regionspot.pipeline.reporting.run_summary import ExtractSummary, RunRecord
 from regionspot.pipeline.reporting.summary_page import publish
 

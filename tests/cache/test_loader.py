@@ -35,7 +35,7 @@ from regionspot.cache.format.schema import shard_file
 from regionspot.cache.machine import available_memory
 from regionspot.cache.reading.batch import Batch
 from regionspot.cache.reading.sampling import Sampling
-from regionspot.cache.storage.base import LocalStorage
+from regionspot.cache.storage.local import LocalStorage
 
 IMAGES, PART = 23, 4
 FAILED = 9  # the row of the image that could not be read

@@ -25,9 +25,10 @@ from regionspot.cache import (
     InputError,
     Manifest,
 )
-from regionspot.cache.storage.base import LocalStorage, open_storage
+from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.local_mirror import parse_bytes, with_local_copy
-from regionspot.cache.storage.lru_folder import CopyFolder
+from regionspot.cache.storage.lru_folder import LruFolder
+from regionspot.cache.storage.open import open_storage
 from regionspot.cache.storage.remote import RemoteStorage
 
 MAPS = FeatureSet("clip", "map", (5, 8))
@@ -356,7 +357,7 @@ def test_claims_and_other_living_files_are_never_kept(bucket, tmp_path):
 
 
 def test_a_fetch_that_fails_leaves_the_folder_as_it_was(bucket, tmp_path):
-    folder = CopyFolder(tmp_path, PLENTY)
+    folder = LruFolder(tmp_path, PLENTY)
 
     def fail(fd):
         os.write(fd, b"half")
@@ -368,9 +369,12 @@ def test_a_fetch_that_fails_leaves_the_folder_as_it_was(bucket, tmp_path):
     assert folder.fetch("toy/b@0123456789abcdef", 4, lambda fd: os.write(fd, b"full"), True).read_bytes() == b"full"
 
 
-def test_only_remote_storages_are_copied(tmp_path):
+def test_a_local_copy_of_a_local_cache_is_ignored_with_a_warning(tmp_path, caplog):
     storage = LocalStorage(tmp_path)
     assert with_local_copy(storage, tmp_path / "copy", 10) is storage
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path}: is a local cache; --local-copy {tmp_path / 'copy'} is ignored"
+    ]
 
 
 def test_a_folder_that_cannot_hold_a_copy_is_refused_in_one_line(bucket, tmp_path):

@@ -22,8 +22,8 @@ import zarr
 from regionspot.cache import CacheError, Category, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest
 from regionspot.cache.errors import CacheExistsError, NotACacheError
 from regionspot.cache.format.upload import upload_tree
-from regionspot.cache.storage.base import LocalStorage, open_storage
-from regionspot.cache.storage.remote import open_remote
+from regionspot.cache.storage.local import LocalStorage
+from regionspot.cache.storage.open import open_remote, open_storage
 
 MAPS = FeatureSet("clip", "map", (5, 8))
 TOKENS = FeatureSet("sam", "token", (6,))
@@ -427,7 +427,7 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(s3, monkeypatch):
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()
         with pytest.raises(OSError, match="does not answer"):
-            open_remote(s3, patience=0.5).read("a")
+            open_remote(s3, retry_seconds=0.5).read("a")
         assert time.monotonic() - began < 5
 
 
@@ -569,7 +569,7 @@ def test_a_cache_behind_a_plain_web_server_is_read_and_not_written(local):
 UPLOAD = """
 import resource, sys
 from regionspot.cache.storage import object_store as object_storage
-from regionspot.cache.storage.base import open_storage
+from regionspot.cache.storage.open import open_storage
 object_storage._PART_BYTES, object_storage._PARTS_AT_ONCE = 5 << 20, 1
 storage, record = open_storage(sys.argv[1]), bytes(1 << 20)
 storage.write("warm", record)

@@ -11,7 +11,7 @@ import pytest
 
 from regionspot import cli
 from regionspot.cache import CacheError, FeatureCache, NotExtractedError
-from regionspot.cache.storage.base import LocalStorage
+from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.tools.repair import repair
 from regionspot.cache.tools.verify import verify
 from regionspot.cache.writing.claims import Claims

@@ -12,7 +12,7 @@ from regionspot.cache import CorruptPartError, FeatureCache, ImageFeatures, NotE
 from regionspot.cache.format.part_record import load_record
 from regionspot.cache.reading.feature_reader import PartOpener
 from regionspot.cache.storage.atomic_files import from_json, seal, to_json
-from regionspot.cache.storage.base import LocalStorage
+from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.tools.copy_features import copy_features
 from regionspot.cache.tools.repair import repair
 from regionspot.cache.tools.rewrite_part import rewrite_part

@@ -15,7 +15,8 @@ import zarr
 from regionspot.cache import FeatureCache, FeatureSet, InputError, NotACacheError, SchemaVersionError
 from regionspot.cache.format.part_record import load_record
 from regionspot.cache.storage.atomic_files import partial_path, to_json
-from regionspot.cache.storage.base import LocalStorage, open_storage
+from regionspot.cache.storage.local import LocalStorage
+from regionspot.cache.storage.open import open_storage
 from regionspot.cache.storage.zarr_shard import with_crc
 from regionspot.cache.tools.hdf5_export import export_hdf5
 from regionspot.cache.tools.repair import repair

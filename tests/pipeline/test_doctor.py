@@ -83,7 +83,7 @@ def test_a_disk_that_takes_no_more_fails_and_nothing_is_left_on_it(tmp_path):
 def test_an_object_store_is_written_to_and_left_as_it_was(s3):
     found = list(doctor_places.cache_place(Asked(cache=f"{s3}/c.zarr")))
     assert states(found) == [("write rate", "ok")]
-    from regionspot.cache.storage.base import open_storage
+    from regionspot.cache.storage.open import open_storage
 
     assert open_storage(f"{s3}/c.zarr").names("") == []
 
