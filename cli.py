@@ -87,9 +87,9 @@ def dataset(
     """Say what a dataset split holds, what reading it dropped and which images are missing."""
     from dataclasses import replace
 
+    from regionspot.pipeline.datasets.failure_limit import FailureLimit
     from regionspot.pipeline.datasets.proposals import with_boxes
     from regionspot.pipeline.datasets.registry import describe, image_folder_of, read_dataset, require_regions
-    from regionspot.pipeline.reporting.failures import FailureLimit
 
     limit = FailureLimit.parse(max_failures)
     manifest = with_boxes(read_dataset(name, data, split, annotations, max_failures=limit), boxes, limit)
@@ -203,7 +203,7 @@ def eval_lvis(
     """LVIS AP of a head or a baseline, end to end from images. Stopped and run again, it resumes."""
     from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
     from regionspot.evaluation.report.tables import results_text
-    from regionspot.pipeline.reporting.failures import FailureLimit
+    from regionspot.pipeline.datasets.failure_limit import FailureLimit
 
     asked = LvisEvaluation(
         data=data,

@@ -189,8 +189,8 @@ def extend(
 ) -> None:
     """Take in annotations that grew: new images come behind those that are there, for the next `extract`."""
     from regionspot.cache.tools.extend import extend as run
+    from regionspot.pipeline.datasets.failure_limit import FailureLimit
     from regionspot.pipeline.datasets.registry import read_split
-    from regionspot.pipeline.reporting.failures import FailureLimit
 
     allowed = FailureLimit.parse(max_failures)
     manifest = read_split(name, data, split, annotations, boxes, limit, max_failures=allowed, may_be_empty=True)

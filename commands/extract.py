@@ -108,12 +108,12 @@ def extract(
     """
     from regionspot.cache.errors import InputError
     from regionspot.cache.format.encodings import Encoding
+    from regionspot.pipeline.datasets.failure_limit import FailureLimit
     from regionspot.pipeline.distributed.cluster import check_scheduler
     from regionspot.pipeline.extraction.config import ExtractConfig
     from regionspot.pipeline.extraction.part_choice import spans
     from regionspot.pipeline.extraction.part_selection import parse_shard
     from regionspot.pipeline.extraction.plan import check_part_size
-    from regionspot.pipeline.reporting.failures import FailureLimit
 
     # Before annotations are read and models loaded, which takes minutes.
     if parts is not None:

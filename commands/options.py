@@ -13,7 +13,7 @@ import typer
 
 from regionspot.cache.format.schema import MAX_PART_SIZE
 from regionspot.cache.writing.claims import CLAIM_SECONDS
-from regionspot.pipeline.reporting.failures import EVALUATION_LIMIT, EXTRACTION_LIMIT
+from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, EXTRACTION_LIMIT
 
 PresetName = Literal["bb", "bl", "bl336", "toy"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]

@@ -31,10 +31,10 @@ from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones.builders import preset_named
 from regionspot.pipeline.backbones.clip import load_text_encoder
 from regionspot.pipeline.backbones.dtypes import AUTO
+from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.datasets.proposals import GROUND_TRUTH
 from regionspot.pipeline.datasets.registry import image_folder_of, read_split
 from regionspot.pipeline.images.decode import Exif, check_exif
-from regionspot.pipeline.reporting.failures import EVALUATION_LIMIT, FailureLimit
 
 log = logging.getLogger(__name__)
 

@@ -20,8 +20,8 @@ from regionspot.evaluation.metrics.ground_truth import GroundTruth, read_ground_
 from regionspot.evaluation.metrics.lvis_ap import lvis_ap
 from regionspot.evaluation.report.drawing import save_image
 from regionspot.evaluation.report.sheet import judged_sheet
+from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.images.decode import exif_of
-from regionspot.pipeline.reporting.failures import EVALUATION_LIMIT, FailureLimit
 
 RESULTS, DETECTIONS, SHEET = "results.json", "detections.json", "sheet.png"
 SHEET_IMAGES = 9

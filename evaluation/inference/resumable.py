@@ -35,7 +35,7 @@ from regionspot.evaluation.metrics.detections import (
     from_columns,
     to_columns,
 )
-from regionspot.pipeline.reporting.failures import EVALUATION_LIMIT, FailureLimit
+from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
 
 log = logging.getLogger(__name__)
 

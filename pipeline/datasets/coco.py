@@ -24,10 +24,10 @@ import numpy as np
 from regionspot.cache.format.manifest import Category, Manifest
 from regionspot.pipeline.datasets import json_values as values
 from regionspot.pipeline.datasets.coco_images import CocoImages, Id
-from regionspot.pipeline.datasets.json_stream import AnnotationFile, SkippedRecords
+from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit, SkippedRecords
+from regionspot.pipeline.datasets.json_stream import AnnotationFile
 from regionspot.pipeline.datasets.json_values import FieldError
 from regionspot.pipeline.datasets.region_table import Floats, Lookup, RegionTable, column
-from regionspot.pipeline.reporting.failures import EXTRACTION_LIMIT, FailureLimit
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ def read_coco_form(
         if name not in lists:
             there = ", ".join(list(lists)[:8]) or "nothing"
             raise file.refuse(f"has no list `{name}`, which annotations in COCO's form have; it has {there}")
-    skipped = SkippedRecords(file, max_failures)
+    skipped = SkippedRecords(file.path, max_failures)
     categories, names = _categories(file, lists["categories"], form)
     images = CocoImages(file, form, categories)
     images.read(lists["images"], skipped)

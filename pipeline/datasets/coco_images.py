@@ -12,7 +12,8 @@ import numpy as np
 
 from regionspot.cache.format.manifest import Category, Manifest
 from regionspot.pipeline.datasets import json_values as values
-from regionspot.pipeline.datasets.json_stream import AnnotationFile, SkippedRecords
+from regionspot.pipeline.datasets.failure_limit import SkippedRecords
+from regionspot.pipeline.datasets.json_stream import AnnotationFile
 from regionspot.pipeline.datasets.json_values import FieldError
 from regionspot.pipeline.datasets.region_table import Ints, Lookup, column, manifest_of_images, ragged
 

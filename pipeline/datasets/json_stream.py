@@ -14,7 +14,6 @@ import hashlib
 import json
 import mmap
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,8 @@ from typing import Any, Generic, TypeVar
 import msgspec
 
 from regionspot.cache.errors import AnnotationError
+from regionspot.pipeline.datasets.failure_limit import SkippedRecords
 from regionspot.pipeline.datasets.json_values import FieldError
-from regionspot.pipeline.reporting.failures import FailureLimit
 
 T = TypeVar("T")
 
@@ -64,48 +63,6 @@ class Slice(Generic[T]):
 
     items: list[T]
     places: Sequence[int]
-
-
-class SkippedRecords:
-    """Records of one file that cannot be used: how many of each list, and why the first one.
-
-    report    counts for a manifest's report
-    remarks   what is to be told of them, one line a list
-    """
-
-    def __init__(self, file: AnnotationFile, limit: FailureLimit) -> None:
-        self._file, self._limit = file, limit
-        self._usable: Counter[str] = Counter()
-        self._skipped: Counter[str] = Counter()
-        self._first: dict[str, str] = {}
-        self.report: dict[str, int] = {}
-        self.remarks: list[str] = []
-
-    def add(self, kind: str, why: str, count: int = 1) -> None:
-        """`kind`: what they are, in the plural; `why` names the first of them."""
-        self._skipped[kind] += count
-        self._first.setdefault(kind, why)
-
-    def add_usable(self, kind: str, count: int) -> None:
-        self._usable[kind] += count
-
-    def check(self, kind: str) -> None:
-        """To be called when all of this kind are read.
-
-        Raises AnnotationError where all of them are skipped, or more than the limit allows.
-        """
-        skipped, total = self._skipped[kind], self._skipped[kind] + self._usable[kind]
-        if not skipped:
-            return
-        what = f"{skipped:,} of {total:,} {kind} cannot be read"
-        if skipped == total:
-            raise self._file.refuse(f"{what}, the first: {self._first[kind]}")
-        if not self._limit.allows(skipped, total):
-            raise self._file.refuse(
-                f"{what}, more than --max-failures {self._limit} allows; the first: {self._first[kind]}"
-            )
-        self.report[f"skipped_{kind}"] = skipped
-        self.remarks.append(f"{self._file.path}: {what} and are left out; the first: {self._first[kind]}")
 
 
 class AnnotationFile:

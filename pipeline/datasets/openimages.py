@@ -20,12 +20,12 @@ import pyarrow.csv
 from numpy.typing import NDArray
 
 from regionspot.cache.format.manifest import Category, Manifest
+from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit, SkippedRecords
 from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, image_sizes
-from regionspot.pipeline.datasets.json_stream import AnnotationFile, SkippedRecords
+from regionspot.pipeline.datasets.json_stream import AnnotationFile
 from regionspot.pipeline.datasets.json_values import shown
 from regionspot.pipeline.datasets.region_table import Floats, Ints, RegionTable, manifest_of_images
 from regionspot.pipeline.datasets.report import contents
-from regionspot.pipeline.reporting.failures import EXTRACTION_LIMIT, FailureLimit
 
 _NAMES = pa.dictionary(pa.int32(), pa.string())
 # x before y, both ends of each: not the order of a box (https://storage.googleapis.com/openimages/web/download_v7.html)
@@ -71,7 +71,7 @@ def read_openimages(
     """
     boxes_file, classes_file = AnnotationFile(boxes_csv), AnnotationFile(classes_csv)
     places, categories = _categories(classes_file)
-    skipped = SkippedRecords(boxes_file, max_failures)
+    skipped = SkippedRecords(boxes_file.path, max_failures)
     boxes, remarks = _read_boxes(boxes_file, places, classes_file.path, skipped)
     paths = [f"{name}.jpg" for name in boxes.hex_ids]
     sizes = image_sizes(image_folder, paths)

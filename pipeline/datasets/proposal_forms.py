@@ -28,7 +28,8 @@ from regionspot.pipeline.datasets import json_values as values
 from regionspot.pipeline.datasets.box_forms import BoxForm
 from regionspot.pipeline.datasets.coco import XYWH, Number, boxes_of
 from regionspot.pipeline.datasets.coco_images import Id
-from regionspot.pipeline.datasets.json_stream import AnnotationFile, SkippedRecords
+from regionspot.pipeline.datasets.failure_limit import SkippedRecords
+from regionspot.pipeline.datasets.json_stream import AnnotationFile
 from regionspot.pipeline.datasets.json_values import FieldError
 from regionspot.pipeline.datasets.region_table import Bools, Floats, Ints, Lookup, column
 

@@ -11,11 +11,11 @@ import numpy as np
 
 from regionspot.cache.format.manifest import NO_CATEGORY, Manifest
 from regionspot.pipeline.datasets.coco import xyxy
-from regionspot.pipeline.datasets.json_stream import AnnotationFile, SkippedRecords
+from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit, SkippedRecords
+from regionspot.pipeline.datasets.json_stream import AnnotationFile
 from regionspot.pipeline.datasets.json_values import whole_or_none
 from regionspot.pipeline.datasets.proposal_forms import NO_LABEL, UNKNOWN_LABEL, ProposalReader, ProposedBoxes
 from regionspot.pipeline.datasets.region_table import Ints, Lookup, RegionTable
-from regionspot.pipeline.reporting.failures import EXTRACTION_LIMIT, FailureLimit
 
 GROUND_TRUTH = "gt"  # in place of a proposals file: the annotated boxes
 _PIECE = 100_000  # boxes that are clipped together
@@ -45,7 +45,7 @@ def read_proposals(
     Raises AnnotationError, one line, where the file is not what it should be.
     """
     file = AnnotationFile(Path(path))
-    skipped = SkippedRecords(file, max_failures)
+    skipped = SkippedRecords(file.path, max_failures)
     reader = ProposalReader(file, manifest.categories, manifest.image_ids, skipped)
     found = reader.read()
     images = np.unique(found.entries if len(found.entries) else found.image_ids)

@@ -15,10 +15,10 @@ from pathlib import Path
 from regionspot.cache.errors import AnnotationError, InputError, unknown_name
 from regionspot.cache.format.manifest import Manifest
 from regionspot.pipeline.datasets.coco import Form, cut_to_images, read_coco_form
+from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.datasets.openimages import read_openimages
 from regionspot.pipeline.datasets.proposals import GROUND_TRUTH, with_boxes
 from regionspot.pipeline.datasets.report import DatasetReport, describe
-from regionspot.pipeline.reporting.failures import EXTRACTION_LIMIT, FailureLimit
 
 __all__ = [
     "DATASETS",

@@ -14,10 +14,10 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.format.encodings import Encoding
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import FeatureSet, Geometry
+from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.extraction.part_choice import parse_parts
 from regionspot.pipeline.extraction.part_selection import parse_shard
 from regionspot.pipeline.images.decode import Exif
-from regionspot.pipeline.reporting.failures import EXTRACTION_LIMIT, FailureLimit
 
 if TYPE_CHECKING:
     from regionspot.pipeline.backbones.bundle import Backbones

@@ -24,9 +24,9 @@ from regionspot.evaluation.report.tables import ap_markdown, ap_table, row_of
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.head import FusionHead, HeadConfig
 from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.extract import extract
-from regionspot.pipeline.reporting.failures import FailureLimit
 
 WEIGHTS = "random:0"  # equality and resuming do not ask for sense; the baselines' tests do
 

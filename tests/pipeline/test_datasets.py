@@ -11,6 +11,7 @@ from PIL import Image
 
 from regionspot.cache.errors import AnnotationError, InputError
 from regionspot.pipeline.datasets import json_stream as annotation_file
+from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import (
     DATASETS,
     describe,
@@ -19,7 +20,6 @@ from regionspot.pipeline.datasets.registry import (
     read_split,
     require_regions,
 )
-from regionspot.pipeline.reporting.failures import FailureLimit
 
 
 def image(image_id, **fields):

@@ -13,8 +13,8 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.format.encodings import Encoding
 from regionspot.cache.format.schema import Geometry
 from regionspot.commands import extract as cli_extract
+from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.extraction.config import ExtractConfig
-from regionspot.pipeline.reporting.failures import FailureLimit
 
 
 def test_a_config_arrives_at_a_worker_equal_to_the_one_that_was_sent():

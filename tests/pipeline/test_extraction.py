@@ -18,6 +18,7 @@ from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.tools.verify import verify
 from regionspot.cli import app
 from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction import decode_ahead as decoding
 from regionspot.pipeline.extraction.config import ExtractConfig
@@ -26,7 +27,6 @@ from regionspot.pipeline.extraction.part_choice import parse_parts
 from regionspot.pipeline.extraction.plan import outstanding
 from regionspot.pipeline.extraction.retry import retry
 from regionspot.pipeline.extraction.run import Extraction
-from regionspot.pipeline.reporting.failures import FailureLimit
 
 PART_SIZE = 4
 IMAGES = 10  # parts of 4, 4 and 2

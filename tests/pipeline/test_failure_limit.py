@@ -9,10 +9,10 @@ import pytest
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
 from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import extract
-from regionspot.pipeline.reporting.failures import FailureLimit
 
 IMAGES = 20
 

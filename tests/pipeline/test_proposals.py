@@ -8,9 +8,9 @@ import pytest
 
 from regionspot.cache.errors import AnnotationError
 from regionspot.cache.format.manifest import NO_CATEGORY
+from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.proposals import read_proposals, with_boxes
 from regionspot.pipeline.datasets.registry import read_dataset
-from regionspot.pipeline.reporting.failures import FailureLimit
 
 
 @pytest.fixture

@@ -17,13 +17,13 @@ from PIL import Image, ImageCms, ImageOps
 
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import ImageError
+from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, image_sizes
 from regionspot.pipeline.datasets.registry import read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import Backbones, extract
 from regionspot.pipeline.images import decode as images
 from regionspot.pipeline.images.decode import TURNS, decode_image
-from regionspot.pipeline.reporting.failures import FailureLimit
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "images.md"
 HEIGHT, WIDTH = 45, 64

@@ -16,13 +16,13 @@ from regionspot.cache.tools.verify import verify
 from regionspot.commands import extract as cli_extract
 from regionspot.pipeline.backbones import dtypes
 from regionspot.pipeline.backbones.bundle import Backbones
+from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction import extract
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.reporting import bottleneck, summary_page
 from regionspot.pipeline.reporting.bottleneck import find_bottleneck
 from regionspot.pipeline.reporting.failure_kinds import FailureCount, kind_of
-from regionspot.pipeline.reporting.failures import FailureLimit
 from regionspot.pipeline.reporting.run_monitor import RunMonitor
 from regionspot.pipeline.reporting.run_summary import parse_run
 

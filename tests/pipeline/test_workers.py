@@ -26,12 +26,13 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.tools.verify import verify
 from regionspot.cache.writing.claims import Claims
+from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.distributed import cluster as clusters
 from regionspot.pipeline.distributed import run as on_workers
 from regionspot.pipeline.distributed import worker as part_worker
 from regionspot.pipeline.distributed.cluster import check_scheduler, connected, thread_counts
 from regionspot.pipeline.distributed.run import run_once, run_parts
-from regionspot.pipeline.reporting.failures import FailureCheck, FailureLimit
+from regionspot.pipeline.reporting.failures import FailureCheck
 from regionspot.pipeline.reporting.run_monitor import RunMonitor
 from regionspot.pipeline.reporting.run_stats import RunStats
 
