@@ -76,8 +76,8 @@ SMALL = Scale(
 
 
 def main() -> None:
-    asked = options(__doc__.splitlines()[0])
-    scale = SMALL if asked.quick else FULL
+    arguments = options(__doc__.splitlines()[0])
+    scale = SMALL if arguments.quick else FULL
     report = Report("cache", "The cache against its peers", _protocol(scale), versions(PACKAGES))
     scratch = SCRATCH / "cache"
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was stopped
@@ -85,13 +85,13 @@ def main() -> None:
     cold = _read_cold(report, scale, scratch)
     written = _write(report, scale, scratch)
     _small_things(report, scale, scratch)
-    report.finish(asked.results)
+    report.finish(arguments.results)
     panels = {
         f"Shuffled batches of {scale.reading[0].name}, GB/s": warm,
         "An epoch from a cold disk, GB/s": cold,
         "Writing with fsync, GB/s": written,
     }
-    draw(asked.results / "bench_cache.png" if asked.quick else CHART, panels)
+    draw(arguments.results / "bench_cache.png" if arguments.quick else CHART, panels)
 
 
 def _read_all(report: Report, scale: Scale, scratch: Path) -> Samples:

@@ -34,7 +34,7 @@ class Reader(ABC):
 
     @abstractmethod
     def epoch(self, seed: int) -> Iterator[NDArray[Any]]:
-        """Every record once, shuffled; a batch is good until the next one is asked for."""
+        """Every record once, shuffled; a batch is valid until the next one is requested."""
 
     @abstractmethod
     def close(self) -> None:
@@ -126,7 +126,7 @@ class Tensorstore(RowReader):
 
 
 class ZarrPython(RowReader):
-    """zarr-python's asynchronous array: all records of a batch asked for at once."""
+    """zarr-python's asynchronous array: all records of a batch requested at once."""
 
     name, how = "zarr-python, sharded", "the same files, one getitem a record, a batch gathered"
     pipeline = "zarr.core.codec_pipeline.BatchedCodecPipeline"

@@ -1,4 +1,4 @@
-"""What is asked for in microseconds and megabytes: tokens of one image, opening a part, the memory of a loader."""
+"""Small costs, in microseconds and megabytes: tokens of one image, opening a part, the memory of a loader."""
 
 from __future__ import annotations
 

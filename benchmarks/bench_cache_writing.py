@@ -1,7 +1,7 @@
 """One part written and on disk: by the cache's own writer, as raw bytes, by zarr-python, and as `.pth` files.
 
 The features are in memory before the clock starts, and each way ends with fsync of all that it wrote; what the others
-leave out, files that appear whole or not at all and checksums of the records, they are not asked for.
+leave out, files that appear whole or not at all and checksums of the records, they are not required to do.
 """
 
 from __future__ import annotations

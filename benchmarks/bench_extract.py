@@ -70,39 +70,39 @@ GOALS = {
 
 
 def main() -> None:
-    asked = options(__doc__.splitlines()[0])
-    scale = SMALL if asked.quick else FULL
+    arguments = options(__doc__.splitlines()[0])
+    scale = SMALL if arguments.quick else FULL
     scratch = SCRATCH / "extract"
     shutil.rmtree(scratch, ignore_errors=True)  # of a run that was stopped
     job = Job(scale.preset, scratch / "photos", scale.images)
     job.write_images()
-    if torch.cuda.is_available() or asked.quick:
-        _measure_gpu(asked)
+    if torch.cuda.is_available() or arguments.quick:
+        _measure_gpu(arguments)
     report = Report("extract", "Extraction against the authors' path", _protocol(scale), versions(PACKAGES))
     _measure_steps(report, scale, job)
-    measure_decoders(report, job.paths()[: len(SIZES)], rounds=5 if asked.quick else 20, long_side=1024)
-    measure_errors(report, scratch / "world", images=2 if asked.quick else 16)
+    measure_decoders(report, job.paths()[: len(SIZES)], rounds=5 if arguments.quick else 20, long_side=1024)
+    measure_errors(report, scratch / "world", count=2 if arguments.quick else 16)
     shutil.rmtree(scratch)
-    report.finish(asked.results)
+    report.finish(arguments.results)
 
 
-def _measure_gpu(asked: Any) -> None:
-    """First, and into a file of its own: a machine with a GPU may be lent for less time than the rest takes."""
+def _measure_gpu(arguments: Any) -> None:
+    """Runs first, into a file of its own: time on a GPU may be shorter than the rest takes."""
     device, scale = ("cuda", FULL_GPU) if torch.cuda.is_available() else ("cpu", REHEARSAL)
     name = torch.cuda.get_device_name() if device == "cuda" else "none: a rehearsal with toy models on the CPU"
     report = Report("extract_gpu", f"Extraction on a GPU ({name})", _GPU_PROTOCOL, versions(PACKAGES))
     measure_gpu(report, scale, device, SCRATCH / "extract_gpu")
-    report.finish(asked.results)
+    report.finish(arguments.results)
 
 
 def _measure_steps(report: Report, scale: Scale, job: Job) -> None:
-    say("models are drawn")
+    say("random weights")
     sides = {
         DEFAULT: Contender(DEFAULT_MALLOC, Authors, job),
         TUNED: Contender(TUNED_MALLOC, Authors, job),
         EXACT: Contender(DEFAULT_MALLOC, Ours, job, "float32"),
     }
-    for side in sides.values():  # what is made at the first call is made now
+    for side in sides.values():  # warm up
         side("tokens", 1)
     found = {step: _in_turn(step, sides, scale, run) for step, run in _steps(scale).items()}
     shown = {name: sides[name].results for name in (DEFAULT, EXACT)}
@@ -125,12 +125,12 @@ def _measure_steps(report: Report, scale: Scale, job: Job) -> None:
     for step, title in (("encode", "embedding"), ("tokens", "tokens of 64 boxes"), ("text", "prompts")):
         theirs, ours = shown[DEFAULT][step], shown[EXACT][step]
         report.add_row(
-            "Largest difference to the official result, of its largest value", of=title, value=_off(ours, theirs)
+            "Largest difference to the official result, of its largest value", of=title, value=_difference(ours, theirs)
         )
 
 
 def _steps(scale: Scale) -> dict[str, Callable[[Contender, bool], float]]:
-    """CPU seconds of a step by one side; the flag says that it is ours."""
+    """CPU seconds of each step, called with a side and whether it is ours."""
     theirs, ours = scale.prompts
     steps: dict[str, Callable[[Contender, bool], float]] = {
         "encoder": lambda side, _: side("encode"),
@@ -187,14 +187,14 @@ def _add_goals(report: Report, step: str, side: str, goal: Goal, samples: Sample
             report.add_goal(f"{step}: {baseline} / {side}{emulated}", ratio(samples, baseline, side), at_least=least)
 
 
-def _off(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
+def _difference(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     return float(np.abs(found[: len(expected)] - expected).max() / np.abs(expected).max())
 
 
 _GPU_PROTOCOL = """
-Drawn weights, drawn JPEGs of 640 x 480 and 2000 x 1500 in turn, 16 boxes each. Rates are wall time between two waits
-for the device, after a warm-up. The matrix rate is that of one bfloat16 product of 8192 x 8192. Operations of an image
-are counted in the official models' own products. The authors' path: one image at a time, float16 autocast, masks
+Random weights, generated JPEGs of 640 x 480 and 2000 x 1500 in turn, 16 boxes each. Rates are wall time between two
+waits for the device, after a warm-up. The matrix rate is that of one bfloat16 product of 8192 x 8192. Operations of an
+image are counted in the official models' own products. The authors' path: one image at a time, float16 autocast, masks
 and their postprocessing, one file an image. The whole stage is `extract` into a new cache, decoding included.
 """
 
@@ -207,7 +207,7 @@ def _protocol(scale: Scale) -> str:
     )
     sizes = " and ".join(f"{width} x {height}" for width, height in SIZES)
     tuned = " ".join(f"`{name}={value}`" for name, value in TUNED_MALLOC.items())
-    rehearsal = "" if scale is FULL else "**A rehearsal with the toy backbones, of which no goal is asked.** "
+    rehearsal = "" if scale is FULL else "**A rehearsal with the toy backbones, without goals.** "
     return f"""
 {rehearsal}Preset `{scale.preset}`, weights drawn from a seed.
 Images of {sizes} drawn by the benchmark, 16 boxes each. Every side
@@ -215,10 +215,10 @@ has its own process with one thread of math; figures are CPU seconds of all thre
 {scale.rounds} rounds in which the sides take turns, in another order each. Ratios are medians of the ratio within a
 round.{few}
 
-- **Authors**: the work of RegionSpot's authors in their order, one image at a time: segment_anything's image encoder,
-  prompt encoder and mask decoder, masks brought to the image's size; open_clip's image tower; one `torch.save` an
-  image. *Default malloc*: as glibc comes. *Tuned malloc*: with {tuned},
-  which spares their code its page faults and which nobody sets.
+- **Authors**: the steps of RegionSpot's authors in their order, one image at a time: segment_anything's image encoder,
+  prompt encoder and mask decoder, masks resized to the image; open_clip's image tower; one `torch.save` an
+  image. *Default malloc*: glibc unchanged. *Tuned malloc*: with {tuned},
+  which avoids most page faults of their code.
 - **Ours**: `extract` for the whole stage, into a real cache with its checksums and flushes; parts of it for the steps.
   Our process sets its allocator itself.
 - **1,000 prompts**: names of ImageNet's classes in one template. The authors' side embeds {scale.prompts[0]} and is

@@ -16,7 +16,7 @@ from PIL import Image
 from regionspot.cache.format.manifest import Category, Manifest
 
 WEIGHTS = "random:0"
-TEMPLATE = "an image of a {}"
+TEMPLATE = "a photo of a {}"
 SIZES = (
     (640, 480),
     (2000, 1500),

@@ -42,20 +42,20 @@ machine's cores, which all workers share, instead of the scheduler.
 
 
 def main() -> int:
-    asked = options(__doc__ or "")
+    arguments = options(__doc__ or "")
     packages = ("distributed", "dask", "tornado", "msgpack", "zarr")
     report = Report("scaling", "How extraction scales to many workers", PROTOCOL, versions(packages))
-    parts_each = 3 if asked.quick else PARTS_EACH
+    parts_each = 3 if arguments.quick else PARTS_EACH
     rates: dict[int, float] = {}
-    for count in (1, 2, 8) if asked.quick else (1, 2, 8, 32, 64):
+    for count in (1, 2, 8) if arguments.quick else (1, 2, 8, 32, 64):
         say(f"{count} workers")
         rates[count] = _scale(report, count, parts_each, rates)
         if count > 1:
             goal = f"speedup of {count} workers, over {count} times one worker"
             report.add_goal(goal, rates[count] / rates[1] / count, at_least=0.9)
     say("parts of one image")
-    _cost(report, 600 if asked.quick else MANY_PARTS)
-    report.finish(asked.results)
+    _cost(report, 600 if arguments.quick else MANY_PARTS)
+    report.finish(arguments.results)
     return 0
 
 

@@ -1,13 +1,13 @@
-"""What an encoding costs: bytes an image, the features themselves, and the AP of a head trained on them.
+"""The cost of each encoding: bytes per image, error of the features, and AP of a head trained on them.
 
-The toy world is extracted once in float32 and converted from there, so that every encoding, float16 too, is compared
-with what the backbones said. A head is trained on each and evaluated on validation features of the same encoding, from
-several seeds, for training magnifies any rounding: two runs that differ in the last bits of a few features end a point
-of AP apart. What the encoding does to the features alone shows where one head is evaluated on all of them.
+The toy world is extracted once in float32 and converted, so that every encoding, float16 too, is compared with the
+backbones' own outputs. A head is trained on each encoding and evaluated on validation features of the same encoding,
+from several seeds: training amplifies rounding, and two runs that differ in the last bits of a few features end a point
+of AP apart. The effect of the encoding alone shows where one head is evaluated on all encodings.
 
     make bench-encodings            a quarter of an hour on two cores
 
-Killed and run again, it goes on; what it made lies in build/bench/encodings, to be removed for a run from the start.
+A killed run resumes; remove build/bench/encodings to start again.
 """
 
 from __future__ import annotations
@@ -72,10 +72,10 @@ QUICK = Scale(SCRATCH / "encodings" / "quick", images=60, seeds=(0,), iterations
 
 
 def main() -> None:
-    asked = options(__doc__ or "")
+    arguments = options(__doc__ or "")
     logging.basicConfig(format="%(message)s")
     logging.getLogger("regionspot").setLevel(logging.INFO)
-    scale = QUICK if asked.quick else FULL
+    scale = QUICK if arguments.quick else FULL
     world, train, val = (scale.folder / name for name in ("world", "train_float32.zarr", "val_float32.zarr"))
     make_toy_world(world, scale.images)
     extract_float32("toy", world, "train", train)
@@ -100,7 +100,7 @@ def main() -> None:
             report, f"Features, {len(FeatureCache.open(images))} real images (COCO) by the toy weights", images
         )
     add_heads(report, scale)
-    report.finish(asked.results)
+    report.finish(arguments.results)
 
 
 def extract_float32(dataset: str, data: Path, split: str, out: Path) -> Path:
@@ -226,7 +226,7 @@ def head_on(words: str, seed: int, scale: Scale) -> Path:
 
 def evaluated(run: Path, words: str, scale: Scale) -> dict[str, float]:
     """AP and APr in % of a head on the validation split in this encoding."""
-    asked = LvisEvaluation(
+    evaluation = LvisEvaluation(
         data=scale.folder / "world",
         out=run / f"eval_{words}",
         dataset="toy",
@@ -236,7 +236,7 @@ def evaluated(run: Path, words: str, scale: Scale) -> dict[str, float]:
         masks=False,
         device="cpu",
     )
-    box = evaluate_lvis(asked)["bbox"]
+    box = evaluate_lvis(evaluation)["bbox"]
     return {metric: 100 * (box[metric] or 0.0) for metric in ("AP", "APr")}
 
 

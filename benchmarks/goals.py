@@ -1,8 +1,8 @@
-"""What all benchmarks share: fair rounds, goals as ratios, and the table, JSON and exit that come of them.
+"""Shared by all benchmarks: interleaved rounds, goals as ratios, and reports as table, JSON and Markdown.
 
-Machines are shared and noisy, so no figure is trusted alone. Everything compared runs in turn within one round, in
-another order each round, and a goal is the median over the rounds of the ratio within a round: what slows a whole round
-down falls out. A missed goal is reported, never an error, so that nobody is tempted to bend it.
+Machines are shared and noisy. Everything compared runs in turn within a round, in a new random order each round, and a
+goal is the median of the ratios within the rounds, so that what slows down a whole round cancels. A missed goal is
+reported and is no error, so that nobody is tempted to bend it.
 
     samples = interleaved({"ours": read_ours, "raw": read_raw}, rounds=5)
     report.add_goal("ours / raw", ratio(samples, "ours", "raw"), at_least=0.9)
@@ -24,26 +24,23 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-Samples = dict[str, list[float]]  # of each case, one figure a round
+Samples = dict[str, list[float]]  # one value per case and round
 
 RESULTS = Path(__file__).resolve().parent / "results"
 SCRATCH = Path(__file__).resolve().parents[1] / "build" / "bench"
 
 
 def options(what: str) -> argparse.Namespace:
-    """The command line of a benchmark: `quick`, and the folder `results` that follows from it.
-
-    A quick run leaves the committed results alone.
-    """
+    """Parse a benchmark's command line: `quick`, and `results`, the folder that results are written into."""
     parser = argparse.ArgumentParser(description=what)
-    parser.add_argument("--quick", action="store_true", help="a smaller run of the same, into build/bench")
-    asked = parser.parse_args()
-    asked.results = SCRATCH if asked.quick else RESULTS
-    return asked
+    parser.add_argument("--quick", action="store_true", help="a smaller run, written into build/bench")
+    arguments = parser.parse_args()
+    arguments.results = SCRATCH if arguments.quick else RESULTS
+    return arguments
 
 
 def interleaved(cases: Mapping[str, Callable[[], float]], rounds: int, seed: int = 0) -> Samples:
-    """What each case returned in each round; the order within a round is drawn anew from the seed."""
+    """Call every case once per round, in a random order, and return its results."""
     order, shuffle = list(cases), random.Random(seed).shuffle
     samples: Samples = {name: [] for name in cases}
     for _ in range(rounds):
@@ -54,7 +51,7 @@ def interleaved(cases: Mapping[str, Callable[[], float]], rounds: int, seed: int
 
 
 def ratio(samples: Samples, of: str, to: str) -> float:
-    """Median over the rounds of one case over another."""
+    """Median over the rounds of the ratio of two cases."""
     return median(one / other for one, other in zip(samples[of], samples[to], strict=True))
 
 
@@ -66,13 +63,13 @@ def seconds(work: Callable[[], object]) -> float:
 
 
 def say(text: str) -> None:
-    """Progress, to stderr: stdout is the table's."""
+    """Print progress to stderr; stdout is for the table."""
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure and the bound it shall keep; exactly one of the two bounds is given."""
+    """A value and its bound, exactly one of `at_least` and `at_most`."""
 
     goal: str
     value: float
@@ -93,10 +90,10 @@ class Goal:
 
 @dataclass
 class Report:
-    """What one benchmark found.
+    """The results of one benchmark.
 
-    name       file name of the results, without its ending
-    protocol   Markdown: all that decides the numbers, in full
+    name       stem of the result files
+    protocol   Markdown: everything that the numbers depend on
     versions   of the packages measured
     """
 
@@ -108,7 +105,7 @@ class Report:
     goals: list[Goal] = field(default_factory=list)
 
     def add_row(self, table: str, **columns: Any) -> None:
-        """A line of the table of that title; a table's columns are those of its first row."""
+        """Add a row to the table of that title; the first row decides the columns."""
         self.rows.append({"table": table, **columns})
 
     def add_goal(self, goal: str, value: float, at_least: float | None = None, at_most: float | None = None) -> None:
@@ -137,7 +134,7 @@ class Report:
         return "\n\n".join(f"{title}\n{_text_table(rows)}" for title, rows in self._tables())
 
     def _tables(self) -> Iterable[tuple[str, list[dict[str, str]]]]:
-        """Every table's title and rows as text; goals come first."""
+        """Title and rows of each table as text, goals first."""
         if self.goals:
             yield "Goals", [_goal_row(goal) for goal in self.goals]
         for title in dict.fromkeys(row["table"] for row in self.rows):
@@ -146,7 +143,7 @@ class Report:
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers depend on besides the code; nothing that names a particular host."""
+    """Hardware and system, without the host name."""
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -157,12 +154,12 @@ def machine() -> dict[str, Any]:
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """Installed versions, by the packages' own names."""
+    """Installed versions of packages."""
     return {name: metadata.version(name) for name in packages}
 
 
 def as_text(value: Any) -> str:
-    """A cell: three digits of a float, the rest as it is."""
+    """A table cell; floats with three significant digits."""
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 100 else f"{value:#.3g}".rstrip(".")
     return "" if value is None else str(value)
@@ -179,11 +176,11 @@ def _goal_row(goal: Goal) -> dict[str, str]:
 
 
 def _machine_line(versions: Mapping[str, str]) -> str:
-    found = machine()
+    hardware = machine()
     packages = ", ".join(f"{name} {version}" for name, version in versions.items())
     return (
-        f"Machine: {found['cpu']}, {found['cores']} cores, {found['memory_gb']} GB, {found['system']}, "
-        f"Python {found['python']}; {packages}."
+        f"Machine: {hardware['cpu']}, {hardware['cores']} cores, {hardware['memory_gb']} GB, {hardware['system']}, "
+        f"Python {hardware['python']}; {packages}."
     )
 
 

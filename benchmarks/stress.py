@@ -1,8 +1,7 @@
-"""`make stress`: the tests that damage, kill and starve caches, in full, and what they counted.
+"""`make stress`: all tests marked `slow`, which damage, kill and starve caches, and a table of what they counted.
 
-These are all tests that are marked `slow`; a sample of each is in the usual run. What they count goes into
-build/stress, a file each, and from there into one table. It is one run, of one commit on one machine: what other runs
-of the tests count is not kept, and nothing is written unless every test passes.
+Each test writes its counts to a file in build/stress. The table is of one run of one commit on one machine, and is
+written only if every test passed.
 """
 
 from __future__ import annotations
@@ -26,38 +25,41 @@ ROOT = Path(__file__).resolve().parents[1]
 COUNTED = ROOT / "build" / "stress"
 
 PROTOCOL = """
-A cache of ten images with a feature set of every encoding, in three parts: float16, bfloat16 with zstd, float32, int8
-with scales, maps and tokens, one image that failed. Everything is drawn from seeds.
+A cache of ten images in three parts with a feature set of every encoding: float16, bfloat16 with zstd, float32, int8
+with scales; maps and tokens; one failed image. All randomness comes from seeds.
 
-* Damage: one bit flipped anywhere in a file drawn at random, or (one time in five) the file cut short. `cache verify`
-  has to find it; then all of the cache is opened and read, and what is handed out is compared with the truth.
-* Kills: three writers share one cache that is not even made yet. Each is killed by SIGKILL at a drawn call to the
-  system, or at a drawn moment, or lives. After each round all that is committed is verified; in the end the bytes equal
-  those of an undisturbed run.
-* Faults: a fault begins at a drawn image and call. The run goes through or ends with one line; then what is committed
-  is verified, and the same run without the fault ends with the bytes of an undisturbed one.
-* Claims: runs that reach for the same parts take turns at each single call to the store, in a drawn order; between two
-  calls a run may be killed, or sleep for so long that it counts as dead. No two that are awake have one part.
-* Workers: four of a scheduler on this machine are killed, or frozen and woken, at drawn moments; others lose their
-  scheduler and get a new one; one is in another network namespace, whose cable is pulled and plugged in again. Each
-  time the cache ends complete, verified, and equal to the byte to that of one process.
+* Damage: one bit of a random file is flipped, or (one time in five) the file is truncated. `cache verify` must find it;
+  then the whole cache is opened and read, and what is returned is compared with the original.
+* Kills: three writers start on one cache that does not exist yet. Each is killed by SIGKILL at a random system call, at
+  a random moment, or not at all. After each round all committed parts are verified; at the end the bytes equal those of
+  an undisturbed run.
+* Faults: a fault begins at a random image and call. The run completes or ends with one line; then all committed parts
+  are verified, and the same run without the fault ends with the bytes of an undisturbed one.
+* Claims: runs that compete for the same parts are interleaved at every single call to the store, in random order;
+  between two calls a run may be killed, or sleep until it counts as dead. No two running processes ever hold the same
+  part.
+* Workers: the four workers of a local scheduler are killed, or frozen and woken, at random moments; others lose their
+  scheduler and get a new one; one is in another network namespace that is disconnected and connected again. Each time
+  the cache ends complete, verified, and byte-identical to that of one process.
 """
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Damage, kill and starve caches, and count what is lost.")
     parser.add_argument(
-        "--quick", action="store_true", help="a fiftieth of it; as with words for pytest, into build/bench"
+        "--quick",
+        action="store_true",
+        help="a fiftieth of the work; with this or options for pytest, results go into build/bench",
     )
-    asked, of_pytest = parser.parse_known_args()
+    arguments, pytest_options = parser.parse_known_args()
     shutil.rmtree(COUNTED, ignore_errors=True)
     COUNTED.mkdir(parents=True)
-    say("a fiftieth of the slow tests" if asked.quick else "the slow tests")
+    say("a fiftieth of the slow tests" if arguments.quick else "the slow tests")
     started, commit = datetime.now(UTC), _commit()
     outcomes, workers = COUNTED / "outcomes.xml", str(max(2, processors()))
     command = [sys.executable, "-m", "pytest", "-m", "slow", "-n", workers, "--dist", "worksteal"]
-    command += ["--junitxml", str(outcomes), *of_pytest, "tests"]
-    environment = {**os.environ, "STRESS_COUNTS": str(COUNTED), "STRESS_QUICK": str(int(asked.quick))}
+    command += ["--junitxml", str(outcomes), *pytest_options, "tests"]
+    environment = {**os.environ, "STRESS_COUNTS": str(COUNTED), "STRESS_QUICK": str(int(arguments.quick))}
     code = subprocess.run(command, cwd=ROOT, env=environment).returncode
     counted = [json.loads(file.read_bytes()) for file in sorted(COUNTED.glob("*.json"))]
     if code or not counted:
@@ -70,12 +72,12 @@ def main() -> int:
         f"One run: begun {started:%Y-%m-%d %H:%M} UTC at commit {commit}, {minutes:.0f} minutes; {ran - skipped} tests "
         f"passed, {skipped} were skipped."
     )
-    _report(counted, f"{PROTOCOL}\n{one_run}").finish(SCRATCH if asked.quick or of_pytest else RESULTS)
+    _report(counted, f"{PROTOCOL}\n{one_run}").finish(SCRATCH if arguments.quick or pytest_options else RESULTS)
     return 0
 
 
 def _commit() -> str:
-    """Short name of the commit that is checked out, and whether files differ from it."""
+    """Short hash of the commit, and whether the working tree has changes."""
 
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True).stdout.strip()
@@ -86,7 +88,7 @@ def _commit() -> str:
 
 def _report(counted: list[dict[str, Any]], protocol: str) -> Report:
     packages = ("zarr", "numpy", "google-crc32c", "numcodecs")
-    report = Report("stress", "What was done to caches, and what was lost", protocol, versions(packages))
+    report = Report("stress", "Damage, kills and faults, and what was lost", protocol, versions(packages))
     both, kills, faults, claims, workers = (
         [each for each in counted if each["file"] == file]
         for file in ("flips", "kills", "faults", "claims_interleaved", "workers")
@@ -104,7 +106,7 @@ def _report(counted: list[dict[str, Any]], protocol: str) -> Report:
     for file, counts in _damages_by_file(flips).items():
         report.add_row("Damage", file=file, flips=counts["flip"], cuts=counts["cut"])
     for outcome in ("refused to open", "refused some reads", "read right"):
-        report.add_row("What readers of damaged caches met", outcome=outcome, times=_sum(flips, outcome))
+        report.add_row("Readers of damaged caches", outcome=outcome, times=_sum(flips, outcome))
     for outcome in [key for test in one_file for key in test if key.startswith(("flip in", "cut in", "re"))]:
         report.add_row("Damage to a cache in one HDF5 file", outcome=outcome, times=_sum(one_file, outcome))
     for kind in ("kills", "rounds", "caches", "committed parts verified"):
@@ -134,14 +136,14 @@ def _sum(tests: list[dict[str, Any]], key: str) -> Any:
 
 
 def _damages_by_file(flips: list[dict[str, Any]]) -> dict[str, Counter[str]]:
-    """How often which kind of file was damaged how: the tests count "flip of metadata" and the like."""
-    found: dict[str, Counter[str]] = {}
+    """Number of flips and truncations by kind of file, from counts such as "flip of metadata"."""
+    damages: dict[str, Counter[str]] = {}
     for test in flips:
         for key, times in test.items():
             how, of, file = key.partition(" of ")
             if of and how in ("flip", "cut"):
-                found.setdefault(file, Counter())[how] += times
-    return dict(sorted(found.items()))
+                damages.setdefault(file, Counter())[how] += times
+    return dict(sorted(damages.items()))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def encoder():
 
 
 def test_an_embedding_is_the_normalised_mean_of_unnormalised_ones(home, encoder):
-    templates = ("{}.", "an image of a {}.", "many {}.")
+    templates = ("{}.", "a photo of a {}.", "many {}.")
     vocabulary = build_vocabulary(["dog", "red umbrella"], templates, encoder)
     mean = torch.stack([encoder.embed(template.replace("{}", "red umbrella")) for template in templates]).mean(dim=0)
     torch.testing.assert_close(vocabulary.embeddings[1], F.normalize(mean, dim=0))

@@ -193,7 +193,7 @@ def test_the_map_is_taken_before_the_last_layer_norm(encoder, image):
 def test_prompts_cut_at_the_longest_equal_the_full_length_way_in_any_order(encoder):
     import open_clip
 
-    prompts = ["dog", "an image of the hard to see bow-tie.", "aerosol_can", "", "a " * 75, "barge (boat)"]
+    prompts = ["dog", "a photo of the hard to see bow-tie.", "aerosol_can", "", "a " * 75, "barge (boat)"]
     expected = encoder._clip.encode_text(open_clip.get_tokenizer("ViT-B-16")(prompts))
     assert close(encoder.embed_prompts(prompts), expected)
     assert close(encoder.embed_prompts(prompts[::-1]), expected.flip(0))

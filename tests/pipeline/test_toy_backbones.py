@@ -56,7 +56,7 @@ def encoder() -> ClipEncoder:
 @pytest.fixture(scope="module")
 def answers(held_out, encoder) -> tuple[list[ToyClass], list[ToyClass]]:
     """What each object is, and what the toy CLIP says to its crop."""
-    prompts = [f"an image of a {entry.look.name}." for entry in toy_classes()]
+    prompts = [f"a photo of a {entry.look.name}." for entry in toy_classes()]
     names, said = F.normalize(encoder.embed_prompts(prompts), dim=1), []
     for shown in held_out:
         boxes = shown.boxes.astype(int).tolist()
@@ -102,7 +102,7 @@ def test_the_word_table_covers_every_name_and_every_template(encoder):
 
 def test_words_that_were_never_taught_are_named_in_their_order():
     known = frozenset(known_token_ids())
-    assert unknown_words("an image of a striped giraffe, or a zebra.", known) == ["giraffe", "or", "zebra"]
+    assert unknown_words("a photo of a striped giraffe, or a zebra.", known) == ["giraffe", "or", "zebra"]
 
 
 def test_no_training_sample_shows_a_rare_class():
