@@ -162,10 +162,10 @@ class FeatureCache(ReadableCache):
             fitting, grows = _fitting(storage, stored, manifest)
             asked = Header.of(fitting, asked.feature_sets.values(), part_size)
             if grows and may_grow:
-                from regionspot.cache.tools.extend import grow_to  # imports this module
+                from regionspot.cache.tools.extend import extend_to  # imports this module
 
                 require_same_sets(storage.address, stored, asked)  # first: for another one's features it must not grow
-                grow_to(path, manifest, part_size)
+                extend_to(path, manifest, part_size)
                 stored = load_header(storage)
                 asked = Header.of(manifest, asked.feature_sets.values(), part_size)
         require_same_manifest(storage.address, stored, asked)
@@ -312,7 +312,7 @@ class FeatureCache(ReadableCache):
 
     def _written_parts(self, name: str) -> set[int]:
         # Listed anew each time: other processes may be writing parts just now.
-        files = self.storage.names(f"parts/{name}")
+        files = self.storage.list_files(f"parts/{name}")
         stems = (file.removesuffix(".json") for file in files if file.endswith(".json"))
         return {int(stem) for stem in stems if stem.isdigit() and int(stem) < self.n_parts}
 
@@ -327,10 +327,10 @@ def _with_local_copy(storage: Storage, folder: str | Path | None, limit: str | i
     from regionspot.cache.storage.local_mirror import (  # only remote caches need it
         NO_LIMIT,
         parse_bytes,
-        with_local_copy,
+        with_local_mirror,
     )
 
-    return with_local_copy(storage, folder, NO_LIMIT if limit is None else parse_bytes(str(limit)))
+    return with_local_mirror(storage, folder, NO_LIMIT if limit is None else parse_bytes(str(limit)))
 
 
 def _tell_part_size(address: str, geometry: Geometry, asked: int) -> None:

@@ -209,7 +209,7 @@ class SmallCache:
             return self.features(row)
 
         cache = FeatureCache.open_or_create(path, self.manifest, self.sets, self.part_size)
-        with Claims(cache.storage, beat_every=0.02) as claims:
+        with Claims(cache.storage, heartbeat_seconds=0.02) as claims:
             parts = PartQueue(cache, self.names, claims)
             while parts.wait():
                 for part, jobs in groupby(parts.jobs(), lambda job: job[0] // self.part_size):

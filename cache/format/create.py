@@ -26,7 +26,7 @@ from regionspot.cache.format.manifest_arrays import CHUNK_KEYS, write_images, wr
 from regionspot.cache.format.schema import FeatureSet, Geometry
 from regionspot.cache.storage.atomic_files import file_crc, partial_path, remove_abandoned, sync_folder, sync_tree
 from regionspot.cache.storage.base import Storage
-from regionspot.cache.storage.folder_swap import put_back
+from regionspot.cache.storage.folder_swap import recover_swap
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.zarr_shard import ZSTD_LEVEL
 
@@ -61,7 +61,7 @@ def create_cache(storage: Storage, manifest: Manifest, header: Header) -> None:
 def _create_in_place(path: Path, manifest: Manifest, header: Header) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     remove_abandoned(path.parent, f"{path.name}.")
-    put_back(path)
+    recover_swap(path)
     if path.exists():
         raise _exists_already(str(path))
     building = partial_path(path)

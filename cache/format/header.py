@@ -21,7 +21,7 @@ from regionspot.cache.format.manifest import Category, Manifest
 from regionspot.cache.format.schema import MAX_PART_SIZE, SCHEMA_VERSION, FeatureSet, Geometry
 from regionspot.cache.storage.atomic_files import IMAGES_KEY, file_crc, from_json, is_sealed, seal, to_json
 from regionspot.cache.storage.base import Storage
-from regionspot.cache.storage.folder_swap import aside
+from regionspot.cache.storage.folder_swap import swapped_out_path
 from regionspot.cache.storage.local import LocalStorage
 
 log = logging.getLogger(__name__)
@@ -148,10 +148,10 @@ def _attributes(storage: Storage) -> dict[str, Any]:
 def _why_missing(storage: Storage) -> str:
     if storage.exists(""):
         return "holds no zarr.json, so it is no feature cache; give another folder"
-    if isinstance(storage, LocalStorage) and aside(storage.folder).exists():
+    if isinstance(storage, LocalStorage) and swapped_out_path(storage.folder).exists():
         return (
-            f"was being extended by a run that was killed, and lies in {aside(storage.folder)}; run the same "
-            "`regionspot cache extend` or `regionspot extract` again, it gives it its name back"
+            f"a killed run was extending it and left it in {swapped_out_path(storage.folder)}; run the same "
+            "`regionspot cache extend` or `regionspot extract` again to recover it"
         )
     return "no such cache; `regionspot extract` makes one"
 

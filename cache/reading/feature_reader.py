@@ -125,7 +125,7 @@ class FeatureReader(ABC):
             slot = self._slot(part, row)
             # Telling takes 4 microseconds, and a record that was read from a map before is most likely there still.
             if not (self._mapped and part.seen[slot]):
-                part.announce(slot)
+                part.prefetch(slot)
 
     def _part_of(self, row: int) -> PartReader:
         try:
@@ -146,7 +146,7 @@ class FeatureReader(ABC):
         """
         number = row // self._part_size
         if isinstance(error, DamagedError):
-            self._storage.forget(error.file)
+            self._storage.drop_local_copy(error.file)
             self._begin_generation()
             try:
                 return self._parts(number)
@@ -186,7 +186,7 @@ class FeatureReader(ABC):
             replaced = self.record(part.record.part) != part.record
         except (CacheError, OSError):
             replaced = True  # that of a part that is just being replaced, or what is wrong is told when it is opened
-        return self._storage.forget(error.file) or replaced
+        return self._storage.drop_local_copy(error.file) or replaced
 
     def _renewed(self, part: PartReader, row: int) -> PartReader:
         """A part opened anew: by the first that finds its files replaced, for all rows and threads that do later."""
@@ -210,7 +210,7 @@ class FeatureReader(ABC):
         return f"image {self._manifest.image_ids[row]} (row {row}, {self._manifest.paths[row]})"
 
     def _corrupt(self, part: int, file: str, what: str) -> CorruptPartError:
-        return CorruptPartError(f"{self._storage.address}: {file}: {what}; {self._storage.mend(part)}")
+        return CorruptPartError(f"{self._storage.address}: {file}: {what}; {self._storage.repair_hint(part)}")
 
     def _refused(self, row: int, error: Exception) -> CacheError:
         why = getattr(error, "strerror", None) or str(error) or "its files keep changing"

@@ -64,11 +64,11 @@ class PartReader:
             self._scales = _Shard(scale_file(feature_set, part), record, slots, open_shard, size)
         self._checksums = _load_checksums(storage, checksum_file(feature_set, part), record, slots).data
 
-    def announce(self, slot: int) -> None:
+    def prefetch(self, slot: int) -> None:
         """Say that a record will be read soon, so that a disk fetches it while others are copied."""
         if size := self._data.sizes[slot]:
             with suppress(ReplacedError, OSError):  # reading will tell
-                self._data.file.announce(self._data.offsets[slot], size)
+                self._data.file.prefetch(self._data.offsets[slot], size)
 
     def read(self, slot: int, out: Bytes, scales: Bytes, check: bool) -> None:
         """Fill `out` with a whole record, and `scales`, empty unless the set has them; `check` its checksum."""
@@ -83,14 +83,14 @@ class PartReader:
                 decompress(stored.data, out)
             except ValueError as error:
                 raise DamagedError(self._data.name, str(error)) from None
-        self.seen[slot] = self._data.file.stays
+        self.seen[slot] = self._data.file.is_snapshot
 
     def read_some(self, slot: int, skipped: int, out: Bytes, skipped_scales: int, scales: Bytes) -> None:
         """Fill `out` from within an uncompressed record, after the bytes skipped; nothing is checked."""
         self._data.read(slot, skipped, out)
         if self._scales is not None:
             self._scales.read(slot, skipped_scales, scales)
-        self.seen[slot] = self._data.file.stays
+        self.seen[slot] = self._data.file.is_snapshot
 
 
 class _Shard:

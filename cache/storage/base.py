@@ -5,7 +5,7 @@ cache with forward slashes. A file appears whole or not at all; it is never chan
 
     LocalStorage    a folder: disk, NFS                                         (local.py)
     RemoteStorage   s3://, gs://, az://, http://, any URL of fsspec             (remote.py)
-    LocalCopy       a RemoteStorage with a local mirror of the files it reads   (local_mirror.py)
+    LocalMirror       a RemoteStorage with a local mirror of the files it reads   (local_mirror.py)
     Hdf5Storage     read-only, all files in one .h5 file                        (hdf5_storage.py)
 """
 
@@ -41,12 +41,12 @@ class ShardFile(Protocol):
     """
 
     size: int
-    stays: bool
+    is_snapshot: bool
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         """Fill the contiguous `out`. Raises EOFError where the file ends before, OSError, ReplacedError."""
 
-    def announce(self, offset: int, size: int) -> None:
+    def prefetch(self, offset: int, size: int) -> None:
         """Say that these bytes will be read soon, so that a disk fetches them while others are copied."""
 
 
@@ -83,7 +83,7 @@ class Storage(ABC):
         """Bytes of a file."""
 
     @abstractmethod
-    def names(self, folder: str) -> list[str]:
+    def list_files(self, folder: str) -> list[str]:
         """Names of the files directly in a folder, without the folder's; none where it does not exist."""
 
     @abstractmethod
@@ -118,14 +118,14 @@ class Storage(ABC):
         """A way to read a file again and again that is shorter than by its name; None where there is none."""
         return None
 
-    def forget(self, name: str) -> bool:
+    def drop_local_copy(self, name: str) -> bool:
         """Drop what is kept near here of a file that lies elsewhere, because it turned out to be wrong.
 
         True says that something was dropped, so that it is worth the while to read the file once more.
         """
         return False
 
-    def mend(self, part: int) -> str:
+    def repair_hint(self, part: int) -> str:
         """What to do about a damaged part, for messages."""
         return f"`regionspot cache repair` drops part {part}, then the same `regionspot extract` makes it again"
 

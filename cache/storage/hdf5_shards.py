@@ -27,7 +27,7 @@ SLOTS = "records_of_a_part"  # attribute of a dataset of records
 class Descriptor:
     """A file by positioned reads, closed when nobody holds it any more."""
 
-    stays = True
+    is_snapshot = True
 
     def __init__(self, path: Path) -> None:
         self._path, self.fd = path, -1
@@ -47,7 +47,7 @@ class Descriptor:
                 raise EOFError(f"{self._path} ends at byte {offset}")
             out, offset = out[done:], offset + done
 
-    def announce(self, offset: int, size: int) -> None:
+    def prefetch(self, offset: int, size: int) -> None:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
 
@@ -79,7 +79,7 @@ class PiecedShard:
     begins: list[int]
     places: list[int]
     size: int
-    stays = True
+    is_snapshot = True
 
     @classmethod
     def of(cls, file: ShardFile, records: Records, part: int) -> PiecedShard:
@@ -106,10 +106,10 @@ class PiecedShard:
             self.file.read_into(self.places[run] + into, piece)
             out, offset = out[piece.size :], offset + piece.size
 
-    def announce(self, offset: int, size: int) -> None:
+    def prefetch(self, offset: int, size: int) -> None:
         run = bisect_right(self.begins, offset) - 1
         if run < len(self.places):
-            self.file.announce(self.places[run] + offset - self.begins[run], size)
+            self.file.prefetch(self.places[run] + offset - self.begins[run], size)
 
     def index(self) -> bytes:
         """The index behind the records, as `ShardWriter` wrote it."""

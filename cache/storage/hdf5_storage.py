@@ -78,7 +78,7 @@ class Hdf5Storage(Storage):
     def size(self, name: str) -> int:
         return self._entry(name)[1] if name else self.path.stat().st_size
 
-    def names(self, folder: str) -> list[str]:
+    def list_files(self, folder: str) -> list[str]:
         return self._open().folders.get(folder, [])
 
     def zarr_store(self, read_only: bool = True) -> Any:
@@ -90,7 +90,7 @@ class Hdf5Storage(Storage):
         empty = default_buffer_prototype().buffer.from_bytes(b"")
         return ZarrView(self, MemoryStore(dict.fromkeys(self._open().files, empty), read_only=True))
 
-    def mend(self, part: int) -> str:
+    def repair_hint(self, part: int) -> str:
         return "copy the file anew, or export the cache again"
 
     def check_writable(self) -> None:

@@ -50,7 +50,7 @@ class HttpStorage(ObjectStorage):
             f"{self.address}: a web server is only read; `regionspot cache copy` makes a copy that can be written"
         )
 
-    def mend(self, part: int) -> str:
+    def repair_hint(self, part: int) -> str:
         return "have it repaired where it is written, or read a copy"
 
     def _page(self, folder: str) -> str:

@@ -42,7 +42,7 @@ class LocalStorage(Storage):
     def size(self, name: str) -> int:
         return os.stat(self.folder / name).st_size
 
-    def names(self, folder: str) -> list[str]:
+    def list_files(self, folder: str) -> list[str]:
         try:
             with os.scandir(self.folder / folder) as entries:
                 return [entry.name for entry in entries if entry.is_file()]

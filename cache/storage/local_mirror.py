@@ -45,7 +45,7 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _BINARY_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "p": 2**50}
 
 
-class LocalCopy(Storage):
+class LocalMirror(Storage):
     """A remote storage and the folder with copies of its files."""
 
     readers = 4  # most reads are the disk's, but a few shards are fetched at once
@@ -59,7 +59,7 @@ class LocalCopy(Storage):
         self._is_full = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LocalCopy, (self._remote, self._copies.folder, self._copies.limit)
+        return LocalMirror, (self._remote, self._copies.folder, self._copies.limit)
 
     def local_path(self, name: str) -> Path | None:
         """The shard in the copy, fetched if it is not there; None for other files, and when the disk is full."""
@@ -105,7 +105,7 @@ class LocalCopy(Storage):
         self._seen[name] = time.monotonic(), version
         return version.size
 
-    def names(self, folder: str) -> list[str]:
+    def list_files(self, folder: str) -> list[str]:
         found, now = self._remote.listing(folder), time.monotonic()
         for name, version in found.items():
             if version is not None:
@@ -140,7 +140,7 @@ class LocalCopy(Storage):
 
         return ZarrView(self, self._remote.zarr_library_store(read_only=True))
 
-    def forget(self, name: str) -> bool:
+    def drop_local_copy(self, name: str) -> bool:
         """As Storage says. A file is fetched anew once: if it is wrong again, it is wrong in the store.
 
         True also for a while after, for threads that found the old copy wrong at the same time, and for a copy that
@@ -212,7 +212,7 @@ class _Replacing:
         self._seen.pop(self._name, None)
 
 
-def with_local_copy(storage: Storage, folder: str | Path, limit_bytes: int) -> Storage:
+def with_local_mirror(storage: Storage, folder: str | Path, limit_bytes: int) -> Storage:
     """The same storage, whose files are kept under `folder`, at most `limit_bytes` of all caches together.
 
     A storage on a local disk is returned as it is. Raises InputError where the folder cannot be written.
@@ -220,7 +220,7 @@ def with_local_copy(storage: Storage, folder: str | Path, limit_bytes: int) -> S
     if not isinstance(storage, RemoteStorage):
         log.warning("%s: is a local cache; --local-copy %s is ignored", storage.address, folder)
         return storage
-    return LocalCopy(storage, Path(folder), limit_bytes)
+    return LocalMirror(storage, Path(folder), limit_bytes)
 
 
 def parse_bytes(text: str) -> int:

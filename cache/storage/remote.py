@@ -99,7 +99,7 @@ class RemoteStorage(Storage):
     def size(self, name: str) -> int:
         return self.version(name).size
 
-    def names(self, folder: str) -> list[str]:
+    def list_files(self, folder: str) -> list[str]:
         return list(self.listing(folder))
 
     def remove_abandoned(self, folder: str) -> None:

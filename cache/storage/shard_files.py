@@ -38,7 +38,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 class MappedShard:
     """A local shard as memory. Python's own map would keep a descriptor open (until 3.13's `trackfd`)."""
 
-    stays = True
+    is_snapshot = True
 
     def __init__(self, path: Path) -> None:
         self._path = os.fsencode(path)
@@ -73,7 +73,7 @@ class MappedShard:
                 raise EOFError(f"the file was cut short to {status.st_size} bytes")
         out[:] = self._bytes[offset : offset + out.size]
 
-    def announce(self, offset: int, size: int) -> None:
+    def prefetch(self, offset: int, size: int) -> None:
         page = offset // mmap.PAGESIZE * mmap.PAGESIZE
         _libc.madvise(self._address + page, offset + size - page, mmap.MADV_WILLNEED)
 
@@ -98,7 +98,7 @@ class _OpenFile:
 class PreadShard:
     """A local shard by positioned reads, which share no file position."""
 
-    stays = True
+    is_snapshot = True
 
     def __init__(self, path: Path, files: Callable[[Path], _OpenFile]) -> None:
         self._path, self._files = path, files
@@ -112,7 +112,7 @@ class PreadShard:
                 raise EOFError(f"the file ends at byte {offset}")
             out, offset = out[done:], offset + done
 
-    def announce(self, offset: int, size: int) -> None:
+    def prefetch(self, offset: int, size: int) -> None:
         if hasattr(os, "posix_fadvise"):
             file = self._file()
             os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
@@ -130,7 +130,7 @@ class PreadShard:
 class StoredShard:
     """A shard by byte ranges of a storage, for which several threads read at a time."""
 
-    stays = False  # each range is looked up by the file's name
+    is_snapshot = False  # each range is looked up by the file's name
 
     def __init__(self, storage: Storage, name: str, size: int) -> None:
         self._storage, self._name, self.size = storage, name, size
@@ -138,7 +138,7 @@ class StoredShard:
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
         self._storage.read_into(self._name, offset, out.data)
 
-    def announce(self, offset: int, size: int) -> None:
+    def prefetch(self, offset: int, size: int) -> None:
         pass
 
 

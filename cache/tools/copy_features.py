@@ -128,10 +128,10 @@ class _Copying:
     def _write_set(self, part: int, name: str, claims: Claims) -> bool:
         origin = self._whole_part(part, name)
         if origin is not None:
-            commit_part(origin, Place(self._destination, name, part), self._link, lambda: claims.require_ours(part))
+            commit_part(origin, Place(self._destination, name, part), self._link, lambda: claims.require_owned(part))
             return True
         self._destination.write_part(
-            part, self._images(part, name), [name], str(claims.process), lambda: claims.require_ours(part)
+            part, self._images(part, name), [name], str(claims.process), lambda: claims.require_owned(part)
         )
         return False
 

@@ -223,4 +223,4 @@ def require_equal(source: Place, found: NDArray[np.uint32]) -> None:
 
 
 def _corrupt(source: Place, file: str, what: str) -> CorruptPartError:
-    return CorruptPartError(f"{source.storage.address}: {file}: {what}; {source.storage.mend(source.part)}")
+    return CorruptPartError(f"{source.storage.address}: {file}: {what}; {source.storage.repair_hint(source.part)}")

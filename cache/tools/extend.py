@@ -26,7 +26,7 @@ from regionspot.cache.format.manifest_diff import first_difference, in_order_of,
 from regionspot.cache.format.schema import PART_SIZE, Geometry
 from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import partial_path, remove_abandoned, sync_tree, to_json
-from regionspot.cache.storage.folder_swap import put_back, replace_folder
+from regionspot.cache.storage.folder_swap import recover_swap, replace_folder
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.open import open_storage
 from regionspot.cache.store import FeatureCache
@@ -77,7 +77,7 @@ def extend(path: str | Path, grown: Manifest, *, part_size: int = PART_SIZE, tak
         )
     storage = LocalStorage(storage.folder.resolve())  # where a link leads to: the link itself stays
     try:
-        put_back(storage.folder)
+        recover_swap(storage.folder)
         return _extend(storage, grown, part_size, take_over)
     except OSError as error:
         raise CacheError(
@@ -126,12 +126,12 @@ def _grown(cache: FeatureCache, grown: Manifest) -> Manifest:
     return ordered
 
 
-def part_size_when_grown(geometry: Geometry, asked: int) -> int:
+def extended_part_size(geometry: Geometry, asked: int) -> int:
     """Images of a part of a cache that grows: a single part may have been small for want of images."""
     return geometry.part_size if geometry.n_parts > 1 else max(geometry.part_size, asked)
 
 
-def grow_to(path: str | Path, whole: Manifest, part_size: int) -> None:
+def extend_to(path: str | Path, whole: Manifest, part_size: int) -> None:
     """`extend` a cache that was made with a limit, or wait until another run of the same command has done so.
 
     Raises what `extend` raises.
@@ -156,13 +156,13 @@ def grow_to(path: str | Path, whole: Manifest, part_size: int) -> None:
 
 def _require_alone(storage: LocalStorage, claims: Claims) -> None:
     """Raises CacheError when another run is at work here: what it writes now would be lost."""
-    for what, process in claims.others().items():
+    for what, process in claims.claims_of_others().items():
         work = f"part {what}" if isinstance(what, int) else f"its {what}"
         raise CacheError(
             f"{storage.address}: {process} is at work on {work}; extend it when that run has ended, or with "
             "--take-over if you know that it is gone"
         )
-    claims.require_ours(_GROWTH)
+    claims.require_owned(_GROWTH)
 
 
 def _replace(
@@ -171,7 +171,7 @@ def _replace(
     """Make the grown cache beside the old one and put it in its place; its parts, and those that are pending."""
     from regionspot.cache.format.create import build_cache  # zarr takes a second to import
 
-    size = part_size_when_grown(cache.geometry, part_size)
+    size = extended_part_size(cache.geometry, part_size)
     building = partial_path(storage.folder)
     try:
         build_cache(building, manifest, Header.of(manifest, cache.feature_sets.values(), size))

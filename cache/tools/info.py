@@ -156,7 +156,7 @@ def describe_cache(cache: FeatureCache) -> CacheInfo:
 
 
 def _last_run(cache: FeatureCache) -> RunInfo | None:
-    for name in sorted(cache.storage.names(RUNS), reverse=True):  # a name begins with the time of the start
+    for name in sorted(cache.storage.list_files(RUNS), reverse=True):  # a name begins with the time of the start
         try:
             words = from_json(cache.storage.read(f"{RUNS}/{name}"))
             summary = words["summary"]

@@ -138,7 +138,7 @@ class _Verification:
     def _written(self, name: str) -> list[int]:
         """Parts of a feature set that have a record."""
         with self._readable(f"parts/{name}"):
-            files = {f"parts/{name}/{base}" for base in self._storage.names(f"parts/{name}")}
+            files = {f"parts/{name}/{base}" for base in self._storage.list_files(f"parts/{name}")}
             return [part for part in range(self._header.geometry.n_parts) if record_file(name, part) in files]
         return []
 
@@ -157,7 +157,7 @@ class _Verification:
         before = len(self._problems)
         for array in arrays:
             with self._readable(array):
-                if parts and not self._storage.names(array):
+                if parts and not self._storage.list_files(array):
                     reason = f"holds no file, though {len(parts)} parts are recorded: a disk may not be mounted"
                     self._problems.append(Problem(array, None, name, reason, "restore"))
         return len(self._problems) > before
@@ -224,7 +224,7 @@ def _find_orphans(storage: Storage, header: Header, written: Mapping[str, Sequen
     unfinished: list[str] = []
     unknown: list[str] = []
     for folder in sorted({name.rpartition("/")[0] for name in known}):
-        found = (f"{folder}/{base}".removeprefix("/") for base in storage.names(folder))
+        found = (f"{folder}/{base}".removeprefix("/") for base in storage.list_files(folder))
         for name in sorted(name for name in found if name not in known):
             (unfinished if name in coming or is_partial(name) else unknown).append(name)
     return _Orphans(tuple(unfinished), tuple(unknown))

@@ -51,7 +51,7 @@ def list_claims(storage: Storage) -> tuple[dict[What, set[str]], set[str]]:
     """The claims' files by what they claim, and the runs that have a counter."""
     found: defaultdict[What, set[str]] = defaultdict(set)
     runs: set[str] = set()
-    for name in storage.names(FOLDER):
+    for name in storage.list_files(FOLDER):
         if claim := _CLAIM.fullmatch(name):
             word = claim["what"]
             found[int(word) if word.isdigit() else word].add(f"{FOLDER}/{name}")

@@ -2,7 +2,7 @@
 
     claims/00042.json              the claim of part 42: a claim's id, its run and process
     claims/00042.<claim id>.json   the claim that took over from the one with that id
-    claims/run-<run id>.json       a counter that the run moves on every BEAT_SECONDS for as long as it lives
+    claims/run-<run id>.json       a counter that the run moves on every HEARTBEAT_SECONDS for as long as it lives
 
 **One wins.** A claim is written once, under a name that one writer gets (`Storage.write_new`), and never changed. A
 part's claims form a chain: the first, the one that took over from it, and so on; the last one holds the part. Who
@@ -16,7 +16,7 @@ counter has stood still for CLAIM_SECONDS. A process of the same machine that is
 not in the claims because a run that slept would then write over the claim of the one that took over.
 
 **A run that slept** (SIGSTOP, a laptop closed, a disk that hung) and wakes up after it was taken over finds that out
-by `require_ours`, which is asked when a part is complete, right before it is published. What is left is a run that
+by `require_owned`, which is asked when a part is complete, right before it is published. What is left is a run that
 falls asleep after that question, before the last rename, for longer than CLAIM_SECONDS. It then gives names to files
 that it wrote alone, under names of its own: the same bytes as the other run's, where their machines compute alike.
 Where these round differently and it dies halfway, a mixture stays behind. The checksums in the part's record tell it
@@ -53,7 +53,7 @@ from regionspot.cache.writing.claim_files import (
 
 log = logging.getLogger(__name__)
 
-BEAT_SECONDS = 15.0
+HEARTBEAT_SECONDS = 15.0
 # Eight beats. A machine may see another's files as they were up to a minute ago (nfs(5): acregmax, acdirmax).
 CLAIM_SECONDS = 120.0
 
@@ -73,7 +73,7 @@ class Claims:
     take_over    count every claim that is there now as dead: for when the other run is known to be gone. If it
                  is not, the two do the same parts at the same time, until it finds out and leaves them
     dead_after   seconds without a beat after which another run counts as dead
-    beat_every   seconds between this run's own beats
+    heartbeat_seconds   seconds between this run's own beats
 
     Safe to use from several threads: what one of them has claimed, no other one gets before it is released, which is
     for whoever got it alone. What is claimed is a part, or anything by its name (lower-case letters). Methods raise
@@ -86,9 +86,9 @@ class Claims:
         *,
         take_over: bool = False,
         dead_after: float = CLAIM_SECONDS,
-        beat_every: float = BEAT_SECONDS,
+        heartbeat_seconds: float = HEARTBEAT_SECONDS,
     ) -> None:
-        self.dead_after, self.beat_every = dead_after, beat_every
+        self.dead_after, self.heartbeat_seconds = dead_after, heartbeat_seconds
         self.process, self.run = this_process(), uuid.uuid4().hex
         self._storage, self._take_over = storage, take_over
         self._lock = threading.Lock()
@@ -131,18 +131,18 @@ class Claims:
         while not self.claim(what):
             holder = self.holder(what) or "another run"
             log.info("%s: waiting until %s lets go of %s", self._storage.address, holder, in_words(what))
-            time.sleep(self.beat_every / 5)
+            time.sleep(self.heartbeat_seconds / 5)
 
-    def require_ours(self, what: What) -> None:
+    def require_owned(self, what: What) -> None:
         """Raises CacheError when another run has taken over what this one claimed."""
-        if not self.still_ours(what):
+        if not self.is_owned(what):
             holder = self.holder(what)
             raise CacheError(
                 f"{self._storage.address}: {in_words(what)} was taken over by {holder or 'another run'} while this run "
                 "stood still; it is left to that run"
             )
 
-    def still_ours(self, what: What) -> bool:
+    def is_owned(self, what: What) -> bool:
         """Whether what this run claimed has not been taken over by another."""
         with self._store_errors():
             held = self._held.get(what)
@@ -154,7 +154,7 @@ class Claims:
             chain = read_chain(self._storage, what)
             return chain[-1].process if chain else None
 
-    def others(self) -> dict[What, Process]:
+    def claims_of_others(self) -> dict[What, Process]:
         """What other runs hold now, and who. Of a run that died elsewhere nobody knows yet that it is dead."""
         with self._store_errors():
             found, _ = list_claims(self._storage)
@@ -244,10 +244,10 @@ class Claims:
         while True:
             try:
                 self._storage.write(run_file(self.run), counter(self.run, beat))
-            except OSError as error:  # the next beat may succeed; if none does, require_ours will say so
+            except OSError as error:  # the next beat may succeed; if none does, require_owned will say so
                 log.warning("%s: could not show that this run lives: %s", self._storage.address, error)
             beat += 1
-            if self._stop.wait(self.beat_every):
+            if self._stop.wait(self.heartbeat_seconds):
                 return
 
     def _sweep(self, by_force: bool = False) -> None:

@@ -95,7 +95,7 @@ class _Run:
 
     def give_out(self, claims: Claims) -> None:
         """Give the parts out that nobody alive has claimed, and wait until these tasks have ended."""
-        others = claims.others()
+        others = claims.claims_of_others()
         if free := [part for part in sorted(self.missing) if part not in others or _is_free(claims, part)]:
             self._follow(free)
         else:

@@ -92,7 +92,7 @@ class PartMaker:
             if missing := self._missing(part):  # again: who had the claim a moment ago may have written it
                 self._write(part, missing)
         except CacheError as error:
-            if self._claims.still_ours(part):
+            if self._claims.is_owned(part):
                 raise
             log.warning("%s", error)  # taken over by another run while this one stood still
         finally:
@@ -104,7 +104,7 @@ class PartMaker:
         stats, begin, account = RunStats(), time.perf_counter(), dict[str, Any]()
 
         def before_publish() -> None:
-            self._claims.require_ours(part)
+            self._claims.require_owned(part)
             stats.seconds = time.perf_counter() - begin
             account.update(stats.account(self._run))
 

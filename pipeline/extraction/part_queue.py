@@ -88,7 +88,7 @@ class PartQueue:
             if time.monotonic() - said >= SAY_SECONDS:
                 said = time.monotonic()
                 self._say_who_is_waited_for()
-            time.sleep(self._claims.beat_every / 5)
+            time.sleep(self._claims.heartbeat_seconds / 5)
         self._round = free if first is None else chain([first], free)
         return first is not None
 
@@ -110,10 +110,10 @@ class PartQueue:
                 images,
                 self._claimed[part],
                 worker=str(self._claims.process),
-                before_publish=lambda: self._claims.require_ours(part),
+                before_publish=lambda: self._claims.require_owned(part),
             )
         except CacheError as error:
-            if self._claims.still_ours(part):
+            if self._claims.is_owned(part):
                 raise
             log.warning("%s", error)
             deque(images, maxlen=0)  # those of this part that are still to come

@@ -24,7 +24,7 @@ from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.open import open_storage
 from regionspot.cache.storage.zarr_shard import index_bytes
 from regionspot.cache.store import FeatureCache
-from regionspot.cache.tools.extend import part_size_when_grown
+from regionspot.cache.tools.extend import extended_part_size
 from regionspot.cache.tools.info import size_text
 
 # Features of real images lose 2 to 15 % to zstd; the disk must hold the worst of it.
@@ -87,7 +87,7 @@ def outstanding(
     if open_storage(address).exists(""):
         cache = FeatureCache.open(address)
         if grows_to(cache.manifest, manifest):
-            geometry = Geometry.of(manifest.offsets, part_size_when_grown(cache.geometry, part_size))
+            geometry = Geometry.of(manifest.offsets, extended_part_size(cache.geometry, part_size))
         else:
             manifest, geometry = cache.manifest, cache.geometry
         same = {part for part in range(cache.n_parts) if cache.part_rows(part) == geometry.rows(part)}

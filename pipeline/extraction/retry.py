@@ -149,4 +149,4 @@ def _replace(
     cache: FeatureCache, part: int, names: Sequence[str], good: Mapping[int, ImageFeatures], claims: Claims
 ) -> None:
     for name in names:
-        rewrite_part(cache, part, name, good, str(claims.process), lambda: claims.require_ours(part))
+        rewrite_part(cache, part, name, good, str(claims.process), lambda: claims.require_owned(part))

@@ -47,7 +47,7 @@ def write_page(cache: FeatureCache) -> None:
     written: list[str] | None = None
     # Looked at again behind the write: of two runs that end together the later one may have put an older page over
     # the other's, but then it finds the other's record here.
-    while (names := sorted(cache.storage.names(RUNS))) != written:
+    while (names := sorted(cache.storage.list_files(RUNS))) != written:
         page = summary_page(cache, list(_runs(cache, names)))
         cache.storage.write(SUMMARY, page.encode())
         written = names

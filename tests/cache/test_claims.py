@@ -48,11 +48,11 @@ def clock(monkeypatch):
 
 
 def claims_of(storage, **settings):
-    return Claims(storage, beat_every=BEAT, **settings)
+    return Claims(storage, heartbeat_seconds=BEAT, **settings)
 
 
 def files(storage):
-    return sorted(name for name in storage.names("claims") if not name.endswith(".partial"))
+    return sorted(name for name in storage.list_files("claims") if not name.endswith(".partial"))
 
 
 @contextmanager
@@ -124,8 +124,8 @@ def test_what_one_run_claims_another_gets_once_it_is_let_go(storage):
         assert other.holder(3) == this_process()
         one.release(3)
         assert other.claim(3)
-        assert other.still_ours(3)
-        assert not one.still_ours(3)
+        assert other.is_owned(3)
+        assert not one.is_owned(3)
     assert files(storage) == []
 
 
@@ -151,13 +151,13 @@ def test_what_a_thread_of_a_run_has_no_other_thread_of_it_gets(storage, elsewher
         for _ in range(2):
             assert not ours.claim(0)
             clock.now += claims.CLAIM_SECONDS
-        assert ours.still_ours(0)
+        assert ours.is_owned(0)
         assert not other.claim(0)  # is seen to stand still from now on
         clock.now += claims.CLAIM_SECONDS
         assert other.claim(0)
         assert not ours.claim(0), "its thread has not found out yet"
         ours.release(0)
-        assert other.still_ours(0)
+        assert other.is_owned(0)
 
 
 def test_of_many_threads_of_one_run_that_reach_for_a_part_at_once_one_gets_it(storage):
@@ -174,7 +174,7 @@ def test_of_many_threads_of_one_run_that_reach_for_a_part_at_once_one_gets_it(st
 
     with claims_of(storage) as ours, ThreadPoolExecutor(threads) as pool, often_switching():
         assert sorted(chain(*pool.map(reach, range(threads)))) == list(parts)
-        assert all(ours.still_ours(part) for part in parts)
+        assert all(ours.is_owned(part) for part in parts)
 
 
 def test_claims_of_a_killed_process_of_this_machine_are_free_at_once(storage, clock):
@@ -207,7 +207,7 @@ def test_a_run_elsewhere_is_dead_when_its_counter_stands_still_and_not_before(st
         assert not ours.claim(0)
         clock.now += 1
         assert ours.claim(0)
-        assert ours.still_ours(0)
+        assert ours.is_owned(0)
     assert files(storage) == []
 
 
@@ -233,10 +233,10 @@ def test_a_stopped_run_finds_out_that_it_was_taken_over_before_it_publishes(stor
 
     def works_and_publishes(say):
         with claims_of(storage) as ours:
-            say(b"y" if ours.claim(0) and ours.still_ours(0) else b"n")
+            say(b"y" if ours.claim(0) and ours.is_owned(0) else b"n")
             os.read(asked, 1)
             try:
-                ours.require_ours(0)
+                ours.require_owned(0)
                 say(b"p")
             except CacheError as error:
                 say(b"l" if "part 0 was taken over by" in str(error) else b"?")
@@ -253,7 +253,7 @@ def test_a_stopped_run_finds_out_that_it_was_taken_over_before_it_publishes(stor
         os.write(ask, b".")
         assert hear() == b"l"
         assert hear() == b"", "it ended by itself"
-        assert ours.still_ours(0), "letting go of what was lost must not free it"
+        assert ours.is_owned(0), "letting go of what was lost must not free it"
     assert files(storage) == []
 
 
@@ -315,9 +315,9 @@ def test_take_over_frees_what_others_claimed_until_now_and_nothing_later(storage
             assert other.claim(1)
             assert ours.claim(0)
             assert not ours.claim(1)
-            assert other.still_ours(1)
+            assert other.is_owned(1)
             with pytest.raises(CacheError, match=r"part 0 was taken over by elsewhere:\d+ while this run stood still"):
-                other.require_ours(0)
+                other.require_owned(0)
 
 
 def test_a_damaged_claim_is_dead_after_a_while(storage, clock):
@@ -345,7 +345,7 @@ def test_a_link_that_comes_after_its_chain_was_let_go_belongs_to_nobody(storage,
 
         monkeypatch.setattr(storage, "write_new", late)
         assert not slow.claim(0)
-        assert third.still_ours(0)
+        assert third.is_owned(0)
         assert [name for name in files(storage) if not name.startswith("run-")] == ["00000.json"]
 
 
@@ -354,7 +354,7 @@ def test_an_answer_that_is_lost_on_the_way_does_not_lose_the_claim(storage, monk
     monkeypatch.setattr(storage, "write_new", lambda name, data: write_new(name, data) and False)
     with claims_of(storage) as ours:
         assert ours.claim(0)
-        assert ours.still_ours(0)
+        assert ours.is_owned(0)
 
 
 def test_a_store_that_refuses_is_said_in_one_line(tmp_path):

@@ -44,7 +44,7 @@ class InMemory(LocalStorage):
     def size(self, name):
         return len(self.read(name))
 
-    def names(self, folder):
+    def list_files(self, folder):
         self.wait_for_turn()
         return [name.removeprefix(f"{folder}/") for name in list(self.files)]
 
@@ -143,7 +143,7 @@ class World:
             for _ in range(self.random.randrange(8)):
                 self.wait_for_turn()
             me.publishing = True
-            if ours.still_ours(part):
+            if ours.is_owned(part):
                 assert part not in self.done, f"run {self.done[part]} did part {part}, and now run {me.number} does"
                 self.done[part] = me.number
             me.publishing = False

@@ -26,7 +26,7 @@ from regionspot.cache import (
     Manifest,
 )
 from regionspot.cache.storage.local import LocalStorage
-from regionspot.cache.storage.local_mirror import parse_bytes, with_local_copy
+from regionspot.cache.storage.local_mirror import parse_bytes, with_local_mirror
 from regionspot.cache.storage.lru_folder import LruFolder
 from regionspot.cache.storage.open import open_storage
 from regionspot.cache.storage.remote import RemoteStorage
@@ -107,7 +107,7 @@ def shards_in(folder):
 
 
 def opened(address, folder, limit=PLENTY):
-    return FeatureCache.open(with_local_copy(open_storage(address), folder, limit))
+    return FeatureCache.open(with_local_mirror(open_storage(address), folder, limit))
 
 
 def test_a_second_pass_and_a_second_opening_read_nothing_from_the_store(address, tmp_path, asked):
@@ -131,7 +131,7 @@ def test_what_was_replaced_in_the_store_is_read_anew_and_never_out_of_date(addre
 
 
 def test_a_cache_is_extracted_through_a_copy_that_sees_what_it_writes(address, tmp_path):
-    cache = FeatureCache.open(with_local_copy(open_storage(address), tmp_path, PLENTY), "a")
+    cache = FeatureCache.open(with_local_mirror(open_storage(address), tmp_path, PLENTY), "a")
     require_maps(cache, [0, 0])
     cache.storage.remove("parts/clip/00001.json")
     assert cache.pending_parts() == [1]
@@ -176,7 +176,7 @@ def test_the_least_recently_used_shard_goes_first_whichever_cache_it_is_of(bucke
     for path in mine:  # of somebody who keeps more than copies in this folder
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(bytes(3000))
-    copy, other_copy = (with_local_copy(each, tmp_path, 2500) for each in (bucket, other))
+    copy, other_copy = (with_local_mirror(each, tmp_path, 2500) for each in (bucket, other))
     for number in (0, 1, 0):
         assert copy.local_path(SHARD.format(number)).read_bytes() == bytes([number]) * 1000
     assert other_copy.local_path(SHARD.format(9)).read_bytes() == b"9" * 1000
@@ -187,7 +187,7 @@ def test_the_least_recently_used_shard_goes_first_whichever_cache_it_is_of(bucke
 
 
 def test_many_threads_never_pass_the_limit_and_read_what_is_there(bucket, tmp_path):
-    copy, largest = with_local_copy(bucket, tmp_path, 2500), [0]
+    copy, largest = with_local_mirror(bucket, tmp_path, 2500), [0]
     done = threading.Event()
 
     def watch():
@@ -214,7 +214,7 @@ def test_many_threads_never_pass_the_limit_and_read_what_is_there(bucket, tmp_pa
 
 
 def test_what_is_being_fetched_is_never_removed_to_make_room(bucket, tmp_path, monkeypatch):
-    copy = with_local_copy(bucket, tmp_path, 1500)
+    copy = with_local_mirror(bucket, tmp_path, 1500)
     download, begun, go_on = type(bucket).download, threading.Event(), threading.Event()
 
     def slow(self, name, version, fd):
@@ -255,7 +255,7 @@ def test_threads_and_forked_processes_that_want_one_shard_fetch_it_once(bucket, 
         download(self, name, version, fd)
 
     monkeypatch.setattr(RemoteStorage, "download", logged)
-    copy, expected = with_local_copy(bucket, tmp_path / "copy", PLENTY), bytes([2]) * 1000
+    copy, expected = with_local_mirror(bucket, tmp_path / "copy", PLENTY), bytes([2]) * 1000
 
     def read_all():
         with ThreadPoolExecutor(3) as pool:
@@ -283,7 +283,7 @@ def _exit_code(child):
 
 
 def test_a_fetch_killed_halfway_leaves_nothing_wrong(bucket, tmp_path, monkeypatch):
-    copy = with_local_copy(bucket, tmp_path, 2500)
+    copy = with_local_mirror(bucket, tmp_path, 2500)
 
     def die(self, name, version, fd):
         os.pwrite(fd, b"half", 0)
@@ -301,7 +301,7 @@ def test_a_fetch_killed_halfway_leaves_nothing_wrong(bucket, tmp_path, monkeypat
 
 def test_a_fork_while_a_thread_fetches_neither_blocks_the_child_nor_the_parent(bucket, tmp_path, monkeypatch):
     download, begun, go_on = RemoteStorage.download, threading.Event(), threading.Event()
-    copy, parent = with_local_copy(bucket, tmp_path, PLENTY), os.getpid()
+    copy, parent = with_local_mirror(bucket, tmp_path, PLENTY), os.getpid()
 
     def slow(self, name, version, fd):
         if os.getpid() == parent:
@@ -347,12 +347,12 @@ def test_a_pickled_copy_goes_on_with_the_same_folder(address, tmp_path, asked):
 
 
 def test_claims_and_other_living_files_are_never_kept(bucket, tmp_path):
-    copy = with_local_copy(bucket, tmp_path, PLENTY)
+    copy = with_local_mirror(bucket, tmp_path, PLENTY)
     assert copy.write_new("claims/00001.json", b"mine")
     assert not copy.write_new("claims/00001.json", b"yours")
     bucket.write("claims/00001.json", b"taken over")
     assert copy.read("claims/00001.json") == b"taken over"
-    assert copy.names("claims") == ["00001.json"]
+    assert copy.list_files("claims") == ["00001.json"]
     assert [path for path in tmp_path.rglob("*") if "claims" in path.parts] == []
 
 
@@ -371,7 +371,7 @@ def test_a_fetch_that_fails_leaves_the_folder_as_it_was(bucket, tmp_path):
 
 def test_a_local_copy_of_a_local_cache_is_ignored_with_a_warning(tmp_path, caplog):
     storage = LocalStorage(tmp_path)
-    assert with_local_copy(storage, tmp_path / "copy", 10) is storage
+    assert with_local_mirror(storage, tmp_path / "copy", 10) is storage
     assert [record.message for record in caplog.records] == [
         f"{tmp_path}: is a local cache; --local-copy {tmp_path / 'copy'} is ignored"
     ]
@@ -380,7 +380,7 @@ def test_a_local_copy_of_a_local_cache_is_ignored_with_a_warning(tmp_path, caplo
 def test_a_folder_that_cannot_hold_a_copy_is_refused_in_one_line(bucket, tmp_path):
     Path(tmp_path, "file").write_text("in the way")
     with pytest.raises(InputError, match=r"cannot hold a local copy: .*; give a folder where you may write"):
-        with_local_copy(bucket, tmp_path / "file", PLENTY)
+        with_local_mirror(bucket, tmp_path / "file", PLENTY)
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def files_of(storage, folder=""):
     for column in ("id", "height", "width", "path", "region_count"):
         folders.append(f"images/{column}")
     folders += [f"regions/{column}" for column in ("box", "category", "annotation_id")]
-    names = [f"{folder}/{name}".lstrip("/") for folder in folders for name in storage.names(folder)]
+    names = [f"{folder}/{name}".lstrip("/") for folder in folders for name in storage.list_files(folder)]
     return {name: storage.read(name) for name in names}
 
 
@@ -129,7 +129,7 @@ def test_a_file_in_a_store_appears_whole_when_it_is_published_and_not_before(add
         file.write(buffer[: len(piece)])
     assert not storage.exists("features/x/c.0")
     file.finish()
-    assert storage.names("features/x") == []
+    assert storage.list_files("features/x") == []
     file.publish()
     file.discard()
     assert storage.read("features/x/c.0") == data
@@ -137,7 +137,7 @@ def test_a_file_in_a_store_appears_whole_when_it_is_published_and_not_before(add
     given_up = storage.create("features/x/c.1")
     given_up.write(data)
     given_up.discard()
-    assert storage.names("features/x") == ["c.0"]
+    assert storage.list_files("features/x") == ["c.0"]
 
 
 def test_ranges_are_read_from_many_threads_and_the_end_of_a_file_is_told(address):
@@ -174,7 +174,7 @@ def test_of_several_that_write_a_new_file_at_once_one_wins(address):
     assert storage.read("claims/00001.json") == b"worker %d" % won.index(True)
     storage.remove("claims/00001.json")
     storage.remove("claims/00001.json")
-    assert storage.names("claims") == ["seen"]
+    assert storage.list_files("claims") == ["seen"]
 
 
 SPAWNED = """
@@ -237,7 +237,7 @@ def test_a_writer_killed_inside_a_part_leaves_nothing_of_it_and_the_next_goes_on
     os.waitpid(writer, 0)
     again = FeatureCache.open(cache.path, "a")
     assert again.pending_parts() == [1, 2]
-    assert sorted(again.storage.names("features/clip/feature_map")) == ["c.0.0.0", "zarr.json"]
+    assert sorted(again.storage.list_files("features/clip/feature_map")) == ["c.0.0.0", "zarr.json"]
     assert digest(fill(again).read(VALID)) == digest(local.read(VALID))
 
 

@@ -63,7 +63,7 @@ def run(cache, parts):
 @pytest.mark.usefixtures("_often_switching")
 def test_runs_at_once_do_every_part_once_and_their_counts_add_up_at_every_moment(address):
     storage, wrong, ended = FeatureCache.open(address).storage, [], threading.Event()
-    with Claims(storage, beat_every=0.05) as one, Claims(storage, beat_every=0.05) as other:
+    with Claims(storage, heartbeat_seconds=0.05) as one, Claims(storage, heartbeat_seconds=0.05) as other:
         runs = [opened(address, one), opened(address, other)]
 
         def look():
@@ -128,7 +128,7 @@ def test_threads_that_claim_and_write_at_the_same_time_lose_no_part_from_the_cou
 
 def test_a_part_that_was_taken_over_is_looked_at_again_and_done_once_it_is_free(address, monkeypatch):
     storage = FeatureCache.open(address).storage
-    with Claims(storage, beat_every=0.01) as one, Claims(storage, beat_every=0.01) as other:
+    with Claims(storage, heartbeat_seconds=0.01) as one, Claims(storage, heartbeat_seconds=0.01) as other:
         cache, parts = opened(address, one, only=[0, 1])
         assert parts.wait()
         for row, names in parts.jobs():

@@ -246,7 +246,7 @@ def test_a_cache_that_another_run_is_working_on_is_refused(made, grown, tmp_path
         assert differing(path, made / "before") <= {name for name in content(path) if name.startswith("claims/")}
         extend(path, grown, take_over=True)
         with pytest.raises(CacheError, match="was taken over"):
-            other.require_ours(1)
+            other.require_owned(1)
     assert len(FeatureCache.open(path)) == len(grown)
 
 
@@ -349,7 +349,7 @@ def test_killed_at_any_moment_the_old_cache_or_the_new_one_has_the_name(
         shutil.copytree(made / "before", path)
         assert killed_at(lambda: extend(path, grown), calls[moment])
         if not path.exists():
-            with pytest.raises(CacheError, match=r"lies in .*c\.zarr\.replaced"):
+            with pytest.raises(CacheError, match=r"left it in .*c\.zarr\.replaced"):
                 FeatureCache.open(path)
             FeatureCache.open_or_create(path, grown.head(BEFORE), SETS, PART_SIZE)
             found.append("put back")
