@@ -142,7 +142,7 @@ def train(
     from regionspot.evaluation.inference.vocabularies import cache_vocabulary
     from regionspot.fusion.config import train_config
     from regionspot.fusion.train import train as run
-    from regionspot.pipeline.backbones.builders import preset_named
+    from regionspot.pipeline.backbones.builders import get_preset
     from regionspot.pipeline.backbones.registry import stored_name
     from regionspot.pipeline.backbones.weights import check_source
 
@@ -150,7 +150,7 @@ def train(
     for source in (weights, clip_weights):
         check_source(source)  # which a stored vocabulary does without
     config = train_config(schedule, iterations=iterations, batch_size=batch_size, lr=lr, seed=seed)
-    sets = preset_named(preset)
+    sets = get_preset(preset)
     tokens, maps = stored_name(localizer or sets.localizer), stored_name(encoder or sets.encoder)
     caches = [FeatureCache.open(path, local_copy=local_copy, local_limit=local_limit) for path in cache]
     vocabularies = [cache_vocabulary(one, maps, templates, clip_weights or weights, device) for one in caches]

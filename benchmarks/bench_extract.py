@@ -25,7 +25,7 @@ from benchmarks.bench_extract_gpu import FULL_GPU, REHEARSAL, measure_gpu
 from benchmarks.bench_extract_ours import Ours
 from benchmarks.bench_extract_process import DEFAULT_MALLOC, TUNED_MALLOC, Contender
 from benchmarks.goals import SCRATCH, Report, Samples, interleaved, options, ratio, say, versions
-from regionspot.pipeline.backbones.dtypes import cpu_computes
+from regionspot.pipeline.backbones.dtypes import cpu_supports
 
 PACKAGES = ["torch", "torchvision", "segment-anything", "open_clip_torch", "pillow", "numpy"]
 TABLE = "CPU seconds, one thread"
@@ -118,7 +118,7 @@ def _measure_steps(report: Report, scale: Scale, job: Job) -> None:
     if scale is FULL:
         for (step, side), goal in GOALS.items():
             _add_goals(report, step, side, goal, found[step])
-        if cpu_computes("bfloat16"):
+        if cpu_supports("bfloat16"):
             for step in ("encoder", "CLIP", "CLIP, 8 images"):
                 report.add_goal(f"{step}: {EXACT} / {ROUGH}", ratio(found[step], EXACT, ROUGH), at_least=1)
         report.add_goal("share of CPU time outside the encoders, whole stage", outside, at_most=0.05)
@@ -154,7 +154,7 @@ def _measure_bfloat16(
 ) -> None:
     """Adds our times in bfloat16 to `found`: once, where the CPU has to emulate it."""
     say("bfloat16")
-    rounds, few = (scale.rounds, scale) if cpu_computes("bfloat16") else (1, replace(scale, images=1))
+    rounds, few = (scale.rounds, scale) if cpu_supports("bfloat16") else (1, replace(scale, images=1))
     side = Contender(DEFAULT_MALLOC, Ours, job, "bfloat16")
     for step in ("encoder", "CLIP", "CLIP, 8 images", "whole stage"):
         run = _steps(few)[step]
@@ -180,7 +180,7 @@ def _add_step(report: Report, step: str, samples: Samples) -> None:
 
 def _add_goals(report: Report, step: str, side: str, goal: Goal, samples: Samples) -> None:
     emulated = (
-        " (emulated: this CPU has no instructions for it)" if side == ROUGH and not cpu_computes("bfloat16") else ""
+        " (emulated: this CPU has no instructions for it)" if side == ROUGH and not cpu_supports("bfloat16") else ""
     )
     for baseline, least in ((DEFAULT, goal.over_default), (TUNED, goal.over_tuned)):
         if least is not None:
@@ -202,7 +202,7 @@ and their postprocessing, one file an image. The whole stage is `extract` into a
 def _protocol(scale: Scale) -> str:
     few = (
         ""
-        if cpu_computes("bfloat16")
+        if cpu_supports("bfloat16")
         else " This CPU emulates bfloat16: its figures are of one round and of the smaller image."
     )
     sizes = " and ".join(f"{width} x {height}" for width, height in SIZES)

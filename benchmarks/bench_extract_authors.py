@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as transforms
 
 from benchmarks.bench_extract_data import WEIGHTS, Job, boxes_in, prompts
-from regionspot.pipeline.backbones.builders import build_clip, build_sam, preset_named
+from regionspot.pipeline.backbones.builders import build_clip, build_sam, get_preset
 from regionspot.pipeline.backbones.sam_token_decoder import FIRST_MASK_TOKEN
 from regionspot.pipeline.backbones.weights import load_weights
 
@@ -30,7 +30,7 @@ class Authors:
     """Their path over the images of a job. Each public method is a step that can be timed."""
 
     def __init__(self, job: Job, device: str = "cpu") -> None:
-        names, self._job, self._device = preset_named(job.preset), job, torch.device(device)
+        names, self._job, self._device = get_preset(job.preset), job, torch.device(device)
         self._sam = _drawn(names.localizer, build_sam(names.localizer)).to(device)
         self._clip = build_clip(names.encoder)
         self._clip_model = _drawn(names.encoder, self._clip.model).to(device)

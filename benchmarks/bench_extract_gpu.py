@@ -23,7 +23,7 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.machine import processors
 from regionspot.pipeline.backbones.batch_size import batch_size_of
-from regionspot.pipeline.backbones.builders import build_clip, build_sam, preset_named
+from regionspot.pipeline.backbones.builders import build_clip, build_sam, get_preset
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.backbones.sam_image_encoder import SamEncoder
 from regionspot.pipeline.backbones.weights import load_weights
@@ -105,7 +105,7 @@ def _wait(device: torch.device) -> None:
 
 def operations_of(preset: str) -> dict[str, int]:
     """Multiplications and additions of one image in the official models' own products."""
-    names = preset_named(preset)
+    names = get_preset(preset)
     with torch.device("meta"):
         sam, clip = build_sam(names.localizer).image_encoder, build_clip(names.encoder).model.visual
     found = {}
@@ -155,7 +155,7 @@ def _steps(
 
 
 def _sam_encoder(preset: str, dtype: str, device: torch.device, **options: bool) -> SamEncoder:
-    name = preset_named(preset).localizer
+    name = get_preset(preset).localizer
     sam = build_sam(name)
     sam.load_state_dict(load_weights(name, WEIGHTS, sam.state_dict()).state_dict)
     return SamEncoder(sam.image_encoder.to(device).eval().requires_grad_(False), dtype, **options)

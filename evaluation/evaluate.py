@@ -28,13 +28,13 @@ from regionspot.evaluation.results import check_out, evaluate_method
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
-from regionspot.pipeline.backbones.builders import preset_named
+from regionspot.pipeline.backbones.builders import get_preset
 from regionspot.pipeline.backbones.clip import load_text_encoder
 from regionspot.pipeline.backbones.dtypes import AUTO
 from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.datasets.proposals import GROUND_TRUTH
 from regionspot.pipeline.datasets.registry import image_folder_of, read_split
-from regionspot.pipeline.images.decode import Exif, check_exif
+from regionspot.pipeline.images.decode import Exif, parse_exif
 
 log = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ def _from_images(
         preprocess=asked.preprocess,
         check_weights=asked.check_weights,
     )
-    exif = asked.exif or check_exif(spot.exif or "auto")
+    exif = asked.exif or parse_exif(spot.exif or "auto")
     if spot.exif not in (None, exif):
         log.warning(
             "%s: was trained on images turned by --exif %s; evaluated with %s, as asked for",
@@ -177,7 +177,7 @@ def _baseline(
         info = HeadInfo(preset=asked.preset)
         if asked.preset is None:
             raise InputError("a baseline without a checkpoint needs its encoder; give --preset")
-        name = preset_named(asked.preset).encoder
+        name = get_preset(asked.preset).encoder
     source, rule = asked.clip_weights or asked.weights, asked.preprocess or "direct"
     encoder = load_text_encoder(name, source, device, dtype, preprocess=rule)
     vocabulary = build_vocabulary(_names(manifest), _templates(asked, info), encoder)

@@ -21,7 +21,7 @@ from regionspot.evaluation.metrics.lvis_ap import lvis_ap
 from regionspot.evaluation.report.drawing import save_image
 from regionspot.evaluation.report.sheet import judged_sheet
 from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
-from regionspot.pipeline.images.decode import exif_of
+from regionspot.pipeline.images.decode import stored_exif
 
 RESULTS, DETECTIONS, SHEET = "results.json", "detections.json", "sheet.png"
 SHEET_IMAGES = 9
@@ -80,7 +80,7 @@ def evaluate_method(
     }
     write_results_json(out / DETECTIONS, found.detections, names)
     if images is not None:
-        exif = exif_of(method.features.values())
+        exif = stored_exif(method.features.values())
         sheet = judged_sheet(method.manifest, images, found.detections, SHEET_IMAGES, title=method.name, exif=exif)
         save_image(sheet, out / SHEET)
     write_file(out / RESULTS, (json.dumps(results, indent=1, allow_nan=False) + "\n").encode())

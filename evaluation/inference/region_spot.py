@@ -39,7 +39,7 @@ from regionspot.pipeline.backbones.clip import load_text_encoder
 from regionspot.pipeline.backbones.dtypes import AUTO
 from regionspot.pipeline.backbones.protocols import Localizer, MaskingLocalizer, TextEncoder
 from regionspot.pipeline.backbones.sam import load_localizer
-from regionspot.pipeline.images.decode import Exif, Source, read_image
+from regionspot.pipeline.images.decode import Exif, ImageSource, read_image
 
 log = logging.getLogger(__name__)
 
@@ -155,7 +155,7 @@ class RegionSpot:
 
     def predict(
         self,
-        image: Source | NDArray[np.uint8],
+        image: ImageSource | NDArray[np.uint8],
         boxes: NDArray[np.float32] | Sequence[Sequence[float]],
         names: Sequence[str],
         templates: str | Sequence[str] | None = None,
@@ -257,7 +257,7 @@ def _each_once(names: Sequence[str]) -> Sequence[str]:
     return list(once)
 
 
-def _image(image: Source | NDArray[np.uint8], exif: Exif) -> Image.Image:
+def _image(image: ImageSource | NDArray[np.uint8], exif: Exif) -> Image.Image:
     if isinstance(image, str | os.PathLike | bytes | Image.Image):
         return read_image(image, exif=exif)
     grey_or_rgb = isinstance(image, np.ndarray) and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] == 3))

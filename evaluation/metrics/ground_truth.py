@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.errors import AnnotationError, InputError
-from regionspot.pipeline.datasets import json_values as values
+from regionspot.pipeline.datasets import field_parsing as parse
 from regionspot.pipeline.datasets.coco import XYWH
+from regionspot.pipeline.datasets.field_parsing import FieldError
 from regionspot.pipeline.datasets.json_stream import AnnotationFile
-from regionspot.pipeline.datasets.json_values import FieldError
 from regionspot.pipeline.datasets.region_table import Lookup
 
 log = logging.getLogger(__name__)
@@ -113,7 +113,7 @@ class GroundTruth:
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
 
         def check(annotation: dict[str, Any]) -> None:
-            _check_mask(values.field(annotation, "segmentation"), sizes[annotation["image_id"]])
+            _check_mask(parse.required(annotation, "segmentation"), sizes[annotation["image_id"]])
 
         _each(self.path, "annotations", self.annotations, check, "; --no-masks evaluates boxes alone")
 
@@ -144,7 +144,7 @@ def _each(path: Path, name: str, entries: list[Any], check: Callable[[Any], None
     wrong = []
     for place, entry in enumerate(entries):
         try:
-            values.record(entry)
+            parse.json_object(entry)
             check(entry)
         except FieldError as error:
             wrong.append(f"{name}[{place}]{error}")
@@ -154,61 +154,61 @@ def _each(path: Path, name: str, entries: list[Any], check: Callable[[Any], None
 
 
 def _check_category(category: dict[str, Any]) -> None:
-    category["id"] = values.whole("id", values.field(category, "id"))
-    if values.field(category, "frequency") not in FREQUENCIES:
-        raise values.wrong("frequency", category["frequency"], '"r", "c" or "f", which LVIS AP needs')
+    category["id"] = parse.integer("id", parse.required(category, "id"))
+    if parse.required(category, "frequency") not in FREQUENCIES:
+        raise parse.wrong_value("frequency", category["frequency"], '"r", "c" or "f", which LVIS AP needs')
 
 
 def _check_image(image: dict[str, Any], class_ids: Mapping[int, int], names: dict[int, str]) -> None:
-    stated = values.field(image, "id")
-    image["id"] = values.image_id("id", stated)
-    if values.whole_or_none(stated) is None:
+    stated = parse.required(image, "id")
+    image["id"] = parse.image_id("id", stated)
+    if parse.integer_or_none(stated) is None:
         names[image["id"]] = str(stated)
     for name in _FEDERATED:
-        listed = values.field(image, name)
+        listed = parse.required(image, name)
         if not isinstance(listed, list):
-            raise values.wrong(name, listed, "a list of category ids")
-        image[name] = [values.whole(name, each) for each in listed]
+            raise parse.wrong_value(name, listed, "a list of category ids")
+        image[name] = [parse.integer(name, each) for each in listed]
         if unknown := [each for each in image[name] if each not in class_ids]:
             raise FieldError(f".{name} names category {unknown[0]}, which the file does not define")
 
 
 def _check_annotation(annotation: dict[str, Any], image_ids: Mapping[int, int], class_ids: Mapping[int, int]) -> None:
-    annotation["image_id"] = values.image_id("image_id", values.field(annotation, "image_id"))
-    annotation["category_id"] = values.whole("category_id", values.field(annotation, "category_id"))
+    annotation["image_id"] = parse.image_id("image_id", parse.required(annotation, "image_id"))
+    annotation["category_id"] = parse.integer("category_id", parse.required(annotation, "category_id"))
     for name, known in (("image_id", image_ids), ("category_id", class_ids)):
         if annotation[name] not in known:
             raise FieldError(f".{name} is {annotation[name]}, which the file does not define")
-    stated = values.field(annotation, "bbox")
-    box = values.box("bbox", stated, XYWH)
+    stated = parse.required(annotation, "bbox")
+    box = parse.box("bbox", stated, XYWH)
     if not all(map(math.isfinite, box)) or min(box[2:]) < 0:
-        raise values.wrong("bbox", stated, f"{XYWH}, none of them infinite or a negative size")
-    area = values.number("area", values.field(annotation, "area"))
+        raise parse.wrong_value("bbox", stated, f"{XYWH}, none of them infinite or a negative size")
+    area = parse.number("area", parse.required(annotation, "area"))
     if not math.isfinite(area) or area < 0:
-        raise values.wrong("area", annotation["area"], "a number from 0")
+        raise parse.wrong_value("area", annotation["area"], "a number from 0")
     annotation["bbox"], annotation["area"] = list(box), area
 
 
 def _check_size(image: dict[str, Any]) -> None:
     for name in ("height", "width"):
-        image[name] = values.whole(name, values.field(image, name), 1, 2**31 - 1, "pixels, a whole number from 1")
+        image[name] = parse.integer(name, parse.required(image, name), 1, 2**31 - 1, "pixels, a whole number from 1")
 
 
 def _check_mask(mask: Any, size: tuple[int, int]) -> None:
     """Raises FieldError for what pycocotools would stumble over or take for another mask; `size`: height, width."""
     if isinstance(mask, dict):
-        if list(values.field(mask, "size")) != list(size):
-            raise values.wrong("segmentation.size", mask["size"], f"that of its image, {list(size)}")
-        counts = values.field(mask, "counts")
+        if list(parse.required(mask, "size")) != list(size):
+            raise parse.wrong_value("segmentation.size", mask["size"], f"that of its image, {list(size)}")
+        counts = parse.required(mask, "counts")
         if _covered(counts) != math.prod(size):
-            raise values.wrong("segmentation.counts", counts, f"runs of {math.prod(size)} pixels in all")
+            raise parse.wrong_value("segmentation.counts", counts, f"runs of {math.prod(size)} pixels in all")
         return
     if not isinstance(mask, list) or not mask:
-        raise values.wrong("segmentation", mask, _POLYGONS)
+        raise parse.wrong_value("segmentation", mask, _POLYGONS)
     for polygon in mask:
         numbers = isinstance(polygon, list) and all(type(each) in (int, float) for each in polygon)
         if not numbers or len(polygon) < 6 or len(polygon) % 2:
-            raise values.wrong("segmentation", mask, _POLYGONS)
+            raise parse.wrong_value("segmentation", mask, _POLYGONS)
 
 
 def _covered(counts: Any) -> int | None:
@@ -250,7 +250,7 @@ def _unique_ids(file: AnnotationFile, name: str, entries: list[dict[str, Any]]) 
 
 def _number(path: Path, annotations: list[dict[str, Any]]) -> None:
     """Number the annotations from 1; lvis takes id 0 for no match, and of two with one id it sees the last alone."""
-    ids = [values.whole_or_none(annotation.get("id")) for annotation in annotations]
+    ids = [parse.integer_or_none(annotation.get("id")) for annotation in annotations]
     proper = {number for number in ids if number is not None and number > 0}
     if odd := len(ids) - len(proper):
         log.warning("%s: %d annotation ids are missing, repeated, 0 or less; they are numbered anew for AP", path, odd)

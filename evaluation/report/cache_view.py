@@ -24,7 +24,7 @@ from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.report.drawing import Colour, Drawn, colours_of, draw_regions
 from regionspot.evaluation.report.map_views import box_likeness, pca_colours, stretched
 from regionspot.evaluation.report.sheet import GAP, INK, PAPER, QUIET
-from regionspot.pipeline.images.decode import Exif, exif_of, read_image
+from regionspot.pipeline.images.decode import Exif, read_image, stored_exif
 
 BLANK = (214, 213, 209)  # where there is no image
 HEAT_OPACITY = 0.68
@@ -59,7 +59,7 @@ def show_image(
     """
     manifest = cache.manifest
     row = manifest.row_of(image_id)
-    exif = exif_of(each.provenance for each in cache.feature_sets.values())
+    exif = stored_exif(each.provenance for each in cache.feature_sets.values())
     image, remark = _image(manifest, row, images, exif)
     drawn = _regions(manifest, row)
     chosen = _chosen(cache, image_id, drawn, region, image.size)

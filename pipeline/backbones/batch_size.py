@@ -10,11 +10,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
+
+from regionspot.pipeline.backbones.protocols import Backbone
 
 log = logging.getLogger(__name__)
 
@@ -26,20 +28,7 @@ LARGEST = 32
 SHARE = 0.8  # of the memory that is free: fragments, the token decoder and whoever else is on the GPU want some too
 
 
-class Model(Protocol):
-    """What localizers and encoders have in common here."""
-
-    device: torch.device
-
-    @property
-    def batch_size(self) -> int: ...
-
-    def preprocess(self, image: Image.Image) -> Tensor: ...
-
-    def encode(self, images: Any, /) -> Tensor: ...  # a stacked batch
-
-
-def batch_size_of(models: Sequence[Model]) -> int:
+def batch_size_of(models: Sequence[Backbone]) -> int:
     """Images to send through these models at a time.
 
     On a GPU found by trying, a power of two at most LARGEST: so runs on cards of about the same size, or with a little
@@ -53,7 +42,7 @@ def batch_size_of(models: Sequence[Model]) -> int:
     return min((_fitting_on_gpu(model) for model in models), default=LARGEST)
 
 
-def _fitting_on_gpu(model: Model) -> int:
+def _fitting_on_gpu(model: Backbone) -> int:
     # As large as SAM takes it: blank images need the same memory as any.
     blank = model.preprocess(Image.new("RGB", (1024, 1024)))
     model.encode(blank[None])  # loads kernels and makes their workspaces, which stay and are no part of a batch

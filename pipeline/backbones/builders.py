@@ -15,10 +15,9 @@ import torch
 
 from regionspot.cache.errors import InputError, unknown_name
 from regionspot.pipeline.backbones.open_clip_models import BuiltClip, build_open_clip, model_and_tag
-from regionspot.pipeline.backbones.protocols import Asked
+from regionspot.pipeline.backbones.protocols import BackboneConfig
 from regionspot.pipeline.backbones.registry import stored_name
-from regionspot.pipeline.backbones.skip_init import skip_init
-from regionspot.pipeline.backbones.state_dicts import StateDict
+from regionspot.pipeline.backbones.state_dicts import StateDict, skip_init
 from regionspot.pipeline.backbones.weights import OFFICIAL, LoadedWeights
 
 
@@ -41,7 +40,7 @@ PRESETS = {
 }
 
 
-def preset_named(name: str) -> Preset:
+def get_preset(name: str) -> Preset:
     """Raises InputError for a name that is none of PRESETS."""
     if name not in PRESETS:
         raise unknown_name("preset", name, PRESETS)
@@ -60,14 +59,14 @@ CLIP_MODELS = {
 }
 
 
-def stated(asked: Asked, loaded: LoadedWeights, pixels: int, *packages: str) -> dict[str, Any]:
+def base_provenance(config: BackboneConfig, loaded: LoadedWeights, pixels: int, *packages: str) -> dict[str, Any]:
     """What the provenance of every model says; `packages` are those whose versions might matter."""
     return {
-        "model": stored_name(asked.name),
+        "model": stored_name(config.name),
         "weights_sha256": loaded.sha256,
         "weights_origin": loaded.origin,
         "input_pixels": pixels,
-        "dtype": asked.dtype,
+        "dtype": config.dtype,
         "versions": {package: version(package) for package in ("torch", *packages, "regionspot")},
     }
 

@@ -13,7 +13,7 @@ from regionspot.cache.format.encodings import Encoding
 from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones.batch_size import batch_size_of
-from regionspot.pipeline.backbones.builders import preset_named
+from regionspot.pipeline.backbones.builders import get_preset
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.backbones.dtypes import AUTO, dtype_of, half_is_faster
 from regionspot.pipeline.backbones.protocols import FIRST, Localizer, SemanticEncoder
@@ -64,7 +64,7 @@ class Backbones:
 
         Raises InputError for names and dtypes that there are not, WeightsError for weights that cannot be had.
         """
-        names = preset_named(preset)
+        names = get_preset(preset)
         chosen = [name for name in (list(encoders) or [names.encoder]) if name != NONE]
         if clip_weights and len(chosen) > 1:
             raise InputError(f"clip weights {clip_weights}: are of one encoder, asked for are {', '.join(chosen)}")

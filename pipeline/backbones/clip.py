@@ -19,13 +19,19 @@ from torch import Tensor
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.machine import compute_device
-from regionspot.pipeline.backbones.builders import build_clip, stated
+from regionspot.pipeline.backbones.builders import base_provenance, build_clip
 from regionspot.pipeline.backbones.dtypes import autocast, resolve_dtype
 from regionspot.pipeline.backbones.open_clip_models import Tokenizer, contiguous_attention
-from regionspot.pipeline.backbones.protocols import Asked, LimitedTextEncoder, SemanticEncoder, TextEncoder, missing_of
+from regionspot.pipeline.backbones.protocols import (
+    BackboneConfig,
+    LimitedTextEncoder,
+    SemanticEncoder,
+    TextEncoder,
+    missing_members,
+)
 from regionspot.pipeline.backbones.registry import ENCODERS, stored_name
 from regionspot.pipeline.backbones.weights import load_weights
-from regionspot.pipeline.images.preprocess import preprocess_named
+from regionspot.pipeline.images.preprocess import get_preprocess
 
 log = logging.getLogger(__name__)
 
@@ -46,22 +52,22 @@ class ClipEncoder:
     known_words     of the toy CLIP: the words that its text tower was taught; empty where it reads any
     """
 
-    def __init__(self, asked: Asked) -> None:
-        clip = build_clip(asked.name)
-        self.name = stored_name(asked.name)
-        loaded = load_weights(self.name, asked.weights, clip.model.state_dict(), clip.official, clip.unpack)
+    def __init__(self, config: BackboneConfig) -> None:
+        clip = build_clip(config.name)
+        self.name = stored_name(config.name)
+        loaded = load_weights(self.name, config.weights, clip.model.state_dict(), clip.official, clip.unpack)
         clip.model.load_state_dict(loaded.state_dict)
         self.weights_sha256 = loaded.sha256
-        self.device = torch.device(asked.device)
+        self.device = torch.device(config.device)
         self._clip = clip.model.to(self.device).eval().requires_grad_(False)
-        contiguous_attention(self._clip.visual, self.device, asked.dtype)
+        contiguous_attention(self._clip.visual, self.device, config.dtype)
         self._tokenizer: Tokenizer = clip.tokenizer
         self._normalisation = (tuple(clip.mean), tuple(clip.std))
-        self._dtype, self._preprocess = asked.dtype, asked.preprocess
+        self._dtype, self._preprocess = config.dtype, config.preprocess
         self.pixels: int = self._clip.visual.image_size[0]
         self.provenance: dict[str, Any] = {
-            **stated(asked, loaded, self.pixels, "open_clip_torch"),
-            **asked.preprocess.clip_provenance(self.pixels),
+            **base_provenance(config, loaded, self.pixels, "open_clip_torch"),
+            **config.preprocess.clip_provenance(self.pixels),
             "mean": list(clip.mean),
             "std": list(clip.std),
         }
@@ -192,10 +198,10 @@ def load_encoder(
     Raises InputError for an unknown name, dtype or preset, or an encoder that lacks what one needs; WeightsError for
     weights that cannot be had or do not fit.
     """
-    place, rule = str(compute_device(device)), preprocess_named(preprocess)
-    model = ENCODERS.build(Asked(name, weights, place, resolve_dtype(dtype, place, "encoder"), rule))
+    place, rule = str(compute_device(device)), get_preprocess(preprocess)
+    model = ENCODERS.build(BackboneConfig(name, weights, place, resolve_dtype(dtype, place, "encoder"), rule))
     if not isinstance(model, SemanticEncoder):
-        lacking = missing_of(model, SemanticEncoder)
+        lacking = missing_members(model, SemanticEncoder)
         raise InputError(f"encoder {name!r}: lacks {lacking}, which models.SemanticEncoder states")
     return model
 

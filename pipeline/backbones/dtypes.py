@@ -39,28 +39,28 @@ def dtype_of(provenance: Mapping[str, Any]) -> str:
     return dtype if isinstance(dtype, str) and dtype in DTYPES else AUTO
 
 
-def resolve_dtype(asked: str, device: str | torch.device, kind: Kind) -> str:
-    """The name in DTYPES that `asked` means on this device, which can compute in it.
+def resolve_dtype(requested: str, device: str | torch.device, kind: Kind) -> str:
+    """The name in DTYPES that `requested` means on this device, which can compute in it.
 
     A CPU without instructions for a dtype emulates it, and a warning says so once. Raises InputError for a name that is
     neither "auto" nor in DTYPES, and for a dtype that the device cannot compute in.
     """
     place = torch.device(device)
-    if asked == AUTO:
+    if requested == AUTO:
         return auto_dtype(place, kind)
-    if asked not in DTYPES:
-        raise unknown_name("dtype", asked, (AUTO, *DTYPES))
-    if asked == "bfloat16" and place.type == "cuda" and not gpu_has_bfloat16(place):
+    if requested not in DTYPES:
+        raise unknown_name("dtype", requested, (AUTO, *DTYPES))
+    if requested == "bfloat16" and place.type == "cuda" and not gpu_has_bfloat16(place):
         major, minor = torch.cuda.get_device_capability(place)
         raise InputError(
             f"dtype bfloat16: {place} has compute capability {major}.{minor}, bfloat16 takes 8.0 or later; use such a "
             "GPU, --device cpu, or another --dtype with a cache of its own"
         )
-    if asked != "float32" and not torch.amp.is_autocast_available(place.type):
-        raise InputError(f"dtype {asked}: torch does not compute in it on {place.type}; use float32")
-    if place.type == "cpu" and not cpu_computes(asked):
-        _warn_of_emulation(asked)
-    return asked
+    if requested != "float32" and not torch.amp.is_autocast_available(place.type):
+        raise InputError(f"dtype {requested}: torch does not compute in it on {place.type}; use float32")
+    if place.type == "cpu" and not cpu_supports(requested):
+        _warn_of_emulation(requested)
+    return requested
 
 
 def auto_dtype(device: torch.device, kind: Kind) -> str:
@@ -82,7 +82,7 @@ def gpu_has_bfloat16(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def cpu_computes(dtype: str) -> bool:
+def cpu_supports(dtype: str) -> bool:
     """Whether this CPU has instructions for products in `dtype`. Nothing but speed depends on it.
 
     REGIONSPOT_CPU_DTYPES, a list such as "float32,bfloat16", stands in for what the CPU says, so that the tests can be
@@ -104,7 +104,7 @@ def _warn_of_emulation(dtype: str) -> None:
 
 def half_is_faster(dtypes: Iterable[str], device: torch.device) -> bool:
     """Whether what is computed in one of these dtypes on a device would be done sooner in bfloat16."""
-    can = gpu_has_bfloat16(device) if device.type == "cuda" else device.type == "cpu" and cpu_computes("bfloat16")
+    can = gpu_has_bfloat16(device) if device.type == "cuda" else device.type == "cpu" and cpu_supports("bfloat16")
     return can and "float32" in dtypes
 
 

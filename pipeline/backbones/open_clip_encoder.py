@@ -19,11 +19,11 @@ from PIL import Image
 from torch import Tensor
 
 from regionspot.cache.errors import InputError
-from regionspot.pipeline.backbones.builders import build_clip, stated
+from regionspot.pipeline.backbones.builders import base_provenance, build_clip
 from regionspot.pipeline.backbones.clip import PROMPT_BATCH, ClipEncoder
 from regionspot.pipeline.backbones.dtypes import autocast
 from regionspot.pipeline.backbones.open_clip_models import config_of, contiguous_attention, is_plain, model_and_tag
-from regionspot.pipeline.backbones.protocols import Asked
+from regionspot.pipeline.backbones.protocols import BackboneConfig
 from regionspot.pipeline.backbones.registry import stored_name
 from regionspot.pipeline.backbones.weights import load_weights
 
@@ -31,10 +31,10 @@ SQUASH = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILI
 SQUASH_RESIZE = "PIL {filter} to {pixels} x {pixels}, aspect not kept"
 
 
-def build(asked: Asked) -> ClipEncoder | OpenClipEncoder:
+def build(config: BackboneConfig) -> ClipEncoder | OpenClipEncoder:
     """The encoder of open_clip:MODEL[:TAG]. Raises InputError for a model or tag that open_clip does not have."""
-    model, _ = model_and_tag(asked.name)
-    return ClipEncoder(asked) if is_plain(config_of(model)) else OpenClipEncoder(asked)
+    model, _ = model_and_tag(config.name)
+    return ClipEncoder(config) if is_plain(config_of(model)) else OpenClipEncoder(config)
 
 
 class OpenClipEncoder:
@@ -44,28 +44,28 @@ class OpenClipEncoder:
     pixels   side of the square that an image is squeezed into
     """
 
-    def __init__(self, asked: Asked) -> None:
-        built = build_clip(asked.name)
-        self.name = stored_name(asked.name)
-        loaded = load_weights(self.name, asked.weights, built.model.state_dict(), built.official, built.unpack)
+    def __init__(self, config: BackboneConfig) -> None:
+        built = build_clip(config.name)
+        self.name = stored_name(config.name)
+        loaded = load_weights(self.name, config.weights, built.model.state_dict(), built.official, built.unpack)
         built.model.load_state_dict(loaded.state_dict)
         self.weights_sha256 = loaded.sha256
-        self.device = torch.device(asked.device)
+        self.device = torch.device(config.device)
         self._model = built.model.to(self.device).eval().requires_grad_(False)
         self._visual = self._model.visual
-        contiguous_attention(self._visual, self.device, asked.dtype)
-        self._open_clip_name, self._text_config = model_and_tag(asked.name)[0], built.text_config
+        contiguous_attention(self._visual, self.device, config.dtype)
+        self._open_clip_name, self._text_config = model_and_tag(config.name)[0], built.text_config
         self._tokenize: Any = None
-        self._dtype, self._preprocess = asked.dtype, asked.preprocess
+        self._dtype, self._preprocess = config.dtype, config.preprocess
         self._normalisation = (tuple(built.mean), tuple(built.std))
         size = self._visual.image_size
         self.pixels: int = size if isinstance(size, int) else size[0]
         # The authors' own filter, where they squeeze as we do and nothing has shrunk the image before.
-        self._squash = built.squash if asked.preprocess.name == "direct" else None
+        self._squash = built.squash if config.preprocess.name == "direct" else None
         self._has_class_token = _has_class_token(self._visual)
         self.provenance: dict[str, Any] = {
-            **stated(asked, loaded, self.pixels, "open_clip_torch", "timm"),
-            **asked.preprocess.clip_provenance(self.pixels),
+            **base_provenance(config, loaded, self.pixels, "open_clip_torch", "timm"),
+            **config.preprocess.clip_provenance(self.pixels),
             **({"resize": SQUASH_RESIZE.format(filter=self._squash, pixels=self.pixels)} if self._squash else {}),
             "mean": list(built.mean),
             "std": list(built.std),
@@ -73,7 +73,7 @@ class OpenClipEncoder:
         }
         scale = getattr(self._model, "logit_scale", None)
         self.logit_scale = 1.0 if scale is None else float(scale.exp())
-        # Asked of the model itself: towers state their grids in a dozen ways.
+        # BackboneConfig of the model itself: towers state their grids in a dozen ways.
         blank = torch.zeros(1, 3, self.pixels, self.pixels)
         _, places, width = self.encode(blank).shape
         self.map_shape = (places, width)

@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from regionspot.cache.errors import InputError
-from regionspot.pipeline.backbones.skip_init import skip_init
-from regionspot.pipeline.backbones.state_dicts import StateDict
+from regionspot.pipeline.backbones.state_dicts import StateDict, skip_init
 from regionspot.pipeline.backbones.weights import OfficialFile
 
 # What a tower must not have for ClipEncoder: its map needs a class token in front of the patches, and cutting prompts

@@ -24,7 +24,7 @@ FIRST, ALL = TOKENS = ("first", "all")  # which outputs of a mask decoder are ke
 
 
 @dataclass(frozen=True)
-class Asked:
+class BackboneConfig:
     """What somebody wants of a backbone; the one argument of whatever builds it.
 
     name        the name it was asked for by; use `registry.stored_name(name)` as the model's own
@@ -63,6 +63,10 @@ class Backbone(Protocol):
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """One image's input, on the CPU. Called from several threads at once."""
+        ...
+
+    def encode(self, images: Any, /) -> Tensor:
+        """(B, ...): image embeddings or feature maps of preprocessed images."""
         ...
 
 
@@ -172,7 +176,7 @@ class ProjectingEncoder(TextEncoder, Protocol):
         ...
 
 
-def missing_of(model: object, protocol: type) -> str:
+def missing_members(model: object, protocol: type) -> str:
     """The names that `protocol` has and `model` lacks, for people."""
     wanted = {name for each in protocol.__mro__ for name in (*vars(each).get("__annotations__", {}), *vars(each))}
     return ", ".join(sorted(name for name in wanted if not name.startswith("_") and not hasattr(model, name)))

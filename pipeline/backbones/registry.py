@@ -1,6 +1,6 @@
 """Localizers and encoders by name: ours, those of installed packages, those that a program registers.
 
-A backbone is an entry here and whatever builds it: a class or function that takes `models.Asked` and gives a model.
+A backbone is built by a class or function that takes a `protocols.BackboneConfig` and returns the model.
 Ours are named by text and imported when they are asked for, so a name costs no import of the library behind it.
 Other packages add theirs by an entry point in the group `regionspot.localizers` or `regionspot.encoders`, a program by
 `register_localizer` and `register_encoder`, and what is only tried out goes by where it is, `package.module:Class`.
@@ -17,14 +17,14 @@ from importlib.util import find_spec
 from typing import Any
 
 from regionspot.cache.errors import InputError, unknown_name
-from regionspot.pipeline.backbones.protocols import Asked
+from regionspot.pipeline.backbones.protocols import BackboneConfig
 
-Builder = Callable[[Asked], Any]
+Builder = Callable[[BackboneConfig], Any]
 PLACE = re.compile(r"([\w.]+):(\w+)")  # package.module:Class
 
 
 @dataclass(frozen=True)
-class Entry:
+class BackboneEntry:
     """One backbone, or a family of them that share a beginning.
 
     builder   a Builder, or where one is
@@ -47,8 +47,8 @@ class Registry:
 
     kind: str
     group: str
-    entries: dict[str, Entry]
-    families: Mapping[str, Entry] = field(default_factory=dict)
+    entries: dict[str, BackboneEntry]
+    families: Mapping[str, BackboneEntry] = field(default_factory=dict)
 
     def names(self) -> tuple[str, ...]:
         """All names that can be asked for, whether or not their packages are there."""
@@ -60,11 +60,11 @@ class Registry:
             raise InputError(f"{self.kind} {name!r}: there is one of this name; take another")
         if name != stored_name(name) or not name:
             raise InputError(f"{self.kind} {name!r}: a name is letters, digits, '_', '-' and '.'")
-        self.entries[name] = Entry(builder)
+        self.entries[name] = BackboneEntry(builder)
 
-    def build(self, asked: Asked) -> Any:
+    def build(self, config: BackboneConfig) -> Any:
         """The model that was asked for. Raises InputError for a name that is unknown or whose package is missing."""
-        return self.builder(asked.name)(asked)
+        return self.builder(config.name)(config)
 
     def builder(self, name: str) -> Builder:
         """What builds the model `name`. Raises InputError as `build` does."""
@@ -114,9 +114,9 @@ _CLIP = "regionspot.pipeline.backbones.clip:ClipEncoder"
 LOCALIZERS = Registry(
     "localizer",
     "regionspot.localizers",
-    {name: Entry(_SAM) for name in ("sam_vit_b", "sam_vit_l", "sam_vit_h", "mobile_sam", "toy_sam")}
+    {name: BackboneEntry(_SAM) for name in ("sam_vit_b", "sam_vit_l", "sam_vit_h", "mobile_sam", "toy_sam")}
     | {
-        f"{version}_hiera_{size}": Entry(_SAM2, needs="sam2", extra="sam2")
+        f"{version}_hiera_{size}": BackboneEntry(_SAM2, needs="sam2", extra="sam2")
         for version in ("sam2", "sam2.1")
         for size in ("tiny", "small", "base_plus", "large")
     },
@@ -124,8 +124,8 @@ LOCALIZERS = Registry(
 ENCODERS = Registry(
     "encoder",
     "regionspot.encoders",
-    {name: Entry(_CLIP) for name in ("clip_vit_b_16", "clip_vit_l_14", "clip_vit_l_14_336", "toy_clip")},
-    {"open_clip": Entry("regionspot.pipeline.backbones.open_clip_encoder:build")},
+    {name: BackboneEntry(_CLIP) for name in ("clip_vit_b_16", "clip_vit_l_14", "clip_vit_l_14_336", "toy_clip")},
+    {"open_clip": BackboneEntry("regionspot.pipeline.backbones.open_clip_encoder:build")},
 )
 
 

@@ -21,15 +21,14 @@ from torch.nn import functional as F
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.machine import compute_device
-from regionspot.pipeline.backbones.builders import build_sam, sam_unpacker, stated
+from regionspot.pipeline.backbones.builders import base_provenance, build_sam, sam_unpacker
 from regionspot.pipeline.backbones.dtypes import autocast, resolve_dtype
-from regionspot.pipeline.backbones.protocols import ALL, FIRST, Asked, Localizer, missing_of
-from regionspot.pipeline.backbones.region_tokens import TOKEN_SLOT, RegionTokens
+from regionspot.pipeline.backbones.protocols import ALL, FIRST, BackboneConfig, Localizer, missing_members
 from regionspot.pipeline.backbones.registry import LOCALIZERS
 from regionspot.pipeline.backbones.sam_image_encoder import SamEncoder
-from regionspot.pipeline.backbones.sam_token_decoder import FIRST_MASK_TOKEN
+from regionspot.pipeline.backbones.sam_token_decoder import FIRST_MASK_TOKEN, TOKEN_SLOT, RegionTokens
 from regionspot.pipeline.backbones.weights import load_weights
-from regionspot.pipeline.images.preprocess import preprocess_named
+from regionspot.pipeline.images.preprocess import get_preprocess
 
 # Of ImageNet, in 0..255 (segment_anything/build_sam.py).
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
@@ -46,24 +45,24 @@ class SamLocalizer:
     provenance  what decides the tokens' values, JSON-able
     """
 
-    def __init__(self, asked: Asked) -> None:
-        sam = build_sam(asked.name)
-        loaded = load_weights(asked.name, asked.weights, sam.state_dict(), unpack=sam_unpacker(asked.name))
+    def __init__(self, config: BackboneConfig) -> None:
+        sam = build_sam(config.name)
+        loaded = load_weights(config.name, config.weights, sam.state_dict(), unpack=sam_unpacker(config.name))
         sam.load_state_dict(loaded.state_dict)
-        self.name = asked.name
-        self.device = torch.device(asked.device)
+        self.name = config.name
+        self.device = torch.device(config.device)
         self._sam = sam.to(self.device).eval().requires_grad_(False)
         self.pixels: int = self._sam.image_encoder.img_size
-        self._preprocess = asked.preprocess
+        self._preprocess = config.preprocess
         self.provenance: dict[str, Any] = {
-            **stated(asked, loaded, self.pixels, "segment_anything"),
-            **asked.preprocess.sam_provenance(self.pixels),
+            **base_provenance(config, loaded, self.pixels, "segment_anything"),
+            **config.preprocess.sam_provenance(self.pixels),
             "token_slot": TOKEN_SLOT,
         }
         self._mean = torch.tensor(SAM_PIXEL_MEAN, device=self.device).view(3, 1, 1)
         self._std = torch.tensor(SAM_PIXEL_STD, device=self.device).view(3, 1, 1)
-        self._encoder = self._image_encoder(asked.dtype)
-        self._tokens = RegionTokens(self.name, self._sam, asked.tokens)
+        self._encoder = self._image_encoder(config.dtype)
+        self._tokens = RegionTokens(self.name, self._sam, config.tokens)
         self.token_dim, self.outputs = self._tokens.width, self._tokens.outputs
 
     def _image_encoder(self, dtype: str) -> Callable[[Tensor], Tensor]:
@@ -173,10 +172,14 @@ def load_localizer(
     Raises InputError for an unknown name, dtype, preset or `tokens`, or a localizer that lacks what one needs;
     WeightsError for weights that cannot be had or do not fit.
     """
-    place, rule = str(compute_device(device)), preprocess_named(preprocess)
-    model = LOCALIZERS.build(Asked(name, weights, place, resolve_dtype(dtype, place, "localizer"), rule, tokens))
+    place, rule = str(compute_device(device)), get_preprocess(preprocess)
+    model = LOCALIZERS.build(
+        BackboneConfig(name, weights, place, resolve_dtype(dtype, place, "localizer"), rule, tokens)
+    )
     if not isinstance(model, Localizer):
-        raise InputError(f"localizer {name!r}: lacks {missing_of(model, Localizer)}, which models.Localizer states")
+        raise InputError(
+            f"localizer {name!r}: lacks {missing_members(model, Localizer)}, which models.Localizer states"
+        )
     if tokens == ALL and len(model.outputs) == 1:
         raise InputError(f"localizer {name!r}: keeps its location token only; leave out --tokens {tokens}")
     return model

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from regionspot.pipeline.backbones.builders import stated
+from regionspot.pipeline.backbones.builders import base_provenance
 from regionspot.pipeline.backbones.dtypes import autocast
-from regionspot.pipeline.backbones.protocols import Asked
-from regionspot.pipeline.backbones.region_tokens import TOKEN_SLOT, RegionTokens
-from regionspot.pipeline.backbones.skip_init import skip_init
+from regionspot.pipeline.backbones.protocols import BackboneConfig
+from regionspot.pipeline.backbones.sam_token_decoder import TOKEN_SLOT, RegionTokens
+from regionspot.pipeline.backbones.state_dicts import skip_init
 from regionspot.pipeline.backbones.weights import load_weights
 
 # Of ImageNet, in 0..1 (sam2/utils/transforms.py), where images are squeezed into a square.
@@ -54,21 +54,21 @@ class Sam2Localizer:
     pixels   side of the square that an image is squeezed into
     """
 
-    def __init__(self, asked: Asked) -> None:
-        model = build_sam2(asked.name)
-        loaded = load_weights(asked.name, asked.weights, model.state_dict())
+    def __init__(self, config: BackboneConfig) -> None:
+        model = build_sam2(config.name)
+        loaded = load_weights(config.name, config.weights, model.state_dict())
         model.load_state_dict(loaded.state_dict)
-        self.name = asked.name
-        self.device = torch.device(asked.device)
+        self.name = config.name
+        self.device = torch.device(config.device)
         self._model = model.to(self.device).eval().requires_grad_(False)
-        self._dtype, self._preprocess = asked.dtype, asked.preprocess
+        self._dtype, self._preprocess = config.dtype, config.preprocess
         self.pixels: int = self._model.image_size
         self.provenance: dict[str, Any] = {
-            **stated(asked, loaded, self.pixels, "sam2"),
-            **asked.preprocess.clip_provenance(self.pixels),  # the same square
+            **base_provenance(config, loaded, self.pixels, "sam2"),
+            **config.preprocess.clip_provenance(self.pixels),  # the same square
             "token_slot": TOKEN_SLOT,
         }
-        self._tokens = RegionTokens(self.name, _as_sam(self._model), asked.tokens)
+        self._tokens = RegionTokens(self.name, _as_sam(self._model), config.tokens)
         self.token_dim, self.outputs = self._tokens.width, self._tokens.outputs
 
     @property

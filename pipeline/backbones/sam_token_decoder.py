@@ -26,12 +26,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from regionspot.cache.errors import unknown_name
 from regionspot.pipeline.backbones.batch_size import free_bytes
+from regionspot.pipeline.backbones.protocols import ALL, TOKENS
 
 IOU_TOKEN = 0  # place of each query: the IoU token first, then the four mask tokens (MaskDecoder.predict_masks)
 FIRST_MASK_TOKEN = 1
 MASK_TOKENS = 4
 QUERIES = 1 + MASK_TOKENS + 2  # the two corners of a box come last
+TOKEN_SLOT = 0  # the single-mask output of the mask decoder's four; the paper's choice
+EVERY_QUERY = [IOU_TOKEN, *range(FIRST_MASK_TOKEN, FIRST_MASK_TOKEN + MASK_TOKENS)]
 
 # What a chunk of boxes may take; one of SAM ViT-B carries 15 MB of cells and scores. On a CPU 16 together are a tenth
 # faster than 4 and more gain nothing, as long as their memory is not new each time (allocator.py).
@@ -40,7 +44,7 @@ FREE_SHARE = 0.1  # of a GPU's free memory at most: the next batch of images is 
 
 
 @dataclass(frozen=True)
-class Decoded:
+class DecodedBoxes:
     """What the decoder made of a run of boxes.
 
     boxes    their positions among all the boxes of the call
@@ -71,7 +75,7 @@ class TokenDecoder:
     @torch.no_grad()
     def decode(
         self, embeddings: Tensor, boxes: Tensor, image: Sequence[int], wanted: Sequence[int], chunk: int | None = None
-    ) -> Iterator[Decoded]:
+    ) -> Iterator[DecodedBoxes]:
         """The wanted queries of every box, in order, `chunk` boxes at a time; by default as many as memory bears.
 
         embeddings  float32 (B, C, g, g)  of the image encoder
@@ -85,7 +89,7 @@ class TokenDecoder:
             some = slice(start, min(start + chunk, len(boxes)))
             here = list(image[some])
             shared = {p: shared.get(p) or self._share(embeddings[p]) for p in dict.fromkeys(here)}
-            yield Decoded(some, *self._chunk(boxes[some], [shared[p] for p in here], list(wanted)))
+            yield DecodedBoxes(some, *self._chunk(boxes[some], [shared[p] for p in here], list(wanted)))
 
     def _boxes_at_a_time(self, device: torch.device) -> int:
         places, width = self._positions.shape
@@ -141,6 +145,60 @@ class TokenDecoder:
         weights = layer.from_image.weights_of_cells(queries + places, cells, self._positions)
         cells.baddbmm_(weights.mT, layer.from_image.folded_values(queries))
         return queries, layer.norm4(cells)
+
+
+class RegionTokens:
+    """The token decoder of one SAM, and what of it is kept.
+
+    name    of the feature set of location tokens
+    sam     has `prompt_encoder` and `mask_decoder` as segment_anything's Sam has them
+    tokens  one of models.TOKENS
+
+    outputs  feature set to shape: the location token (C,); with "all" also `NAME_slots`, the four mask tokens one
+             after another, (4 * C,), and `NAME_iou`, the IoU predicted of each of the four masks, (4,)
+
+    Raises InputError for other `tokens`.
+    """
+
+    def __init__(self, name: str, sam: Any, tokens: str) -> None:
+        if tokens not in TOKENS:
+            raise unknown_name("tokens", tokens, TOKENS)
+        self.decoder = TokenDecoder(sam)
+        self.width: int = self.decoder.width
+        self._name, self._iou_head = name, sam.mask_decoder.iou_prediction_head
+        self.outputs: dict[str, tuple[int, ...]] = {name: (self.width,)}
+        if tokens == ALL:
+            self.outputs |= {f"{name}_slots": (MASK_TOKENS * self.width,), f"{name}_iou": (MASK_TOKENS,)}
+
+    @torch.no_grad()
+    def first(self, embeddings: Tensor, boxes: Sequence[Tensor]) -> list[Tensor]:
+        """B tensors float32 (n, C): the location tokens.
+
+        embeddings  (B, C, g, g)  of the image encoder
+        boxes       float32 (n, 4) each, in pixels of its input
+        """
+        queries = self._queries(embeddings, boxes, [FIRST_MASK_TOKEN + TOKEN_SLOT])
+        return list(torch.split(queries[:, 0], [len(each) for each in boxes]))
+
+    @torch.no_grad()
+    def kept(self, embeddings: Tensor, boxes: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """All that `outputs` names: of each image, float32 (n, *shape) by feature set."""
+        if len(self.outputs) == 1:
+            return [{self._name: tokens} for tokens in self.first(embeddings, boxes)]
+        queries = self._queries(embeddings, boxes, EVERY_QUERY)
+        slots = queries[:, FIRST_MASK_TOKEN:]
+        found = (slots[:, TOKEN_SLOT], slots.flatten(1), self._iou_head(queries[:, IOU_TOKEN]))
+        counts = [len(each) for each in boxes]
+        images = zip(*(torch.split(values, counts) for values in found), strict=True)
+        return [dict(zip(self.outputs, image, strict=True)) for image in images]
+
+    def _queries(self, embeddings: Tensor, boxes: Sequence[Tensor], wanted: Sequence[int]) -> Tensor:
+        """float32 (N, wanted, C). The boxes of all images go through the decoder together."""
+        together = torch.cat(list(boxes))
+        image = [row for row, each in enumerate(boxes) for _ in range(len(each))]
+        decoded = self.decoder.decode(embeddings.to(together.device).float(), together, image, wanted)
+        none = torch.zeros(0, len(wanted), self.width, device=together.device)
+        return torch.cat([none, *(part.queries for part in decoded)])
 
 
 def _met(asked: Tensor, cells: Tensor, positions: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ from regionspot.cache.machine import processors
 from regionspot.cache.state_dicts import check_fit, require_finite
 from regionspot.cache.storage.atomic_files import partial_path
 from regionspot.pipeline.backbones.state_dicts import StateDict, read_state_dict
+from regionspot.pipeline.toy import TOY_WEIGHTS
 
 log = logging.getLogger(__name__)
 
@@ -101,8 +102,6 @@ OFFICIAL = {
     "clip_vit_l_14": _clip("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "clip_vit_l_14_336": _clip("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
 }
-# Trained by this project on its toy world; they ship inside the package.
-IN_PACKAGE = {name: Path(__file__).parents[1] / "toy" / f"{name}.safetensors" for name in ("toy_sam", "toy_clip")}
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def load_weights(
     """
     check_source(source)
     if source is not None and source.startswith(RANDOM):
-        return LoadedWeights(draw_weights(_seed(source), expected), source, source)
+        return LoadedWeights(random_weights(_seed(source), expected), source, source)
     official = official or OFFICIAL.get(name)
     path = _find(name, source, official)
     known = {official.sha256} if official and official.sha256 else set()
@@ -172,12 +171,12 @@ def load_weights(
 def _origin(name: str, path: Path, is_official: bool) -> str:
     if is_official:
         return "official"
-    return "package" if path == IN_PACKAGE.get(name) else "file"
+    return "package" if path == TOY_WEIGHTS.get(name) else "file"
 
 
 def _find(name: str, source: str | None, official: OfficialFile | None) -> Path:
     """The file that `source` means."""
-    packaged = IN_PACKAGE.get(name)
+    packaged = TOY_WEIGHTS.get(name)
     if source is None and packaged:
         return packaged
     if source is None and official:
@@ -200,7 +199,7 @@ def _seed(source: str) -> int:
     return int(seed)
 
 
-def draw_weights(seed: int, expected: Mapping[str, Tensor]) -> StateDict:
+def random_weights(seed: int, expected: Mapping[str, Tensor]) -> StateDict:
     """Weights of the right sizes that depend on nothing but the seed and each tensor's own name and shape.
 
     Layers keep about the scale of their input, so activations neither vanish nor overflow in float16.

@@ -1,8 +1,8 @@
 """Annotation files in COCO's form: one JSON object with `images`, `annotations` and `categories`.
 
 Objects365, V3Det, LVIS and COCO itself differ only in where an image's path stands and in a few extra fields, which
-a `Form` states as data. Images keep the file's order, so do the regions of an image; categories are sorted by id,
-because Objects365 lists them in another order for each split.
+a `CocoVariant` states as data. Images keep the file's order, so do the regions of an image; categories are sorted by
+id, because Objects365 lists them in another order for each split.
 
 Only the fields that a manifest needs are read, and those as programs write them (json_values.py). A record that cannot
 be read is skipped and counted; but not a category, for every index behind it would then mean another class.
@@ -12,21 +12,21 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from itertools import pairwise
 from operator import attrgetter
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import msgspec
 import numpy as np
 
 from regionspot.cache.format.manifest import Category, Manifest
-from regionspot.pipeline.datasets import json_values as values
-from regionspot.pipeline.datasets.coco_images import CocoImages, Id
+from regionspot.pipeline.datasets import field_parsing as parse
+from regionspot.pipeline.datasets.coco_image_table import CocoImageTable, CocoVariant, Id
 from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit, SkippedRecords
+from regionspot.pipeline.datasets.field_parsing import FieldError
 from regionspot.pipeline.datasets.json_stream import AnnotationFile
-from regionspot.pipeline.datasets.json_values import FieldError
 from regionspot.pipeline.datasets.region_table import Floats, Lookup, RegionTable, column
 
 log = logging.getLogger(__name__)
@@ -41,22 +41,6 @@ _FREQUENCIES = ("r", "c", "f")  # LVIS: rare, common, frequent
 _OTHER_KINDS = {"caption": "captions", "segments_info": "panoptic segments"}
 
 
-@dataclass(frozen=True)
-class Form:
-    """What one dataset's files do in their own way.
-
-    path_field   the image's field that states its path, or an address that ends with it
-    path_parts   how many of the last parts of that are the path inside the image folder; None: all
-    federated    whether each image lists its negative and its not exhaustively annotated categories (LVIS)
-    spelling     category names that are corrected, as found and as they should be
-    """
-
-    path_field: Literal["file_name", "coco_url"] = "file_name"
-    path_parts: int | None = None
-    federated: bool = False
-    spelling: Mapping[str, str] = field(default_factory=dict)
-
-
 class _Annotation(msgspec.Struct, gc=False):
     image_id: Id
     category_id: Id
@@ -66,8 +50,8 @@ class _Annotation(msgspec.Struct, gc=False):
     isfake: int | bool = False
 
 
-def read_coco_form(
-    path: Path, dataset: str, split: str, form: Form, max_failures: FailureLimit = EXTRACTION_LIMIT
+def read_coco(
+    path: Path, dataset: str, split: str, form: CocoVariant, max_failures: FailureLimit = EXTRACTION_LIMIT
 ) -> Manifest:
     """Read one file, of whose images and of whose annotations `max_failures` may be unreadable.
 
@@ -83,7 +67,7 @@ def read_coco_form(
             raise file.refuse(f"has no list `{name}`, which annotations in COCO's form have; it has {there}")
     skipped = SkippedRecords(file.path, max_failures)
     categories, names = _categories(file, lists["categories"], form)
-    images = CocoImages(file, form, categories)
+    images = CocoImageTable(file, form, categories)
     images.read(lists["images"], skipped)
     skipped.check("images")
     manifest = _with_regions(file, lists["annotations"], images, images.manifest(dataset, split), skipped)
@@ -92,7 +76,7 @@ def read_coco_form(
     return replace(manifest, report=report, remarks=(*skipped.remarks, *manifest.remarks))
 
 
-def cut_to_images(manifest: Manifest, path: Path, split: str) -> Manifest:
+def select_listed_images(manifest: Manifest, path: Path, split: str) -> Manifest:
     """The images of `manifest` that the COCO-form file at `path` lists, in the manifest's order.
 
     The report still counts what reading the whole of `manifest` dropped.
@@ -126,15 +110,17 @@ def boxes_of(items: Sequence[Any]) -> Floats:
     return np.array([item.bbox for item in items], np.float64).reshape(-1, 4)
 
 
-def _categories(file: AnnotationFile, raw: msgspec.Raw, form: Form) -> tuple[tuple[Category, ...], dict[str, int]]:
+def _categories(
+    file: AnnotationFile, raw: msgspec.Raw, form: CocoVariant
+) -> tuple[tuple[Category, ...], dict[str, int]]:
     """The categories by rising id, and what is to be reported of their names."""
     listed = file.decode_part(raw)
     if not isinstance(listed, list):
-        raise file.refuse(f"`categories` is {values.shown(listed)}, expected a list")
+        raise file.refuse(f"`categories` is {parse.shorten(listed)}, expected a list")
     categories = []
     for place, entry in enumerate(listed):
         try:
-            categories.append(_category(values.record(entry), form))
+            categories.append(_category(parse.json_object(entry), form))
         except FieldError as error:
             raise file.refuse(f"categories[{place}]{error}") from None
     categories.sort(key=attrgetter("id"))
@@ -153,14 +139,14 @@ def _categories(file: AnnotationFile, raw: msgspec.Raw, form: Form) -> tuple[tup
     return tuple(categories), {name: count for name, count in report.items() if count}
 
 
-def _category(record: Mapping[str, Any], form: Form) -> Category:
+def _category(record: Mapping[str, Any], form: CocoVariant) -> Category:
     """Raises FieldError for an id that is no number and for an empty name; what else is odd is left open."""
-    name = values.text("name", values.field(record, "name")).strip()
+    name = parse.text("name", parse.required(record, "name")).strip()
     if not name:
-        raise values.wrong("name", record["name"], "the class in words, by which regions are recognised")
+        raise parse.wrong_value("name", record["name"], "the class in words, by which regions are recognised")
     synonyms, frequency = record.get("synonyms"), record.get("frequency")
     return Category(
-        id=values.whole("id", values.field(record, "id")),
+        id=parse.integer("id", parse.required(record, "id")),
         name=form.spelling.get(name, name),
         synset=_text_or_none(record.get("synset")),
         frequency=frequency if frequency in _FREQUENCIES else None,
@@ -174,7 +160,7 @@ def _text_or_none(value: Any) -> str | None:
 
 
 def _with_regions(
-    file: AnnotationFile, raw: msgspec.Raw, images: CocoImages, manifest: Manifest, skipped: SkippedRecords
+    file: AnnotationFile, raw: msgspec.Raw, images: CocoImageTable, manifest: Manifest, skipped: SkippedRecords
 ) -> Manifest:
     """`manifest` with the regions of the list `raw`; those of images that were skipped go with them."""
     row_of = Lookup(manifest.image_ids)
@@ -211,17 +197,17 @@ def _unknown(annotation: _Annotation, lacks_image: bool) -> str:
 
 
 def _read_record(value: Any) -> _Annotation:
-    record = values.record(value)
+    record = parse.json_object(value)
     if "bbox" not in record:
         for key, kind in _OTHER_KINDS.items():
             if key in record:
                 raise FieldError(f" has no `bbox`: the file holds {kind}; boxes are in COCO's instances_*.json")
-    number = values.whole_or_none(record.get("id"))
+    number = parse.integer_or_none(record.get("id"))
     return _Annotation(
-        image_id=values.image_id("image_id", values.field(record, "image_id")),
-        category_id=values.whole("category_id", values.field(record, "category_id")),
-        bbox=values.box("bbox", values.field(record, "bbox"), XYWH),
+        image_id=parse.image_id("image_id", parse.required(record, "image_id")),
+        category_id=parse.integer("category_id", parse.required(record, "category_id")),
+        bbox=parse.box("bbox", parse.required(record, "bbox"), XYWH),
         id=NO_ID if number is None else number,
-        iscrowd=values.flag("iscrowd", record.get("iscrowd")),
-        isfake=values.flag("isfake", record.get("isfake")),
+        iscrowd=parse.flag("iscrowd", record.get("iscrowd")),
+        isfake=parse.flag("isfake", record.get("isfake")),
     )

@@ -24,7 +24,7 @@ from regionspot.cache.home import home_folder
 from regionspot.cache.machine import processors
 from regionspot.cache.storage.atomic_files import partial_path
 from regionspot.pipeline.images.decode import open_regular, stored_size
-from regionspot.pipeline.images.image_kinds import read_header
+from regionspot.pipeline.images.image_header import read_header
 
 log = logging.getLogger(__name__)
 

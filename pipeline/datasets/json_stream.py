@@ -23,7 +23,7 @@ import msgspec
 
 from regionspot.cache.errors import AnnotationError
 from regionspot.pipeline.datasets.failure_limit import SkippedRecords
-from regionspot.pipeline.datasets.json_values import FieldError
+from regionspot.pipeline.datasets.field_parsing import FieldError
 
 T = TypeVar("T")
 

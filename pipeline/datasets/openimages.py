@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from regionspot.cache.format.manifest import Category, Manifest
 from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit, SkippedRecords
+from regionspot.pipeline.datasets.field_parsing import shorten
 from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, image_sizes
 from regionspot.pipeline.datasets.json_stream import AnnotationFile
-from regionspot.pipeline.datasets.json_values import shown
 from regionspot.pipeline.datasets.region_table import Floats, Ints, RegionTable, manifest_of_images
 from regionspot.pipeline.datasets.report import contents
 
@@ -181,7 +181,7 @@ def _read_table(file: AnnotationFile, skipped: SkippedRecords) -> pa.Table:
         raise file.refuse(f"this is not OpenImages' table of boxes ({str(error).splitlines()[0]})") from None
     for row in bad:
         fields = f"{row.actual_columns} fields, expected {row.expected_columns}"
-        skipped.add("rows", f"a row has {fields}: {shown(row.text)}")
+        skipped.add("rows", f"a row has {fields}: {shorten(row.text)}")
     if not len(table):
         skipped.check("rows")
         raise file.refuse("the table holds no boxes")
@@ -204,7 +204,7 @@ def _with_numbers(table: pa.Table, skipped: SkippedRecords) -> pa.Table:
         wrong = pc.and_(wrong, pc.not_equal(pc.utf8_trim_whitespace(table[name]), ""))
         wrong = pc.and_(wrong, use).combine_chunks()
         if count := pc.sum(wrong).as_py() or 0:
-            skipped.add("rows", f"{name} is {shown(table[name].filter(wrong)[0].as_py())}, expected a number", count)
+            skipped.add("rows", f"{name} is {shorten(table[name].filter(wrong)[0].as_py())}, expected a number", count)
             use = pc.and_(use, pc.invert(wrong))
     table = table.filter(use)
     for name in _CORNERS:

@@ -11,10 +11,10 @@ import numpy as np
 
 from regionspot.cache.format.manifest import NO_CATEGORY, Manifest
 from regionspot.pipeline.datasets.coco import xyxy
+from regionspot.pipeline.datasets.detector_formats import NO_LABEL, UNKNOWN_LABEL, ProposalReader, ProposedBoxes
 from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit, SkippedRecords
+from regionspot.pipeline.datasets.field_parsing import integer_or_none
 from regionspot.pipeline.datasets.json_stream import AnnotationFile
-from regionspot.pipeline.datasets.json_values import whole_or_none
-from regionspot.pipeline.datasets.proposal_forms import NO_LABEL, UNKNOWN_LABEL, ProposalReader, ProposedBoxes
 from regionspot.pipeline.datasets.region_table import Ints, Lookup, RegionTable
 
 GROUND_TRUTH = "gt"  # in place of a proposals file: the annotated boxes
@@ -100,12 +100,12 @@ def _rows(images: Ints, names: Mapping[int, str], manifest: Manifest) -> Ints:
     for at in np.flatnonzero(named & (rows < 0)).tolist():
         name = names[int(images[at])].replace("\\", "/")
         row = row_of_name.get(name, row_of_name.get(name.rpartition("/")[2]))
-        number = whole_or_none(name)
+        number = integer_or_none(name)
         rows[at] = row if row is not None else -1 if number is None else ids.find(np.array([number]))[0]
     plain = np.flatnonzero(~named)
     if (rows[plain] < 0).any():
         row_of_number = {
-            number: row for name, row in row_of_name.items() if (number := whole_or_none(name)) is not None
+            number: row for name, row in row_of_name.items() if (number := integer_or_none(name)) is not None
         }
         by_file = np.array([row_of_number.get(image, -1) for image in images[plain].tolist()], np.int64)
         if (by_file >= 0).sum() > (rows[plain] >= 0).sum():

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.format.manifest import NO_CATEGORY, Category, Manifest, Ragged
-from regionspot.pipeline.datasets.box_forms import BoxForm, what_is_odd
+from regionspot.pipeline.datasets.box_format_check import BoxFormat, diagnose_boxes
 
 MIN_SIDE = 1.0  # pixels; a smaller box has no image of its own at any input size
 # x + w - x is not w in floating point: a box stated as one pixel wide must not be lost to rounding.
@@ -55,7 +55,7 @@ class RegionTable:
     form   how its boxes are written
     """
 
-    def __init__(self, images: Manifest, path: Path, form: BoxForm) -> None:
+    def __init__(self, images: Manifest, path: Path, form: BoxFormat) -> None:
         self._images, self._path, self._form = images, path, form
         self._limits = np.stack([images.widths, images.heights] * 2, axis=1).astype(np.float64)
         self._rows: list[NDArray[np.int32]] = []
@@ -143,7 +143,7 @@ class RegionTable:
         if clipped + small < _SUSPICIOUS * max(1, self._considered):
             return []
         stated, sizes = (np.concatenate(columns) for columns in zip(*self._sample, strict=True))
-        odd = what_is_odd(stated, sizes, self._form)
+        odd = diagnose_boxes(stated, sizes, self._form)
         if odd is None or (odd == "" and 2 * (clipped + small) < self._considered):
             return []
         told = (

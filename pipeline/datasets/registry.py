@@ -14,7 +14,8 @@ from pathlib import Path
 
 from regionspot.cache.errors import AnnotationError, InputError, unknown_name
 from regionspot.cache.format.manifest import Manifest
-from regionspot.pipeline.datasets.coco import Form, cut_to_images, read_coco_form
+from regionspot.pipeline.datasets.coco import read_coco, select_listed_images
+from regionspot.pipeline.datasets.coco_image_table import CocoVariant
 from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.datasets.openimages import read_openimages
 from regionspot.pipeline.datasets.proposals import GROUND_TRUTH, with_boxes
@@ -53,7 +54,7 @@ O365V2_SPELLING = {
     "Ballon": "Balloon",
     "Noddles": "Noodles",
 }
-_LVIS_FORM = Form(path_field="coco_url", path_parts=2, federated=True)
+_LVIS_FORM = CocoVariant(path_field="coco_url", path_parts=2, federated=True)
 _OPENIMAGES_CLASSES = ("class-descriptions-boxable.csv", "oidv7-class-descriptions-boxable.csv")
 _MINIVAL = "lvis_v1_minival_inserted_image_name.json"
 _SPLIT_ALIASES = {"validation": "val"}
@@ -74,7 +75,7 @@ class Dataset:
     files: dict[str, tuple[str, ...]]
     images: tuple[str, ...]
     holding: tuple[str, ...] = (".",)
-    form: Form | None = None
+    form: CocoVariant | None = None
 
 
 DATASETS = {
@@ -82,13 +83,13 @@ DATASETS = {
         "Objects365 v1: objects365_{train,val}.json, images in train/, val/",
         {split: (f"objects365_{split}.json",) for split in ("train", "val")},
         images=("{split}", "images/{split}"),
-        form=Form(),
+        form=CocoVariant(),
     ),
     "o365v2": Dataset(
         "Objects365 v2: zhiyuan_objv2_{train,val}.json, images in train/patch0/, ...",
         {split: (f"zhiyuan_objv2_{split}.json",) for split in ("train", "val")},
         images=("{split}", "images/{split}"),
-        form=Form(path_parts=2, spelling=O365V2_SPELLING),
+        form=CocoVariant(path_parts=2, spelling=O365V2_SPELLING),
     ),
     "openimages": Dataset(
         "OpenImages V6/V7: oidv6-train-annotations-bbox.csv and the class file, images in train/, val/, test/",
@@ -103,7 +104,7 @@ DATASETS = {
         "V3Det: v3det_2023_v1_{train,val}.json, images in images/",
         {split: (f"v3det_2023_v1_{split}.json",) for split in ("train", "val")},
         images=(".",),
-        form=Form(),
+        form=CocoVariant(),
     ),
     "lvis": Dataset(
         "LVIS v1: lvis_v1_{train,val}.json, COCO's images in train2017/, val2017/; split minival too",
@@ -116,7 +117,7 @@ DATASETS = {
         "COCO: instances_{train,val}2017.json, images in train2017/, val2017/; or any file of its form",
         {split: (f"instances_{split}2017.json", f"instances_{split}.json") for split in ("train", "val")},
         images=("images/{split}2017", "{split}2017", "images/{split}", "{split}", "images", "."),
-        form=Form(),
+        form=CocoVariant(),
     ),
     "toy": Dataset(
         "the generated world: toy_{train,val}.json, images in photos/",
@@ -185,9 +186,9 @@ def read_dataset(
     if dataset.form is None:
         classes = _find(name, data, _OPENIMAGES_CLASSES)
         return read_openimages(path, classes, image_folder_of(name, data, split), split, keep_groups, max_failures)
-    manifest = read_coco_form(path, name, split, dataset.form, max_failures)
+    manifest = read_coco(path, name, split, dataset.form, max_failures)
     if name == "lvis" and split == "minival" and annotations is None:
-        return cut_to_images(manifest, _find(name, data, (_MINIVAL,)), split)
+        return select_listed_images(manifest, _find(name, data, (_MINIVAL,)), split)
     return manifest
 
 

@@ -85,10 +85,10 @@ def allocator(_: Asked) -> Iterator[Finding]:
 def decoder(_: Asked) -> Iterator[Finding]:
     from PIL import features
 
-    from regionspot.pipeline.images.jpeg import gives_pillows_pixels
+    from regionspot.pipeline.images.jpeg import matches_pillow
 
     library = f"Pillow with libjpeg{'-turbo' * bool(features.check('libjpeg_turbo'))}"
-    if gives_pillows_pixels():
+    if matches_pillow():
         yield Finding("decoder", "ok", f"simplejpeg, pixel for pixel as {library}")
     else:
         mend = "a Pillow wheel from PyPI has the library that simplejpeg agrees with"

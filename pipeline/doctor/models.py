@@ -15,9 +15,10 @@ from regionspot.cache.errors import RegionSpotError
 from regionspot.cache.format.manifest import Category, Manifest
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.verify import verify
-from regionspot.pipeline.backbones.builders import preset_named
-from regionspot.pipeline.backbones.weights import IN_PACKAGE, OFFICIAL, RANDOM, weights_folder
+from regionspot.pipeline.backbones.builders import get_preset
+from regionspot.pipeline.backbones.weights import OFFICIAL, RANDOM, weights_folder
 from regionspot.pipeline.doctor.run import Asked, Finding
+from regionspot.pipeline.toy import TOY_WEIGHTS
 
 TOY = "toy"
 _BOXES = 16
@@ -33,10 +34,10 @@ def weights(asked: Asked) -> Iterator[Finding]:
             "weights", "warn", f"{asked.weights}: drawn, for benchmarks only", "leave --weights out for real ones"
         )
         return
-    preset = preset_named(asked.preset)
+    preset = get_preset(asked.preset)
     for name in (preset.localizer, preset.encoder):
-        if name in IN_PACKAGE and asked.weights is None:
-            yield Finding("weights", "ok", f"{name}: {IN_PACKAGE[name].name}, in the package")
+        if name in TOY_WEIGHTS and asked.weights is None:
+            yield Finding("weights", "ok", f"{name}: {TOY_WEIGHTS[name].name}, in the package")
         elif name in OFFICIAL:
             yield _official(name, asked.weights)
 
@@ -69,7 +70,7 @@ def stages(asked: Asked) -> Iterator[Finding]:
     import torch
 
     on_cpu = asked.device == "cpu" or not torch.cuda.is_available()
-    if on_cpu and preset_named(asked.preset).localizer in _SLOW_ON_A_CPU:
+    if on_cpu and get_preset(asked.preset).localizer in _SLOW_ON_A_CPU:
         yield Finding("stages", "warn", f"{asked.preset}: not tried, an image takes minutes on a CPU")
         return
     yield _through(asked.preset, asked.weights, asked.device)

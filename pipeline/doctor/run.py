@@ -54,13 +54,13 @@ class Asked:
 
 def examine(asked: Asked) -> Iterator[Finding]:
     """Everything that was found, as it is found. Raises InputError for a preset that there is not."""
-    from regionspot.pipeline.backbones.builders import preset_named
+    from regionspot.pipeline.backbones.builders import get_preset
     from regionspot.pipeline.doctor import machine as doctor_machine
     from regionspot.pipeline.doctor import models as doctor_models
     from regionspot.pipeline.doctor import paths as doctor_places
 
     if asked.preset is not None:
-        preset_named(asked.preset)
+        get_preset(asked.preset)
     checks: list[tuple[str, Callable[[Asked], Iterable[Finding]]]] = [
         ("python", doctor_machine.python),
         ("packages", doctor_machine.packages),

@@ -1,1 +1,1 @@
-"""Image files to pixels, and pixels to what each backbone takes."""
+"""Decode image files and convert them to the input of each backbone."""

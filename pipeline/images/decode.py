@@ -1,11 +1,10 @@
-"""Reading one image: any format and mode to RGB of 8 bits, in the orientation that its boxes were drawn in.
+"""Decode one image file to 8-bit RGB, in the orientation of its annotated boxes.
 
-A folder of millions of images holds everything that was ever given an image's name. Each file is either read as
-docs/images.md says or refused in one line: nothing here blocks, runs another program or takes memory that the
-header did not announce.
+Every file is either decoded as docs/images.md says or refused with a one-line ImageError. Decoding never blocks, runs
+no other program and allocates no more memory than the image header announces.
 
-A camera may store an image sideways and say so in EXIF. Some datasets annotate the stored pixels, others what a
-viewer shows; the size in the annotation tells which, and boxes on the other one would be silently wrong.
+A camera may store an image rotated and record that in EXIF. Some datasets annotate the stored pixels, others the
+rotated image. The image size in the annotation tells which one; in the wrong orientation all boxes are wrong.
 """
 
 from __future__ import annotations
@@ -26,14 +25,14 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from regionspot.cache.errors import ImageError, unknown_name
-from regionspot.pipeline.images.image_kinds import MAX_BYTES, NotAnImageError, read_header
-from regionspot.pipeline.images.jpeg import MAGIC, decode_jpeg, ended, lacks_rows
-from regionspot.pipeline.images.pixel_depth import UnscalableError, grey_of, is_deep, loses_low_bits, rgb_of_upper_bits
+from regionspot.pipeline.images.bit_depth import UnscalableError, is_deep, loses_low_bits, stretch_if_dark, to_grey
+from regionspot.pipeline.images.image_header import MAX_BYTES, NotAnImageError, read_header
+from regionspot.pipeline.images.jpeg import MAGIC, decode_jpeg, rows_are_missing, with_end_marker
 
 Exif = Literal["auto", "apply", "ignore"]
-Source: TypeAlias = str | os.PathLike[str] | bytes | Image.Image  # a file, its content, or what Pillow opened
+ImageSource: TypeAlias = str | os.PathLike[str] | bytes | Image.Image  # a path, a file's content, or a Pillow image
 
-# What makes a stored image upright, by its orientation (EXIF 2.32, tag 0x0112; 1 is upright as stored).
+# Transform from the stored to the upright image, by EXIF orientation (EXIF 2.32, tag 0x0112; 1 is upright as stored).
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -43,71 +42,70 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-TURNS_BACK = {**TURNS, 6: TURNS[8], 8: TURNS[6]}  # the others are their own inverses
+INVERSE_TURNS = {**TURNS, 6: TURNS[8], 8: TURNS[6]}  # the others are their own inverses
 QUARTER_TURNS = (5, 6, 7, 8)  # these swap height and width
 XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([1-8])')
 # TIFF 6.0, sections 5 and 8.
 NEW_SUBFILE_TYPE, IMAGE_WIDTH, IMAGE_LENGTH, COLOR_MAP = 254, 256, 257, 320
-# Where Pillow itself refuses, too, as long as nobody changes its MAX_IMAGE_PIXELS. Such an image takes 0.9 GB.
+# Pillow's own limit at its default MAX_IMAGE_PIXELS. An image of this size takes 0.9 GB.
 MAX_PIXELS = 178_956_970
-DRAWINGS = ("EPS", "WMF")  # Pillow would have other programs draw these
+VECTOR_FORMATS = ("EPS", "WMF")  # Pillow runs other programs to render these
 
-# Of damaged metadata, on which nothing here depends, and of images larger than half of MAX_PIXELS; each takes two lines
-# on the terminal. Set for the whole process, because the filters of a block of code are shared between threads.
+# Silences Pillow's warnings about damaged metadata, which is not used here, and about images larger than half of
+# MAX_PIXELS. Set for the whole process, because warnings.catch_warnings is not thread-safe.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @dataclass(frozen=True)
 class OrientedImage:
-    """A decoded image: RGB, 8 bits a channel. `orientation` is what became of EXIF's, "none" where it states none."""
+    """A decoded 8-bit RGB image. `orientation`: what was done with its EXIF orientation; "none" if it has none."""
 
     image: Image.Image
     orientation: Literal["none", "applied", "ignored"]
 
 
-def check_exif(rule: str) -> Exif:
-    """The rule itself. Raises InputError for one that does not exist."""
+def parse_exif(rule: str) -> Exif:
+    """The EXIF rule of that name. Raises InputError for an unknown one."""
     if rule not in get_args(Exif):
         raise unknown_name("exif", rule, get_args(Exif))
     return cast("Exif", rule)
 
 
-def exif_of(provenances: Iterable[Mapping[str, Any]]) -> Exif:
-    """The rule by which the images of these feature sets were turned; "auto" where none states it."""
-    return check_exif(next((each["exif"] for each in provenances if "exif" in each), "auto"))
+def stored_exif(provenances: Iterable[Mapping[str, Any]]) -> Exif:
+    """The EXIF rule in the provenance of these feature sets; "auto" if none of them has one."""
+    return parse_exif(next((provenance["exif"] for provenance in provenances if "exif" in provenance), "auto"))
 
 
-def read_image(source: Source, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> Image.Image:
-    """The image as RGB; transparency is dropped.
+def read_image(source: ImageSource, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> Image.Image:
+    """Read an image as RGB; transparency is dropped.
 
-    source       a path, a file's content, or an image that Pillow opened or made
-    stated_size  (height, width) of the original as its annotation gives it
-    exif         whether to apply the orientation that EXIF or XMP states. "auto": exactly when that makes the image
-                 of `stated_size`, so not where no size is stated
+    stated_size  (height, width) in the image's annotation
+    exif         whether to apply the orientation in EXIF or XMP. "auto": only if the image then has `stated_size`,
+                 and never without a `stated_size`
 
-    Raises ImageError when it is absent, broken, too large to be an image, or of another size than stated.
+    Raises ImageError if the image does not exist, is damaged, is too large, or does not have `stated_size`.
     """
     return decode_image(source, stated_size, exif).image
 
 
-def decode_image(source: Source, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> OrientedImage:
-    """As `read_image`, and what became of the orientation, which the image itself no longer states."""
+def decode_image(source: ImageSource, stated_size: tuple[int, int] | None = None, exif: Exif = "auto") -> OrientedImage:
+    """Like `read_image`, but also reports what was done with the orientation."""
     name = _name(source)
     try:
-        with _opened(source) as (stored, jpeg):
-            _check_kind(stored)
+        with _open(source) as (stored, jpeg):
+            _check_supported(stored)
             deep_colour = loses_low_bits(stored)
-            orientation = _orientation(stored)  # of a PNG, this loads the pixels
+            orientation = _orientation(stored)  # this loads the pixels of a PNG
             turns = orientation in TURNS
             applied = turns and _applies(exif, orientation, stored_size(stored), stated_size)
             image = _jpeg_pixels(stored, jpeg, name) if jpeg else to_rgb(stored, name, deep_colour)
             # Pillow applies the orientation of a TIFF while it loads the pixels, and then removes the tag.
             loaded_upright = turns and _orientation(stored) not in TURNS
-    except Exception as error:  # PIL's decoders pass on whatever broken bytes trip them into
+    except Exception as error:  # Pillow's decoders raise any exception on damaged files
         raise ImageError(f"{name}: {_reason(error)}") from None
     if applied != loaded_upright:
-        image = image.transpose((TURNS if applied else TURNS_BACK)[orientation])
-    if turns:  # whoever is given this image must not find the orientation and apply it again
+        image = image.transpose((TURNS if applied else INVERSE_TURNS)[orientation])
+    if turns:  # remove the orientation, so that nobody applies it again
         image = image.copy() if image is stored else image
         image.info = {}
     if stated_size is not None and (image.height, image.width) != tuple(stated_size):
@@ -119,9 +117,9 @@ def decode_image(source: Source, stated_size: tuple[int, int] | None = None, exi
 
 
 def stored_size(image: Image.Image) -> tuple[int, int]:
-    """(width, height) as stored, for an image that may not be loaded yet.
+    """(width, height) as stored. The image need not be loaded.
 
-    Of a TIFF that is to be turned, Pillow gives the size before turning (until 10) or after it (since 11).
+    `image.size` of a rotated TIFF is the size before rotation up to Pillow 10, and after rotation since Pillow 11.
     """
     tags = getattr(image, "tag_v2", {})
     return (tags[IMAGE_WIDTH], tags[IMAGE_LENGTH]) if IMAGE_WIDTH in tags else image.size
@@ -129,29 +127,27 @@ def stored_size(image: Image.Image) -> tuple[int, int]:
 
 @contextmanager
 def open_regular(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """The file, open for reading.
+    """Open a regular file for reading.
 
-    Raises OSError, also for an empty file and for anything that is not a regular file, such as a pipe, whose reader
-    would wait until somebody writes into it.
+    Raises OSError for an empty file and for anything else than a regular file: reading from a pipe would block.
     """
-    with open(path, "rb", opener=_without_waiting) as file:
-        found = os.fstat(file.fileno())
-        if not stat.S_ISREG(found.st_mode):
+    with open(path, "rb", opener=_open_nonblocking) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             raise OSError(errno.EINVAL, "it is a named pipe or a device, not a file")
         if not file.peek(1):
             raise _EmptyFileError
         yield file
 
 
-def _name(source: Source) -> str:
+def _name(source: ImageSource) -> str:
     if isinstance(source, Image.Image):
         return "the image"
     return f"the image of {len(source):,} bytes" if isinstance(source, bytes) else str(Path(source))
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[tuple[Image.Image, bytes | None]]:
-    """The image with its header read, and of a JPEG its content."""
+def _open(source: ImageSource) -> Iterator[tuple[Image.Image, bytes | None]]:
+    """The image with its header read; for a JPEG also the file's content."""
     if isinstance(source, Image.Image):
         yield source, None
         return
@@ -164,17 +160,17 @@ def _opened(source: Source) -> Iterator[tuple[Image.Image, bytes | None]]:
             yield stored, jpeg
 
 
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has no such flag, nor pipes among its files
+def _open_nonblocking(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither this flag nor named pipes
 
 
 class _EmptyFileError(OSError):
     """The file has no bytes."""
 
 
-def _check_kind(stored: Image.Image) -> None:
-    """Refuse, by its header alone, what must not be decoded."""
-    if stored.format in DRAWINGS:
+def _check_supported(stored: Image.Image) -> None:
+    """Refuse files that must not be decoded, by the header only."""
+    if stored.format in VECTOR_FORMATS:
         raise NotAnImageError(f"is a drawing ({stored.format}), not an image of pixels")
     if stored.width * stored.height > MAX_PIXELS:
         raise Image.DecompressionBombError
@@ -186,21 +182,21 @@ def _check_kind(stored: Image.Image) -> None:
 
 
 def _jpeg_pixels(stored: Image.Image, data: bytes, name: str) -> Image.Image:
-    """The first image of a JPEG file as RGB, by the fastest decoder that gives Pillow's pixels.
+    """The first image of a JPEG file as RGB, by the fastest decoder with Pillow's pixels.
 
-    A file may lack its end marker, but no pixels.
+    The end marker may be missing, but no pixels.
     """
     pixels = decode_jpeg(data)
-    # Pillow's header is the one that everything else believes.
+    # All other code uses the size in Pillow's header.
     if pixels is not None and pixels.shape == (stored.height, stored.width, 3):
         return Image.fromarray(pixels)
-    whole = ended(data)
-    if whole is not data:
-        with Image.open(BytesIO(whole)) as again:
-            return _jpeg_pixels(again, whole, name)
+    complete = with_end_marker(data)
+    if complete is not data:
+        with Image.open(BytesIO(complete)) as reopened:
+            return _jpeg_pixels(reopened, complete, name)
     image = to_rgb(stored, name)
     last_row = np.asarray(image.crop((0, image.height - 1, image.width, image.height)))[0]
-    if lacks_rows(data, last_row):
+    if rows_are_missing(data, last_row):
         raise OSError("its last rows are missing")
     return image
 
@@ -208,17 +204,17 @@ def _jpeg_pixels(stored: Image.Image, data: bytes, name: str) -> Image.Image:
 def _orientation(image: Image.Image) -> int:
     try:
         stated = image.getexif().get(ExifTags.Base.Orientation)
-        if stated is None:  # a Pillow older than 11.3 looks for XMP in PNG only
+        if stated is None:  # Pillow before 11.3 reads XMP from PNG only
             xmp = image.info.get("XML:com.adobe.xmp") or image.info.get("xmp") or b""
             match = XMP_ORIENTATION.search(xmp.encode() if isinstance(xmp, str) else xmp)
             stated = match[1] if match else 1
         return int(stated)
-    except Exception:  # a damaged EXIF block says nothing about the pixels, and PIL raises all kinds of errors on it
+    except Exception:  # Pillow raises any exception on a damaged EXIF block; the pixels may be intact
         return 1
 
 
 def _applies(exif: Exif, orientation: int, size: tuple[int, int], stated_size: tuple[int, int] | None) -> bool:
-    """Whether to turn an image stored as `size`, which is PIL's (width, height)."""
+    """Whether to apply the orientation to an image stored as `size`, (width, height)."""
     if exif != "auto" or stated_size is None:
         return exif == "apply"
     height, width = stated_size
@@ -227,7 +223,7 @@ def _applies(exif: Exif, orientation: int, size: tuple[int, int], stated_size: t
 
 def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
-        return "is not there"
+        return "does not exist"
     if isinstance(error, _EmptyFileError):
         return "is empty (0 bytes)"
     if isinstance(error, NotAnImageError | UnscalableError):
@@ -237,28 +233,29 @@ def _reason(error: Exception) -> str:
     if isinstance(error, Image.DecompressionBombError):
         return f"has too many pixels for an image (more than {MAX_PIXELS:,})"
     if isinstance(error, MemoryError):
-        return "does not fit into the memory that is left"
+        return "does not fit into the free memory"
     if isinstance(error, OSError) and error.strerror:
         return f"cannot be read ({error.strerror})"
     return f"is broken or cut off ({' '.join(str(error).split()) or type(error).__name__})"
 
 
 def to_rgb(image: Image.Image, name: str, deep_colour: bool = False) -> Image.Image:
-    """Any mode of PIL as 8-bit RGB; transparency is dropped. Warnings call the image `name`.
+    """Convert any Pillow mode to 8-bit RGB; transparency is dropped. An RGB image is returned itself, loaded.
 
-    deep_colour  `loses_low_bits` of the image before it was loaded
+    name         of the image, for warnings
+    deep_colour  `loses_low_bits(image)` before it was loaded
 
-    What is RGB already comes back itself, decoded. Raises UnscalableError for values that 8 bits cannot show.
+    Raises UnscalableError for values that 8 bits cannot show.
     """
     image.load()
     if is_deep(image):
-        image = grey_of(image, name)
+        image = to_grey(image, name)
     elif image.mode == "P" and (values := getattr(image, "tag_v2", {}).get(COLOR_MAP)) and max(values) < 256:
-        # Written with 8 bits a value instead of 16, of which Pillow takes the upper 8: all black.
+        # The palette was written with 8 bits per value instead of 16; Pillow takes the upper 8, all black.
         image = image.copy()
         image.putpalette(np.reshape(values, (3, -1)).T.astype(np.uint8).tobytes())
-    elif image.mode in ("La", "RGBa"):  # alpha is multiplied in; only these conversions divide by it
+    elif image.mode in ("La", "RGBa"):  # premultiplied alpha; only these conversions divide by it
         image = image.convert(image.mode.upper())
-    if image.mode != "RGB":  # `convert` would copy it
+    if image.mode != "RGB":  # `convert` would copy an RGB image
         image = image.convert("RGB")
-    return rgb_of_upper_bits(image, name) if deep_colour else image
+    return stretch_if_dark(image, name) if deep_colour else image

@@ -1,13 +1,13 @@
-"""From an image to what each image encoder takes, by one of two named presets.
+"""Convert an image to the input tensors of SAM and CLIP, by one of two presets.
 
-direct      the image straight to SAM's longer side and to CLIP's square, both antialiased: what the models' own
-            authors do, and the sharpest that their input sizes allow
-reference   what the authors of RegionSpot do: the image is first brought to detectron2's size (shorter edge 800,
-            longer at most 1333, in 8 bits), and SAM and CLIP both start from that; CLIP without antialiasing
+direct      resized directly to SAM's longer side and to CLIP's square, both antialiased, as the models' authors do;
+            the sharpest result at these input sizes
+reference   as the authors of RegionSpot do: first resized to detectron2's size (shorter edge 800, longer at most 1333,
+            in 8 bits), then to SAM's and CLIP's input, CLIP's without antialiasing
 
-SAM keeps the aspect and resizes by PIL's bilinear filter; CLIP gets a square, aspect not kept, by torch's bilinear
-filter on floats. The two differ by more than rounding, so each keeps its own. The preset is part of a model's
-provenance: features of different presets are features of different images.
+SAM's input keeps the aspect ratio and is resized by PIL's bilinear filter; CLIP's is a square, aspect ratio not kept,
+resized by torch's bilinear filter on floats. The filters differ by more than rounding. The preset is part of a model's
+provenance, and features of different presets are not comparable.
 """
 
 # h, w pixels of the resized image, n boxes, p pixels of CLIP's square
@@ -26,12 +26,12 @@ from torchvision.transforms.v2 import functional as transforms
 
 from regionspot.cache.errors import unknown_name
 
-# As stated in provenance; a cache made by another rule is another cache.
+# Written into the provenance: a cache accepts features of one resize rule only.
 SAM_RESIZE = "PIL bilinear, long side {pixels}, sizes int(x + 0.5), zero padding at right and bottom"
 CLIP_RESIZE = "{filter} bilinear on floats to {pixels} x {pixels}, aspect not kept"
 FIRST_RESIZE = "PIL bilinear, shorter edge {shorter}, longer at most {longer}, sizes int(x + 0.5); then "
 
-# An image of more is made narrow strip by strip. As floats in one piece, one 30,000 pixels wide would take gigabytes.
+# Larger images are resized in width strip by strip: as floats, an image 30,000 pixels wide would take gigabytes.
 STRIP_PIXELS = 2**21
 
 Size = tuple[int, int]  # height, width
@@ -39,11 +39,10 @@ Size = tuple[int, int]  # height, width
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A rule from images to inputs. Made by `preprocess_named`.
+    """One preset. Use `get_preprocess`.
 
-    name          the preset's name
-    first_edges   (shorter, longer): the size that an image is brought to before either encoder's; None: none
-    antialiased   whether CLIP's square is filtered against aliasing
+    first_edges   (shorter, longer) edge to which an image is resized first, for both encoders; None: no first resize
+    antialiased   whether CLIP's input is antialiased
     """
 
     name: str
@@ -51,15 +50,15 @@ class Preprocess:
     antialiased: bool
 
     def first_size(self, original_size: Size) -> Size:
-        """(height, width) of the image that both encoders start from, by the rule of detectron2's ResizeShortestEdge.
+        """(height, width) after the first resize, by the rule of detectron2's ResizeShortestEdge.
 
-        The shorter edge becomes the first number; where the longer would then exceed the second, both shrink again.
+        The shorter edge is resized to the first number; if the longer edge then exceeds the second, both shrink.
         """
         if self.first_edges is None:
             return original_size
         shorter, longer = self.first_edges
         scale = shorter / min(original_size)
-        # In its order of operations: another one rounds some sizes to one pixel more or less.
+        # In detectron2's order of operations: another order changes some sizes by one pixel.
         edges = [shorter if edge == min(original_size) else scale * edge for edge in original_size]
         if max(edges) > longer:
             shrink = longer / max(edges)
@@ -67,7 +66,7 @@ class Preprocess:
         return _rounded(edges[0]), _rounded(edges[1])
 
     def sam_size(self, original_size: Size, long_side: int) -> Size:
-        """(height, width) of `sam_input`'s image."""
+        """(height, width) of `sam_input`'s result."""
         return sam_size(self.first_size(original_size), long_side)
 
     def sam_input(self, image: Image.Image, long_side: int) -> Tensor:
@@ -75,9 +74,9 @@ class Preprocess:
         return sam_input(self._first(image), long_side)
 
     def scale_boxes(self, boxes_xyxy: NDArray[np.float32], original_size: Size, long_side: int) -> NDArray[np.float32]:
-        """Boxes in pixels of the original, float32 (n, 4), in pixels of `sam_input`'s image.
+        """Scale boxes, float32 (n, 4), from pixels of the original to pixels of `sam_input`'s result.
 
-        By each step's own ratio, rounded to float32 after each, as the authors' annotations and prompts are.
+        Rounded to float32 after each resize, as in the authors' code.
         """
         first = self.first_size(original_size)
         if first != original_size:
@@ -85,20 +84,18 @@ class Preprocess:
         return scale_boxes(boxes_xyxy, first, long_side)
 
     def clip_input(self, image: Image.Image, pixels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-        """float32 (3, p, p): the whole image squeezed into a square, normalised channel by channel."""
+        """float32 (3, p, p): the whole image resized to a square, normalised per channel."""
         return clip_input(self._first(image), pixels, mean, std, self.antialiased)
 
     def sam_provenance(self, long_side: int) -> dict[str, Any]:
-        """What a localizer's provenance says of its input."""
-        return {"preprocess": self.name, "resize": self._first_words() + SAM_RESIZE.format(pixels=long_side)}
+        """The input fields of a localizer's provenance."""
+        return {"preprocess": self.name, "resize": self._first_resize() + SAM_RESIZE.format(pixels=long_side)}
 
     def clip_provenance(self, pixels: int) -> dict[str, Any]:
-        """What an encoder's provenance says of its input."""
-        filtered = "antialiased" if self.antialiased else "not antialiased"
-        return {
-            "preprocess": self.name,
-            "resize": self._first_words() + CLIP_RESIZE.format(filter=filtered, pixels=pixels),
-        }
+        """The input fields of an encoder's provenance."""
+        antialiased = "antialiased" if self.antialiased else "not antialiased"
+        resize = self._first_resize() + CLIP_RESIZE.format(filter=antialiased, pixels=pixels)
+        return {"preprocess": self.name, "resize": resize}
 
     def _first(self, image: Image.Image) -> Image.Image:
         if self.first_edges is None:
@@ -106,7 +103,7 @@ class Preprocess:
         height, width = self.first_size((image.height, image.width))
         return _rgb(image).resize((width, height), Image.Resampling.BILINEAR)
 
-    def _first_words(self) -> str:
+    def _first_resize(self) -> str:
         if self.first_edges is None:
             return ""
         return FIRST_RESIZE.format(shorter=self.first_edges[0], longer=self.first_edges[1])
@@ -114,21 +111,21 @@ class Preprocess:
 
 PREPROCESS = {
     "direct": Preprocess("direct", first_edges=None, antialiased=True),
-    # detectron2's defaults of INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, which RegionSpot's configurations leave as they
-    # are; its CLIP input goes through torchvision's resize of a tensor, which before 0.17 was not antialiased.
+    # detectron2's defaults of INPUT.MIN_SIZE_TEST and MAX_SIZE_TEST, which RegionSpot's configurations do not change.
+    # Its CLIP input is resized by torchvision on a tensor, which was not antialiased before version 0.17.
     "reference": Preprocess("reference", first_edges=(800, 1333), antialiased=False),
 }
 
 
-def preprocess_named(name: str) -> Preprocess:
-    """Raises InputError for a name that is none of PREPROCESS."""
+def get_preprocess(name: str) -> Preprocess:
+    """The preset of that name. Raises InputError for an unknown one."""
     if name not in PREPROCESS:
         raise unknown_name("preprocess", name, PREPROCESS)
     return PREPROCESS[name]
 
 
 def sam_size(original_size: Size, long_side: int) -> Size:
-    """(height, width) after resizing so that the longer side has `long_side` pixels, rounded half up as SAM does."""
+    """(height, width) after resizing the longer side to `long_side` pixels, rounded half up as in SAM."""
     scale = long_side / max(original_size)
     return _rounded(original_size[0] * scale), _rounded(original_size[1] * scale)
 
@@ -141,9 +138,9 @@ def sam_input(image: Image.Image, long_side: int) -> Tensor:
 
 
 def scale_boxes(boxes_xyxy: NDArray[np.float32], original_size: Size, long_side: int) -> NDArray[np.float32]:
-    """Boxes in pixels of the original, float32 (n, 4), in pixels of `sam_input`'s values.
+    """Scale boxes, float32 (n, 4), from pixels of the original to pixels of `sam_input`'s result.
 
-    Multiplied in float64 and then rounded, as segment_anything's ResizeLongestSide.apply_boxes does.
+    Multiplied in float64 and then rounded, as in segment_anything's ResizeLongestSide.apply_boxes.
     """
     return _scaled(boxes_xyxy, original_size, sam_size(original_size, long_side))
 
@@ -151,7 +148,7 @@ def scale_boxes(boxes_xyxy: NDArray[np.float32], original_size: Size, long_side:
 def clip_input(
     image: Image.Image, pixels: int, mean: tuple[float, ...], std: tuple[float, ...], antialiased: bool = True
 ) -> Tensor:
-    """float32 (3, p, p): the whole image squeezed into a square, normalised channel by channel."""
+    """float32 (3, p, p): the whole image resized to a square, normalised per channel."""
     rows = max(STRIP_PIXELS // image.width, 1)
     if rows >= image.height:
         values = _floats(image)
@@ -159,8 +156,8 @@ def clip_input(
         strips = (
             image.crop((0, top, image.width, min(top + rows, image.height))) for top in range(0, image.height, rows)
         )
-        # The filter is separable and its horizontal pass comes first: the same bits as in one piece.
-        narrow = [transforms.resize(_floats(each), [each.height, pixels], antialias=antialiased) for each in strips]
+        # Bit-identical to resizing in one piece: the filter is separable, horizontal first.
+        narrow = [transforms.resize(_floats(strip), [strip.height, pixels], antialias=antialiased) for strip in strips]
         values = torch.cat(narrow, dim=1)
     square: Tensor = transforms.resize(values, [pixels, pixels], antialias=antialiased)
     return square.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
@@ -171,12 +168,12 @@ def _floats(image: Image.Image) -> Tensor:
 
 
 def _rgb(image: Image.Image) -> Image.Image:
-    """Itself where it is RGB; `convert` would copy it."""
+    """The image in RGB, without a copy if it is RGB already."""
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _rounded(edge: float) -> int:
-    # A sliver of an image would round to no pixels at all.
+    # At least 1: the short side of a very narrow image would round to 0.
     return max(int(edge + 0.5), 1)
 
 

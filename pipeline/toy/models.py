@@ -11,15 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache, partial
-from pathlib import Path
 
 from open_clip import CLIP, OPENAI_IMAGENET_TEMPLATES, SimpleTokenizer
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 from torch import nn
 
 from regionspot.pipeline.toy.world import toy_classes
-
-TOY_WEIGHTS = {name: Path(__file__).parent / f"{name}.safetensors" for name in ("toy_sam", "toy_clip")}
 
 SAM_PIXELS, SAM_PATCH = 256, 16
 TOKEN_DIM = 128  # width of the mask decoder, and so of a location token

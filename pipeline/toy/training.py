@@ -26,6 +26,7 @@ from segment_anything.modeling import Sam
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from regionspot.pipeline.toy import TOY_WEIGHTS
 from regionspot.pipeline.toy.losses import mask_loss, name_loss, patch_loss
 from regionspot.pipeline.toy.models import (
     CLIP_PATCH,
@@ -34,7 +35,6 @@ from regionspot.pipeline.toy.models import (
     SAM_PIXELS,
     TEXT_DIM,
     TOKEN_IDS,
-    TOY_WEIGHTS,
     build_toy_clip,
     build_toy_sam,
     known_token_ids,

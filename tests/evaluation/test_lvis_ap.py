@@ -17,7 +17,7 @@ from regionspot.evaluation.metrics.detections import (
 )
 from regionspot.evaluation.metrics.ground_truth import read_ground_truth
 from regionspot.evaluation.metrics.lvis_ap import METRICS, best_per_image, lvis_ap
-from regionspot.pipeline.datasets.json_values import image_id
+from regionspot.pipeline.datasets.field_parsing import image_id
 
 SIDE = 128
 

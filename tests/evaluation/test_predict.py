@@ -198,7 +198,7 @@ def test_what_is_no_image_is_refused(spot, pixels, tmp_path):
     broken.write_bytes(b"\xff\xd8\xff nothing more")
     with pytest.raises(ImageError, match=r"broken\.jpg"):
         spot.predict(broken, BOXES, NAMES)
-    with pytest.raises(ImageError, match="is not there"):
+    with pytest.raises(ImageError, match="does not exist"):
         spot.predict(tmp_path / "absent.jpg", BOXES, NAMES)
     with pytest.raises(InputError, match="float64 of shape"):
         spot.predict(pixels / 255, BOXES, NAMES)
@@ -207,7 +207,7 @@ def test_what_is_no_image_is_refused(spot, pixels, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("nothing", "is not there"),
+        ("nothing", "does not exist"),
         ("folder", "cannot be read (Is a directory)"),
         ("empty", "is empty (0 bytes)"),
         ("pipe", "cannot be read (it is a named pipe or a device, not a file"),

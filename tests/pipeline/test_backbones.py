@@ -17,8 +17,8 @@ from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.backbones.open_clip_models import contiguous_attention
 from regionspot.pipeline.backbones.registry import ENCODERS, LOCALIZERS, stored_name
 from regionspot.pipeline.backbones.sam import load_localizer
-from regionspot.pipeline.backbones.skip_init import skip_init
-from regionspot.pipeline.backbones.weights import OFFICIAL, draw_weights
+from regionspot.pipeline.backbones.state_dicts import skip_init
+from regionspot.pipeline.backbones.weights import OFFICIAL, random_weights
 
 BOXES = np.array([[10, 20, 100, 60], [0, 0, 119.5, 79], [50.25, 60, 90, 79], [3, 3, 9, 9]], np.float32)
 
@@ -209,7 +209,7 @@ def test_a_prompt_that_would_be_cut_short_is_refused_by_name(encoder):
 def taught_three_words(tmp_path):
     """A toy CLIP file as it ships, whose word table holds the marks and the words of "red circle" alone."""
     clip = build_clip("toy_clip")
-    weights = draw_weights(3, clip.model.state_dict())
+    weights = random_weights(3, clip.model.state_dict())
     tokenizer = clip.tokenizer
     ids = sorted({0, tokenizer.sot_token_id, tokenizer.eot_token_id, *tokenizer.encode("red circle")})
     table = weights["token_embedding.weight"]
@@ -266,7 +266,7 @@ def test_an_unknown_dtype_is_refused(tmp_path):
 
 def test_weights_of_another_backbone_are_refused(tmp_path):
     path = tmp_path / "toy_sam.safetensors"
-    save_file(draw_weights(0, build_sam("toy_sam").state_dict()), path)
+    save_file(random_weights(0, build_sam("toy_sam").state_dict()), path)
     with pytest.raises(WeightsError, match="does not fit toy_clip"):
         load_encoder("toy_clip", str(path))
 

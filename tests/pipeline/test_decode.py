@@ -1,4 +1,4 @@
-"""Every image becomes RGB in the orientation of its boxes, or is refused in one line."""
+"""Every image is decoded to RGB in the orientation of its boxes, or refused with a one-line error."""
 
 import os
 import struct
@@ -10,12 +10,12 @@ from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from regionspot.cache.errors import ImageError
-from regionspot.pipeline.images import decode as images
+from regionspot.pipeline.images import decode
 from regionspot.pipeline.images.decode import decode_image, read_image
 from regionspot.pipeline.images.preprocess import clip_input, sam_input, sam_size, scale_boxes
 
 HEIGHT, WIDTH = 20, 30
-QUARTER_TURN = 6  # EXIF: turn it a quarter clockwise to see it upright
+QUARTER_TURN = 6  # EXIF: rotated 90 degrees clockwise for display
 
 
 def stored_image(path, orientation=None):
@@ -34,7 +34,7 @@ def is_red(pixel) -> bool:
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
-def test_every_mode_becomes_rgb_with_the_same_light_and_dark(tmp_path, mode):
+def test_every_mode_is_converted_to_rgb(tmp_path, mode):
     grey = np.zeros((HEIGHT, WIDTH), np.uint8)
     grey[:, 15:] = 255
     deep = mode == "I;16"
@@ -47,7 +47,7 @@ def test_every_mode_becomes_rgb_with_the_same_light_and_dark(tmp_path, mode):
     assert min(upright.getpixel((27, 2))) > 245
 
 
-def test_sixteen_bit_grey_keeps_its_shades_instead_of_turning_white(tmp_path):
+def test_16_bit_grey_keeps_its_shades(tmp_path):
     shades = np.linspace(0, 65535, WIDTH).astype(np.uint16)[None].repeat(HEIGHT, 0)
     Image.fromarray(shades).save(tmp_path / "x-ray.png")
     assert np.array_equal(np.asarray(read_image(tmp_path / "x-ray.png"))[:, :, 0], shades >> 8)
@@ -62,7 +62,7 @@ def test_a_palette_with_transparent_colours_is_read_without_a_warning(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [8, 16])
-def test_the_palette_of_a_tiff_may_have_8_bits_a_value_although_it_should_have_16(tmp_path, bits):
+def test_a_tiff_palette_may_have_8_bits_per_value_instead_of_16(tmp_path, bits):
     image = Image.new("P", (WIDTH, HEIGHT), 1)
     image.putpalette([0, 0, 0, 200, 100, 50])
     image.save(tmp_path / "sign.tif")
@@ -74,25 +74,25 @@ def test_the_palette_of_a_tiff_may_have_8_bits_a_value_although_it_should_have_1
     assert read_image(changed).getpixel((3, 3)) == (200, 100, 50)
 
 
-def test_an_image_that_fits_neither_way_is_refused_with_both_sizes(tmp_path):
+def test_an_image_of_another_size_is_refused_with_both_sizes(tmp_path):
     path = stored_image(tmp_path / "small_copy.jpg", QUARTER_TURN)
     with pytest.raises(ImageError, match=r"small_copy.jpg: is 30 x 20 pixels .*states 300 x 200"):
         read_image(path, (200, 300))
 
 
-def test_damaged_exif_does_not_cost_the_image(tmp_path):
+def test_an_image_with_damaged_exif_is_decoded(tmp_path):
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "image.png", exif=b"Exif\0\0 not what EXIF looks like")
     assert read_image(tmp_path / "image.png").size == (WIDTH, HEIGHT)
 
 
-def test_a_square_image_is_left_as_stored_because_the_size_does_not_ask_for_a_turn(tmp_path):
+def test_a_square_image_is_not_rotated_because_its_size_cannot_tell(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = QUARTER_TURN
     Image.new("RGB", (HEIGHT, HEIGHT)).save(tmp_path / "square.jpg", exif=exif)
     assert decode_image(tmp_path / "square.jpg", (HEIGHT, HEIGHT)).orientation == "ignored"
 
 
-def png_that_claims(width: int, height: int) -> bytes:
+def png_with_stated_size(width: int, height: int) -> bytes:
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
 
@@ -103,16 +103,16 @@ def png_that_claims(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (None, "is not there"),
+        (None, "does not exist"),
         (b"", "is empty"),
         (b"<html>404 Not Found</html>", "is HTML or XML, not an image"),
         ("half a jpeg", "is broken or cut off"),
         ("half a png", "is broken or cut off"),
-        (png_that_claims(50_000, 50_000), "has too many pixels"),
+        (png_with_stated_size(50_000, 50_000), "has too many pixels"),
     ],
-    ids=["absent", "empty", "html", "half a jpeg", "half a png", "bomb"],
+    ids=["missing", "empty", "html", "half a jpeg", "half a png", "bomb"],
 )
-def test_an_image_that_cannot_be_read_is_refused_in_one_line_with_its_path(tmp_path, content, reason):
+def test_an_unreadable_image_is_refused_in_one_line_with_its_path(tmp_path, content, reason):
     path = tmp_path / "image.jpg"
     if isinstance(content, str):
         noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
@@ -126,22 +126,22 @@ def test_an_image_that_cannot_be_read_is_refused_in_one_line_with_its_path(tmp_p
     assert "\n" not in str(caught.value)
 
 
-def test_a_folder_in_place_of_an_image_is_refused(tmp_path):
+def test_a_folder_is_refused(tmp_path):
     with pytest.raises(ImageError, match="cannot be read"):
         read_image(tmp_path)
 
 
-def test_an_image_too_large_for_what_memory_is_left_is_refused_as_such(tmp_path, monkeypatch):
+def test_an_image_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
     def full(*_):
         raise MemoryError
 
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "image.png")
-    monkeypatch.setattr(images, "to_rgb", full)
-    with pytest.raises(ImageError, match=r"image.png: does not fit into the memory"):
+    monkeypatch.setattr(decode, "to_rgb", full)
+    with pytest.raises(ImageError, match=r"image.png: does not fit into the free memory"):
         read_image(tmp_path / "image.png")
 
 
-def test_images_that_cannot_be_read_leave_no_file_open(tmp_path):
+def test_unreadable_images_leave_no_file_open(tmp_path):
     (tmp_path / "folder.jpg").mkdir()
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "empty.jpg").touch()
@@ -157,7 +157,7 @@ def test_images_that_cannot_be_read_leave_no_file_open(tmp_path):
     assert len(os.listdir("/dev/fd")) == before
 
 
-def test_sam_sizes_and_boxes_are_those_of_the_official_transform():
+def test_sam_sizes_and_boxes_equal_the_official_transform():
     official = ResizeLongestSide(1024)
     rng = np.random.default_rng(0)
     for size in [(426, 640), (640, 426), (333, 1000), (1024, 1024), (7, 2001)]:
@@ -166,17 +166,17 @@ def test_sam_sizes_and_boxes_are_those_of_the_official_transform():
         assert np.array_equal(scale_boxes(boxes, size, 1024), official.apply_boxes(boxes, size).astype(np.float32))
 
 
-def test_the_sam_image_has_the_pixels_of_the_official_transform():
+def test_the_sam_input_equals_the_official_transform():
     pixels = np.random.default_rng(0).integers(0, 255, (50, 90, 3), np.uint8)
     expected = ResizeLongestSide(64).apply_image(pixels)
     assert np.array_equal(sam_input(Image.fromarray(pixels), 64).permute(1, 2, 0).numpy(), expected)
 
 
-def test_a_sliver_of_an_image_keeps_one_pixel():
+def test_a_very_narrow_image_keeps_one_pixel():
     assert sam_input(Image.new("RGB", (5000, 1)), 256).shape == (3, 1, 256)
 
 
-def test_the_clip_image_is_a_normalised_square_whatever_the_aspect():
+def test_the_clip_input_is_a_normalised_square():
     image = Image.new("RGB", (90, 30), (255, 0, 51))
     square = clip_input(image, 16, (0.5, 0.5, 0.2), (0.5, 0.25, 1.0))
     assert square.shape == (3, 16, 16)

@@ -7,7 +7,7 @@ import torch
 
 from regionspot.cache.errors import InputError
 from regionspot.pipeline.backbones import dtypes
-from regionspot.pipeline.backbones.dtypes import DTYPES, cpu_computes, dtype_of, resolve_dtype
+from regionspot.pipeline.backbones.dtypes import DTYPES, cpu_supports, dtype_of, resolve_dtype
 
 KINDS = ("localizer", "encoder")
 EVERY_CPU = [(), ("avx512_bf16",), ("amx_bf16", "amx_fp16"), ("bf16", "fp16_arith")]
@@ -101,16 +101,16 @@ def test_a_cpu_that_has_to_emulate_a_dtype_says_so_once(cpu, caplog, instruction
 
 def test_a_torch_that_does_not_know_its_cpu_counts_as_one_without(cpu, monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    assert [cpu_computes(dtype) for dtype in DTYPES] == [True, False, False]
+    assert [cpu_supports(dtype) for dtype in DTYPES] == [True, False, False]
 
 
 def test_the_environment_stands_in_for_what_the_cpu_says(cpu, monkeypatch):
     for instructions in EVERY_CPU:
         cpu(*instructions)
         monkeypatch.setenv("REGIONSPOT_CPU_DTYPES", "float32,bfloat16")
-        assert [cpu_computes(dtype) for dtype in DTYPES] == [True, True, False]
+        assert [cpu_supports(dtype) for dtype in DTYPES] == [True, True, False]
         monkeypatch.setenv("REGIONSPOT_CPU_DTYPES", "")
-        assert [cpu_computes(dtype) for dtype in DTYPES] == [True, False, False]
+        assert [cpu_supports(dtype) for dtype in DTYPES] == [True, False, False]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""JPEGs have Pillow's pixels whoever decodes them, whole or damaged, or are left to Pillow."""
+"""simplejpeg decodes exactly Pillow's pixels, for intact and damaged files, or leaves the file to Pillow."""
 
 import io
 import random
@@ -9,21 +9,20 @@ import simplejpeg
 from PIL import Image
 
 from regionspot.cache.errors import ImageError
-from regionspot.pipeline.images import decode as images
-from regionspot.pipeline.images import jpeg
+from regionspot.pipeline.images import decode, jpeg
 from regionspot.pipeline.images.decode import read_image
-from regionspot.pipeline.images.jpeg import decode_jpeg, gives_pillows_pixels
+from regionspot.pipeline.images.jpeg import decode_jpeg, matches_pillow
 
 COARSE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (12, 16, 3), np.uint8))
 NOISE = COARSE.resize((131, 97), Image.Resampling.BICUBIC)
 
 
 @pytest.fixture
-def compared():
-    """The comparison of both decoders is made anew, before and after."""
-    gives_pillows_pixels.cache_clear()
+def fresh_comparison():
+    """Clears the cached comparison of the decoders, before and after the test."""
+    matches_pillow.cache_clear()
     yield
-    gives_pillows_pixels.cache_clear()
+    matches_pillow.cache_clear()
 
 
 def jpeg_bytes(image: Image.Image = NOISE, **options) -> bytes:
@@ -39,7 +38,7 @@ def pillows(data: bytes) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 7), (7, 1), (8, 8), (17, 33), (131, 97), (64, 3)])
 @pytest.mark.parametrize("mode", ["RGB", "L"])
-def test_every_kind_of_jpeg_has_pillows_pixels(mode, size):
+def test_every_kind_of_jpeg_equals_pillow(mode, size):
     image = COARSE.resize(size, Image.Resampling.BICUBIC).convert(mode)
     for subsampling in (0, 1, 2):
         for quality in (30, 95):
@@ -49,18 +48,18 @@ def test_every_kind_of_jpeg_has_pillows_pixels(mode, size):
 
 
 @pytest.mark.parametrize("subsampling", ["411", "440"])
-def test_chroma_samplings_that_pillow_does_not_write_have_its_pixels_too(subsampling):
+def test_chroma_samplings_that_pillow_cannot_write_equal_pillow(subsampling):
     data = simplejpeg.encode_jpeg(np.asarray(NOISE).copy(), colorsubsampling=subsampling)
-    found = decode_jpeg(data)
-    assert found is None or np.array_equal(found, pillows(data))
+    pixels = decode_jpeg(data)
+    assert pixels is None or np.array_equal(pixels, pillows(data))
 
 
-def test_rgb_stored_as_such_has_pillows_pixels():
+def test_a_jpeg_stored_as_rgb_equals_pillow():
     data = jpeg_bytes(keep_rgb=True)
     assert np.array_equal(decode_jpeg(data), pillows(data))
 
 
-def test_what_simplejpeg_cannot_do_as_pillow_does_is_left_to_it(monkeypatch):
+def test_files_that_simplejpeg_decodes_differently_are_left_to_pillow(monkeypatch):
     assert decode_jpeg(jpeg_bytes(NOISE.convert("CMYK"))) is None
     assert decode_jpeg(jpeg_bytes()[:-300]) is None
     assert decode_jpeg(b"\xff\xd8\xff and no more") is None
@@ -86,7 +85,7 @@ def read(monkeypatch):
     def read(data: bytes, decoder: str) -> np.ndarray | str:
         with monkeypatch.context() as patch:
             if decoder == "Pillow":
-                patch.setattr(images, "decode_jpeg", lambda _: None)
+                patch.setattr(decode, "decode_jpeg", lambda _: None)
             try:
                 return np.asarray(read_image(data))
             except ImageError as error:
@@ -97,10 +96,10 @@ def read(monkeypatch):
 
 @WITH_AND_WITHOUT_SIMPLEJPEG
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_jpeg_may_lack_its_end_marker_but_no_pixels(read, kind, decoder):
+def test_the_end_marker_may_be_missing_but_no_pixels(read, kind, decoder):
     image, options = KINDS[kind]
     whole = jpeg_bytes(image, quality=90, **options)
-    for tail in (b"", b"\xff", bytes(4096), b"\xff\xd9", b"\xff\xd9" + b"anything behind it"):
+    for tail in (b"", b"\xff", bytes(4096), b"\xff\xd9", b"\xff\xd9" + b"trailing bytes"):
         assert np.array_equal(read(whole[:-2] + tail, decoder), pillows(whole)), tail
     for kept in (len(whole) // 4, len(whole) // 2, len(whole) * 9 // 10, len(whole) - 12):
         for tail in (b"", bytes(4096)):
@@ -109,23 +108,25 @@ def test_a_jpeg_may_lack_its_end_marker_but_no_pixels(read, kind, decoder):
 
 @WITH_AND_WITHOUT_SIMPLEJPEG
 @pytest.mark.parametrize("kind", ["baseline", "grey", "for print"])
-def test_rows_that_are_missing_are_noticed_although_the_end_marker_is_there(read, kind, decoder):
+def test_missing_rows_are_detected_before_an_end_marker(read, kind, decoder):
     whole = jpeg_bytes(KINDS[kind][0], quality=90)
     assert "its last rows are missing" in read(whole[: len(whole) // 2] + b"\xff\xd9", decoder)
 
 
 @WITH_AND_WITHOUT_SIMPLEJPEG
 @pytest.mark.parametrize("kind", ["progressive", "for print, progressive"])
-def test_a_progressive_jpeg_that_ends_between_two_scans_is_cut_off(read, kind, decoder):
+def test_a_progressive_jpeg_cut_between_two_scans_is_refused(read, kind, decoder):
     whole = jpeg_bytes(KINDS[kind][0], quality=90, progressive=True)
-    starts = [at for at in range(len(whole)) if whole[at : at + 2] == b"\xff\xc4"]  # the tables before each scan
+    starts = [
+        start for start in range(len(whole)) if whole[start : start + 2] == b"\xff\xc4"
+    ]  # tables precede each scan
     assert len(starts) > 5
     for start in starts[1:]:
         assert "is broken or cut off" in read(whole[:start], decoder)
 
 
 @WITH_AND_WITHOUT_SIMPLEJPEG
-def test_of_two_images_in_a_file_the_first_counts(read, decoder):
+def test_the_first_of_two_images_in_a_file_is_decoded(read, decoder):
     file = io.BytesIO()
     NOISE.save(file, "MPO", quality=90, save_all=True, append_images=[NOISE.rotate(180)])
     whole = file.getvalue()
@@ -143,32 +144,32 @@ def outcome(path) -> np.ndarray | str:
         return str(error)
 
 
-def test_a_damaged_jpeg_comes_out_as_it_would_of_pillow_alone(tmp_path, monkeypatch):
-    drawn, path = random.Random(0), tmp_path / "damaged.jpg"
+def test_a_damaged_jpeg_is_decoded_as_by_pillow_alone(tmp_path, monkeypatch):
+    rng, path = random.Random(0), tmp_path / "damaged.jpg"
     files = [jpeg_bytes(), jpeg_bytes(progressive=True), jpeg_bytes(NOISE.convert("L"), restart_marker_blocks=2)]
     broken = 0
     for _ in range(150):
-        data = bytearray(drawn.choice(files))
-        for _ in range(drawn.choice([1, 1, 2, 5])):
-            data[drawn.randrange(2, len(data))] = drawn.randrange(256)
-        path.write_bytes(data[: drawn.choice([len(data), len(data), len(data) - 2, drawn.randrange(3, len(data))])])
-        found = outcome(path)
+        data = bytearray(rng.choice(files))
+        for _ in range(rng.choice([1, 1, 2, 5])):
+            data[rng.randrange(2, len(data))] = rng.randrange(256)
+        path.write_bytes(data[: rng.choice([len(data), len(data), len(data) - 2, rng.randrange(3, len(data))])])
+        result = outcome(path)
         with monkeypatch.context() as without:
-            without.setattr(images, "decode_jpeg", lambda _: None)
-            assert np.array_equal(found, outcome(path))
-        broken += isinstance(found, str)
-    assert 20 < broken < 130, "some are read, some are not"
+            without.setattr(decode, "decode_jpeg", lambda _: None)
+            assert np.array_equal(result, outcome(path))
+        broken += isinstance(result, str)
+    assert 20 < broken < 130, "some must be decoded and some refused"
 
 
-@pytest.mark.usefixtures("compared")
-def test_a_decoder_whose_pixels_are_off_by_one_is_not_used(monkeypatch):
-    honest = simplejpeg.decode_jpeg
-    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *given, **options: honest(*given, **options) ^ 1)
-    assert not gives_pillows_pixels()
+@pytest.mark.usefixtures("fresh_comparison")
+def test_simplejpeg_is_not_used_if_its_pixels_differ_by_one(monkeypatch):
+    original = simplejpeg.decode_jpeg
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", lambda *args, **options: original(*args, **options) ^ 1)
+    assert not matches_pillow()
     assert decode_jpeg(jpeg_bytes()) is None
 
 
-def test_a_jpeg_is_decoded_by_simplejpeg_where_it_may_be(tmp_path, monkeypatch):
+def test_an_intact_jpeg_is_decoded_by_simplejpeg(tmp_path, monkeypatch):
     NOISE.save(tmp_path / "image.jpg")
-    monkeypatch.setattr(images, "to_rgb", lambda *_: pytest.fail("Pillow decoded it"))
+    monkeypatch.setattr(decode, "to_rgb", lambda *_: pytest.fail("Pillow decoded it"))
     assert read_image(tmp_path / "image.jpg").size == NOISE.size

@@ -1,4 +1,4 @@
-"""One rule for the orientation that a file states: whatever the format, the orientation and the way it is given."""
+"""The EXIF rule holds for every image format, orientation and kind of input."""
 
 import io
 import zlib
@@ -13,14 +13,14 @@ from regionspot.pipeline.images.decode import decode_image
 
 ORIENTATION = 0x0112
 QUARTER_TURNS = (5, 6, 7, 8)
-BLOCK = 16  # pixels; of one colour, so that lossy formats keep it
+BLOCK = 16  # pixels of one colour, which lossy formats keep
 COLOURS = np.array(
     [[[230, 30, 30], [30, 220, 40], [40, 50, 230]], [[240, 230, 40], [20, 20, 20], [240, 240, 240]]], np.uint8
 )
-STORED = COLOURS.repeat(BLOCK, 0).repeat(BLOCK, 1)  # no turn or flip of it is equal to another
+STORED = COLOURS.repeat(BLOCK, 0).repeat(BLOCK, 1)  # all rotations and flips of it differ
 HEIGHT, WIDTH = STORED.shape[:2]
-# EXIF 2.32, tag 0x0112: where the stored row 0 and column 0 are seen. 6: row 0 is at the right, column 0 at the top.
-SEEN = {
+# From stored to displayed pixels (EXIF 2.32, tag 0x0112). 6: row 0 is displayed at the right, column 0 at the top.
+DISPLAYED = {
     1: lambda stored: stored,
     2: lambda stored: stored[:, ::-1],
     3: lambda stored: stored[::-1, ::-1],
@@ -68,7 +68,7 @@ def png_with_xmp(orientation: int) -> bytes:
     return png_with(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + xmp_of(orientation))
 
 
-def png_with_packed_xmp(orientation: int) -> bytes:
+def png_with_compressed_xmp(orientation: int) -> bytes:
     return png_with(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(xmp_of(orientation)))
 
 
@@ -94,9 +94,9 @@ FORMATS = {
     "JPEG, XMP": jpeg_with_xmp,
     "MPO": in_exif("MPO", quality=95, subsampling=0, save_all=True, append_images=[Image.new("RGB", (WIDTH, HEIGHT))]),
     "PNG": in_exif("PNG"),
-    "PNG, behind the pixels": png_with_late_exif,
+    "PNG, after the pixels": png_with_late_exif,
     "PNG, XMP": png_with_xmp,
-    "PNG, XMP compressed": png_with_packed_xmp,
+    "PNG, XMP compressed": png_with_compressed_xmp,
     "PNG, EXIF as text": png_with_profile,
     "TIFF": in_exif("TIFF"),
     "TIFF, deflate": in_exif("TIFF", compression="tiff_adobe_deflate"),
@@ -108,7 +108,7 @@ FORMATS = {
 }
 if "AVIF" in Image.registered_extensions().values() and features.check("avif"):
     FORMATS["AVIF"] = in_exif("AVIF", quality=95, subsampling="4:4:4")
-# What the annotation states as (height, width), the rule, and for which orientations the image is turned.
+# (height, width) in the annotation, the EXIF rule, and the orientations that are applied.
 RULES = [
     (None, "apply", range(2, 9)),
     (None, "ignore", ()),
@@ -121,8 +121,8 @@ RULES = [
 ]
 
 
-def assert_seen(image: Image.Image, orientation: int) -> None:
-    expected = SEEN[orientation](STORED)
+def assert_displayed(image: Image.Image, orientation: int) -> None:
+    expected = DISPLAYED[orientation](STORED)
     assert (image.mode, image.height, image.width) == ("RGB", *expected.shape[:2])
     blocks = (slice(BLOCK // 2, None, BLOCK),) * 2
     assert np.abs(np.asarray(image)[blocks].astype(int) - expected[blocks]).max() < 16
@@ -130,57 +130,57 @@ def assert_seen(image: Image.Image, orientation: int) -> None:
 
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("format", FORMATS)
-def test_every_format_and_orientation_follows_the_rule_however_the_image_is_given(tmp_path, format, orientation):
+def test_every_format_and_orientation_follows_the_exif_rule(tmp_path, format, orientation):
     content = FORMATS[format](orientation)
     path = tmp_path / "image.x"
     path.write_bytes(content)
-    for size, rule, turned in RULES:
-        seen = orientation if orientation in turned else 1
-        fits = size in (None, SEEN[seen](STORED).shape[:2])
+    for size, rule, applied in RULES:
+        displayed = orientation if orientation in applied else 1
+        fits = size in (None, DISPLAYED[displayed](STORED).shape[:2])
         for source in (path, str(path), content, Image.open(path)):
             if not fits:
                 with pytest.raises(ImageError, match="boxes would not fit"):
                     decode_image(source, size, rule)
                 continue
             image = decode_image(source, size, rule)
-            assert_seen(image.image, seen)
-            expected = "none" if orientation == 1 else "applied" if orientation in turned else "ignored"
+            assert_displayed(image.image, displayed)
+            expected = "none" if orientation == 1 else "applied" if orientation in applied else "ignored"
             assert image.orientation == expected, (size, rule, type(source))
             assert decode_image(image.image, exif="apply").orientation == "none"
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_sizes_read_from_headers_are_those_of_the_stored_image(tmp_path, format):
-    for orientation in SEEN:
+def test_header_sizes_are_those_of_the_stored_image(tmp_path, format):
+    for orientation in DISPLAYED:
         (tmp_path / f"{orientation}.x").write_bytes(FORMATS[format](orientation))
-    sizes = image_sizes(tmp_path, [f"{orientation}.x" for orientation in SEEN])
+    sizes = image_sizes(tmp_path, [f"{orientation}.x" for orientation in DISPLAYED])
     assert sizes.tolist() == [[HEIGHT, WIDTH]] * 8
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 65535])
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "TIFF", "WebP"])
-def test_an_orientation_that_does_not_exist_is_none(format, orientation):
+def test_an_invalid_orientation_is_ignored(format, orientation):
     image = decode_image(FORMATS[format](orientation), exif="apply")
     assert image.orientation == "none"
-    assert_seen(image.image, 1)
+    assert_displayed(image.image, 1)
 
 
-def test_exif_goes_before_xmp():
+def test_exif_takes_precedence_over_xmp():
     exif, xmp = exif_of(3).tobytes(), xmp_of(6)
     jpeg = saved("JPEG", quality=95, subsampling=0, exif=exif)
     body = b"http://ns.adobe.com/xap/1.0/\0" + xmp
     both = jpeg[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + jpeg[2:]
-    assert_seen(decode_image(both, exif="apply").image, 3)
+    assert_displayed(decode_image(both, exif="apply").image, 3)
 
 
-def test_an_image_that_was_turned_in_memory_is_not_turned_again():
+def test_an_image_that_was_rotated_in_memory_is_not_rotated_again():
     for format in ("JPEG", "TIFF", "PNG"):
         with Image.open(io.BytesIO(FORMATS[format](6))) as opened:
             upright = ImageOps.exif_transpose(opened)
-        assert_seen(decode_image(upright, exif="apply").image, 6)
+        assert_displayed(decode_image(upright, exif="apply").image, 6)
 
 
-def test_an_opened_image_stays_as_it_was():
+def test_the_given_pillow_image_is_not_changed():
     opened = Image.open(io.BytesIO(FORMATS["JPEG"](6)))
     for rule in ("apply", "ignore"):
         decode_image(opened, exif=rule)

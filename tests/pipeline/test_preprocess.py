@@ -1,4 +1,4 @@
-"""The presets: what the reference one does to an image and its boxes is what its authors do, step by step."""
+"""The "reference" preset resizes images and boxes exactly as RegionSpot's authors do."""
 
 from dataclasses import replace
 
@@ -21,11 +21,11 @@ from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.datasets.region_table import manifest_of_images
 from regionspot.pipeline.extraction.extract import Backbones
 from regionspot.pipeline.images import preprocess
-from regionspot.pipeline.images.preprocess import PREPROCESS, clip_input, preprocess_named
+from regionspot.pipeline.images.preprocess import PREPROCESS, clip_input, get_preprocess
 
 REFERENCE = PREPROCESS["reference"]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
-# (height, width) of images, and of what detectron2 0.6's ResizeShortestEdge(800, 1333) makes of them.
+# (height, width) before and after detectron2 0.6's ResizeShortestEdge(800, 1333).
 REDUCED = {
     (480, 640): (800, 1067),
     (640, 480): (1067, 800),
@@ -38,7 +38,7 @@ REDUCED = {
     (3000, 4000): (800, 1067),
     (1, 1): (800, 800),
 }
-SLIVER = (20, 30_000)  # rounds to less than a pixel; detectron2 fails on it, here one pixel is left
+NARROW = (20, 30_000)  # rounds to less than a pixel, where detectron2 fails
 
 
 @pytest.fixture(scope="module")
@@ -58,35 +58,35 @@ def reduced(image) -> Image.Image:
     return image.resize((1049, 800), Image.Resampling.BILINEAR)
 
 
-def test_the_reduced_image_has_the_size_of_detectron2():
+def test_the_first_size_equals_detectron2():
     assert {size: REFERENCE.first_size(size) for size in REDUCED} == REDUCED
-    assert REFERENCE.first_size(SLIVER) == (1, 1333)
+    assert REFERENCE.first_size(NARROW) == (1, 1333)
 
 
-def test_sam_takes_the_reduced_image_through_its_official_transform(image, reduced):
+def test_the_sam_input_is_the_official_transform_of_the_reduced_image(image, reduced):
     expected = ResizeLongestSide(1024).apply_image(np.asarray(reduced))
-    found = REFERENCE.sam_input(image, 1024).permute(1, 2, 0).numpy()
-    assert np.array_equal(found, expected)
-    assert found.shape[:2] == REFERENCE.sam_size((image.height, image.width), 1024)
-    assert not np.array_equal(found, preprocess_named("direct").sam_input(image, 1024).permute(1, 2, 0).numpy())
+    pixels = REFERENCE.sam_input(image, 1024).permute(1, 2, 0).numpy()
+    assert np.array_equal(pixels, expected)
+    assert pixels.shape[:2] == REFERENCE.sam_size((image.height, image.width), 1024)
+    assert not np.array_equal(pixels, get_preprocess("direct").sam_input(image, 1024).permute(1, 2, 0).numpy())
 
 
-def test_boxes_follow_the_image_through_both_steps(boxes):
+def test_boxes_are_scaled_by_both_steps(boxes):
     in_reduced = (boxes.astype(np.float64) * [1049 / 341, 800 / 260, 1049 / 341, 800 / 260]).astype(np.float32)
     expected = ResizeLongestSide(1024).apply_boxes(in_reduced, (800, 1049)).astype(np.float32)
     assert np.array_equal(REFERENCE.scale_boxes(boxes, (260, 341), 1024), expected)
 
 
-def test_clip_takes_the_reduced_image_without_antialiasing(image, reduced):
+def test_the_clip_input_is_the_reduced_image_without_antialiasing(image, reduced):
     floats = torch.from_numpy(np.array(reduced)).permute(2, 0, 1)[None] / 255
     square = F.interpolate(floats, (64, 64), mode="bilinear", align_corners=False)[0]
     expected = (square - torch.tensor(MEAN).view(3, 1, 1)) / torch.tensor(STD).view(3, 1, 1)
-    found = REFERENCE.clip_input(image, 64, MEAN, STD)
-    assert torch.allclose(found, expected, atol=1e-5)
-    assert not torch.allclose(found, preprocess_named("direct").clip_input(image, 64, MEAN, STD), atol=0.05)
+    square = REFERENCE.clip_input(image, 64, MEAN, STD)
+    assert torch.allclose(square, expected, atol=1e-5)
+    assert not torch.allclose(square, get_preprocess("direct").clip_input(image, 64, MEAN, STD), atol=0.05)
 
 
-def test_the_toy_backbones_give_by_reference_what_they_give_of_the_reduced_image(image, reduced, boxes):
+def test_sam_gives_the_same_tokens_by_reference_and_directly_on_the_reduced_image(image, reduced, boxes):
     direct, by_reference = (load_localizer("toy_sam", preprocess=name) for name in ("direct", "reference"))
     in_reduced = (boxes.astype(np.float64) * [1049 / 341, 800 / 260, 1049 / 341, 800 / 260]).astype(np.float32)
     expected = direct.tokens_of_images(direct.encode([direct.preprocess(reduced)]), [in_reduced], [(800, 1049)])[0]
@@ -97,14 +97,14 @@ def test_the_toy_backbones_give_by_reference_what_they_give_of_the_reduced_image
     assert masks.shape == (3, 260, 341)
 
 
-def test_an_image_squeezed_strip_by_strip_has_the_bits_of_one_squeezed_whole(image, monkeypatch):
+def test_resizing_in_strips_is_bit_identical_to_resizing_at_once(image, monkeypatch):
     whole = clip_input(image, 64, MEAN, STD)
     monkeypatch.setattr(preprocess, "STRIP_PIXELS", 7 * image.width)
     assert torch.equal(clip_input(image, 64, MEAN, STD), whole)
 
 
 @pytest.mark.parametrize("load", [load_localizer, load_encoder], ids=["localizer", "encoder"])
-def test_a_preset_that_there_is_not_is_refused_in_one_line(load):
+def test_an_unknown_preset_is_refused(load):
     with pytest.raises(InputError, match=r"^preprocess 'sharp': unknown; expected one of direct, reference$"):
         load("toy_sam" if load is load_localizer else "toy_clip", preprocess="sharp")
 
@@ -114,30 +114,30 @@ def one_image() -> Manifest:
     return manifest_of_images("coco", "val", np.array([1]), ["1.jpg"], sizes, sizes, ())
 
 
-def test_features_of_one_preset_are_not_added_to_those_of_another(tmp_path):
+def test_features_of_two_presets_cannot_share_a_cache(tmp_path):
     direct, by_reference = (Backbones.load("toy", device="cpu", preprocess=name) for name in PREPROCESS)
-    stated = {each.name: each.provenance for each in by_reference.feature_sets()}
-    assert {name: each["preprocess"] for name, each in stated.items()} == dict.fromkeys(stated, "reference")
-    assert "shorter edge 800, longer at most 1333" in stated["toy_sam"]["resize"]
-    assert "not antialiased" in stated["toy_clip"]["resize"]
+    provenances = {feature_set.name: feature_set.provenance for feature_set in by_reference.feature_sets()}
+    assert {provenance["preprocess"] for provenance in provenances.values()} == {"reference"}
+    assert "shorter edge 800, longer at most 1333" in provenances["toy_sam"]["resize"]
+    assert "not antialiased" in provenances["toy_clip"]["resize"]
     FeatureCache.open_or_create(tmp_path / "c.zarr", one_image(), direct.feature_sets(), 4)
     with pytest.raises(ProvenanceMismatchError, match="preprocess"):
         FeatureCache.open_or_create(tmp_path / "c.zarr", one_image(), by_reference.feature_sets(), 4)
 
 
-def test_a_head_is_evaluated_by_the_preset_of_the_features_it_was_trained_on(tmp_path):
+def test_a_head_is_evaluated_with_the_preset_of_its_training_features(tmp_path):
     info = HeadInfo(
         preset="toy", localizer="toy_sam", encoder="toy_clip", caches=({"map": {"preprocess": "reference"}},)
     )
     released, unstated = HeadInfo(preset="bl"), replace(info, caches=())
-    for head, expected in ((info, "reference"), (unstated, "direct"), (released, "reference")):
-        taken = features_of(tmp_path, head)
-        assert (taken.tokens.preprocess, taken.maps.preprocess) == (expected, expected)
+    for trained, expected in ((info, "reference"), (unstated, "direct"), (released, "reference")):
+        features = features_of(tmp_path, trained)
+        assert (features.tokens.preprocess, features.maps.preprocess) == (expected, expected)
     head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
     save_checkpoint(tmp_path / "head.safetensors", head, info)
-    found = [
-        RegionSpot.load(tmp_path / "head.safetensors", "random:0", "cpu", preprocess=asked).identity()
-        for asked in (None, "direct")
+    identities = [
+        RegionSpot.load(tmp_path / "head.safetensors", "random:0", "cpu", preprocess=preset).identity()
+        for preset in (None, "direct")
     ]
-    assert [each["localizer"]["preprocess"] for each in found] == ["reference", "direct"]
-    assert [each["encoder"]["preprocess"] for each in found] == ["reference", "direct"]
+    assert [identity["localizer"]["preprocess"] for identity in identities] == ["reference", "direct"]
+    assert [identity["encoder"]["preprocess"] for identity in identities] == ["reference", "direct"]

@@ -14,7 +14,7 @@ from regionspot.fusion.checkpoint import HeadInfo
 from regionspot.pipeline.backbones import registry
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.backbones.clip import load_encoder
-from regionspot.pipeline.backbones.protocols import Asked
+from regionspot.pipeline.backbones.protocols import BackboneConfig
 from regionspot.pipeline.backbones.registry import (
     ENCODERS,
     LOCALIZERS,
@@ -77,7 +77,7 @@ def test_a_program_registers_its_own_and_gets_what_was_asked_for(package):
     seen = []
     register_encoder("my_grey", lambda asked: seen.append(asked) or Grey(asked))
     load_encoder("my_grey", "some.pt", "cpu", "bfloat16")
-    assert seen == [Asked("my_grey", "some.pt", "cpu", "bfloat16", seen[0].preprocess, "first")]
+    assert seen == [BackboneConfig("my_grey", "some.pt", "cpu", "bfloat16", seen[0].preprocess, "first")]
     with pytest.raises(InputError, match="encoder 'my_grey': there is one of this name"):
         register_encoder("my_grey", Grey)
     with pytest.raises(InputError, match="localizer 'toy_sam': there is one of this name"):

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from regionspot.pipeline.backbones.clip import ClipEncoder, load_encoder
 from regionspot.pipeline.backbones.sam import load_localizer
-from regionspot.pipeline.toy.models import TOY_WEIGHTS, build_toy_sam, known_token_ids, unknown_words
+from regionspot.pipeline.toy import TOY_WEIGHTS
+from regionspot.pipeline.toy.models import build_toy_sam, known_token_ids, unknown_words
 from regionspot.pipeline.toy.rendering import COLOURS, SHAPES, TEXTURES, Scene, draw_image
 from regionspot.pipeline.toy.samples import BASE, GROUPS, draw_samples, mask_batch, named_batch
 from regionspot.pipeline.toy.training import ToyRecipe, sam_logits, train_toy_clip, train_toy_sam

@@ -60,7 +60,7 @@ def test_a_run_leaves_a_summary_of_what_is_there_what_failed_and_how_fast_it_was
     assert (did.images, did.failed, did.regions) == (IMAGES, 2, int(manifest.offsets[-1]))
     assert did.bytes == sum(sum(cache.record(part, "toy_sam").files.values()) for part in range(3))
     assert "**complete**" in page
-    assert "| is not there | 1 | train/not-there.jpg |" in page
+    assert "| does not exist | 1 | train/not-there.jpg |" in page
     assert "| 0 | 1 |" in page
     assert "| 2 | 1 |" in page
     for words in ("# c.zarr", "## Runs", "cores", "torch 2", "weights of toy_sam | package", "| encode |"):
@@ -156,7 +156,7 @@ def test_prometheus_sees_a_run_while_it_is_at_work_and_no_more_when_it_ended(cac
     assert found["regionspot_pictures_total"] == 5
     assert found["regionspot_pictures_pending"] == 1
     assert found["regionspot_regions_total"] == int(cache.manifest.offsets[5])
-    assert found['regionspot_failures_total{kind="is not there"}'] == 1
+    assert found['regionspot_failures_total{kind="does not exist"}'] == 1
     assert found["regionspot_parts_total"] + found["regionspot_parts_pending"] == 3
     assert found['regionspot_stage_seconds_total{stage="encode"}'] > 0
     assert found["regionspot_pictures_per_second"] > 0
@@ -206,7 +206,7 @@ def test_bfloat16_is_advised_only_where_it_is_not_in_use_and_faster(device):
 
 @pytest.mark.parametrize("has_bfloat16", [True, False])
 def test_half_is_faster_than_float32_alone_and_where_there_are_instructions_for_it(monkeypatch, has_bfloat16):
-    monkeypatch.setattr(dtypes, "cpu_computes", lambda dtype: has_bfloat16)
+    monkeypatch.setattr(dtypes, "cpu_supports", lambda dtype: has_bfloat16)
     cpu = torch.device("cpu")
     assert dtypes.half_is_faster(["float32"], cpu) == has_bfloat16
     assert dtypes.half_is_faster(["bfloat16", "float32"], cpu) == has_bfloat16

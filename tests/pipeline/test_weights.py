@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from regionspot.cache.errors import WeightsError
 from regionspot.pipeline.backbones import weights
-from regionspot.pipeline.backbones.weights import OFFICIAL, OfficialFile, draw_weights, load_weights
+from regionspot.pipeline.backbones.weights import OFFICIAL, OfficialFile, load_weights, random_weights
 
 NAME = "small"
 
@@ -207,8 +207,8 @@ def test_random_weights_depend_on_the_seed_alone_and_say_what_they_are():
 
 
 def test_a_random_tensor_does_not_change_when_the_model_has_others_before_it():
-    alone = draw_weights(0, {"layer.bias": EXPECTED["layer.bias"]})
-    assert torch.equal(alone["layer.bias"], draw_weights(0, EXPECTED)["layer.bias"])
+    alone = random_weights(0, {"layer.bias": EXPECTED["layer.bias"]})
+    assert torch.equal(alone["layer.bias"], random_weights(0, EXPECTED)["layer.bias"])
 
 
 @pytest.mark.parametrize("source", ["random:", "random:abc", "random:-1"])

@@ -1,7 +1,7 @@
-"""What a file is by its content, whatever its name says, and its header as Pillow reads it.
+"""Identify an image file by its content, not its name, and read its header with Pillow.
 
-Three formats need a plugin, which is imported when the first such file is met. Of a PNG, Pillow is shown only what
-matters here: it unpacks every text and colour profile before the first pixel, and gives up on the whole image where
+HEIC, AVIF and JPEG XL need a Pillow plugin, which is imported for the first such file. Of a PNG, Pillow gets only the
+chunks used here: it would decompress every text and colour profile before the pixels, and refuse the whole image if
 one of them is large or damaged.
 """
 
@@ -18,22 +18,22 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-HEAD_BYTES = 64  # of a file, enough to tell what it is
-MAX_BYTES = 2**28  # a longer file is not read into memory at once
+HEAD_BYTES = 64  # enough to identify a file
+MAX_BYTES = 2**28  # a larger file is not read into memory at once
 PNG = b"\x89PNG\r\n\x1a\n"
-# The texts of a PNG in which Pillow looks for an orientation.
-ORIENTING = (b"XML:com.adobe.xmp", b"Raw profile type exif")
-MAX_TEXT = 2**20  # bytes; Pillow refuses a compressed text that unpacks to more (PngImagePlugin.MAX_TEXT_CHUNK)
+# Keywords of the PNG texts in which Pillow looks for an orientation.
+ORIENTATION_KEYWORDS = (b"XML:com.adobe.xmp", b"Raw profile type exif")
+MAX_TEXT = 2**20  # bytes; Pillow refuses a compressed text that is larger (PngImagePlugin.MAX_TEXT_CHUNK)
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A format that Pillow reads with the help of another package.
+    """A format that Pillow reads only with another package.
 
-    name     the format, for people
-    format   Pillow's name of it
-    module   registers itself with Pillow when it is imported
-    package  holds the module
+    name     of the format, for messages
+    format   Pillow's name for it
+    module   registers the format with Pillow on import
+    package  on PyPI, contains the module
     """
 
     name: str
@@ -43,7 +43,7 @@ class Plugin:
 
 
 HEIC = Plugin("HEIC", "HEIF", "pillow_heif.HeifImagePlugin", "pillow-heif")
-AVIF = Plugin("AVIF", "AVIF", "pillow_avif", "pillow-avif-plugin")  # Pillow reads it alone since 11.3
+AVIF = Plugin("AVIF", "AVIF", "pillow_avif", "pillow-avif-plugin")  # Pillow 11.3 and later need no plugin
 JPEG_XL = Plugin("JPEG XL", "JXL", "pillow_jxl", "pillow-jxl-plugin")
 # Major brands of files made of boxes (ISO/IEC 23008-12, annex B; AV1 Image File Format, section 8).
 BRANDS = {
@@ -53,7 +53,7 @@ BRANDS = {
 JPEG_XL_MAGIC = (b"\xff\x0a", b"\0\0\0\x0cJXL \r\n\x87\n")
 
 IMAGES = {b"\xff\xd8\xff": "JPEG", PNG: "PNG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"GIF8": "GIF", b"BM": "BMP"}
-# What lies among images under an image's name, by its first bytes.
+# Other files that are found under an image's name, by their first bytes.
 OTHERS = {
     b"version https://git-lfs": "is a Git LFS pointer, not the image itself; fetch it with `git lfs pull`",
     b"<svg": "is a drawing (SVG), not an image of pixels",
@@ -66,19 +66,19 @@ OTHERS = {
 
 
 class NotAnImageError(ValueError):
-    """The file is no image that can be read; the message says what it is instead, and what to do."""
+    """The file is not a readable image; the message says what it is instead, and what to do."""
 
 
 def read_header(file: BinaryIO) -> Image.Image:
-    """The image in `file`, of which Pillow has read the header only: size, mode and, for most formats, EXIF.
+    """Open an image, reading only its header: size, mode and, for most formats, EXIF.
 
-    Raises NotAnImageError for a file in no format that Pillow knows, and whatever trips Pillow over a broken one.
+    Raises NotAnImageError for a format that Pillow does not know, and any exception of Pillow for a damaged file.
     """
     head = file.read(HEAD_BYTES)
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     if head.startswith(PNG) and size <= MAX_BYTES:
-        file = BytesIO(_what_matters_of_png(file.read()))
+        file = BytesIO(_without_unused_chunks(file.read()))
     try:
         return Image.open(file)
     except UnidentifiedImageError:
@@ -92,9 +92,9 @@ def read_header(file: BinaryIO) -> Image.Image:
                     f"is in {plugin.name} format; to read it, `pip install {plugin.package}`"
                 ) from None
         file.seek(0)
-        with suppress(UnidentifiedImageError):  # another thread may have imported it just now, so try again anyway
+        with suppress(UnidentifiedImageError):  # try again even if the plugin was known: another thread may import it
             return Image.open(file)
-    raise NotAnImageError(_what_it_is(head, plugin))
+    raise NotAnImageError(_why_unreadable(head, plugin))
 
 
 def _plugin(head: bytes) -> Plugin | None:
@@ -103,53 +103,53 @@ def _plugin(head: bytes) -> Plugin | None:
     return BRANDS.get(head[8:12]) if head[4:8] == b"ftyp" else None
 
 
-def _what_it_is(head: bytes, plugin: Plugin | None) -> str:
-    """Of a file that Pillow does not open."""
+def _why_unreadable(head: bytes, plugin: Plugin | None) -> str:
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n")  # a byte order mark and white space
     name = plugin.name if plugin else next((name for magic, name in IMAGES.items() if start.startswith(magic)), None)
     if name:
         return f"is in {name} format but cannot be read; it is cut off, damaged, or of a kind that Pillow does not know"
     return next(
-        (what for magic, what in OTHERS.items() if start.startswith(magic)), "is not an image in a known format"
+        (reason for magic, reason in OTHERS.items() if start.startswith(magic)), "is not an image in a known format"
     )
 
 
-def _what_matters_of_png(png: bytes) -> bytes:
-    """The PNG's chunks that pixels or orientation depend on; all others, and damaged ones of these, are left out."""
-    view, kept, at = memoryview(png), [memoryview(PNG)], len(PNG)
-    while at < len(png):
-        length, kind = struct.unpack(">I4s", png[at : at + 8].ljust(8, b"\0"))
-        if not kind.isalpha():  # no chunk begins here: what is wrong is for Pillow to say
-            kept.append(view[at:])
+def _without_unused_chunks(png: bytes) -> bytes:
+    """The PNG with its critical chunks and the intact chunks that may hold an orientation."""
+    view, kept, start = memoryview(png), [memoryview(PNG)], len(PNG)
+    while start < len(png):
+        length, kind = struct.unpack(">I4s", png[start : start + 8].ljust(8, b"\0"))
+        if not kind.isalpha():  # not a chunk; Pillow reports the error
+            kept.append(view[start:])
             break
-        end = at + 12 + length  # length, kind and checksum take four bytes each
-        if kind[:1].isupper() or (_may_orient(kind, png[at + 8 : end - 4]) and _is_intact(view[at + 4 : end])):
-            kept.append(view[at:end])
-        at = end
+        end = start + 12 + length  # length, kind and checksum take four bytes each
+        # An upper case letter marks a critical chunk.
+        if kind[:1].isupper() or (_may_orient(kind, png[start + 8 : end - 4]) and _is_intact(view[start + 4 : end])):
+            kept.append(view[start:end])
+        start = end
     return b"".join(kept)
 
 
 def _is_intact(chunk: memoryview) -> bool:
-    """Whether a chunk, from its kind on, ends in its checksum."""
+    """Whether the checksum of a chunk, given from its kind on, is right."""
     return zlib.crc32(chunk[:-4]) == int.from_bytes(chunk[-4:], "big")
 
 
 def _may_orient(kind: bytes, body: bytes) -> bool:
-    """Whether a chunk may state an orientation in a form that Pillow reads."""
+    """Whether Pillow may read an orientation from a chunk."""
     if kind not in (b"tEXt", b"zTXt", b"iTXt"):
         return kind == b"eXIf"
     keyword, _, text = body.partition(b"\0")
-    if keyword not in ORIENTING:
+    if keyword not in ORIENTATION_KEYWORDS:
         return False
-    if kind == b"zTXt":  # the method's number lies before the text
-        packed = text[1:]
-    elif kind == b"iTXt" and text[:1] == b"\1":  # a flag, the method's number, a language and a translated keyword
-        packed = text[2:].split(b"\0", 2)[-1]
+    if kind == b"zTXt":  # compression method, text
+        compressed = text[1:]
+    elif kind == b"iTXt" and text[:1] == b"\1":  # compression flag and method, language, translated keyword, text
+        compressed = text[2:].split(b"\0", 2)[-1]
     else:
         return True
-    inflater = zlib.decompressobj()
+    decompressor = zlib.decompressobj()
     try:
-        inflater.decompress(packed, MAX_TEXT)
+        decompressor.decompress(compressed, MAX_TEXT)
     except zlib.error:
         return False
-    return not inflater.unconsumed_tail
+    return not decompressor.unconsumed_tail

@@ -1,4 +1,4 @@
-"""What is no readable image is named for what it is, a plugin is used where it is installed, and text costs nothing."""
+"""Unreadable files are identified by their content, plugins are used if installed, and PNG texts are skipped."""
 
 import io
 import subprocess
@@ -30,8 +30,8 @@ def chunk(kind: bytes, body: bytes, checksum: int | None = None) -> bytes:
 
 def png_with(chunks: bytes, before: bytes) -> bytes:
     png = saved("PNG")
-    at = png.index(before) - 4
-    return png[:at] + chunks + png[at:]
+    start = png.index(before) - 4
+    return png[:start] + chunks + png[start:]
 
 
 def box(brand: bytes) -> bytes:
@@ -54,15 +54,15 @@ TEXTS = {
 }
 
 
-@pytest.mark.parametrize("before", [b"IDAT", b"IEND"], ids=["before the pixels", "behind them"])
+@pytest.mark.parametrize("before", [b"IDAT", b"IEND"], ids=["before the pixels", "after them"])
 @pytest.mark.parametrize("name", TEXTS)
-def test_what_a_png_holds_besides_pixels_does_not_matter(name, before):
+def test_unused_chunks_of_a_png_are_ignored(name, before):
     assert np.array_equal(np.asarray(read_image(png_with(TEXTS[name], before))), np.asarray(NOISE))
 
 
-def test_a_text_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked():
-    packed = zlib.compress(bytes(64 * MEGABYTE))
-    png = png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + packed), b"IDAT")
+def test_a_compression_bomb_in_a_text_is_not_decompressed():
+    compressed = zlib.compress(bytes(64 * MEGABYTE))
+    png = png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + compressed), b"IDAT")
     tracemalloc.start()
     try:
         read_image(png)
@@ -71,14 +71,14 @@ def test_a_text_that_unpacks_to_a_thousand_times_its_size_is_not_unpacked():
         tracemalloc.stop()
 
 
-def test_a_png_may_lack_its_end_and_have_anything_behind_it():
+def test_a_png_may_lack_its_end_chunk_or_have_bytes_after_it():
     png = saved("PNG")
     for other in (png[: png.index(b"IEND") - 4], png + b"anything", png + bytes(5000)):
         assert np.array_equal(np.asarray(read_image(other)), np.asarray(NOISE))
 
 
 @pytest.mark.parametrize("kept", [20, 40, 60, 500, -200])
-def test_a_png_that_lacks_pixels_is_cut_off(kept):
+def test_a_png_with_missing_pixels_is_refused(kept):
     with pytest.raises(ImageError, match=r"is broken or cut off|cannot be read; it is cut off"):
         read_image(saved("PNG")[:kept])
 
@@ -102,7 +102,7 @@ def test_a_png_that_lacks_pixels_is_cut_off(kept):
         (saved("TIFF")[:60], "is in TIFF format but cannot be read"),
     ],
 )
-def test_what_is_no_readable_image_is_named_for_what_it_is(tmp_path, content, reason):
+def test_an_unreadable_file_is_identified_in_the_error(tmp_path, content, reason):
     (tmp_path / "image.jpg").write_bytes(content)
     for source in (content, tmp_path / "image.jpg"):
         with pytest.raises(ImageError, match=reason) as caught:
@@ -119,8 +119,8 @@ PLUGINS = [
 
 
 @pytest.mark.parametrize(("content", "format", "module", "package"), PLUGINS)
-def test_a_format_that_needs_a_plugin_is_refused_with_its_name(monkeypatch, content, format, module, package):
-    # As if it were not installed, also where another test has made Pillow use it already.
+def test_a_missing_plugin_is_named_in_the_error(monkeypatch, content, format, module, package):
+    # Simulate that it is not installed, even if another test has registered it.
     monkeypatch.setitem(sys.modules, module, None)
     monkeypatch.setitem(sys.modules, f"{module}.HeifImagePlugin", None)
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name not in ("HEIF", "JXL")])
@@ -129,7 +129,7 @@ def test_a_format_that_needs_a_plugin_is_refused_with_its_name(monkeypatch, cont
         read_image(content)
 
 
-STAND_IN = """
+FAKE_PLUGIN = """
 import time
 from PIL import Image
 
@@ -143,10 +143,10 @@ Image.register_open("HEIF", opened, lambda head: head[4:12] == b"ftypheic")
 """
 
 
-def test_a_plugin_is_used_as_soon_as_it_is_installed_by_all_threads(tmp_path):
+def test_an_installed_plugin_is_used_by_all_threads(tmp_path):
     (tmp_path / "pillow_heif").mkdir()
     (tmp_path / "pillow_heif" / "__init__.py").touch()
-    (tmp_path / "pillow_heif" / "HeifImagePlugin.py").write_text(STAND_IN)
+    (tmp_path / "pillow_heif" / "HeifImagePlugin.py").write_text(FAKE_PLUGIN)
     (tmp_path / "image.jpg").write_bytes(box(b"heic"))
     script = """
 import sys
@@ -160,7 +160,7 @@ with ThreadPoolExecutor(16) as pool:
     assert done.stdout == "{(10, 20, 30)}\n", done.stderr
 
 
-def test_damaged_metadata_is_not_worth_a_word(tmp_path):
+def test_damaged_metadata_causes_no_warning(tmp_path):
     NOISE.save(tmp_path / "image.jpg", exif=b"Exif\0\0MM\0*\0\0\0\x08\0\x05 not what EXIF looks like")
     (tmp_path / "image.tif").write_bytes(saved("TIFF")[:60])
     script = (
@@ -175,8 +175,8 @@ def test_damaged_metadata_is_not_worth_a_word(tmp_path):
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_heic_is_upright_whatever_the_rule(orientation):
-    """The format itself says how it is turned, and its decoder has to follow; EXIF says it once more."""
+def test_heic_is_upright_under_every_exif_rule(orientation):
+    """The HEIC format itself stores the rotation, and its decoder applies it."""
     plugin = pytest.importorskip("pillow_heif")
     plugin.register_heif_opener()
     colours = np.array([[[230, 30, 30], [30, 220, 40]], [[40, 50, 230], [240, 240, 240]]], np.uint8)
@@ -188,7 +188,8 @@ def test_heic_is_upright_whatever_the_rule(orientation):
     with_rule = [np.asarray(read_image(file.getvalue(), exif=rule)) for rule in ("auto", "apply", "ignore")]
     assert all(np.array_equal(one, with_rule[0]) for one in with_rule)
     expected = stored.transpose(TURNS[orientation]) if orientation > 1 else stored
-    found = Image.fromarray(with_rule[0])
-    assert found.size == expected.size
-    at = [(x, y) for x in (10, found.width - 10) for y in (10, found.height - 10)]
-    assert np.abs(np.array([found.getpixel(p) for p in at]) - [expected.getpixel(p) for p in at]).max() < 30
+    upright = Image.fromarray(with_rule[0])
+    assert upright.size == expected.size
+    points = [(x, y) for x in (10, upright.width - 10) for y in (10, upright.height - 10)]
+    difference = np.array([upright.getpixel(p) for p in points]) - [expected.getpixel(p) for p in points]
+    assert np.abs(difference).max() < 30

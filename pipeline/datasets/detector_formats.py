@@ -24,13 +24,13 @@ import msgspec
 import numpy as np
 
 from regionspot.cache.format.manifest import Category
-from regionspot.pipeline.datasets import json_values as values
-from regionspot.pipeline.datasets.box_forms import BoxForm
+from regionspot.pipeline.datasets import field_parsing as parse
+from regionspot.pipeline.datasets.box_format_check import BoxFormat
 from regionspot.pipeline.datasets.coco import XYWH, Number, boxes_of
-from regionspot.pipeline.datasets.coco_images import Id
+from regionspot.pipeline.datasets.coco_image_table import Id
 from regionspot.pipeline.datasets.failure_limit import SkippedRecords
+from regionspot.pipeline.datasets.field_parsing import FieldError
 from regionspot.pipeline.datasets.json_stream import AnnotationFile
-from regionspot.pipeline.datasets.json_values import FieldError
 from regionspot.pipeline.datasets.region_table import Bools, Floats, Ints, Lookup, column
 
 NO_LABEL, UNKNOWN_LABEL = -2, -1  # in place of a category index
@@ -43,14 +43,16 @@ _NESTED = ("instances", "pred_instances", "proposals")
 _BOXES = ("boxes", "bboxes", "pred_boxes", "proposal_boxes")
 _SCORES = ("scores", "objectness_logits")
 _LABELS = ("labels", "pred_classes")
-Entry: TypeAlias = tuple[str, Any, Any]  # an image's place for messages, what names it (None: a field of it), and it
+ImageEntry: TypeAlias = tuple[
+    str, Any, Any
+]  # an image's place for messages, what names it (None: a field of it), and it
 
 
 @dataclass(frozen=True)
 class ProposedBoxes:
     """M boxes as columns.
 
-    image_ids   int64 (M,)      the image's id, or what `number_of_name` makes of its name
+    image_ids   int64 (M,)      the image's id, or what `id_of_name` makes of its name
     boxes       float64 (M, 4)  as they stand in the file
     scores      float64 (M,)    NaN where null, 1 where there is none
     scored      bool (M,)       whether there is a score
@@ -104,7 +106,7 @@ class ProposalReader:
         self._index_of_name = {category.name: index for index, category in reversed(list(enumerate(categories)))}
         self._plain = msgspec.json.Decoder(_OfImage)
         self.names: dict[int, str] = {}
-        self.form: BoxForm | None = None
+        self.form: BoxFormat | None = None
         self.by_place = False
 
     def read(self) -> ProposedBoxes:
@@ -128,7 +130,7 @@ class ProposalReader:
         self._skipped.check("records")
         return boxes
 
-    def _entries_of_object(self) -> Iterable[Entry]:
+    def _entries_of_object(self) -> Iterable[ImageEntry]:
         pairs = self._file.pairs()
         keys = {key for key, _ in pairs}
         if {"images", "annotations"} <= keys:
@@ -137,7 +139,7 @@ class ProposalReader:
             return self._entries_of_detectron2()
         return ((f'["{key}"]', key, raw) for key, raw in pairs)
 
-    def _entries_of_detectron2(self) -> Iterable[Entry]:
+    def _entries_of_detectron2(self) -> Iterable[ImageEntry]:
         """A list of images, and for each image a list of boxes and one of scores."""
         lists = self._file.decode(dict[str, Any])
         ids: Any = lists.get("ids", lists.get("indexes"))
@@ -149,7 +151,7 @@ class ProposalReader:
             record = {name: listed[place] for name, listed in columns.items()}
             yield f".boxes[{place}]", image, {**record, "bbox_mode": lists.get("bbox_mode")}
 
-    def _entries_by_place(self) -> Iterable[Entry]:
+    def _entries_by_place(self) -> Iterable[ImageEntry]:
         """MMDetection's lists: of each image its boxes, or those of each class."""
         images = self._file.decode(list[Any])
         if len(images) != len(self._image_ids):
@@ -159,7 +161,7 @@ class ProposalReader:
         self.by_place = True
         for place, (image, boxes) in enumerate(zip(self._image_ids.tolist(), images, strict=True)):
             if not isinstance(boxes, list) or not all(isinstance(each, list) for each in boxes):
-                raise self._file.refuse(f"[{place}] is {values.shown(boxes)}, expected the boxes of an image")
+                raise self._file.refuse(f"[{place}] is {parse.shorten(boxes)}, expected the boxes of an image")
             record = {"boxes": boxes}
             if any(not each or isinstance(each[0], list) for each in boxes):  # a list for each class
                 record = {
@@ -168,7 +170,7 @@ class ProposalReader:
                 }
             yield f"[{place}]", image, record
 
-    def _read_entries(self, entries: Iterable[Entry]) -> ProposedBoxes:
+    def _read_entries(self, entries: Iterable[ImageEntry]) -> ProposedBoxes:
         """Decoded one by one, and made into columns some at a time, so that objects do not pile up."""
         pieces: list[ProposedBoxes] = []
         plain: list[tuple[int, _OfImage]] = []
@@ -221,13 +223,15 @@ class ProposalReader:
         return np.where(ids == _NO_CATEGORY_ID, NO_LABEL, self._index_of_id.find(ids))
 
     def _read_entry(self, key: Any, value: Any) -> ProposedBoxes:
-        record = {"boxes": value} if isinstance(value, list) else values.record(value)
+        record = {"boxes": value} if isinstance(value, list) else parse.json_object(value)
         image = self._image_of(record) if key is None else self._image("", key)
         nested = next((record[name] for name in _NESTED if name in record), record)
         if not isinstance(nested, list):
-            return self._of_image(image, values.record(nested), by_class="pred_instances" in record)
+            return self._of_image(image, parse.json_object(nested), by_class="pred_instances" in record)
         self._use("xywh")
-        results = [self._read_result({**values.record(each), "file_name": None, "image_id": image}) for each in nested]
+        results = [
+            self._read_result({**parse.json_object(each), "file_name": None, "image_id": image}) for each in nested
+        ]
         return self._of_results(results, [image])
 
     def _of_image(self, image: int, record: Mapping[str, Any], by_class: bool) -> ProposedBoxes:
@@ -237,11 +241,11 @@ class ProposalReader:
             raise FieldError(f" has no `boxes`; it has {', '.join(record) or 'nothing'}")
         stated, scores = _boxes(name, record[name])
         count, mode = len(stated), record.get("bbox_mode") or 0  # detectron2.structures.BoxMode
-        mode = values.whole("bbox_mode", mode, 0, 1, "0 (x1, y1, x2, y2) or 1 (x, y, width, height)")
+        mode = parse.integer("bbox_mode", mode, 0, 1, "0 (x1, y1, x2, y2) or 1 (x, y, width, height)")
         self._use("xywh" if mode == 1 else "xyxy")
         if field := _first(record, _SCORES):
             listed = _list_of(field, record[field], count)
-            scores = np.array([values.number(f"{field}[{at}]", each) for at, each in enumerate(listed)], np.float64)
+            scores = np.array([parse.number(f"{field}[{at}]", each) for at, each in enumerate(listed)], np.float64)
             if field == "objectness_logits":
                 scores = _sigmoid(scores)
         labels = np.full(count, NO_LABEL)
@@ -258,7 +262,7 @@ class ProposalReader:
         )
 
     def _labels(self, labels: Sequence[Any], by_class: bool) -> Ints:
-        whole = [values.whole_or_none(each) for each in labels]
+        whole = [parse.integer_or_none(each) for each in labels]
         numbers = np.array([_UNKNOWN_ID if each is None else each for each in whole], np.int64)
         if by_class:
             return np.where((numbers >= 0) & (numbers < self._classes), numbers, UNKNOWN_LABEL)
@@ -269,12 +273,12 @@ class ProposalReader:
         return found
 
     def _read_result(self, value: Any) -> _Result:
-        record = values.record(value)
+        record = parse.json_object(value)
         label = record.get("category_id")
-        number = values.whole_or_none(label)
+        number = parse.integer_or_none(label)
         category = number if number is not None else _NO_CATEGORY_ID if label is None else _UNKNOWN_ID
-        score = values.number("score", record["score"]) if "score" in record else msgspec.UNSET
-        return _Result(self._image_of(record), values.box("bbox", values.field(record, "bbox"), XYWH), score, category)
+        score = parse.number("score", record["score"]) if "score" in record else msgspec.UNSET
+        return _Result(self._image_of(record), parse.box("bbox", parse.required(record, "bbox"), XYWH), score, category)
 
     def _of_results(self, results: list[_Result], entries: Sequence[int] = ()) -> ProposedBoxes:
         stated, image_ids = boxes_of(results), column(results, "image_id", np.int64)
@@ -296,7 +300,7 @@ class ProposalReader:
             entries=np.array(entries, np.int64),
         )
 
-    def _use(self, form: BoxForm) -> None:
+    def _use(self, form: BoxFormat) -> None:
         """Raises FieldError where boxes before these were written in another form."""
         if self.form not in (None, form):
             raise FieldError(f" has boxes as {form}, those before it are {self.form}; expected one form in a file")
@@ -311,10 +315,10 @@ class ProposalReader:
     def _image(self, field: str, stated: Any) -> int:
         """What stands for an image in the columns."""
         if isinstance(stated, str) and not _PLAIN_ID.fullmatch(stated):
-            image = values.number_of_name(stated)  # "000139" and "139.0" may be files' names as well as numbers
+            image = parse.id_of_name(stated)  # "000139" and "139.0" may be files' names as well as numbers
         else:
-            image = values.image_id(field, stated)
-        if image >= values.FIRST_NAME and image != stated:
+            image = parse.image_id(field, stated)
+        if image >= parse.FIRST_NAME_ID and image != stated:
             self.names[image] = str(stated)
         return image
 
@@ -326,7 +330,7 @@ def _first(record: Mapping[str, Any], names: Sequence[str]) -> str | None:
 
 def _list_of(name: str, value: Any, count: int) -> list[Any]:
     if not isinstance(value, list) or len(value) != count:
-        found = f"has {len(value)} entries" if isinstance(value, list) else f"is {values.shown(value)}"
+        found = f"has {len(value)} entries" if isinstance(value, list) else f"is {parse.shorten(value)}"
         raise FieldError(f".{name} {found}, expected a list with one entry for each of the {count} boxes")
     return value
 
@@ -334,13 +338,13 @@ def _list_of(name: str, value: Any, count: int) -> list[Any]:
 def _boxes(name: str, value: Any) -> tuple[Floats, Floats | None]:
     """float64 (n, 4), and the scores (n,) where each box has its own as a fifth number."""
     if not isinstance(value, list):
-        raise values.wrong(name, value, f"a list of boxes, {_XYXY}")
+        raise parse.wrong_value(name, value, f"a list of boxes, {_XYXY}")
     try:
         boxes = np.array(value, np.float64)
     except (TypeError, ValueError, OverflowError):
         boxes = np.zeros(0)
     if boxes.ndim != 2 or boxes.shape[1] not in (4, 5):  # none, ragged, nested, or something else than numbers
-        rows = [values.box_numbers(f"{name}[{at}]", each, _XYXY, most=5) for at, each in enumerate(value)]
+        rows = [parse.box_numbers(f"{name}[{at}]", each, _XYXY, most=5) for at, each in enumerate(value)]
         if len({len(row) for row in rows}) > 1:
             raise FieldError(f".{name} has boxes of 4 numbers and boxes of 5, expected all of one kind")
         boxes = np.array(rows, np.float64).reshape(len(rows), -1) if rows else np.zeros((0, 4))

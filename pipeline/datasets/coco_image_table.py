@@ -4,26 +4,40 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeAlias
 from urllib.parse import unquote
 
 import msgspec
 import numpy as np
 
 from regionspot.cache.format.manifest import Category, Manifest
-from regionspot.pipeline.datasets import json_values as values
+from regionspot.pipeline.datasets import field_parsing as parse
 from regionspot.pipeline.datasets.failure_limit import SkippedRecords
+from regionspot.pipeline.datasets.field_parsing import FieldError
 from regionspot.pipeline.datasets.json_stream import AnnotationFile
-from regionspot.pipeline.datasets.json_values import FieldError
 from regionspot.pipeline.datasets.region_table import Ints, Lookup, column, manifest_of_images, ragged
-
-if TYPE_CHECKING:
-    from regionspot.pipeline.datasets.coco import Form
 
 Id: TypeAlias = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]
 Pixels: TypeAlias = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 
 _NEGATIVE, _NOT_EXHAUSTIVE = _LISTS = ("neg_category_ids", "not_exhaustive_category_ids")
+
+
+@dataclass(frozen=True)
+class CocoVariant:
+    """What one dataset's files do in their own way.
+
+    path_field   the image's field that states its path, or an address that ends with it
+    path_parts   how many of the last parts of that are the path inside the image folder; None: all
+    federated    whether each image lists its negative and its not exhaustively annotated categories (LVIS)
+    spelling     category names that are corrected, as found and as they should be
+    """
+
+    path_field: Literal["file_name", "coco_url"] = "file_name"
+    path_parts: int | None = None
+    federated: bool = False
+    spelling: Mapping[str, str] = field(default_factory=dict)
 
 
 class _Image(msgspec.Struct, gc=False):
@@ -36,13 +50,13 @@ class _Image(msgspec.Struct, gc=False):
     not_exhaustive_category_ids: list[Id] | None = None
 
 
-class CocoImages:
+class CocoImageTable:
     """The images that can be used, as columns in the file's order; the others are skipped.
 
     left_out   ids of skipped images
     """
 
-    def __init__(self, file: AnnotationFile, form: Form, categories: tuple[Category, ...]) -> None:
+    def __init__(self, file: AnnotationFile, form: CocoVariant, categories: tuple[Category, ...]) -> None:
         self._file, self._form, self._categories = file, form, categories
         self._index = {category.id: index for index, category in enumerate(categories)}
         self._columns: dict[str, list[Ints]] = {"id": [], "height": [], "width": []}
@@ -108,33 +122,33 @@ class CocoImages:
             raise FieldError(f".{name} names category {error}, which `categories` lacks") from None
 
     def _read_record(self, value: Any) -> _Image:
-        record = values.record(value)
-        stated = values.field(record, "id")
-        image_id = values.image_id("id", stated)
+        record = parse.json_object(value)
+        stated = parse.required(record, "id")
+        image_id = parse.image_id("id", stated)
         try:
             image = self._read_fields(image_id, record)
         except FieldError:
             self.left_out.add(image_id)
             raise
-        self._named += values.whole_or_none(stated) is None
+        self._named += parse.integer_or_none(stated) is None
         return image
 
     def _read_fields(self, image_id: int, record: Mapping[str, Any]) -> _Image:
         def side(name: str) -> int:
             what = "pixels, a whole number from 1"
-            return values.whole(name, values.field(record, name), least=1, most=2**31 - 1, what=what)
+            return parse.integer(name, parse.required(record, name), least=1, most=2**31 - 1, expected=what)
 
         def ids(name: str) -> list[int] | None:
             listed = record.get(name)
             if listed is None:
                 return None
             if not isinstance(listed, list):
-                raise values.wrong(name, listed, "a list of category ids")
-            return [values.whole(name, each) for each in listed]
+                raise parse.wrong_value(name, listed, "a list of category ids")
+            return [parse.integer(name, each) for each in listed]
 
         def path(name: str) -> str | None:
             stated = record.get(name)
-            return None if stated is None else values.text(name, stated)
+            return None if stated is None else parse.text(name, stated)
 
         return _Image(
             id=image_id,
@@ -148,7 +162,7 @@ class CocoImages:
         )
 
 
-def path_of(form: Form, file_name: str | None, coco_url: str | None) -> str:
+def path_of(form: CocoVariant, file_name: str | None, coco_url: str | None) -> str:
     """Where an image lies inside the image folder. Raises FieldError for what could lie outside of it."""
     name, stated = "file_name", file_name
     if form.path_field == "coco_url" and coco_url:  # LVIS before v1 has names alone
@@ -159,9 +173,9 @@ def path_of(form: Form, file_name: str | None, coco_url: str | None) -> str:
         raise FieldError(f" has no `{form.path_field}`")
     parts = stated.replace("\\", "/").split("/")  # Windows' separators
     if "://" in stated and name == "file_name":
-        raise values.wrong(name, stated, "a path inside the image folder, not an address; fetch the image there")
+        raise parse.wrong_value(name, stated, "a path inside the image folder, not an address; fetch the image there")
     if not parts[0] or parts[0][1:] == ":":
-        raise values.wrong(name, stated, "a path relative to the image folder, not an absolute one")
+        raise parse.wrong_value(name, stated, "a path relative to the image folder, not an absolute one")
     if ".." in parts or "\0" in stated:
-        raise values.wrong(name, stated, "a path inside the image folder; this one leaves it")
+        raise parse.wrong_value(name, stated, "a path inside the image folder; this one leaves it")
     return "/".join(parts if form.path_parts is None else parts[-form.path_parts :])

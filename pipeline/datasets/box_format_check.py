@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats: TypeAlias = NDArray[np.float64]
-BoxForm: TypeAlias = Literal["xywh", "xyxy", "normalised"]  # the last one: corners from 0 to 1
+BoxFormat: TypeAlias = Literal["xywh", "xyxy", "normalised"]  # the last one: corners from 0 to 1
 
 _FITTING = 0.95  # share of boxes that must fit in another reading
 _SLACK = 0.01  # of a side: boxes of annotators reach a little over the border
@@ -24,7 +24,7 @@ _OTHER_ORDER = "their corners stand in another order than x1, y1, x2, y2"
 _EXPECTED = {"xywh": (_SIZES, _PIXELS), "xyxy": (_CORNERS, _PIXELS), "normalised": (_CORNERS, _SHARES)}
 
 
-def what_is_odd(stated: Floats, sizes: Floats, form: BoxForm) -> str | None:
+def diagnose_boxes(stated: Floats, sizes: Floats, form: BoxFormat) -> str | None:
     """What boxes that were read as `form` may be instead, in words.
 
     "" where nothing fits better; None where they fit their images as they are.

@@ -1,8 +1,8 @@
-"""Images of more than 8 bits a channel, or of floats, as 8 bits: which of their values is white?
+"""Convert images of more than 8 bits per channel, or of floats, to 8 bits.
 
-It is what the file states, or what its kind usually means by white, if the image is at least a quarter as bright.
-Otherwise white is guessed from the image's own values, with a warning: 12 bits that are stored in 16 would come out
-nearly black. An image that not even this makes visible is refused.
+White is the value that the file states or that is usual for its format, if the image is at least a quarter as bright.
+Otherwise white is guessed from the image's own values, with a warning: 12-bit values stored in 16 bits would become
+nearly black. An image that would still be nearly black is refused.
 """
 
 from __future__ import annotations
@@ -20,61 +20,61 @@ log = logging.getLogger(__name__)
 BITS_PER_SAMPLE, PHOTOMETRIC, MAX_SAMPLE_VALUE, SAMPLE_FORMAT, S_MAX_SAMPLE_VALUE = 258, 262, 281, 339, 341
 WHITE_IS_ZERO, SIGNED = 0, 2
 FLOAT_WHITES = (1, 255, 65535)
-BRIGHT = 1 / 4  # of white: an image whose values all stay below was probably stored with another white
-TAILS = (0.1, 99.9)  # per cent; single dead or hot pixels do not decide the range
-ENOUGH = 2**20  # values, to tell the range of all
-VISIBLE = 8  # of 255
-MIN_SHADES = 16  # left of a channel by the upper 8 of its 16 bits
+MIN_BRIGHTNESS = 1 / 4  # of white: a darker image was probably stored with another white
+PERCENTILES = (0.1, 99.9)  # the range without single dead or hot pixels
+MAX_SAMPLED = 2**20  # values from which the range is computed
+MIN_VISIBLE = 8  # median of 255
+MIN_SHADES = 16  # shades in the upper 8 of 16 bits
 
 _warned: set[str] = set()
 
 
 class UnscalableError(ValueError):
-    """No scale makes the image visible in 8 bits; the message says why."""
+    """The image cannot be shown in 8 bits; the message says why."""
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Whether the image has one channel, of other values than 0 to 255."""
+    """Whether the image has one channel with other values than 0 to 255."""
     return image.mode[0] in "IF" or (image.mode == "L" and _tag(image, SAMPLE_FORMAT) == SIGNED)
 
 
-def grey_of(image: Image.Image, name: str) -> Image.Image:
-    """A loaded image for which `is_deep` holds, as mode L. Warnings call it `name`.
+def to_grey(image: Image.Image, name: str) -> Image.Image:
+    """Convert a loaded image for which `is_deep` is true to mode L. `name` is used in warnings.
 
-    Raises UnscalableError where most of it would be nearly black, and where no value is finite.
+    Raises UnscalableError if most of it would be nearly black, or if no value is finite.
     """
     values, whites = _values(image)
-    finite, known = values, np.isfinite(values)
-    if not known.any():
+    finite, is_finite = values, np.isfinite(values)
+    if not is_finite.any():
         raise UnscalableError("has no finite values")
-    if not known.all():
-        finite = values[known]
+    if not is_finite.all():
+        finite = values[is_finite]
         _warn("not finite", f"{name}: {values.size - finite.size:,} of its values are not finite; NaN becomes black")
     black, white, guessed = _black_and_white(finite, whites)
-    # Of integers the upper 8 bits, as Pillow takes them of 16 bits a channel.
-    whole = finite.dtype.kind != "f" and black == 0 and white >= 255
-    scale = (256 / (white + 1), 0.0) if whole else (255 / (white - black), 0.5)
-    grey = _bytes(values, black, white, *scale)
+    # Integers keep their upper 8 bits, as in Pillow's conversion of 16-bit channels.
+    upper_bits = finite.dtype.kind != "f" and black == 0 and white >= 255
+    scale = (256 / (white + 1), 0.0) if upper_bits else (255 / (white - black), 0.5)
+    grey = _to_uint8(values, black, white, *scale)
     if guessed:
         span = f"{finite.min():g} to {finite.max():g}"
-        lit = grey[values > black]
-        if lit.size and np.median(lit) < VISIBLE:
+        above_black = grey[values > black]
+        if above_black.size and np.median(above_black) < MIN_VISIBLE:
             raise UnscalableError(f"has values from {span}, of which 8 bits would show most as black")
-        _warn("range", f"{name}: nothing says which of its values, {span}, is white; {white:g} is taken")
-    # Pillow inverts such images of up to 8 bits only.
+        _warn("range", f"{name}: has values from {span} and does not state white; {white:g} is used")
+    # Pillow inverts WhiteIsZero images of up to 8 bits only.
     return Image.fromarray(255 - grey if _tag(image, PHOTOMETRIC) == WHITE_IS_ZERO else grey)
 
 
 def _black_and_white(values: NDArray[Any], whites: list[float]) -> tuple[float, float, bool]:
-    """Which of the finite values become black and white, and whether that is a guess."""
+    """Black, white, and whether they are a guess, from the finite values."""
     least, most = values.min().item(), values.max().item()
     low, high = _range(values)
     if least >= 0:
         white = next((white for white in whites if most <= white), None)
-        if white is not None and (high >= white * BRIGHT or most == 0):
+        if white is not None and (high >= white * MIN_BRIGHTNESS or most == 0):
             return 0, white, False
         if values.dtype.kind != "f":
-            white = 2 ** int(high).bit_length() - 1  # of 10, 12 or 14 bits that are kept in 16
+            white = 2 ** int(high).bit_length() - 1  # 10, 12 or 14 bits stored in 16
             if low < white / 2:
                 return 0, white, True
     if low == high:
@@ -83,37 +83,37 @@ def _black_and_white(values: NDArray[Any], whites: list[float]) -> tuple[float, 
 
 
 def loses_low_bits(image: Image.Image) -> bool:
-    """Whether an image that is not loaded yet has channels of 16 bits of which Pillow will keep the upper 8."""
+    """Whether Pillow will keep only the upper 8 of 16 bits per channel when it loads this image."""
     return not is_deep(image) and any(";16" in str(tile[3]) for tile in getattr(image, "tile", ()))
 
 
-def rgb_of_upper_bits(image: Image.Image, name: str) -> Image.Image:
-    """RGB of the upper 8 of 16 bits, stretched to its own range where that is dark. Warnings call it `name`.
+def stretch_if_dark(image: Image.Image, name: str) -> Image.Image:
+    """Stretch a dark RGB image, made of the upper 8 of 16 bits, to white. `name` is used in warnings.
 
-    Raises UnscalableError where these bits hold too few shades.
+    Raises UnscalableError if these bits hold too few shades.
     """
     pixels = np.asarray(image)
     _, high = _range(pixels)
-    if high >= 256 * BRIGHT:
+    if high >= 256 * MIN_BRIGHTNESS:
         return image
     if high < MIN_SHADES:
         raise UnscalableError(
             f"has 16 bits a channel but no values above {256 * pixels.max().item() + 255:,}, and Pillow reads the "
             "upper 8 bits only; save it with 8 bits, or scaled up to 65,535"
         )
-    _warn("16 bits", f"{name}: nothing says which of its 16-bit values is white; {256 * high + 255:,} is taken")
-    return Image.fromarray(_bytes(pixels, 0, high, 255 / high, 0.5))
+    _warn("16 bits", f"{name}: has dark 16-bit values and does not state white; {256 * high + 255:,} is used")
+    return Image.fromarray(_to_uint8(pixels, 0, high, 255 / high, 0.5))
 
 
 def _range(values: NDArray[Any]) -> tuple[float, float]:
-    """The least and the largest value, a few outliers aside."""
-    some = values.reshape(-1)[:: max(1, values.size // ENOUGH)]
-    low, high = np.percentile(some, TAILS, method="nearest")
+    """The smallest and the largest value, without outliers."""
+    sample = values.reshape(-1)[:: max(1, values.size // MAX_SAMPLED)]
+    low, high = np.percentile(sample, PERCENTILES, method="nearest")
     return low.item(), high.item()
 
 
 def _values(image: Image.Image) -> tuple[NDArray[Any], list[float]]:
-    """The image's values, and what may be white, in ascending order."""
+    """The image's values, and the candidates for white in ascending order."""
     values = np.asarray(image)
     signed = _tag(image, SAMPLE_FORMAT, SIGNED if image.mode == "I" else 1) == SIGNED
     if values.dtype.kind == "f":
@@ -131,15 +131,15 @@ def _values(image: Image.Image) -> tuple[NDArray[Any], list[float]]:
 
 
 def _tag(image: Image.Image, tag: int, default: Any = None) -> Any:
-    """A TIFF tag, of several values the first; `default` for other formats."""
+    """The (first) value of a TIFF tag; `default` for other formats."""
     value = getattr(image, "tag_v2", {}).get(tag, default)
     return value[0] if isinstance(value, tuple) else value
 
 
-def _bytes(values: NDArray[Any], low: float, high: float, factor: float, offset: float) -> NDArray[np.uint8]:
-    """uint8 (values - low) * factor + offset, rounded down, from 0 to 255. NaN counts as `low`."""
-    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # a table takes less memory than floats do
-        table = _bytes(np.arange(2**16, dtype=np.float32), low, high, factor, offset)
+def _to_uint8(values: NDArray[Any], low: float, high: float, factor: float, offset: float) -> NDArray[np.uint8]:
+    """(values - low) * factor + offset, rounded down and clipped to 0 to 255. NaN becomes `low`."""
+    if values.dtype.kind == "u" and values.dtype.itemsize == 2:  # a lookup table takes less memory than floats
+        table = _to_uint8(np.arange(2**16, dtype=np.float32), low, high, factor, offset)
         return cast("NDArray[np.uint8]", table[values])
     floats = np.nan_to_num(values.astype(np.float32), copy=False, nan=low, posinf=high, neginf=low)
     floats -= low
@@ -149,7 +149,7 @@ def _bytes(values: NDArray[Any], low: float, high: float, factor: float, offset:
 
 
 def _warn(kind: str, message: str) -> None:
-    """Once a process for each kind: a folder may hold a million such images."""
+    """Warn once per process and kind: a folder may contain a million such images."""
     if kind not in _warned:
         _warned.add(kind)
-        log.warning("%s; further images of this kind are treated alike, without a warning", message)
+        log.warning("%s; further images of this kind are converted without a warning", message)
