@@ -1,4 +1,4 @@
-"""Every image of docs/images.md, made for real and extracted: what its table says is what happens."""
+"""Creates every image file in the table of docs/images.md, extracts them, and compares the results with the table."""
 
 import ctypes
 import io
@@ -22,10 +22,10 @@ from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, image_s
 from regionspot.pipeline.datasets.registry import read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import Backbones, extract
-from regionspot.pipeline.images import decode as images
+from regionspot.pipeline.images import decode
 from regionspot.pipeline.images.decode import TURNS, decode_image
 
-PAGE = Path(__file__).resolve().parents[2] / "docs" / "images.md"
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "images.md"
 HEIGHT, WIDTH = 45, 64
 ALL_MAY_FAIL = FailureLimit(share=1.0)
 EXIF_ORIENTATION = 0x0112
@@ -36,12 +36,12 @@ COLOUR = Image.fromarray(COARSE).resize((WIDTH, HEIGHT), Image.Resampling.BICUBI
 OTHER = COLOUR.transpose(Image.Transpose.ROTATE_180)
 ALPHA = Image.fromarray(np.full((HEIGHT, WIDTH), 40, np.uint8))
 
-Make = Callable[[Path], Image.Image | None]  # writes the file; the image that is expected, None: what Pillow reads
+Make = Callable[[Path], Image.Image | None]  # writes the file and returns the expected image; None: Pillow's result
 
 
 def table() -> list[list[str]]:
-    """The cells of the page's table of images, without its head."""
-    section = PAGE.read_text(encoding="utf-8").split("\n## Images\n")[1].split("\n##")[0]
+    """The cells of the table of images, without its header."""
+    section = DOCUMENT.read_text(encoding="utf-8").split("\n## Images\n")[1].split("\n##")[0]
     rows = [line.strip("|").split("|") for line in section.splitlines() if line.startswith("|")]
     return [[cell.strip() for cell in row] for row in rows[2:]]
 
@@ -58,28 +58,28 @@ def saved(image: Image.Image = COLOUR, expected: Image.Image | None = None, **op
     return make
 
 
-def turned(orientation: int, expected_turned: bool) -> Make:
+def rotated(orientation: int, expected_rotated: bool) -> Make:
     def make(path: Path) -> Image.Image:
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = orientation
         COLOUR.save(path, exif=exif)
         with Image.open(path) as stored:
-            return ImageOps.exif_transpose(stored) if expected_turned else stored.convert("RGB")
+            return ImageOps.exif_transpose(stored) if expected_rotated else stored.convert("RGB")
 
     return make
 
 
-def holding(content: bytes) -> Make:
+def with_content(content: bytes) -> Make:
     return lambda path: path.write_bytes(content) and None
 
 
 def half(format: str) -> Make:
     file = io.BytesIO()
     COLOUR.save(file, format, quality=100)
-    return holding(file.getvalue()[: len(file.getvalue()) // 2])
+    return with_content(file.getvalue()[: len(file.getvalue()) // 2])
 
 
-def scratched(path: Path) -> None:
+def damaged_in_the_middle(path: Path) -> None:
     COLOUR.save(path, quality=95)
     data = bytearray(path.read_bytes())
     data[-300:-290] = bytes(10)
@@ -96,7 +96,7 @@ def link_to(target: str) -> Make:
     return lambda path: path.symlink_to(target)
 
 
-def secret(path: Path) -> None:
+def without_permission(path: Path) -> None:
     COLOUR.save(path)
     path.chmod(0)
 
@@ -136,14 +136,14 @@ def transparent_palette(path: Path) -> Image.Image:
     return image.convert("RGB")
 
 
-def turned_as(format: str, orientation: int, expected_turned: bool) -> Make:
-    """In a lossless format; the expected pixels are turned here, not by Pillow, which turns a TIFF by itself."""
+def rotated_as(format: str, orientation: int, expected_rotated: bool) -> Make:
+    """In a lossless format. The expected pixels are rotated here, because Pillow rotates a TIFF while reading it."""
 
     def make(path: Path) -> Image.Image:
         exif = Image.Exif()
         exif[EXIF_ORIENTATION] = orientation
         COLOUR.save(path, format, exif=exif, **({"lossless": True} if format == "WEBP" else {}))
-        return COLOUR.transpose(TURNS[orientation]) if expected_turned else COLOUR
+        return COLOUR.transpose(TURNS[orientation]) if expected_rotated else COLOUR
 
     return make
 
@@ -152,7 +152,7 @@ GREY = np.asarray(COLOUR.convert("L"))
 
 
 def of_values(values: np.ndarray, **options) -> Make:
-    """The file holds `values`; grey of 8 bits is expected."""
+    """A file with these values; 8-bit grey is expected."""
     return saved(Image.fromarray(values), Image.fromarray(GREY).convert("RGB"), **options)
 
 
@@ -164,7 +164,7 @@ def floats_of_any_range(path: Path) -> Image.Image:
 
 
 def as_jpeg(change: Callable[[bytes], bytes], image: Image.Image = COLOUR) -> Make:
-    """A JPEG whose bytes are changed; the pixels of the unchanged one are expected."""
+    """A JPEG with changed bytes; the pixels of the unchanged file are expected."""
 
     def make(path: Path) -> Image.Image:
         file = io.BytesIO()
@@ -180,17 +180,17 @@ def png_with(kind: bytes, body: bytes, checksum: int | None = None) -> Make:
     def make(path: Path) -> Image.Image:
         file = io.BytesIO()
         COLOUR.save(file, "PNG")
-        png, checked = file.getvalue(), zlib.crc32(kind + body) if checksum is None else checksum
-        chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", checked)
-        at = png.index(b"IDAT") - 4
-        path.write_bytes(png[:at] + chunk + png[at:])
+        png, crc = file.getvalue(), zlib.crc32(kind + body) if checksum is None else checksum
+        chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
+        start = png.index(b"IDAT") - 4
+        path.write_bytes(png[:start] + chunk + png[start:])
         return COLOUR
 
     return make
 
 
 def dim_colours(path: Path) -> None:
-    """PNG of 16 bits a channel that uses 12 of them; Pillow cannot write one."""
+    """A PNG with 16 bits per channel that uses 12 of them; Pillow cannot write one."""
     rows = (np.asarray(COLOUR).astype(np.uint16) * 16).astype(">u2")
     path.write_bytes(png_of(WIDTH, HEIGHT, depth=16, colour=2, rows=b"".join(b"\0" + row.tobytes() for row in rows)))
 
@@ -245,25 +245,25 @@ MAKE: dict[str, Make] = {
     # Copies: an image that was saved as JPEG keeps settings that TIFF cannot take.
     "two_pages.tif": saved(COLOUR.copy(), COLOUR, save_all=True, append_images=[OTHER.copy()]),
     "animated.png": saved(COLOUR, COLOUR, save_all=True, append_images=[OTHER]),
-    **{f"exif_{turn}.jpg": turned(turn, turn >= 5) for turn in range(1, 9)},
-    "exif_6_annotated_as_stored.jpg": turned(6, False),
-    "exif_6.tif": turned_as("TIFF", 6, True),
-    "exif_6.png": turned_as("PNG", 6, True),
-    "exif_6.webp": turned_as("WEBP", 6, True),
-    "exif_8_annotated_as_stored.tif": turned_as("TIFF", 8, False),
-    "exif_3.tif": turned_as("TIFF", 3, False),
+    **{f"exif_{turn}.jpg": rotated(turn, turn >= 5) for turn in range(1, 9)},
+    "exif_6_annotated_as_stored.jpg": rotated(6, False),
+    "exif_6.tif": rotated_as("TIFF", 6, True),
+    "exif_6.png": rotated_as("PNG", 6, True),
+    "exif_6.webp": rotated_as("WEBP", 6, True),
+    "exif_8_annotated_as_stored.tif": rotated_as("TIFF", 8, False),
+    "exif_3.tif": rotated_as("TIFF", 3, False),
     "broken_exif.jpg": saved(exif=b"Exif\0\0 not what EXIF looks like"),
-    "scratched.jpg": scratched,
+    "scratched.jpg": damaged_in_the_middle,
     "one_pixel.png": saved(COLOUR.crop((0, 0, 1, 1)), COLOUR.crop((0, 0, 1, 1))),
     "wide.jpg": saved(WIDE, quality=30),
     "removed_while_read.jpg": saved(COLOUR, COLOUR, format="PNG"),
     "missing.jpg": lambda path: None,
     "dangling.jpg": link_to("nowhere.jpg"),
     "empty.jpg": lambda path: path.touch(),
-    "page.jpg": holding(b"<html>404 Not Found</html>"),
-    "pointer.jpg": holding(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
-    "drawing.svg": holding(b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
-    "image.jxl": holding(b"\xff\x0a" + bytes(50)),
+    "page.jpg": with_content(b"<html>404 Not Found</html>"),
+    "pointer.jpg": with_content(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"),
+    "drawing.svg": with_content(b"<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    "image.jxl": with_content(b"\xff\x0a" + bytes(50)),
     "raw_image.tif": saved(tiffinfo={254: 1}),
     "dim_colours.png": dim_colours,
     "nothing_but_nan.tif": saved(Image.fromarray(np.full((HEIGHT, WIDTH), np.nan, np.float32))),
@@ -272,52 +272,52 @@ MAKE: dict[str, Make] = {
     "half.png": half("PNG"),
     "cut_while_read.jpg": saved(),
     "other_size.jpg": saved(),
-    "bomb.jpg": holding(jpeg_of(65_000, 65_000)),
-    "bomb.png": holding(png_of(65_000, 65_000)),
+    "bomb.jpg": with_content(jpeg_of(65_000, 65_000)),
+    "bomb.png": with_content(png_of(65_000, 65_000)),
     "drawing.eps": saved(),
     "folder.jpg": lambda path: path.mkdir(),
     "pipe.jpg": lambda path: os.mkfifo(path),
     "device.jpg": link_to("/dev/zero"),
-    "secret.jpg": secret,
+    "secret.jpg": without_permission,
     "loop.jpg": link_to("loop.jpg"),
     "bad_disk.jpg": link_to("/proc/self/mem"),  # its first page is never mapped: reading it gives EIO
 }
 
 
 @contextmanager
-def rights_of_an_ordinary_user() -> Iterator[None]:
-    """Root reads everything: let this thread, and those that it starts, do without that right (capabilities(7))."""
+def without_root_privileges() -> Iterator[None]:
+    """Root may read every file: drop this capability in this thread and in threads it starts (capabilities(7))."""
     if os.geteuid() != 0:
         yield
         return
     libc, header = ctypes.CDLL(None, use_errno=True), struct.pack("Ii", 0x20080522, 0)
-    held = ctypes.create_string_buffer(24)
-    assert libc.capget(header, held) == 0
-    effective, *rest = struct.unpack("6I", held.raw)
+    saved_capabilities = ctypes.create_string_buffer(24)
+    assert libc.capget(header, saved_capabilities) == 0
+    effective, *rest = struct.unpack("6I", saved_capabilities.raw)
     lowered = struct.pack("6I", effective & ~0b110, *rest)  # CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH
     assert libc.capset(header, lowered) == 0
     try:
         yield
     finally:
-        assert libc.capset(header, held.raw) == 0
+        assert libc.capset(header, saved_capabilities.raw) == 0
 
 
-def disturbed(opener: Callable[[str, int], int]) -> Callable[[str, int], int]:
-    """Somebody is at work in the folder: two of the files change as soon as they are open."""
+def changing_files(opener: Callable[[str, int], int]) -> Callable[[str, int], int]:
+    """An opener that deletes or truncates two of the files directly after opening them."""
 
     def open_it(path: str, flags: int) -> int:
-        opened = opener(path, flags)
+        descriptor = opener(path, flags)
         if path.endswith("removed_while_read.jpg"):
             os.unlink(path)
         if path.endswith("cut_while_read.jpg"):
             os.truncate(path, 500)
-        return opened
+        return descriptor
 
     return open_it
 
 
 def annotation_file(path: Path) -> Path:
-    """COCO's form: every image with one box, the whole of it."""
+    """A COCO file: every image with one box around the whole image."""
     images, annotations = [], []
     for number, name in enumerate(MAKE):
         height, width = STATED.get(name, (HEIGHT, WIDTH))
@@ -335,15 +335,15 @@ def backbones() -> Backbones:
 
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory, backbones):
-    """The cache, the summary, and of each image what is expected: of all that MAKE makes."""
+    """The cache, the summary, and the expected image by file name, for all files in MAKE."""
     root = tmp_path_factory.mktemp("strange")
     folder = root / "photos"
     folder.mkdir()
     expected = {name: make(folder / name) for name, make in MAKE.items()}
     manifest = read_dataset("coco", root, "train", annotations=annotation_file(root / "boxes.json"))
     cache = FeatureCache.open_or_create(root / "c.zarr", manifest, backbones.feature_sets(), 16)
-    with pytest.MonkeyPatch.context() as patch, rights_of_an_ordinary_user():
-        patch.setattr(images, "_without_waiting", disturbed(images._without_waiting))
+    with pytest.MonkeyPatch.context() as patch, without_root_privileges():
+        patch.setattr(decode, "_open_nonblocking", changing_files(decode._open_nonblocking))
         summary = extract(cache, folder, backbones, ExtractConfig(max_failures=ALL_MAY_FAIL))
     return cache, summary, expected
 
@@ -353,18 +353,18 @@ def pillows(path: Path) -> Image.Image:
         return stored.convert("RGB")
 
 
-def test_the_table_and_the_images_made_here_are_the_same():
+def test_the_table_lists_exactly_these_files():
     named = [name for row in table() for name in in_backticks(row[0])]
     assert sorted(named) == sorted(MAKE)
 
 
-def test_what_is_extracted_are_the_features_of_the_image_that_the_table_names(extracted, backbones):
+def test_extracted_features_are_those_of_the_expected_image(extracted, backbones):
     cache, _, expected = extracted
     folder, rows = cache.path.parent / "photos", {str(name): row for row, name in enumerate(cache.manifest.paths)}
-    wanted = [name for row in table() if row[2] == "extracted" for name in in_backticks(row[0])]
-    assert sorted(rows[name] for name in wanted) == cache.valid_rows().tolist()
+    names = [name for row in table() if row[2] == "extracted" for name in in_backticks(row[0])]
+    assert sorted(rows[name] for name in names) == cache.valid_rows().tolist()
     localizer, (encoder,) = backbones.localizer, backbones.encoders
-    for name in wanted:
+    for name in names:
         image = expected[name] or pillows(folder / name)
         assert (image.height, image.width) == STATED.get(name, (HEIGHT, WIDTH)), name
         box = np.array([[0, 0, image.width, image.height]], np.float32)
@@ -372,26 +372,26 @@ def test_what_is_extracted_are_the_features_of_the_image_that_the_table_names(ex
         size = (image.height, image.width)
         tokens = localizer.tokens_of_images(embedding[None], [box], [size])[0].numpy()
         feature_map = encoder.encode(encoder.preprocess(image)[None])[0].numpy()
-        found = cache.read(np.array([rows[name]]))
-        assert np.abs(found.tokens[0, :1] - tokens).max() <= 2e-3 * np.abs(tokens).max(), name
-        assert np.abs(found.feature_map[0] - feature_map).max() <= 2e-3 * np.abs(feature_map).max(), name
+        batch = cache.read(np.array([rows[name]]))
+        assert np.abs(batch.tokens[0, :1] - tokens).max() <= 2e-3 * np.abs(tokens).max(), name
+        assert np.abs(batch.feature_map[0] - feature_map).max() <= 2e-3 * np.abs(feature_map).max(), name
 
 
-def test_what_failed_is_recorded_with_the_reason_that_the_table_names(extracted):
+def test_failures_are_recorded_with_the_reason_in_the_table(extracted):
     cache, summary, _ = extracted
     reasons = {Path(failure.path).name: failure.reason for failure in cache.failures()}
-    stated = {name: in_backticks(row[3])[0] for row in table() if row[2] == "failed" for name in in_backticks(row[0])}
-    assert sorted(reasons) == sorted(stated)
-    assert [(name, reasons[name]) for name, reason in stated.items() if reason not in reasons[name]] == []
+    expected = {name: in_backticks(row[3])[0] for row in table() if row[2] == "failed" for name in in_backticks(row[0])}
+    assert sorted(reasons) == sorted(expected)
+    assert [(name, reasons[name]) for name, reason in expected.items() if reason not in reasons[name]] == []
     assert not any("\n" in reason for reason in reasons.values())
-    assert summary.failed == len(stated)
+    assert summary.failed == len(expected)
 
 
-def test_the_orientations_that_were_not_applied_are_counted(extracted):
+def test_ignored_orientations_are_counted(extracted):
     assert extracted[1].ignored_orientations == 6
 
 
-def test_reading_sizes_from_the_headers_of_such_a_folder_neither_waits_nor_stops(extracted):
+def test_reading_sizes_from_the_headers_neither_blocks_nor_fails(extracted):
     folder = extracted[0].path.parent / "photos"
     expected = {
         **dict.fromkeys(["missing.jpg", "dangling.jpg", "loop.jpg"], (ABSENT, ABSENT)),
@@ -405,21 +405,21 @@ def test_reading_sizes_from_the_headers_of_such_a_folder_neither_waits_nor_stops
 
 
 def peak_bytes() -> int:
-    """Largest resident memory since the last `forget_peak`."""
-    stated = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    return int(stated[1]) * 1024
+    """Peak resident memory since the last `reset_peak`."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    return int(match[1]) * 1024
 
 
-def forget_peak() -> None:
+def reset_peak() -> None:
     try:
         Path("/proc/self/clear_refs").write_text("5")  # proc(5): resets the peak
     except OSError:
-        pytest.skip("this kernel does not let a process forget its peak memory")
+        pytest.skip("this kernel cannot reset the peak memory")
 
 
-def test_a_wide_image_and_the_bombs_take_little_memory(extracted, backbones):
+def test_a_wide_image_and_decompression_bombs_take_little_memory(extracted, backbones):
     folder, (encoder,) = extracted[0].path.parent / "photos", backbones.encoders
-    forget_peak()
+    reset_peak()
     before = peak_bytes()
     for bomb in ("bomb.jpg", "bomb.png"):
         with pytest.raises(ImageError):
@@ -427,5 +427,5 @@ def test_a_wide_image_and_the_bombs_take_little_memory(extracted, backbones):
     image = decode_image(folder / "wide.jpg").image
     backbones.localizer.preprocess(image)
     encoder.preprocess(image)
-    # The pixels are 90 MB, 120 MB as Pillow holds them, and would be 360 MB as floats; the bombs 12 GB and 0.5 GB.
+    # The pixels are 90 MB, 120 MB in Pillow's layout, 360 MB as floats; the bombs would be 12 GB and 0.5 GB.
     assert peak_bytes() - before < 320e6
