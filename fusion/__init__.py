@@ -1,4 +1,4 @@
-"""The fusion head, its losses and vocabularies, and its training from a cache. Never opens an image."""
+"""The fusion head, its loss, vocabularies, and training from a cache. Never opens an image."""
 
 from regionspot.fusion.checkpoint import Checkpoint, HeadInfo, load_checkpoint, save_checkpoint
 from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig

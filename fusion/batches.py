@@ -1,89 +1,119 @@
-"""Which images make up which batch, and reading them ahead.
+"""The batch of every training step, read ahead, and decoded on the training device.
 
-A batch follows from the seed and the step alone: a run that was stopped goes on with the very batches that it would
-have had, without reading those before. Within a cache the images of one epoch after another, each epoch shuffled
-anew, form one endless row that is cut into batches, so none is left out.
+A batch follows from the seed and the step alone, so a resumed run gets the same batches as a run that was never
+stopped. The batches of one cache are those of its loader, epoch after epoch; several caches alternate.
 """
+
+# B images, R regions (padded), T map tokens, D channels
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from functools import lru_cache
-from itertools import tee
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from regionspot.cache.errors import InputError
-from regionspot.cache.reading import prefetch as ring
+from regionspot.cache.format.encodings import require_statistics
+from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.reading.batch import Batch
-from regionspot.fusion.sources import Source
+from regionspot.cache.reading.loader import Loader
+from regionspot.fusion.training_sets import TrainingSet
 
-# Fractional part of the golden ratio: its multiples modulo 1 fill every stretch of [0, 1) more evenly than random
-# numbers do, so the caches' ratios hold over short stretches of a run too.
+# Fractional part of the golden ratio: its multiples modulo 1 fill every interval of [0, 1) more evenly than random
+# numbers do, so the ratios of the caches also hold over short intervals of a run.
 GOLDEN = 0.6180339887498949
 
 
-class BatchPlan:
-    """For every step the source it reads from and the positions in that source's rows.
-
-    sizes       usable rows of each source
-    ratios      share of the batches that each source gives, in any unit; default: by its size
-    """
-
-    def __init__(self, sizes: Sequence[int], batch_size: int, seed: int, ratios: Sequence[float] | None = None) -> None:
-        self.sizes, self.batch_size, self.seed = tuple(sizes), batch_size, seed
-        weights = np.asarray(sizes if ratios is None else ratios, dtype=np.float64)
-        if weights.shape != (len(sizes),) or not (np.isfinite(weights).all() and (weights > 0).all()):
-            raise InputError(f"ratios {weights.tolist()}: expected {len(sizes)} numbers above 0, one a cache")
-        self.shares = weights / weights.sum()
-        # Two epochs a source are alive at once, where a batch spans the end of one.
-        self._order = lru_cache(maxsize=2 * len(sizes))(self._shuffle)
-
-    def steps(self, first: int, last: int) -> Iterator[tuple[int, NDArray[np.int64]]]:
-        """(source, positions) of the steps first to last - 1."""
-        sources = self._sources(last)
-        done = np.bincount(sources[:first], minlength=len(self.sizes))
-        for source in sources[first:].tolist():
-            yield source, self._positions(source, int(done[source]))
-            done[source] += 1
-
-    def _sources(self, steps: int) -> NDArray[np.int64]:
-        edges = np.cumsum(self.shares)[:-1]
-        return np.searchsorted(edges, np.arange(steps) * GOLDEN % 1.0, side="right").astype(np.int64)
-
-    def _positions(self, source: int, batch: int) -> NDArray[np.int64]:
-        epochs, places = np.divmod(batch * self.batch_size + np.arange(self.batch_size), self.sizes[source])
-        orders = [self._order(source, int(epoch))[places[epochs == epoch]] for epoch in np.unique(epochs)]
-        return np.concatenate(orders)
-
-    def _shuffle(self, source: int, epoch: int) -> NDArray[np.int64]:
-        return np.random.default_rng([self.seed, source, epoch]).permutation(self.sizes[source])
-
-
 @dataclass(frozen=True, eq=False)
-class Planned:
-    """The batch of one step. Its memory is used again once the next one is asked for."""
+class TrainingBatch:
+    """The batch of one step, from training set number `set_index`. The next step reuses its buffers."""
 
     step: int
-    source: int
+    set_index: int
     batch: Batch
 
 
-def read_ahead(
-    sources: Sequence[Source], plan: BatchPlan, first: int, last: int, pinned: bool = False
-) -> Generator[Planned, None, None]:
-    """The batches of steps first to last - 1, the next ones being read meanwhile.
+def batch_shares(training_sets: Sequence[TrainingSet], ratios: Sequence[float] | None = None) -> NDArray[np.float64]:
+    """Share of the batches that each training set gives; they add up to 1.
 
-    pinned   in page-locked memory, for copies to a GPU
-
-    Raises what reading raised, at the step whose batch could not be read.
+    `ratios` are in any unit; default: the number of usable images. Raises InputError unless there is one positive ratio
+    for each training set.
     """
-    steps, planned = tee(plan.steps(first, last))
-    reads = ((sources[source].reader, sources[source].rows[positions]) for source, positions in planned)
-    threads = max(source.reader.threads for source in sources)
-    with closing(ring.read_ahead(reads, threads, pinned=pinned)) as batches:
-        for step, ((source, _), batch) in enumerate(zip(steps, batches, strict=True), start=first):
-            yield Planned(step, source, batch)
+    sizes = [len(training_set.rows) for training_set in training_sets]
+    weights = np.asarray(sizes if ratios is None else ratios, dtype=np.float64)
+    if weights.shape != (len(sizes),) or not (np.isfinite(weights).all() and (weights > 0).all()):
+        raise InputError(f"ratios {weights.tolist()}: expected {len(sizes)} numbers above 0, one for each cache")
+    shares: NDArray[np.float64] = weights / weights.sum()
+    return shares
+
+
+def set_of_steps(shares: NDArray[np.float64], steps: int) -> NDArray[np.int64]:
+    """int64 (steps,): index of the training set that each step reads from."""
+    edges = np.cumsum(shares)[:-1]
+    return np.searchsorted(edges, np.arange(steps) * GOLDEN % 1.0, side="right").astype(np.int64)
+
+
+def read_batches(
+    training_sets: Sequence[TrainingSet],
+    shares: NDArray[np.float64],
+    batch_size: int,
+    seed: int,
+    first_step: int,
+    last_step: int,
+    pin_memory: bool = False,
+) -> Generator[TrainingBatch]:
+    """The batches of steps `first_step` to `last_step` - 1, read ahead by threads.
+
+    pin_memory   page-locked buffers, for copies to a GPU
+
+    Raises the error of a failed read at the step whose batch it concerns.
+    """
+    set_indices = set_of_steps(shares, last_step)
+    steps_done = np.bincount(set_indices[:first_step], minlength=len(shares))
+    with ExitStack() as stack:
+        streams = []
+        for index, (training_set, done) in enumerate(zip(training_sets, steps_done.tolist(), strict=True)):
+            loader = training_set.cache.loader(
+                batch_size,
+                seed=seed + index,
+                rows=training_set.rows,
+                map_set=training_set.maps.name,
+                token_set=training_set.tokens.name,
+                pin_memory=pin_memory,
+            )
+            epoch, batches = divmod(done, len(loader))
+            loader.load_state_dict({**loader.state_dict(), "epoch": epoch, "batches": batches})
+            streams.append(stack.enter_context(closing(_all_epochs(loader))))
+        for step, index in enumerate(set_indices[first_step:].tolist(), start=first_step):
+            yield TrainingBatch(step, index, next(streams[index]))
+
+
+def _all_epochs(loader: Loader) -> Generator[Batch]:
+    while True:
+        yield from loader
+
+
+def decode_on_device(
+    stored: NDArray[Any], scales: NDArray[np.float16], feature_set: FeatureSet, device: torch.device
+) -> Tensor:
+    """Features (..., D) on `device`, from `stored` (..., D) of a batch and, for int8, its `scales` (...).
+
+    The stored form, which is the smallest, is copied to the device and decoded there. float16 and float32 stay as they
+    are; int8 becomes float32: code * scale of the row * deviation of the channel + mean of the channel. A copy from
+    page-locked memory may still be running when this returns. Raises InputError for an int8 set without statistics.
+    """
+    values = torch.from_numpy(stored).to(device, non_blocking=True)
+    if feature_set.dtype == "bfloat16":
+        return values.view(torch.bfloat16)
+    if feature_set.dtype != "int8":
+        return values
+    statistics = require_statistics(feature_set)
+    deviation, mean = (torch.tensor(array, device=device) for array in (statistics.deviation, statistics.mean))
+    factors = torch.from_numpy(scales).to(device, non_blocking=True).float().unsqueeze(-1)
+    return values.float().mul_(factors).mul_(deviation).add_(mean)

@@ -1,10 +1,10 @@
-"""Trained heads on disk: ours, and the files that the authors released.
+"""Checkpoints of trained heads: our format, and the files that the authors released.
 
-Ours is a safetensors file of the head alone, with what it was trained on in its header. A released file is a
-pickled `{"model": {...}}` in which the head stands behind `model.` among SAM's and CLIP's weights; it states neither
-its preset nor its vocabulary, so the preset is told from the shapes where they allow it. It is opened by torch's
-restricted unpickler, which builds tensors and refuses everything else. Files of the same names without the authors'
-nesting, or with that of other training programs (cache/state_dicts.py), are opened as released ones.
+Our checkpoint is a safetensors file of the head alone, with the description of its training in the header. A released
+file is a pickled `{"model": {...}}` that also holds SAM's and CLIP's weights; it states neither preset nor vocabulary,
+so the preset is derived from the shapes if they are unambiguous. Torch's restricted unpickler opens it: it creates
+tensors and refuses everything else. A file with the same tensor names but without the authors' nesting, or with the
+nesting of other training programs (cache/state_dicts.py), is read as a released file.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ RELEASED_PREFIX = "model."
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """What a head was trained on. Everything but `preset` is empty for a file that the authors released.
+    """How a head was trained. Everything except `preset` is empty for a file that the authors released.
 
-    preset             name of the pair of backbones ("bl"); None where training was given none
+    preset             name of the pair of backbones ("bl"); None if training was given none
     localizer, encoder names of the feature sets it was trained on
     weights_sha256     of the backbones: {feature set name: hex}
-    caches             one record a cache: its dataset, its manifest's digest, its share of the batches, and under "map"
-                       and "token" how these features were made (provenance, shape) and stored (encoding)
-    vocabularies       digests, one a cache
-    templates          of those vocabularies, so that evaluation can put its names into the same sentences
-    step               iterations done
+    caches             one record for each cache: dataset, digest of the manifest, share of the batches, and under "map"
+                       and "token" the provenance, shape and encoding of the features
+    vocabularies       digests, one for each cache
+    templates          of the vocabularies, so that evaluation uses the same ones
+    step               training steps done
     """
 
     preset: str | None = None
@@ -60,7 +60,7 @@ class HeadInfo:
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """A head in evaluation mode on the CPU. `ignored` counts a released file's other tensors by their module."""
+    """A head in evaluation mode on the CPU. `ignored` counts the other tensors of a released file by their module."""
 
     head: FusionHead
     info: HeadInfo
@@ -68,19 +68,19 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, head: FusionHead, info: HeadInfo) -> None:
-    """Write the head, whole or not at all. Raises OSError where the place cannot be written."""
+    """Write the head atomically. Raises OSError if the file cannot be written."""
     document = {"kind": KIND, "format": FORMAT, "head": asdict(head.config), "info": asdict(info)}
     write_tensor_file(path, head.state_dict(), document)
 
 
 def load_checkpoint(path: Path, preset: str | None = None) -> Checkpoint:
-    """Open a head of ours or of the authors.
+    """Load a head from our checkpoint or from one that the authors released.
 
-    `preset` ("bb", "bl", "bl336") says which of the authors' models a released file is; it is needed where the shapes
-    fit two of them. Given for a file that states its own, the two must agree.
+    `preset` ("bb", "bl", "bl336") names the model of a released file; it is needed if the shapes fit two of them. For a
+    file that states its preset, the two must agree.
 
-    Raises WeightsError for a file that is missing, is no such checkpoint, may not be opened safely, does not fit or
-    holds NaN or infinity; InputError for a preset that is unknown or missing.
+    Raises WeightsError for a file that is missing, is no checkpoint, cannot be opened safely, has other shapes or holds
+    NaN or infinity; InputError for a preset that is unknown or missing.
     """
     if preset is not None and preset not in HEADS:
         raise InputError(f"preset {preset!r}: expected one of {', '.join(HEADS)}")
@@ -101,9 +101,9 @@ def load_checkpoint(path: Path, preset: str | None = None) -> Checkpoint:
 
 
 def _is_pickle(path: Path) -> bool:
-    """Whether torch wrote it: a ZIP archive, or in old files a bare pickle (protocol 2 opens with 0x80).
+    """Whether torch wrote the file: a ZIP archive, or for old files a bare pickle (protocol 2 starts with 0x80).
 
-    A safetensors file opens with its header's length in 8 bytes, which may be any, and then the header, which is JSON.
+    A safetensors file starts with 8 bytes of any value, the length of its header, followed by the header as JSON.
     """
     with path.open("rb") as file:
         start = file.read(9)
@@ -117,54 +117,52 @@ def _load_ours(path: Path, tensors: dict[str, Tensor], document: dict[str, Any],
         )
     try:
         config = HeadConfig(**document["head"])
-        stated: dict[str, Any] = {name: _as_tuple(value) for name, value in document["info"].items()}
-        info = HeadInfo(**stated)
+        fields: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in document["info"].items()
+        }
+        info = HeadInfo(**fields)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: its header is incomplete ({error})") from None
     if preset is not None and info.preset not in (None, preset):
-        raise InputError(f"{path}: was trained as preset {info.preset}, but {preset} was asked for")
+        raise InputError(f"{path}: was trained as preset {info.preset}, not {preset}; leave --preset out")
     return Checkpoint(_build(path, config, tensors), info)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
 
 
 def _load_released(path: Path, tensors: Mapping[str, Tensor], preset: str | None) -> Checkpoint:
     state, ignored = _split(path, tensors)
     shapes = _shapes_of(path, state)
-    fitting = [
+    matching = [
         name for name, config in HEADS.items() if all(getattr(config, field) == n for field, n in shapes.items())
     ]
-    if preset is None and len(fitting) > 1:
-        raise InputError(f"{path}: has the shapes of {' and of '.join(fitting)}; say which with --preset")
-    if not fitting or (preset is not None and preset not in fitting):
-        wanted = f"{preset}, {HEADS[preset]}" if preset else f"any of {', '.join(HEADS)}"
-        found = ", ".join(f"{field}={number}" for field, number in shapes.items())
-        raise WeightsError(f"{path}: its head has {found}, which is not {wanted}; give the preset it was made for")
+    if preset is None and len(matching) > 1:
+        raise InputError(f"{path}: has the shapes of {' and of '.join(matching)}; name one with --preset")
+    if not matching or (preset is not None and preset not in matching):
+        expected = f"{preset}, {HEADS[preset]}" if preset else f"any of {', '.join(HEADS)}"
+        actual = ", ".join(f"{field}={number}" for field, number in shapes.items())
+        raise WeightsError(f"{path}: its head has {actual}, which is not {expected}; give the preset it was made for")
     if ignored:
-        log.info("%s: not needed and left out: %s", path, ", ".join(f"{n} tensors of {m}" for m, n in ignored.items()))
-    name = preset or fitting[0]
+        log.info("%s: ignored: %s", path, ", ".join(f"{n} tensors of {m}" for m, n in ignored.items()))
+    name = preset or matching[0]
     return Checkpoint(_build(path, HEADS[name], state), HeadInfo(preset=name), ignored)
 
 
 def _unpickle(path: Path) -> Any:
-    """What a pickled file holds. Mapped where that is possible, as most of its gigabytes are not needed."""
+    """The content of a pickled file, memory-mapped if possible: most of its gigabytes are not needed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError:
-        raise WeightsError(f"{path}: holds more than tensors, so it could run code, and is not opened") from None
+        raise WeightsError(f"{path}: holds more than tensors, which could run code, so it is not opened") from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise WeightsError(f"{path}: cannot be read as a checkpoint ({reason})") from None
 
 
 def _split(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, int]]:
-    """The head's own tensors under our names, in float32, and how many there were of every other module."""
+    """The tensors of the head under our names, in float32, and the number of tensors of every other module."""
     ours, others = {}, Counter[str]()
     for key, value in state.items():
         if name := _own_name(key):
-            # A copy: what torch mapped would change with the file.
+            # A copy: a mapped tensor would change with the file.
             ours[name] = value.to(torch.float32, copy=True)
         else:
             others[_unprefixed(key).split(".")[0]] += 1
@@ -174,13 +172,13 @@ def _split(path: Path, state: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], 
 
 
 def _own_name(key: str) -> str | None:
-    """Our name of one of the head's tensors; None for a tensor of another module."""
+    """Our name of a tensor of the head; None for a tensor of another module."""
     name = _unprefixed(key)
     return name if name.startswith(SUBMODULES) else None
 
 
 def _unprefixed(key: str) -> str:
-    """Without the authors' `model.` and wrappers' prefixes, in any order; no name of the head begins like one."""
+    """The name without the prefixes of the authors and of wrappers, in any order; no name of the head has one."""
     for prefix in (RELEASED_PREFIX, *WRAPPERS):
         if key.startswith(prefix):
             return _unprefixed(key.removeprefix(prefix))
@@ -188,7 +186,7 @@ def _unprefixed(key: str) -> str:
 
 
 def _shapes_of(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
-    """The fields of a HeadConfig that a state dict's shapes tell; they do not tell attention heads and dropout."""
+    """The fields of HeadConfig that follow from the shapes of a state dict: all except attention heads and dropout."""
     try:
         width, token_dim = state["to_clip.weight"].shape
         return {
@@ -203,7 +201,7 @@ def _shapes_of(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _build(path: Path, config: HeadConfig, state: Mapping[str, Tensor]) -> FusionHead:
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced at once
+    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced below
         head = FusionHead(config)
     check_fit(path, "the fusion head", state, head.state_dict())
     require_finite(path, state)

@@ -1,9 +1,9 @@
-"""What decides a training run's numbers, the named configurations, and when a run saves.
+"""The configuration of a training run, the named configurations, and the intervals between checkpoints.
 
 `paper` is the authors' (configs/Base-RegionSpot.yaml and configs/objects365_*.yaml of Surrey-UP-Lab/RegionSpot).
-Milestones are shares of the run and not steps, so a run of another length keeps the shape of its schedule. A run that
-is lengthened has the learning rates of the longer run from then on: where it was stopped before its first milestone,
-its numbers are those of a run that was that long from the start.
+Milestones are fractions of the run, not steps, so a run of another length keeps the shape of its schedule. A lengthened
+run uses the learning rates of the longer run from then on; if it was stopped before its first milestone, its numbers
+equal those of a run that had the longer length from the start.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from regionspot.fusion.head import HEADS
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
-# A run saves after so many steps, and when so many seconds have passed since it saved or, the first time, began: a
-# killed run loses what it did since then.
+# A checkpoint is saved after this many steps, and after this many seconds since the last one (or since the start). A
+# killed run loses the steps since its last checkpoint.
 CHECKPOINT_STEPS = 2000
 CHECKPOINT_SECONDS = 600.0
 FIRST_CHECKPOINT_SECONDS = 60.0
@@ -26,16 +26,17 @@ FIRST_CHECKPOINT_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """One training run. Field by field what decides its numbers; devices, paths and intervals are no part of it.
+    """Everything that decides the numbers of a training run; devices, paths and intervals do not.
 
-    clip_norm      largest norm of all gradients together
-    milestones     shares of the run after which the rate is multiplied by `decay`
-    warmup         steps over which the rate rises linearly from `warmup_factor` of itself; at most a tenth of the run
+    clip_norm      maximum norm of all gradients together
+    milestones     fractions of the run after which the learning rate is multiplied by `decay`
+    warmup         steps over which the learning rate rises linearly from `warmup_factor` of itself; at most a tenth of
+                   the run
     layers .. dropout  of the head; its other shapes follow from the features and the vocabulary
     precision      of the head's forward pass: "auto" is bfloat16 on a GPU and float32 elsewhere; weights, logits and
-                   loss are float32 always
+                   loss are always float32
 
-    Raises InputError for values that cannot train.
+    Raises InputError for invalid values.
     """
 
     lr: float = 2.5e-5
@@ -61,35 +62,36 @@ class TrainConfig:
         for name in ("weight_decay", "warmup", "dropout", "seed"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"training: {name} is {getattr(self, name)}, expected 0 or more and finite")
-        if self.seed >= 2**32:  # a million times as much is still a seed of torch's
+        if self.seed >= 2**32:  # the seed of a step is a million times larger and must fit into torch's 64 bits
             raise InputError(f"training: seed is {self.seed}, expected less than {2**32}")
         if not self.dropout < 1:
             raise InputError(f"training: dropout is {self.dropout}, expected less than 1")
-        if any(not 0 < share <= 1 for share in self.milestones) or list(self.milestones) != sorted(self.milestones):
-            raise InputError(f"training: milestones are {self.milestones}, expected rising shares of the run, 0 to 1")
+        milestones = self.milestones
+        if any(not 0 < fraction <= 1 for fraction in milestones) or list(milestones) != sorted(milestones):
+            raise InputError(f"training: milestones are {milestones}, expected rising fractions of the run, 0 to 1")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise InputError(f"training: precision is {self.precision!r}, expected auto, float32 or bfloat16")
 
     @property
     def milestone_steps(self) -> tuple[int, ...]:
-        """Steps from which on the rate is lower."""
-        return tuple(round(share * self.iterations) for share in self.milestones)
+        """The first step of each lower learning rate."""
+        return tuple(round(fraction * self.iterations) for fraction in self.milestones)
 
     @property
     def warmup_steps(self) -> int:
         return min(self.warmup, self.iterations // 10)
 
-    def rate(self, step: int) -> float:
+    def learning_rate(self, step: int) -> float:
         """Learning rate of a step, counted from 0."""
-        rate = self.lr * self.decay ** sum(step >= milestone for milestone in self.milestone_steps)
+        lr = self.lr * self.decay ** sum(step >= milestone for milestone in self.milestone_steps)
         if step < self.warmup_steps:
-            rate *= self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
-        return rate
+            lr *= self.warmup_factor + (1 - self.warmup_factor) * step / self.warmup_steps
+        return lr
 
 
 TRAIN_PRESETS = {
     "paper": TrainConfig(),
-    # A minute or two on two cores. Halved at each milestone, the rate keeps to a cosine within a factor of 1.5.
+    # One or two minutes on two cores. Halved at each milestone, the learning rate approximates a cosine schedule.
     "toy": TrainConfig(
         lr=1e-3,
         iterations=1200,
@@ -106,9 +108,9 @@ TRAIN_PRESETS = {
 
 
 def train_config(preset: str, **overrides: Any) -> TrainConfig:
-    """The configuration `preset` with those fields replaced that are given and not None.
+    """The configuration `preset`, with the fields of `overrides` that are not None replaced.
 
-    Raises InputError for an unknown preset, and for values that cannot train.
+    Raises InputError for an unknown preset and for invalid values.
     """
     if preset not in TRAIN_PRESETS:
         raise unknown_name("schedule", preset, TRAIN_PRESETS)

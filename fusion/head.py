@@ -1,7 +1,7 @@
-"""The fusion head: what a region is, read out of an image's feature map by its location token.
+"""The fusion head: the location token of a region attends to the feature map of its image.
 
-The only trained part of RegionSpot. Submodules carry the authors' names, so that a state dict of theirs is one of
-ours and the other way round; `nn.TransformerDecoder` with post-norm layers gives exactly these names and numbers.
+The only trained part of RegionSpot. Submodules have the authors' names, so state dicts are interchangeable in both
+directions; `nn.TransformerDecoder` with post-norm layers gives exactly these names and numbers.
 
 Legend: B images, R regions (padded), C location token, T feature map tokens, D width, E text embedding, V classes.
 """
@@ -15,14 +15,14 @@ from torch import Tensor, nn
 
 from regionspot.cache.errors import InputError
 
-LOGIT_SCALE = 100.0  # exp of CLIP's trained logit_scale, at its ceiling in all of OpenAI's models
+LOGIT_SCALE = 100.0  # exp of CLIP's trained logit_scale, which is at its maximum in all of OpenAI's models
 
 
 @dataclass(frozen=True, kw_only=True)
 class HeadConfig:
-    """Shapes of a head. The first three are given by the frozen backbones, the others are the head's own choice.
+    """Shapes of a head. The frozen backbones determine the first three; the others are free.
 
-    Raises InputError where `width` cannot be cut into `heads` equal pieces.
+    Raises InputError if `width` is not a multiple of `heads`.
     """
 
     token_dim: int = 256  # width of SAM's mask decoder (segment_anything/build_sam.py)
@@ -35,7 +35,7 @@ class HeadConfig:
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
-            raise InputError(f"head: width {self.width} of the feature map is no multiple of its {self.heads} heads")
+            raise InputError(f"head: width {self.width} of the feature map is not a multiple of its {self.heads} heads")
 
 
 # CLIP ViT-B/16 is 768 wide and ViT-L/14 1024, with text embeddings of 512 and 768 (Radford et al. 2021, table 20).
@@ -43,13 +43,13 @@ HEADS = {
     "bb": HeadConfig(width=768, text_dim=512),
     "bl": HeadConfig(width=1024, text_dim=768),
     "bl336": HeadConfig(width=1024, text_dim=768),
-    # The toy backbones: 24 numbers a head suffice for their 192.
+    # The toy backbones: 24 channels per attention head.
     "toy": HeadConfig(token_dim=128, width=192, text_dim=128, layers=2, ffn=512),
 }
 
 
 class FusionHead(nn.Module):
-    """Location tokens and a feature map to one vector a region in the text encoder's space."""
+    """Maps location tokens and a feature map to one vector per region in the text encoder's embedding space."""
 
     def __init__(self, config: HeadConfig) -> None:
         super().__init__()
@@ -63,8 +63,8 @@ class FusionHead(nn.Module):
         """Semantic vectors (B, R, E), not normalised.
 
         tokens       (B, R, C)  location tokens, any float dtype
-        region_mask  (B, R)     bool, True where a region is; None: all are. A vector past an image's regions means
-                                nothing, but is finite
+        region_mask  (B, R)     bool, False for padding; None: no padding. The vectors of padding are meaningless, but
+                                finite
         feature_map  (B, T, D)  any float dtype
         """
         dtype = self.to_clip.weight.dtype
@@ -75,21 +75,21 @@ class FusionHead(nn.Module):
 
 
 def similarity_logits(semantic: Tensor, text: Tensor, scale: float = LOGIT_SCALE) -> Tensor:
-    """Scaled cosines (..., V) of regions (..., E) and L2-normalised class embeddings (V, E), in float32.
+    """Scaled cosine similarity (..., V) of regions (..., E) and L2-normalised class embeddings (V, E), in float32.
 
-    Never under autocast: one step of bfloat16 near 100 is 0.5, more than what tells two classes apart.
+    Autocast is disabled: the resolution of bfloat16 near 100 is 0.5, too coarse to distinguish two classes.
     """
     with torch.autocast(semantic.device.type, enabled=False):
         semantic = semantic.float()
-        # The authors' guard against a zero vector; part of their numbers.
+        # The authors' guard against division by zero; it affects the numbers.
         unit = semantic / (semantic.norm(dim=-1, keepdim=True) + 1e-7)
         logits: Tensor = scale * unit @ text.float().T
     return logits
 
 
 def _padding(region_mask: Tensor | None) -> Tensor | None:
-    """True where attention must not look. An image without regions looks at its padding: what a softmax over
-    nothing gives depends on the attention kernel, and where it is NaN no weight of zero takes that away again."""
+    """True where attention is masked out. An image without regions attends to its padding: a softmax over no elements
+    is NaN in some attention kernels, and multiplying by a weight of zero does not remove NaN."""
     if region_mask is None:
         return None
     return ~region_mask & region_mask.any(dim=1, keepdim=True)

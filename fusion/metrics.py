@@ -1,7 +1,7 @@
-"""What training says about itself: one JSON line an interval in `metrics.jsonl`, and a progress line now and then.
+"""The metrics of a training run: one JSON line per interval in `metrics.jsonl`, a progress line, and a plot of them.
 
-A line is complete or ignored, so a run killed inside one loses nothing; a run that goes on from a checkpoint first
-drops what was written after it, so that the file always reads as one run.
+An incomplete line, left by a killed run, is ignored. A run that resumes from a checkpoint first removes the lines that
+were written after it, so the file always reads as one run.
 """
 
 from __future__ import annotations
@@ -9,8 +9,12 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from regionspot.cache.progress import duration
 from regionspot.cache.storage.atomic_files import write_file
@@ -23,7 +27,7 @@ Metrics = dict[str, Any]
 
 
 def read_metrics(path: Path) -> list[Metrics]:
-    """The lines of a metrics file, in order; none where there is no file."""
+    """The lines of a metrics file, in order; an empty list if there is no file."""
     if not path.exists():
         return []
     lines = []
@@ -31,94 +35,131 @@ def read_metrics(path: Path) -> list[Metrics]:
         try:
             lines.append(json.loads(text))
         except ValueError:
-            continue  # the run was killed inside this line
+            continue  # incomplete: the run was killed while it wrote this line
     return lines
 
 
-def _line_of(metrics: Metrics) -> str:
+def _to_line(metrics: Metrics) -> str:
     return json.dumps(metrics, allow_nan=False) + "\n"
 
 
 class Meter:
-    """Averages over intervals and writes them.
+    """Averages over intervals and writes them. The fields of a line:
 
-    step               steps done, counted over all runs that made up this one
-    loss, grad_norm    means over the interval; the norm is that before clipping
+    step               steps done since the start of the run, including the steps before a resume
+    loss, grad_norm    means over the interval; the norm is the one before clipping
     lr                 of the interval's last step
-    images_per_second, data_wait   over the interval; data_wait is the share of time spent waiting for batches
-    seconds            of training so far, over all runs
+    pictures_per_second, data_wait   over the interval; data_wait is the share of time spent waiting for batches
+    seconds            of training so far, including the time before a resume
     """
 
     def __init__(self, path: Path, first_step: int, iterations: int, interval: Metrics | None = None) -> None:
-        """`interval` is what `open_interval` gave when the checkpoint of `first_step` was saved."""
+        """`interval` is the result of `open_interval` when the checkpoint of `first_step` was saved."""
         kept = [line for line in read_metrics(path) if line["step"] <= first_step]
-        write_file(path, "".join(_line_of(line) for line in kept).encode())
-        self._path, self._first, self._iterations = path, first_step, iterations
-        self._earlier = kept[-1]["seconds"] if kept else 0.0
-        self._begin = self._shown = time.perf_counter()
+        write_file(path, "".join(_to_line(line) for line in kept).encode())
+        self._path, self._first_step, self._iterations = path, first_step, iterations
+        self._earlier_seconds = kept[-1]["seconds"] if kept else 0.0
+        self._start = self._last_progress = time.perf_counter()
         self.last: Metrics | None = kept[-1] if kept else None
-        self._reset()
+        self._start_interval()
         if interval:
             self._steps, self._images = interval["steps"], interval["pictures"]
-            self._loss, self._grad_norm, self._waited = interval["loss"], interval["grad_norm"], interval["waited"]
-            self._since -= interval["span"]
-            self._earlier = interval["seconds"]
+            self._loss, self._grad_norm, self._wait_seconds = (
+                interval["loss"],
+                interval["grad_norm"],
+                interval["waited"],
+            )
+            self._interval_start -= interval["span"]
+            self._earlier_seconds = interval["seconds"]
 
-    def _reset(self) -> None:
-        self._since = time.perf_counter()
+    def _start_interval(self) -> None:
+        self._interval_start = time.perf_counter()
         self._steps = self._images = 0
-        self._loss = self._grad_norm = self._waited = 0.0
+        self._loss = self._grad_norm = self._wait_seconds = 0.0
 
     def open_interval(self) -> Metrics:
-        """Sums over the steps since the last line, for a checkpoint between two lines: a resumed run adds to them."""
+        """Sums over the steps since the last line. A checkpoint between two lines saves them for a resumed run."""
         return {
             "steps": self._steps,
             "pictures": self._images,
             "loss": self._loss,
             "grad_norm": self._grad_norm,
-            "waited": self._waited,
-            "span": time.perf_counter() - self._since,
+            "waited": self._wait_seconds,
+            "span": time.perf_counter() - self._interval_start,
             "seconds": self.seconds,
         }
 
     @property
     def seconds(self) -> float:
-        """Seconds of training, over all runs."""
-        return self._earlier + time.perf_counter() - self._begin
+        """Seconds of training, including the time before a resume."""
+        return self._earlier_seconds + time.perf_counter() - self._start
 
-    def add(self, loss: float, grad_norm: float, images: int, waited: float) -> None:
-        """Count one step; `waited` is the seconds it waited for its batch."""
+    def add(self, loss: float, grad_norm: float, images: int, wait_seconds: float) -> None:
+        """Count one step; `wait_seconds` is the time that it waited for its batch."""
         self._steps += 1
         self._images += images
         self._loss += loss
         self._grad_norm += grad_norm
-        self._waited += waited
+        self._wait_seconds += wait_seconds
 
     def write(self, step: int, lr: float) -> None:
-        """Close the interval with the line of `step` steps done."""
-        span = max(time.perf_counter() - self._since, 1e-9)
+        """End the interval and write its line; `step` steps are done."""
+        seconds = max(time.perf_counter() - self._interval_start, 1e-9)
         self.last = {
             "step": step,
             "loss": self._loss / self._steps,
             "lr": lr,
             "grad_norm": self._grad_norm / self._steps,
-            "pictures_per_second": round(self._images / span, 2),
+            "pictures_per_second": round(self._images / seconds, 2),
             "seconds": round(self.seconds, 3),
-            "data_wait": round(self._waited / span, 4),
+            "data_wait": round(self._wait_seconds / seconds, 4),
         }
         with self._path.open("a") as file:
-            file.write(_line_of(self.last))
-        self._reset()
+            file.write(_to_line(self.last))
+        self._start_interval()
         now = time.perf_counter()
-        if now - self._shown >= PROGRESS_SECONDS or step == self._iterations:
-            self._shown = now
-            log.info("%s", self._line(step))
+        if now - self._last_progress >= PROGRESS_SECONDS or step == self._iterations:
+            self._last_progress = now
+            log.info("%s", self._progress_line(step, self.last))
 
-    def _line(self, step: int) -> str:
-        rate = (step - self._first) / max(time.perf_counter() - self._begin, 1e-9)
-        left = duration((self._iterations - step) / rate) if rate else "?"
-        last = self.last or {}
+    def _progress_line(self, step: int, last: Metrics) -> str:
+        steps_per_second = (step - self._first_step) / max(time.perf_counter() - self._start, 1e-9)
+        left = duration((self._iterations - step) / steps_per_second) if steps_per_second else "?"
         return (
             f"{step:,}/{self._iterations:,} steps  loss {last['loss']:.4g}  lr {last['lr']:.3g}  "
             f"{last['pictures_per_second']:.3g} images/s  {left} left  (waiting for data {last['data_wait']:.0%})"
         )
+
+
+def smoothed(values: NDArray[np.float64], share: float = 0.05) -> NDArray[np.float64]:
+    """Centred moving average over `share` of the run; the window shrinks at both ends."""
+    half = max(1, round(len(values) * share / 2))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    index = np.arange(len(values))
+    low, high = np.maximum(index - half, 0), np.minimum(index + half + 1, len(values))
+    averages: NDArray[np.float64] = (sums[high] - sums[low]) / (high - low)
+    return averages
+
+
+def draw_curves(metrics: Sequence[Metrics], path: Path) -> None:
+    """Plot loss and learning rate into a PNG. Without any metrics, no file is written."""
+    if not metrics:
+        return
+    # Figure instead of pyplot, which would select a window system and keep every figure in memory.
+    from matplotlib.figure import Figure
+
+    steps = np.array([line["step"] for line in metrics])
+    loss = np.array([line["loss"] for line in metrics], dtype=np.float64)
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    upper.plot(steps, loss, color="0.75", linewidth=0.8, label="mean of an interval")
+    upper.plot(steps, smoothed(loss), color="tab:blue", label="smoothed over 5 % of the run")
+    lower.plot(steps, [line["lr"] for line in metrics], color="tab:orange")
+    for axes, name in ((upper, "focal loss"), (lower, "learning rate")):
+        axes.set_ylabel(name)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    upper.legend(frameon=False)
+    lower.set_xlabel("step")
+    figure.savefig(path, dpi=120)

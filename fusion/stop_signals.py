@@ -1,13 +1,13 @@
-"""SIGINT and SIGTERM during training: the step under way is finished and a checkpoint saved before they take effect.
+"""Delay SIGINT and SIGTERM during training until the current step is finished and a checkpoint is saved.
 
-A signal may come in the middle of an update, where half of the weights are new: there is nothing whole to save then. So
-it is answered between two steps only, or at once while the run waits for data, which may take long.
+A signal may arrive in the middle of an update, when only some of the weights are new. So it is handled between two
+steps only, or immediately while the run waits for data, which may take long.
 
     with StopSignals() as signals:
-        while (batch := signals.interruptible(next_batch)) is not None:   # Stopped is raised in here only
+        while (batch := signals.interruptible(next_batch)) is not None:   # only this call raises Stopped
             update(batch)
 
-    except Stopped:      save; then `signals.take_effect()`, which does what would have happened without all this
+    except Stopped:      save; then call `signals.take_effect()` for the default reaction to the signal
 """
 
 from __future__ import annotations
@@ -21,40 +21,40 @@ T = TypeVar("T")
 
 
 class Stopped(BaseException):
-    """A signal came. No Exception: code that handles errors must not take it for one."""
+    """A signal arrived. Not a subclass of Exception, so that error handlers do not catch it."""
 
 
 class StopSignals:
-    """Holds SIGINT and SIGTERM back while it is entered; in other threads than the main one it does nothing.
+    """Context manager that delays SIGINT and SIGTERM; it does nothing outside the main thread.
 
-    A second signal takes effect at once, as it would have without this.
+    A second signal takes effect immediately.
     """
 
     def __init__(self) -> None:
-        self._before: dict[int, Any] = {}
+        self._old_handlers: dict[int, Any] = {}
         self._received: int | None = None
         self._interruptible = False
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
             handler = signal.getsignal(number)
-            # Ignored, as in a script's `command &`, or set by something else than Python: not ours to change.
+            # Ignored, as in a script's `command &`, or not set by Python: keep it.
             if handler in (signal.SIG_IGN, None):
                 continue
             try:
                 signal.signal(number, self._receive)
-            except ValueError:  # not the main thread, which alone receives signals
+            except ValueError:  # not the main thread; only that one receives signals
                 return self
-            self._before[number] = handler
+            self._old_handlers[number] = handler
         return self
 
     def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._old_handlers.items():
             signal.signal(number, handler)
-        self._before = {}
+        self._old_handlers = {}
 
     def interruptible(self, work: Callable[[], T]) -> T:
-        """`work()`, or Stopped as soon as a signal comes, also for one that came before."""
+        """The result of `work()`. Raises Stopped as soon as a signal arrives, or if one has arrived before."""
         self._interruptible = True
         try:
             if self._received is not None:
@@ -64,11 +64,10 @@ class StopSignals:
             self._interruptible = False
 
     def take_effect(self) -> None:
-        """What the signal that came would have done: as a rule it raises KeyboardInterrupt or ends the process."""
-        received = self._received
+        """Restore the old handlers and raise the received signal again: usually it ends the process."""
         self.__exit__()
-        if received is not None:
-            signal.raise_signal(received)
+        if self._received is not None:
+            signal.raise_signal(self._received)
 
     def _receive(self, number: int, _: FrameType | None) -> None:
         second = self._received is not None

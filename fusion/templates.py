@@ -1,11 +1,11 @@
-"""Prompt templates: the sentences that a class name is put into before the text encoder reads it.
+"""Prompt templates: sentences with a slot for a class name, the input of the text encoder.
 
-    reference  81: the bare name with a full stop, and OpenAI's 80 for ImageNet
+    reference  81: the name with a full stop, and OpenAI's 80 templates for ImageNet
     imagenet   the 80 alone (openai/CLIP, Prompt_Engineering_for_ImageNet.ipynb)
-    plain      the bare name with a full stop: one prompt a name instead of 81
+    plain      the name with a full stop: one prompt per name instead of 81
 
-`reference` equals, as a set, what the authors train and evaluate with (Surrey-UP-Lab/RegionSpot,
-prompt_engineering.py). Their order differs, which changes nothing: a class's embedding is the mean over its prompts.
+`reference` is the set that the authors train and evaluate with (Surrey-UP-Lab/RegionSpot, prompt_engineering.py). Its
+order differs, without any effect: the embedding of a class is the mean over its prompts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SLOT = "{}"
 
 
 class _TemplateSets(Mapping[str, tuple[str, ...]]):
-    """Filled on use: importing open_clip, where the 80 are kept, takes seconds that most commands need not spend."""
+    """Loads open_clip, which defines the 80 templates, only on access: its import takes seconds."""
 
     _NAMES = ("reference", "imagenet", "plain")
 
@@ -42,10 +42,7 @@ TEMPLATES: Mapping[str, tuple[str, ...]] = _TemplateSets()
 
 
 def template_set(name: str) -> tuple[str, ...]:
-    """The templates of the set `name`, each with one `{}` for the class name.
-
-    Raises InputError, naming the sets there are, for another name.
-    """
+    """The templates of the set `name`, each with one `{}` for the class name. Raises InputError for an unknown name."""
     try:
         return TEMPLATES[name]
     except KeyError:

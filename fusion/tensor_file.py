@@ -1,7 +1,7 @@
-"""Tensors and a JSON document in one safetensors file: the form of vocabularies, checkpoints and a run's state.
+"""Tensors and a JSON document in one safetensors file: the format of vocabularies, checkpoints and training states.
 
-Any safetensors reader opens them, and no reader ever has to run code from them. The document lies in the header
-under one key, so it is read without touching the tensors.
+Any safetensors reader opens it, and unlike a pickle it cannot run code. The document is one entry of the file's header,
+so it is read without loading the tensors.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ KEY = "regionspot"
 
 
 def write_tensor_file(path: Path, tensors: Mapping[str, Tensor], document: Mapping[str, Any]) -> None:
-    """Write the file whole or not at all. Raises OSError where the place cannot be written."""
-    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    """Write the file atomically. Raises OSError if it cannot be written."""
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {KEY: json.dumps(document, sort_keys=True, ensure_ascii=False, allow_nan=False)}
-    write_file(path, save(whole, metadata))
+    write_file(path, save(contiguous, metadata))
 
 
 def read_tensor_file(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors, on the CPU, and the document; None where the file is of somebody else's making.
+    """The tensors, on the CPU, and the document; None if another program wrote the file.
 
-    Raises WeightsError for a file that is missing, cut short or no safetensors file.
+    Raises WeightsError for a file that is missing, truncated or not in safetensors format.
     """
     return _read(path, with_tensors=True)
 
 
 def read_document(path: Path) -> dict[str, Any] | None:
-    """The document alone, without reading a tensor. Raises what `read_tensor_file` does."""
+    """The document alone, without loading a tensor. Raises the errors of `read_tensor_file`."""
     return _read(path, with_tensors=False)[1]
 
 

@@ -1,9 +1,9 @@
-"""Vocabularies: class names, the templates they are put into, and one text embedding a class.
+"""Vocabularies: class names, prompt templates, and one text embedding per class.
 
-A class's embedding is the mean of the text encoder's raw outputs over the templates, normalised once at the end, as
-the authors do; averaging normalised embeddings, as CLIP's own notebook does, gives other numbers. V3Det with 81
-templates is a million prompts, so a vocabulary is stored under a digest of all that decides its numbers and is never
-computed twice.
+The embedding of a class is the mean of the text encoder's raw outputs over the templates, normalised once at the end,
+as in the authors' code; CLIP's own notebook averages normalised embeddings, which gives other numbers. V3Det with 81
+templates is a million prompts, so a vocabulary is computed once and stored under a digest of everything that decides
+its numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,12 +28,12 @@ from regionspot.fusion.tensor_file import read_tensor_file, write_tensor_file
 
 log = logging.getLogger(__name__)
 
-# Bounds the memory of one call. Large enough that sorting by length inside the encoder leaves little padding.
+# Limits the memory of one call. Large enough that the encoder, which sorts prompts by length, adds little padding.
 PROMPTS_PER_CALL = 8192
 
 
 class TextEncoder(Protocol):
-    """What a vocabulary needs of a text encoder."""
+    """The text encoder interface that a vocabulary needs."""
 
     @property
     def name(self) -> str: ...
@@ -48,13 +48,13 @@ class TextEncoder(Protocol):
 
 @dataclass(frozen=True, eq=False)
 class Vocabulary:
-    """Classes that regions can be given, in the order of their indices.
+    """Classes in the order of their indices.
 
-    names           verbatim, `_` and `(...)` kept; the same name may stand twice, as in V3Det
-    templates       each with `{}` where the name goes
+    names           verbatim, with `_` and `(...)`; a name may occur twice, as in V3Det
+    templates       each with `{}` as the slot for the name
     embeddings      float32 (V, text_dim), L2-normalised
     digest          SHA-256 over names, templates and the text encoder's name and weights
-    encoder_sha256  of the text encoder's weights; empty where the embeddings came from elsewhere
+    encoder_sha256  of the text encoder's weights; empty if unknown
     """
 
     names: tuple[str, ...]
@@ -68,34 +68,33 @@ class Vocabulary:
 
 
 def vocabulary_folder() -> Path:
-    """Where vocabularies are kept: `$REGIONSPOT_HOME/vocabularies`, by default under ~/.cache/regionspot."""
+    """The folder of stored vocabularies: `$REGIONSPOT_HOME/vocabularies`, by default under ~/.cache/regionspot."""
     return home_folder("vocabularies")
 
 
 def build_vocabulary(
     names: Sequence[str], templates: Sequence[str], encoder: TextEncoder, store: Path | None = None
 ) -> Vocabulary:
-    """The vocabulary of `names`, from `store` (default `vocabulary_folder()`) or computed and put there.
+    """The vocabulary of `names`, loaded from `store` (default `vocabulary_folder()`), or computed and saved there.
 
-    A store that cannot be written costs a warning, not the work done.
-
-    Raises InputError for an empty list, an empty name, a template without `{}` or one given twice.
+    If the store cannot be written, a warning is logged. Raises InputError for an empty list, an empty name, and a
+    template without `{}` or given twice.
     """
     names, templates = tuple(names), tuple(templates)
     _check(names, templates)
     digest = vocabulary_digest(names, templates, encoder)
     path = (store or vocabulary_folder()) / f"{digest}.safetensors"
-    embeddings = _stored(path, digest)
+    embeddings = _load(path, digest)
     if embeddings is None:
         embeddings = _embed(names, templates, encoder)
-        _store(path, digest, names, templates, embeddings, encoder)
+        _save(path, digest, names, templates, embeddings, encoder)
     return Vocabulary(names, templates, embeddings, digest, encoder.weights_sha256)
 
 
 def vocabulary_digest(names: Sequence[str], templates: Sequence[str], encoder: TextEncoder) -> str:
-    """What a vocabulary is stored under."""
-    parts: list[Any] = [list(names), list(templates), encoder.name, encoder.weights_sha256]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+    """The name of a stored vocabulary: SHA-256 as hex."""
+    document: list[Any] = [list(names), list(templates), encoder.name, encoder.weights_sha256]
+    return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
 def _check(names: tuple[str, ...], templates: tuple[str, ...]) -> None:
@@ -103,40 +102,37 @@ def _check(names: tuple[str, ...], templates: tuple[str, ...]) -> None:
         raise InputError("vocabulary: there are no names; give at least one class")
     for position, name in enumerate(names):
         if not isinstance(name, str) or not name.strip():
-            raise InputError(f"vocabulary: name {position + 1} of {len(names)} is {name!r}, expected a word or more")
+            raise InputError(f"vocabulary: name {position + 1} of {len(names)} is {name!r}, expected at least one word")
     if not templates:
         raise InputError(f"vocabulary: there are no templates; give at least one, such as '{SLOT}.'")
     for template in templates:
         if SLOT not in template:
-            raise InputError(f"vocabulary: template {template!r} has no '{SLOT}' where the name goes")
+            raise InputError(f"vocabulary: template {template!r} has no '{SLOT}' as the slot for the name")
         if templates.count(template) > 1:
-            raise InputError(f"vocabulary: template {template!r} is given twice, so it would count double")
+            raise InputError(f"vocabulary: template {template!r} is given twice and would count double")
 
 
 def _embed(names: tuple[str, ...], templates: tuple[str, ...], encoder: TextEncoder) -> Tensor:
-    """float32 (V, text_dim), normalised; a name that stands twice is read once."""
+    """float32 (V, text_dim), normalised; a repeated name is encoded once."""
     unique = list(dict.fromkeys(names))
     progress = Progress(len(unique) * len(templates), "prompts")
     means = []
-    for part in _parts(unique, max(1, PROMPTS_PER_CALL // len(templates))):
-        prompts = [template.replace(SLOT, name) for name in part for template in templates]
+    names_per_call = max(1, PROMPTS_PER_CALL // len(templates))
+    for start in range(0, len(unique), names_per_call):
+        some_names = unique[start : start + names_per_call]
+        prompts = [template.replace(SLOT, name) for name in some_names for template in templates]
         embedded = encoder.embed_prompts(prompts).detach().float().cpu()
-        means.append(embedded.view(len(part), len(templates), -1).mean(dim=1))
+        means.append(embedded.view(len(some_names), len(templates), -1).mean(dim=1))
         progress.step(len(prompts))
     embeddings = F.normalize(torch.cat(means), dim=-1)
     if not torch.isfinite(embeddings).all():
-        raise WeightsError(f"{encoder.name}: its text embeddings are not finite; these weights cannot be used")
+        raise WeightsError(f"{encoder.name}: its text embeddings are not finite; use other weights")
     position = {name: index for index, name in enumerate(unique)}
     return embeddings[[position[name] for name in names]]
 
 
-def _parts(names: list[str], size: int) -> Iterator[list[str]]:
-    for first in range(0, len(names), size):
-        yield names[first : first + size]
-
-
-def _stored(path: Path, digest: str) -> Tensor | None:
-    """The embeddings kept under `path`; None where there are none, or where the file is damaged."""
+def _load(path: Path, digest: str) -> Tensor | None:
+    """The embeddings stored in `path`; None if the file is missing or damaged."""
     if not path.exists():
         return None
     try:
@@ -146,12 +142,12 @@ def _stored(path: Path, digest: str) -> Tensor | None:
     except (WeightsError, KeyError):
         intact = False
     if not intact:
-        log.warning("%s: is damaged, so this vocabulary is computed again", path)
+        log.warning("%s: is damaged; this vocabulary is computed again", path)
         return None
     return embeddings
 
 
-def _store(
+def _save(
     path: Path,
     digest: str,
     names: tuple[str, ...],

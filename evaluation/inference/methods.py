@@ -24,7 +24,7 @@ from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference.region_spot import Prepared, RegionSpot
 from regionspot.evaluation.inference.resumable import Unreadable
 from regionspot.evaluation.inference.scoring import RegionScores, Timed, head_digest, head_probabilities
-from regionspot.fusion.decoding import decode_on_device
+from regionspot.fusion.batches import decode_on_device
 from regionspot.fusion.head import FusionHead
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving

@@ -90,7 +90,7 @@ def test_caches_made_otherwise_do_not_train_together(extracted, tmp_path, other,
     with pytest.raises(InputError) as error:
         trained(caches, tmp_path / "run")
     message = one_line(error)
-    assert message.startswith(f"{caches[1].path}: its toy_clip (145, 192) features were made otherwise than")
+    assert message.startswith(f"{caches[1].path}: its toy_clip (145, 192) features differ from those of")
     assert str(caches[0].path) in message
     assert field in message
     assert message.endswith(f"extract this cache again with {mend}")

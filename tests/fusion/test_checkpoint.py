@@ -1,4 +1,4 @@
-"""Checkpoints: ours and the authors' files, and what is refused."""
+"""Loading and saving checkpoints: our format, released files, and errors."""
 
 import os
 import pickle
@@ -33,8 +33,8 @@ def head():
 def released(preset: str, extra: dict | None = None) -> dict:
     """A state dict as the authors' trainer writes it, all zeros."""
     with torch.device("meta"):
-        names = FusionHead(HEADS[preset]).state_dict()
-    state = {f"model.{name}": torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in names.items()}
+        weights = FusionHead(HEADS[preset]).state_dict()
+    state = {f"model.{name}": torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in weights.items()}
     return {
         "model": {**state, "model.sam.x.weight": torch.zeros(2), "model.clip_model.y": torch.ones(3)} | (extra or {})
     }
@@ -45,7 +45,7 @@ def one_line(error) -> str:
     return str(error.value)
 
 
-def test_a_head_comes_back_with_its_numbers_and_what_it_was_trained_on(tmp_path, head):
+def test_save_and_load_keep_the_weights_and_the_training_info(tmp_path, head):
     save_checkpoint(tmp_path / "head.safetensors", head, INFO)
     loaded = load_checkpoint(tmp_path / "head.safetensors")
     assert loaded.info == INFO
@@ -55,33 +55,33 @@ def test_a_head_comes_back_with_its_numbers_and_what_it_was_trained_on(tmp_path,
     assert torch.equal(loaded.head(*inputs), head(*inputs))
 
 
-def test_a_head_is_ours_whatever_its_header_is_long(tmp_path, head):
-    """A safetensors file begins with that length, and one of 128 bytes more than a multiple of 256 like a pickle."""
-    firsts = set()
+def test_a_header_length_that_looks_like_a_pickle_is_recognised(tmp_path, head):
+    """A safetensors file starts with the length of its header, whose first byte may be that of a pickle."""
+    first_bytes = set()
     for length in range(0, 256, 8):  # the header is padded to 8 bytes
         path = tmp_path / f"{length}.safetensors"
         save_checkpoint(path, head, replace(INFO, templates=("{}" + "a" * length,)))
-        firsts.add(path.read_bytes()[0])
+        first_bytes.add(path.read_bytes()[0])
         assert load_checkpoint(path).info.preset == "toy"
-    assert 0x80 in firsts
+    assert 0x80 in first_bytes
 
 
-def test_a_checkpoint_that_fails_to_be_written_leaves_the_old_one(tmp_path, head, monkeypatch):
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, head, monkeypatch):
     path = tmp_path / "head.safetensors"
     save_checkpoint(path, head, INFO)
     before = path.read_bytes()
 
-    def full(*_):
+    def no_space(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "write", full)
+    monkeypatch.setattr(os, "write", no_space)
     with pytest.raises(OSError, match="No space"):
         save_checkpoint(path, head, HeadInfo())
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["head.safetensors"]
 
 
-def test_a_released_file_loads_and_says_what_it_left_out(tmp_path):
+def test_a_released_file_loads_and_counts_the_ignored_tensors(tmp_path):
     path = tmp_path / "regionspot_bb.pth"
     torch.save(released("bb", {"model.to_clip.bias": torch.arange(768.0)}), path)
     loaded = load_checkpoint(path)
@@ -92,7 +92,7 @@ def test_a_released_file_loads_and_says_what_it_left_out(tmp_path):
 
 
 def head_only(preset: str = "toy") -> dict:
-    """A head's state dict under our own names, as another program may save it."""
+    """The state dict of a head under our names, as another program may save it."""
     state = FusionHead(HEADS[preset]).state_dict()
     return {name: torch.full_like(tensor, 0.5) for name, tensor in state.items()}
 
@@ -115,7 +115,7 @@ def prefixed(prefix: str, state: dict) -> dict:
     ],
     ids=["bare", "state_dict", "model_state_dict", "model, DDP", "DDP", "nested, compiled", "Lightning", "averaged"],
 )
-def test_a_head_opens_from_the_layouts_of_the_usual_training_programs(tmp_path, layout):
+def test_a_head_loads_from_the_layouts_of_common_training_programs(tmp_path, layout):
     state = head_only()
     torch.save(layout(state), tmp_path / "head.pth")
     loaded = load_checkpoint(tmp_path / "head.pth")
@@ -123,13 +123,13 @@ def test_a_head_opens_from_the_layouts_of_the_usual_training_programs(tmp_path, 
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.head.state_dict().items())
 
 
-def test_a_released_head_that_somebody_saved_as_safetensors_opens(tmp_path):
+def test_a_released_head_converted_to_safetensors_loads(tmp_path):
     save_file(prefixed("model.", head_only()), tmp_path / "head.safetensors")
     assert load_checkpoint(tmp_path / "head.safetensors").info.preset == "toy"
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_head_with_a_number_that_is_not_finite_is_refused_by_file_and_tensor(tmp_path, head, value):
+def test_a_head_with_nan_or_infinity_is_refused_with_file_and_tensor(tmp_path, head, value):
     with torch.no_grad():
         head.decoder.norm.bias[3] = value
     save_checkpoint(tmp_path / "ours.safetensors", head, INFO)
@@ -142,12 +142,12 @@ def test_a_head_with_a_number_that_is_not_finite_is_refused_by_file_and_tensor(t
         assert one_line(error).startswith(f"{tmp_path / name}: decoder.norm.bias holds NaN or infinity (1 of ")
 
 
-def test_a_released_file_of_two_possible_presets_asks_which(tmp_path):
+def test_a_released_file_that_fits_two_presets_needs_a_preset(tmp_path):
     path = tmp_path / "regionspot_bl.pth"
     torch.save(released("bl"), path, _use_new_zipfile_serialization=False)
     with pytest.raises(InputError) as error:
         load_checkpoint(path)
-    assert "bl and of bl336; say which with --preset" in one_line(error)
+    assert "bl and of bl336; name one with --preset" in one_line(error)
     assert load_checkpoint(path, preset="bl336").info.preset == "bl336"
     with pytest.raises(WeightsError, match="width=1024"):
         load_checkpoint(path, preset="bb")
@@ -185,7 +185,7 @@ def write_half(path):
         (lambda path: None, "no such checkpoint file"),
     ],
 )
-def test_what_is_no_checkpoint_is_refused_in_one_line_and_runs_nothing(tmp_path, capsys, write, message):
+def test_an_invalid_checkpoint_is_refused_in_one_line_and_no_code_runs(tmp_path, capsys, write, message):
     path = tmp_path / "given.pth"
     write(path)
     with pytest.raises(WeightsError) as error:
@@ -210,12 +210,12 @@ def test_a_missing_tensor_is_named(tmp_path):
         load_checkpoint(path)
 
 
-def test_another_preset_than_the_file_states_is_refused(tmp_path, head):
+def test_a_preset_that_contradicts_the_file_is_refused(tmp_path, head):
     save_checkpoint(tmp_path / "head.safetensors", head, INFO)
-    with pytest.raises(InputError, match="trained as preset toy, but bl was asked for"):
+    with pytest.raises(InputError, match="trained as preset toy, not bl; leave --preset out"):
         load_checkpoint(tmp_path / "head.safetensors", preset="bl")
 
 
-def test_an_unknown_preset_is_refused_with_the_ones_there_are(tmp_path):
+def test_the_error_for_an_unknown_preset_lists_the_presets(tmp_path):
     with pytest.raises(InputError, match="bb, bl, bl336"):
         load_checkpoint(tmp_path / "any.pth", preset="xl")

@@ -1,4 +1,4 @@
-"""The head, its logits, loss and gradients against what the authors' code computes (../shared/golden)."""
+"""The head, its logits, loss and gradients compared with the authors' code (../shared/golden)."""
 
 import json
 import zlib
@@ -10,7 +10,7 @@ import torch
 from regionspot.fusion.head import HEADS, FusionHead, similarity_logits
 from regionspot.fusion.losses import region_loss
 
-RELATIVE = 5e-6  # four times what rounding leaves on a CPU
+RELATIVE = 5e-6  # four times the rounding error on a CPU
 
 
 def rand(tag: str, *shape: int) -> torch.Tensor:
@@ -70,8 +70,8 @@ def test_golden_loss_and_every_gradient_norm_equal_the_authors(head, inputs, exp
     assert norms == pytest.approx(facts["fusion"]["grad_norms"], rel=RELATIVE)
 
 
-def test_golden_numbers_are_untouched_by_padding(head, inputs, expected):
-    """A third image with two regions and three of padding changes nothing for the other two, nor for its own."""
+def test_golden_numbers_do_not_depend_on_padding(head, inputs, expected):
+    """A third image has two regions and three rows of padding."""
     tokens = torch.cat([inputs["tokens"], inputs["tokens"][:1]])
     tokens[2, 2:] = 7.0
     mask = torch.ones(3, 5, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""The programs of docs/other_heads.md, run as they are printed there, on a small toy world named by its colours."""
+"""Run the programs of docs/other_heads.md on a small toy dataset whose classes are colours."""
 
 import re
 from dataclasses import replace
@@ -14,23 +14,23 @@ from regionspot.pipeline.extraction.extract import extract
 from regionspot.pipeline.toy.world import make_toy_world
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "other_heads.md"
-# A program, and below it what it prints.
+# A program and, below it, its output.
 EXAMPLES = re.findall(r"```python\n(.*?)```\n\n    (.*?)\n", DOCUMENT.read_text(), re.DOTALL)
 IMAGES = 75
 
 
 def by_colours(manifest: Manifest) -> Manifest:
-    """The same regions, whose class is the middle word of its name: "striped green star" is green."""
+    """The same regions with the colour as class: the middle word of "striped green star"."""
     names = [category.name.split()[1] for category in manifest.categories]
     colours = sorted(set(names))
     index = np.array([colours.index(name) for name in names], np.int32)
-    categories = tuple(Category(place + 1, colour) for place, colour in enumerate(colours))
+    categories = tuple(Category(number, colour) for number, colour in enumerate(colours, start=1))
     return replace(manifest, category_index=index[manifest.category_index], categories=categories)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder with the cache that the programs open."""
+    """The working folder of the programs, with their cache."""
     root = tmp_path_factory.mktemp("heads")
     world = make_toy_world(root / "world", 2 * IMAGES, seed=3)
     manifest = by_colours(read_dataset("toy", world).head(IMAGES))
@@ -40,17 +40,17 @@ def folder(tmp_path_factory) -> Path:
     return root
 
 
-def test_the_document_holds_three_programs():
+def test_the_document_has_three_programs():
     assert len(EXAMPLES) == 3
 
 
 @pytest.mark.parametrize(("program", "printed"), EXAMPLES, ids=["linear probe", "nearest neighbours", "small head"])
-def test_each_program_runs_as_printed_and_beats_chance_clearly(folder, monkeypatch, capsys, program, printed):
+def test_each_program_prints_its_documented_output_and_beats_chance(folder, monkeypatch, capsys, program, printed):
     monkeypatch.chdir(folder)
     exec(compile(program, str(DOCUMENT), "exec"), {"__name__": "__main__"})
-    said = capsys.readouterr().out.strip()
-    accuracy, chance = (int(share) for share in re.findall(r"(\d+)%", said))
+    output = capsys.readouterr().out.strip()
+    accuracy, chance = (int(percent) for percent in re.findall(r"(\d+)%", output))
     assert accuracy > chance + 20
-    told = [int(share) for share in re.findall(r"(\d+)%", printed)]
-    assert told == pytest.approx([accuracy, chance], abs=4)  # rounding differs between machines
-    assert re.sub(r"\d+%", "N%", said) == re.sub(r"\d+%", "N%", printed)
+    documented = [int(percent) for percent in re.findall(r"(\d+)%", printed)]
+    assert documented == pytest.approx([accuracy, chance], abs=4)  # rounding differs between machines
+    assert re.sub(r"\d+%", "N%", output) == re.sub(r"\d+%", "N%", printed)

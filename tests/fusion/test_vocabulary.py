@@ -1,4 +1,4 @@
-"""Vocabularies: what is computed from which prompts, what is kept, what is refused."""
+"""Vocabularies: computing, storing, and errors."""
 
 import hashlib
 import subprocess
@@ -14,7 +14,7 @@ from regionspot.fusion.vocabulary import PROMPTS_PER_CALL, build_vocabulary, voc
 
 
 class LetterEncoder:
-    """A text encoder that knows no words: each prompt's embedding is drawn from its own bytes. Counts what it reads."""
+    """A fake text encoder: the embedding of a prompt is random, seeded by its bytes. Records the prompts."""
 
     name = "letters"
     weights_sha256 = "0" * 64
@@ -37,7 +37,7 @@ def encoder():
     return LetterEncoder()
 
 
-def test_an_embedding_is_the_normalised_mean_of_unnormalised_ones(home, encoder):
+def test_an_embedding_is_the_normalised_mean_of_the_raw_embeddings(home, encoder):
     templates = ("{}.", "a photo of a {}.", "many {}.")
     vocabulary = build_vocabulary(["dog", "red umbrella"], templates, encoder)
     mean = torch.stack([encoder.embed(template.replace("{}", "red umbrella")) for template in templates]).mean(dim=0)
@@ -50,14 +50,14 @@ def test_names_reach_the_encoder_verbatim(home, encoder):
     assert encoder.prompts == ["a aerosol_can.", "a barge (boat).", "a {curly}."]
 
 
-def test_a_name_that_stands_twice_is_read_once_and_keeps_both_places(home, encoder):
+def test_a_repeated_name_is_encoded_once_and_keeps_both_indices(home, encoder):
     vocabulary = build_vocabulary(["crane", "dog", "crane"], ["{}."], encoder)
     assert encoder.prompts == ["crane.", "dog."]
     assert torch.equal(vocabulary.embeddings[0], vocabulary.embeddings[2])
     assert len(vocabulary) == 3
 
 
-def test_a_vocabulary_is_never_computed_twice(home, encoder):
+def test_a_stored_vocabulary_is_not_computed_again(home, encoder):
     first = build_vocabulary(["dog", "cat"], ["{}."], encoder)
     again = build_vocabulary(["dog", "cat"], ["{}."], encoder)
     assert encoder.prompts == ["dog.", "cat."]
@@ -66,7 +66,7 @@ def test_a_vocabulary_is_never_computed_twice(home, encoder):
     assert vocabulary_folder().parent == home
 
 
-def test_names_order_templates_and_weights_each_make_another_vocabulary(tmp_path, encoder):
+def test_the_digest_depends_on_name_order_templates_and_weights(tmp_path, encoder):
     other = LetterEncoder()
     other.weights_sha256 = "1" * 64
     built = [
@@ -79,7 +79,7 @@ def test_names_order_templates_and_weights_each_make_another_vocabulary(tmp_path
 
 
 @pytest.mark.parametrize("damage", [lambda data: data[: len(data) // 2], lambda data: data[:-1] + b"\xff"])
-def test_a_damaged_file_is_computed_again_and_mended(tmp_path, encoder, damage, caplog):
+def test_a_damaged_vocabulary_file_is_computed_again_and_replaced(tmp_path, encoder, damage, caplog):
     first = build_vocabulary(["dog", "cat"], ["{}."], encoder, tmp_path)
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage(path.read_bytes()))
@@ -90,14 +90,14 @@ def test_a_damaged_file_is_computed_again_and_mended(tmp_path, encoder, damage, 
     assert len(encoder.prompts) == 4
 
 
-def test_a_store_that_cannot_be_written_costs_a_warning_only(tmp_path, encoder, caplog):
+def test_a_store_that_cannot_be_written_logs_a_warning(tmp_path, encoder, caplog):
     (tmp_path / "file").write_text("in the way")
     vocabulary = build_vocabulary(["dog"], ["{}."], encoder, tmp_path / "file" / "store")
     assert len(vocabulary) == 1
     assert "cannot be written" in caplog.text
 
 
-def test_many_names_are_embedded_in_bounded_parts(tmp_path):
+def test_the_number_of_prompts_per_call_is_limited(tmp_path):
     class Counting(LetterEncoder):
         def embed_prompts(self, prompts):
             self.prompts.append(len(prompts))
@@ -119,28 +119,28 @@ def test_many_names_are_embedded_in_bounded_parts(tmp_path):
         (["dog"], ["{}.", "{}."], "given twice"),
     ],
 )
-def test_what_cannot_be_a_vocabulary_is_refused_in_one_line(tmp_path, encoder, names, templates, message):
+def test_an_invalid_vocabulary_is_refused_in_one_line(tmp_path, encoder, names, templates, message):
     with pytest.raises(InputError) as error:
         build_vocabulary(names, templates, encoder, tmp_path)
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_embeddings_that_are_not_finite_are_refused_and_not_kept(tmp_path, encoder):
+def test_embeddings_that_are_not_finite_are_refused_and_not_saved(tmp_path, encoder):
     encoder.embed_prompts = lambda prompts: torch.full((len(prompts), 4), float("nan"))
     with pytest.raises(WeightsError, match="not finite"):
         build_vocabulary(["dog"], ["{}."], encoder, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_the_reference_templates_are_the_plain_one_and_openais_eighty():
+def test_the_reference_templates_are_the_plain_one_and_openais_80():
     assert len(TEMPLATES["imagenet"]) == 80
     assert set(TEMPLATES["reference"]) == {"{}.", *TEMPLATES["imagenet"]}
     assert all(template.count("{}") == 1 for template in TEMPLATES["reference"])
     assert "itap of my {}." in TEMPLATES["imagenet"]
 
 
-def test_an_unknown_template_set_is_refused_with_the_ones_there_are():
+def test_the_error_for_an_unknown_template_set_lists_the_sets():
     with pytest.raises(InputError, match="reference, imagenet, plain"):
         template_set("fancy")
 
