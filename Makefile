@@ -1,4 +1,4 @@
-# RegionSpot. `make` lists the targets. VENV= names another place for the environment.
+# RegionSpot. `make` lists the targets. VENV= moves the environment.
 
 VENV     ?= .venv
 PYTHON   ?= python3
@@ -15,15 +15,15 @@ ARGS     ?=
 DEMO_OUT ?= build/demo
 QUICK    ?=
 
-# A matched pair: torchvision's operators exist only beside the torch it was built for.
+# A matched pair: torchvision works only with the torch that it was built for.
 TORCH ?= torch==2.15.0 torchvision==0.29.2
 
 READY := $(VENV)/.ready
-# Apart from the other one: a peer pins an older numpy and brings a hundred packages that nothing else needs.
+# A separate environment: one of the peers pins an older numpy and installs a hundred packages.
 BENCH_VENV  := build/bench-env
 BENCH_READY := $(BENCH_VENV)/.ready
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-# Evaluation runs from images unless a cache is named for it.
+# Evaluation reads images unless CACHE= is given.
 CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(CACHE)")
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
@@ -35,10 +35,10 @@ help: ## list the targets
 	@echo
 	@echo "  DATASET= SPLIT= DATA= CACHE= PRESET=bb|bl|bl336 BOXES=gt|<proposals.json> WEIGHTS= OUT= ARGS="
 
-setup: $(READY) ## make the environment and install everything, torch and torchvision pinned
+setup: $(READY) ## create the environment and install everything, with pinned torch and torchvision
 
-# SAM 2 without its CUDA kernel, which fills holes in masks: compiling it takes nvcc and minutes.
-# uv keeps one copy of torch's 5 GB for any number of clones; it is installed into the environment where it is missing.
+# SAM 2 is built without its CUDA kernel, which needs nvcc and minutes and only fills holes in masks.
+# uv shares one copy of torch (5 GB) between clones; it is installed into the environment if missing.
 $(READY): pyproject.toml
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	@command -v uv >/dev/null || $(VENV)/bin/python -m pip install --quiet uv
@@ -50,37 +50,37 @@ $(BENCH_READY): pyproject.toml | $(READY)
 	uv pip install --quiet --python $(BENCH_VENV)/bin/python $(TORCH) -e ".[dev,bench]"
 	@touch $@
 
-demo: $(READY) ## the main job, small and real: a toy world, extract, train, evaluate; tables and images in build/demo
+demo: $(READY) ## a toy world from images to AP: extract, train, evaluate; results in build/demo
 	regionspot demo $(DEMO_OUT) $(ARGS)
 
-extract: $(READY) ## backbones over DATASET= once, into CACHE=; run again, it resumes
+extract: $(READY) ## run the backbones over DATASET= into CACHE=; resumes
 	regionspot extract $(DATASET) --split $(SPLIT) --data "$(DATA)" --cache "$(CACHE)" --preset $(PRESET) --boxes "$(BOXES)" $(WEIGHTS_ARG) $(ARGS)
 
-train: $(READY) ## train the head from CACHE= into OUT=
+train: $(READY) ## train the head from CACHE= into OUT=; resumes
 	regionspot train --cache "$(CACHE)" --preset $(PRESET) --out "$(OUT)" --resume $(WEIGHTS_ARG) $(ARGS)
 
-eval-lvis: $(READY) ## LVIS AP of the head in OUT= (or CHECKPOINT=), end to end from the images in DATA=, or from CACHE=
+eval-lvis: $(READY) ## LVIS AP of the head in OUT= (or CHECKPOINT=), from the images in DATA= or from CACHE=
 	regionspot eval-lvis --checkpoint "$(CHECKPOINT)" --data "$(DATA)" --preset $(PRESET) --boxes "$(BOXES)" --out "$(OUT)/eval" $(CACHE_ARG) $(WEIGHTS_ARG) $(ARGS)
 
-toy-backbones: $(READY) ## train the toy world's SAM and CLIP again (under an hour on 2 cores)
+toy-backbones: $(READY) ## train the toy SAM and CLIP (an hour on 2 cores); resumes
 	python -m regionspot.pipeline.toy.training $(ARGS)
 
-bench-cache: $(BENCH_READY) ## the cache against its peers: table, chart and goals into benchmarks/results (QUICK=1: a minute, build/bench)
+bench-cache: $(BENCH_READY) ## the cache and its peers: table, chart and goals in benchmarks/results (QUICK=1: one minute, build/bench)
 	$(BENCH_VENV)/bin/python -m benchmarks.bench_cache $(if $(QUICK),--quick) $(ARGS)
 
-bench-extract: $(READY) ## extraction against the authors' path; on a GPU its rates as well (15 minutes; QUICK=1: a minute, build/bench)
+bench-extract: $(READY) ## extraction and the authors' code; on a GPU images per second too (15 minutes; QUICK=1: one minute)
 	python -m benchmarks.bench_extract $(if $(QUICK),--quick) $(ARGS)
 
-bench-encodings: $(READY) ## what each encoding costs: bytes, features, AP (20 minutes on 2 cores)
+bench-encodings: $(READY) ## bytes, error and AP of each encoding (20 minutes on 2 cores)
 	python -m benchmarks.encodings $(ARGS)
 
-bench-scaling: $(READY) ## 1 to 64 workers with a simulated GPU, and what a part costs to give out (QUICK=1: a minute, build/bench)
+bench-scaling: $(READY) ## speedup of 1 to 64 workers with a simulated GPU, cost of a part (QUICK=1: one minute)
 	python -m benchmarks.bench_scaling $(if $(QUICK),--quick) $(ARGS)
 
-stress: $(READY) ## damage, kill and starve caches in full (20 minutes on 2 cores); what was counted into benchmarks/results (QUICK=1: build/bench)
+stress: $(READY) ## damage, kill and starve caches (25 minutes on 2 cores); counts in benchmarks/results (QUICK=1: build/bench)
 	python -m benchmarks.stress $(if $(QUICK),--quick) $(ARGS)
 
-# As on a CPU without instructions for half precision: make test REGIONSPOT_CPU_DTYPES=float32; with: ...=float32,bfloat16
+# As on a CPU without bfloat16 instructions: make test REGIONSPOT_CPU_DTYPES=float32; with: ...=float32,bfloat16
 test: $(READY) ## the tests, in parallel
 	python -m pytest -n auto --dist worksteal $(ARGS)
 
@@ -88,13 +88,13 @@ lint: $(READY) ## ruff: style and format
 	ruff check .
 	ruff format --check .
 
-# Type checkers read folders, not installs: they see the packages under their installed name through links.
+# mypy reads folders: links give the packages their installed name.
 typecheck: $(READY) ## mypy, strict
 	@mkdir -p build/typing/regionspot
 	@for name in __init__.py cli.py commands pipeline cache fusion evaluation; do ln -sfn ../../../$$name build/typing/regionspot/$$name; done
 	mypy
 
-check: lint typecheck test ## everything that must be green before a commit
+check: lint typecheck test ## ruff, mypy and the tests
 
-clean: ## remove what the targets above made, but not the environment
+clean: ## remove build products, but not the environment
 	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache

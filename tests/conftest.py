@@ -28,12 +28,12 @@ from regionspot.pipeline.toy.world import make_toy_world
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-# Tests keep the cores busy side by side; more threads each would only get in each other's way.
+# Tests run in parallel processes, so one thread each is fastest.
 torch.set_num_threads(1)
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """For `-n auto`: one more than there are cores, for tests wait for disks, servers and processes that die."""
+    """For `-n auto`: one more than cores, because tests wait for disks, servers and killed processes."""
     return processors() + 1
 
 
@@ -46,7 +46,7 @@ def _under_shared(name: str) -> Path:
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder of what the authors' code computes on weights made from a formula."""
+    """Folder with outputs of the authors' code on weights computed from a formula."""
     return _under_shared("golden")
 
 
@@ -58,13 +58,13 @@ def coco_mini() -> Path:
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Path:
-    """A toy world of 32 images to train on and 8 to validate with, to be read and never changed."""
+    """A read-only toy world of 32 training and 8 validation images."""
     return make_toy_world(tmp_path_factory.mktemp("world"), 40, seed=1)
 
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """An empty REGIONSPOT_HOME, so that no test sees weights or vocabularies of the machine it runs on."""
+    """An empty REGIONSPOT_HOME, so that tests see no weights or vocabularies of this machine."""
     monkeypatch.setenv("REGIONSPOT_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
 
@@ -72,7 +72,7 @@ def home(tmp_path, monkeypatch) -> Path:
 def _from_formula(
     state_dict: dict[str, torch.Tensor], prefix: str, gain: float, untouched: tuple[str, ...] = ()
 ) -> dict[str, torch.Tensor]:
-    """Every float tensor drawn from its own name, as ../shared/golden/README.md defines; integer ones stay."""
+    """Fill every float tensor from a random generator seeded by its name (../shared/golden/README.md)."""
     filled = {}
     for name, tensor in state_dict.items():
         if not tensor.is_floating_point() or name in untouched:
@@ -93,11 +93,11 @@ def _from_formula(
 
 @pytest.fixture(scope="session")
 def from_formula():
-    """`from_formula(state_dict, prefix, gain)`: the same names and shapes with the golden weights' values."""
+    """`from_formula(state_dict, prefix, gain)` returns the golden weights for these names and shapes."""
     return _from_formula
 
 
-# It ends with the tests, also where these are killed: its standard input ends then.
+# It ends when its standard input is closed, so also when the tests are killed.
 _S3_SERVER = """
 import sys
 from moto.server import ThreadedMotoServer
@@ -110,7 +110,7 @@ sys.stdin.read()
 
 @pytest.fixture(scope="session")
 def s3_server():
-    """Port of an S3-protocol server of our own: a real one, in a process of its own, with nothing in it yet."""
+    """Port of an empty S3 server in a process of its own."""
     server = subprocess.Popen(
         [sys.executable, "-c", _S3_SERVER],
         stdin=subprocess.PIPE,
@@ -125,7 +125,7 @@ def s3_server():
 
 @pytest.fixture
 def s3(s3_server, monkeypatch, tmp_path) -> str:
-    """s3:// address of an empty bucket, with the environment that leads there and to nobody's own keys."""
+    """s3:// address of an empty bucket; the environment has its endpoint and keys, and no real ones."""
     for name in [name for name in os.environ if name.startswith(("AWS_", "REGIONSPOT_"))]:
         monkeypatch.delenv(name)
     for name, value in (
@@ -152,7 +152,7 @@ def _make_bucket(port: int, bucket: str) -> None:
 
 
 class SmallCache:
-    """A cache with a feature set of every encoding, small enough to be made, damaged and looked at thousands of times.
+    """A cache with a feature set of every encoding, small enough to be written and damaged thousands of times.
 
     Ten images in three parts, the last one not full; one part has more regions than an inner chunk of tokens, two
     images have none, one cannot be read.
@@ -193,7 +193,7 @@ class SmallCache:
         return [feature_set.name for feature_set in self.sets]
 
     def features(self, row: int) -> ImageFeatures:
-        """What the backbones would say about an image, the same whenever they are asked."""
+        """The same features of an image at every call."""
         if row == self.failing:
             return ImageFeatures(row, {}, "truncated JPEG")
         return make_features(self.manifest, self.sets, row)
@@ -202,7 +202,7 @@ class SmallCache:
         return FeatureCache.create(path, self.manifest, self.sets, self.part_size)
 
     def extract(self, path: Path, at_image: Callable[[], object] = lambda: None) -> None:
-        """What `regionspot extract` does, with its own sharing of parts among runs, but without backbones."""
+        """Extract as `regionspot extract` does, with claims on parts but without backbones."""
 
         def features(row: int) -> ImageFeatures:
             at_image()
@@ -216,7 +216,7 @@ class SmallCache:
                     parts.write(part, (features(row) for row, _ in jobs))
 
     def content(self, folder: Path) -> dict[str, bytes]:
-        """Every file's bytes; of the part records all but who wrote them and how long that took."""
+        """The bytes of every file; part records without worker and time."""
         found = {}
         for path in folder.rglob("*"):
             if path.is_file():
@@ -235,7 +235,7 @@ def small() -> SmallCache:
 
 @pytest.fixture(scope="session")
 def small_folder(small, tmp_path_factory) -> Path:
-    """`empty` and `full`, to be copied and never changed: making one takes ten times as long."""
+    """Read-only caches `empty` and `full`, to be copied, which is ten times faster than making them."""
     folder = tmp_path_factory.mktemp("small")
     small.create(folder / "empty")
     shutil.copytree(folder / "empty", folder / "full")
@@ -245,10 +245,7 @@ def small_folder(small, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stress_result(request) -> Callable[..., None]:
-    """`stress_result(kills=100, ...)` keeps what a stress test counted, for `make stress` to sum up.
-
-    Nothing is kept of tests that run outside of it: what is summed up is one run.
-    """
+    """`stress_result(kills=100, ...)` writes the counts of a stress test for `make stress`; elsewhere it does nothing."""
 
     def keep(**counts: object) -> None:
         if "STRESS_COUNTS" in os.environ:
@@ -261,13 +258,13 @@ def stress_result(request) -> Callable[..., None]:
 
 @pytest.fixture
 def stress_size() -> Callable[[int], int]:
-    """`stress_size(1000)`: so many in a full run of `make stress`, a fiftieth of it in a quick one."""
+    """`stress_size(1000)` is 1000 in a full run of `make stress`, 20 in a quick one."""
     return lambda full: full if os.environ.get("STRESS_QUICK") != "1" else math.ceil(full / 50)
 
 
 @pytest.fixture
 def regionspot(monkeypatch, capsys):
-    """`regionspot("extract", "toy", ...)` gives the exit code, stdout and stderr of that command."""
+    """`regionspot("extract", "toy", ...)` runs the command and returns its exit code, stdout and stderr."""
 
     def run(*arguments) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["regionspot", *map(str, arguments)])
@@ -284,14 +281,14 @@ def regionspot(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(regionspot):
-    """`refused("needs this", "extract", ...)`: exit code 2 and one line on stderr that holds the words."""
+    """`refused("needs this", "extract", ...)` requires exit code 2 and one line on stderr with the given text."""
 
-    def run(words: str, *arguments) -> None:
+    def run(text: str, *arguments) -> None:
         code, _, err = regionspot(*arguments)
         lines = [line for line in err.splitlines() if line.startswith("regionspot: ")]
         assert code == 2, err
         assert len(lines) == 1, err
-        assert words in lines[0], lines[0]
+        assert text in lines[0], lines[0]
         assert "Traceback" not in err
 
     return run
