@@ -245,7 +245,7 @@ def small_folder(small, tmp_path_factory) -> Path:
 
 @pytest.fixture
 def stress_result(request) -> Callable[..., None]:
-    """`stress_result(kills=100, ...)` writes the counts of a stress test for `make stress`; elsewhere it does nothing."""
+    """`stress_result(kills=100, ...)` writes counts for `make stress`; elsewhere it does nothing."""
 
     def keep(**counts: object) -> None:
         if "STRESS_COUNTS" in os.environ:
