@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest
-from regionspot.cache.format.encodings import Statistics, encode
+from regionspot.cache.format.encodings import encode
+from regionspot.cache.format.feature_dtypes import Statistics
 
 PART = 512  # images, the cache's own default
 BATCH = 64

@@ -19,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.bench_extract_authors import Authors
 from benchmarks.bench_extract_data import WEIGHTS, Job, boxes_in
 from benchmarks.goals import Report, say
-from regionspot.cache import FeatureCache
 from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.machine import processors
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.pipeline.backbones.batch_size import batch_size_of
 from regionspot.pipeline.backbones.builders import build_clip, build_sam, get_preset
 from regionspot.pipeline.backbones.bundle import Backbones
@@ -199,7 +199,7 @@ def _shares(shares: dict[str, float]) -> str:
 
 def _writing(backbones: Backbones, job: Job, part: int, path: Path) -> tuple[float, float]:
     """Images and GB a second of the cache's writer, flushes and checksums included."""
-    cache = FeatureCache.open_or_create(path, job.manifest(), backbones.feature_sets(), part)
+    cache = open_or_create(path, job.manifest(), backbones.feature_sets(), part)
     rows = cache.part_rows(0)
     random, made = np.random.default_rng(0), {}
     for feature_set in cache.feature_sets.values():

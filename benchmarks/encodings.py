@@ -23,10 +23,10 @@ import numpy as np
 
 from benchmarks.goals import SCRATCH, Report, options, say, versions
 from regionspot.cache import FeatureCache
-from regionspot.cache.format.encodings import Encoding
+from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.cache.format.part_record import load_record
 from regionspot.cache.format.schema import record_file
-from regionspot.cache.reading.decoded import read_decoded
+from regionspot.cache.reading.dask_arrays import read_decoded
 from regionspot.cache.tools.merge_subset_convert import convert
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
 from regionspot.evaluation.inference.vocabularies import cache_vocabulary
@@ -159,7 +159,9 @@ class Lost:
         for first in range(0, len(rows), ROWS_AT_ONCE):
             wanted = rows[first : first + ROWS_AT_ONCE]
             given, found = (
-                read_decoded(each, name, wanted).reshape(-1, plain.feature_sets[name].shape[-1]).astype(np.float64)
+                read_decoded(each.reader(name), wanted)
+                .reshape(-1, plain.feature_sets[name].shape[-1])
+                .astype(np.float64)
                 for each in (plain, cache)
             )
             error += float(np.square(found - given).sum())

@@ -1,17 +1,17 @@
-"""Every error that is not a bug of ours, in one small tree grouped by what a handler would do.
+"""Every error that is not a bug of this package, in one small tree grouped by what a handler would do.
 
     RegionSpotError
-    ├── InputError          (ValueError)   mend what was given: an option, a file, a field
+    ├── InputError          (ValueError)   correct the input: an option, a file, a field
     │   ├── AnnotationError                an annotation or proposals file
     │   ├── WeightsError                   a weights file or checkpoint
-    │   └── ImageError                     one image cannot be read; extraction records it and goes on
+    │   └── ImageError                     one image cannot be read; extraction records it and continues
     └── CacheError          (RuntimeError)
         ├── NotACacheError                 the folder is something else, or damaged beyond reading
-        ├── CacheExistsError               there is one already where a new one was asked for
-        ├── SchemaVersionError             written by a version that this one does not read
-        ├── ProvenanceMismatchError        made by other backbones or annotations than asked for
+        ├── CacheExistsError               a new cache was requested where one exists
+        ├── SchemaVersionError             written with a schema version that this package does not read
+        ├── ProvenanceMismatchError        made by other backbones or annotations than requested
         ├── NotExtractedError (LookupError) the part that holds the row is not written yet
-        └── CorruptPartError               bytes on disk do not match what was written
+        └── CorruptPartError               bytes on disk do not match their checksum
 
 Each message is one line: the file, the field, what was found, what was expected, and what to do next.
 The command line prints that line and exits with 2.
@@ -34,7 +34,7 @@ class AnnotationError(InputError):
 
 
 class WeightsError(InputError):
-    """A weights file is missing, is not the one asked for, or may not be loaded safely."""
+    """A weights file is missing, has the wrong content, or is not safe to load."""
 
 
 class ImageError(InputError):
@@ -42,7 +42,7 @@ class ImageError(InputError):
 
 
 class CacheError(RegionSpotError, RuntimeError):
-    """A feature cache cannot do what was asked."""
+    """An operation on a feature cache failed."""
 
 
 class NotACacheError(CacheError):
@@ -50,7 +50,7 @@ class NotACacheError(CacheError):
 
 
 class CacheExistsError(CacheError):
-    """A cache is there already, perhaps made by another run a moment ago."""
+    """The cache exists already, perhaps created by another run just now."""
 
 
 class SchemaVersionError(CacheError):
@@ -69,13 +69,13 @@ class CorruptPartError(CacheError):
     """Stored bytes do not match their checksum."""
 
 
-def unknown_name(kind: str, name: str, known: Iterable[str], more: str = "") -> InputError:
-    """The error for a `name` that is none of the `known` ones; it names the one that was probably meant.
+def unknown_name(kind: str, name: str, known: Iterable[str], alternatives: str = "") -> InputError:
+    """The error for a `name` that is not one of the `known` ones; it suggests the closest one.
 
-    more   what else could be given
+    alternatives   text after the known names, for other accepted values
     """
     names = list(known)
-    lower = {each.lower(): each for each in reversed(names)}
-    close = difflib.get_close_matches(name.lower(), lower, 1)
-    meant = f"; did you mean {lower[close[0]]!r}?" if close else ""
-    return InputError(f"{kind} {name!r}: unknown; expected one of {', '.join(names)}{more}{meant}")
+    by_lower_case = {candidate.lower(): candidate for candidate in reversed(names)}
+    closest = difflib.get_close_matches(name.lower(), by_lower_case, 1)
+    suggestion = f"; did you mean {by_lower_case[closest[0]]!r}?" if closest else ""
+    return InputError(f"{kind} {name!r}: unknown; expected one of {', '.join(names)}{alternatives}{suggestion}")

@@ -1,8 +1,8 @@
-"""Which process on which machine: so that what a run left behind is told from what a living one is doing.
+"""Identity of a process, to distinguish files left behind by a dead run from those of a live one.
 
-A process id alone says little: ids are used again, each container counts its own from 1, and containers may share the
-name of their machine. So the boot, the process namespace and the moment the process began stand beside it. Only Linux
-tells these; elsewhere nothing is ever said to be gone.
+A process id alone is ambiguous: ids are reused, each container counts from 1, and containers may share a host name. So
+an identity also holds the boot id, the process namespace and the start time. Only Linux provides these; on other
+systems no process is ever reported dead.
 """
 
 from __future__ import annotations
@@ -12,16 +12,16 @@ import socket
 from dataclasses import dataclass
 from pathlib import Path
 
-_DEAD_STATES = "ZXx"  # died, but its parent has not asked for it (proc_pid_stat(5))
+_DEAD_STATES = "ZXx"  # zombie or dead (proc_pid_stat(5))
 
 
 @dataclass(frozen=True)
 class Process:
-    """A process anywhere.
+    """A process on any machine.
 
-    boot       random number of the machine's boot, "" where the system has none
-    namespace  of process ids; containers of one machine have one each
-    started    clock ticks from the boot to its begin, 0 where the system does not say
+    boot       random id of the machine's boot, "" if unknown
+    namespace  of process ids; each container has its own
+    started    clock ticks from boot to the start of the process, 0 if unknown
     """
 
     host: str
@@ -34,27 +34,27 @@ class Process:
         return f"{self.host}:{self.pid}"
 
     def is_here(self) -> bool:
-        """Whether it runs, or ran, where this one can see it."""
+        """Whether it runs, or ran, in this process's boot and namespace."""
         return bool(self.boot) and (self.boot, self.namespace) == process_place()
 
     def is_gone(self) -> bool:
-        """Whether it certainly runs no more; False where that cannot be known."""
+        """Whether it has certainly ended; False if that cannot be known."""
         return self.is_here() and has_ended(self.pid, self.started)
 
 
 def has_ended(pid: int, started: int = 0) -> bool:
-    """Whether a process of this machine certainly runs no more.
+    """Whether a process of this machine has certainly ended.
 
-    started   clock ticks from the boot to its start, which tell it from a later process with the same id; 0: unknown
+    started   clock ticks from boot to its start, to detect a reused id; 0 if unknown
     """
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass  # another user's; what /proc says of it may be hidden
-    found = _started(pid)
-    return found is not None and (found < 0 or (started > 0 and found != started))
+        pass  # another user's process: /proc may still be readable
+    current = _started(pid)
+    return current is not None and (current < 0 or (started > 0 and current != started))
 
 
 def this_process() -> Process:
@@ -63,7 +63,7 @@ def this_process() -> Process:
 
 
 def process_place() -> tuple[str, str]:
-    """The boot and the namespace that this process's id is of; each "" where the system has none."""
+    """Boot id and process namespace of this process; both "" if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return boot, os.readlink("/proc/self/ns/pid")
@@ -72,9 +72,9 @@ def process_place() -> tuple[str, str]:
 
 
 def _started(pid: int) -> int | None:
-    """When a process began, in clock ticks since the boot; -1 when it is dead, None when that is not to be seen."""
+    """Start of a process in clock ticks since boot; -1 if it is dead, None if unknown."""
     try:
-        # Behind the command's name, which may hold spaces and brackets itself: the state, and as 20th the begin.
+        # The command name in brackets may itself hold spaces and brackets. After it: the state, and the start as 20th.
         state, *fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return None

@@ -1,9 +1,8 @@
-"""One way to say how far a long job is: rate, time left, and where its time goes.
+"""Progress lines of long jobs: throughput, time left, and the share of each stage.
 
-Here because every stage may import `cache`, and all of them speak alike:
-`12,400/19,809 images  41.2/s  3m left  (decode 11%, encode 83%, write 6%)`
+In this package because every stage may import it: `12,400/19,809 images  41.2/s  3m left  (decode 11%, encode 83%)`
 
-On a terminal the line is drawn over itself; elsewhere, in a log, one follows another every few seconds.
+A terminal shows one line that is overwritten; a log gets a new line every few seconds.
 """
 
 from __future__ import annotations
@@ -20,55 +19,55 @@ from typing import TextIO
 
 log = logging.getLogger(__name__)
 
-_DRAWN_SECONDS = 0.2  # between two lines on a terminal: the eye sees no more
-_LOGGED_SECONDS = 5.0
-# The time left is told from the last five minutes: what is slow at first (libraries, caches of the system) is forgotten
-# by then, and a CPU that needs two minutes a batch still has done two or three of them.
+_TERMINAL_SECONDS = 0.2  # between two updates
+_LOG_SECONDS = 5.0
+# Throughput is measured over the last five minutes: a slow start (imports, cold page cache) is forgotten by then, and a
+# CPU that takes two minutes per batch has still finished two or three.
 _WINDOW_SECONDS = 300.0
 _SAMPLES = 100  # of the window
-CLEAR_LINE = "\r\x1b[K"  # to the line's begin, and all behind it gone (ECMA-48, EL)
+CLEAR_LINE = "\r\x1b[K"  # go to the start of the line and erase it (ECMA-48, EL)
 
 
 class TerminalHandler(logging.StreamHandler[TextIO]):
-    """Draws progress lines over one another; what else is said stands above them."""
+    """Overwrites a progress line with the next one; other messages are printed above it."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
-        self._drawn = False
+        self._line_shown = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        text, draw = self.format(record), getattr(record, "drawn", False)
-        clear = CLEAR_LINE if self._drawn else ""
-        # A line that wraps could not be drawn over.
-        self.stream.write(clear + (text[: shutil.get_terminal_size().columns - 1] if draw else text + "\n"))
+        text, transient = self.format(record), getattr(record, "transient", False)
+        clear = CLEAR_LINE if self._line_shown else ""
+        # A line that wraps could not be overwritten.
+        self.stream.write(clear + (text[: shutil.get_terminal_size().columns - 1] if transient else text + "\n"))
         self.stream.flush()
-        self._drawn = draw
+        self._line_shown = transient
 
     def close(self) -> None:
-        """Ends the line that is drawn: what is printed next begins a new one."""
-        if self._drawn:
+        """Ends the current progress line, so that later output starts on a new one."""
+        if self._line_shown:
             self.stream.write("\n")
-            self._drawn = False
+            self._line_shown = False
         super().close()
 
 
 def log_to(stream: TextIO) -> None:
-    """Have this process's log go to `stream`: our own progress and warnings, of the libraries only warnings."""
+    """Send this process's log to `stream`: progress and warnings of regionspot, only warnings of libraries."""
     handler = TerminalHandler(stream) if stream.isatty() else logging.StreamHandler(stream)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, format="%(message)s")
     logging.getLogger("regionspot").setLevel(logging.INFO)
 
 
 class Progress:
-    """Counts work done and logs a line when one is due; `total` is in `unit`s and may be changed on the way.
+    """Counts finished units and logs a line when one is due; `total` may be changed on the way.
 
-    interval   seconds between two lines; default: what suits a terminal or a log
-    detail     gives further words for the line
-    shares     gives each stage's share of the time, where another one times the stages
-    clock      seconds that only rise
+    interval   seconds between two lines; the default depends on terminal or log
+    detail     returns additional text for the line
+    shares     returns each stage's share of the time, if the stages are timed elsewhere
+    clock      monotonic seconds
 
-    Time spent in `with progress.timed("encode"):` blocks shows as that stage's share of all time since the start; any
-    thread may time. `step` is for one thread at a time.
+    Time spent in `with progress.timed("encode"):` blocks is shown as that stage's share of all time since the start.
+    Any thread may time; `step` is for one thread at a time.
     """
 
     def __init__(
@@ -81,13 +80,13 @@ class Progress:
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.total, self.unit, self._detail, self._shares, self._clock = total, unit, detail, shares, clock
-        drawn = any(isinstance(handler, TerminalHandler) for handler in logging.getLogger().handlers)
-        self.interval = interval if interval is not None else _DRAWN_SECONDS if drawn else _LOGGED_SECONDS
+        terminal = any(isinstance(handler, TerminalHandler) for handler in logging.getLogger().handlers)
+        self.interval = interval if interval is not None else _TERMINAL_SECONDS if terminal else _LOG_SECONDS
         self.done = 0
         self.stage_seconds: dict[str, float] = {}
         self._lock = threading.Lock()
-        self._start = self._last = clock()
-        self._window, self._newest_since = deque([(self._start, 0)]), -math.inf
+        self._start = self._last_line = clock()
+        self._window, self._last_sample = deque([(self._start, 0)]), -math.inf  # (time, units done)
 
     @property
     def seconds(self) -> float:
@@ -96,54 +95,54 @@ class Progress:
 
     @property
     def rate(self) -> float:
-        """Units a second, of the last five minutes; 0 before anything is done."""
-        (begin, before), (end, done) = self._window[0], self._window[-1]
-        return (done - before) / max(end - begin, 1e-9)
+        """Units per second over the last five minutes; 0 before the first one."""
+        (start, before), (end, done) = self._window[0], self._window[-1]
+        return (done - before) / max(end - start, 1e-9)
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         """Adds the block's seconds to `stage`."""
-        begin = self._clock()
+        start = self._clock()
         try:
             yield
         finally:
             with self._lock:
-                self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + self._clock() - begin
+                self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + self._clock() - start
 
     def step(self, count: int = 1) -> None:
         """Counts `count` more units as done and logs a line when one is due."""
         self.done += count
         now = self._clock()
-        self._remember(now)
-        if now - self._last >= self.interval or self.done >= self.total:
-            self._last = now
-            log.info("%s", self.line(), extra={"drawn": self.done < self.total})
+        self._sample(now)
+        if now - self._last_line >= self.interval or self.done >= self.total:
+            self._last_line = now
+            log.info("%s", self.line(), extra={"transient": self.done < self.total})
 
     def finish(self) -> None:
-        """Logs the last line, where the total was not reached: the job stopped, or others did the rest."""
+        """Logs a last line if the job ended before the total: it stopped, or other processes did the rest."""
         if 0 < self.done < self.total:
             log.info("%s", self.line())
 
     def line(self) -> str:
-        """The progress line as it stands now."""
+        """The current progress line."""
         left = duration((self.total - self.done) / self.rate) if self.rate else "?"
         shares = ", ".join(f"{stage} {share:.0%}" for stage, share in self.shares().items())
-        words = [f"{self.done:,}/{self.total:,} {self.unit}", f"{self.rate:.3g}/s", self._detail(), f"{left} left"]
-        return "  ".join(filter(None, [*words, f"({shares})" if shares else ""]))
+        fields = [f"{self.done:,}/{self.total:,} {self.unit}", f"{self.rate:.3g}/s", self._detail(), f"{left} left"]
+        return "  ".join(filter(None, [*fields, f"({shares})" if shares else ""]))
 
     def shares(self) -> dict[str, float]:
-        """Share of the time since the start that each stage took, 0 to 1."""
+        """Each stage's share of the time since the start, 0 to 1."""
         if self._shares is not None:
             return self._shares()
         with self._lock:
             return {stage: seconds / max(self.seconds, 1e-9) for stage, seconds in self.stage_seconds.items()}
 
-    def _remember(self, now: float) -> None:
-        """Keeps the newest moment, and one every few seconds; a burst of steps is one moment, with all of them done."""
-        if now - self._newest_since < _WINDOW_SECONDS / _SAMPLES:
+    def _sample(self, now: float) -> None:
+        """Keeps the newest moment and one every few seconds; a burst of steps counts as one moment."""
+        if now - self._last_sample < _WINDOW_SECONDS / _SAMPLES:
             self._window.pop()
         else:
-            self._newest_since = now
+            self._last_sample = now
         self._window.append((now, self.done))
         while len(self._window) > 2 and now - self._window[1][0] >= _WINDOW_SECONDS:
             self._window.popleft()
@@ -152,8 +151,8 @@ class Progress:
 def duration(seconds: float) -> str:
     """A length of time in its two largest units: 42s, 3m 10s, 2h 5m, 3d 4h."""
     whole = round(seconds)
-    for size, name, below, below_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+    for size, name, smaller, smaller_name in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
         if whole >= size:
-            rest = whole % size // below
-            return f"{whole // size}{name}" + (f" {rest}{below_name}" if rest else "")
+            rest = whole % size // smaller
+            return f"{whole // size}{name}" + (f" {rest}{smaller_name}" if rest else "")
     return f"{whole}s"

@@ -1,9 +1,8 @@
-"""State dicts of any origin: found inside a checkpoint, compared with the model, checked for NaN.
-
-Heads and backbones are opened by the same rules, so these stand where both packages can import them. This package does
-without torch, which is therefore imported only where it is needed.
+"""State dicts of any origin: extracted from a checkpoint, compared with the model, checked for NaN.
 
     {"epoch": 3, "state_dict": {"module.layer.weight": ...}}   ->   {"layer.weight": ...}
+
+In this package because heads and backbones follow the same rules. torch is imported only where it is needed.
 """
 
 from __future__ import annotations
@@ -17,20 +16,20 @@ from regionspot.cache.errors import WeightsError
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Keys under which training programs keep the model's state dict (Lightning and open_clip, PyTorch's tutorials,
+# Keys under which training programs store the model's state dict (Lightning and open_clip, PyTorch's tutorials,
 # segment-anything and detectron2, DeepSpeed).
 NESTED_UNDER = ("state_dict", "model_state_dict", "model", "module")
-# What wrappers put before every name: DistributedDataParallel and DataParallel, torch.compile.
+# Prefixes that wrappers add to every name: DistributedDataParallel and DataParallel, torch.compile.
 WRAPPERS = ("module.", "_orig_mod.")
-AVERAGED = "n_averaged"  # a counter that torch.optim.swa_utils.AveragedModel keeps beside the weights
+AVERAGED = "n_averaged"  # a counter that torch.optim.swa_utils.AveragedModel stores beside the weights
 SHOWN_NAMES = 3  # of each kind, in a message
 
 
 def state_dict_of(path: Path, content: Any) -> dict[str, Tensor]:
-    """The tensors by name in what a weights file holds, without nesting and without the prefixes of wrappers.
+    """The tensors by name in a loaded weights file, without nesting and without the prefixes of wrappers.
 
-    Entries that are no tensors (counters, configurations) are left out. Raises WeightsError, naming `path`, where there
-    is no tensor at all.
+    Entries that are not tensors (counters, configurations) are dropped. Raises WeightsError, naming `path`, when there
+    is no tensor.
     """
     from torch import Tensor
 
@@ -51,7 +50,7 @@ def state_dict_of(path: Path, content: Any) -> dict[str, Tensor]:
 
 
 def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors without a wrapper's prefix, where every name has it: a submodule may be called `module` too."""
+    """The same tensors without a wrapper's prefix, if every name has it: a submodule may also be called `module`."""
     weights = {name: tensor for name, tensor in tensors.items() if name != AVERAGED}
     for prefix in WRAPPERS:
         if weights and all(name.startswith(prefix) for name in weights):
@@ -59,19 +58,19 @@ def unwrapped(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return dict(tensors)
 
 
-def check_fit(path: Path, model: str, found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Raise WeightsError unless `found` has exactly the names and shapes of `expected`, the model's state dict."""
+def check_fit(path: Path, model: str, weights: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise WeightsError unless `weights` has exactly the names and shapes of `expected`, the model's state dict."""
     reshaped = [
-        f"{name} {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        f"{name} {tuple(weights[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in expected
-        if name in found and found[name].shape != expected[name].shape
+        if name in weights and weights[name].shape != expected[name].shape
     ]
-    wrong = {
-        "missing": [name for name in expected if name not in found],
-        "not part of it": [name for name in found if name not in expected],
+    problems = {
+        "missing": [name for name in expected if name not in weights],
+        "not part of it": [name for name in weights if name not in expected],
         "of another shape": reshaped,
     }
-    parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in wrong.items() if names]
+    parts = [f"{len(names)} {kind} ({_some(names)})" for kind, names in problems.items() if names]
     if parts:
         raise WeightsError(
             f"{path}: does not fit {model}: of its {len(expected)} tensors {', '.join(parts)}; "
@@ -80,9 +79,9 @@ def check_fit(path: Path, model: str, found: Mapping[str, Tensor], expected: Map
 
 
 def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Raise WeightsError, naming the file and the first such tensor, where one holds NaN or infinity.
+    """Raise WeightsError, naming the file and the first bad tensor, if one holds NaN or infinity.
 
-    Costs one pass over the numbers and no memory: NaN and infinity both show in a tensor's extremes.
+    Takes one pass over the numbers and no memory: NaN and infinity both show in a tensor's extremes.
     """
     import torch
 
@@ -90,10 +89,10 @@ def require_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
         if not tensor.is_floating_point() or not tensor.numel():
             continue
         if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
-            broken = int((~torch.isfinite(tensor)).sum())
+            count = int((~torch.isfinite(tensor)).sum())
             raise WeightsError(
-                f"{path}: {name} holds NaN or infinity ({broken:,} of {tensor.numel():,} numbers), so every result "
-                "would be NaN; give weights from before training diverged, or fetch the file again"
+                f"{path}: {name} holds NaN or infinity ({count:,} of {tensor.numel():,} numbers), so every result "
+                "would be NaN; use weights from before training diverged, or download the file again"
             )
 
 

@@ -1,63 +1,50 @@
-"""The feature cache: one Zarr group, one shard a part, one inner chunk an image.
+"""The feature cache: one Zarr group, one shard per part, one inner chunk per image.
 
-An image's record lies in one piece, so it is read with one request. A part is the only unit that is ever written, so a
-killed run leaves whole parts or none.
+An image's record is contiguous, so one request reads it. A part is the only unit that is ever written, so a killed run
+leaves whole parts or none.
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from regionspot.cache.errors import CacheError, CacheExistsError, InputError, NotACacheError, NotExtractedError
-from regionspot.cache.format.header import (
-    Header,
-    load_header,
-    require_same_manifest,
-    require_same_sets,
-)
+from regionspot.cache.errors import CacheError, InputError, NotExtractedError
+from regionspot.cache.format.header import Header, load_header, require_arrays
 from regionspot.cache.format.manifest import Category, Manifest
-from regionspot.cache.format.manifest_diff import as_stored, grows_to, is_part_of
 from regionspot.cache.format.part_record import PartRecord
-from regionspot.cache.format.schema import (
-    PART_SIZE,
-    Failure,
-    FeatureSet,
-    Geometry,
-    ImageFeatures,
-    record_file,
-)
-from regionspot.cache.readable_cache import ReadableCache
+from regionspot.cache.format.schema import PART_SIZE, Failure, FeatureSet, Geometry, ImageFeatures, record_file
+from regionspot.cache.reading.batch import Batch
+from regionspot.cache.reading.batch_reader import BatchReader, FeatureSource
 from regionspot.cache.reading.feature_reader import Check, FeatureReader, open_reader
+from regionspot.cache.reading.in_memory_tokens import InMemoryTokens
+from regionspot.cache.reading.loader import Loader
+from regionspot.cache.reading.prefetch import AHEAD, dataloader_worker
+from regionspot.cache.reading.sampling import Sampling, Shuffle
 from regionspot.cache.storage.base import Access, Storage
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.open import open_storage
-from regionspot.cache.writing.claims import Claims
 from regionspot.cache.writing.part_writer import PartWriter
 
 if TYPE_CHECKING:
     from dask.array import Array
 
-log = logging.getLogger(__name__)
-
 Mode = Literal["r", "a"]
 
 
-class FeatureCache(ReadableCache):
+class FeatureCache:
     """Features of one dataset split; `len(cache)` is its number of images.
 
-    path          the folder, or the URL of one in an object store
+    path          the folder, or the URL in an object store
     storage       its files
-    manifest      images and regions, as they were given when the cache was made
-    categories    what a category index stands for
+    manifest      images and regions, as given when the cache was created
+    categories    what each category index means
     feature_sets  by name
-    part_size     images of a part; n_parts is the number of parts
+    geometry      number of images, part size, capacity
     """
 
     def __init__(
@@ -65,29 +52,21 @@ class FeatureCache(ReadableCache):
     ) -> None:
         self.storage, self.manifest, self.mode, self.check, self.access = storage, manifest, mode, check, access
         self.path = storage.folder if isinstance(storage, LocalStorage) else storage.address
-        self._threads = 1 if storage.on_disk else storage.readers
-        self._adopt(header)
-
-    def _adopt(self, header: Header) -> None:
-        self._header, self._geometry = header, header.geometry
+        self.geometry: Geometry = header.geometry
         self.categories: tuple[Category, ...] = header.categories
         self.feature_sets: dict[str, FeatureSet] = header.feature_sets
         self._readers: dict[str, FeatureReader] = {
-            name: open_reader(self.storage, feature_set, self.manifest, self._geometry, self.check, self.access)
+            name: open_reader(self.storage, feature_set, self.manifest, self.geometry, self.check, self.access)
             for name, feature_set in header.feature_sets.items()
         }
 
     @classmethod
     def create(
-        cls,
-        path: str | Path,
-        manifest: Manifest,
-        feature_sets: Iterable[FeatureSet],
-        part_size: int = PART_SIZE,
+        cls, path: str | Path, manifest: Manifest, feature_sets: Iterable[FeatureSet], part_size: int = PART_SIZE
     ) -> FeatureCache:
-        """Make an empty cache for a manifest and open it for extraction.
+        """Create an empty cache for a manifest and open it for writing.
 
-        Raises CacheError when `path` exists or cannot be written; nothing of it is left then.
+        Raises CacheError, leaving nothing behind, when `path` exists or cannot be written.
         """
         from regionspot.cache.format.create import create_cache  # zarr takes a second to import
 
@@ -107,130 +86,69 @@ class FeatureCache(ReadableCache):
     ) -> FeatureCache:
         """Open a cache: "r" to read, which never writes; "a" to extract into.
 
-        check   when to compare a record with its checksum: "first" (the first time this process reads it; of a record
-                that comes over a network every time, since its file may have been replaced), "always" or "never"
-        access  how local features are read: "map" (the fastest for what stays in memory), "pread" (which gives an
-                error where a map kills the process: a file cut short that very moment, a failing disk), "auto" (maps
-                for what fits into half of the free memory)
+        check   when to verify a record's checksum: "first" (the first time this process reads it; on a network every
+                time, because its file may have been replaced), "always" or "never"
+        access  how local features are read: "map" (memory-mapped: fastest for data that stays in memory), "pread"
+                (raises an error where a map kills the process: a file truncated while it is read, a failing disk),
+                "auto" (maps feature sets that fit into half of the free memory)
         local_copy, local_limit
-                of a remote cache: a folder that keeps what was read of it, and how much that may be, in bytes or as
-                "500GB"; what was not used for longest goes first
+                for a remote cache: a folder that keeps the files read so far, and its maximum size, in bytes or as
+                "500GB"; the least recently used files are removed first
 
-        Raises NotACacheError, SchemaVersionError, and CacheError when "a" is asked for without permission to write.
+        Raises NotACacheError, SchemaVersionError, and CacheError for "a" without write permission.
         """
         from regionspot.cache.format.manifest_arrays import load_manifest  # zarr takes a second to import
 
         for name, value, known in (("mode", mode, Mode), ("check", check, Check), ("access", access, Access)):
             if value not in get_args(known):
                 raise InputError(f"{path}: {name} is {value!r}, expected {'|'.join(get_args(known))}")
-        storage = _with_local_copy(open_storage(path), local_copy, local_limit)
+        storage = open_storage(path)
+        if local_copy is not None or local_limit is not None:
+            from regionspot.cache.storage.local_mirror import with_local_mirror  # only remote caches need it
+
+            storage = with_local_mirror(storage, local_copy, local_limit)
         if isinstance(storage, LocalStorage):
             storage.pin()
         header = load_header(storage)
-        _require_arrays(storage, header)
+        require_arrays(storage, header)
         if mode == "a":
-            _prepare_for_writing(storage, header)
+            storage.check_writable()
+            for folder in header.folders():
+                storage.remove_abandoned(folder)
         return cls(storage, header, load_manifest(storage, header), mode, check, access)
 
-    @classmethod
-    def open_or_create(
-        cls,
-        path: str | Path,
-        manifest: Manifest,
-        feature_sets: Iterable[FeatureSet],
-        part_size: int = PART_SIZE,
-        may_grow: bool = True,
-    ) -> FeatureCache:
-        """Go on with a cache, or make it. Feature sets that it does not hold yet are added and touch nothing else.
-
-        An existing cache keeps its own part size, which is said in the log where another one is asked for, and its
-        order: annotations may list its images in another one, and for one that was cut out of another cache those of
-        the whole will do. A limit is a choice of the run: of the same annotation files, a cache may hold more images
-        than asked for, and one that holds fewer grows, if it `may_grow`; its full parts stay as they are.
-
-        Raises ProvenanceMismatchError, saying what differs, when it was made from other annotations or backbones than
-        asked for, and what `growth.extend` raises.
-        """
-        storage, asked = open_storage(path), Header.of(manifest, feature_sets, part_size)
-        if not storage.exists(""):
-            try:
-                return cls.create(path, manifest, asked.feature_sets.values(), part_size)
-            except CacheExistsError:
-                log.info("%s: another run made it a moment ago; joining that run", path)
-        stored = load_header(storage)
-        if stored.digest != asked.digest:
-            fitting, grows = _fitting(storage, stored, manifest)
-            asked = Header.of(fitting, asked.feature_sets.values(), part_size)
-            if grows and may_grow:
-                from regionspot.cache.tools.extend import extend_to  # imports this module
-
-                require_same_sets(storage.address, stored, asked)  # first: for another one's features it must not grow
-                extend_to(path, manifest, part_size)
-                stored = load_header(storage)
-                asked = Header.of(manifest, asked.feature_sets.values(), part_size)
-        require_same_manifest(storage.address, stored, asked)
-        require_same_sets(storage.address, stored, asked)
-        _tell_part_size(storage.address, stored.geometry, part_size)
-        cache = cls.open(path, "a")
-        if asked.feature_sets.keys() - stored.feature_sets.keys():
-            with Claims(storage) as claims:
-                claims.wait_for("header")  # the header is read, changed and written: by one run at a time
-                cache._add(asked)
-        return cache
-
-    def _add(self, asked: Header) -> None:
-        """Add the feature sets that the cache lacks. Another run may have added some a moment ago."""
-        from regionspot.cache.format.create import add_feature_set  # zarr takes a second to import
-
-        header = load_header(self.storage)
-        require_same_sets(self.storage.address, header, asked)
-        new = {name: asked.feature_sets[name] for name in asked.feature_sets if name not in header.feature_sets}
-        try:
-            files: dict[str, int] = {}
-            for feature_set in new.values():
-                files |= add_feature_set(self.storage, feature_set, self._geometry)
-            header = header.adding(new.values(), files)
-            header.save(self.storage)
-        except OSError as error:
-            raise CacheError(
-                f"{self.path}: feature sets {', '.join(new)} could not be added: {error.strerror or error}; "
-                "the cache is as it was: mend that and run the same command again"
-            ) from error
-        self._adopt(header)
+    def __len__(self) -> int:
+        return len(self.manifest)
 
     def __repr__(self) -> str:
         return f"FeatureCache({str(self.path)!r}, {len(self)} images, {', '.join(self.feature_sets) or 'no features'})"
 
     def __reduce__(self) -> tuple[object, ...]:
-        # A worker process opens the folder anew instead of being sent a manifest of gigabytes.
+        # A worker process reopens the cache by its address: the manifest may hold gigabytes.
         return FeatureCache.open, (self.storage, self.mode, self.check, self.access)
 
     @property
-    def geometry(self) -> Geometry:
-        """The numbers that place every record."""
-        return self._geometry
-
-    @property
     def part_size(self) -> int:
-        return self._geometry.part_size
+        """Images per part; the last part may have fewer."""
+        return self.geometry.part_size
 
     @property
     def n_parts(self) -> int:
-        return self._geometry.n_parts
+        return self.geometry.n_parts
 
     def part_rows(self, part: int) -> range:
-        """Rows of the manifest that make up a part."""
-        return self._geometry.rows(part)
+        """Manifest rows of a part."""
+        return self.geometry.rows(part)
 
     def missing_sets(self, part: int, feature_sets: Sequence[str] | None = None) -> list[str]:
-        """Those of the feature sets (default: all) of which this part is not written yet."""
-        self.part_rows(part)  # refuses a part that is none
+        """Those of the feature sets (default: all) for which this part is not written yet."""
+        self.part_rows(part)  # raises for a part that does not exist
         return [name for name in self._names(feature_sets) if not self.storage.exists(record_file(name, part))]
 
     def pending_parts(self, feature_sets: Sequence[str] | None = None) -> list[int]:
-        """Parts of which at least one of the feature sets (default: all) is not written yet."""
-        done = [self._written_parts(name) for name in self._names(feature_sets)]
-        return [part for part in range(self.n_parts) if not all(part in parts for parts in done)]
+        """Parts for which at least one of the feature sets (default: all) is not written yet."""
+        written = [self._readers[name].written_parts() for name in self._names(feature_sets)]
+        return [part for part in range(self.n_parts) if not all(part in parts for parts in written)]
 
     def write_part(
         self,
@@ -243,134 +161,181 @@ class FeatureCache(ReadableCache):
     ) -> PartRecord:
         """Write those of the feature sets (default: all) that this part lacks, from its images in row order.
 
-        `images` is consumed one by one, so memory does not grow with the part. Features of sets that are written
-        already are left aside. Whatever is raised, also by the iterator, leaves this part unwritten and others as
-        they are. `before_publish` is called behind the last image, before anything of the part can be seen; what
-        `account` holds then is kept in the part's records.
+        `images` is consumed one at a time, so memory does not grow with the part. Features of sets that are already
+        written are ignored. Any exception, also from the iterator, leaves this part unwritten and the others unchanged.
+        `before_publish` is called after the last image, before any file of the part becomes visible; the content of
+        `account` at that moment is stored in the part's records.
 
-        Raises InputError for features that do not fit the image, CacheError when the disk refuses them or the part
-        is written already.
+        Raises InputError for features that do not fit the image, CacheError when the storage refuses or the part is
+        already written.
         """
         if self.mode != "a":
             raise CacheError(f"{self.path}: is open for reading; open it with mode 'a' to write a part")
         missing = self.missing_sets(part, feature_sets)
         if not missing:
-            raise CacheError(f"{self.path}: part {part} is written already; write only pending_parts()")
+            raise CacheError(f"{self.path}: part {part} is already written; write only pending_parts()")
         sets = [self.feature_sets[name] for name in missing]
-        with PartWriter(self.storage, self.manifest, self._geometry, part, sets) as writer:
+        with PartWriter(self.storage, self.manifest, self.geometry, part, sets) as writer:
             for image in images:
                 writer.append(image)
             return writer.commit(worker, before_publish, account)
 
     def valid_rows(self, feature_sets: Sequence[str] | None = None) -> NDArray[np.int64]:
-        """int64, rising: rows written in all of the feature sets (default: all), without images that failed."""
+        """int64, ascending: rows written in all of the feature sets (default: all), without images that failed."""
         names = self._names(feature_sets)
         valid = np.full(len(self), bool(names))
         for name in names:
             written = np.zeros(len(self), dtype=bool)
-            for record in self._records(name):
+            for record in self._readers[name].records():
                 written[self.part_rows(record.part)] = True
                 written[[failure.row for failure in record.failures]] = False
             valid &= written
         return np.flatnonzero(valid)
 
+    def failures(self) -> list[Failure]:
+        """Images that could not be read, by row; each once, however many feature sets lack it."""
+        by_row = {
+            failure.row: failure
+            for reader in self._readers.values()
+            for record in reader.records()
+            for failure in record.failures
+        }
+        return [by_row[row] for row in sorted(by_row)]
+
     def record(self, part: int, feature_set: str) -> PartRecord:
-        """What was written of a part. Raises NotExtractedError where nothing was, CorruptPartError where damaged."""
+        """The record of a written part. Raises NotExtractedError when it is not written, CorruptPartError."""
         try:
             return self._readers[feature_set].record(part)
         except FileNotFoundError:
             raise NotExtractedError(f"{self.path}: part {part} of {feature_set} is not written yet") from None
 
+    def reader(self, name: str) -> FeatureReader:
+        """The reader of one feature set. Raises InputError for an unknown name."""
+        return self._readers[self._names([name])[0]]
+
+    def read(
+        self, rows: ArrayLike, *, map_set: str | None = None, token_set: str | None = None, out: Batch | None = None
+    ) -> Batch:
+        """Read the images at `rows`, in that order (repetitions allowed), into one padded batch.
+
+        map_set, token_set   feature sets to read (default: the only one of that kind, if any)
+        out                  a batch to reuse: it is overwritten and returned. Not in the workers of a torch DataLoader,
+                             which send a batch some time after it was returned
+
+        Raises InputError for rows that do not exist, NotExtractedError for a row whose part is not committed or whose
+        image could not be read, CorruptPartError for bytes that do not match their checksum.
+        """
+        if out is not None and dataloader_worker() is not None:
+            raise InputError(
+                f"{self.path}: read(out=) in a DataLoader worker would overwrite batches that are not sent yet; "
+                "omit `out` there"
+            )
+        reader = self.batch_reader(map_set, token_set)
+        threads = 1 if self.storage.on_disk else self.storage.readers
+        return reader.read(self._checked_rows(rows), Batch() if out is None else out, threads)
+
+    def loader(
+        self,
+        batch_size: int,
+        *,
+        shuffle: Shuffle = Sampling.shuffle,
+        seed: int = 0,
+        epoch: int = 0,
+        rows: ArrayLike | None = None,
+        map_set: str | None = None,
+        token_set: str | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        drop_last: bool = False,
+        threads: int | None = None,
+        ahead: int = AHEAD,
+        block_parts: int = Sampling.block_parts,
+        tokens_in_memory: bool = False,
+        pin_memory: bool | None = None,
+    ) -> Loader:
+        """Batches for a training loop, prefetched by threads; each is valid until the next one is requested.
+
+        shuffle     full: any order; block: parts in random order, rows mixed over `block_parts` of them, for disks and
+                    networks with slow random access; none: the order of `rows`
+        seed, epoch decide the order; the epoch advances by itself at the end of each pass
+        rows        images to load (default: the valid ones)
+        rank, world_size   this process's share: over all ranks an epoch gives every row exactly once, in the same
+                    number of batches per rank (details in sampling.py)
+        drop_last   drop the rows that do not fill a whole batch on every rank
+        threads     that read (default: by the storage); ahead: batches that are prefetched
+        tokens_in_memory   read the tokens of all `rows` now and keep them
+        pin_memory  page-locked batches, for copies to a GPU (default: if this process already uses one). A copy with
+                    non_blocking=True must be finished before the next batch is requested
+
+        Raises InputError for invalid options and for a cache without images to read.
+        """
+        sampling = Sampling(
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+            rank=rank,
+            world_size=world_size,
+            drop_last=drop_last,
+            block_parts=block_parts,
+        )
+        sets = [self._only_set("map", map_set), self._only_set("token", token_set)]
+        if rows is None:
+            rows = self.valid_rows([feature_set.name for feature_set in sets if feature_set])
+        rows = self._checked_rows(rows)
+        if not len(rows):
+            raise InputError(f"{self.path}: there is no image to load; run `regionspot extract`, or give other rows")
+        return Loader(
+            self,
+            sampling,
+            rows,
+            map_set=map_set,
+            token_set=token_set,
+            epoch=epoch,
+            threads=threads,
+            ahead=ahead,
+            tokens_in_memory=tokens_in_memory,
+            pin_memory=pin_memory,
+        )
+
+    def batch_reader(
+        self, map_set: str | None = None, token_set: str | None = None, preload: NDArray[np.int64] | None = None
+    ) -> BatchReader:
+        """The reader of batches of two feature sets. Tokens of the rows `preload` are read now and kept in memory."""
+        maps, tokens = self._only_set("map", map_set), self._only_set("token", token_set)
+        token_reader: FeatureSource | None = None if tokens is None else self._readers[tokens.name]
+        if token_reader is not None and preload is not None:
+            token_reader = InMemoryTokens(token_reader, self.manifest, preload)
+        return BatchReader(self.manifest, None if maps is None else self._readers[maps.name], token_reader)
+
     def dask(self, name: str) -> Array:
-        """A feature set as a dask array with a chunk a part; `dask_arrays.dask_array` says what is in it."""
+        """A feature set as a dask array with one chunk per part; see `dask_arrays.dask_array`."""
         from regionspot.cache.reading.dask_arrays import dask_array  # dask takes half a second to import
 
         return dask_array(self, name)
 
-    def failures(self) -> list[Failure]:
-        """Images that could not be read, by row, once each however many feature sets lack them."""
-        found = {
-            failure.row: failure
-            for name in self._readers
-            for record in self._records(name)
-            for failure in record.failures
-        }
-        return [found[row] for row in sorted(found)]
+    def _checked_rows(self, rows: ArrayLike) -> NDArray[np.int64]:
+        array = np.asarray(rows)
+        if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
+            raise InputError(f"{self.path}: rows are {array.dtype} of shape {array.shape}, expected a list of integers")
+        if len(outside := array[(array < 0) | (array >= len(self))]):
+            raise InputError(f"{self.path}: there is no row {outside[0]}: this cache has rows 0 to {len(self) - 1}")
+        return array.astype(np.int64)
 
     def _names(self, feature_sets: Sequence[str] | None) -> list[str]:
         names = list(self.feature_sets) if feature_sets is None else list(feature_sets)
         for name in names:
             if name not in self.feature_sets:
-                held = ", ".join(self.feature_sets) or "none"
-                raise InputError(f"{self.path}: there is no feature set {name!r}; it has {held}")
+                raise InputError(
+                    f"{self.path}: there is no feature set {name!r}; it has {', '.join(self.feature_sets) or 'none'}"
+                )
         return names
 
-    def _records(self, name: str) -> list[PartRecord]:
-        # Several at once, for each of thousands takes an object store 20 ms.
-        with ThreadPoolExecutor(self.storage.readers) as pool:
-            return list(pool.map(self._readers[name].record, self._written_parts(name)))
-
-    def _written_parts(self, name: str) -> set[int]:
-        # Listed anew each time: other processes may be writing parts just now.
-        files = self.storage.list_files(f"parts/{name}")
-        stems = (file.removesuffix(".json") for file in files if file.endswith(".json"))
-        return {int(stem) for stem in stems if stem.isdigit() and int(stem) < self.n_parts}
-
-
-def _with_local_copy(storage: Storage, folder: str | Path | None, limit: str | int | None) -> Storage:
-    if folder is None and limit is None:
-        return storage
-    if folder is None:
-        raise InputError(
-            f"{storage.address}: a local limit of {limit} without a folder; name one with local_copy (--local-copy)"
-        )
-    from regionspot.cache.storage.local_mirror import (  # only remote caches need it
-        NO_LIMIT,
-        parse_bytes,
-        with_local_mirror,
-    )
-
-    return with_local_mirror(storage, folder, NO_LIMIT if limit is None else parse_bytes(str(limit)))
-
-
-def _tell_part_size(address: str, geometry: Geometry, asked: int) -> None:
-    # The default is not told from nothing asked for.
-    if asked != PART_SIZE and min(asked, geometry.images) != geometry.part_size:
-        log.warning(
-            "%s: keeps its parts of %d images; a part size of %d is for new caches", address, geometry.part_size, asked
-        )
-
-
-def _fitting(storage: Storage, header: Header, asked: Manifest) -> tuple[Manifest, bool]:
-    """The asked images as the cache has them, where it has them, otherwise as they came; and whether it has to grow.
-
-    Of annotations that a limit cuts elsewhere than the cache's, that is what the cache has.
-    """
-    from regionspot.cache.format.manifest_arrays import load_manifest  # zarr takes a second to import
-
-    stored = load_manifest(storage, header)
-    fitting = as_stored(stored, asked)
-    if fitting.digest() != header.digest:
-        grows = grows_to(stored, asked)
-        if grows or is_part_of(asked, stored):
-            return stored, grows
-    return fitting, False
-
-
-def _require_arrays(storage: Storage, header: Header) -> None:
-    """Raises NotACacheError when an array that the header speaks of is not there."""
-    for feature_set in header.feature_sets.values():
-        for needed in (f"{feature_set.array}/zarr.json", f"{feature_set.checksums}/zarr.json"):
-            if not storage.exists(needed):
-                raise NotACacheError(
-                    f"{storage.address}: {needed} is missing; restore the folder, or extract into another one"
-                )
-
-
-def _prepare_for_writing(storage: Storage, header: Header) -> None:
-    storage.check_writable()
-    folders = ["", "features"]
-    for feature_set in header.feature_sets.values():
-        folders += [feature_set.array, feature_set.scales, feature_set.checksums, f"parts/{feature_set.name}"]
-    for folder in folders:
-        storage.remove_abandoned(folder)
+    def _only_set(self, kind: str, name: str | None) -> FeatureSet | None:
+        """The set of that name, by default the only one of its kind; None where there is no such kind."""
+        of_kind = {each.name: each for each in self.feature_sets.values() if each.kind == kind}
+        if name is None and len(of_kind) <= 1:
+            return next(iter(of_kind.values()), None)
+        if name not in of_kind:
+            problem = f"{name!r} is not one of them" if name else "name one"
+            raise InputError(f"{self.path}: {kind} feature sets are {', '.join(of_kind) or 'none'}; {problem}")
+        return of_kind[name]

@@ -107,7 +107,7 @@ def extract(
     Any number of runs may share a cache: start the same command on as many machines as there are.
     """
     from regionspot.cache.errors import InputError
-    from regionspot.cache.format.encodings import Encoding
+    from regionspot.cache.format.feature_dtypes import Encoding
     from regionspot.pipeline.datasets.failure_limit import FailureLimit
     from regionspot.pipeline.distributed.cluster import check_scheduler
     from regionspot.pipeline.extraction.config import ExtractConfig

@@ -112,19 +112,19 @@ def _require_same_backbones(training_set: TrainingSet, first: TrainingSet) -> No
                 "train on features of the same backbones"
             )
         comparison = compare(description(expected), description(features))
-        if comparison.deciding:
+        if comparison.differences:
             raise InputError(
                 f"{path}: its {features.name} {features.shape} features differ from those of {first_path}: "
                 f"{comparison.text('{field} is {found}, there {expected}')}; train on features of the same backbones "
                 f"and options: extract this cache again with {comparison.options() or 'the same options'}"
             )
-        if comparison.unstated:
+        if comparison.missing:
             log.warning(
                 "%s and %s: only one of them states these fields of its %s features: %s; assumed to be the same",
                 first_path,
                 path,
                 features.name,
-                ", ".join(comparison.unstated),
+                ", ".join(comparison.missing),
             )
 
 

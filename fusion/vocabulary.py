@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regionspot.cache.errors import InputError, WeightsError
-from regionspot.cache.home import home_folder
+from regionspot.cache.machine import home_folder
 from regionspot.cache.progress import Progress
 from regionspot.fusion.templates import SLOT
 from regionspot.fusion.tensor_file import read_tensor_file, write_tensor_file

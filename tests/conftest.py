@@ -22,6 +22,7 @@ from regionspot import cli
 from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Ragged
 from regionspot.cache.format.encodings import statistics_of
 from regionspot.cache.machine import processors
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.extraction.part_queue import PartQueue
 from regionspot.pipeline.toy.world import make_toy_world
@@ -208,7 +209,7 @@ class SmallCache:
             at_image()
             return self.features(row)
 
-        cache = FeatureCache.open_or_create(path, self.manifest, self.sets, self.part_size)
+        cache = open_or_create(path, self.manifest, self.sets, self.part_size)
         with Claims(cache.storage, heartbeat_seconds=0.02) as claims:
             parts = PartQueue(cache, self.names, claims)
             while parts.wait():

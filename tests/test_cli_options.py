@@ -5,7 +5,7 @@ from typing import get_args
 
 import pytest
 
-from regionspot.cache.format.encodings import Encoding
+from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.commands import options as cli_options
 from regionspot.evaluation.evaluate import Baseline
 from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig

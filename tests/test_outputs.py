@@ -83,8 +83,8 @@ def test_no_file_of_an_input_folder_is_replaced_but_new_ones_may_lie_in_it(image
     [
         ("nodir/x.png", "there is no folder"),
         ("x.jpg/x.png", "there is no folder"),
-        (".", "is there already and no file"),
-        ("pipe", "is there already and no file"),
+        (".", "exists and is not a file"),
+        ("pipe", "exists and is not a file"),
         ("/proc/x.png", "cannot be written"),
     ],
 )
@@ -97,12 +97,12 @@ def test_a_place_where_no_file_can_be_written_is_refused(image, out, words):
 @pytest.mark.parametrize(
     ("out", "words"),
     [
-        ("x.jpg", "is there already and no folder"),
-        ("x.jpg/run", r"x\.jpg: is there already and no folder"),
+        ("x.jpg", "exists and is not a folder"),
+        ("x.jpg/run", r"x\.jpg: exists and is not a folder"),
         ("/proc/run", "cannot be written"),
-        ("cache", "is, or is inside of, an input"),
-        ("cache/run", "is, or is inside of, an input"),
-        ("link/run", "is, or is inside of, an input"),
+        ("cache", "is, or is inside, an input"),
+        ("cache/run", "is, or is inside, an input"),
+        ("link/run", "is, or is inside, an input"),
         ("other", "is a Zarr store"),
     ],
 )

@@ -1,12 +1,12 @@
-"""Which features may be used together: all that decides their numbers, compared by one function.
+"""Which features may be used together: one comparison of everything that determines their values.
 
-    extract    the cache that a run resumes     with what the run would write
-    merge      every cache                      with the first
-    train      every cache                      with the first
-    evaluate   what the head was trained on     with the cache, or with the backbones that are loaded
+    extract    the cache that a run resumes       with what the run would write
+    merge      each cache                         with the first
+    train      each cache                         with the first
+    evaluate   the features a head was trained on with the cache, or with the loaded backbones
 
-All that a provenance states decides the numbers, except UNDECISIVE; so does the shape. How the numbers are stored
-(encoding, compression) is compared only where one feature set is to be written by two runs.
+The shape and the provenance determine the values, except the fields in INFORMATIVE. How values are stored (encoding,
+compression) is compared only where two runs would write into one feature set.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from typing import Any
 from regionspot.cache.errors import ProvenanceMismatchError
 from regionspot.cache.format.schema import FeatureSet
 
-# Recorded and never refused: another torch gives the same features up to rounding, and where weights were found says
-# nothing that their SHA-256 does not.
-UNDECISIVE = ("versions", "weights_origin")
-# What every backbone of this package states, in the order in which differences are named, with the option of
-# `regionspot extract` that asks for a value. A backbone may state more.
+# Recorded, never a reason to refuse: another torch gives the same features up to rounding, and the origin of weights
+# adds nothing to their SHA-256.
+INFORMATIVE = ("versions", "weights_origin")
+# Fields that every backbone of this package records, in the order in which differences are reported, with the option of
+# `regionspot extract` that sets each. A backbone may record more.
 OPTIONS = {
     "model": "--preset",
     "weights_sha256": "--weights",
@@ -33,101 +33,100 @@ OPTIONS = {
     "exif": "--exif",
     "dtype": "--dtype",
 }
-# Not the shape and the resize rule, which follow from the others and which older heads do not record.
-TOLD_WHEN_UNSTATED = ("model", "weights_sha256", "input_pixels", "preprocess", "exif", "dtype")
-SHOWN = 4  # differences in one message; features of another model differ in everything
+# Without the shape and the resize rule, which follow from the others and are missing in older heads.
+REPORTED_IF_MISSING = ("model", "weights_sha256", "input_pixels", "preprocess", "exif", "dtype")
+SHOWN = 4  # differences in one message; features of another model differ in every field
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One field of two descriptions of a feature set that is not the same in both."""
+    """A field that differs between two descriptions of a feature set."""
 
     field: str
     expected: Any
     found: Any
 
-    def text(self, form: str) -> str:
-        """`form` with {field}, {expected} and {found} filled in; a SHA-256 by its first 16 digits."""
+    def text(self, template: str) -> str:
+        """`template` with {field}, {expected} and {found} filled in; a SHA-256 is cut to 16 digits."""
         field = self.field.removesuffix("_sha256")
-        return form.format(field=field, expected=_short(self.expected), found=_short(self.found))
+        return template.format(field=field, expected=_short(self.expected), found=_short(self.found))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What two descriptions of a feature set have not in common.
+    """The result of comparing two descriptions of a feature set.
 
-    deciding    fields that decide the numbers and differ
-    unstated    fields that only one of them states: records of older versions and of imported tokens lack some
-    undecisive  fields that differ and decide nothing
+    differences  fields that determine the values and differ
+    missing      fields that only one of them records: older versions and imported tokens lack some
     """
 
-    deciding: tuple[Difference, ...]
-    unstated: tuple[str, ...]
-    undecisive: tuple[Difference, ...]
+    differences: tuple[Difference, ...]
+    missing: tuple[str, ...]
 
-    def text(self, form: str) -> str:
-        """The deciding differences, each in the words of `form`, as in "{field} is {found}, there {expected}"."""
-        shown = [each.text(form) for each in self.deciding[:SHOWN]]
-        more = len(self.deciding) - len(shown)
+    def text(self, template: str) -> str:
+        """The differences, each formatted by `template`, for example "{field} is {found}, there {expected}"."""
+        shown = [difference.text(template) for difference in self.differences[:SHOWN]]
+        more = len(self.differences) - len(shown)
         return "; ".join(shown) + (f"; and {more} more" if more else "")
 
     def options(self) -> str:
-        """The options of `regionspot extract` that ask for what was expected: `--preprocess reference`."""
-        asked: dict[str, str] = {}
-        for each in self.deciding:
-            option = OPTIONS.get(each.field)
-            if option in ("--preprocess", "--exif", "--dtype") and each.field != "resize":
-                asked[option] = str(each.expected)
+        """The options of `regionspot extract` that give the expected values: `--preprocess reference`."""
+        values: dict[str, str] = {}
+        for difference in self.differences:
+            option = OPTIONS.get(difference.field)
+            if option in ("--preprocess", "--exif", "--dtype") and difference.field != "resize":
+                values[option] = str(difference.expected)
             elif option:
-                asked.setdefault(option, "...")
-        return " ".join(f"{option} {value}" for option, value in asked.items())
+                values.setdefault(option, "...")
+        return " ".join(f"{option} {value}" for option, value in values.items())
 
 
 def compare(expected: Mapping[str, Any], found: Mapping[str, Any]) -> Comparison:
-    """Hold two descriptions of a feature set, as `description` gives them, against each other."""
-    was, now = _flat(expected), _flat(found)
-    shared = was.keys() & now.keys()
-    differing = [Difference(name, was[name], now[name]) for name in shared if _plain(was[name]) != _plain(now[name])]
-    deciding = [each for each in differing if not _is_undecisive(each.field)]
-    fields = {each.field for each in deciding}
-    if fields & {"model", "input_pixels", "preprocess"}:  # the resize rule follows from these, in a long sentence
-        deciding = [each for each in deciding if each.field != "resize"]
+    """Compare two descriptions of a feature set, as returned by `description`."""
+    before, now = _flat(expected), _flat(found)
+    differences = [
+        Difference(name, before[name], now[name])
+        for name in before.keys() & now.keys()
+        if _jsonable(before[name]) != _jsonable(now[name]) and not _is_informative(name)
+    ]
+    fields = {difference.field for difference in differences}
+    if fields & {"model", "input_pixels", "preprocess"}:  # these determine the resize rule, which is a long sentence
+        differences = [difference for difference in differences if difference.field != "resize"]
     return Comparison(
-        tuple(sorted(deciding, key=_order)),
-        tuple(field for field in TOLD_WHEN_UNSTATED if (field in was) != (field in now)),
-        tuple(each for each in differing if _is_undecisive(each.field)),
+        tuple(sorted(differences, key=_order)),
+        tuple(field for field in REPORTED_IF_MISSING if (field in before) != (field in now)),
     )
 
 
 def description(feature_set: FeatureSet) -> dict[str, Any]:
-    """All that decides the numbers of a feature set, and what is only recorded: its shape and its provenance."""
+    """The shape and provenance of a feature set."""
     return {"shape": list(feature_set.shape), **feature_set.provenance}
 
 
-def require_same_features(cache: str, stored: FeatureSet, asked: FeatureSet) -> list[str]:
-    """Undecisive differences, as text, when a feature set may be written on by whoever would write `asked`.
+def require_same_features(cache: str, stored: FeatureSet, requested: FeatureSet) -> list[str]:
+    """Check that a run that would write `requested` may continue `stored`; returns the informative differences.
 
-    Here a field that only one of them states is a difference too, and so is the encoding. Statistics are not compared:
-    they are a sample's, and whoever resumes a cache takes those that it has. Raises ProvenanceMismatchError naming
-    every field that differs, what is stored and what was asked for.
+    Here a field that only one of them records is a difference too, and so is the encoding. Statistics are not compared:
+    they come from a sample, and a run that resumes uses the stored ones. Raises ProvenanceMismatchError with every
+    differing field, the stored and the requested value.
     """
-    was, now = (_flat({**asdict(each), "statistics": None}) for each in (stored, asked))
+    before, now = (_flat({**asdict(feature_set), "statistics": None}) for feature_set in (stored, requested))
     refused: list[str] = []
-    told: list[str] = []
-    for name in sorted(was.keys() | now.keys()):
-        if was.get(name) != now.get(name):
-            kept = told if _is_undecisive(name.removeprefix("provenance.")) else refused
-            kept.append(f"{name} is {was.get(name)!r}, asked for {now.get(name)!r}")
+    informative: list[str] = []
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            differences = informative if _is_informative(name.removeprefix("provenance.")) else refused
+            differences.append(f"{name} is {before.get(name)!r}, requested {now.get(name)!r}")
     if refused:
         raise ProvenanceMismatchError(
-            f"{cache}: feature set {stored.name} was made otherwise than asked for: {'; '.join(refused)}; "
-            "ask for the same, or give another cache folder"
+            f"{cache}: feature set {stored.name} differs from the requested one: {'; '.join(refused)}; "
+            "use the same settings, or give another cache folder"
         )
-    return told
+    return informative
 
 
-def _is_undecisive(field: str) -> bool:
-    return field.partition(".")[0] in UNDECISIVE
+def _is_informative(field: str) -> bool:
+    return field.partition(".")[0] in INFORMATIVE
 
 
 def _order(difference: Difference) -> tuple[int, str]:
@@ -136,7 +135,7 @@ def _order(difference: Difference) -> tuple[int, str]:
 
 
 def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """Every value that is no mapping under its dotted name."""
+    """Nested mappings flattened to dotted names."""
 
     def walk(name: str, value: Any) -> Iterator[tuple[str, Any]]:
         if isinstance(value, Mapping) and value:
@@ -148,9 +147,9 @@ def _flat(fields: Mapping[str, Any]) -> dict[str, Any]:
     return dict(walk("", fields))
 
 
-def _plain(value: Any) -> Any:
-    """A value as it comes back from JSON: a provenance in memory may hold tuples where a stored one has lists."""
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
+def _jsonable(value: Any) -> Any:
+    """A value as JSON restores it: a provenance in memory may hold tuples where a stored one has lists."""
+    return [_jsonable(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _short(value: Any) -> str:

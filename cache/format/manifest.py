@@ -1,7 +1,7 @@
-"""What is to be extracted from one dataset split: images and their regions, as columns.
+"""The images and regions of one dataset split, as numpy columns.
 
-A split may hold ten million boxes, so nothing here is a list of dicts: every field is one numpy array, and the
-regions of image `row` are the slice `offsets[row]:offsets[row + 1]` of the region columns.
+A split may hold ten million boxes, so there are no lists of dicts: every field is one array, and the regions of image
+`row` are the slice `offsets[row]:offsets[row + 1]` of the region columns.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NO_CATEGORY = -1  # category index of a region whose class is unknown, e.g. a de
 class Category:
     """One class of a dataset, in the dataset's own order.
 
-    `frequency` is LVIS's r/c/f (rare, common, frequent); what a dataset does not state is None or empty.
+    `frequency` is LVIS's r/c/f (rare, common, frequent). Fields that the dataset lacks are None or empty.
     """
 
     id: int
@@ -37,7 +37,7 @@ class Category:
 
 @dataclass(frozen=True)
 class Ragged:
-    """A list of category indices for every image; that of `row` is `values[offsets[row]:offsets[row + 1]]`."""
+    """A list of category indices per image: that of `row` is `values[offsets[row]:offsets[row + 1]]`."""
 
     offsets: NDArray[np.int64]  # (N + 1,)
     values: NDArray[np.int32]
@@ -49,19 +49,19 @@ class Manifest:
 
     image_ids       int64   (N,)      the dataset's id (OpenImages: its 16 hex digits read as a signed 64-bit number)
     paths           string  (N,)      relative to the image folder, with forward slashes (numpy StringDType)
-    heights, widths int32   (N,)      pixels of the original image, as the annotations state them
+    heights, widths int32   (N,)      pixels of the original image, from the annotations
     offsets         int64   (N + 1,)  regions of row n are offsets[n]:offsets[n + 1]
     boxes_xyxy      float32 (M, 4)    x1, y1, x2, y2 in pixels of the original image, clipped to it
     category_index  int32   (M,)      position in `categories`, NO_CATEGORY where unknown
-    annotation_ids  int64   (M,)      the dataset's id of the region, -1 where it has none
-    scores          float32 (M,)      a detector's score of its own box; None for ground truth
-    categories                        ordered; an index into this tuple is what the cache stores
-    negatives, not_exhaustive         LVIS's federated lists per image, as category indices; None elsewhere
+    annotation_ids  int64   (M,)      the dataset's id of the region, -1 if it has none
+    scores          float32 (M,)      a detector's score of its box; None for ground truth
+    categories                        ordered; the cache stores indices into this tuple
+    negatives, not_exhaustive         LVIS's federated lists per image, as category indices; None for other datasets
     source                            JSON-able: {"files": {annotation file name: its SHA-256}}
-    report                            what reading dropped or found odd, counts by reason; no part of the digest
-    remarks                           what a user should be told of the files, one line each; no part of a cache
+    report                            counts of dropped and unusual entries, by reason; not part of the digest
+    remarks                           notes on the files for the user, one line each; not stored in a cache
 
-    Raises InputError where the columns do not fit each other.
+    Raises InputError for columns whose lengths or values do not fit together.
     """
 
     dataset: str
@@ -93,18 +93,18 @@ class Manifest:
             "annotation_ids": (len(self.annotation_ids), regions),
             "scores": (regions if self.scores is None else len(self.scores), regions),
         }
-        for name, (found, expected) in lengths.items():
-            if found != expected:
+        for name, (length, expected) in lengths.items():
+            if length != expected:
                 raise InputError(
-                    f"manifest {self.dataset}/{self.split}: {name} has {found} entries, expected {expected}"
+                    f"manifest {self.dataset}/{self.split}: {name} has {length} entries, expected {expected}"
                 )
         if self.offsets[0] != 0 or self.offsets[-1] != regions or (np.diff(self.offsets) < 0).any():
             raise InputError(
-                f"manifest {self.dataset}/{self.split}: offsets must rise from 0 to {regions}, the number of boxes"
+                f"manifest {self.dataset}/{self.split}: offsets must ascend from 0 to {regions}, the number of boxes"
             )
         if regions and not -1 <= self.category_index.min() <= self.category_index.max() < len(self.categories):
             raise InputError(
-                f"manifest {self.dataset}/{self.split}: category_index leaves 0..{len(self.categories) - 1}"
+                f"manifest {self.dataset}/{self.split}: category_index is outside -1 to {len(self.categories) - 1}"
             )
 
     def __len__(self) -> int:
@@ -116,19 +116,19 @@ class Manifest:
         return np.diff(self.offsets)
 
     def regions(self, row: int) -> slice:
-        """The slice of the region columns that holds the regions of image `row`."""
+        """The slice of the region columns for image `row`."""
         return slice(int(self.offsets[row]), int(self.offsets[row + 1]))
 
     def row_of(self, image_id: int) -> int:
-        """The row of an image. Raises InputError when the split does not hold it."""
-        found = np.flatnonzero(self.image_ids == image_id)
-        if not len(found):
+        """The row of an image. Raises InputError for an unknown id."""
+        rows = np.flatnonzero(self.image_ids == image_id)
+        if not len(rows):
             raise InputError(f"{self.dataset}/{self.split} holds no image with id {image_id}")
-        return int(found[0])
+        return int(rows[0])
 
     def select(self, rows: NDArray[np.int64]) -> Manifest:
-        """The same split cut to the images at `rows`, in that order; categories stay whole."""
-        offsets, pick = _take(self.offsets, rows)
+        """The images at `rows`, in that order, with all categories."""
+        offsets, index = _take(self.offsets, rows)
         return Manifest(
             dataset=self.dataset,
             split=self.split,
@@ -137,11 +137,11 @@ class Manifest:
             heights=self.heights[rows],
             widths=self.widths[rows],
             offsets=offsets,
-            boxes_xyxy=self.boxes_xyxy[pick],
-            category_index=self.category_index[pick],
-            annotation_ids=self.annotation_ids[pick],
+            boxes_xyxy=self.boxes_xyxy[index],
+            category_index=self.category_index[index],
+            annotation_ids=self.annotation_ids[index],
             categories=self.categories,
-            scores=None if self.scores is None else self.scores[pick],
+            scores=None if self.scores is None else self.scores[index],
             negatives=_select_ragged(self.negatives, rows),
             not_exhaustive=_select_ragged(self.not_exhaustive, rows),
             source=self.source,
@@ -150,43 +150,43 @@ class Manifest:
         )
 
     def head(self, images: int | None) -> Manifest:
-        """The first images of the split; all of it for None. Raises InputError for less than one."""
+        """The first `images` images, or all for Nmanifest. Raises InputError for less than manifest."""
         if images is None or images >= len(self):
             return self
         if images < 1:
-            raise InputError(f"the first {images} images were asked for, expected at least 1")
+            raise InputError(f"the first {images} images were requested, expected at least 1")
         return self.select(np.arange(images))
 
     @classmethod
     def concatenate(cls, manifests: Sequence[Manifest]) -> Manifest:
-        """The images of all, one manifest after another; their names are joined by `+` where they differ.
+        """All images, one manifest after another; dataset and split names are joined by `+` if they differ.
 
-        Raises InputError where an image's id is in two of them, or where one states what another leaves open:
-        categories, scores, the federated lists.
+        Raises InputError when two hold the same image id, when categories differ, and when only some have scores or
+        federated lists.
         """
-        _require_alike(manifests)
+        _require_joinable(manifests)
         return cls(
-            dataset="+".join(dict.fromkeys(one.dataset for one in manifests)),
-            split="+".join(dict.fromkeys(one.split for one in manifests)),
-            image_ids=np.concatenate([one.image_ids for one in manifests]),
-            paths=np.concatenate([one.paths for one in manifests]),
-            heights=np.concatenate([one.heights for one in manifests]),
-            widths=np.concatenate([one.widths for one in manifests]),
-            offsets=_joined_offsets([one.offsets for one in manifests]),
-            boxes_xyxy=np.concatenate([one.boxes_xyxy for one in manifests]),
-            category_index=np.concatenate([one.category_index for one in manifests]),
-            annotation_ids=np.concatenate([one.annotation_ids for one in manifests]),
+            dataset="+".join(dict.fromkeys(manifest.dataset for manifest in manifests)),
+            split="+".join(dict.fromkeys(manifest.split for manifest in manifests)),
+            image_ids=np.concatenate([manifest.image_ids for manifest in manifests]),
+            paths=np.concatenate([manifest.paths for manifest in manifests]),
+            heights=np.concatenate([manifest.heights for manifest in manifests]),
+            widths=np.concatenate([manifest.widths for manifest in manifests]),
+            offsets=_joined_offsets([manifest.offsets for manifest in manifests]),
+            boxes_xyxy=np.concatenate([manifest.boxes_xyxy for manifest in manifests]),
+            category_index=np.concatenate([manifest.category_index for manifest in manifests]),
+            annotation_ids=np.concatenate([manifest.annotation_ids for manifest in manifests]),
             categories=manifests[0].categories,
-            scores=_joined([one.scores for one in manifests]),
-            negatives=_joined_ragged([one.negatives for one in manifests]),
-            not_exhaustive=_joined_ragged([one.not_exhaustive for one in manifests]),
-            source={"files": {name: digest for one in manifests for name, digest in _files(one).items()}},
-            report=dict(sum((Counter(one.report) for one in manifests), Counter())),
-            remarks=tuple(dict.fromkeys(line for one in manifests for line in one.remarks)),
+            scores=_joined([manifest.scores for manifest in manifests]),
+            negatives=_joined_ragged([manifest.negatives for manifest in manifests]),
+            not_exhaustive=_joined_ragged([manifest.not_exhaustive for manifest in manifests]),
+            source={"files": {name: digest for manifest in manifests for name, digest in _files(manifest).items()}},
+            report=dict(sum((Counter(manifest.report) for manifest in manifests), Counter())),
+            remarks=tuple(dict.fromkeys(line for manifest in manifests for line in manifest.remarks)),
         )
 
     def digest(self) -> str:
-        """SHA-256 over everything that decides what extraction computes: images, boxes, classes, in order."""
+        """SHA-256 over everything that extraction depends on: images, boxes, classes, in order."""
         digest = hashlib.sha256()
         for column in (self.image_ids, self.heights, self.widths, self.offsets, self.boxes_xyxy, self.category_index):
             digest.update(np.ascontiguousarray(column).tobytes())
@@ -199,42 +199,42 @@ class Manifest:
 
 
 def _take(offsets: NDArray[np.int64], rows: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Offsets of the ragged rows taken, and where each of their values stood before."""
+    """Offsets of the selected ragged rows, and the index of each of their values in the original."""
     counts = np.diff(offsets)[rows]
-    taken = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    return taken, np.arange(taken[-1]) + np.repeat(offsets[rows] - taken[:-1], counts)
+    selected = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return selected, np.arange(selected[-1]) + np.repeat(offsets[rows] - selected[:-1], counts)
 
 
 def _select_ragged(ragged: Ragged | None, rows: NDArray[np.int64]) -> Ragged | None:
     if ragged is None:
         return None
-    offsets, pick = _take(ragged.offsets, rows)
-    return Ragged(offsets, ragged.values[pick])
+    offsets, index = _take(ragged.offsets, rows)
+    return Ragged(offsets, ragged.values[index])
 
 
-def _require_alike(manifests: Sequence[Manifest]) -> None:
+def _require_joinable(manifests: Sequence[Manifest]) -> None:
     if not manifests:
-        raise InputError("no manifest was given to concatenate; give at least one")
+        raise InputError("no manifest to concatenate; give at least one")
     first = manifests[0]
     for other in manifests[1:]:
         both = f"{first.dataset}/{first.split} and {other.dataset}/{other.split}"
         if [(each.id, each.name) for each in first.categories] != [(each.id, each.name) for each in other.categories]:
             raise InputError(
-                f"{both}: their categories differ ({len(first.categories)} and {len(other.categories)}), so an index "
-                "would mean two things; put together only what shares its categories"
+                f"{both}: their categories differ ({len(first.categories)} and {len(other.categories)}), so a category "
+                "index would be ambiguous; merge only caches with the same categories"
             )
         for name in ("scores", "negatives", "not_exhaustive"):
             if (getattr(first, name) is None) != (getattr(other, name) is None):
                 raise InputError(
-                    f"{both}: only one of them has {name}, and what the other leaves open is not known; put together "
-                    "only what states the same"
+                    f"{both}: only one of them has {name}, which are unknown for the other; merge only caches that all "
+                    "have them or all lack them"
                 )
-    ids, counts = np.unique(np.concatenate([one.image_ids for one in manifests]), return_counts=True)
-    if len(twice := ids[counts > 1]):
-        names = ", ".join(f"{one.dataset}/{one.split}" for one in manifests)
+    ids, counts = np.unique(np.concatenate([manifest.image_ids for manifest in manifests]), return_counts=True)
+    if len(duplicates := ids[counts > 1]):
+        names = ", ".join(f"{manifest.dataset}/{manifest.split}" for manifest in manifests)
         raise InputError(
-            f"{names}: {len(twice)} images are in more than one of them, the first has id {twice[0]}; "
-            "leave them out of all but one with `regionspot cache subset`"
+            f"{names}: {len(duplicates)} images are in more than one of them, the first has id "
+            f"{duplicates[0]}; remove them from all but one with `regionspot cache subset`"
         )
 
 
@@ -244,17 +244,18 @@ def _files(manifest: Manifest) -> dict[str, str]:
 
 
 def _joined_offsets(offsets: Sequence[NDArray[np.int64]]) -> NDArray[np.int64]:
-    counts = np.concatenate([np.diff(one) for one in offsets])
+    counts = np.concatenate([np.diff(part) for part in offsets])
     return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
 
 
 def _joined(columns: Sequence[NDArray[np.float32] | None]) -> NDArray[np.float32] | None:
-    there = [one for one in columns if one is not None]
-    return np.concatenate(there) if there else None
+    present = [column for column in columns if column is not None]
+    return np.concatenate(present) if present else None
 
 
 def _joined_ragged(lists: Sequence[Ragged | None]) -> Ragged | None:
-    there = [one for one in lists if one is not None]
-    if not there:
+    present = [ragged for ragged in lists if ragged is not None]
+    if not present:
         return None
-    return Ragged(_joined_offsets([one.offsets for one in there]), np.concatenate([one.values for one in there]))
+    offsets = _joined_offsets([ragged.offsets for ragged in present])
+    return Ragged(offsets, np.concatenate([ragged.values for ragged in present]))

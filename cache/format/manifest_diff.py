@@ -1,7 +1,7 @@
-"""Two manifests side by side: which images they share, and what is the first thing that differs.
+"""Comparing two manifests: the images they share, and the first difference.
 
-Images are matched by the dataset's ids: annotation files are often written anew in another order, and a row is only
-a position. Whatever else is known of an image has to be equal, since its features were made from it.
+Images are matched by the dataset's ids, because annotation files are often rewritten in another order. Everything else
+about an image has to be equal, because its features were made from it.
 """
 
 from __future__ import annotations
@@ -15,107 +15,106 @@ from regionspot.cache.format.manifest import Manifest
 
 
 def rows_by_id(manifest: Manifest, image_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """int64, as many as ids: the row of each image in the manifest, -1 where it holds none of that id."""
+    """int64, one per id: the row of the image in the manifest, -1 if the manifest lacks it."""
     if not len(manifest):
         return np.full(len(image_ids), -1)
     order = np.argsort(manifest.image_ids, kind="stable")
-    place = np.searchsorted(manifest.image_ids, image_ids, sorter=order)
-    rows = order[np.minimum(place, len(order) - 1)]
+    positions = np.searchsorted(manifest.image_ids, image_ids, sorter=order)
+    rows = order[np.minimum(positions, len(order) - 1)]
     return np.where(manifest.image_ids[rows] == image_ids, rows, -1)
 
 
-def first_difference(stored: Manifest, asked: Manifest) -> str | None:
-    """What differs first between the images of two manifests, row by row, in words; None where nothing does.
+def first_difference(stored: Manifest, requested: Manifest) -> str | None:
+    """The first difference between the images of two manifests, row by row, as text; None if there is none.
 
-    Compared is what features are made from and what finds them: ids, paths, sizes and regions, not the categories'
-    names nor the federated lists. The manifests have equally many images.
+    Compared are ids, paths, sizes and regions, not category names or federated lists. Both have equally many images.
     """
-    of_images: list[tuple[str, NDArray[Any], NDArray[Any]]] = [
-        ("image id", stored.image_ids, asked.image_ids),
-        ("path", stored.paths, asked.paths),
-        ("height", stored.heights, asked.heights),
-        ("width", stored.widths, asked.widths),
-        ("number of regions", stored.region_count, asked.region_count),
+    image_columns: list[tuple[str, NDArray[Any], NDArray[Any]]] = [
+        ("image id", stored.image_ids, requested.image_ids),
+        ("path", stored.paths, requested.paths),
+        ("height", stored.heights, requested.heights),
+        ("width", stored.widths, requested.widths),
+        ("number of regions", stored.region_count, requested.region_count),
     ]
-    for name, was, now in of_images:
-        if len(rows := np.flatnonzero(was != now)):
-            return _told(stored, int(rows[0]), "", name, was[rows[0]], now[rows[0]])
-    of_regions: list[tuple[str, NDArray[Any], NDArray[Any]]] = [
-        ("box", stored.boxes_xyxy, asked.boxes_xyxy),
-        ("category index", stored.category_index, asked.category_index),
-        ("annotation id", stored.annotation_ids, asked.annotation_ids),
+    for name, old, new in image_columns:
+        if len(rows := np.flatnonzero(old != new)):
+            return _difference(stored, int(rows[0]), "", name, old[rows[0]], new[rows[0]])
+    region_columns: list[tuple[str, NDArray[Any], NDArray[Any]]] = [
+        ("box", stored.boxes_xyxy, requested.boxes_xyxy),
+        ("category index", stored.category_index, requested.category_index),
+        ("annotation id", stored.annotation_ids, requested.annotation_ids),
     ]
-    if stored.scores is not None and asked.scores is not None:
-        of_regions.append(("score", stored.scores, asked.scores))
-    for name, was, now in of_regions:
-        if len(found := np.argwhere(was != now)):
-            region = int(found[0][0])
+    if stored.scores is not None and requested.scores is not None:
+        region_columns.append(("score", stored.scores, requested.scores))
+    for name, old, new in region_columns:
+        if len(differing := np.argwhere(old != new)):
+            region = int(differing[0][0])
             row = int(np.searchsorted(stored.offsets, region, side="right")) - 1
-            which = f", region {region - stored.offsets[row]}"
-            return _told(stored, row, which, name, was[region], now[region])
-    if (stored.scores is None) != (asked.scores is None):
+            return _difference(stored, row, f", region {region - stored.offsets[row]}", name, old[region], new[region])
+    if (stored.scores is None) != (requested.scores is None):
         return "only one of them has scores of its boxes"
     return None
 
 
-def _told(manifest: Manifest, row: int, which: str, name: str, was: Any, now: Any) -> str:
-    image = f"image {manifest.image_ids[row]} (row {row}, {manifest.paths[row]}){which}"
-    return f"{image}: {name} is {_plain(was)}, not {_plain(now)}"
+def _difference(manifest: Manifest, row: int, region: str, name: str, old: Any, new: Any) -> str:
+    image = f"image {manifest.image_ids[row]} (row {row}, {manifest.paths[row]}){region}"
+    return f"{image}: {name} is {_plain(old)}, not {_plain(new)}"
 
 
 def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, (np.ndarray, np.generic)) else repr(value)
 
 
-def same_categories(stored: Manifest, asked: Manifest) -> bool:
-    """Whether an index into the categories of `stored` means the same in `asked`, which may have more at the end."""
-    before, now = ([(each.id, each.name) for each in one.categories] for one in (stored, asked))
-    return now[: len(before)] == before
+def same_categories(stored: Manifest, requested: Manifest) -> bool:
+    """Whether the categories of `requested` start with those of `stored`, so that every stored index stays valid."""
+    old, new = ([(each.id, each.name) for each in manifest.categories] for manifest in (stored, requested))
+    return new[: len(old)] == old
 
 
-def in_order_of(stored: Manifest, asked: Manifest) -> Manifest | None:
-    """The asked images with those of `stored` first, in its order, and the others as they came.
+def order_like(stored: Manifest, requested: Manifest) -> Manifest | None:
+    """The requested images: first those of `stored`, in its order, then the others in their own order.
 
-    None where an image of `stored` is not among them.
+    None if an image of `stored` is not among them.
     """
-    rows = rows_by_id(asked, stored.image_ids)
+    rows = rows_by_id(requested, stored.image_ids)
     if (rows < 0).any():
         return None
-    others = np.ones(len(asked), dtype=bool)
+    others = np.ones(len(requested), dtype=bool)
     others[rows] = False
     order = np.concatenate([rows, np.flatnonzero(others)])
-    return asked if (order == np.arange(len(asked))).all() else asked.select(order)
+    return requested if (order == np.arange(len(requested))).all() else requested.select(order)
 
 
-def as_stored(stored: Manifest, asked: Manifest) -> Manifest:
-    """The asked images as a cache of `stored` has them, where they are those; otherwise as they came.
+def select_stored(stored: Manifest, requested: Manifest) -> Manifest:
+    """The requested images in the order of `stored`, if they are the same; otherwise `requested` itself.
 
-    That is in its order, and for a cache that was cut out of another one without the images that it left out.
+    A subset of another cache also accepts a request for the whole: the images that it lacks are dropped.
     """
-    ordered = in_order_of(stored, asked)
-    if ordered is None or not (_was_cut(stored) or len(ordered) == len(stored)):
-        return asked
+    ordered = order_like(stored, requested)
+    if ordered is None or not (_is_subset(stored) or len(ordered) == len(stored)):
+        return requested
     return ordered.head(len(stored))
 
 
-def _was_cut(stored: Manifest) -> bool:
+def _is_subset(stored: Manifest) -> bool:
+    """Whether the cache was created by `regionspot cache subset`."""
     return any(note["operation"] == "subset" for note in stored.source.get("made_from", []))
 
 
-def grows_to(stored: Manifest, asked: Manifest) -> bool:
-    """Whether a cache of `stored` was made with a smaller limit than `asked`, and is to take in the other images."""
-    return len(stored) < len(asked) and not _was_cut(stored) and is_part_of(stored, asked)
+def needs_growth(stored: Manifest, requested: Manifest) -> bool:
+    """Whether a cache of `stored` was made with a smaller `--limit` than `requested` and has to be extended."""
+    return len(stored) < len(requested) and not _is_subset(stored) and differs_by_limit(stored, requested)
 
 
-def is_part_of(some: Manifest, whole: Manifest) -> bool:
-    """Whether the two differ by `--limit` alone: read from the same files, and all images of `some` are in `whole`.
+def differs_by_limit(part: Manifest, whole: Manifest) -> bool:
+    """Whether the two differ only by `--limit`: read from the same files, and `whole` holds all images of `part`.
 
-    Files are compared by their SHA-256, so annotations that grew are another thing, for `regionspot cache extend`.
+    Files are compared by SHA-256; annotation files that grew are a case for `regionspot cache extend`.
     """
-    files = some.source.get("files")
-    if not files or files != whole.source.get("files") or len(some) > len(whole):
+    files = part.source.get("files")
+    if not files or files != whole.source.get("files") or len(part) > len(whole):
         return False
-    if (some.dataset, some.split) != (whole.dataset, whole.split) or len(some.categories) != len(whole.categories):
+    if (part.dataset, part.split) != (whole.dataset, whole.split) or len(part.categories) != len(whole.categories):
         return False
-    rows = rows_by_id(whole, some.image_ids)
-    return bool((rows >= 0).all()) and same_categories(some, whole) and not first_difference(whole.select(rows), some)
+    rows = rows_by_id(whole, part.image_ids)
+    return bool((rows >= 0).all()) and same_categories(part, whole) and not first_difference(whole.select(rows), part)

@@ -18,7 +18,7 @@ from regionspot.cache.reading.batch import Batch
 from regionspot.cache.reading.part_reader import SCALE_BYTES, Bytes
 
 
-class Features(Protocol):
+class FeatureSource(Protocol):
     """Whatever hands out the features of one set: `FeatureReader.read` says how."""
 
     feature_set: FeatureSet
@@ -33,7 +33,7 @@ class BatchReader:
     threads   how many may well fill a batch at once
     """
 
-    def __init__(self, manifest: Manifest, maps: Features | None, tokens: Features | None) -> None:
+    def __init__(self, manifest: Manifest, maps: FeatureSource | None, tokens: FeatureSource | None) -> None:
         self._manifest, self._maps, self._tokens = manifest, maps, tokens
         self.threads = max([1, *(each.threads for each in (maps, tokens) if each is not None)])
 

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.format.manifest import Manifest
-from regionspot.cache.reading.batch_reader import Features
+from regionspot.cache.reading.batch_reader import FeatureSource
 from regionspot.cache.reading.part_reader import SCALE_BYTES, Bytes
 
 _IMAGES = 4096  # of one request: enough to keep a disk busy, few enough that their list is small
 
 
-class HeldTokens:
+class InMemoryTokens:
     """Hands out what it read of the images at `rows` when it was made; takes the bytes of their tokens.
 
     Raises what `tokens` raises when an image cannot be read.
@@ -23,7 +23,7 @@ class HeldTokens:
 
     threads = 1  # copying from memory is no work to be shared
 
-    def __init__(self, tokens: Features, manifest: Manifest, rows: NDArray[np.int64]) -> None:
+    def __init__(self, tokens: FeatureSource, manifest: Manifest, rows: NDArray[np.int64]) -> None:
         self.feature_set = tokens.feature_set
         self._width = self.feature_set.shape[-1] * self.feature_set.stored.itemsize
         self._scale_width = SCALE_BYTES if self.feature_set.has_scales else 0

@@ -16,19 +16,31 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.errors import InputError
+from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.reading.batch import Batch
+from regionspot.cache.reading.batch_reader import BatchReader
 from regionspot.cache.reading.prefetch import dataloader_worker, read_ahead
 from regionspot.cache.reading.sampling import Sampling
 
-if TYPE_CHECKING:  # reading.py imports Loader from here
-    from regionspot.cache.readable_cache import ReadableCache
+
+class BatchSource(Protocol):
+    """A FeatureCache: pickled as its address, it is opened again where it is unpickled."""
+
+    manifest: Manifest
+
+    @property
+    def part_size(self) -> int: ...
+
+    def batch_reader(
+        self, map_set: str | None = None, token_set: str | None = None, preload: NDArray[np.int64] | None = None
+    ) -> BatchReader: ...
 
 
 class Loader:
@@ -45,7 +57,7 @@ class Loader:
 
     def __init__(
         self,
-        cache: ReadableCache,
+        cache: BatchSource,
         sampling: Sampling,
         rows: NDArray[np.int64],
         *,
@@ -65,8 +77,8 @@ class Loader:
         self.cache, self.sampling, self.rows, self.epoch = cache, sampling, rows, epoch
         self._sets = {"map_set": map_set, "token_set": token_set}
         self._threads, self._ahead, self._pin_memory = threads, ahead, pin_memory
-        self._held_rows = rows if tokens_in_memory else None
-        self._reader = cache.batch_reader(**self._sets, held_rows=self._held_rows)
+        self._preload = rows if tokens_in_memory else None
+        self._reader = cache.batch_reader(**self._sets, preload=self._preload)
         self._done = 0  # batches of this epoch that were handed out
         self._begins = 0  # with which batch the next pass begins
         self._rings: list[list[Batch]] = []  # of passes that are over: fresh memory costs more than filling it
@@ -102,7 +114,7 @@ class Loader:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
-        self._reader = self.cache.batch_reader(**self._sets, held_rows=self._held_rows)
+        self._reader = self.cache.batch_reader(**self._sets, preload=self._preload)
         self._rings = []
 
     def state_dict(self) -> dict[str, Any]:

@@ -212,11 +212,17 @@ class _Replacing:
         self._seen.pop(self._name, None)
 
 
-def with_local_mirror(storage: Storage, folder: str | Path, limit_bytes: int) -> Storage:
-    """The same storage, whose files are kept under `folder`, at most `limit_bytes` of all caches together.
+def with_local_mirror(storage: Storage, folder: str | Path | None, limit: str | int | None = None) -> Storage:
+    """The same storage, whose files are kept under `folder`, at most `limit` bytes of all caches together.
 
-    A storage on a local disk is returned as it is. Raises InputError where the folder cannot be written.
+    A storage on a local disk is returned as it is. Raises InputError for a limit that is no size or has no folder, and
+    where the folder cannot be written.
     """
+    if folder is None:
+        raise InputError(
+            f"{storage.address}: a local limit of {limit} without a folder; name one with local_copy (--local-copy)"
+        )
+    limit_bytes = NO_LIMIT if limit is None else parse_bytes(str(limit))
     if not isinstance(storage, RemoteStorage):
         log.warning("%s: is a local cache; --local-copy %s is ignored", storage.address, folder)
         return storage

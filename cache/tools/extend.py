@@ -22,7 +22,7 @@ from pathlib import Path
 from regionspot.cache.errors import CacheError, InputError, ProvenanceMismatchError
 from regionspot.cache.format.header import Header, load_header
 from regionspot.cache.format.manifest import Manifest
-from regionspot.cache.format.manifest_diff import first_difference, in_order_of, rows_by_id, same_categories
+from regionspot.cache.format.manifest_diff import first_difference, order_like, rows_by_id, same_categories
 from regionspot.cache.format.schema import PART_SIZE, Geometry
 from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import partial_path, remove_abandoned, sync_tree, to_json
@@ -114,7 +114,7 @@ def _grown(cache: FeatureCache, grown: Manifest) -> Manifest:
             f"{refused}: its {len(grown.categories):,} categories do not begin with the {len(stored.categories):,} "
             "that are there, so an index would mean another one; new categories can only come at the end"
         )
-    ordered = in_order_of(stored, grown)
+    ordered = order_like(stored, grown)
     if ordered is None:
         lacking = stored.image_ids[rows_by_id(grown, stored.image_ids) < 0]
         raise ProvenanceMismatchError(

@@ -30,6 +30,7 @@ from regionspot.cache.format.manifest import NO_CATEGORY, Manifest
 from regionspot.cache.format.schema import FeatureSet, ImageFeatures
 from regionspot.cache.progress import Progress, duration
 from regionspot.cache.store import FeatureCache
+from regionspot.cache.tools.resume import open_or_create
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ def import_tokens(folder: Path, address: str | Path, allow_missing: bool = False
     rows = [row for part in pending for row in cache.part_rows(part)]
     compared = _compare(files, rows)
     compared.check(allow_missing)
-    cache = FeatureCache.open_or_create(address, cache.manifest, [feature_set])
+    cache = open_or_create(address, cache.manifest, [feature_set])
     progress = Progress(len(rows), "images")
     for part in pending:
         images = _images(files, cache.part_rows(part), compared.failures, progress)

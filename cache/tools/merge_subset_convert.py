@@ -17,13 +17,15 @@ from numpy.typing import ArrayLike
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.compatibility import require_same_features
-from regionspot.cache.format.encodings import Encoding, Statistics, decode, statistics_of
+from regionspot.cache.format.encodings import decode, statistics_of
+from regionspot.cache.format.feature_dtypes import Encoding, Statistics
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.outputs import require_apart
 from regionspot.cache.reading.feature_reader import open_reader
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.copy_features import CopySummary, copy_features, read_stored
+from regionspot.cache.tools.resume import open_or_create
 
 SAMPLE = 64  # images that int8's statistics are taken from
 
@@ -110,7 +112,7 @@ def _make(
     link: bool = True,
 ) -> CopySummary:
     require_apart(Path(out), [source.path for source in sources])
-    made = FeatureCache.open_or_create(out, manifest, feature_sets.values(), part_size)
+    made = open_or_create(out, manifest, feature_sets.values(), part_size)
     return copy_features(sources, made, link=link)
 
 

@@ -49,7 +49,7 @@ class TrainedOn:
         return str(dtype_of(self.fields))
 
     def refused(self, compared: Comparison, allowed: Collection[str] = ()) -> bool:
-        return any(each.field not in (*self.implied, *allowed) for each in compared.deciding)
+        return any(each.field not in (*self.implied, *allowed) for each in compared.differences)
 
 
 @dataclass(frozen=True)
@@ -119,15 +119,15 @@ class HeadFeatures:
             self._warn(compared, trained, f"{self.checkpoint}: runs on {trained.name} with {compared.text(form)}")
 
     def _warn(self, compared: Comparison, trained: TrainedOn, problem: str) -> None:
-        if compared.deciding:
+        if compared.differences:
             log.warning("%s; scores may be worse than those of the head's own features", problem)
-        if compared.unstated and not trained.implied:
+        if compared.missing and not trained.implied:
             log.warning(
                 "%s: of the %s features that it was trained on, or of those given, these are not stated and so not "
                 "compared: %s",
                 self.checkpoint,
                 trained.name,
-                ", ".join(compared.unstated),
+                ", ".join(compared.missing),
             )
 
 

@@ -19,7 +19,7 @@ from PIL import Image, ImageDraw, ImageFont
 from regionspot.cache.errors import ImageError, InputError
 from regionspot.cache.format.manifest import NO_CATEGORY, Manifest
 from regionspot.cache.format.schema import FeatureSet
-from regionspot.cache.reading.decoded import read_decoded
+from regionspot.cache.reading.dask_arrays import read_decoded
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.report.drawing import Colour, Drawn, colours_of, draw_regions
 from regionspot.evaluation.report.map_views import box_likeness, pca_colours, stretched
@@ -117,7 +117,7 @@ def _patches(cache: FeatureCache, row: int, maps: FeatureSet) -> NDArray[np.floa
     if side * side != tokens - first:
         expected = "one and a square of patches" if first else "a square of patches"
         raise InputError(f"{cache.path}: {maps.name} has {tokens} tokens, expected {expected}")
-    values = read_decoded(cache, maps.name, [row])[0, first:].astype(np.float32)
+    values = read_decoded(cache.reader(maps.name), [row])[0, first:].astype(np.float32)
     return values.reshape(side, side, width)
 
 

@@ -9,7 +9,7 @@ from functools import cached_property, partial
 import torch
 
 from regionspot.cache.errors import InputError
-from regionspot.cache.format.encodings import Encoding
+from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones.batch_size import batch_size_of

@@ -24,8 +24,7 @@ import torch
 from torch import Tensor
 
 from regionspot.cache.errors import WeightsError
-from regionspot.cache.home import home_folder
-from regionspot.cache.machine import processors
+from regionspot.cache.machine import home_folder, processors
 from regionspot.cache.state_dicts import check_fit, require_finite
 from regionspot.cache.storage.atomic_files import partial_path
 from regionspot.pipeline.backbones.state_dicts import StateDict, read_state_dict

@@ -20,8 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from regionspot.cache.home import home_folder
-from regionspot.cache.machine import processors
+from regionspot.cache.machine import home_folder, processors
 from regionspot.cache.storage.atomic_files import partial_path
 from regionspot.pipeline.images.decode import open_regular, stored_size
 from regionspot.pipeline.images.image_header import read_header

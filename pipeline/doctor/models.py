@@ -14,6 +14,7 @@ from PIL import Image
 from regionspot.cache.errors import RegionSpotError
 from regionspot.cache.format.manifest import Category, Manifest
 from regionspot.cache.store import FeatureCache
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.cache.tools.verify import verify
 from regionspot.pipeline.backbones.builders import get_preset
 from regionspot.pipeline.backbones.weights import OFFICIAL, RANDOM, weights_folder
@@ -86,7 +87,7 @@ def _through(preset: str, source: str | None, device: str | None) -> Finding:
         with tempfile.TemporaryDirectory() as folder:
             manifest, backbones = _one_image(Path(folder)), Backbones.load(preset, source, device=device)
             loaded = time.perf_counter() - begin
-            cache = FeatureCache.open_or_create(Path(folder, "doctor.zarr"), manifest, backbones.feature_sets(), 1)
+            cache = open_or_create(Path(folder, "doctor.zarr"), manifest, backbones.feature_sets(), 1)
             watch = RunMonitor(publish=False)
             summary = extract(cache, Path(folder), backbones, watch=watch)
             verified = verify(cache)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from regionspot.cache.errors import InputError
-from regionspot.cache.format.encodings import Encoding
+from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import FeatureSet, Geometry
 from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit

@@ -16,6 +16,7 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.progress import Progress
 from regionspot.cache.store import FeatureCache
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.extraction.batch_encoder import BatchEncoder, features_of, images_at_a_time
@@ -47,7 +48,7 @@ def open_for_extraction(
     may_grow   a cache that was made with a smaller limit takes in the other images of `manifest`
 
     For int8 the backbones run over a few images first, unless the cache holds the feature set already. Raises
-    InputError when none of these can be read, and what `FeatureCache.open_or_create` raises.
+    InputError when none of these can be read, and what `open_or_create` raises.
     """
 
     def features_of_sample(rows: list[int], names: list[str]) -> Iterator[ImageFeatures]:
@@ -60,7 +61,7 @@ def open_for_extraction(
             progress.step()
 
     sets = ready_to_store(address, manifest, config.feature_sets(backbones), features_of_sample)
-    return FeatureCache.open_or_create(address, manifest, sets, config.part_size, may_grow)
+    return open_or_create(address, manifest, sets, config.part_size, may_grow)
 
 
 def extract(

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.header import load_header
 from regionspot.cache.format.manifest import Manifest
-from regionspot.cache.format.manifest_diff import grows_to
+from regionspot.cache.format.manifest_diff import needs_growth
 from regionspot.cache.format.schema import TOKEN_CHUNK, FeatureSet, Geometry
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.open import open_storage
@@ -86,7 +86,7 @@ def outstanding(
     geometry = Geometry.of(manifest.offsets, part_size)
     if open_storage(address).exists(""):
         cache = FeatureCache.open(address)
-        if grows_to(cache.manifest, manifest):
+        if needs_growth(cache.manifest, manifest):
             geometry = Geometry.of(manifest.offsets, extended_part_size(cache.geometry, part_size))
         else:
             manifest, geometry = cache.manifest, cache.geometry

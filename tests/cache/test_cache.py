@@ -36,6 +36,8 @@ from regionspot.cache import (
     Ragged,
     SchemaVersionError,
 )
+from regionspot.cache.format.header import load_header
+from regionspot.cache.tools.resume import open_or_create
 
 MAPS = FeatureSet(
     "clip", "map", (5, 8), provenance={"model": "ViT-L-14", "weights_sha256": "ab", "versions": {"a": "1"}}
@@ -239,9 +241,9 @@ def test_with_several_sets_of_a_kind_one_has_to_be_named(tmp_path, manifest):
     cache = FeatureCache.create(tmp_path / "c.zarr", manifest, [MAPS, other], part_size=10)
     values = np.random.default_rng(0).standard_normal((10, 3, 2)).astype(np.float32)
     cache.write_part(0, [ImageFeatures(row, {"clip_336": values[row]}) for row in range(10)], ["clip_336"])
-    with pytest.raises(InputError, match="clip, clip_336; say which"):
+    with pytest.raises(InputError, match="clip, clip_336; name one"):
         cache.read([0])
-    with pytest.raises(InputError, match="'dino' is none of them"):
+    with pytest.raises(InputError, match="'dino' is not one of them"):
         cache.read([0], map_set="dino")
     batch = cache.read([7, 1], map_set="clip_336")
     np.testing.assert_array_equal(batch.feature_map, values[[7, 1]], strict=True)
@@ -399,7 +401,7 @@ def test_a_part_record_says_what_was_written(empty):
 
 def test_a_part_is_not_written_twice(cache):
     before = snapshot(cache.path)
-    with pytest.raises(CacheError, match="part 1 is written already"):
+    with pytest.raises(CacheError, match="part 1 is already written"):
         fill(cache, [1])
     assert snapshot(cache.path) == before
 
@@ -495,6 +497,12 @@ def flip(path, rng):
     path.write_bytes(data)
 
 
+def reopened(cache: FeatureCache) -> FeatureCache:
+    """The cache without any open file or verified checksum; reading the manifest anew would take a second."""
+    header = load_header(cache.storage)
+    return FeatureCache(cache.storage, header, cache.manifest, cache.mode, cache.check, cache.access)
+
+
 def test_every_flipped_bit_in_the_files_of_a_part_is_found(cache):
     rng, everything = random.Random(0), np.arange(10)
     names = [
@@ -505,11 +513,11 @@ def test_every_flipped_bit_in_the_files_of_a_part_is_found(cache):
         path = cache.path / rng.choice(names)
         sound = path.read_bytes()
         flip(path, rng)
-        reader._adopt(reader._header)  # forgets what was read and verified, without zarr's second
+        reader = reopened(reader)
         with pytest.raises(CorruptPartError, match=r"`regionspot cache repair` drops part \d, then the same"):
             reader.read(everything)
         path.write_bytes(sound)
-    reader._adopt(reader._header)
+    reader = reopened(reader)
     require_equal_to_source(cache, everything, reader.read(everything))
 
 
@@ -521,11 +529,11 @@ def test_every_truncated_file_of_a_part_is_found(cache):
             sound = path.read_bytes()
             for length in (0, rng.randrange(1, len(sound) - 1), len(sound) - 2):  # the last of a record is a newline
                 path.write_bytes(sound[:length])
-                reader._adopt(reader._header)
+                reader = reopened(reader)
                 with pytest.raises(CorruptPartError):
                     reader.read(np.arange(10))
             path.unlink()
-            reader._adopt(reader._header)
+            reader = reopened(reader)
             with pytest.raises(NotExtractedError if name.startswith("parts/") else CorruptPartError):
                 reader.read(np.arange(10))
             path.write_bytes(sound)
@@ -573,7 +581,7 @@ def test_a_flipped_bit_in_the_manifest_is_found_on_opening(cache):
     for name in names:
         sound = (cache.path / name).read_bytes()
         flip(cache.path / name, rng)
-        with pytest.raises(NotACacheError, match="is not what was written when it was made"):
+        with pytest.raises(NotACacheError, match="is not what was written when the cache was created"):
             FeatureCache.open(cache.path)
         (cache.path / name).unlink()
         with pytest.raises(NotACacheError, match="is missing"):
@@ -608,11 +616,11 @@ def test_what_is_no_cache_is_refused_in_one_line(tmp_path, cache):
     zarr.create_group(tmp_path / "foreign", zarr_format=3, attributes={"hello": 1})
     (cache.path / "features/clip/feature_map/zarr.json").unlink()
     cases = {
-        "nowhere": "no such cache; `regionspot extract` makes one",
+        "nowhere": "no such cache; `regionspot extract` creates one",
         "file": "is a file, not a feature cache",
         "folder": "holds no zarr.json",
         "broken": "is not a Zarr v3 group's metadata",
-        "foreign": "is a Zarr group of something else",
+        "foreign": "is a Zarr group, but not a feature cache",
         "c.zarr": "features/clip/feature_map/zarr.json is missing",
     }
     for name, message in cases.items():
@@ -632,7 +640,7 @@ def test_another_schema_version_is_refused(cache):
 
 def test_a_users_own_attributes_are_left_alone(cache):
     zarr.open(cache.path, mode="a").attrs["note"] = "mine"
-    reopened = FeatureCache.open_or_create(cache.path, cache.manifest, [replace(MAPS, name="other")])
+    reopened = open_or_create(cache.path, cache.manifest, [replace(MAPS, name="other")])
     assert zarr.open(reopened.path, mode="r").attrs["note"] == "mine"
     require_equal_to_source(cache, [4], reopened.read([4], map_set="clip"))
 
@@ -668,21 +676,21 @@ def test_wrong_options_are_refused(tmp_path, cache, manifest):
 
 def test_the_same_run_again_opens_the_cache_and_changes_nothing(cache, manifest):
     before = snapshot(cache.path)
-    reopened = FeatureCache.open_or_create(cache.path, manifest, [TOKENS, MAPS], part_size=9)
+    reopened = open_or_create(cache.path, manifest, [TOKENS, MAPS], part_size=9)
     assert reopened.pending_parts() == []
     assert reopened.part_size == 4
     assert snapshot(cache.path) == before
 
 
 def test_open_or_create_makes_a_cache_that_is_not_there(tmp_path, manifest):
-    cache = FeatureCache.open_or_create(tmp_path / "deep/er/c.zarr", manifest, [MAPS, TOKENS], part_size=4)
+    cache = open_or_create(tmp_path / "deep/er/c.zarr", manifest, [MAPS, TOKENS], part_size=4)
     assert fill(cache).pending_parts() == []
 
 
 def test_another_set_is_added_and_touches_nothing_else(cache, manifest):
     before = snapshot(cache.path)
     dino = FeatureSet("dino", "map", (2, 3))
-    grown = FeatureCache.open_or_create(cache.path, manifest, [MAPS, dino])
+    grown = open_or_create(cache.path, manifest, [MAPS, dino])
     assert grown.pending_parts(["clip"]) == []
     assert grown.pending_parts() == [0, 1, 2]
     for part in grown.pending_parts():
@@ -700,14 +708,14 @@ def test_another_set_is_added_and_touches_nothing_else(cache, manifest):
 MISMATCHES = {
     "weights": (
         replace(MAPS, provenance={**MAPS.provenance, "weights_sha256": "cd"}),
-        "clip .*weights_sha256 is 'ab', asked for 'cd'",
+        "clip .*weights_sha256 is 'ab', requested 'cd'",
     ),
     "a field more": (
         replace(MAPS, provenance={**MAPS.provenance, "exif": "auto"}),
-        "provenance.exif is None, asked for 'auto'",
+        "provenance.exif is None, requested 'auto'",
     ),
-    "shape": (replace(MAPS, shape=(5, 16)), r"shape is \(5, 8\), asked for \(5, 16\)"),
-    "dtype": (replace(MAPS, dtype="float32"), "dtype is 'float16', asked for 'float32'"),
+    "shape": (replace(MAPS, shape=(5, 16)), r"shape is \(5, 8\), requested \(5, 16\)"),
+    "dtype": (replace(MAPS, dtype="float32"), "dtype is 'float16', requested 'float32'"),
 }
 
 
@@ -715,14 +723,14 @@ MISMATCHES = {
 def test_features_of_another_backbone_are_refused_by_what_differs(cache, manifest, case):
     asked, message = MISMATCHES[case]
     with pytest.raises(ProvenanceMismatchError, match=message):
-        FeatureCache.open_or_create(cache.path, manifest, [asked, FeatureSet("new", "map", (1, 1))])
+        open_or_create(cache.path, manifest, [asked, FeatureSet("new", "map", (1, 1))])
     assert list(FeatureCache.open(cache.path).feature_sets) == ["clip", "sam"]
 
 
 def test_other_software_versions_are_told_and_accepted(cache, manifest, caplog):
     asked = replace(MAPS, provenance={**MAPS.provenance, "versions": {"a": "2"}})
-    FeatureCache.open_or_create(cache.path, manifest, [asked])
-    assert "provenance.versions.a is '1', asked for '2'" in caplog.text
+    open_or_create(cache.path, manifest, [asked])
+    assert "provenance.versions.a is '1', requested '2'" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -735,7 +743,7 @@ def test_other_software_versions_are_told_and_accepted(cache, manifest, caplog):
 )
 def test_other_annotations_are_refused_by_what_differs(cache, other, message):
     with pytest.raises(ProvenanceMismatchError, match=message):
-        FeatureCache.open_or_create(cache.path, other, [MAPS])
+        open_or_create(cache.path, other, [MAPS])
 
 
 # --- a disk that says no ---
@@ -813,7 +821,7 @@ def test_a_cache_that_may_not_be_looked_at_is_said_in_one_line(tmp_path, cache):
 
     said = in_child(tmp_path, read)
     tmp_path.chmod(0o700)
-    assert said == "NotACacheError: c.zarr/zarr.json: cannot be read: Permission denied; mend its permissions"
+    assert said == "NotACacheError: c.zarr/zarr.json: cannot be read: Permission denied; fix its permissions"
 
 
 @pytest.mark.parametrize("limit", [0, 100, 400, 700])
@@ -860,7 +868,7 @@ def test_reading_starts_no_threads(cache):
 
 def test_the_checksums_of_files_tell_them_apart(cache):
     # Each ends with its own crc32c, so that a crc32c over all of it would be the same for every one.
-    chunks = {name: crc for name, crc in cache._header.files.items() if not name.endswith(".json")}
+    chunks = {name: crc for name, crc in load_header(cache.storage).files.items() if not name.endswith(".json")}
     assert len(set(chunks.values())) == len({(cache.path / name).read_bytes() for name in chunks}) > 3
     records = [json.loads(path.read_bytes())["checksums"] for path in (cache.path / "parts").glob("*/*.json")]
     assert len({crc for record in records for crc in record.values()}) == len(records) == 6
@@ -871,5 +879,5 @@ def test_an_existing_cache_keeps_its_part_size_and_says_so_where_another_one_is_
     for asked, told in ((512, 0), (size, 0), (len(manifest) + 5, 1), (size + 1, 1)):
         caplog.clear()
         with caplog.at_level("WARNING"):
-            assert FeatureCache.open_or_create(cache.path, manifest, [MAPS, TOKENS], asked).part_size == size
+            assert open_or_create(cache.path, manifest, [MAPS, TOKENS], asked).part_size == size
         assert caplog.text.count(f"keeps its parts of {size} images; a part size of {asked} is for new caches") == told

@@ -16,6 +16,7 @@ import pytest
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest
 from regionspot.cache.storage import atomic_files as durable
+from regionspot.cache.tools.resume import open_or_create
 
 IMAGES, PART_SIZE = 16, 4
 MAPS = FeatureSet("clip", "map", (5, 8))
@@ -59,7 +60,7 @@ def extract(path, manifest, sets=(MAPS, TOKENS), at_image=lambda: None):
             at_image()
             yield features_of(manifest, row)
 
-    cache = FeatureCache.open_or_create(path, manifest, sets, PART_SIZE)
+    cache = open_or_create(path, manifest, sets, PART_SIZE)
     names = [feature_set.name for feature_set in sets]
     for part in cache.pending_parts(names):
         cache.write_part(part, images(part), names)
@@ -240,7 +241,7 @@ def test_a_run_killed_while_it_adds_a_feature_set_leaves_the_others_as_they_are(
     path, before = tmp_path / "c.zarr", content(undisturbed / "full")
     shutil.copytree(undisturbed / "full", path)
     at_call, seen = 1, set()
-    while killed_at_call(lambda: FeatureCache.open_or_create(path, manifest, [MORE]), at_call):
+    while killed_at_call(lambda: open_or_create(path, manifest, [MORE]), at_call):
         at_call += 3
         cache = require_sets_as_before(path, before)
         seen.add(len(cache.feature_sets))
@@ -317,14 +318,14 @@ def test_two_threads_that_write_the_same_part_leave_a_whole_one(undisturbed, man
 def test_runs_that_add_feature_sets_at_once_all_find_theirs_in_the_cache(undisturbed, manifest, tmp_path):
     path = shutil.copytree(undisturbed / "full", tmp_path / "c.zarr")
     added = [FeatureSet(f"more{number}", "map", (2, 2)) for number in range(4)]
-    runs = [forked(lambda one=one: FeatureCache.open_or_create(path, manifest, [one])) for one in added]
+    runs = [forked(lambda one=one: open_or_create(path, manifest, [one])) for one in added]
     assert [was_killed(run) for run in runs] == [False] * 4
     assert FeatureCache.open(path).feature_sets.keys() == {"clip", "sam", *(one.name for one in added)}
 
 
 def test_runs_that_start_at_once_where_no_cache_is_make_one_and_share_it(undisturbed, manifest, tmp_path):
     path = tmp_path / "c.zarr"
-    runs = [forked(lambda: FeatureCache.open_or_create(path, manifest, [MAPS, TOKENS], PART_SIZE)) for _ in range(4)]
+    runs = [forked(lambda: open_or_create(path, manifest, [MAPS, TOKENS], PART_SIZE)) for _ in range(4)]
     assert [was_killed(run) for run in runs] == [False] * 4
     assert content(path) == content(undisturbed / "empty")
     assert [left.name for left in tmp_path.iterdir()] == ["c.zarr"]

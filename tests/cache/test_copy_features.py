@@ -23,12 +23,14 @@ from regionspot.cache import (
     Manifest,
     ProvenanceMismatchError,
 )
-from regionspot.cache.format.encodings import Encoding, Statistics, decode, statistics_of
+from regionspot.cache.format.encodings import decode, statistics_of
+from regionspot.cache.format.feature_dtypes import Encoding, Statistics
 from regionspot.cache.format.schema import EncodedFeatures
 from regionspot.cache.tools import copy_parts as whole_parts
 from regionspot.cache.tools.copy_features import copy_features
 from regionspot.cache.tools.hdf5_export import export_hdf5
 from regionspot.cache.tools.merge_subset_convert import convert, copy, merge, subset
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.cache.tools.verify import verify
 from regionspot.cache.writing.claims import Claims
 
@@ -72,7 +74,7 @@ def features_of(manifest, row):
 
 
 def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
-    cache = FeatureCache.open_or_create(path, manifest, sets, part_size)
+    cache = open_or_create(path, manifest, sets, part_size)
     for part in cache.pending_parts() if parts is None else parts:
         cache.write_part(part, (features_of(cache.manifest, row) for row in cache.part_rows(part)))
     return cache
@@ -351,7 +353,7 @@ def test_what_is_none_of_the_images_is_refused(made, tmp_path):
     with pytest.raises(ProvenanceMismatchError, match="categories differ"):
         copy_features([ten], FeatureCache.create(tmp_path / "renamed", renamed, SETS, PART_SIZE))
     sets = [replace(MAPS, provenance={"model": "ViT-B-16"})]
-    with pytest.raises(ProvenanceMismatchError, match=r"provenance\.model is 'ViT-L-14', asked for"):
+    with pytest.raises(ProvenanceMismatchError, match=r"provenance\.model is 'ViT-L-14', requested"):
         copy_features([ten], FeatureCache.create(tmp_path / "backbone", ten.manifest, sets, PART_SIZE))
 
 

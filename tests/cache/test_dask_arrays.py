@@ -22,6 +22,7 @@ from regionspot.cache import (
 )
 from regionspot.cache.format.encodings import decode, encode, statistics_of
 from regionspot.cache.reading.dask_arrays import dask_array
+from regionspot.cache.reading.feature_reader import FeatureReader
 from regionspot.cache.tools.channel_stats import Moments, channel_stats, joined, moments
 
 COUNTS = [2, 0, 3, 1, 70, 2, 1, 0]
@@ -115,10 +116,8 @@ def test_what_is_asked_of_the_array_is_what_numpy_says(cache):
 
 def test_only_the_parts_that_are_needed_are_read(cache, monkeypatch):
     read = []
-    original = FeatureCache.record
-    monkeypatch.setattr(
-        FeatureCache, "record", lambda self, part, name: read.append(part) or original(self, part, name)
-    )
+    original = FeatureReader.record
+    monkeypatch.setattr(FeatureReader, "record", lambda self, part: read.append(part) or original(self, part))
     cache.dask("half")[6:].compute(scheduler="sync")
     assert read == [2]
 

@@ -16,9 +16,11 @@ from regionspot.cache import (
     Manifest,
     ProvenanceMismatchError,
 )
-from regionspot.cache.format.encodings import Statistics, statistics_of
+from regionspot.cache.format.encodings import statistics_of
+from regionspot.cache.format.feature_dtypes import Statistics
 from regionspot.cache.format.schema import Geometry
 from regionspot.cache.storage.local import LocalStorage
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.cache.writing.feature_set_writers import MapWriter, TokenWriter
 
 COUNTS = [3, 70, 1]
@@ -146,15 +148,15 @@ def test_whoever_goes_on_with_a_cache_takes_its_statistics(tmp_path):
     FeatureCache.create(tmp_path / "c.zarr", manifest_of(), sets_of())
     other = Statistics(np.ones(6, np.float32), np.full(6, 2, np.float32))
     for asked in (sets_of(statistics=other), [replace(each, statistics=None) for each in sets_of()]):
-        cache = FeatureCache.open_or_create(tmp_path / "c.zarr", manifest_of(), asked)
+        cache = open_or_create(tmp_path / "c.zarr", manifest_of(), asked)
         assert [each.statistics for each in cache.feature_sets.values()] == [statistics_of(SAMPLE)] * 2
 
 
 def test_another_encoding_of_a_set_is_refused_by_what_differs(tmp_path):
     FeatureCache.create(tmp_path / "c.zarr", manifest_of(), sets_of("float16"))
     for asked, what in (
-        (sets_of("int8"), "dtype is 'float16', asked for 'int8'"),
+        (sets_of("int8"), "dtype is 'float16', requested 'int8'"),
         (sets_of("float16", "zstd"), "zstd"),
     ):
         with pytest.raises(ProvenanceMismatchError, match=what):
-            FeatureCache.open_or_create(tmp_path / "c.zarr", manifest_of(), asked)
+            open_or_create(tmp_path / "c.zarr", manifest_of(), asked)

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from regionspot.cache import FeatureSet, InputError
-from regionspot.cache.format.encodings import Encoder, Encoding, Statistics, decode, encode, statistics_of, widen
+from regionspot.cache.format.encodings import Encoder, decode, encode, statistics_of, widen
+from regionspot.cache.format.feature_dtypes import Encoding, Statistics
 
 TOKENS, WIDTH = 9, 16
 ALL = ("float16", "float32", "bfloat16", "int8")
@@ -193,7 +194,7 @@ def test_a_sample_may_come_record_by_record_and_hold_images_without_regions(samp
 
 def test_a_sample_without_rows_leaves_values_as_they_are_and_one_without_records_is_refused():
     assert statistics_of([np.zeros((0, 3))]) == Statistics(np.zeros(3, np.float32), np.ones(3, np.float32))
-    with pytest.raises(InputError, match="holds no record"):
+    with pytest.raises(InputError, match="the sample is empty"):
         statistics_of([])
 
 
@@ -231,7 +232,7 @@ def test_what_is_not_finite_is_refused_wherever_it_stands(set_of, dtype, given, 
     for place in ((0, 0), (TOKENS - 1, WIDTH - 1)):
         values = np.zeros((TOKENS, WIDTH), given)
         values[place] = broken
-        with pytest.raises(InputError, match=f"1 of 144 values are NaN or beyond .*{dtype}; look at the image"):
+        with pytest.raises(InputError, match=f"1 of 144 values are NaN or beyond .*{dtype}; check the image"):
             encode(values, set_of(dtype))
 
 

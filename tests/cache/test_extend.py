@@ -22,11 +22,11 @@ from regionspot.cache import (
     Manifest,
     ProvenanceMismatchError,
 )
-from regionspot.cache.format.encodings import Statistics
-from regionspot.cache.format.header import Header
+from regionspot.cache.format.feature_dtypes import Statistics
 from regionspot.cache.storage import folder_swap as exchange
 from regionspot.cache.tools.extend import extend
 from regionspot.cache.tools.merge_subset_convert import subset
+from regionspot.cache.tools.resume import add_feature_sets, open_or_create
 from regionspot.cache.tools.verify import verify
 from regionspot.cache.writing.claims import Claims
 
@@ -70,7 +70,7 @@ def features_of(manifest, row):
 
 
 def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
-    cache = FeatureCache.open_or_create(path, manifest, sets, part_size)
+    cache = open_or_create(path, manifest, sets, part_size)
     for part in cache.pending_parts() if parts is None else parts:
         cache.write_part(part, (features_of(cache.manifest, row) for row in cache.part_rows(part)))
     return cache
@@ -265,7 +265,7 @@ def test_a_run_that_opened_the_cache_before_it_grew_writes_nothing_into_it(made,
         with pytest.raises(CacheError, match="part 2 could not be written"):
             cache.write_part(2, images(cache))
     with pytest.raises(CacheError, match="could not be added: it grew"):
-        late._add(Header.of(late.manifest, [FeatureSet("more", "map", (2, 2))], PART_SIZE))
+        add_feature_sets(late, {"more": FeatureSet("more", "map", (2, 2))})
     assert FeatureCache.open(path).pending_parts() == [2, 3, 4, 5]
     extract(path, grown)
     assert differing(path, made / "at_once") == set()
@@ -351,7 +351,7 @@ def test_killed_at_any_moment_the_old_cache_or_the_new_one_has_the_name(
         if not path.exists():
             with pytest.raises(CacheError, match=r"left it in .*c\.zarr\.replaced"):
                 FeatureCache.open(path)
-            FeatureCache.open_or_create(path, grown.head(BEFORE), SETS, PART_SIZE)
+            open_or_create(path, grown.head(BEFORE), SETS, PART_SIZE)
             found.append("put back")
         now = {name: value for name, value in content(path).items() if not name.startswith("claims/")}
         assert now in (before, after), calls[moment]
@@ -388,14 +388,14 @@ def test_a_cache_made_with_a_limit_grows_with_it_and_full_parts_are_not_made_aga
 def test_a_run_with_a_limit_joins_a_cache_of_more_images(grown, tmp_path):
     extract(tmp_path / "c.zarr", grown)
     before = content(tmp_path / "c.zarr")
-    cache = FeatureCache.open_or_create(tmp_path / "c.zarr", grown.head(5), SETS, PART_SIZE)
+    cache = open_or_create(tmp_path / "c.zarr", grown.head(5), SETS, PART_SIZE)
     assert len(cache) == len(grown)
     assert content(tmp_path / "c.zarr") == before
 
 
 def test_a_cache_that_may_not_grow_is_taken_as_it_is(grown, tmp_path):
     extract(tmp_path / "c.zarr", grown.head(5))
-    assert len(FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE, may_grow=False)) == 5
+    assert len(open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE, may_grow=False)) == 5
 
 
 @pytest.mark.parametrize(
@@ -412,7 +412,7 @@ def test_annotations_that_differ_by_more_than_a_limit_are_refused_and_nothing_gr
     extract(tmp_path / "c.zarr", grown.head(5))
     before = content(tmp_path / "c.zarr")
     with pytest.raises(ProvenanceMismatchError):
-        FeatureCache.open_or_create(tmp_path / "c.zarr", change(grown), SETS, PART_SIZE)
+        open_or_create(tmp_path / "c.zarr", change(grown), SETS, PART_SIZE)
     assert content(tmp_path / "c.zarr") == before
 
 
@@ -420,15 +420,15 @@ def test_features_made_otherwise_are_refused_before_the_cache_grows(grown, tmp_p
     extract(tmp_path / "c.zarr", grown.head(5))
     before = content(tmp_path / "c.zarr")
     other = replace(SETS[0], provenance={**SETS[0].provenance, "dtype": "other"})
-    with pytest.raises(ProvenanceMismatchError, match="was made otherwise"):
-        FeatureCache.open_or_create(tmp_path / "c.zarr", grown, [other, *SETS[1:]], PART_SIZE)
+    with pytest.raises(ProvenanceMismatchError, match="differs from the requested"):
+        open_or_create(tmp_path / "c.zarr", grown, [other, *SETS[1:]], PART_SIZE)
     assert content(tmp_path / "c.zarr") == before
 
 
 def test_a_cut_cache_does_not_grow_to_the_annotations_it_was_cut_from(grown, tmp_path):
     extract(tmp_path / "whole", grown)
     subset(tmp_path / "whole", tmp_path / "cut", [0, 1, 2])
-    assert len(FeatureCache.open_or_create(tmp_path / "cut", grown, SETS, PART_SIZE)) == 3
+    assert len(open_or_create(tmp_path / "cut", grown, SETS, PART_SIZE)) == 3
 
 
 def test_a_cache_that_another_run_is_at_work_on_does_not_grow(grown, tmp_path):
@@ -436,15 +436,15 @@ def test_a_cache_that_another_run_is_at_work_on_does_not_grow(grown, tmp_path):
     with Claims(cache.storage) as claims:
         claims.claim(1)
         with pytest.raises(CacheError, match="is at work on part 1"):
-            FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE)
-    assert len(FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE)) == len(grown)
+            open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE)
+    assert len(open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE)) == len(grown)
 
 
 def test_two_runs_that_let_a_cache_grow_at_once_both_go_on(grown, tmp_path):
     extract(tmp_path / "c.zarr", grown.head(5))
 
     def opened(_):
-        return len(FeatureCache.open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE))
+        return len(open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE))
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(opened, range(4))) == [len(grown)] * 4
@@ -454,5 +454,5 @@ def test_two_runs_that_let_a_cache_grow_at_once_both_go_on(grown, tmp_path):
 def test_a_cache_in_an_object_store_cannot_grow_and_says_what_to_do(grown, s3):
     extract(f"{s3}/c.zarr", grown.head(5))
     with pytest.raises(InputError, match=r"holds 5 of the 22 images asked for.* give that limit or another cache"):
-        FeatureCache.open_or_create(f"{s3}/c.zarr", grown, SETS, PART_SIZE)
-    assert len(FeatureCache.open_or_create(f"{s3}/c.zarr", grown.head(3), SETS, PART_SIZE)) == 5
+        open_or_create(f"{s3}/c.zarr", grown, SETS, PART_SIZE)
+    assert len(open_or_create(f"{s3}/c.zarr", grown.head(3), SETS, PART_SIZE)) == 5

@@ -22,6 +22,7 @@ from regionspot.cache import (
     ProvenanceMismatchError,
 )
 from regionspot.cache.tools.import_tokens import import_tokens, read_token_file
+from regionspot.cache.tools.resume import open_or_create
 
 COUNTS = [2, 0, 3, 1, 4, 2, 1]
 IDS = [10, 11, 12, 13, 14, -9147483648, 16]
@@ -270,7 +271,7 @@ def test_tokens_that_cannot_be_stored_are_refused_before_anything_is_written(fil
 def test_tokens_that_sam_itself_made_are_not_mixed_with_imported_ones(files, address):
     manifest = FeatureCache.open(address).manifest
     own = FeatureSet("sam_vit_b", "token", (256,), provenance={"model": "sam_vit_b", "weights_sha256": "ec2df6"})
-    cache = FeatureCache.open_or_create(address, manifest, [own])
+    cache = open_or_create(address, manifest, [own])
     cache.write_part(0, [ImageFeatures(row, {"sam_vit_b": tokens_of(row)[:, 0]}) for row in range(3)])
     with pytest.raises(ProvenanceMismatchError, match="weights_sha256"):
         import_tokens(files, address)

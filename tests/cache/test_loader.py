@@ -665,6 +665,6 @@ def test_the_limit_of_a_control_group_counts_as_the_machines(tmp_path, monkeypat
     (group / "memory.max").write_text("max\n")
     (group.parent / "memory.max").write_text("1048576\n")
     (tmp_path / "own").write_text("9:name=systemd:/x\n0::/a/b\n")
-    monkeypatch.setattr("regionspot.cache.machine._GROUPS", tmp_path / "groups")
-    monkeypatch.setattr("regionspot.cache.machine._OWN_GROUPS", tmp_path / "own")
+    monkeypatch.setattr("regionspot.cache.machine._CGROUPS", tmp_path / "groups")
+    monkeypatch.setattr("regionspot.cache.machine._OWN_CGROUPS", tmp_path / "own")
     assert available_memory() == 1048576

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from regionspot.cache import Category, InputError, Manifest, Ragged
-from regionspot.cache.format.manifest_diff import first_difference, in_order_of, rows_by_id
+from regionspot.cache.format.manifest_diff import first_difference, order_like, rows_by_id
 
 CATEGORIES = (Category(1, "star"), Category(2, "moon"))
 
@@ -73,11 +73,11 @@ def test_equal_manifests_differ_in_nothing_and_each_column_is_told_by_its_image(
 def test_images_that_came_in_another_order_are_put_behind_those_that_were_there():
     stored = manifest_of([4, 9, 1])
     grown = Manifest.concatenate([manifest_of([7, 2], 1), stored])
-    ordered = in_order_of(stored, grown.select(np.array([0, 3, 1, 4, 2])))
+    ordered = order_like(stored, grown.select(np.array([0, 3, 1, 4, 2])))
     assert ordered.image_ids.tolist() == [4, 9, 1, 7, 2]
     assert first_difference(stored, ordered.head(3)) is None
-    assert in_order_of(stored, stored) is stored
-    assert in_order_of(stored, manifest_of([4, 9, 7])) is None
+    assert order_like(stored, stored) is stored
+    assert order_like(stored, manifest_of([4, 9, 7])) is None
 
 
 def test_manifests_one_after_another_are_cut_back_into_what_they_were():

@@ -21,7 +21,7 @@ import zarr
 
 from regionspot.cache import CacheError, Category, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest
 from regionspot.cache.errors import CacheExistsError, NotACacheError
-from regionspot.cache.format.upload import upload_tree
+from regionspot.cache.format.create import upload_tree
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.open import open_remote, open_storage
 

@@ -159,11 +159,10 @@ def test_a_part_of_another_cache_is_refused_and_made_again(small, full, tmp_path
 def test_a_record_that_names_other_rows_is_refused_though_it_is_sealed(full):
     storage, name = LocalStorage(full), "parts/clip/00001.json"
     right = load_record(storage, name)
-    for field, key, found in (("first_row", "first_row", 5), ("images", "pictures", 3), ("regions", "regions", 71)):
-        replace(right, **{field: found}).save(storage, name)
-        with pytest.raises(
-            CorruptPartError, match=rf"00001.json: {key}: found {found}, expected {getattr(right, field)}"
-        ):
+    for field, value in (("first_row", 5), ("images", 3), ("regions", 71)):
+        replace(right, **{field: value}).save(storage, name)
+        expected = getattr(right, field)
+        with pytest.raises(CorruptPartError, match=rf"00001.json: {field}: found {value}, expected {expected}"):
             FeatureCache.open(full).read([4], **SETS)
 
 

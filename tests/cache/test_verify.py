@@ -20,6 +20,7 @@ from regionspot.cache.storage.open import open_storage
 from regionspot.cache.storage.zarr_shard import with_crc
 from regionspot.cache.tools.hdf5_export import export_hdf5
 from regionspot.cache.tools.repair import repair
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.cache.tools.verify import verify
 
 
@@ -162,7 +163,7 @@ def consolidated_and_then_extended(full):
     zarr.consolidate_metadata(full / "features/clip")
     consolidated(full)
     cache = FeatureCache.open(full)
-    FeatureCache.open_or_create(full, cache.manifest, [FeatureSet("more", "map", (2, 2))])
+    open_or_create(full, cache.manifest, [FeatureSet("more", "map", (2, 2))])
 
 
 def consolidated_of_another_time(full):

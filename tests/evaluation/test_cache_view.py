@@ -19,6 +19,7 @@ from regionspot.cache import (
     NotExtractedError,
 )
 from regionspot.cache.format.encodings import statistics_of
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.evaluation.report import cache_view
 from regionspot.evaluation.report.cache_view import show_image
 from regionspot.evaluation.report.map_views import box_likeness, pca_colours
@@ -166,7 +167,7 @@ def test_every_encoding_looks_the_same(made, captions, tmp_path, dtype):
 def test_maps_are_shown_before_the_tokens_are_there(made, captions, tmp_path):
     copy = shutil.copytree(made / "a.zarr", tmp_path / "a.zarr")
     manifest = FeatureCache.open(copy).manifest
-    show_image(FeatureCache.open_or_create(copy, manifest, [FeatureSet("sam", "token", (6,))]), 10)
+    show_image(open_or_create(copy, manifest, [FeatureSet("sam", "token", (6,))]), 10)
     assert len(captions) == 4
 
 

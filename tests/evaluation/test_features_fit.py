@@ -253,7 +253,7 @@ MADE = FeatureSet(
 def test_every_field_of_a_provenance_decides_the_numbers(field, value):
     other = replace(MADE, provenance={**MADE.provenance, field: value})
     compared = compare(description(MADE), description(other))
-    assert [(each.field, each.found) for each in compared.deciding] == [(field, value)]
+    assert [(each.field, each.found) for each in compared.differences] == [(field, value)]
 
 
 @pytest.mark.parametrize(
@@ -267,20 +267,20 @@ def test_every_field_of_a_provenance_decides_the_numbers(field, value):
     ids=["encoding", "compression", "software", "where the weights were found"],
 )
 def test_what_does_not_decide_the_numbers_is_not_refused(other):
-    assert not compare(description(MADE), description(other)).deciding
+    assert not compare(description(MADE), description(other)).differences
 
 
 def test_a_provenance_in_memory_equals_the_one_that_was_stored():
-    assert not compare(description(MADE), {**description(MADE), "shape": (5, 8), "mean": (0.1,)}).deciding
+    assert not compare(description(MADE), {**description(MADE), "shape": (5, 8), "mean": (0.1,)}).differences
 
 
 def test_another_shape_is_another_feature_set():
-    (difference,) = compare(description(MADE), description(replace(MADE, shape=(10, 8)))).deciding
+    (difference,) = compare(description(MADE), description(replace(MADE, shape=(10, 8)))).differences
     assert (difference.field, difference.expected, difference.found) == ("shape", [5, 8], [10, 8])
 
 
 def test_what_only_one_side_states_is_told_apart_from_what_differs():
     silent = replace(MADE, provenance={name: MADE.provenance[name] for name in ("model", "weights_sha256")})
     compared = compare(description(MADE), description(silent))
-    assert compared.unstated == ("input_pixels", "preprocess", "exif", "dtype")
-    assert not compared.deciding
+    assert compared.missing == ("input_pixels", "preprocess", "exif", "dtype")
+    assert not compared.differences

@@ -15,7 +15,8 @@ from makers import make_manifest
 from safetensors.torch import load_file
 
 from regionspot.cache.errors import InputError, WeightsError
-from regionspot.cache.format.encodings import Statistics, decode
+from regionspot.cache.format.encodings import decode
+from regionspot.cache.format.feature_dtypes import Statistics
 from regionspot.cache.format.manifest import Category
 from regionspot.cache.format.schema import FeatureSet, ImageFeatures
 from regionspot.cache.store import FeatureCache

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from regionspot.cache import FeatureCache
-from regionspot.cache.format.encodings import Encoding
+from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset

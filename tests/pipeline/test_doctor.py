@@ -85,7 +85,7 @@ def test_an_object_store_is_written_to_and_left_as_it_was(s3):
     assert states(found) == [("write rate", "ok")]
     from regionspot.cache.storage.open import open_storage
 
-    assert open_storage(f"{s3}/c.zarr").names("") == []
+    assert open_storage(f"{s3}/c.zarr").list_files("") == []
 
 
 def test_a_cache_that_is_damaged_is_found(tmp_path):

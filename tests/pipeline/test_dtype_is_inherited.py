@@ -14,6 +14,7 @@ from regionspot.pipeline.backbones import dtypes
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.distributed.job import ExtractJob
+from regionspot.pipeline.extraction import extract
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.run import Extraction
 
@@ -23,13 +24,13 @@ IMAGES = 4
 RUN = """
 import sys, time
 from pathlib import Path
-from regionspot.cache.store import FeatureCache
 from regionspot.cli import app
 from regionspot.pipeline.backbones import dtypes
+from regionspot.pipeline.extraction import extract
 
 dtype, other, folder, *words = sys.argv[1:]
 dtypes.auto_dtype = lambda device, kind: dtype
-open_or_create = FeatureCache.open_or_create
+open_or_create = extract.open_or_create
 
 def together(*args, **kwargs):
     Path(folder, dtype).touch()
@@ -37,7 +38,7 @@ def together(*args, **kwargs):
         time.sleep(0.001)
     return open_or_create(*args, **kwargs)
 
-FeatureCache.open_or_create = together
+extract.open_or_create = together
 app(words)
 """
 
@@ -93,15 +94,15 @@ def test_two_unlike_machines_started_together_fill_one_cache_in_one_dtype(world,
 @pytest.fixture
 def made_meanwhile(extraction, monkeypatch):
     """`made_meanwhile("c.zarr", "bfloat16")`: another run makes that cache just before the next one opens it."""
-    open_or_create = FeatureCache.open_or_create
+    open_or_create = extract.open_or_create
 
     def interleave(name, dtype):
         def other_first(*args, **kwargs):
-            monkeypatch.setattr(FeatureCache, "open_or_create", open_or_create)
+            monkeypatch.setattr(extract, "open_or_create", open_or_create)
             extraction(name, dtype).prepare()
             return open_or_create(*args, **kwargs)
 
-        monkeypatch.setattr(FeatureCache, "open_or_create", other_first)
+        monkeypatch.setattr(extract, "open_or_create", other_first)
 
     return interleave
 
@@ -131,7 +132,7 @@ def test_workers_take_over_the_dtype_of_a_cache_made_after_the_first_of_them_had
 def test_a_dtype_asked_for_by_name_stays_and_is_refused_where_the_cache_has_another(extraction, made_meanwhile):
     late = extraction("c.zarr", "float32")
     made_meanwhile("c.zarr", "bfloat16")
-    with pytest.raises(ProvenanceMismatchError, match=r"provenance\.dtype is 'bfloat16', asked for 'float32'"):
+    with pytest.raises(ProvenanceMismatchError, match=r"provenance\.dtype is 'bfloat16', requested 'float32'"):
         late.run()
 
 

@@ -7,6 +7,7 @@ import pytest
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest, NotACacheError
 from regionspot.cache.format.encodings import statistics_of
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.pipeline.extraction.int8_statistics import SAMPLE_IMAGES, ready_to_store, sample_rows, with_statistics
 
 MAPS = FeatureSet("clip", "map", (3, 4), "int8")
@@ -95,7 +96,7 @@ def test_only_int8_sets_that_a_cache_does_not_hold_are_sampled(tmp_path, manifes
     again = ready_to_store(path, manifest, [MAPS, TOKENS, PLAIN], backbones)
     assert [each.name for each in again] == ["clip", "sam", "other"]
     assert [names for _, names in backbones.asked] == [["clip"], ["sam"]]
-    cache = FeatureCache.open_or_create(path, manifest, again)
+    cache = open_or_create(path, manifest, again)
     assert cache.feature_sets["clip"] == made[1]
     assert cache.feature_sets["sam"].statistics is not None
 

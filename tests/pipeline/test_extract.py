@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import CacheError, InputError
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.cli import app
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
@@ -44,7 +45,7 @@ def images(world, tmp_path) -> Path:
 
 
 def new_cache(path, manifest, backbones) -> FeatureCache:
-    return FeatureCache.open_or_create(path, manifest, backbones.feature_sets(), PART_SIZE)
+    return open_or_create(path, manifest, backbones.feature_sets(), PART_SIZE)
 
 
 def files_of(cache: Path) -> dict[str, bytes]:
@@ -95,7 +96,7 @@ def killed_between_two_parts(command, path) -> int:
 def test_a_run_killed_in_the_middle_is_resumed_to_the_bytes_of_one_never_stopped(world, tmp_path, dtype):
     path, manifest = tmp_path / "killed.zarr", read_dataset("toy", world, "train")
     backbones = Backbones.load("toy", device="cpu", dtype=dtype)
-    whole = FeatureCache.open_or_create(tmp_path / "whole.zarr", manifest, backbones.feature_sets(), part_size=3)
+    whole = open_or_create(tmp_path / "whole.zarr", manifest, backbones.feature_sets(), part_size=3)
     extract(whole, image_folder_of("toy", world), backbones, ExtractConfig(batch_size=2))
     words = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy"]
     words += ["--part-size", "3", "--batch-size", "2", "--device", "cpu", "--dtype", dtype]

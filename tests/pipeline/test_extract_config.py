@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from regionspot.cache.errors import InputError
-from regionspot.cache.format.encodings import Encoding
+from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.cache.format.schema import Geometry
 from regionspot.commands import extract as cli_extract
 from regionspot.pipeline.datasets.failure_limit import FailureLimit

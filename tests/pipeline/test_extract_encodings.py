@@ -78,6 +78,6 @@ def test_an_encoding_that_there_is_not_is_refused_before_any_work(extracted, opt
 
 def test_going_on_in_another_encoding_is_refused(extracted):
     path = extracted("refused.zarr")
-    with pytest.raises(RuntimeError, match="toy_clip was made otherwise than asked for: dtype is 'float16'"):
+    with pytest.raises(RuntimeError, match="toy_clip differs from the requested one: dtype is 'float16'"):
         extracted("refused.zarr", "--encoding", "bfloat16")
     assert json.loads((path / "zarr.json").read_bytes())["attributes"]["regionspot"]["feature_sets"][0]["name"]

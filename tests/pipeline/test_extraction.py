@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from regionspot.cache import Category, FeatureCache
 from regionspot.cache.errors import InputError
-from regionspot.cache.format.encodings import Encoding
+from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.tools.verify import verify
 from regionspot.cli import app

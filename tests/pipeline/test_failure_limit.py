@@ -8,6 +8,7 @@ import pytest
 
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
@@ -70,7 +71,7 @@ def run(world, manifest, backbones, tmp_path):
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             if row not in missing:
                 os.link(image_folder_of("toy", world) / path, folder / path)
-        cache = FeatureCache.open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), part_size)
+        cache = open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), part_size)
         config = ExtractConfig(batch_size=4, max_failures=FailureLimit.parse(limit))
         return extract(cache, folder, backbones, config).failed
 

@@ -9,9 +9,9 @@ from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 from torch.nn import functional as F
 
-from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.cache.format.manifest import Manifest
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.evaluation.inference.head_features import features_of
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
@@ -120,9 +120,9 @@ def test_features_of_two_presets_cannot_share_a_cache(tmp_path):
     assert {provenance["preprocess"] for provenance in provenances.values()} == {"reference"}
     assert "shorter edge 800, longer at most 1333" in provenances["toy_sam"]["resize"]
     assert "not antialiased" in provenances["toy_clip"]["resize"]
-    FeatureCache.open_or_create(tmp_path / "c.zarr", one_image(), direct.feature_sets(), 4)
+    open_or_create(tmp_path / "c.zarr", one_image(), direct.feature_sets(), 4)
     with pytest.raises(ProvenanceMismatchError, match="preprocess"):
-        FeatureCache.open_or_create(tmp_path / "c.zarr", one_image(), by_reference.feature_sets(), 4)
+        open_or_create(tmp_path / "c.zarr", one_image(), by_reference.feature_sets(), 4)
 
 
 def test_a_head_is_evaluated_with_the_preset_of_its_training_features(tmp_path):

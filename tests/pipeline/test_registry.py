@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.evaluation.inference.head_features import features_of
 from regionspot.fusion.checkpoint import HeadInfo
 from regionspot.pipeline.backbones import registry
@@ -157,7 +157,7 @@ def test_all_tokens_are_added_to_a_cache_of_location_tokens_which_stay_as_they_a
     rows, kept = np.arange(4), []
     for tokens in ("first", "all"):
         backbones = Backbones.load("toy", device="cpu", tokens=tokens)
-        cache = FeatureCache.open_or_create(tmp_path / "a.zarr", manifest, backbones.feature_sets(), 2)
+        cache = open_or_create(tmp_path / "a.zarr", manifest, backbones.feature_sets(), 2)
         extract(cache, images, backbones)
         kept.append({name: cache.read(rows, token_set=name).tokens for name in backbones.localizer.outputs})
     first, read = kept[0]["toy_sam"], kept[1]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from regionspot.cache import FeatureCache
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.cache.tools.verify import verify
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
@@ -40,7 +40,7 @@ def world(tmp_path_factory) -> Path:
 def one_process(world, tmp_path_factory) -> dict[str, bytes]:
     path = tmp_path_factory.mktemp("one") / "c.zarr"
     backbones = Backbones.load("toy", device="cpu")
-    cache = FeatureCache.open_or_create(path, read_dataset("toy", world, "train"), backbones.feature_sets(), 4)
+    cache = open_or_create(path, read_dataset("toy", world, "train"), backbones.feature_sets(), 4)
     extract(cache, image_folder_of("toy", world), backbones)
     return content(path)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from regionspot.cache import FeatureCache
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.pipeline.datasets.registry import read_dataset
 from regionspot.pipeline.extraction.extract import Backbones, extract
 from regionspot.pipeline.images.decode import read_image
@@ -65,7 +65,7 @@ def test_a_box_is_kept_clipped_or_dropped_and_counted_as_the_table_says_and_gets
     assert manifest.report == dropped
 
     backbones = Backbones.load("toy", device="cpu", dtype="float32")
-    cache = FeatureCache.open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), 2)
+    cache = open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), 2)
     assert extract(cache, tmp_path, backbones).failed == 0
     assert cache.valid_rows().tolist() == [0, 1, 2, 3]
     found, localizer = cache.read(np.arange(4)), backbones.localizer

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
 
-from regionspot.cache import FeatureCache
 from regionspot.cache.errors import ImageError
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, image_sizes
 from regionspot.pipeline.datasets.registry import read_dataset
@@ -341,7 +341,7 @@ def extracted(tmp_path_factory, backbones):
     folder.mkdir()
     expected = {name: make(folder / name) for name, make in MAKE.items()}
     manifest = read_dataset("coco", root, "train", annotations=annotation_file(root / "boxes.json"))
-    cache = FeatureCache.open_or_create(root / "c.zarr", manifest, backbones.feature_sets(), 16)
+    cache = open_or_create(root / "c.zarr", manifest, backbones.feature_sets(), 16)
     with pytest.MonkeyPatch.context() as patch, without_root_privileges():
         patch.setattr(decode, "_open_nonblocking", changing_files(decode._open_nonblocking))
         summary = extract(cache, folder, backbones, ExtractConfig(max_failures=ALL_MAY_FAIL))

@@ -129,5 +129,5 @@ def test_too_few_images_and_an_unwritable_folder_are_refused_in_one_line(tmp_pat
     with pytest.raises(InputError, match="expected at least 40"):
         make_toy_world(tmp_path, images=39)
     (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match="is there already and no folder"):
+    with pytest.raises(InputError, match="exists and is not a folder"):
         make_toy_world(tmp_path / "file", images=40)

@@ -12,6 +12,7 @@ import torch
 
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
+from regionspot.cache.tools.resume import open_or_create
 from regionspot.cache.tools.verify import verify
 from regionspot.commands import extract as cli_extract
 from regionspot.pipeline.backbones import dtypes
@@ -46,7 +47,7 @@ def backbones() -> Backbones:
 
 @pytest.fixture
 def cache(tmp_path, manifest, backbones) -> FeatureCache:
-    return FeatureCache.open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), 2)
+    return open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), 2)
 
 
 def run(cache, world, backbones, watch=None, parts=None):
@@ -122,7 +123,7 @@ def test_a_summary_that_cannot_be_written_costs_nothing_but_itself(cache, world,
 
 
 def test_in_an_object_store_the_summary_lies_beside_the_cache_as_on_a_disk(s3, manifest, backbones, world):
-    cache = FeatureCache.open_or_create(f"{s3}/c.zarr", manifest, backbones.feature_sets(), 6)
+    cache = open_or_create(f"{s3}/c.zarr", manifest, backbones.feature_sets(), 6)
     run(cache, world, backbones)
     assert cache.storage.read("summary.md").decode().startswith("# c.zarr\n")
     assert verify(cache).warnings == ()
