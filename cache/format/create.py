@@ -1,8 +1,8 @@
-"""The folder of a cache, made once with zarr-python: its groups and the empty feature arrays.
+"""Creating the folder of a cache with zarr-python: its groups and the empty feature arrays.
 
-zarr-python writes the metadata here, so that what our own part writers fill later is Zarr to everybody else. It does
-not flush what it writes, so on a disk the folder is built beside its place, flushed as a whole and then renamed. For
-an object store, which renames nothing, it is built in a temporary folder and uploaded, the root's zarr.json last.
+zarr-python writes the metadata, so that the parts written later by our own writers are valid Zarr. It does not flush
+files to disk, so a local cache is built in a temporary folder beside its path, flushed and then renamed. For an object
+store, which cannot rename, it is built in a temporary folder and uploaded, the root's zarr.json last.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from regionspot.cache.storage.folder_swap import recover_swap
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.zarr_shard import ZSTD_LEVEL
 
-# What the numbers mean, told where somebody without our code looks first.
+# Array attributes that explain the encoding to readers without this package.
 ATTRIBUTES: dict[str, dict[str, Any]] = {
     "bfloat16": {"regionspot_dtype": "bfloat16", "decode": "float32 whose upper 16 bits these are"},
     "int8": {
@@ -44,9 +44,9 @@ ATTRIBUTES: dict[str, dict[str, Any]] = {
 
 
 def create_cache(storage: Storage, manifest: Manifest, header: Header) -> None:
-    """Make all files of an empty cache, so that it appears complete or not at all.
+    """Create all files of an empty cache, atomically.
 
-    Raises CacheError when it exists already or cannot be written there.
+    Raises CacheError when it exists already or cannot be written.
     """
     try:
         if isinstance(storage, LocalStorage):
@@ -55,8 +55,7 @@ def create_cache(storage: Storage, manifest: Manifest, header: Header) -> None:
             _create_by_upload(storage, manifest, header)
     except OSError as error:
         raise CacheError(
-            f"{storage.address}: cannot be created: {error.strerror or error}; give a place with space where you may "
-            "write"
+            f"{storage.address}: cannot be created: {error.strerror or error}; give a writable folder with free space"
         ) from error
 
 
@@ -80,7 +79,7 @@ def _rename_new(building: Path, path: Path) -> None:
     try:
         os.rename(building, path)
     except OSError as error:
-        if path.exists():  # made by another run meanwhile: a folder with files in it is never replaced
+        if path.exists():  # created by another run just now; os.rename does not replace a folder with files
             raise _exists_already(str(path)) from None
         raise error
     sync_folder(path.parent)
@@ -96,12 +95,12 @@ def _create_by_upload(storage: Storage, manifest: Manifest, header: Header) -> N
 
 
 def upload_tree(folder: Path, storage: Storage, last: str) -> bool:
-    """Put every file under `folder` into the storage, `last` when all others are there; whether it was put.
+    """Upload every file under `folder`, `last` after all others; False if `last` already exists.
 
-    False says that somebody else was first with `last`. No file is replaced. One of the same bytes will do, of a run
-    that was killed while it did the same, or does it just now; so a cache is never made up of two.
+    No file is replaced. An existing file with the same bytes is accepted: it is from a killed or concurrent run that
+    uploads the same. So a cache never mixes files of two different runs.
 
-    Raises FileExistsError where a file of other bytes lies, OSError for what the store refuses.
+    Raises FileExistsError for an existing file with other bytes, OSError if the storage refuses.
     """
     names = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     names.remove(last)
@@ -109,8 +108,8 @@ def upload_tree(folder: Path, storage: Storage, last: str) -> bool:
     def put(name: str) -> None:
         data = (folder / name).read_bytes()
         if not storage.write_new(name, data) and storage.read(name) != data:
-            told = f"{name} of something else lies there; remove all that does, or give another place"
-            raise FileExistsError(errno.EEXIST, told, f"{storage.address}/{name}")
+            message = f"{name} exists with other content; remove all files there, or give another address"
+            raise FileExistsError(errno.EEXIST, message, f"{storage.address}/{name}")
 
     with ThreadPoolExecutor(storage.readers) as pool:
         try:
@@ -122,11 +121,11 @@ def upload_tree(folder: Path, storage: Storage, last: str) -> bool:
 
 
 def _exists_already(address: str) -> CacheExistsError:
-    return CacheExistsError(f"{address}: exists already; give another place, or open it to resume")
+    return CacheExistsError(f"{address}: exists already; give another path, or open it to resume")
 
 
 def build_cache(building: Path, manifest: Manifest, header: Header) -> None:
-    """All files of an empty cache in a folder that nobody else sees."""
+    """Write all files of an empty cache into a temporary folder."""
     group = zarr.create_group(building, zarr_format=3)
     for name in ("images", "regions", "features"):
         group.create_group(name)
@@ -138,36 +137,36 @@ def build_cache(building: Path, manifest: Manifest, header: Header) -> None:
 
 
 def _checksums(root: Path, folder: Path) -> dict[str, int]:
-    """crc32c of every file under `folder` by its name from `root`, but of the root's zarr.json, which holds them."""
+    """crc32c of each file under `folder`, by its path from `root`; without the root's zarr.json, which holds them."""
     names = sorted(path.relative_to(root).as_posix() for path in folder.rglob("*") if path.is_file())
     return {name: file_crc((root / name).read_bytes()) for name in names if name != "zarr.json"}
 
 
 def add_feature_set(storage: Storage, feature_set: FeatureSet, geometry: Geometry) -> dict[str, int]:
-    """Make the arrays of a further feature set; it is part of the cache once the header names it.
+    """Create the arrays of another feature set; it belongs to the cache once the header names it.
 
-    Returns the crc32c of the files made, for the header. Raises OSError when the store refuses them.
+    Returns the crc32c of the files, for the header. Raises OSError if the storage refuses.
     """
     name = f"features/{feature_set.name}"
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root, name)
         _create_arrays(folder, feature_set, geometry)
-        made = _checksums(Path(root), folder)
-        for file in made:  # over those of a run killed before the header named the set: no part can be in it
+        checksums = _checksums(Path(root), folder)
+        for file in checksums:  # replaces files of a run killed before the header named the set: it has no parts yet
             storage.write(file, Path(root, file).read_bytes())
-    return made
+    return checksums
 
 
 def _create_arrays(folder: Path, feature_set: FeatureSet, geometry: Geometry) -> None:
-    """The group of one feature set with its empty arrays; our own writers fill them, part by part.
+    """Create the group of a feature set with its empty arrays.
 
-    Raises InputError for an int8 set without statistics, which nothing could be written into.
+    Raises InputError for an int8 set without statistics.
     """
     if feature_set.dtype == "int8":
         require_statistics(feature_set)
     group = zarr.create_group(folder, zarr_format=3)
     shape, shard = geometry.array_shape(feature_set), geometry.shard_shape(feature_set)
-    # float16 features shrink by 2 to 15 % and would be read at a tenth of the speed, so they lie as they are.
+    # Uncompressed by default: zstd saves 2 to 15 % of float16 features and reads at a tenth of the speed.
     codec = ZstdCodec(level=ZSTD_LEVEL) if feature_set.compression else None
     _create_shards(
         group,
@@ -201,7 +200,7 @@ def _create_shards(
     codec: ZstdCodec | None = None,
     attributes: dict[str, Any] | None = None,
 ) -> None:
-    """An empty array whose shard is a part; `shapes` are those of the array, of a record and of a shard."""
+    """Create an empty array with one shard per part; `shapes` are those of the array, of a record and of a shard."""
     array, record, shard = shapes
     group.create_array(
         Path(path).name,

@@ -1,8 +1,7 @@
-"""The manifest as Zarr arrays: images/ with a row an image, regions/ with a row a part.
+"""The manifest as Zarr arrays: images/ with one row per image, regions/ with one row per part.
 
-It is written when the cache is made and never again, so a column needs no file of its own a part: it lies in a few
-compressed chunks with checksums, which any Zarr library checks as it reads. A region array's row `p` holds the
-regions of part `p` one after another, padded to the largest part, as the tokens lie in features/.
+It is written once, when the cache is created, in a few compressed chunks with checksums that any Zarr library verifies.
+Row `p` of a region array holds the regions of part `p`, padded to the largest part, like the tokens in features/.
 """
 
 from __future__ import annotations
@@ -21,10 +20,10 @@ from regionspot.cache.format.manifest import NO_CATEGORY, Manifest, Ragged
 from regionspot.cache.format.schema import Geometry
 from regionspot.cache.storage.base import Storage
 
-# With "." a chunk is one file `c.42.0.0`; the default "/" would spend two folders on every one.
+# With "." a chunk is one file `c.42.0.0`; the default "/" needs two folders for each.
 CHUNK_KEYS: Any = {"name": "default", "separator": "."}
-_COLUMN_CHUNK = 65_536  # entries of an images/ column in one chunk, so that few files hold millions of images
-_REGION_CHUNK_BYTES = 16 << 20  # of boxes; the other region arrays are smaller
+_COLUMN_CHUNK = 65_536  # entries per chunk of an images/ column: few files for millions of images
+_REGION_CHUNK_BYTES = 16 << 20  # of the boxes; the other region arrays are smaller
 
 
 def _create_column(
@@ -53,7 +52,7 @@ def write_images(group: zarr.Group, manifest: Manifest) -> None:
     for name, ragged in (("negative", manifest.negatives), ("not_exhaustive", manifest.not_exhaustive)):
         if ragged is not None:
             columns.append((f"{name}_count", np.diff(ragged.offsets), "int32"))
-            columns.append((f"{name}_category", ragged.values, "int32"))  # of all images, one after another
+            columns.append((f"{name}_category", ragged.values, "int32"))  # of all images, concatenated
     for name, values, dtype in columns:
         chunks = (min(max(len(values), 1), _COLUMN_CHUNK),)
         column = _create_column(group, f"images/{name}", (len(values),), chunks, dtype, "" if dtype == "string" else 0)
@@ -71,77 +70,78 @@ def _region_columns(manifest: Manifest) -> list[tuple[str, NDArray[Any], str, An
 
 
 def _part_starts(offsets: NDArray[np.int64], geometry: Geometry) -> NDArray[np.int64]:
-    """int64 (P + 1,): where each part's regions begin in the manifest's region columns."""
-    firsts = np.arange(0, geometry.images, geometry.part_size)
-    starts: NDArray[np.int64] = offsets[np.append(firsts, geometry.images)]
+    """int64 (P + 1,): where each part's regions start in the manifest's region columns."""
+    first_rows = np.arange(0, geometry.images, geometry.part_size)
+    starts: NDArray[np.int64] = offsets[np.append(first_rows, geometry.images)]
     return starts
 
 
 def write_regions(group: zarr.Group, manifest: Manifest, geometry: Geometry) -> None:
     starts = _part_starts(manifest.offsets, geometry)
     for name, values, dtype, fill in _region_columns(manifest):
-        row = (geometry.capacity, *values.shape[1:])
-        step = _parts_in_chunk(geometry)
-        array = _create_column(group, f"regions/{name}", (geometry.n_parts, *row), (step, *row), dtype, fill)
+        row_shape = (geometry.capacity, *values.shape[1:])
+        step = _parts_per_chunk(geometry)
+        shape, chunks = (geometry.n_parts, *row_shape), (step, *row_shape)
+        array = _create_column(group, f"regions/{name}", shape, chunks, dtype, fill)
         for first in range(0, geometry.n_parts, step):
             parts = range(first, min(first + step, geometry.n_parts))
-            block = np.full((len(parts), *row), fill, dtype=dtype)
+            block = np.full((len(parts), *row_shape), fill, dtype=dtype)
             for part in parts:
                 block[part - first, : starts[part + 1] - starts[part]] = values[starts[part] : starts[part + 1]]
             array[parts.start : parts.stop] = block
 
 
-def _parts_in_chunk(geometry: Geometry) -> int:
+def _parts_per_chunk(geometry: Geometry) -> int:
     return min(max(_REGION_CHUNK_BYTES // (geometry.capacity * 16), 1), geometry.n_parts)
 
 
 def load_manifest(storage: Storage, header: Header) -> Manifest:
-    """The manifest as it was when the cache was made.
+    """Read the manifest.
 
-    Raises NotACacheError when its arrays are damaged or are not those that the header speaks of.
+    Raises NotACacheError when its arrays are damaged or do not match the header.
     """
     cache = storage.address
-    written_again = _require_undamaged(storage, header)
+    rewritten = _require_undamaged(storage, header)
     try:
-        # Others may have consolidated the metadata, before an array came or changed; each array's own counts.
+        # Consolidated metadata by other programs may be out of date; each array's own metadata is not.
         group = zarr.open_group(storage.zarr_store(), mode="r", zarr_format=3, use_consolidated=False)
         manifest = _read_manifest(group, header)
-        wrong = "" if manifest.digest() == header.digest else "do not match the digest in zarr.json"
-    except Exception as error:  # each codec of zarr raises its own
-        wrong = f"cannot be read ({' '.join(str(error).split()):.200})"
-    if not wrong:
+        problem = "" if manifest.digest() == header.digest else "do not match the digest in zarr.json"
+    except Exception as error:  # each zarr codec raises its own kind
+        problem = f"cannot be read ({' '.join(str(error).split()):.200})"
+    if not problem:
         return manifest
-    if written_again:
+    if rewritten:
         raise NotACacheError(
-            f"{cache}/{written_again[0]}: was written again by another program, and by it images/ or regions/ {wrong}; "
-            "`regionspot cache repair` makes it again, or put it back from a copy of the cache"
+            f"{cache}/{rewritten[0]}: was rewritten by another program, and with it images/ or regions/ {problem}; "
+            "`regionspot cache repair` restores it, or restore it from a copy of the cache"
         )
-    raise NotACacheError(f"{cache}: images/ or regions/ {wrong}; put them back from a copy of the cache")
+    raise NotACacheError(f"{cache}: images/ or regions/ {problem}; restore them from a copy of the cache")
 
 
 def _require_undamaged(storage: Storage, header: Header) -> list[str]:
-    """Raises NotACacheError for a file that is not as it was made; those are returned that may do no harm.
+    """Raises NotACacheError for a changed or missing file; returns the changed files that may be harmless.
 
-    A Zarr library takes a chunk that is missing, or is looked for under another name, for one of fill values. An
-    array's metadata may have been written again by another program that added attributes: what is read by it is held
-    against the manifest's digest, which covers all but the federated lists.
+    Zarr libraries read a missing chunk, and one under another key, as fill values. Array metadata may be harmless:
+    another program may have added attributes. What is read with it is verified by the manifest's digest, which covers
+    everything except the federated lists.
     """
     names = [name for name in header.files if name.startswith(("images/", "regions/"))]
     try:
         with ThreadPoolExecutor(storage.readers) as pool:
-            damages = list(pool.map(lambda name: header.damage(storage, name), names))
-        damaged = {name: damage for name, damage in zip(names, damages, strict=True) if damage}
-        written_again = [name for name in damaged if _is_covered_by_the_digest(name) and storage.exists(name)]
+            problems = list(pool.map(lambda name: header.damage(storage, name), names))
+        damaged = {name: problem for name, problem in zip(names, problems, strict=True) if problem}
+        rewritten = [name for name in damaged if _is_verified_by_digest(name) and storage.exists(name)]
     except OSError as error:
-        raise NotACacheError(f"{storage.address}: cannot be read: {error}; mend the disk or its permissions") from None
-    for name, damage in damaged.items():
-        if name not in written_again:
-            raise NotACacheError(f"{storage.address}/{name}: {damage}; put it back from a copy of the cache")
-    return written_again
+        raise NotACacheError(f"{storage.address}: cannot be read: {error}; fix the disk or its permissions") from None
+    for name, problem in damaged.items():
+        if name not in rewritten:
+            raise NotACacheError(f"{storage.address}/{name}: {problem}; restore it from a copy of the cache")
+    return rewritten
 
 
-def _is_covered_by_the_digest(name: str) -> bool:
-    """Whether a file is metadata of an array whose values the manifest's digest covers, or of a group of them."""
+def _is_verified_by_digest(name: str) -> bool:
+    """Whether a file is metadata of an array or group whose values the manifest's digest covers."""
     return name.endswith("/zarr.json") and not name.startswith(("images/negative", "images/not_exhaustive"))
 
 
@@ -189,9 +189,9 @@ def _read_ragged(group: zarr.Group, name: str) -> Ragged | None:
 
 
 def _read_regions(group: zarr.Group, name: str, offsets: NDArray[np.int64], geometry: Geometry) -> NDArray[Any]:
-    """A region column without its padding, a few parts at a time: padded and whole it may be twice as large."""
+    """A region column without padding, read a few parts at a time: with padding it may be twice as large."""
     array = _array(group, name)
-    if array.shape[0] != geometry.n_parts:  # what is not read would be whatever was in that memory before
+    if array.shape[0] != geometry.n_parts:  # otherwise the rest of `values` would stay uninitialised
         raise ValueError(f"{name} has {array.shape[0]} parts, expected {geometry.n_parts}")
     starts = _part_starts(offsets, geometry)
     values = np.empty((int(starts[-1]), *array.shape[2:]), dtype=array.dtype)

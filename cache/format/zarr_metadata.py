@@ -1,8 +1,8 @@
-"""The zarr.json files of a cache's groups and arrays: what they have to say, and whether one says it.
+"""The zarr.json files of a cache's groups and arrays: their expected content, and how they differ from it.
 
-Other programs may write them again without harm: Zarr libraries do when somebody adds attributes or consolidates the
-metadata, formatters change the order and the white space. So what counts is what a document says of the data: its
-shape, type, chunks, codecs and fill value.
+Other programs may rewrite them without harm: Zarr libraries when attributes are added or metadata is consolidated,
+formatters when they change order and white space. So only what describes the data is compared: shape, dtype, chunks,
+codecs and fill value.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from regionspot.cache.format.manifest import Manifest, Ragged
 from regionspot.cache.storage.atomic_files import from_json
 from regionspot.cache.storage.base import Storage
 
-ROOT = {"zarr_format": 3, "node_type": "group"}  # of the root's zarr.json, beside its attributes
+ROOT = {"zarr_format": 3, "node_type": "group"}  # the root's zarr.json, without attributes
 
-# What others may add, and what may be left out, without a change for whoever reads the data.
-_NO_MATTER: dict[str, Any] = {
+# Fields that may be added or omitted without changing how the data is read, with their defaults.
+_IRRELEVANT: dict[str, Any] = {
     "attributes": {},
     "consolidated_metadata": None,
     "dimension_names": None,
@@ -33,9 +33,9 @@ _NO_MATTER: dict[str, Any] = {
 
 
 def damaged_files(storage: Storage, header: Header, threads: int) -> tuple[dict[str, str | OSError], list[str]]:
-    """What is wrong with the files that were made with the cache, by name; OSError where one cannot be read.
+    """What is wrong with the files created with the cache, by name; an OSError if one cannot be read.
 
-    And, apart, each zarr.json that another program has written again and that says the same of the data.
+    Second result: the zarr.json files that another program has rewritten and that describe the data correctly.
     """
 
     def damage(name: str) -> str | OSError | None:
@@ -45,64 +45,64 @@ def damaged_files(storage: Storage, header: Header, threads: int) -> tuple[dict[
             return error
 
     with ThreadPoolExecutor(threads) as pool:
-        found = dict(zip(header.files, pool.map(damage, header.files), strict=True))
-    damaged = {name: what for name, what in found.items() if what}
-    written_again = []
+        results = dict(zip(header.files, pool.map(damage, header.files), strict=True))
+    damaged = {name: problem for name, problem in results.items() if problem}
+    rewritten = []
     if any(name.endswith("/zarr.json") for name in damaged):
         expected = expected_metadata(header)
         for name in damaged.keys() & expected.keys():
-            with suppress(OSError):  # missing, or it cannot be read: that is known already
+            with suppress(OSError):  # missing or unreadable: already in `damaged`
                 if difference := metadata_difference(storage.read(name), expected[name]):
                     damaged[name] = f"{damaged[name]}: {difference}"
                 else:
                     del damaged[name]
-                    written_again.append(name)
-    return damaged, sorted(written_again)
+                    rewritten.append(name)
+    return damaged, sorted(rewritten)
 
 
 def expected_metadata(header: Header) -> dict[str, bytes]:
-    """Every zarr.json of a cache but the root's, as the installed Zarr library writes it, by its path in the cache.
+    """Every zarr.json of a cache except the root's, as the installed Zarr library writes it, by its path in the cache.
 
-    Not those of the federated lists (`images/negative_category` and the like), whose length the header does not hold.
+    Without those of the federated lists (`images/negative_category` etc.), whose length the header does not record.
     """
     from regionspot.cache.format.create import build_cache  # zarr takes a second to import
 
     with tempfile.TemporaryDirectory() as folder:
         build_cache(Path(folder), _blank_manifest(header), header)
         names = [path.relative_to(folder).as_posix() for path in Path(folder).rglob("*/zarr.json")]
-        lists = {f"images/{name}_category/zarr.json" for name in ("negative", "not_exhaustive")}
-        return {name: Path(folder, name).read_bytes() for name in names if name not in lists}
+        federated = {f"images/{name}_category/zarr.json" for name in ("negative", "not_exhaustive")}
+        return {name: Path(folder, name).read_bytes() for name in names if name not in federated}
 
 
 def metadata_difference(stored: bytes, expected: bytes) -> str | None:
-    """What a zarr.json says otherwise than it should, in words that follow on its name; None where nothing matters."""
+    """How a zarr.json differs from the expected one, as text to put after its name; None if the data is unaffected."""
     try:
-        found = from_json(stored)
+        document = from_json(stored)
     except ValueError:
         return "is not JSON"
-    if not isinstance(found, dict):
+    if not isinstance(document, dict):
         return "is not a Zarr v3 group's or array's metadata"
-    return document_difference(found, from_json(expected))
+    return document_difference(document, from_json(expected))
 
 
-def document_difference(found: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
-    """As `metadata_difference`, of documents."""
-    for name in dict.fromkeys([*expected, *found]):
-        if name not in _NO_MATTER and _normal(found.get(name)) != _normal(expected.get(name)):
-            return f"{name} is {_short(found.get(name))}, expected {_short(expected.get(name))}"
-    if found.get("storage_transformers"):
-        return f"storage_transformers is {_short(found['storage_transformers'])}, expected none"
-    ours, theirs = expected.get("attributes", {}), found.get("attributes", {})
-    for name, value in ours.items():
-        if not isinstance(theirs, dict) or theirs.get(name) != value:
+def document_difference(document: Mapping[str, Any], expected: Mapping[str, Any]) -> str | None:
+    """Like `metadata_difference`, for parsed documents."""
+    for name in dict.fromkeys([*expected, *document]):
+        if name not in _IRRELEVANT and _normal(document.get(name)) != _normal(expected.get(name)):
+            return f"{name} is {_short(document.get(name))}, expected {_short(expected.get(name))}"
+    if document.get("storage_transformers"):
+        return f"storage_transformers is {_short(document['storage_transformers'])}, expected none"
+    attributes = document.get("attributes", {})
+    for name, value in expected.get("attributes", {}).items():
+        if not isinstance(attributes, dict) or attributes.get(name) != value:
             return f"attribute {name} is not {_short(value)}"
     return None
 
 
-def out_of_date(consolidated: Any, documents: Mapping[str, Any]) -> list[str]:
-    """Groups and arrays of which consolidated metadata in the root does not say what their own zarr.json does.
+def outdated_entries(consolidated: Any, documents: Mapping[str, Any]) -> list[str]:
+    """Groups and arrays whose entry in the root's consolidated metadata differs from their own zarr.json.
 
-    documents   what each zarr.json holds, by the path of its group or array
+    documents   the content of each zarr.json, by the path of its group or array
     """
     entries = consolidated.get("metadata") if isinstance(consolidated, dict) else None
     entries = entries if isinstance(entries, dict) else {}
@@ -116,7 +116,7 @@ def out_of_date(consolidated: Any, documents: Mapping[str, Any]) -> list[str]:
 
 
 def _normal(value: Any) -> Any:
-    """A value of a document in the form that Zarr libraries agree on: without empty configurations."""
+    """A value without empty configurations, which only some Zarr libraries write."""
     if isinstance(value, dict):
         return {key: _normal(inner) for key, inner in value.items() if not (key == "configuration" and inner == {})}
     return [_normal(inner) for inner in value] if isinstance(value, list) else value
@@ -128,10 +128,10 @@ def _short(value: Any) -> str:
 
 
 def _blank_manifest(header: Header) -> Manifest:
-    """As many images as the header says, without a region: its arrays' metadata are those of the real one."""
+    """A manifest with the header's number of images and no regions: its arrays have the metadata of the real one."""
     images = header.geometry.images
     zeros = np.zeros(images, np.int64)
-    none = Ragged(np.zeros(images + 1, np.int64), np.zeros(0, np.int32))
+    empty = Ragged(np.zeros(images + 1, np.int64), np.zeros(0, np.int32))
     return Manifest(
         dataset=header.dataset,
         split=header.split,
@@ -139,12 +139,12 @@ def _blank_manifest(header: Header) -> Manifest:
         paths=np.full(images, "", dtype=np.dtypes.StringDType()),
         heights=zeros.astype(np.int32),
         widths=zeros.astype(np.int32),
-        offsets=none.offsets,
+        offsets=empty.offsets,
         boxes_xyxy=np.zeros((0, 4), np.float32),
         category_index=np.zeros(0, np.int32),
         annotation_ids=np.zeros(0, np.int64),
         categories=header.categories,
         scores=np.zeros(0, np.float32) if "regions/score/zarr.json" in header.files else None,
-        negatives=none if "images/negative_count/zarr.json" in header.files else None,
-        not_exhaustive=none if "images/not_exhaustive_count/zarr.json" in header.files else None,
+        negatives=empty if "images/negative_count/zarr.json" in header.files else None,
+        not_exhaustive=empty if "images/not_exhaustive_count/zarr.json" in header.files else None,
     )

@@ -24,7 +24,7 @@ from regionspot.cache.errors import InputError, NotACacheError
 from regionspot.cache.format.header import Header, load_header
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import part_files, record_file
-from regionspot.cache.format.zarr_metadata import ROOT, damaged_files, document_difference, out_of_date
+from regionspot.cache.format.zarr_metadata import ROOT, damaged_files, document_difference, outdated_entries
 from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import from_json, is_partial, to_json
 from regionspot.cache.storage.base import Storage
@@ -101,7 +101,7 @@ class _Verification:
         with ThreadPoolExecutor(self._threads) as pool:
             documents = list(pool.map(self._document, names))
         there = {name.removesuffix("/zarr.json"): each for name, each in zip(names, documents, strict=True)}
-        if wrong := out_of_date(consolidated, there):
+        if wrong := outdated_entries(consolidated, there):
             return (
                 f"zarr.json: its consolidated metadata is out of date for {counted(len(wrong), 'array')}, the first is "
                 f"{wrong[0]}: other Zarr programs may read by it; make it anew with zarr.consolidate_metadata"

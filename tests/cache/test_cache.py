@@ -874,10 +874,12 @@ def test_the_checksums_of_files_tell_them_apart(cache):
     assert len({crc for record in records for crc in record.values()}) == len(records) == 6
 
 
-def test_an_existing_cache_keeps_its_part_size_and_says_so_where_another_one_is_asked_for(cache, manifest, caplog):
+def test_an_existing_cache_keeps_its_part_size_and_warns_if_another_one_is_requested(cache, manifest, caplog):
     size = cache.part_size
-    for asked, told in ((512, 0), (size, 0), (len(manifest) + 5, 1), (size + 1, 1)):
+    for requested, warnings in ((512, 0), (size, 0), (len(manifest) + 5, 1), (size + 1, 1)):
         caplog.clear()
         with caplog.at_level("WARNING"):
-            assert open_or_create(cache.path, manifest, [MAPS, TOKENS], asked).part_size == size
-        assert caplog.text.count(f"keeps its parts of {size} images; a part size of {asked} is for new caches") == told
+            assert open_or_create(cache.path, manifest, [MAPS, TOKENS], requested).part_size == size
+        assert (
+            caplog.text.count(f"keeps its part size of {size} images; a part size of {requested} applies") == warnings
+        )

@@ -209,8 +209,8 @@ def test_statistics_go_through_json_to_the_bit(statistics):
 @pytest.mark.parametrize(
     ("mean", "deviation", "message"),
     [
-        ([0, 0], [1], "expected one number a channel"),
-        ([[0]], [[1]], "expected one number a channel"),
+        ([0, 0], [1], "expected one number per channel"),
+        ([[0]], [[1]], "expected one number per channel"),
         ([0], [0], "not above 0"),
         ([0], [-1], "not above 0"),
         ([np.nan], [1], "not finite"),

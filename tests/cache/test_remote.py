@@ -271,7 +271,7 @@ def test_what_a_killed_creation_left_is_taken_over_and_what_is_of_something_else
         created(storage.address)
     other = open_storage(f"{s3}/other.zarr")
     other.write("images/id/c.0", b"something else")
-    with pytest.raises(CacheError, match=r"images/id/c\.0 of something else lies there; remove"):
+    with pytest.raises(CacheError, match=r"images/id/c\.0 exists with other content; remove"):
         created(other.address)
     assert not other.exists("zarr.json")
 

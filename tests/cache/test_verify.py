@@ -290,7 +290,7 @@ def test_metadata_that_says_otherwise_is_a_problem_in_one_line(full, small, smal
 @pytest.mark.parametrize("name", ["images/id", "images/negative_category", "regions/box"])
 def test_a_column_whose_metadata_says_otherwise_is_not_read(full, name):
     edit_json(full / name / "zarr.json", lambda document: document["shape"].__setitem__(0, 2))
-    with pytest.raises(NotACacheError, match=f"{name}/zarr.json: .*put it back from a copy of the cache"):
+    with pytest.raises(NotACacheError, match=f"{name}/zarr.json: .*restore it from a copy of the cache"):
         FeatureCache.open(full)
 
 
