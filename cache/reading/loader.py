@@ -28,6 +28,7 @@ from regionspot.cache.reading.batch import Batch
 from regionspot.cache.reading.batch_reader import BatchReader
 from regionspot.cache.reading.prefetch import dataloader_worker, read_ahead
 from regionspot.cache.reading.sampling import Sampling
+from regionspot.cache.storage.atomic_files import IMAGES_KEY
 
 
 class BatchSource(Protocol):
@@ -134,7 +135,7 @@ class Loader:
         for name in [*ours, *theirs]:
             if theirs.get(name) != ours.get(name):
                 raise InputError(
-                    f"loader: the state is of another one: its {name} is {theirs.get(name)}, here it is "
+                    f"loader: the state is of another one: its {'images' if name == IMAGES_KEY else name} is {theirs.get(name)}, here it is "
                     f"{ours.get(name)}; make the loader as it was, or begin the epoch anew"
                 )
         self.epoch, self._done, self._begins = epoch, batches, batches
@@ -145,7 +146,7 @@ class Loader:
         manifest = self.cache.manifest
         return {
             "cache": f"{manifest.dataset}/{manifest.split}",
-            "pictures": len(self.rows),
+            IMAGES_KEY: len(self.rows),
             "crc32c of their rows": _crc(self.rows),
             "crc32c of their ids": _crc(manifest.image_ids[self.rows]),
         }
