@@ -1,7 +1,7 @@
-"""A padded batch of cached images, whose memory is used again.
+"""A padded batch of cached images, with reusable memory.
 
-Allocating a batch anew costs more than reading it, because the kernel has to hand over and clear every page. So a batch
-keeps one buffer a field, which only ever grows, and its fields are views of them.
+Allocating a batch costs more than reading it, because the kernel has to map and clear every page. So a batch keeps one
+growing buffer per field, and its fields are views of the buffers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from regionspot.cache.errors import CacheError
 from regionspot.cache.format.manifest import NO_CATEGORY, Manifest
 from regionspot.cache.format.schema import FeatureSet
 
-_OWN = ("pinned", "reusable", "_buffers")  # a batch's own affairs; every other field is data
+_INTERNAL = ("pinned", "reusable", "_buffers")  # every other field is data
 
 
 @dataclass(eq=False)
@@ -26,22 +26,21 @@ class Batch:
 
     rows            int64   (B,)        rows of the manifest
     image_ids       int64   (B,)        the dataset's ids
-    tokens          float16 (B, R, C)   location tokens; rows past an image's count are zero
-    token_scale     float16 (B, R)      int8 only: what a region's codes are multiplied by; 0 where no region is
-    region_mask     bool    (B, R)      True where a region is
-    feature_map     float16 (B, T, D)   class token first, then patches row by row
-    map_scale       float16 (B, T)      int8 only: what a map token's codes are multiplied by
-    categories      int32   (B, R)      index into the cache's categories, -1 where no region is or its class is unknown
-    boxes_xyxy      float32 (B, R, 4)   pixels of the original image, 0 where no region is
-    annotation_ids  int64   (B, R)      -1 where no region is or it has no id
-    scores          float32 (B, R)      a detector's score of its box; 1 where there is none
+    tokens          float16 (B, R, C)   location tokens; padding is 0
+    token_scale     float16 (B, R)      int8 only: factor of a region's codes; padding is 0
+    region_mask     bool    (B, R)      True for regions, False for padding
+    feature_map     float16 (B, T, D)   class token first, then patches in row-major order
+    map_scale       float16 (B, T)      int8 only: factor of a map token's codes
+    categories      int32   (B, R)      index into the cache's categories, -1 for padding and unknown classes
+    boxes_xyxy      float32 (B, R, 4)   pixels of the original image; padding is 0
+    annotation_ids  int64   (B, R)      -1 for padding and regions without an id
+    scores          float32 (B, R)      a detector's score of its box; 1 for ground truth and padding
 
-    Features have the stored dtype of their set (bfloat16: its bits, as uint16);
-    `regionspot.cache.format.encodings` decodes them. A kind that was not read has width 0, and so has a scale of a set
-    that is not int8.
+    Features have the stored dtype of their set (bfloat16: uint16 bits); `regionspot.cache.format.encodings` decodes
+    them. A kind of features that was not read has width 0, and so has the scale of a set that is not int8.
 
-    pinned   make the buffers page-locked, for fast copies to a GPU
-    reusable     the memory is a loader's, which will use it again; such a batch cannot be pickled
+    pinned     allocate page-locked buffers, for fast copies to a GPU
+    reusable   the memory belongs to a loader, which will overwrite it; such a batch cannot be pickled
     """
 
     rows: NDArray[np.int64] = field(default_factory=lambda: np.empty((0,), np.int64))
@@ -63,34 +62,34 @@ class Batch:
         return len(self.rows)
 
     def __reduce__(self) -> Any:
-        # A queue pickles in a thread of its own, some time after it was given the batch: whoever receives it would
-        # find another one's numbers.
+        # A queue pickles in its own thread, some time later: the receiver would get the values of another batch.
         if self.reusable:
             raise CacheError(
-                "batch: cannot be sent to another process while its memory is the loader's, to be used again; "
+                "batch: cannot be sent to another process, because the loader will overwrite its memory; "
                 "send batch.copy()"
             )
-        return Batch, tuple(getattr(self, each.name) for each in fields(self) if each.name not in _OWN)
+        return Batch, tuple(getattr(self, field.name) for field in fields(self) if field.name not in _INTERNAL)
 
     def copy(self) -> Batch:
-        """A batch with memory of its own."""
-        return Batch(**{each.name: getattr(self, each.name).copy() for each in fields(self) if each.name not in _OWN})
+        """A batch with its own memory."""
+        names = [field.name for field in fields(self) if field.name not in _INTERNAL]
+        return Batch(**{name: getattr(self, name).copy() for name in names})
 
     def shape_features(self, tokens: FeatureSet | None, maps: FeatureSet | None) -> None:
-        """Give the feature fields their shapes for the regions laid out before; their values are left undefined."""
+        """Set the shapes of the feature fields, after `fill_regions`; their values are undefined."""
         images, regions = self.region_mask.shape
         self._shape("tokens", "token_scale", (images, regions), tokens)
-        # A map's shape begins with its number of tokens, a token's has its width only.
+        # The shape of a map starts with its number of tokens, that of a token is its width only.
         self._shape("feature_map", "map_scale", (images, *maps.shape[:1]) if maps else (images, 0), maps)
 
     def _shape(self, name: str, scale: str, rows: tuple[int, ...], feature_set: FeatureSet | None) -> None:
-        """Give one kind of features and their scales their shapes: `rows` of the set's width."""
+        """Set the shapes of one kind of features, `rows` of the set's width, and of their scales."""
         width, dtype = (feature_set.shape[-1], feature_set.stored) if feature_set else (0, np.dtype(np.float16))
         self._view(name, (*rows, width), dtype)
         self._view(scale, rows if feature_set and feature_set.has_scales else (rows[0], 0), np.dtype(np.float16))
 
     def fill_regions(self, manifest: Manifest, rows: NDArray[np.int64]) -> None:
-        """Everything but the features, of the images at `rows`."""
+        """Set everything except the features, for the images at `rows`."""
         counts = manifest.offsets[rows + 1] - manifest.offsets[rows]
         slots = np.arange(max(1, int(counts.max(initial=0))))
         grid = (len(rows), len(slots))
@@ -112,7 +111,7 @@ class Batch:
         return view
 
     def _view(self, name: str, shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-        """Set a field to a contiguous view of its buffer, which grows when it has to."""
+        """Set a field to a contiguous view of its buffer, which grows if needed."""
         size = math.prod(shape)
         buffer = self._buffers.get(name)
         if buffer is None or buffer.dtype != dtype or buffer.size < size:
@@ -124,7 +123,7 @@ class Batch:
     def _allocate(self, size: int, dtype: np.dtype[Any]) -> NDArray[Any]:
         if not self.pinned:
             return np.empty(size, dtype)
-        import torch  # only where a GPU is: this package does without torch
+        import torch  # only with a GPU: this package works without torch
 
         memory: NDArray[np.uint8] = torch.empty(size * dtype.itemsize, dtype=torch.uint8, pin_memory=True).numpy()
         return memory.view(dtype)

@@ -1,6 +1,6 @@
-"""Reading whole batches: the columns of the regions, one map set and one token set, by one thread or a few.
+"""Reading batches: region columns, one map set and one token set, with one or several threads.
 
-A batch is first laid out, which takes its memory, and then filled in stretches that different threads may take.
+A batch is first allocated, then filled; several threads may fill different images.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from regionspot.cache.reading.part_reader import SCALE_BYTES, Bytes
 
 
 class FeatureSource(Protocol):
-    """Whatever hands out the features of one set: `FeatureReader.read` says how."""
+    """Provides the features of one set, like `FeatureReader.read`."""
 
     feature_set: FeatureSet
     threads: int
@@ -28,29 +28,29 @@ class FeatureSource(Protocol):
 
 
 class BatchReader:
-    """Reads batches of one cache. Safe to use from several threads, each with batches of its own.
+    """Reads batches of one cache. Thread-safe, with one batch per thread.
 
-    threads   how many may well fill a batch at once
+    threads   that can usefully fill a batch at once
     """
 
     def __init__(self, manifest: Manifest, maps: FeatureSource | None, tokens: FeatureSource | None) -> None:
         self._manifest, self._maps, self._tokens = manifest, maps, tokens
-        self.threads = max([1, *(each.threads for each in (maps, tokens) if each is not None)])
+        self.threads = max([1, *(source.threads for source in (maps, tokens) if source is not None)])
 
     def read(self, rows: NDArray[np.int64], out: Batch, threads: int = 1) -> Batch:
-        """Fill `out` with the images at `rows`, which exist, and return it."""
+        """Fill `out` with the images at `rows`, which must exist, and return it."""
         self.allocate(rows, out)
-        stretches = split(len(rows), threads)
-        if len(stretches) <= 1:
+        ranges = split(len(rows), threads)
+        if len(ranges) <= 1:
             self.fill(out, 0, len(rows))
         else:
-            with ThreadPoolExecutor(len(stretches), thread_name_prefix="regionspot-read") as pool:
-                for done in [pool.submit(self.fill, out, *stretch) for stretch in stretches]:
-                    done.result()
+            with ThreadPoolExecutor(len(ranges), thread_name_prefix="regionspot-read") as pool:
+                for future in [pool.submit(self.fill, out, *images) for images in ranges]:
+                    future.result()
         return out
 
     def allocate(self, rows: NDArray[np.int64], out: Batch) -> None:
-        """Give `out` its shapes and everything but the features."""
+        """Set the shapes of `out` and everything except the features."""
         out.fill_regions(self._manifest, rows)
         out.shape_features(
             None if self._tokens is None else self._tokens.feature_set,
@@ -58,7 +58,7 @@ class BatchReader:
         )
 
     def fill(self, out: Batch, first: int, last: int) -> None:
-        """Read the features of the images first to last - 1 of a batch that was laid out."""
+        """Read the features of images first to last - 1 of an allocated batch."""
         if first == last:
             return
         rows = out.rows[first:last].tolist()
@@ -66,17 +66,17 @@ class BatchReader:
             self._maps.read(rows, [*_bytes(out.feature_map[first:last])], [*_bytes(out.map_scale[first:last])])
         if self._tokens is not None:
             tokens, scales = out.tokens[first:last], out.token_scale[first:last]
-            here = out.region_mask[first:last]
-            counts = here.sum(axis=1).tolist()
+            mask = out.region_mask[first:last]
+            counts = mask.sum(axis=1).tolist()
             width, scale_width = tokens.itemsize * tokens.shape[-1], SCALE_BYTES if scales.shape[1] else 0
             self._tokens.read(rows, _cut(tokens, counts, width), _cut(scales, counts, scale_width))
-            tokens[~here] = 0
+            tokens[~mask] = 0
             if scale_width:
-                scales[~here] = 0
+                scales[~mask] = 0
 
 
 def split(length: int, pieces: int) -> list[tuple[int, int]]:
-    """(first, last) of at most that many stretches of nearly equal length, none of them empty."""
+    """(first, last) of at most `pieces` ranges of nearly equal length, none of them empty."""
     pieces = min(length, pieces)
     return [(length * piece // pieces, length * (piece + 1) // pieces) for piece in range(pieces)]
 
@@ -87,5 +87,5 @@ def _bytes(array: NDArray[np.generic]) -> Bytes:
 
 
 def _cut(array: NDArray[np.generic], counts: list[int], width: int) -> list[Bytes]:
-    """The bytes of the first rows of each image: `counts` says how many, `width` how long one is."""
+    """The bytes of each image's first `counts` rows of `width` bytes."""
     return [row[: count * width] for row, count in zip(_bytes(array), counts, strict=True)]

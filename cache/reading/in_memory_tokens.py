@@ -1,4 +1,4 @@
-"""The tokens of many images held in memory: small beside their maps, and otherwise one more read for each image."""
+"""Tokens kept in memory: they are small compared to the maps, and this saves one read per image."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.reading.batch_reader import FeatureSource
 from regionspot.cache.reading.part_reader import SCALE_BYTES, Bytes
 
-_IMAGES = 4096  # of one request: enough to keep a disk busy, few enough that their list is small
+_IMAGES = 4096  # per read: enough to keep a disk busy
 
 
 class InMemoryTokens:
-    """Hands out what it read of the images at `rows` when it was made; takes the bytes of their tokens.
+    """A FeatureSource that reads the tokens of the images at `rows` when created, and keeps them.
 
     Raises what `tokens` raises when an image cannot be read.
     """
 
-    threads = 1  # copying from memory is no work to be shared
+    threads = 1  # copying from memory needs no more
 
     def __init__(self, tokens: FeatureSource, manifest: Manifest, rows: NDArray[np.int64]) -> None:
         self.feature_set = tokens.feature_set
@@ -34,20 +34,19 @@ class InMemoryTokens:
         regions = int(counts.sum())
         self._tokens, self._scales = (np.empty(regions * width, np.uint8) for width in (self._width, self._scale_width))
         with ThreadPoolExecutor(tokens.threads, thread_name_prefix="regionspot-read") as pool:
-            stretches = [slice(first, first + _IMAGES) for first in range(0, len(self._rows), _IMAGES)]
-            for _ in pool.map(lambda some: tokens.read(self._rows[some].tolist(), *self._of(some)), stretches):
+            slices = [slice(first, first + _IMAGES) for first in range(0, len(self._rows), _IMAGES)]
+            for _ in pool.map(lambda images: tokens.read(self._rows[images].tolist(), *self._bytes(images)), slices):
                 pass
 
     def read(self, rows: Sequence[int], outs: Sequence[Bytes], scales: Sequence[Bytes]) -> None:
         """Copy the tokens of images, and their scales; see FeatureReader.read."""
-        held = self._of(np.searchsorted(self._rows, rows))
-        for wanted, given in zip((outs, scales), held, strict=True):
-            for out, tokens in zip(wanted, given, strict=True):
-                out[:] = tokens
+        for targets, sources in zip((outs, scales), self._bytes(np.searchsorted(self._rows, rows)), strict=True):
+            for target, source in zip(targets, sources, strict=True):
+                target[:] = source
 
-    def _of(self, places: slice | NDArray[np.int64]) -> tuple[list[Bytes], list[Bytes]]:
-        """The bytes of the tokens and of the scales that are held at some places."""
-        spans = list(zip(self._starts[places].tolist(), self._ends[places].tolist(), strict=True))
+    def _bytes(self, images: slice | NDArray[np.int64]) -> tuple[list[Bytes], list[Bytes]]:
+        """The bytes of the tokens and of the scales of some images, by their index in `rows`."""
+        spans = list(zip(self._starts[images].tolist(), self._ends[images].tolist(), strict=True))
         return (
             [self._tokens[start * self._width : end * self._width] for start, end in spans],
             [self._scales[start * self._scale_width : end * self._scale_width] for start, end in spans],

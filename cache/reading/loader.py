@@ -1,12 +1,12 @@
-"""Shuffled batches for a training loop, read ahead by threads, and going on in the middle of an epoch.
+"""Shuffled batches for a training loop, prefetched by threads and resumable within an epoch.
 
     loader = cache.loader(64, seed=1)
     for epoch in range(10):
-        for batch in loader:             # a Batch, whole until the next one is asked for
+        for batch in loader:             # a Batch, valid until the next one is requested
             ...
-            state = loader.state_dict()  # JSON; load_state_dict(state) goes on with the batch after this one
+            state = loader.state_dict()  # JSON; load_state_dict(state) resumes with the next batch
 
-Which images make up which batch is decided in sampling.py; ring.py reads them ahead.
+sampling.py decides the images of each batch; prefetch.py reads them ahead.
 """
 
 from __future__ import annotations
@@ -45,14 +45,13 @@ class BatchSource(Protocol):
 
 
 class Loader:
-    """The batches of one epoch after another. Iterating is one pass, after which `epoch` is one higher.
+    """Iterates over the batches of one epoch, then increments `epoch`.
 
-    Which images make up which batch follows from the sampling, the rows and the epoch alone; see sampling.py. In the
-    workers of a torch DataLoader each worker takes its own share of the rank's batches; what a worker counts its parent
-    does not see, so `epoch` is for the caller to set there.
+    The batches depend only on the sampling, the rows and the epoch; see sampling.py. In a torch DataLoader each worker
+    takes its share of the rank's batches; the parent does not see a worker's counts, so the caller sets `epoch` there.
 
     epoch     of the next pass; may be set
-    sampling  what decides the batches
+    sampling  batch size, order and rank
     rows      int64 (n,), the images of an epoch
     """
 
@@ -80,23 +79,23 @@ class Loader:
         self._threads, self._ahead, self._pin_memory = threads, ahead, pin_memory
         self._preload = rows if tokens_in_memory else None
         self._reader = cache.batch_reader(**self._sets, preload=self._preload)
-        self._done = 0  # batches of this epoch that were handed out
-        self._begins = 0  # with which batch the next pass begins
-        self._rings: list[list[Batch]] = []  # of passes that are over: fresh memory costs more than filling it
+        self._done = 0  # batches of this epoch that were returned
+        self._first_batch = 0  # of the next pass
+        self._rings: list[list[Batch]] = []  # buffers of finished passes: allocating costs more than filling
 
     def __len__(self) -> int:
-        """Batches of a whole pass."""
+        """Number of batches in a whole pass."""
         return self._own_sampling().count(len(self.rows))
 
     def __iter__(self) -> Iterator[Batch]:
-        """One pass from its beginning, or from where `load_state_dict` said.
+        """One pass, from its first batch or the one set by `load_state_dict`.
 
-        Raises CacheError and its kinds when a batch cannot be read, once that batch is asked for.
+        Raises CacheError or a subclass when the batch that is requested cannot be read.
         """
-        epoch, begins, self._begins = self.epoch, self._begins, 0
-        self._done = begins
+        epoch, first, self._first_batch = self.epoch, self._first_batch, 0
+        self._done = first
         batches = self._own_sampling().batches(self.rows, self.cache.part_size, epoch)
-        reads = ((self._reader, batches[number]) for number in range(begins, len(batches)))
+        reads = ((self._reader, batches[number]) for number in range(first, len(batches)))
         threads = self._threads or self._reader.threads
         ring = self._rings.pop() if self._rings else []
         pinned = ring[0].pinned if ring else self._pins_memory()
@@ -110,7 +109,7 @@ class Loader:
         self.epoch, self._done = epoch + 1, 0
 
     def __getstate__(self) -> dict[str, Any]:
-        # A process that is sent a loader reads what it needs itself: the reader holds open files and, maybe, gigabytes.
+        # The reader is not pickled: it holds open files and possibly gigabytes of tokens.
         return {name: value for name, value in vars(self).items() if name not in ("_reader", "_rings")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -119,30 +118,31 @@ class Loader:
         self._rings = []
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this loader is: the epoch and the batches of it handed out, and what decides them; JSON-able."""
-        return {"epoch": self.epoch, "batches": self._done, "decided_by": self._decided_by()}
+        """The epoch, the number of its batches returned so far, and what the batches depend on; JSON-able."""
+        return {"epoch": self.epoch, "batches": self._done, "decided_by": self._dependencies()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Let the next pass go on where the loader was of which this is the state.
+        """Resume from a `state_dict` in the next pass.
 
-        Raises InputError for a state of another cache, other rows, or another way of making batches of them.
+        Raises InputError for a state of another cache, other rows or another sampling.
         """
         try:
-            epoch, batches, theirs = int(state["epoch"]), int(state["batches"]), dict(state["decided_by"])
+            epoch, batches, saved = int(state["epoch"]), int(state["batches"]), dict(state["decided_by"])
         except (KeyError, TypeError, ValueError):
-            raise InputError("loader: this is not what state_dict() of a loader gave; begin the epoch anew") from None
-        ours = self._decided_by()
-        for name in [*ours, *theirs]:
-            if theirs.get(name) != ours.get(name):
+            raise InputError("loader: this is not the state_dict() of a loader; start the epoch again") from None
+        own = self._dependencies()
+        for key in [*own, *saved]:
+            if saved.get(key) != own.get(key):
+                name = "images" if key == IMAGES_KEY else key
                 raise InputError(
-                    f"loader: the state is of another one: its {'images' if name == IMAGES_KEY else name} is {theirs.get(name)}, here it is "
-                    f"{ours.get(name)}; make the loader as it was, or begin the epoch anew"
+                    f"loader: the state is of another loader: its {name} is {saved.get(key)}, here it is "
+                    f"{own.get(key)}; create the loader with the same options, or start the epoch again"
                 )
-        self.epoch, self._done, self._begins = epoch, batches, batches
+        self.epoch, self._done, self._first_batch = epoch, batches, batches
 
     @cached_property
     def _images(self) -> dict[str, Any]:
-        """What tells the images of an epoch from others. Kept, for a state may be wanted after every batch."""
+        """Identity of the epoch's images. Cached, because a state may be requested after every batch."""
         manifest = self.cache.manifest
         return {
             "cache": f"{manifest.dataset}/{manifest.split}",
@@ -151,26 +151,26 @@ class Loader:
             "crc32c of their ids": _crc(manifest.image_ids[self.rows]),
         }
 
-    def _decided_by(self) -> dict[str, Any]:
-        """All that decides the batches, by name."""
-        decided = {**self._images, **asdict(self._own_sampling())}
+    def _dependencies(self) -> dict[str, Any]:
+        """Everything that the batches depend on, by name."""
+        dependencies = {**self._images, **asdict(self._own_sampling())}
         if self.sampling.shuffle == "block":
-            return {**decided, "part_size": self.cache.part_size}
-        del decided["block_parts"]
-        return decided
+            return {**dependencies, "part_size": self.cache.part_size}
+        del dependencies["block_parts"]
+        return dependencies
 
     def _own_sampling(self) -> Sampling:
-        """The sampling of this process: in a DataLoader's workers, a part of the rank's."""
+        """The sampling of this process: a DataLoader worker takes a share of its rank."""
         worker = dataloader_worker()
         if worker is None:
             return self.sampling
-        number, of = worker
-        rank, world_size = self.sampling.rank * of + number, self.sampling.world_size * of
+        number, count = worker
+        rank, world_size = self.sampling.rank * count + number, self.sampling.world_size * count
         return replace(self.sampling, rank=rank, world_size=world_size)
 
     def _pins_memory(self) -> bool:
         if self._pin_memory is None:
-            # By itself only where this process uses a GPU already: pinning would begin to.
+            # By default only if this process already uses a GPU: pinning would initialise CUDA.
             torch = sys.modules.get("torch")
             return torch is not None and bool(torch.cuda.is_initialized())
         return self._pin_memory
@@ -181,7 +181,7 @@ def _crc(values: NDArray[np.int64]) -> int:
 
 
 def _require_cuda() -> None:
-    import torch  # only where it is asked for: this package does without
+    import torch  # only here: this package works without torch
 
     if not torch.cuda.is_available():
-        raise InputError("loader: pin_memory is for a GPU, and torch finds none here; leave it out")
+        raise InputError("loader: pin_memory needs a GPU, and torch finds none here; omit it")

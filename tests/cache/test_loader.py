@@ -390,7 +390,7 @@ def test_a_state_of_another_cache_is_refused(cache, tmp_path):
 
 
 def test_what_is_no_state_is_refused(cache):
-    with pytest.raises(InputError, match="not what state_dict"):
+    with pytest.raises(InputError, match="not the state_dict"):
         cache.loader(4).load_state_dict({"epoch": 1})
 
 
@@ -543,7 +543,7 @@ class ReadsInto(torch.utils.data.Dataset):
 
 def test_reading_into_the_same_memory_again_is_refused_in_a_worker(cache):
     data = DataLoader(ReadsInto(cache), batch_size=None, num_workers=1, multiprocessing_context="fork")
-    assert all("leave `out` out there" in said for said in data)
+    assert all("omit `out` there" in said for said in data)
 
 
 def test_a_pass_that_was_begun_before_a_fork_is_refused_in_the_child(cache):
@@ -558,7 +558,7 @@ def test_a_pass_that_was_begun_before_a_fork_is_refused_in_the_child(cache):
         os._exit(0)
     os.close(writer)
     with os.fdopen(reader) as said:
-        assert "began in another process; begin one here" in said.read()
+        assert "was started in another process; start one here" in said.read()
     assert len(list(batches)) == 10
 
 
