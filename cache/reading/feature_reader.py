@@ -1,8 +1,7 @@
-"""Reading the records of one feature set straight from the shard files, into memory that is there already.
+"""Reading records of one feature set from the shard files into caller-provided buffers.
 
-A Zarr library takes 10 to 20 times as long for the same bytes. What is kept of the parts in use is bounded, so a
-reader's own memory does not depend on the size of the cache; the pages of a map are the kernel's, which takes them back
-whenever it needs them.
+A Zarr library takes 10 to 20 times as long for the same bytes. A reader keeps a bounded number of open parts, so its
+memory does not depend on the size of the cache; mapped pages belong to the kernel, which can reclaim them at any time.
 """
 
 from __future__ import annotations
@@ -25,20 +24,20 @@ from regionspot.cache.reading.part_reader import SCALE_BYTES, Bytes, DamagedErro
 from regionspot.cache.storage.base import Access, ReplacedError, Storage
 from regionspot.cache.storage.shard_files import ShardOpener
 
-Check = Literal["first", "always", "never"]  # when a record's checksum is looked at; "first" is once a process
+Check = Literal["first", "always", "never"]  # when to verify a record's checksum; "first" is once per process
 
-_KEPT_BYTES = 64 << 20  # of a reader's parts: 4,000 of 512 records, a terabyte of CLIP's maps
-_PART_BYTES = 4000  # of a part, whatever its records
-_LEAST_PARTS = 16  # whatever their records
-_ANNOUNCED = 32  # records that a disk is asked for at once: with fewer it idles, more of them would push out others
-_TRIES = 3  # of an image whose files are replaced while it is read
-_THREADS = 4  # of a local cache: each copies 5 to 10 GB/s, and no GPU is fed with more
+_OPEN_PARTS_BYTES = 64 << 20  # memory of a reader's open parts: 4,000 of 512 records, a terabyte of CLIP's maps
+_PART_BYTES = 4000  # memory of an open part, without its records
+_MIN_OPEN_PARTS = 16
+_PREFETCHED = 32  # records requested from the disk at once: fewer leave it idle, more evict pages still needed
+_RETRIES = 3  # for an image whose files are replaced while it is read
+_THREADS = 4  # for a local cache: each copies 5 to 10 GB/s, more than a GPU can take
 
 
 class PartOpener:
-    """Opens parts by their number. Apart from the reader, so that one that is let go of closes its files at once.
+    """Opens parts by number. Separate from the reader to avoid a reference cycle: a released reader closes its files.
 
-    generation   how often files were found to be replaced, so far; an opened part keeps that of when it was opened
+    generation   incremented each time files were found to be replaced; an open part keeps the value of its opening
     """
 
     def __init__(self, storage: Storage, feature_set: FeatureSet, index: PartIndex, slots: int, mapped: bool) -> None:
@@ -60,7 +59,7 @@ class PartOpener:
 class FeatureReader(ABC):
     """Reads one feature set. Safe to use from several threads and after a fork.
 
-    threads   how many may well read at once
+    threads   that can usefully read at once
     """
 
     def __init__(
@@ -76,37 +75,39 @@ class FeatureReader(ABC):
         self.address = storage.address
         self._storage, self._check = storage, check
         self._part_size, self._row_bytes = geometry.part_size, _row_bytes(feature_set)
-        self._offsets = manifest.offsets.data  # its elements are Python ints at once
+        self._offsets = manifest.offsets.data  # a memoryview: its elements are Python ints
         local = storage.on_disk
         self._mapped = access == "map" or (access == "auto" and local and _fits_into_memory(feature_set, manifest))
         self.threads = min(_THREADS, processors()) if local else storage.readers
         slots = geometry.slots(feature_set)
-        most = max(_LEAST_PARTS, _KEPT_BYTES // (_PART_BYTES + slots * (37 if feature_set.has_scales else 21)))
+        max_parts = max(
+            _MIN_OPEN_PARTS, _OPEN_PARTS_BYTES // (_PART_BYTES + slots * (37 if feature_set.has_scales else 21))
+        )
         self._index = PartIndex(feature_set, geometry, manifest)
         self._opener = PartOpener(storage, feature_set, self._index, slots, self._mapped)
-        self._parts = lru_cache(maxsize=most)(self._opener)
+        self._parts = lru_cache(maxsize=max_parts)(self._opener)
 
     def read(self, rows: Sequence[int], outs: Sequence[Bytes], scales: Sequence[Bytes]) -> None:
         """Read the features of the images at `rows`.
 
-        outs     for each row, the bytes of a contiguous array (T, D), or (n, C) for its n regions, to be filled
-        scales   for each row, the bytes of its float16 scales, (T,) or (n,); without a byte unless the set has them
+        outs     for each row, a buffer for the bytes of an array (T, D), or (n, C) for its n regions
+        scales   for each row, a buffer for its float16 scales, (T,) or (n,); empty unless the set has scales
 
         Raises NotExtractedError for a row whose part is not committed or whose image could not be read,
-        CorruptPartError for one whose bytes are not those written, CacheError for what the disk or network refuses.
+        CorruptPartError for bytes that do not match their checksum, CacheError for errors of the disk or network.
         """
         parts = [self._part_of(row) for row in rows]
-        self._announce(parts, rows, 0)
+        self._prefetch(parts, rows, 0)
         for index, (part, row) in enumerate(zip(parts, rows, strict=True)):
-            if index % _ANNOUNCED == 0:
-                self._announce(parts, rows, index + _ANNOUNCED)
+            if index % _PREFETCHED == 0:
+                self._prefetch(parts, rows, index + _PREFETCHED)
             try:
                 self._read_one(part, row, outs[index], scales[index])
             except (ReplacedError, DamagedError, OSError) as error:
-                self._read_again(error, part, row, outs[index], scales[index])
+                self._retry(error, part, row, outs[index], scales[index])
 
     def record(self, part: int) -> PartRecord:
-        """A part's record. Raises FileNotFoundError where it is not written, CorruptPartError where it is damaged."""
+        """A part's record. Raises FileNotFoundError if it is not written, CorruptPartError if it is damaged."""
         try:
             return load_part_record(self._storage, self.feature_set, self._index, part)
         except DamagedError as error:
@@ -126,18 +127,18 @@ class FeatureReader(ABC):
 
     @abstractmethod
     def _slot(self, part: PartReader, row: int) -> int:
-        """The slot of a row's record, or of the first of them."""
+        """The slot of a row's record, or of the first one."""
 
     @abstractmethod
     def _read_one(self, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
         """Read one image's features."""
 
-    def _announce(self, parts: Sequence[PartReader], rows: Sequence[int], first: int) -> None:
-        """Tell the disk which records will be read soon, so that it fetches them while others are copied."""
-        some = slice(first, first + _ANNOUNCED)
-        for part, row in zip(parts[some], rows[some], strict=True):
+    def _prefetch(self, parts: Sequence[PartReader], rows: Sequence[int], first: int) -> None:
+        """Ask the kernel to read the next records from disk, while others are copied."""
+        window = slice(first, first + _PREFETCHED)
+        for part, row in zip(parts[window], rows[window], strict=True):
             slot = self._slot(part, row)
-            # Telling takes 4 microseconds, and a record that was read from a map before is most likely there still.
+            # A prefetch takes 4 microseconds, and a mapped record that was read before is most likely still in memory.
             if not (self._mapped and part.seen[slot]):
                 part.prefetch(slot)
 
@@ -145,18 +146,18 @@ class FeatureReader(ABC):
         try:
             part = self._parts(row // self._part_size)
         except (DamagedError, OSError) as error:
-            part = self._opened_again(error, row)
+            part = self._reopen(error, row)
         if part.failures and row in part.failures:
             raise NotExtractedError(
                 f"{self._storage.address}: {self._image(row)} could not be read when it was extracted: "
-                f"{part.failures[row]}; take only the rows of valid_rows()"
+                f"{part.failures[row]}; read only rows from valid_rows()"
             )
         return part
 
-    def _opened_again(self, error: Exception, row: int) -> PartReader:
-        """The part of a row whose files did not fit each other, where they do now; otherwise raises what is wrong.
+    def _reopen(self, error: Exception, row: int) -> PartReader:
+        """Open the part of a row again after an error; raises the error's public form if that fails too.
 
-        They may be those of a part that was just being replaced, or copies of another store's that are damaged.
+        Its files may have been replaced during the first attempt, or be damaged local copies of remote files.
         """
         number = row // self._part_size
         if isinstance(error, DamagedError):
@@ -164,8 +165,8 @@ class FeatureReader(ABC):
             self._begin_generation()
             try:
                 return self._parts(number)
-            except (DamagedError, OSError) as again:
-                error = again
+            except (DamagedError, OSError) as second_error:
+                error = second_error
         if isinstance(error, DamagedError):
             raise self._corrupt(number, error.file, str(error))
         if isinstance(error, FileNotFoundError):
@@ -173,25 +174,25 @@ class FeatureReader(ABC):
                 f"{self._storage.address}: {self._image(row)} is in part {number} of {self.feature_set.name}, "
                 "which is not written yet; run the same `regionspot extract` again to resume"
             )
-        raise self._refused(row, error)
+        raise self._io_error(row, error)
 
-    def _read_again(self, error: Exception, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
-        """Read an image again while its files may be others by now; otherwise raises what is wrong."""
-        for _ in range(_TRIES):
-            if not self._may_be_others(error, part):
+    def _retry(self, error: Exception, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
+        """Read an image again while its files may have been replaced; otherwise raises the error's public form."""
+        for _ in range(_RETRIES):
+            if not self._may_be_replaced(error, part):
                 break
-            part = self._renewed(part, row)
+            part = self._reopened(part, row)
             try:
                 return self._read_one(part, row, out, scales)
-            except (ReplacedError, DamagedError, OSError) as again:
-                error = again
+            except (ReplacedError, DamagedError, OSError) as next_error:
+                error = next_error
         if isinstance(error, DamagedError):
-            what = f"the record of {self._image(row)} {error}"
-            raise self._corrupt(row // self._part_size, error.file, what)
-        raise self._refused(row, error)
+            problem = f"the record of {self._image(row)} {error}"
+            raise self._corrupt(row // self._part_size, error.file, problem)
+        raise self._io_error(row, error)
 
-    def _may_be_others(self, error: Exception, part: PartReader) -> bool:
-        """Whether the files of an open part may have been replaced, or copies of them are dropped that were wrong."""
+    def _may_be_replaced(self, error: Exception, part: PartReader) -> bool:
+        """Whether an open part's files may have been replaced, or a damaged local copy was dropped."""
         if isinstance(error, ReplacedError) or (isinstance(error, OSError) and error.errno == errno.ESTALE):
             return True
         if not isinstance(error, DamagedError):
@@ -199,21 +200,21 @@ class FeatureReader(ABC):
         try:
             replaced = self.record(part.record.part) != part.record
         except (CacheError, OSError):
-            replaced = True  # that of a part that is just being replaced, or what is wrong is told when it is opened
+            replaced = True  # being replaced right now; other problems are reported when it is opened
         return self._storage.drop_local_copy(error.file) or replaced
 
-    def _renewed(self, part: PartReader, row: int) -> PartReader:
-        """A part opened anew: by the first that finds its files replaced, for all rows and threads that do later."""
+    def _reopened(self, part: PartReader, row: int) -> PartReader:
+        """The part after reopening it. The first caller that finds its files replaced reopens for all threads."""
         if part.generation == self._opener.generation:
             self._begin_generation()
-        now = self._part_of(row)
-        if now.generation != self._opener.generation:  # another thread had begun to open it before
+        current = self._part_of(row)
+        if current.generation != self._opener.generation:  # another thread had started to open it before
             self._parts.cache_clear()
-            now = self._part_of(row)
-        return now
+            current = self._part_of(row)
+        return current
 
     def _begin_generation(self) -> None:
-        """Let go of all that is open: what is opened from now on is what lies there now."""
+        """Close everything: parts opened from now on have the current files."""
         self._opener.begin_generation()
         self._parts.cache_clear()
 
@@ -223,19 +224,19 @@ class FeatureReader(ABC):
     def _image(self, row: int) -> str:
         return f"image {self.manifest.image_ids[row]} (row {row}, {self.manifest.paths[row]})"
 
-    def _corrupt(self, part: int, file: str, what: str) -> CorruptPartError:
-        return CorruptPartError(f"{self._storage.address}: {file}: {what}; {self._storage.repair_hint(part)}")
+    def _corrupt(self, part: int, file: str, problem: str) -> CorruptPartError:
+        return CorruptPartError(f"{self._storage.address}: {file}: {problem}; {self._storage.repair_hint(part)}")
 
-    def _refused(self, row: int, error: Exception) -> CacheError:
-        why = getattr(error, "strerror", None) or str(error) or "its files keep changing"
+    def _io_error(self, row: int, error: Exception) -> CacheError:
+        reason = getattr(error, "strerror", None) or str(error) or "its files keep changing"
         return CacheError(
-            f"{self._storage.address}: {self._image(row)} could not be read from {self.feature_set.name}: {why}; "
-            "mend the disk or the connection and read it again"
+            f"{self._storage.address}: {self._image(row)} could not be read from {self.feature_set.name}: {reason}; "
+            "fix the disk or the connection and read it again"
         )
 
 
 class MapReader(FeatureReader):
-    """One record an image."""
+    """One record per image."""
 
     def _slot(self, part: PartReader, row: int) -> int:
         return row - part.first_row
@@ -246,10 +247,10 @@ class MapReader(FeatureReader):
 
 
 class TokenReader(FeatureReader):
-    """TOKEN_CHUNK regions a record; an image's may straddle several."""
+    """TOKEN_CHUNK regions per record; an image's regions may span several."""
 
     def _slot(self, part: PartReader, row: int) -> int:
-        # A last image without regions may begin where there is no record any more.
+        # A last image without regions may start after the last record.
         return min((self._offsets[row] - self._offsets[part.first_row]) // TOKEN_CHUNK, len(part.seen) - 1)
 
     def _read_one(self, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
@@ -258,17 +259,17 @@ class TokenReader(FeatureReader):
         regions = self._offsets[row + 1] - self._offsets[row]
         while done < regions:
             slot, skipped = divmod(first + done, TOKEN_CHUNK)
-            taken = min(TOKEN_CHUNK - skipped, regions - done)
-            wanted = out[done * width : (done + taken) * width]
-            wanted_scales = scales[done * SCALE_BYTES : (done + taken) * SCALE_BYTES]
+            count = min(TOKEN_CHUNK - skipped, regions - done)
+            target = out[done * width : (done + count) * width]
+            target_scales = scales[done * SCALE_BYTES : (done + count) * SCALE_BYTES]
             if part.compressed or self._must_check(part, slot):
-                self._read_whole(part, slot, skipped, wanted, wanted_scales)
+                self._read_whole(part, slot, skipped, target, target_scales)
             else:
-                part.read_some(slot, skipped * width, wanted, skipped * SCALE_BYTES, wanted_scales)
-            done += taken
+                part.read_some(slot, skipped * width, target, skipped * SCALE_BYTES, target_scales)
+            done += count
 
     def _read_whole(self, part: PartReader, slot: int, skipped: int, out: Bytes, scales: Bytes) -> None:
-        """Read some rows of a record by way of the whole of it, which is what the checksum is of."""
+        """Read rows of a record by reading all of it, because the checksum covers the whole record."""
         width = self._row_bytes
         record = np.empty(TOKEN_CHUNK * width, np.uint8)
         all_scales = np.empty(TOKEN_CHUNK * SCALE_BYTES if self.feature_set.has_scales else 0, np.uint8)
@@ -285,13 +286,13 @@ def open_reader(
     check: Check,
     access: Access = "auto",
 ) -> FeatureReader:
-    """The reader of a feature set of either kind. No file of it is opened yet."""
-    kind = MapReader if feature_set.kind == "map" else TokenReader
-    return kind(storage, feature_set, manifest, geometry, check, access)
+    """The reader of a feature set. Opens no file yet."""
+    reader = MapReader if feature_set.kind == "map" else TokenReader
+    return reader(storage, feature_set, manifest, geometry, check, access)
 
 
 def _fits_into_memory(feature_set: FeatureSet, manifest: Manifest) -> bool:
-    """Whether all of a feature set may well stay in memory once it was read: within half of what is free."""
+    """Whether the whole feature set fits into half of the free memory."""
     rows = len(manifest) * feature_set.shape[0] if feature_set.kind == "map" else len(manifest.boxes_xyxy)
     scales = SCALE_BYTES if feature_set.has_scales else 0
     return rows * (_row_bytes(feature_set) + scales) <= available_memory() // 2

@@ -1,8 +1,7 @@
-"""One part of one feature set: where each of its records lies, its checksum, and reading it.
+"""Reading the records of one part of one feature set.
 
-What is needed to read is taken in once, when a row of the part is first wanted: the part's record, the index at the end
-of each shard and the file of checksums, each of which carries a checksum itself. In memory it takes 21 bytes a record
-(int8: 37) and some 4 KB, so thousands of parts can be kept.
+Opening a part loads the part record, the index at the end of each shard and the checksums; each of these files carries
+its own checksum. An open part takes 21 bytes per record (int8: 37) and about 4 KB, so thousands can stay open.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from regionspot.cache.storage.atomic_files import file_crc
 from regionspot.cache.storage.base import ReplacedError, ShardFile, Storage
 from regionspot.cache.storage.zarr_shard import decompress, index_bytes, parse_index, without_crc
 
-OpenShard = Callable[[str, int], ShardFile]  # opens the shard of a name, of which so many bytes were written
+OpenShard = Callable[[str, int], ShardFile]  # opens a shard by its name and expected size in bytes
 
 Bytes = NDArray[np.uint8]
 SCALE_BYTES = 2  # float16
 
 
 class DamagedError(Exception):
-    """What is wrong with a file of a part, in words that follow on its name."""
+    """A damaged file of a part; the message is text to put after the file's name."""
 
     def __init__(self, file: str, reason: str) -> None:
         super().__init__(reason)
@@ -36,42 +35,42 @@ class DamagedError(Exception):
 
 
 class PartReader:
-    """Reads records by their slot. Safe to use from several threads and after a fork.
+    """Reads records by slot. Safe to use from several threads and after a fork.
 
-    record     what was written of it
-    failures   why images could not be read when they were extracted, by row
-    seen       1 for each slot whose record was read, and found sound the first time where that was asked for; always 0
-               where the bytes may be others the next time, as in an object store
+    record     the part record
+    failures   why images could not be read during extraction, by row
+    seen       1 for each slot that was read, and verified if that was requested; always 0 if the file may be replaced
+               between two reads, as in an object store
 
-    Raises FileNotFoundError where the part is not written, DamagedError for files that are not as they were written,
-    OSError for what the disk or the network refuses.
+    Raises FileNotFoundError if the part is not written, DamagedError for damaged files, OSError for errors of the disk
+    or network.
     """
 
     def __init__(
         self, storage: Storage, feature_set: FeatureSet, index: PartIndex, part: int, slots: int, open_shard: OpenShard
     ) -> None:
-        self.generation = 0  # PartOpener counts them
+        self.generation = 0  # set by PartOpener
         record = self.record = load_part_record(storage, feature_set, index, part)
         self.first_row = record.first_row
         self.failures = {failure.row: failure.reason for failure in record.failures}
         self.compressed = feature_set.compression is not None
         self.seen = bytearray(slots)
         size = None if self.compressed else feature_set.record_bytes
-        self._data = _Shard(shard_file(feature_set, part), record, slots, open_shard, size)
-        self._scales: _Shard | None = None
+        self._data = _IndexedShard(shard_file(feature_set, part), record, slots, open_shard, size)
+        self._scales: _IndexedShard | None = None
         if feature_set.has_scales:
             size = math.prod(feature_set.scale_shape) * SCALE_BYTES
-            self._scales = _Shard(scale_file(feature_set, part), record, slots, open_shard, size)
+            self._scales = _IndexedShard(scale_file(feature_set, part), record, slots, open_shard, size)
         self._checksums = _load_checksums(storage, checksum_file(feature_set, part), record, slots).data
 
     def prefetch(self, slot: int) -> None:
-        """Say that a record will be read soon, so that a disk fetches it while others are copied."""
+        """Ask the kernel to read a record from disk, while others are copied."""
         if size := self._data.sizes[slot]:
-            with suppress(ReplacedError, OSError):  # reading will tell
+            with suppress(ReplacedError, OSError):  # reading reports it
                 self._data.file.prefetch(self._data.offsets[slot], size)
 
     def read(self, slot: int, out: Bytes, scales: Bytes, check: bool) -> None:
-        """Fill `out` with a whole record, and `scales`, empty unless the set has them; `check` its checksum."""
+        """Read a whole record into `out` and its scales into `scales` (empty unless the set has scales)."""
         stored = np.empty(self._data.sizes[slot], np.uint8) if self.compressed else out
         self._data.read(slot, 0, stored)
         if self._scales is not None:
@@ -86,15 +85,15 @@ class PartReader:
         self.seen[slot] = self._data.file.is_snapshot
 
     def read_some(self, slot: int, skipped: int, out: Bytes, skipped_scales: int, scales: Bytes) -> None:
-        """Fill `out` from within an uncompressed record, after the bytes skipped; nothing is checked."""
+        """Read a slice of an uncompressed record into `out`, from byte `skipped`, without verifying the checksum."""
         self._data.read(slot, skipped, out)
         if self._scales is not None:
             self._scales.read(slot, skipped_scales, scales)
         self.seen[slot] = self._data.file.is_snapshot
 
 
-class _Shard:
-    """An open shard and where the records in it lie: offsets, -1 where there is none, and sizes."""
+class _IndexedShard:
+    """An open shard with the offset (-1 if missing) and size of each record."""
 
     def __init__(
         self, name: str, record: PartRecord, slots: int, open_shard: OpenShard, record_bytes: int | None
@@ -112,22 +111,22 @@ class _Shard:
             raise DamagedError(name, "is missing") from None
         except (ValueError, EOFError) as error:
             raise DamagedError(name, str(error)) from None
-        # Memoryviews: an element of one is a Python int in a fraction of the time that numpy takes.
+        # As memoryviews: their elements become Python ints faster than numpy's.
         self.offsets, self.sizes = offsets.data, sizes.data
 
     def read(self, slot: int, skipped: int, out: Bytes) -> None:
-        """Fill `out` from within the record of a slot, after the bytes skipped."""
+        """Read a slice of a slot's record into `out`, from byte `skipped`."""
         offset = self.offsets[slot]
         if offset < 0:
-            raise DamagedError(self.name, "is not there")
+            raise DamagedError(self.name, "is missing")
         try:
             self.file.read_into(offset + skipped, out)
         except EOFError as error:
-            raise DamagedError(self.name, f"is cut off: {error}") from None
+            raise DamagedError(self.name, f"is truncated: {error}") from None
 
 
 def load_part_record(storage: Storage, feature_set: FeatureSet, index: PartIndex, part: int) -> PartRecord:
-    """A part's record. Raises FileNotFoundError where it is not written, DamagedError, OSError."""
+    """A part's record. Raises FileNotFoundError if it is not written, DamagedError, OSError."""
     name = record_file(feature_set.name, part)
     try:
         record = load_record(storage, name)

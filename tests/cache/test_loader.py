@@ -572,7 +572,7 @@ def test_a_file_cut_short_while_it_is_open_is_an_error_and_not_the_end_of_the_pr
     require_right(reader.read([4, 5, 6, 7]))
     path = own_cache.path / shard_file(own_cache.feature_sets[name], 1)
     os.truncate(path, 20)
-    with pytest.raises(CorruptPartError, match=r"is cut off: the file"):
+    with pytest.raises(CorruptPartError, match=r"is truncated: the file"):
         reader.read([7])
     require_right(reader.read([0, 1]))
 
@@ -617,7 +617,7 @@ def test_a_disk_that_refuses_is_not_called_a_damaged_part(own_cache, monkeypatch
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "preadv", refuse)
-    with pytest.raises(CacheError, match=r"row 0, .* could not be read from maps: Input/output error; mend") as error:
+    with pytest.raises(CacheError, match=r"row 0, .* could not be read from maps: Input/output error; fix") as error:
         reader.read([0])
     assert not isinstance(error.value, CorruptPartError)
 
@@ -626,8 +626,8 @@ def test_a_disk_that_refuses_is_not_called_a_damaged_part(own_cache, monkeypatch
 
 
 def test_what_a_reader_keeps_of_parts_is_bounded(own_cache, monkeypatch):
-    monkeypatch.setattr("regionspot.cache.reading.feature_reader._KEPT_BYTES", 0)
-    monkeypatch.setattr("regionspot.cache.reading.feature_reader._LEAST_PARTS", 2)
+    monkeypatch.setattr("regionspot.cache.reading.feature_reader._OPEN_PARTS_BYTES", 0)
+    monkeypatch.setattr("regionspot.cache.reading.feature_reader._MIN_OPEN_PARTS", 2)
     reader = FeatureCache.open(own_cache.path, access="map")
     for _ in range(2):
         require_right(reader.read(own_cache.valid_rows()))
