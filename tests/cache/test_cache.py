@@ -789,7 +789,7 @@ def test_a_folder_that_may_not_be_written_is_said_in_one_line(tmp_path, cache, m
     for folder in (tmp_path, cache.path):
         folder.chmod(0o755)
     assert said[0] == (
-        "CacheError: new.zarr: cannot be created: Permission denied; give a place with space where you may write"
+        "CacheError: new.zarr: cannot be created: Permission denied; give a writable folder with free space"
     )
     assert said[1] == "CacheError: c.zarr: no permission to write; change it, or open the cache for reading"
     assert [path.name for path in tmp_path.iterdir()] == ["c.zarr"]
