@@ -53,7 +53,7 @@ class PartOpener:
 
     def begin_generation(self) -> None:
         self.generation += 1
-        self._open_shard.forget_files()
+        self._open_shard.close_files()
 
 
 class FeatureReader(ABC):

@@ -1,9 +1,9 @@
-"""Files that appear under their name whole or not at all, and are still there after a power cut.
+"""Atomic, durable file writes: a file appears whole or not at all, and survives a power cut.
 
-A file is written beside its place as `<name>.<host>-<pid>-<start>-<random>.partial`, flushed, renamed, and its folder
+A file is written as `<name>.<host>-<pid>-<start>-<random>.partial` in the same folder, flushed, renamed, and its folder
 flushed: without the first flush a rename can survive a power cut that the bytes did not, without the second the rename
-itself is lost. The random digits keep apart two threads that write the same file; the host, the process id and the time
-at which that process started tell a later run whether the writer is still alive.
+itself can be lost. The random digits separate threads that write the same file; host, process id and process start time
+show a later run whether the writer is still alive.
 """
 
 from __future__ import annotations
@@ -23,43 +23,43 @@ import google_crc32c
 
 from regionspot.cache.process import has_ended, process_place, this_process
 
-# No dots or dashes, so that the end of a partial file's name can be taken apart again. Machines and containers may
-# share a host's name; where one's process ids mean nothing to another, the mark behind it differs.
+# No dots or dashes, so that a partial file's name can be parsed. Machines and containers may share a host name; the
+# checksum of boot and process namespace separates those that do not share process ids.
 _HOST = re.sub(r"\W", "_", f"{socket.gethostname()}_{google_crc32c.value(repr(process_place()).encode()):08x}")
-# Earlier versions wrote neither the start nor the random digits; their leftovers are still removed.
+# Earlier versions wrote neither start time nor random digits; their leftovers are removed, too.
 _PARTIAL = re.compile(r"\.(?P<host>\w+)-(?P<pid>\d+)(-(?P<start>\d+)-[0-9a-f]{8})?\.partial$")
-# crc32c of any bytes with their own crc32c behind them, whatever they are: it follows from how a CRC is made.
+# crc32c of any data with its own crc32c appended: a constant of the CRC.
 _RESIDUE = 0x48674BC7
-# Bytes after which the disk is told to begin: it then writes while the next ones are computed, and the flush at the end
-# has little left to wait for: 270 MB at 1.6 GB/s instead of 1.2 (a raw file 1.4), medians of five rounds.
+# Bytes after which write-back starts: the disk then writes while the next bytes are computed, and the final flush waits
+# less: 270 MB at 1.6 GB/s instead of 1.2 (a raw file 1.4), medians of five rounds.
 _WRITE_BEHIND = 8 << 20
-_ABANDONED_SECONDS = 86_400  # a day without a write: no part takes that long, on any machine
+_ABANDONED_SECONDS = 86_400  # no part takes a day without a write
 
 
 class DurableFile:
-    """A file being written. `finish` puts its bytes on disk, `publish` gives it its name, `discard` gives it up."""
+    """A file being written: `finish` flushes it to disk, `publish` renames it into place, `discard` removes it."""
 
     def __init__(self, final: Path) -> None:
         self.final = final
         self.partial = partial_path(final)
         self._fd = os.open(self.partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
-        self._written = self._begun = 0
+        self._written = self._flushing = 0
 
     def write(self, data: Any) -> None:
-        """Append the bytes of any contiguous buffer. A write may take only a part of them, so it is asked again."""
+        """Append the bytes of any contiguous buffer."""
         left = memoryview(data).cast("B")
         self._written += len(left)
         while left:
-            left = left[os.write(self._fd, left) :]
-        if self._written - self._begun >= _WRITE_BEHIND:
+            left = left[os.write(self._fd, left) :]  # a write may be partial
+        if self._written - self._flushing >= _WRITE_BEHIND:
             self._write_behind()
 
     def _write_behind(self) -> None:
-        """Have the system begin to write what it holds of the file, without waiting for it."""
+        """Start write-back of the file's dirty pages without waiting for it."""
         if sys.platform == "linux":
-            # Elsewhere it may drop pages; Linux keeps those that are not on disk yet, and begins to write them.
-            os.posix_fadvise(self._fd, self._begun, self._written - self._begun, os.POSIX_FADV_DONTNEED)
-        self._begun = self._written
+            # Linux keeps dirty pages and starts to write them; other systems may drop pages.
+            os.posix_fadvise(self._fd, self._flushing, self._written - self._flushing, os.POSIX_FADV_DONTNEED)
+        self._flushing = self._written
 
     def finish(self) -> None:
         os.fsync(self._fd)
@@ -70,10 +70,9 @@ class DurableFile:
         sync_folder(self.final.parent)
 
     def discard(self) -> None:
-        """Remove what was written so far; does nothing once the file is published.
+        """Remove the partial file, if it is not published.
 
-        Where the disk refuses that as well, the file stays and counts as abandoned later: why it is given up must
-        not be lost over it.
+        Errors are suppressed, so that they do not hide the original one; the file counts as abandoned later.
         """
         with suppress(OSError):
             self._close()
@@ -81,13 +80,13 @@ class DurableFile:
             self.partial.unlink(missing_ok=True)
 
     def _close(self) -> None:
-        fd, self._fd = self._fd, -1  # first: closed it is also where closing says that something went wrong
+        fd, self._fd = self._fd, -1  # first: it is closed even when `close` reports an error
         if fd >= 0:
             os.close(fd)
 
 
 def write_file(final: Path, data: bytes) -> None:
-    """Write a small file whole or not at all."""
+    """Write a small file atomically."""
     file = DurableFile(final)
     try:
         file.write(data)
@@ -98,45 +97,45 @@ def write_file(final: Path, data: bytes) -> None:
         raise
 
 
-IMAGES_KEY = "pictures"  # what JSON files call a number of images, since the first cache
+IMAGES_KEY = "pictures"  # JSON key of a number of images, unchanged since the first cache
 
 
 def rename_key(document: dict[str, Any], old: str, new: str) -> dict[str, Any]:
-    """The same document, in the same order, with one key renamed where it is there."""
+    """The document with one key renamed, if present; the order is kept."""
     return {new if key == old else key: value for key, value in document.items()}
 
 
 def to_json(document: dict[str, Any]) -> bytes:
-    """The document as people read it, in one stable form: equal documents give equal bytes."""
+    """Serialize a document as readable JSON; equal documents give equal bytes."""
     return (json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
 def from_json(data: bytes) -> Any:
-    """The document in a file that may hold anything. Raises ValueError where it is none."""
+    """Parse JSON from untrusted bytes. Raises ValueError."""
     try:
         return json.loads(data)
     except RecursionError:
-        raise ValueError("is nested without end") from None
+        raise ValueError("is nested too deeply") from None
 
 
 def seal(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with the crc32c of its own content in it."""
+    """Add the crc32c of the document's content to it."""
     return {**document, "crc32c": _content_crc(document)}
 
 
 def is_sealed(document: Any) -> bool:
-    """Whether a document still is what `seal` made of it."""
+    """Whether a document's crc32c matches its content."""
     try:
         return isinstance(document, dict) and document.get("crc32c") == _content_crc(document)
-    except ValueError:  # half a surrogate, an infinity: damage may turn a document into one that cannot be written
+    except ValueError:  # damage may give content that JSON cannot encode: half a surrogate, an infinity
         return False
 
 
 def file_crc(data: bytes) -> int:
-    """crc32c of a file that tells it from every other one; of a file that ends with its own, what stands before that.
+    """crc32c of a file; of a file that ends with its own crc32c, that of the bytes before it.
 
-    Zarr's crc32c codec writes such files. Taken over all of them it would be one and the same number, and a chunk in
-    the place of another would not be noticed.
+    Zarr's crc32c codec writes such files. The crc32c of all their bytes is a constant, which would not detect a swapped
+    chunk.
     """
     crc = int(google_crc32c.value(data))
     return int(google_crc32c.value(data[:-4])) if crc == _RESIDUE else crc
@@ -148,7 +147,7 @@ def _content_crc(document: dict[str, Any]) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's list of names."""
+    """Flush a folder's directory entries."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -157,36 +156,36 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush every file and folder under `folder`, for what other libraries wrote without flushing."""
+    """Flush every file and folder under `folder`, for libraries that write without flushing."""
     for root, _, names in os.walk(folder):
         for name in names:
-            sync_folder(Path(root, name))  # the same call: a file's descriptor flushes the file
+            sync_folder(Path(root, name))  # fsync works on files, too
         sync_folder(Path(root))
 
 
 def partial_path(final: Path) -> Path:
-    """A new name, beside `final`, for what this process writes before it becomes `final`."""
+    """A new name in the folder of `final`, for what this process writes before renaming it to `final`."""
     writer = this_process()
     return final.with_name(f"{final.name}.{_HOST}-{writer.pid}-{writer.started}-{secrets.token_hex(4)}.partial")
 
 
 def is_partial(name: str) -> bool:
-    """Whether a file of this name is one that some process is writing, or was when it died."""
+    """Whether this is the name of an unfinished file, of a live or a dead writer."""
     return _PARTIAL.search(name) is not None
 
 
 def remove_abandoned(folder: Path, prefix: str = "") -> None:
-    """Remove partial files and folders under `folder`, not below it, whose writer is gone; leave those of living ones.
+    """Remove partial files and folders directly in `folder` whose writer is dead.
 
-    A writer of this machine is looked up by its process id and start. One of another machine, or from before this one
-    was restarted, cannot be, so what it left counts as abandoned only after a day without a change, by the clock of
-    the file system: machines' own clocks may be days apart.
+    A writer on this machine is looked up by process id and start time. One on another machine, or from before a reboot,
+    cannot be; its files count as abandoned after a day without a change, by the clock of the file system, because
+    machines' clocks may differ.
     """
     unknown = []
     for path in folder.glob(f"{prefix}*.partial"):
         name = _PARTIAL.search(path.name)
         if name is None:
-            continue  # not ours
+            continue  # of another program
         start = int(name["start"] or 0)
         if name["host"] == _HOST and has_ended(int(name["pid"]), start):
             _remove(path)
@@ -200,12 +199,12 @@ def remove_abandoned(folder: Path, prefix: str = "") -> None:
 
 
 def _remove(path: Path) -> None:
-    # Another run may be removing the same one just now; what stays is removed by the next.
+    # Another run may be removing it, too; the next run removes what is left.
     shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def _file_system_time(folder: Path) -> float | None:
-    """The modification time that a file written now gets; None where nothing can be written."""
+    """The file system's current time, from the mtime of a new file; None if it cannot be written."""
     try:
         probe = DurableFile(folder / "clock")
     except OSError:

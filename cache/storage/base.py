@@ -22,7 +22,7 @@ Access = Literal["auto", "map", "pread"]  # how a local shard is read; "auto" ma
 
 
 class NewFile(Protocol):
-    """A file being written: `finish` makes its bytes durable, `publish` gives it its name, `discard` gives it up."""
+    """A file being written: `finish` flushes it to disk, `publish` renames it into place, `discard` removes it."""
 
     def write(self, data: Any) -> None: ...
     def finish(self) -> None: ...
@@ -37,28 +37,28 @@ class ReplacedError(Exception):
 class ShardFile(Protocol):
     """An opened shard. Safe to use from several threads and after a fork.
 
-    stays   whether its bytes stay as they are for as long as it is open, also when another file takes its place
+    stays   whether it keeps the same bytes while it is open, also when the file is replaced
     """
 
     size: int
     is_snapshot: bool
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        """Fill the contiguous `out`. Raises EOFError where the file ends before, OSError, ReplacedError."""
+        """Fill the contiguous `out`. Raises EOFError when the file is too short, OSError, ReplacedError."""
 
     def prefetch(self, offset: int, size: int) -> None:
-        """Say that these bytes will be read soon, so that a disk fetches them while others are copied."""
+        """Hint that these bytes will be read soon, so that the disk fetches them in the background."""
 
 
 class Storage(ABC):
     """A tree of files. Safe to use from several threads and after a fork.
 
-    address   what messages call it and what opens it again: a path or a URL
-    readers   how many reads at once this store is fastest with
-    on_disk   whether its bytes lie on a disk of this machine, so that one thread waits for nothing but that
-    writable  whether a cache there can be written at all
+    address   path or URL, for messages and for opening it again
+    readers   number of concurrent reads with the best throughput
+    on_disk   whether the files are on a local disk, where one reader thread is enough
+    writable  whether this kind of storage can be written
 
-    Methods raise FileNotFoundError for a name that is not there and OSError for what the store refuses.
+    Methods raise FileNotFoundError for a missing file and OSError for other failures.
     """
 
     address: str
@@ -68,66 +68,63 @@ class Storage(ABC):
 
     @abstractmethod
     def local_path(self, name: str) -> Path | None:
-        """The file on a local disk, where it can be opened and mapped; None where the store has no such thing."""
+        """Path of the file on a local disk; None where the storage has no local files."""
 
     @abstractmethod
     def read(self, name: str) -> bytes:
-        """A whole file."""
+        """Read a whole file."""
 
     @abstractmethod
     def read_into(self, name: str, offset: int, out: memoryview) -> None:
-        """Fill `out` from `offset` of a file. Raises EOFError where the file ends before."""
+        """Fill `out` from `offset` of a file. Raises EOFError when the file is too short."""
 
     @abstractmethod
     def size(self, name: str) -> int:
-        """Bytes of a file."""
+        """Size of a file in bytes."""
 
     @abstractmethod
     def list_files(self, folder: str) -> list[str]:
-        """Names of the files directly in a folder, without the folder's; none where it does not exist."""
+        """Base names of the files directly in a folder; an empty list when it does not exist."""
 
     @abstractmethod
     def create(self, name: str) -> NewFile:
-        """Begin a file that replaces `name` once it is published. Its folder comes into being when it has to."""
+        """Start a file that replaces `name` when it is published. Creates its folder if needed."""
 
     @abstractmethod
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file, replacing it if it exists."""
+        """Write a small file atomically, replacing an existing one."""
 
     @abstractmethod
     def write_new(self, name: str, data: bytes) -> bool:
-        """Write a small file unless it exists already; whether it was written. Of several at once one wins."""
+        """Create a small file; False if it exists already. Of several concurrent writers one wins."""
 
     @abstractmethod
     def remove(self, name: str) -> None:
-        """Remove a file; does nothing where there is none."""
+        """Remove a file if it exists."""
 
     @abstractmethod
     def remove_abandoned(self, folder: str) -> None:
-        """Remove what killed writers left unfinished in a folder."""
+        """Remove unfinished files of killed writers from a folder."""
 
     @abstractmethod
     def check_writable(self) -> None:
-        """Raises CacheError where it is known beforehand that nothing may be written."""
+        """Raises CacheError if the storage is known to be read-only."""
 
     @abstractmethod
     def zarr_store(self, read_only: bool = True) -> Any:
-        """What zarr-python opens this tree by."""
+        """A zarr-python store of this tree."""
 
     def open_shard(self, name: str) -> ShardFile | None:
-        """A way to read a file again and again that is shorter than by its name; None where there is none."""
+        """Open a shard for repeated reads; None where `read_into` by name is as good."""
         return None
 
     def drop_local_copy(self, name: str) -> bool:
-        """Drop what is kept near here of a file that lies elsewhere, because it turned out to be wrong.
-
-        True says that something was dropped, so that it is worth the while to read the file once more.
-        """
+        """Drop the local copy of a remote file because it is damaged. True if reading the file again is worthwhile."""
         return False
 
     def repair_hint(self, part: int) -> str:
-        """What to do about a damaged part, for messages."""
-        return f"`regionspot cache repair` drops part {part}, then the same `regionspot extract` makes it again"
+        """How to fix a damaged part, for error messages."""
+        return f"`regionspot cache repair` drops part {part}, then the same `regionspot extract` writes it again"
 
     def exists(self, name: str) -> bool:
         try:

@@ -16,14 +16,14 @@ _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS)  # exFAT, some network an
 
 
 class LocalStorage(Storage):
-    """A folder."""
+    """Files in a folder."""
 
     readers = 2
     on_disk = True
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.address = folder, str(folder)
-        self._pinned: tuple[int, int] | None = None
+        self._pinned_inode: tuple[int, int] | None = None
 
     def local_path(self, name: str) -> Path:
         return self.folder / name
@@ -50,18 +50,18 @@ class LocalStorage(Storage):
             return []
 
     def create(self, name: str) -> DurableFile:
-        return DurableFile(self._place(name))
+        return DurableFile(self._prepare_folder(name))
 
     def write(self, name: str, data: bytes) -> None:
-        write_file(self._place(name), data)
+        write_file(self._prepare_folder(name), data)
 
     def write_new(self, name: str, data: bytes) -> bool:
-        final = self._place(name)
+        final = self._prepare_folder(name)
         file = DurableFile(final)
         try:
             file.write(data)
             file.finish()
-            os.link(file.partial, final)  # unlike a rename it refuses to replace, also over NFS
+            os.link(file.partial, final)  # unlike rename, fails if the name exists, also on NFS
         except FileExistsError:
             return False
         except OSError as error:
@@ -89,29 +89,29 @@ class LocalStorage(Storage):
         return LocalStore(self.folder, read_only=read_only)
 
     def pin(self) -> None:
-        """From now on write nothing when another folder has come to have this name, as it does when a cache grows."""
-        with suppress(OSError):  # who reads it next says what is wrong with it
-            self._pinned = self._identity()
+        """Refuse writes from now on if the folder is replaced, as `extend` does."""
+        with suppress(OSError):  # the next read reports it
+            self._pinned_inode = self._inode()
 
-    def _place(self, name: str) -> Path:
-        """Where a new file is to lie; the folder around it is there then."""
+    def _prepare_folder(self, name: str) -> Path:
+        """Path of a new file, whose folder is created if needed."""
         self._require_pinned()
         final = self.folder / name
         final.parent.mkdir(parents=True, exist_ok=True)
         return final
 
     def _require_pinned(self) -> None:
-        if self._pinned is not None and self._identity() != self._pinned:
-            told = "it grew, or was put in another one's place, since this run opened it; run this again"
-            raise OSError(errno.ESTALE, told, self.address)
+        if self._pinned_inode is not None and self._inode() != self._pinned_inode:
+            reason = "it was extended or replaced after this run opened it; run this again"
+            raise OSError(errno.ESTALE, reason, self.address)
 
-    def _identity(self) -> tuple[int, int]:
+    def _inode(self) -> tuple[int, int]:
         status = os.stat(self.folder)
         return status.st_dev, status.st_ino
 
 
 def _write_exclusively(final: Path, data: bytes) -> bool:
-    """`write_new` without links: for a moment others may see a file that is not whole yet."""
+    """`write_new` without hard links: other processes may briefly see an incomplete file."""
     try:
         with final.open("xb") as file:
             file.write(data)

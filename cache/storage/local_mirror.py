@@ -1,15 +1,14 @@
-"""A remote cache whose files are kept in a local folder as they are read: the first pass at the network's rate, the
-next ones at the disk's.
+"""A remote storage with a local mirror: the first epoch reads at network speed, later ones at disk speed.
 
     DIR/<name of the cache>-<hash of its address>/features/clip/feature_map/c.42.0.0@5d41402abc4b2a76
                                                   parts/clip/00042.json@7d793037a0760186
 
-A shard is fetched whole on its first use. The mark behind a file's name stands for its size and the store's etag, so a
-file that was replaced there is another file here: what is in the copy is never out of date, only unused. A shard is
-looked up in the store once by each cache that is opened, a small file whenever its last look is ten seconds old.
+A shard is downloaded whole on first use. The suffix of a copy's name is a hash of the file's size and ETag, so a file
+that is replaced in the store gets another copy, and a copy is never stale. The version of a shard is looked up once per
+opened cache, that of a small file when the last look-up is more than ten seconds old.
 
-Shards in the copy are checked by the checksums of their records as everywhere; a reader that finds one wrong has it
-dropped and fetched once more (`forget`). All other files carry a checksum of their own here and mend themselves.
+Shards are checked by their records' checksums; a reader that finds a damaged one has it downloaded again
+(`drop_local_copy`). All other copies carry their own checksum and are re-read from the store when it does not match.
 """
 
 from __future__ import annotations
@@ -32,50 +31,50 @@ from regionspot.cache.storage.zarr_shard import with_crc, without_crc
 
 log = logging.getLogger(__name__)
 
-_Write = Callable[[str, Version, int], None]  # puts a version of a file into an open descriptor
+_Download = Callable[[str, Version, int], None]  # writes a version of a file to an open descriptor
 
 NO_LIMIT = 2**63 - 1  # bytes
 
-_CRC_BYTES = 4  # behind every copy that is no shard
-_TRIES = 3  # of a file that is replaced while it is fetched
-_FRESH = 10.0  # seconds for which a listed file needs no further look: a listing of 10,000 parts, then their records
-_AT_THE_SAME_TIME = 60.0  # seconds in which threads may find one copy wrong
-_DISK_IS_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+_CRC_BYTES = 4  # appended to every copy that is not a shard
+_TRIES = 3  # of a file that is replaced during its download
+_VERSION_SECONDS = 10.0  # a looked-up version is reused: listing 10,000 parts, then reading their records
+_DAMAGE_SECONDS = 60.0  # several threads may find the same copy damaged within this time
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "p": 10**15}
 _BINARY_UNITS = {"k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "p": 2**50}
 
 
 class LocalMirror(Storage):
-    """A remote storage and the folder with copies of its files."""
+    """A remote storage and a local folder with copies of its files."""
 
-    readers = 4  # most reads are the disk's, but a few shards are fetched at once
+    readers = 4  # most reads are local, but a few shards are downloaded in parallel
 
     def __init__(self, remote: RemoteStorage, folder: Path, limit: int) -> None:
         self.address, self._remote, self._copies = remote.address, remote, LruFolder(folder, limit)
         name = re.sub(r"[^\w.-]+", "_", remote.address.rpartition("/")[2]) or "cache"
-        self._place = f"{name}-{_hash(remote.address)}"
-        self._seen: dict[str, tuple[float, Version]] = {}
-        self._forgotten: dict[str, float] = {}
+        self._subfolder = f"{name}-{_hash(remote.address)}"
+        self._versions: dict[str, tuple[float, Version]] = {}
+        self._dropped: dict[str, float] = {}  # when a damaged copy was dropped
         self._is_full = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LocalMirror, (self._remote, self._copies.folder, self._copies.limit)
 
     def local_path(self, name: str) -> Path | None:
-        """The shard in the copy, fetched if it is not there; None for other files, and when the disk is full."""
+        """Path of a shard's copy, downloaded if needed; None for other files, and when the disk is full."""
         if not _is_shard(name):
             return None
-        return self._kept(name, self._remote.download)
+        return self._local_copy(name, self._remote.download)
 
     def read(self, name: str) -> bytes:
-        if not _is_kept(name):
+        if not _is_mirrored(name):
             return self._remote.read(name)
-        path = self.local_path(name) if _is_shard(name) else self._kept(name, self._write_sealed)
+        path = self.local_path(name) if _is_shard(name) else self._local_copy(name, self._download_with_crc)
         try:
             if path is None:
                 return self._remote.read(name)
             stored = path.read_bytes()
-        except FileNotFoundError:  # it had to make room just now
+        except FileNotFoundError:  # evicted just now
             return self._remote.read(name)
         if _is_shard(name):
             return stored
@@ -89,7 +88,7 @@ class LocalMirror(Storage):
         path = self.local_path(name)
         try:
             fd = -1 if path is None else os.open(path, os.O_RDONLY)
-        except FileNotFoundError:  # it had to make room just now
+        except FileNotFoundError:  # evicted just now
             fd = -1
         if fd < 0:
             self._remote.read_into(name, offset, out)
@@ -102,30 +101,30 @@ class LocalMirror(Storage):
 
     def size(self, name: str) -> int:
         version = self._remote.version(name)
-        self._seen[name] = time.monotonic(), version
+        self._versions[name] = time.monotonic(), version
         return version.size
 
     def list_files(self, folder: str) -> list[str]:
-        found, now = self._remote.listing(folder), time.monotonic()
-        for name, version in found.items():
+        versions, now = self._remote.list_versions(folder), time.monotonic()
+        for name, version in versions.items():
             if version is not None:
-                self._seen[f"{folder}/{name}" if folder else name] = now, version
-        return list(found)
+                self._versions[f"{folder}/{name}" if folder else name] = now, version
+        return list(versions)
 
     def create(self, name: str) -> NewFile:
-        return _Replacing(self._remote.create(name), self._seen, name)
+        return _Upload(self._remote.create(name), self._versions, name)
 
     def write(self, name: str, data: bytes) -> None:
         self._remote.write(name, data)
-        self._seen.pop(name, None)
+        self._versions.pop(name, None)
 
     def write_new(self, name: str, data: bytes) -> bool:
-        self._seen.pop(name, None)
+        self._versions.pop(name, None)
         return self._remote.write_new(name, data)
 
     def remove(self, name: str) -> None:
         self._remote.remove(name)
-        self._seen.pop(name, None)
+        self._versions.pop(name, None)
 
     def remove_abandoned(self, folder: str) -> None:
         self._remote.remove_abandoned(folder)
@@ -136,87 +135,87 @@ class LocalMirror(Storage):
     def zarr_store(self, read_only: bool = True) -> Any:
         if not read_only:
             return self._remote.zarr_library_store(read_only=False)
-        from regionspot.cache.storage.zarr_store import ZarrView  # zarr takes a second to import
+        from regionspot.cache.storage.zarr_store import ReadOnlyZarrStore  # importing zarr takes a second
 
-        return ZarrView(self, self._remote.zarr_library_store(read_only=True))
+        return ReadOnlyZarrStore(self, self._remote.zarr_library_store(read_only=True))
 
     def drop_local_copy(self, name: str) -> bool:
-        """As Storage says. A file is fetched anew once: if it is wrong again, it is wrong in the store.
+        """A file is downloaded again only once: if it is still damaged, it is damaged in the store.
 
-        True also for a while after, for threads that found the old copy wrong at the same time, and for a copy that
-        is not there, which may have made room between being looked up and being opened.
+        Also True for other threads that found the same copy damaged within _DAMAGE_SECONDS, and for a missing copy,
+        which may have been evicted between look-up and open.
         """
-        now, (_, version) = time.monotonic(), self._seen.get(name, (0.0, None))
+        now, (_, version) = time.monotonic(), self._versions.get(name, (0.0, None))
         old = None if version is None else self._copies.folder / self._copy_name(name, version)
-        first = self._forgotten.setdefault(name, now)
+        first = self._dropped.setdefault(name, now)
         if first == now and old is not None:
-            self._seen.pop(name, None)
+            self._versions.pop(name, None)
             old.unlink(missing_ok=True)
-        return now - first < _AT_THE_SAME_TIME or old is None or not old.exists()
+        return now - first < _DAMAGE_SECONDS or old is None or not old.exists()
 
-    def _kept(self, name: str, write: _Write) -> Path | None:
-        """Path of the copy of a file as it is in the store now; None where the disk has no room for it."""
+    def _local_copy(self, name: str, download: _Download) -> Path | None:
+        """Path of the copy of a file's current version; None when the disk is full."""
         for _ in range(_TRIES):
             try:
-                return self._fetched(name, self._version_now(name), write)
+                return self._fetch(name, self._current_version(name), download)
             except OSError as error:
                 if error.errno != errno.ESTALE:
                     raise
-                self._seen.pop(name, None)  # replaced since the last look
+                self._versions.pop(name, None)  # replaced since the last look-up
         return None
 
-    def _fetched(self, name: str, version: Version, write: _Write) -> Path | None:
+    def _fetch(self, name: str, version: Version, download: _Download) -> Path | None:
         copy = self._copy_name(name, version)
         if self._is_full:
             return self._copies.find(copy)
         size = version.size if _is_shard(name) else version.size + _CRC_BYTES
         try:
-            return self._copies.fetch(copy, size, lambda fd: write(name, version, fd), name.startswith("features/"))
+            return self._copies.fetch(copy, size, lambda fd: download(name, version, fd), name.startswith("features/"))
         except OSError as error:
-            if error.errno not in _DISK_IS_FULL:
+            if error.errno not in _DISK_FULL:
                 raise
-            if not self._is_full:  # another thread may have told it meanwhile
+            if not self._is_full:  # another thread may have logged it
                 self._is_full = True
-                folder, told = self._copies.folder, error.strerror
-                log.warning("%s: takes no more copies: %s; the rest is read from %s", folder, told, self.address)
+                folder, reason = self._copies.folder, error.strerror
+                log.warning("%s: no more local copies: %s; the rest is read from %s", folder, reason, self.address)
             return None
 
-    def _write_sealed(self, name: str, version: Version, fd: int) -> None:
+    def _download_with_crc(self, name: str, version: Version, fd: int) -> None:
         data = bytes(self._remote.read_range(name, 0, version.size, version)) if version.size else b""
         left = memoryview(with_crc(data))
         while left:
             left = left[os.write(fd, left) :]
 
-    def _version_now(self, name: str) -> Version:
-        when, version = self._seen.get(name, (0.0, None))
-        if version is None or not (name.startswith("features/") or time.monotonic() - when < _FRESH):
+    def _current_version(self, name: str) -> Version:
+        when, version = self._versions.get(name, (0.0, None))
+        if version is None or not (name.startswith("features/") or time.monotonic() - when < _VERSION_SECONDS):
             version = self._remote.version(name)
-            self._seen[name] = time.monotonic(), version
+            self._versions[name] = time.monotonic(), version
         return version
 
     def _copy_name(self, name: str, version: Version) -> str:
-        # What was fetched again is another file, for a reader may hold the wrong one open under its path.
-        again = "~" if name in self._forgotten else ""
-        return f"{self._place}/{name}@{_hash(f'{version.size} {version.mark}')}{again}"
+        # A repeated download gets another name, because a reader may have the damaged copy open.
+        again = "~" if name in self._dropped else ""
+        return f"{self._subfolder}/{name}@{_hash(f'{version.size} {version.etag}')}{again}"
 
 
-class _Replacing:
-    """A file being written into the store: when it is there, what was known of its name is so no more."""
+class _Upload:
+    """A file being written to the store; publishing it drops its cached version."""
 
-    def __init__(self, file: NewFile, seen: dict[str, Any], name: str) -> None:
+    def __init__(self, file: NewFile, versions: dict[str, Any], name: str) -> None:
         self.write, self.finish, self.discard = file.write, file.finish, file.discard
-        self._publish, self._seen, self._name = file.publish, seen, name
+        self._publish, self._versions, self._name = file.publish, versions, name
 
     def publish(self) -> None:
         self._publish()
-        self._seen.pop(self._name, None)
+        self._versions.pop(self._name, None)
 
 
 def with_local_mirror(storage: Storage, folder: str | Path | None, limit: str | int | None = None) -> Storage:
-    """The same storage, whose files are kept under `folder`, at most `limit` bytes of all caches together.
+    """Mirror a remote storage in `folder`, which holds at most `limit` bytes of all caches together.
 
-    A storage on a local disk is returned as it is. Raises InputError for a limit that is no size or has no folder, and
-    where the folder cannot be written.
+    A local storage is returned as is, with a warning. Raises InputError for a limit that is not a size or has no folder,
+    and if the folder cannot be written.
     """
     if folder is None:
         raise InputError(
@@ -230,7 +229,7 @@ def with_local_mirror(storage: Storage, folder: str | Path | None, limit: str | 
 
 
 def parse_bytes(text: str) -> int:
-    """A size as people write it: `500GB`, `1.5 TB`, `64GiB`, `2e9`. Raises InputError for anything else."""
+    """Parse a size such as `500GB`, `1.5 TB`, `64GiB`, `2e9`. Raises InputError for anything else."""
     match = re.fullmatch(r"\s*([\d.]+(?:e\d+)?)\s*([kmgtp]?)(i?)b?\s*", text, re.IGNORECASE)
     try:
         number, unit, binary = match.groups() if match else ("", "", "")
@@ -238,18 +237,18 @@ def parse_bytes(text: str) -> int:
     except (ValueError, KeyError, OverflowError):
         size = 0
     if size < 1:
-        raise InputError(f"local limit {text!r} is no size; write it as 500GB, 1.5TB or 64GiB")
+        raise InputError(f"local limit {text!r} is not a size; write it as 500GB, 1.5TB or 64GiB")
     return size
 
 
 def _is_shard(name: str) -> bool:
-    """Whether this is one of the large files of a part: features/<set>/<array>/c.42.0.0."""
+    """Whether this is a shard: features/<set>/<array>/c.42.0.0."""
     folders = name.split("/")
     return len(folders) == 4 and folders[0] == "features" and folders[2] != "crc32c" and folders[3].startswith("c.")
 
 
-def _is_kept(name: str) -> bool:
-    # Whatever else is written beside, such as claims, is alive and read where it lies.
+def _is_mirrored(name: str) -> bool:
+    # Other files, such as claims, change all the time and are read from the store.
     return name.startswith(("features/", "images/", "regions/", "parts/")) or name == "zarr.json"
 
 

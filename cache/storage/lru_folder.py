@@ -1,12 +1,11 @@
-"""A folder of copies of files that lie elsewhere, of a size that is not passed: the least recently used goes first.
+"""A folder of copies of remote files with a size limit; the least recently used file is evicted first.
 
-Threads, processes and machines may share it. A file is fetched by one of them, into `<name>.partial`, which it holds
-locked meanwhile (POSIX record locks: they end with a killed process, and no forked child inherits them); whoever else
-wants it waits. A partial file has its full length from the start, so that what is being fetched counts, and is cut and
-written again by the next one where its writer was killed.
+Threads, processes and machines may share it. One of them downloads a file into `<name>.partial` and holds a lock on it
+(POSIX record locks: they end with a killed process, and forked children do not inherit them); others wait. A partial
+file has its full length from the start, so it counts towards the limit; if its writer is killed, the next one truncates
+and rewrites it.
 
-    .room      locked while room is made or a name given; holds the bytes of all files, counted anew whenever some
-               have to go
+    .room      lock file for evicting and renaming; holds the total size of all files, recounted at every eviction
 """
 
 from __future__ import annotations
@@ -29,100 +28,95 @@ from regionspot.cache.errors import CacheError, InputError
 log = logging.getLogger(__name__)
 
 _PARTIAL, _ROOM = ".partial", ".room"
-_OURS = re.compile(r"@[0-9a-f]{16}~?(\.partial)?$")
-_LOOK_AGAIN = 0.1  # seconds between two looks whether a running download has left room
+_COPY_NAME = re.compile(r"@[0-9a-f]{16}~?(\.partial)?$")
+_POLL_SECONDS = 0.1  # while running downloads take all of the space
 
-# Record locks keep processes apart, not threads. What threads of this process have locked stands here.
+# Record locks exclude other processes, not threads. This holds the paths that threads of this process have locked.
 _changed = threading.Condition()
 _locked: set[Path] = set()
 
 
 def _after_fork() -> None:
     global _changed, _locked
-    _changed, _locked = threading.Condition(), set()  # of the parent's threads none came along
+    _changed, _locked = threading.Condition(), set()  # the parent's threads do not exist here
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
-class _Kept:
+class _Copy:
     path: Path
     size: int
-    used: float
+    last_used: float
 
 
 class LruFolder:
-    """Names are `<cache>/<path in the cache>@<16 hex digits>`; each stands for one content for ever.
+    """Copies are named `<cache>/<path in the cache>@<16 hex digits>`; the content of a name never changes.
 
-    Whatever else lies in the folder is not counted and never touched.
+    Other files in the folder are neither counted nor touched.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        # Resolved, so that a file has one path in this process, whoever opened the folder: see _remove_abandoned.
+        # Resolved, so that a file has one path in this process: see _remove_abandoned.
         self.folder, self.limit = folder.resolve(), limit
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self._room():
+            with self._locked_room():
                 pass
         except OSError as error:
-            raise InputError(
-                f"{folder}: cannot hold a local copy: {error.strerror}; give a folder where you may write"
-            ) from None
+            raise InputError(f"{folder}: cannot hold a local copy: {error.strerror}; give a writable folder") from None
 
     def find(self, name: str) -> Path | None:
-        """The file, if it is there; it counts as used now."""
+        """Path of a copy, marked as used now; None if it does not exist."""
         path = self.folder / name
         try:
-            # Set by us, for a mount may be told not to; the other time tells readers one file from the next.
+            # Set explicitly: the mount may be noatime. Keep mtime, by which readers detect a replaced file.
             os.utime(path, ns=(time.time_ns(), os.stat(path).st_mtime_ns))
         except FileNotFoundError:
             return None
         except PermissionError:
-            log.debug("%s: is another user's, so it keeps its time", path)
+            log.debug("%s: belongs to another user; access time not updated", path)
         return path
 
     def fetch(self, name: str, size: int, write: Callable[[int], None], is_part: bool) -> Path:
-        """The file, which `write` puts into an open descriptor if it is not there.
+        """Path of a copy, which `write` downloads into an open descriptor if it does not exist.
 
-        is_part   of features: flushed to the disk, and others go for it where the folder is full. What is none is
-                  little and carries a checksum of its own; room for it is made with the next part
+        is_part   whether it belongs to features: it is flushed to disk, and others are evicted for it. Other files are
+                  small and carry their own checksum; the next part makes space for them
 
-        Raises CacheError where it is larger than all of the folder may be, OSError for what the disk refuses, and
-        whatever `write` raises. Nothing of it is left then.
+        Raises CacheError if it is larger than the limit, OSError from the disk, and whatever `write` raises; it leaves
+        no partial file then.
         """
         if is_part and size > self.limit:
-            asked = name.partition("@")[0]
             raise CacheError(
-                f"{self.folder}: a limit of {self.limit:,} bytes is less than one part, the {size:,} of {asked}; "
-                "allow many times as much, or read without a local copy"
+                f"{self.folder}: a limit of {self.limit:,} bytes is less than one part, the {size:,} of "
+                f"{name.partition('@')[0]}; raise the limit to many parts, or read without a local copy"
             )
         final = self.folder / name
-        found = self.find(name)
-        if found is not None:
-            return found
+        if (path := self.find(name)) is not None:
+            return path
         final.parent.mkdir(parents=True, exist_ok=True)
         with _locked_file(final.with_name(final.name + _PARTIAL)) as (fd, partial):
-            found = self.find(name)  # another one may have fetched it while we waited
-            if found is not None:
+            if (path := self.find(name)) is not None:  # downloaded by another process while this one waited
                 partial.unlink()
-                return found
+                return path
             try:
-                self._take_room(fd, size, is_part)
+                self._reserve(fd, size, is_part)
                 write(fd)
                 if is_part:
                     os.fsync(fd)
-                with self._room():  # or files being counted might be missed under both their names
+                with self._locked_room():  # else a concurrent count could miss it under both names
                     os.replace(partial, final)
             except BaseException:
                 partial.unlink(missing_ok=True)
                 raise
         return final
 
-    def _take_room(self, fd: int, size: int, is_part: bool) -> None:
-        os.ftruncate(fd, 0)  # what a killed writer had left of it
+    def _reserve(self, fd: int, size: int, is_part: bool) -> None:
+        os.ftruncate(fd, 0)  # drop what a killed writer left
         while True:
-            with self._room() as room:
+            with self._locked_room() as room:
                 total = _read_total(room)
                 if is_part and total + size > self.limit:
                     total = self._evict(size)
@@ -130,32 +124,32 @@ class LruFolder:
                     os.ftruncate(fd, size)
                     _write_total(room, total + size)
                     return
-            time.sleep(_LOOK_AGAIN)  # all the room is taken by running downloads
+            time.sleep(_POLL_SECONDS)  # running downloads take all of the space
 
     def _evict(self, size: int) -> int:
-        """Remove what was used longest ago until `size` fits or nothing is left to remove; the bytes that stay."""
-        kept = [each for each in _files_under(self.folder) if _OURS.search(each.path.name)]
-        total = sum(each.size for each in kept)
-        # What is no part of features goes last: it is little, and a cache cannot be opened without it.
-        for each in sorted(kept, key=lambda each: (self._folder_in_cache(each.path) != ("features",), each.used)):
+        """Remove the least recently used copies until `size` fits; the total size of the remaining ones."""
+        copies = [copy for copy in _files_under(self.folder) if _COPY_NAME.search(copy.path.name)]
+        total = sum(copy.size for copy in copies)
+        # Features first: other files are small, and a cache cannot be opened without them.
+        for copy in sorted(copies, key=lambda copy: (not self._is_feature(copy.path), copy.last_used)):
             if total + size <= self.limit:
                 break
-            if each.path.name.endswith(_PARTIAL) and not _remove_abandoned(each.path):
+            if copy.path.name.endswith(_PARTIAL) and not _remove_abandoned(copy.path):
                 continue
-            each.path.unlink(missing_ok=True)
-            total -= each.size
+            copy.path.unlink(missing_ok=True)
+            total -= copy.size
         return total
 
-    def _folder_in_cache(self, path: Path) -> tuple[str, ...]:
-        return path.relative_to(self.folder).parts[1:2]
+    def _is_feature(self, path: Path) -> bool:
+        return path.relative_to(self.folder).parts[1:2] == ("features",)
 
     @contextlib.contextmanager
-    def _room(self) -> Iterator[int]:
+    def _locked_room(self) -> Iterator[int]:
         with _locked_file(self.folder / _ROOM) as (fd, _):
             yield fd
 
 
-def _files_under(folder: Path) -> Iterator[_Kept]:
+def _files_under(folder: Path) -> Iterator[_Copy]:
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.is_dir(follow_symlinks=False):
@@ -163,14 +157,14 @@ def _files_under(folder: Path) -> Iterator[_Kept]:
                 continue
             with contextlib.suppress(FileNotFoundError):  # renamed or removed just now
                 status = entry.stat(follow_symlinks=False)
-                yield _Kept(Path(entry.path), status.st_size, status.st_atime)
+                yield _Copy(Path(entry.path), status.st_size, status.st_atime)
 
 
 def _read_total(fd: int) -> int:
     try:
         return int(os.pread(fd, 32, 0) or 0)
     except ValueError:
-        return sys.maxsize  # not as we wrote it: have the files counted
+        return sys.maxsize  # damaged: forces a recount
 
 
 def _write_total(fd: int, total: int) -> None:
@@ -179,7 +173,7 @@ def _write_total(fd: int, total: int) -> None:
 
 @contextlib.contextmanager
 def _locked_file(path: Path) -> Iterator[tuple[int, Path]]:
-    """Descriptor of a file that no other thread, process or machine holds locked meanwhile; made where it is not."""
+    """Open a file, created if needed, with a lock against other threads, processes and machines."""
     with _changed:
         while path in _locked:
             _changed.wait()
@@ -189,7 +183,7 @@ def _locked_file(path: Path) -> Iterator[tuple[int, Path]]:
         try:
             yield fd, path
         finally:
-            os.close(fd)  # ends the lock
+            os.close(fd)  # releases the lock
     finally:
         with _changed:
             _locked.discard(path)
@@ -206,7 +200,7 @@ def _open_locked(path: Path) -> int:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # renamed or removed by the one who had it before
+        os.close(fd)  # the previous holder renamed or removed it
 
 
 def _is_at(fd: int, path: Path) -> bool:
@@ -217,9 +211,9 @@ def _is_at(fd: int, path: Path) -> bool:
 
 
 def _remove_abandoned(partial: Path) -> bool:
-    """Remove a partial file whose writer was killed; whether it was one."""
+    """Remove a partial file if its writer was killed; False if it is being written."""
     with _changed:
-        if partial in _locked:  # opening and closing it would end the lock of our own thread
+        if partial in _locked:  # closing it would release this process's own lock
             return False
         try:
             fd = os.open(partial, os.O_RDWR)

@@ -1,9 +1,9 @@
-"""A cache in an object store: S3 and what speaks its protocol, Google Cloud Storage, Azure Blob Storage; by obstore.
+"""Storage in an object store, by obstore: S3 and compatible stores, Google Cloud Storage, Azure Blob Storage.
 
-Reading is by byte ranges, from as many threads as the caller likes. A file is streamed up in parts while it is
-written; it appears at once and whole when it is published. What a killed writer had sent appears never.
+Reads are byte ranges, from any number of threads. A file is uploaded in parts while it is written and appears whole
+when it is published; the parts of a killed writer never appear.
 
-A client belongs to the process that made it: after a fork another one is made (see obstore_forks.py).
+A client works only in the process that created it; a forked child creates another (obstore_fork_safety.py).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import configparser
 import contextlib
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -21,16 +21,16 @@ from urllib.parse import urlsplit
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.storage.base import NewFile
-from regionspot.cache.storage.obstore_errors import trouble_of
+from regionspot.cache.storage.obstore_errors import classify_obstore_error
 from regionspot.cache.storage.obstore_fork_safety import current_obstore, keep
-from regionspot.cache.storage.remote import RemoteStorage, Trouble, Version
+from regionspot.cache.storage.remote import ClassifiedError, RemoteStorage, Version
 
 _PART_BYTES = 8 << 20  # of a multipart upload: S3 takes 5 MB to 5 GB, and 10,000 of them, so files up to 80 GB
 _PARTS_AT_ONCE = 4  # so a file being written takes at most 40 MB of memory
-_LONGEST_SILENCE = 30.0  # seconds without a byte after which a request counts as failed
+_READ_TIMEOUT = 30.0  # seconds without a byte after which a request has failed
 
 
-# What says where keys come from, so that the files are not asked.
+# If one is set, the keys do not come from Amazon's configuration files.
 _AWS_KEY_SOURCES = (
     "AWS_ACCESS_KEY_ID",
     "AWS_SKIP_SIGNATURE",
@@ -49,12 +49,12 @@ _AWS_FIELDS = {
 
 @dataclass(frozen=True)
 class _Clients:
-    """Connections of one process. `once` asks once, for what we ask again ourselves; `patient` asks by itself."""
+    """Connections of one process: `once` never retries (RemoteStorage does), `retrying` retries by itself."""
 
     process: int
     obstore: Any
     once: Any
-    patient: Any
+    retrying: Any
 
 
 class ObjectStorage(RemoteStorage):
@@ -62,34 +62,33 @@ class ObjectStorage(RemoteStorage):
 
     def __init__(self, address: str, retry_seconds: float) -> None:
         super().__init__(address, retry_seconds)
-        self._held = self._connect()
+        self._clients = self._connect()
 
     def version(self, name: str) -> Version:
         if not name:
             return self._version_of_root()
-        found = self._ask(name, lambda clients: clients.obstore.head(clients.once, name))
-        return _version(found)
+        return _version(self._request(name, lambda clients: clients.obstore.head(clients.once, name)))
 
     def _version_of_root(self) -> Version:
-        if not self.listing(""):
-            raise FileNotFoundError(errno.ENOENT, "there is nothing", self.address)
+        if not self.list_versions(""):
+            raise FileNotFoundError(errno.ENOENT, "no files at this address", self.address)
         return Version(0, "")
 
-    def listing(self, folder: str) -> dict[str, Version | None]:
-        found = self._ask(
+    def list_versions(self, folder: str) -> dict[str, Version | None]:
+        entries = self._request(
             folder, lambda clients: clients.obstore.list_with_delimiter(clients.once, folder or None)["objects"]
         )
-        return {each["path"].rpartition("/")[2]: _version(each) for each in found}
+        return {entry["path"].rpartition("/")[2]: _version(entry) for entry in entries}
 
     def read(self, name: str) -> bytes:
-        return bytes(self._ask(name, lambda clients: clients.obstore.get(clients.once, name).bytes()))
+        return bytes(self._request(name, lambda clients: clients.obstore.get(clients.once, name).bytes()))
 
     def read_range(self, name: str, start: int, stop: int, version: Version | None = None) -> Any:
         options: dict[str, Any] = {"range": (start, stop)}
-        if version is not None and version.mark.startswith('"'):
-            options["if_match"] = version.mark
+        if version is not None and version.etag.startswith('"'):
+            options["if_match"] = version.etag
         try:
-            return self._ask(name, lambda clients: clients.obstore.get(clients.once, name, options=options).bytes())
+            return self._request(name, lambda clients: clients.obstore.get(clients.once, name, options=options).bytes())
         except OSError as error:
             if error.errno == errno.ERANGE:
                 return b""
@@ -99,16 +98,16 @@ class ObjectStorage(RemoteStorage):
         return _Upload(self, name)
 
     def write(self, name: str, data: bytes) -> None:
-        self._ask(name, lambda clients: clients.obstore.put(clients.once, name, data))
+        self._request(name, lambda clients: clients.obstore.put(clients.once, name, data))
 
     def write_new(self, name: str, data: bytes) -> bool:
-        """As Storage says, by a put on condition (If-None-Match). A store that knows none is looked at before.
+        """As Storage.write_new, by a conditional put (If-None-Match). A store without it is checked before the write.
 
-        A file of just this content counts as written by us: the answer to an earlier try may have been lost. So what
-        several writers compete with has to say whose it is.
+        A file with the same content counts as written by this call, because the response to an earlier try may have
+        been lost. So competing writers must write different content.
         """
         try:
-            self._ask(
+            self._request(
                 name,
                 lambda clients: clients.obstore.put(clients.once, name, data, mode="create", use_multipart=False),
             )
@@ -124,20 +123,20 @@ class ObjectStorage(RemoteStorage):
 
     def remove(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
-            self._ask(name, lambda clients: clients.obstore.delete(clients.once, name))
+            self._request(name, lambda clients: clients.obstore.delete(clients.once, name))
 
     def zarr_library_store(self, read_only: bool) -> Any:
-        from zarr.storage import ObjectStore  # zarr takes a second to import
+        from zarr.storage import ObjectStore  # importing zarr takes a second
 
-        return ObjectStore(self.clients().patient, read_only=read_only)
+        return ObjectStore(self.clients().retrying, read_only=read_only)
 
     def clients(self) -> _Clients:
         """The connections of this process."""
-        held = self._held
-        if held.process != os.getpid():
-            keep(held)
-            held = self._held = self._connect()  # two threads may both do it; either result will do
-        return held
+        clients = self._clients
+        if clients.process != os.getpid():
+            keep(clients)
+            clients = self._clients = self._connect()  # two threads may both connect; either result works
+        return clients
 
     def _connect(self) -> _Clients:
         try:
@@ -147,89 +146,90 @@ class ObjectStorage(RemoteStorage):
         from obstore.exceptions import BaseError
         from obstore.store import from_url
 
-        connect: Any = from_url  # typed by the names of each store's own options
-        silence = timedelta(seconds=min(_LONGEST_SILENCE, max(self.retry_seconds, 1)))
+        connect: Any = from_url  # its type hints depend on the kind of store
+        read_timeout = timedelta(seconds=min(_READ_TIMEOUT, max(self.retry_seconds, 1)))
         client_options = {
-            "allow_http": True,  # where an endpoint is given as http://
+            "allow_http": True,  # for endpoints with http://
             "connect_timeout": timedelta(seconds=5),
-            "read_timeout": silence,
-            "timeout": timedelta(hours=1),  # of a whole transfer, however slow the line
+            "read_timeout": read_timeout,
+            "timeout": timedelta(hours=1),  # of a whole transfer over a slow network
         }
-        patient = {
+        retrying = {
             "max_retries": 20,
             "retry_timeout": timedelta(seconds=self.retry_seconds),
             "backoff": {"init_backoff": timedelta(seconds=0.1), "max_backoff": timedelta(seconds=10), "base": 2},
         }
         config = _aws_profile() if urlsplit(self.address).scheme in ("s3", "s3a") else {}
         try:
-            made = [
+            stores = [
                 connect(self.address, client_options=client_options, retry_config=retries, **config)
-                for retries in ({"max_retries": 0}, patient)
+                for retries in ({"max_retries": 0}, retrying)
             ]
         except (BaseError, ValueError) as error:
-            raise InputError(f"{self.address}: is no address of a store: {_first_line(error)}") from None
-        return _Clients(os.getpid(), obstore, *made)
+            first_line = str(error).strip().partition("\n")[0]
+            raise InputError(f"{self.address}: is not a store's address: {first_line}") from None
+        return _Clients(os.getpid(), obstore, *stores)
 
-    def _ask(self, name: str, ask: Any) -> Any:
-        return self.with_retries(name, lambda: ask(self.clients()))
+    def _request(self, name: str, request: Callable[[_Clients], Any]) -> Any:
+        return self.with_retries(name, lambda: request(self.clients()))
 
-    def _trouble(self, name: str, error: Exception) -> Trouble:
-        return trouble_of(error, self.address, name)
+    def _classify(self, name: str, error: Exception) -> ClassifiedError:
+        return classify_obstore_error(error, self.address, name)
 
     @contextlib.contextmanager
-    def in_one_line(self, name: str) -> Iterator[None]:
-        """Errors of obstore inside become OSErrors; for what obstore asks again by itself."""
+    def as_os_error(self, name: str) -> Iterator[None]:
+        """Turn obstore's errors into OSErrors, for requests that obstore retries by itself."""
         try:
             yield
         except Exception as error:
-            raise self._trouble(name, error).error from error
+            raise self._classify(name, error).error from error
 
 
 class _Upload:
-    """A file on its way up. The store shows it once `publish` has closed it."""
+    """An upload in progress. The file appears when `publish` closes it."""
 
     def __init__(self, storage: ObjectStorage, name: str) -> None:
         self._storage, self._name = storage, name
         clients = storage.clients()
-        with storage.in_one_line(name):
+        with storage.as_os_error(name):
             self._writer = clients.obstore.open_writer(
-                clients.patient, name, buffer_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE
+                clients.retrying, name, buffer_size=_PART_BYTES, max_concurrency=_PARTS_AT_ONCE
             )
 
     def write(self, data: Any) -> None:
-        with self._storage.in_one_line(self._name):
-            # A copy, for obstore keeps the buffer itself until it is sent, and writers use theirs again at once.
+        with self._storage.as_os_error(self._name):
+            # A copy: obstore keeps the buffer until it is sent, and callers reuse theirs at once.
             self._writer.write(bytes(memoryview(data).cast("B")))
 
     def finish(self) -> None:
-        """Wait for the parts on their way. The last one goes with `publish`."""
-        with self._storage.in_one_line(self._name):
+        """Wait for the parts being sent. The last one is sent by `publish`."""
+        with self._storage.as_os_error(self._name):
             self._writer.flush()
 
     def publish(self) -> None:
-        with self._storage.in_one_line(self._name):
+        with self._storage.as_os_error(self._name):
             self._writer.close()
         self._writer = None
 
     def discard(self) -> None:
-        self._writer = None  # never closed, so never shown
+        self._writer = None  # never closed, so it never appears
 
 
-def _version(found: Any) -> Version:
-    mark = found["e_tag"] or found["last_modified"].isoformat()
-    return Version(found["size"], mark)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]
+def _version(entry: Any) -> Version:
+    return Version(entry["size"], entry["e_tag"] or entry["last_modified"].isoformat())
 
 
 def _aws_profile() -> dict[str, str]:
-    """What the files say and the environment does not, by the names of obstore's S3 options."""
+    """Settings from Amazon's configuration files that the environment does not give, as obstore's S3 options.
+
+    Reads the section AWS_PROFILE of ~/.aws/credentials and ~/.aws/config, or of the files that
+    AWS_SHARED_CREDENTIALS_FILE and AWS_CONFIG_FILE name
+    (https://docs.aws.amazon.com/cli/latest/userguide/cli-configure-files.html). obstore does not read them.
+    """
     if any(os.environ.get(name) for name in _AWS_KEY_SOURCES):
         return {}
     profile = os.environ.get("AWS_PROFILE") or "default"
-    words: dict[str, str] = {}
+    settings: dict[str, str] = {}
     for variable, file, section in (
         ("AWS_CONFIG_FILE", "config", profile if profile == "default" else f"profile {profile}"),
         ("AWS_SHARED_CREDENTIALS_FILE", "credentials", profile),
@@ -238,11 +238,11 @@ def _aws_profile() -> dict[str, str]:
         try:
             parser.read(Path(os.environ.get(variable) or f"~/.aws/{file}").expanduser())
         except configparser.Error:
-            continue  # as if it were not there: the store will say that keys are missing
+            continue  # ignored: the store will report missing keys
         if parser.has_section(section):
-            words |= dict(parser.items(section))
+            settings |= dict(parser.items(section))
     if os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"):
-        words.pop("region", None)
+        settings.pop("region", None)
     if os.environ.get("AWS_ENDPOINT_URL") or os.environ.get("AWS_ENDPOINT_URL_S3"):
-        words.pop("endpoint_url", None)
-    return {option: words[field] for field, option in _AWS_FIELDS.items() if words.get(field)}
+        settings.pop("endpoint_url", None)
+    return {option: settings[field] for field, option in _AWS_FIELDS.items() if settings.get(field)}

@@ -1,9 +1,9 @@
-"""obstore in a forked process: loaded a second time, because its threads did not come along.
+"""Makes obstore work in a forked process, such as a PyTorch DataLoader worker, by loading it a second time.
 
-obstore's requests run on threads that its extension module starts once and keeps in a static. A fork copies the module
-without the threads, and every request of the child then waits for ever, also one of a client made there (seen with
-0.12.1). To the loader a copy of the extension's file is another library with statics of its own; so a child loads one,
-in place of the module that it inherited. Worker processes of a PyTorch DataLoader are such children.
+obstore runs its requests on threads that its extension module starts once and keeps in a static variable. A fork copies
+the module without the threads, so every request of the child hangs, even from a new client (seen with 0.12.1). A copy
+of the extension's file is loaded as another library with its own static variables, so a forked child replaces the
+inherited module by such a copy.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _EXTENSION = "obstore._obstore"
 
 _lock = threading.Lock()
 _is_inherited = False
-_kept: list[object] = []  # what was inherited: to free it would be work for threads that are not there
+_kept: list[object] = []  # inherited objects: freeing them would need the parent's threads
 
 
 def current_obstore() -> Any:
-    """The module `obstore`, one that works in this process. Raises ImportError where it is not installed."""
+    """The `obstore` module that works in this process. Raises ImportError if it is not installed."""
     global _is_inherited
     with _lock:
         if _is_inherited:
-            _load_anew()
+            _reload()
             _is_inherited = False
     import obstore
 
@@ -40,20 +40,20 @@ def current_obstore() -> Any:
 
 
 def keep(inherited: object) -> None:
-    """Hold a client of the parent process for as long as this process lives, so that it is never freed."""
+    """Keep a client of the parent process alive until this process ends."""
     _kept.append(inherited)
 
 
 def _after_fork() -> None:
     global _lock, _is_inherited
-    _lock = threading.Lock()  # another thread of the parent may have held it
+    _lock = threading.Lock()  # a thread of the parent may have held it
     _is_inherited = _is_inherited or "obstore" in sys.modules
 
 
 os.register_at_fork(after_in_child=_after_fork)
 
 
-def _load_anew() -> None:
+def _reload() -> None:
     inherited = {name: module for name, module in sys.modules.items() if name.partition(".")[0] == "obstore"}
     keep(inherited)
     for name in inherited:
@@ -68,18 +68,18 @@ def _load_copy(file: str) -> ModuleType:
         loader = ExtensionFileLoader(_EXTENSION, copy)
         spec = spec_from_file_location(_EXTENSION, copy, loader=loader)
         if spec is None:
-            raise ImportError(f"{file} cannot be loaded a second time")
+            raise ImportError(f"{file} cannot be loaded again")
         module = module_from_spec(spec)
         sys.modules[_EXTENSION] = module
         loader.exec_module(module)
-    module.__file__ = file  # a child of this process copies the file that is still there
+    module.__file__ = file  # so that a child of this process can copy it, too
     return module
 
 
 @contextlib.contextmanager
 def _copied(file: str) -> Iterator[str]:
-    """Path of a copy of a file, gone afterwards; what is loaded from it stays."""
-    if hasattr(os, "memfd_create"):  # Linux: in memory, for a temporary folder may forbid to load code from it
+    """Path of a temporary copy of a file; a library loaded from it stays loaded."""
+    if hasattr(os, "memfd_create"):  # Linux: in memory, because /tmp may be mounted noexec
         with open(file, "rb") as source, os.fdopen(os.memfd_create("obstore"), "wb") as target:
             shutil.copyfileobj(source, target)
             target.flush()

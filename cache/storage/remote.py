@@ -25,66 +25,66 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 10.0  # seconds
-_RANGE_BYTES = 8 << 20  # of one request of a download: long enough that its latency is small against its transfer
-_RANGES = 8  # requests of one download at once, so at most 64 MB of it are in memory
+_RANGE_BYTES = 8 << 20  # of one download request: large enough that latency is small compared to transfer
+_RANGES = 8  # concurrent requests of one download, so at most 64 MB of it are in memory
 
 
 @dataclass(frozen=True)
 class Version:
-    """What tells one content of a file from another: its size, and the store's mark of it, its etag or its time."""
+    """Identifies the content of a remote file: size, and ETag or modification time."""
 
     size: int
-    mark: str
+    etag: str
 
 
 @dataclass(frozen=True)
-class Trouble:
-    """What a store's error means: the error to raise, and whether it may pass by itself."""
+class ClassifiedError:
+    """An error of a store's client library as the OSError to raise, and whether a retry may help."""
 
     error: OSError
     retryable: bool
 
 
 class RemoteStorage(Storage):
-    """A tree of files that is read by ranges over a network."""
+    """A tree of files that is read by byte ranges over a network."""
 
-    readers = 16  # a range of 500 KB takes about 20 ms of waiting and 5 ms of transfer: so many keep a line busy
+    readers = 16  # a 500 KB range takes about 20 ms of latency and 5 ms of transfer: 16 keep the network busy
 
     def __init__(self, address: str, retry_seconds: float) -> None:
         self.address, self.retry_seconds = address, retry_seconds
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.address, self.retry_seconds)  # a worker process makes connections of its own
+        return type(self), (self.address, self.retry_seconds)  # a worker process opens its own connections
 
     @abstractmethod
     def version(self, name: str) -> Version:
-        """What a file holds now. Raises FileNotFoundError where there is none."""
+        """The current version of a file. Raises FileNotFoundError."""
 
     @abstractmethod
-    def listing(self, folder: str) -> dict[str, Version | None]:
-        """The files directly in a folder, by name without the folder's; None where a listing does not tell more."""
+    def list_versions(self, folder: str) -> dict[str, Version | None]:
+        """Versions of the files directly in a folder, by base name; None where a listing does not give them."""
 
     @abstractmethod
     def read_range(self, name: str, start: int, stop: int, version: Version | None = None) -> Any:
-        """A buffer of bytes start to stop, fewer where the file ends before.
+        """A buffer of the bytes `start` to `stop`, fewer if the file is shorter.
 
-        Raises OSError with errno ESTALE where the file is not `version` any more.
+        Raises OSError with errno ESTALE if the file is not `version` any more.
         """
 
     @abstractmethod
     def zarr_library_store(self, read_only: bool) -> Any:
-        """The store of zarr-python itself for this place."""
+        """zarr-python's own store for this address."""
 
     @abstractmethod
-    def _trouble(self, name: str, error: Exception) -> Trouble:
-        """What an error of the library below means."""
+    def _classify(self, name: str, error: Exception) -> ClassifiedError:
+        """Classify an error of the client library."""
 
     def zarr_store(self, read_only: bool = True) -> Any:
         if not read_only:
             return self.zarr_library_store(read_only=False)
-        from regionspot.cache.storage.zarr_store import ZarrView  # zarr takes a second to import
+        from regionspot.cache.storage.zarr_store import ReadOnlyZarrStore  # importing zarr takes a second
 
-        return ZarrView(self, self.zarr_library_store(read_only=True))
+        return ReadOnlyZarrStore(self, self.zarr_library_store(read_only=True))
 
     def local_path(self, name: str) -> None:
         return None
@@ -100,19 +100,19 @@ class RemoteStorage(Storage):
         return self.version(name).size
 
     def list_files(self, folder: str) -> list[str]:
-        return list(self.listing(folder))
+        return list(self.list_versions(folder))
 
     def remove_abandoned(self, folder: str) -> None:
-        """Nothing: a store shows no unfinished file. What uploads of killed writers have sent stays in the store,
-        unseen and paid for, until its own lifecycle rule removes it (S3: AbortIncompleteMultipartUpload)."""
+        """Does nothing: a store shows no unfinished file. Parts of unfinished uploads stay invisible, and are billed,
+        until the store's lifecycle rule removes them (S3: AbortIncompleteMultipartUpload)."""
 
     def check_writable(self) -> None:
-        """Nothing is known beforehand: the first write tells."""
+        """Does nothing: only a write shows whether it is allowed."""
 
     def download(self, name: str, version: Version, fd: int) -> None:
-        """Write a whole file into an open local one, several ranges at once.
+        """Download a file into an open local one, several ranges in parallel.
 
-        Raises OSError with errno ESTALE where it is not `version` any more, EOFError where it ends before its size.
+        Raises OSError with errno ESTALE if it is not `version` any more, EOFError if it is shorter than its size.
         """
 
         def fetch(start: int) -> None:
@@ -129,26 +129,23 @@ class RemoteStorage(Storage):
             try:
                 list(pool.map(fetch, starts))
             except BaseException:
-                pool.shutdown(cancel_futures=True)  # the rest of a file that failed is not fetched
+                pool.shutdown(cancel_futures=True)  # do not fetch the rest of a failed download
                 raise
 
-    def with_retries(self, name: str, ask: Callable[[], T]) -> T:
-        """What `ask` returns, asked again while the store has a trouble that may pass."""
-        began, pause, tries = time.monotonic(), _FIRST_PAUSE, 1
+    def with_retries(self, name: str, request: Callable[[], T]) -> T:
+        """The result of `request`, retried while its error is retryable."""
+        start, pause, tries = time.monotonic(), _FIRST_PAUSE, 1
         while True:
             try:
-                return ask()
+                return request()
             except Exception as error:
-                trouble, waited = self._trouble(name, error), time.monotonic() - began
-                if not trouble.retryable:
-                    raise trouble.error from error
+                failure, waited = self._classify(name, error), time.monotonic() - start
+                if not failure.retryable:
+                    raise failure.error from error
                 if waited >= self.retry_seconds:
-                    raise _given_up(trouble.error, tries, waited) from error
+                    reason = f"{failure.error.strerror}, after {tries} tries in {waited:.0f} s"
+                    raise OSError(failure.error.errno, reason, failure.error.filename) from error
             wait = min(pause * random.uniform(0.5, 1), max(self.retry_seconds - waited, 0))
-            log.warning("%s/%s: %s; asking again in %.1f s", self.address, name, trouble.error.strerror, wait)
+            log.warning("%s/%s: %s; retry in %.1f s", self.address, name, failure.error.strerror, wait)
             time.sleep(wait)
             pause, tries = min(pause * 2, _LONGEST_PAUSE), tries + 1
-
-
-def _given_up(error: OSError, tries: int, seconds: float) -> OSError:
-    return OSError(error.errno, f"{error.strerror}, asked {tries} times in {seconds:.0f} s", error.filename)

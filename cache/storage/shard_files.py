@@ -1,15 +1,15 @@
-"""The bytes of a shard, wherever it lies: three ways to one `read_into`.
+"""Three ways to read a shard.
 
-    MappedShard   a local file through a memory map: one copy in user space, the fastest where the pages are cached
-    PreadShard    a local file by positioned reads: the kernel copies, and nothing of it counts as this process's memory
-    StoredShard   a file of any other storage, by byte ranges
+    MappedShard   a local file by memory map: one copy in user space, the fastest when its pages are cached
+    PreadShard    a local file by `pread`: its pages do not count as memory of this process
+    RemoteShard   a file of any other storage, by byte ranges
 
-A file that is cut short under a map kills the process that copies from it (SIGBUS). So its size is looked at before
-every copy, which leaves the microseconds of the copy itself, a disk that fails to read a page, and a file that another
-machine removed from a network folder: where that may happen, read with access="pread", which raises an error instead.
+Copying from the map of a truncated file kills the process (SIGBUS). So the file's size is checked before every copy.
+That does not cover a truncation during the copy itself, a disk error, or a file that another machine removed from a
+network folder: in those cases use access="pread", which raises an error instead.
 
-A map keeps no descriptor, for a cache may have more parts than a process may have files. The descriptors of positioned
-reads are a few at a time; a file that another one has replaced when it is opened again is told from the first one.
+A map holds no file descriptor, because a cache may have more parts than a process may open files. PreadShard shares a
+few descriptors; when it reopens a file that was replaced meanwhile, it detects that and raises ReplacedError.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class MappedShard:
-    """A local shard as memory. Python's own map would keep a descriptor open (until 3.13's `trackfd`)."""
+    """A memory-mapped local shard. `mmap.mmap` would keep a descriptor open (before Python 3.13's `trackfd`)."""
 
     is_snapshot = True
 
@@ -56,7 +56,7 @@ class MappedShard:
             raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), str(path))
         self._address = int(address)
         self._bytes = np.ctypeslib.as_array((ctypes.c_ubyte * self.size).from_address(self._address))
-        # Without it the kernel reads on after each record, four times what was asked for on a cold disk.
+        # Without it the kernel reads ahead after each record: four times the bytes on a cold disk.
         _libc.madvise(self._address, self.size, mmap.MADV_RANDOM)
 
     def __del__(self) -> None:
@@ -67,10 +67,10 @@ class MappedShard:
         try:
             status = os.stat(self._path)
         except OSError:
-            pass  # removed: what is mapped stays as it is until it is let go of
+            pass  # removed: the mapped pages stay valid
         else:
             if status.st_size < self.size and (status.st_dev, status.st_ino) == self._inode:
-                raise EOFError(f"the file was cut short to {status.st_size} bytes")
+                raise EOFError(f"the file was truncated to {status.st_size} bytes")
         out[:] = self._bytes[offset : offset + out.size]
 
     def prefetch(self, offset: int, size: int) -> None:
@@ -78,8 +78,10 @@ class MappedShard:
         _libc.madvise(self._address + page, offset + size - page, mmap.MADV_WILLNEED)
 
 
-class _OpenFile:
-    """A descriptor closed when nobody holds it any more, so that one thread may forget it while another reads."""
+class PreadFile:
+    """A file read by `pread`. The last reference closes it, so another thread may drop it during a read."""
+
+    is_snapshot = True
 
     def __init__(self, path: Path) -> None:
         self.fd = -1
@@ -87,37 +89,42 @@ class _OpenFile:
         status = os.fstat(self.fd)
         self.size = status.st_size
         self.identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
-        if hasattr(os, "posix_fadvise"):  # macOS has none, and guesses by itself
+        if hasattr(os, "posix_fadvise"):  # not on macOS
             os.posix_fadvise(self.fd, 0, 0, os.POSIX_FADV_RANDOM)
 
     def __del__(self) -> None:
         if self.fd >= 0:
             os.close(self.fd)
 
+    def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
+        while out.size:
+            count = os.preadv(self.fd, [out.data], offset)
+            if not count:
+                raise EOFError(f"the file ends at byte {offset}")
+            out, offset = out[count:], offset + count
+
+    def prefetch(self, offset: int, size: int) -> None:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.fd, offset, size, os.POSIX_FADV_WILLNEED)
+
 
 class PreadShard:
-    """A local shard by positioned reads, which share no file position."""
+    """A local shard by `pread`, from descriptors that a limited cache of open files shares."""
 
     is_snapshot = True
 
-    def __init__(self, path: Path, files: Callable[[Path], _OpenFile]) -> None:
+    def __init__(self, path: Path, files: Callable[[Path], PreadFile]) -> None:
         self._path, self._files = path, files
         file = files(path)
         self.size, self._identity = file.size, file.identity
 
     def read_into(self, offset: int, out: NDArray[np.uint8]) -> None:
-        file = self._file()  # held here until the read is over
-        while (done := os.preadv(file.fd, [out.data], offset)) < out.size:
-            if not done:
-                raise EOFError(f"the file ends at byte {offset}")
-            out, offset = out[done:], offset + done
+        self._file().read_into(offset, out)
 
     def prefetch(self, offset: int, size: int) -> None:
-        if hasattr(os, "posix_fadvise"):
-            file = self._file()
-            os.posix_fadvise(file.fd, offset, size, os.POSIX_FADV_WILLNEED)
+        self._file().prefetch(offset, size)
 
-    def _file(self) -> _OpenFile:
+    def _file(self) -> PreadFile:
         try:
             file = self._files(self._path)
         except FileNotFoundError:
@@ -127,10 +134,10 @@ class PreadShard:
         return file
 
 
-class StoredShard:
-    """A shard by byte ranges of a storage, for which several threads read at a time."""
+class RemoteShard:
+    """A shard read by byte ranges of a storage."""
 
-    is_snapshot = False  # each range is looked up by the file's name
+    is_snapshot = False  # each request opens the file by name
 
     def __init__(self, storage: Storage, name: str, size: int) -> None:
         self._storage, self._name, self.size = storage, name, size
@@ -143,33 +150,32 @@ class StoredShard:
 
 
 class ShardOpener:
-    """Opens shards of a storage by name; local ones are mapped, or share a few descriptors."""
+    """Opens shards of a storage by name; local ones are mapped or share a few descriptors."""
 
     def __init__(self, storage: Storage, mapped: bool) -> None:
         self._storage, self._mapped = storage, mapped
-        self._files = lru_cache(maxsize=most_open_files())(_OpenFile)
+        self._files = lru_cache(maxsize=max_open_files())(PreadFile)
 
     def __call__(self, name: str, size: int) -> ShardFile:
-        """The shard of which `size` bytes were written.
+        """Open the shard that was written with `size` bytes.
 
-        Raises FileNotFoundError where it is missing, ValueError, saying so, where it has another size.
+        Raises FileNotFoundError if it is missing, ValueError if it has another size.
         """
         path = self._storage.local_path(name)
         shard: ShardFile
         if path is None:
-            shard = self._storage.open_shard(name) or StoredShard(self._storage, name, size)
+            shard = self._storage.open_shard(name) or RemoteShard(self._storage, name, size)
         else:
             shard = MappedShard(path) if self._mapped else PreadShard(path, self._files)
         if shard.size != size:
             raise ValueError(f"has {shard.size} bytes, {size} were written")
         return shard
 
-    def forget_files(self) -> None:
-        """Close the descriptors that are kept: other files may have taken the place of theirs."""
+    def close_files(self) -> None:
+        """Close the cached descriptors, because their files may have been replaced."""
         self._files.cache_clear()
 
 
-def most_open_files() -> int:
-    """Descriptors that one feature set may hold: 64 where a process may have the usual 1,024, so that training on six
-    caches at once stays under that."""
+def max_open_files() -> int:
+    """Descriptors that one feature set may hold: 64 of the usual 1,024, so that training on six caches fits."""
     return min(1024, max(64, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 16))

@@ -1,13 +1,12 @@
-"""One Zarr shard, written one record at a time and read by its index.
+"""One Zarr shard, written record by record and read by its index.
 
-The form is that of the sharding_indexed codec with the index at the end, read by every Zarr v3 library
+The format is the sharding_indexed codec with the index at the end, which every Zarr v3 library reads
 (https://zarr-specs.readthedocs.io/en/latest/v3/codecs/sharding-indexed/index.html):
 
     record | record | ... | index: (offset, nbytes) u64 LE for every slot | crc32c of the index, u32 LE
 
-Records lie side by side. Uncompressed ones are all of one size, so the file's data is aligned to the record and any
-record is read with one request; compressed ones have the size that the index states. A slot without a record has
-2^64 - 1 as offset and nbytes and costs no bytes.
+Records are adjacent. Uncompressed records have one size, so any record is read with one aligned request; the size of a
+compressed one is in the index. An empty slot has 2^64 - 1 as offset and nbytes and takes no data bytes.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from numpy.typing import NDArray
 
 from regionspot.cache.storage.base import NewFile
 
-ZSTD_LEVEL = 3  # zstd's own default: of features, higher levels win nothing and take longer
+ZSTD_LEVEL = 3  # zstd's default: on features, higher levels are slower and not smaller
 _EMPTY = np.uint64(2**64 - 1)
 
 
 class ShardWriter:
-    """A shard being written into a file. Memory holds its index only, whatever the number of records."""
+    """Writes a shard into a file. Only the index is kept in memory."""
 
     def __init__(self, file: NewFile, slots: int) -> None:
         self._file = file
@@ -33,14 +32,14 @@ class ShardWriter:
         self._end = 0
 
     def append(self, slot: int, record: NDArray[Any] | bytes) -> None:
-        """Put a record behind the last one, as a contiguous array or compressed; it becomes inner chunk `slot`."""
+        """Append a record, as a contiguous array or compressed bytes; it becomes inner chunk `slot`."""
         size = len(record) if isinstance(record, bytes) else record.nbytes
         self._file.write(record)
         self._index[slot] = self._end, size
         self._end += size
 
     def finish(self) -> int:
-        """Put the index behind the records and make the file durable; its size in bytes."""
+        """Append the index and flush the file to disk; the shard's size in bytes."""
         index = with_crc(self._index.tobytes())
         self._file.write(index)
         self._file.finish()
@@ -48,26 +47,26 @@ class ShardWriter:
 
 
 def index_bytes(slots: int) -> int:
-    """Length of a shard's index with its checksum."""
+    """Size of a shard's index with its checksum."""
     return slots * 16 + 4
 
 
 def parse_index(
     stored: bytes, data_bytes: int, record_bytes: int | None
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Offset and size of the record in each slot, int64 (slots,) both, -1 and 0 for an empty slot.
+    """Offset and size of the record in each slot, both int64 (slots,); -1 and 0 for an empty slot.
 
     stored         the shard's last `index_bytes(slots)` bytes
-    data_bytes     what stands before them
-    record_bytes   size of every record, None where they are compressed
+    data_bytes     number of bytes before them
+    record_bytes   size of every record, None if they are compressed
 
-    Raises ValueError, saying what is wrong, when the index is damaged or is not one of such records.
+    Raises ValueError when the index is damaged or belongs to other records.
     """
     index = np.frombuffer(without_crc(stored, "its index"), dtype="<u8").reshape(-1, 2)
     empty = (index == _EMPTY).all(axis=1)
     offsets = np.where(empty, -1, index[:, 0].astype(np.int64))
     sizes = np.where(empty, 0, index[:, 1].astype(np.int64))
-    # Each by itself first: the sum of two large numbers could come out small.
+    # Compare each alone: the sum of two large numbers could overflow.
     inside = (offsets >= 0) & (offsets <= data_bytes) & (sizes > 0) & (sizes <= data_bytes - offsets)
     right_size = True if record_bytes is None else sizes == record_bytes
     if not (empty | (inside & right_size)).all():
@@ -77,18 +76,18 @@ def parse_index(
 
 
 def compress(record: NDArray[Any]) -> bytes:
-    """A contiguous record as Zarr's zstd codec stores it."""
-    from numcodecs import zstd  # a fifth of a second, for those who compress
+    """Compress a contiguous record as Zarr's zstd codec does."""
+    from numcodecs import zstd  # imported on demand: takes 0.2 s
 
     return bytes(zstd.compress(record, ZSTD_LEVEL, False))
 
 
 def decompress(stored: bytes | memoryview, out: NDArray[Any]) -> None:
-    """Fill the contiguous `out` with the record that `compress` made of one like it.
+    """Decompress a record of `compress` into the contiguous `out`.
 
-    Raises ValueError where the bytes are damaged or were another record's.
+    Raises ValueError when the bytes are damaged or the record has another size.
     """
-    from numcodecs import zstd  # a fifth of a second, for those who compress
+    from numcodecs import zstd  # imported on demand: takes 0.2 s
 
     try:
         data = zstd.decompress(stored)
@@ -100,12 +99,12 @@ def decompress(stored: bytes | memoryview, out: NDArray[Any]) -> None:
 
 
 def with_crc(data: bytes) -> bytes:
-    """Data as Zarr's crc32c codec stores it: its checksum behind it, u32 LE."""
+    """Data with its checksum appended, u32 LE, as Zarr's crc32c codec stores it."""
     return data + int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
 def without_crc(stored: bytes, what: str) -> bytes:
-    """The data of `with_crc`. Raises ValueError, naming `what`, when it does not match its checksum."""
+    """The data of `with_crc`. Raises ValueError, naming `what`, when the checksum does not match."""
     if with_crc(stored[:-4]) != stored:
         raise ValueError(f"does not match the checksum of {what}")
     return stored[:-4]

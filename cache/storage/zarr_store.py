@@ -1,6 +1,4 @@
-"""What zarr-python reads a remote cache by: files come through our Storage, with its retries and its local copy;
-folders are listed by zarr-python's own store.
-"""
+"""A read-only zarr-python store that reads through a Storage, with its retries and local mirror."""
 
 from __future__ import annotations
 
@@ -13,8 +11,8 @@ from zarr.core.buffer import Buffer, BufferPrototype
 from regionspot.cache.storage.base import Storage
 
 
-class ZarrView(Store):
-    """The files of a storage, to read. `listing` is a store of zarr-python at the same place."""
+class ReadOnlyZarrStore(Store):
+    """The files of a storage. `listing` is zarr-python's own store at the same address."""
 
     supports_writes = False
     supports_deletes = False
@@ -25,7 +23,7 @@ class ZarrView(Store):
         self._storage, self._listing = storage, listing
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, ZarrView) and other._storage is self._storage
+        return isinstance(other, ReadOnlyZarrStore) and other._storage is self._storage
 
     async def get(self, key: str, prototype: BufferPrototype, byte_range: ByteRequest | None = None) -> Buffer | None:
         try:
@@ -37,16 +35,16 @@ class ZarrView(Store):
     async def get_partial_values(
         self, prototype: BufferPrototype, key_ranges: Iterable[tuple[str, ByteRequest | None]]
     ) -> list[Buffer | None]:
-        return list(await asyncio.gather(*(self.get(key, prototype, asked) for key, asked in key_ranges)))
+        return list(await asyncio.gather(*(self.get(key, prototype, byte_range) for key, byte_range in key_ranges)))
 
     async def exists(self, key: str) -> bool:
         return await asyncio.to_thread(self._storage.exists, key)
 
     async def set(self, key: str, value: Buffer) -> None:
-        raise PermissionError("this view of a cache is to read; write through zarr_store(read_only=False)")
+        raise PermissionError("this store is read-only; write through zarr_store(read_only=False)")
 
     async def delete(self, key: str) -> None:
-        raise PermissionError("this view of a cache is to read; write through zarr_store(read_only=False)")
+        raise PermissionError("this store is read-only; write through zarr_store(read_only=False)")
 
     async def list(self) -> AsyncIterator[str]:
         async for key in self._listing.list():
@@ -60,21 +58,19 @@ class ZarrView(Store):
         async for key in self._listing.list_dir(prefix):
             yield key
 
-    def _read(self, key: str, asked: ByteRequest | None) -> bytes:
-        if asked is None:
+    def _read(self, key: str, byte_range: ByteRequest | None) -> bytes:
+        if byte_range is None:
             return self._storage.read(key)
-        if isinstance(asked, RangeByteRequest):
-            start, stop = asked.start, asked.end
+        if isinstance(byte_range, RangeByteRequest):
+            start, stop = byte_range.start, byte_range.end
         else:
-            size = self._storage.size(key)
-            start = asked.offset if isinstance(asked, OffsetByteRequest) else max(size - _suffix(asked), 0)
-            stop = size
+            stop = self._storage.size(key)
+            if isinstance(byte_range, OffsetByteRequest):
+                start = byte_range.offset
+            elif isinstance(byte_range, SuffixByteRequest):
+                start = max(stop - byte_range.suffix, 0)
+            else:
+                raise TypeError(f"zarr requested {byte_range!r}, an unknown kind of byte range")
         data = bytearray(stop - start)
         self._storage.read_into(key, start, memoryview(data))
         return bytes(data)
-
-
-def _suffix(asked: ByteRequest) -> int:
-    if not isinstance(asked, SuffixByteRequest):
-        raise TypeError(f"zarr asks for {asked!r}, which is no range of bytes known here")
-    return asked.suffix

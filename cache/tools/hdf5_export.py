@@ -31,7 +31,7 @@ from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import partial_path, remove_abandoned, sync_folder
 from regionspot.cache.storage.base import Storage
 from regionspot.cache.storage.hdf5_shards import SLOTS
-from regionspot.cache.storage.hdf5_storage import DATA, FORM, FORM_VERSION, INDEX, INDEX_CRC
+from regionspot.cache.storage.hdf5_storage import DATA, FORMAT, FORMAT_VERSION, INDEX, INDEX_CRC
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.open import HDF5_SUFFIXES
 from regionspot.cache.storage.zarr_shard import ZSTD_LEVEL
@@ -131,7 +131,7 @@ def _write(cache: FeatureCache, path: Path) -> None:
     progress = Progress(sum(map(len, parts.values())), "parts")
     # Of the newer forms the oldest: chunks are found without a tree, and metadata carries checksums.
     with h5py.File(path, "w", libver=("v110", "v110")) as file:
-        file.attrs[FORM] = FORM_VERSION
+        file.attrs[FORMAT] = FORMAT_VERSION
         for name, written in parts.items():
             arrays = _create_arrays(file, cache, cache.feature_sets[name])
             for part in written:

@@ -1,4 +1,4 @@
-"""The files in which runs say what they are working on: their names and their words. What they mean is in claims.py."""
+"""Names and content of the claim files; claims.py describes the protocol."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from regionspot.cache.storage.atomic_files import from_json, is_sealed, seal, to
 from regionspot.cache.storage.base import Storage
 
 FOLDER = "claims"
-_CLAIM = re.compile(r"(?P<what>[a-z0-9]+)(\.[0-9a-f]+)?\.json")
+_CLAIM = re.compile(r"(?P<key>[a-z0-9]+)(\.[0-9a-f]+)?\.json")
 _RUN = re.compile(r"run-(?P<run>[0-9a-f]+)\.json")
 
-What = int | str  # what is claimed: a part, or anything by its name
+ClaimKey = int | str  # a part number, or the name of something else
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim as it lies in its file: its own id, that of its run, and the run's process."""
+    """Content of a claim file: the claim's id, its run's id, and the run's process."""
 
     id: str
     run: str
@@ -31,62 +31,62 @@ class Claim:
         return to_json(seal(asdict(self)))
 
 
-def claim_file(what: What, after: str | None = None) -> str:
-    """Path inside the cache of the first claim of something, or of the one that took over from the claim `after`."""
-    name = f"{what:05d}" if isinstance(what, int) else what
+def claim_file(key: ClaimKey, after: str | None = None) -> str:
+    """Path in the cache of the first claim of `key`, or of the one that took over from the claim `after`."""
+    name = f"{key:05d}" if isinstance(key, int) else key
     return f"{FOLDER}/{name}.json" if after is None else f"{FOLDER}/{name}.{after}.json"
 
 
-def run_file(run: str) -> str:
-    """Path inside the cache of a run's counter."""
+def heartbeat_file(run: str) -> str:
+    """Path in the cache of a run's heartbeat."""
     return f"{FOLDER}/run-{run}.json"
 
 
-def counter(run: str, beat: int) -> bytes:
-    """The words of a run's counter."""
+def heartbeat(run: str, beat: int) -> bytes:
+    """Content of a run's heartbeat file."""
     return to_json(seal({"run": run, "beat": beat}))
 
 
-def list_claims(storage: Storage) -> tuple[dict[What, set[str]], set[str]]:
-    """The claims' files by what they claim, and the runs that have a counter."""
-    found: defaultdict[What, set[str]] = defaultdict(set)
+def list_claims(storage: Storage) -> tuple[dict[ClaimKey, set[str]], set[str]]:
+    """Claim files by key, and the ids of runs that have a heartbeat file."""
+    files: defaultdict[ClaimKey, set[str]] = defaultdict(set)
     runs: set[str] = set()
     for name in storage.list_files(FOLDER):
         if claim := _CLAIM.fullmatch(name):
-            word = claim["what"]
-            found[int(word) if word.isdigit() else word].add(f"{FOLDER}/{name}")
+            key = claim["key"]
+            files[int(key) if key.isdigit() else key].add(f"{FOLDER}/{name}")
         elif run := _RUN.fullmatch(name):
             runs.add(run["run"])
-    return found, runs
+    return files, runs
 
 
-def read_chain(storage: Storage, what: What) -> list[Claim]:
-    """The claims of something, from the first to the one that holds it; none where nobody does."""
+def read_chain(storage: Storage, key: ClaimKey) -> list[Claim]:
+    """The chain of claims of `key`; the last one owns it. Empty if it is not claimed."""
     chain: list[Claim] = []
-    while (claim := read_claim(storage, claim_file(what, chain[-1].id if chain else None))) is not None:
+    while (claim := read_claim(storage, claim_file(key, chain[-1].id if chain else None))) is not None:
         chain.append(claim)
     return chain
 
 
 def read_claim(storage: Storage, file: str) -> Claim | None:
-    """The claim in a file; None where there is no such file."""
-    data = read_if_there(storage, file)
+    """Read a claim; None if the file does not exist."""
+    data = read_if_exists(storage, file)
     if data is None:
         return None
     try:
-        words = from_json(data)
-        if is_sealed(words):
-            return Claim(words["id"], words["run"], Process(**words["process"]))
+        document = from_json(data)
+        if is_sealed(document):
+            return Claim(document["id"], document["run"], Process(**document["process"]))
     except (ValueError, KeyError, TypeError):
         pass
-    # Damaged, or not whole yet where the file system has no links: of a run that shows no beat, so it is dead after a
-    # while. Any id will do that all runs agree on.
-    mark = f"{google_crc32c.value(file.encode() + data):08x}"
-    return Claim(mark, mark, Process("somebody", "", "", 0, 0))
+    # Damaged, or still incomplete on a file system without hard links. Its run has no heartbeat, so the claim times
+    # out. The id must be the same for all readers.
+    file_id = f"{google_crc32c.value(file.encode() + data):08x}"
+    return Claim(file_id, file_id, Process("somebody", "", "", 0, 0))
 
 
-def read_if_there(storage: Storage, file: str) -> bytes | None:
-    """A whole file; None where there is none."""
+def read_if_exists(storage: Storage, file: str) -> bytes | None:
+    """Read a whole file; None if it does not exist."""
     try:
         return storage.read(file)
     except FileNotFoundError:

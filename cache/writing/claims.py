@@ -1,27 +1,26 @@
-"""Several runs on one cache at once: which of them is working on what.
+"""Claims: several runs can extract into one cache at once, each part by one of them.
 
-    claims/00042.json              the claim of part 42: a claim's id, its run and process
-    claims/00042.<claim id>.json   the claim that took over from the one with that id
-    claims/run-<run id>.json       a counter that the run moves on every HEARTBEAT_SECONDS for as long as it lives
+    claims/00042.json              claim of part 42: id of the claim, its run and process
+    claims/00042.<claim id>.json   claim that took over from the one with that id
+    claims/run-<run id>.json       heartbeat: a counter that its run increments every HEARTBEAT_SECONDS
 
-**One wins.** A claim is written once, under a name that one writer gets (`Storage.write_new`), and never changed. A
-part's claims form a chain: the first, the one that took over from it, and so on; the last one holds the part. Who
-takes over writes the next link, whose name only one can get. Ids are never used again, so a link that comes late, after
-all of its chain was let go, belongs to nobody. Whoever lets go removes the first link first: with it the part is free
-at once, and the other links mean nothing any more.
+**One winner.** A claim file is created exclusively (`Storage.write_new`) and never changed. The claims of a part form a
+chain: the first one, the one that took over from it, and so on; the last one owns the part. Taking over means creating
+the next link, which only one run can do. Ids are never reused, so a link created after its chain was released belongs
+to nobody. A release removes the first link first: that frees the part at once and makes the other links invalid.
 
-**Dead is who stands still.** Clocks of machines are never compared, nor does a clock that is set back matter: whoever
-meets another's claim watches that run's counter by its own monotonic clock, and counts the run as dead when the
-counter has stood still for CLAIM_SECONDS. A process of the same machine that is gone is dead at once. The counter is
-not in the claims because a run that slept would then write over the claim of the one that took over.
+**A run is dead when its heartbeat stops for CLAIM_SECONDS.** A waiting run watches the other run's counter with its own
+monotonic clock; clocks of different machines are never compared. A process of the same machine that no longer exists is
+dead at once. The heartbeat is not in the claim file, because a run that was suspended would overwrite the claim of the
+run that took over.
 
-**A run that slept** (SIGSTOP, a laptop closed, a disk that hung) and wakes up after it was taken over finds that out
-by `require_owned`, which is asked when a part is complete, right before it is published. What is left is a run that
-falls asleep after that question, before the last rename, for longer than CLAIM_SECONDS. It then gives names to files
-that it wrote alone, under names of its own: the same bytes as the other run's, where their machines compute alike.
-Where these round differently and it dies halfway, a mixture stays behind. The checksums in the part's record tell it
-from a part: it is found when it is read or verified, and made again after `cache repair`. A run that sleeps that long
-inside `release` removes the claim of whoever took the part over, who therefore gives it up instead of publishing it.
+**A run that was suspended** (SIGSTOP, a closed laptop, a hanging disk) and was taken over detects that by
+`require_owned` right before it publishes a part. What remains is a run that is suspended between that check and its
+last rename for longer than CLAIM_SECONDS. It then publishes files that it wrote alone: the same bytes as those of the
+other run if their machines compute alike. If they round differently and the run dies halfway, the part's files are
+mixed; they do not match the checksums in the part's record, so reading or `verify` reports it, and `cache repair` drops
+it. A run that is suspended that long inside `release` removes the claim of the run that took over, which then gives the
+part up instead of publishing it.
 """
 
 from __future__ import annotations
@@ -41,26 +40,26 @@ from regionspot.cache.storage.base import Storage
 from regionspot.cache.writing.claim_files import (
     FOLDER,
     Claim,
-    What,
+    ClaimKey,
     claim_file,
-    counter,
+    heartbeat,
+    heartbeat_file,
     list_claims,
     read_chain,
     read_claim,
-    read_if_there,
-    run_file,
+    read_if_exists,
 )
 
 log = logging.getLogger(__name__)
 
 HEARTBEAT_SECONDS = 15.0
-# Eight beats. A machine may see another's files as they were up to a minute ago (nfs(5): acregmax, acdirmax).
+# Eight heartbeats. NFS may show another machine's files as they were a minute ago (nfs(5): acregmax, acdirmax).
 CLAIM_SECONDS = 120.0
 
 
 @dataclass(frozen=True)
-class _Held:
-    """A claim of this run. `chain` holds the ids of its chain from the first to its own, `files` their files."""
+class _OwnClaim:
+    """A claim of this run: ids and files of its chain up to its own, and the file that would take over from it."""
 
     chain: tuple[str, ...]
     files: tuple[str, ...]
@@ -68,16 +67,15 @@ class _Held:
 
 
 class Claims:
-    """What this run claims of a cache. Use it in a `with`: leaving it lets go of everything.
+    """Claims of this run in a cache. A context manager: leaving it releases all of them.
 
-    take_over    count every claim that is there now as dead: for when the other run is known to be gone. If it
-                 is not, the two do the same parts at the same time, until it finds out and leaves them
-    dead_after   seconds without a beat after which another run counts as dead
-    heartbeat_seconds   seconds between this run's own beats
+    take_over           treat all existing claims as dead, for when the other run is known to be gone. If it is alive,
+                        both do the same parts until it notices and gives them up
+    dead_after          seconds without a heartbeat after which another run is dead
+    heartbeat_seconds   interval of this run's heartbeat
 
-    Safe to use from several threads: what one of them has claimed, no other one gets before it is released, which is
-    for whoever got it alone. What is claimed is a part, or anything by its name (lower-case letters). Methods raise
-    CacheError where the store refuses.
+    Thread-safe: a key claimed by one thread is refused to the others until it releases it. A key is a part number or a
+    name in lower-case letters. Methods raise CacheError if the storage fails.
     """
 
     def __init__(
@@ -92,135 +90,135 @@ class Claims:
         self.process, self.run = this_process(), uuid.uuid4().hex
         self._storage, self._take_over = storage, take_over
         self._lock = threading.Lock()
-        self._claiming: set[What] = set()  # what a thread of this run is reaching for
-        self._held: dict[What, _Held] = {}
-        self._watched: dict[str, tuple[bytes | None, float]] = {}
+        self._claiming: set[ClaimKey] = set()  # keys that threads of this run are claiming
+        self._own: dict[ClaimKey, _OwnClaim] = {}
+        self._heartbeats: dict[str, tuple[bytes | None, float]] = {}  # last change seen, by run
         self._stop = threading.Event()
-        self._heart = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
+        self._heartbeat = threading.Thread(target=self._write_heartbeats, name="heartbeat", daemon=True)
 
     def __enter__(self) -> Claims:
-        with self._store_errors():
+        with self._storage_errors():
             self._storage.remove_abandoned(FOLDER)
             self._sweep(self._take_over)
-        self._heart.start()
+        self._heartbeat.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._stop.set()
-        self._heart.join()
-        for what in list(self._held):
-            self.release(what)
+        self._heartbeat.join()
+        for key in list(self._own):
+            self.release(key)
         try:
             self._sweep()
-            self._storage.remove(run_file(self.run))
+            self._storage.remove(heartbeat_file(self.run))
         except OSError as failure:
-            log.warning("%s: %s/ could not be tidied up: %s", self._storage.address, FOLDER, failure)
+            log.warning("%s: %s/ could not be cleaned up: %s", self._storage.address, FOLDER, failure)
 
-    def claim(self, what: What) -> bool:
-        """Make something this run's own; False when a run that is alive has it, also when it is this one.
+    def claim(self, key: ClaimKey) -> bool:
+        """Claim a key; False if a live run owns it, including this one.
 
-        Ask afterwards whether it still needs to be done: who had it before may just have finished it.
+        Check afterwards whether the work is still pending: the previous owner may just have finished it.
         """
-        with self._store_errors():
-            return self._claim(what)
+        with self._storage_errors():
+            return self._claim(key)
 
-    def wait_for(self, what: What) -> None:
-        """`claim` it as soon as nobody has it."""
-        while not self.claim(what):
-            holder = self.holder(what) or "another run"
-            log.info("%s: waiting until %s lets go of %s", self._storage.address, holder, in_words(what))
+    def wait_for(self, key: ClaimKey) -> None:
+        """Claim a key, waiting until it is free."""
+        while not self.claim(key):
+            holder = self.holder(key) or "another run"
+            log.info("%s: waiting for %s to release %s", self._storage.address, holder, _describe(key))
             time.sleep(self.heartbeat_seconds / 5)
 
-    def require_owned(self, what: What) -> None:
-        """Raises CacheError when another run has taken over what this one claimed."""
-        if not self.is_owned(what):
-            holder = self.holder(what)
+    def require_owned(self, key: ClaimKey) -> None:
+        """Raises CacheError if another run has taken over this run's claim."""
+        if not self.is_owned(key):
+            holder = self.holder(key) or "another run"
             raise CacheError(
-                f"{self._storage.address}: {in_words(what)} was taken over by {holder or 'another run'} while this run "
-                "stood still; it is left to that run"
+                f"{self._storage.address}: {_describe(key)} was taken over by {holder} while this run was suspended; "
+                "that run finishes it"
             )
 
-    def is_owned(self, what: What) -> bool:
-        """Whether what this run claimed has not been taken over by another."""
-        with self._store_errors():
-            held = self._held.get(what)
-            return held is not None and self._holds(held)
+    def is_owned(self, key: ClaimKey) -> bool:
+        """Whether this run still owns a key that it claimed."""
+        with self._storage_errors():
+            claim = self._own.get(key)
+            return claim is not None and self._is_last(claim)
 
-    def holder(self, what: What) -> Process | None:
-        """Who has it now; None when nobody has."""
-        with self._store_errors():
-            chain = read_chain(self._storage, what)
+    def holder(self, key: ClaimKey) -> Process | None:
+        """The process that owns a key; None if it is free."""
+        with self._storage_errors():
+            chain = read_chain(self._storage, key)
             return chain[-1].process if chain else None
 
-    def claims_of_others(self) -> dict[What, Process]:
-        """What other runs hold now, and who. Of a run that died elsewhere nobody knows yet that it is dead."""
-        with self._store_errors():
-            found, _ = list_claims(self._storage)
-        held = {what: self.holder(what) for what in found}
-        return {what: process for what, process in held.items() if process and what not in self._held}
+    def claims_of_others(self) -> dict[ClaimKey, Process]:
+        """Claimed keys of other runs and their owners, including runs that died on other machines."""
+        with self._storage_errors():
+            files, _ = list_claims(self._storage)
+        holders = {key: self.holder(key) for key in files}
+        return {key: process for key, process in holders.items() if process and key not in self._own}
 
-    def release(self, what: What) -> None:
-        """Let go of it; does nothing where another run has taken it over, or it never was this run's.
+    def release(self, key: ClaimKey) -> None:
+        """Release a key, if this run owns it.
 
-        A store that refuses is only said in the log: what was done is done, and the claim ends with the run.
+        A failure of the storage is only logged: the work is done, and the claim ends with the run.
         """
-        held = self._held.get(what)
-        if held is None:
+        claim = self._own.get(key)
+        if claim is None:
             return
         try:
-            if self._holds(held):
-                for file in held.files:  # the first link first: without it nobody takes the others for a chain
+            if self._is_last(claim):
+                for file in claim.files:  # the first link first: without it the others are not a chain
                     self._storage.remove(file)
             else:
-                self._remove_stray(held)
+                self._remove_orphan(claim)
         except OSError as failure:
-            log.warning("%s: the claim of %s stays until this run ends: %s", self._storage.address, what, failure)
+            log.warning("%s: the claim of %s stays until this run ends: %s", self._storage.address, key, failure)
         finally:
-            del self._held[what]
+            del self._own[key]
 
-    def _claim(self, what: What, by_force: bool = False) -> bool:
+    def _claim(self, key: ClaimKey, by_force: bool = False) -> bool:
         with self._lock:
-            if what in self._claiming or what in self._held:
+            if key in self._claiming or key in self._own:
                 return False
-            self._claiming.add(what)
+            self._claiming.add(key)
         try:
-            return self._write_claim(what, by_force)
+            return self._write_claim(key, by_force)
         finally:
-            self._claiming.remove(what)
+            self._claiming.remove(key)
 
-    def _write_claim(self, what: What, by_force: bool) -> bool:
-        chain = read_chain(self._storage, what)
+    def _write_claim(self, key: ClaimKey, by_force: bool) -> bool:
+        chain = read_chain(self._storage, key)
         if chain and not (by_force or self._is_dead(chain[-1])):
             return False
         mine = Claim(uuid.uuid4().hex, self.run, self.process)
         ids = tuple(claim.id for claim in (*chain, mine))
-        files = tuple(claim_file(what, after) for after in (None, *ids[:-1]))
-        held = self._held[what] = _Held(ids, files, claim_file(what, mine.id))
+        files = tuple(claim_file(key, after) for after in (None, *ids[:-1]))
+        claim = self._own[key] = _OwnClaim(ids, files, claim_file(key, mine.id))
         self._storage.write_new(files[-1], mine.to_json())
-        # Asked whatever write_new said: its answer may have been lost on the way and the question repeated.
-        if not self._holds(held):
-            self.release(what)
+        # Checked whatever write_new returned: its response may have been lost and the request repeated.
+        if not self._is_last(claim):
+            self.release(key)
             return False
         if chain:
-            log.warning("%s: took over %s from %s", self._storage.address, in_words(what), chain[-1].process)
+            log.warning("%s: took over %s from %s", self._storage.address, _describe(key), chain[-1].process)
         return True
 
-    def _holds(self, held: _Held) -> bool:
-        """Whether a claim of this run is the last link of a chain that nobody has let go of.
+    def _is_last(self, claim: _OwnClaim) -> bool:
+        """Whether a claim of this run is the last link of a chain that was not released.
 
-        The next link is asked for before the first: the first is removed before any other, so if it is still there
-        afterwards, the next link was not merely gone already.
+        Reads the next link before the first: a release removes the first link first, so if that still exists, the next
+        link did not exist either, rather than being removed already.
         """
-        if self._storage.exists(held.next_file):
+        if self._storage.exists(claim.next_file):
             return False
-        return self._id_in(held.files[-1]) == held.chain[-1] and self._id_in(held.files[0]) == held.chain[0]
+        return self._id_in(claim.files[-1]) == claim.chain[-1] and self._id_in(claim.files[0]) == claim.chain[0]
 
-    def _remove_stray(self, held: _Held) -> None:
-        """Remove a link that this run wrote after the rest of its chain was let go of."""
-        if self._id_in(held.files[-1]) == held.chain[-1] and self._id_in(held.files[0]) != held.chain[0]:
-            self._storage.remove(held.files[-1])
+    def _remove_orphan(self, claim: _OwnClaim) -> None:
+        """Remove a link that this run wrote after the rest of its chain was released."""
+        if self._id_in(claim.files[-1]) == claim.chain[-1] and self._id_in(claim.files[0]) != claim.chain[0]:
+            self._storage.remove(claim.files[-1])
 
     def _id_in(self, file: str) -> str | None:
         claim = read_claim(self._storage, file)
@@ -229,53 +227,52 @@ class Claims:
     def _is_dead(self, claim: Claim) -> bool:
         if claim.process.is_gone():
             return True
-        # The clock before the counter: if this run slept between the two, it would hold its own sleep against others.
+        # Read the clock first: otherwise a suspension of this run in between would count against the other run.
         now = time.monotonic()
-        beat = read_if_there(self._storage, run_file(claim.run))
-        seen, since = self._watched.setdefault(claim.run, (beat, now))
-        # A counter that is not there has not moved: runs remove the files of others that hold nothing.
+        beat = read_if_exists(self._storage, heartbeat_file(claim.run))
+        seen, since = self._heartbeats.setdefault(claim.run, (beat, now))
+        # A missing file is no heartbeat: runs remove the files of runs without claims.
         if beat is not None and beat != seen:
-            self._watched[claim.run] = (beat, now)
+            self._heartbeats[claim.run] = (beat, now)
             return False
         return now - since >= self.dead_after
 
-    def _beat(self) -> None:
+    def _write_heartbeats(self) -> None:
         beat = 0
         while True:
             try:
-                self._storage.write(run_file(self.run), counter(self.run, beat))
-            except OSError as error:  # the next beat may succeed; if none does, require_owned will say so
-                log.warning("%s: could not show that this run lives: %s", self._storage.address, error)
+                self._storage.write(heartbeat_file(self.run), heartbeat(self.run, beat))
+            except OSError as error:  # the next one may succeed; if none does, require_owned raises
+                log.warning("%s: could not write the heartbeat: %s", self._storage.address, error)
             beat += 1
             if self._stop.wait(self.heartbeat_seconds):
                 return
 
     def _sweep(self, by_force: bool = False) -> None:
-        """Remove what dead runs left: claims, links that belong to no chain, counters of runs that claim nothing."""
-        found, runs = list_claims(self._storage)
-        at_work = {self.run}
-        for what, files in found.items():
-            chain = read_chain(self._storage, what)
-            for file in files - {claim_file(what, after) for after in (None, *(claim.id for claim in chain))}:
+        """Remove files of dead runs: claims, links without a chain, heartbeats of runs without claims."""
+        files_of, runs = list_claims(self._storage)
+        alive = {self.run}
+        for key, files in files_of.items():
+            chain = read_chain(self._storage, key)
+            for file in files - {claim_file(key, after) for after in (None, *(claim.id for claim in chain))}:
                 self._storage.remove(file)
-            if chain and what not in self._held and self._claim(what, by_force):
-                self.release(what)
+            if chain and key not in self._own and self._claim(key, by_force):
+                self.release(key)
             else:
-                at_work |= {claim.run for claim in chain}
-        for run in runs - at_work:  # one that lives writes its counter again with the next beat
-            self._storage.remove(run_file(run))
+                alive |= {claim.run for claim in chain}
+        for run in runs - alive:  # a live one writes its file again
+            self._storage.remove(heartbeat_file(run))
 
     @contextmanager
-    def _store_errors(self) -> Iterator[None]:
+    def _storage_errors(self) -> Iterator[None]:
         try:
             yield
         except OSError as error:
             raise CacheError(
                 f"{self._storage.address}: {FOLDER}/ cannot be used: {error.strerror or error}; "
-                "mend the disk or its permissions and run the same command again"
+                "fix the disk or its permissions and run the same command again"
             ) from error
 
 
-def in_words(what: What) -> str:
-    """What is claimed, as messages call it."""
-    return f"part {what}" if isinstance(what, int) else what
+def _describe(key: ClaimKey) -> str:
+    return f"part {key}" if isinstance(key, int) else key

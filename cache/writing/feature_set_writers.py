@@ -1,10 +1,10 @@
-"""One feature set of one part on its way to disk: records into a shard, their checksums into a file beside it.
+"""Writers of one feature set of one part: records into a shard, their checksums into another file.
 
-    features, checked  ->  encoded  ->  compressed, where asked for  ->  crc32c  ->  shard
-                              └ scales of int8  -------------------------^  ->  a shard of their own
+    features  ->  checked  ->  encoded  ->  compressed (optional)  ->  crc32c  ->  shard
+                                  └ scales of int8  ------------------^  ->  shard of scales
 
-Scales and checksums lie apart so that records stay adjacent and aligned. Features are checked here, where a wrong one
-still has an image's row to be named by. One record is held at a time, so memory does not grow with the part.
+Scales and checksums have files of their own, so that records stay adjacent and aligned. Features are checked here,
+where an error can name the image's row. One record is in memory at a time.
 """
 
 from __future__ import annotations
@@ -34,15 +34,15 @@ from regionspot.cache.storage.zarr_shard import ShardWriter, compress, with_crc
 
 
 @dataclass(frozen=True)
-class Finished:
-    """Files of one feature set of one part: their bytes, and the crc32c of those that hold checksums."""
+class WrittenFiles:
+    """Sizes of the files of one feature set of one part, and the crc32c of its checksum file."""
 
     files: dict[str, int]
     checksums: dict[str, int]
 
 
-class SetWriter(ABC):
-    """The shards and the checksums of one feature set in one part."""
+class FeatureSetWriter(ABC):
+    """Writes the shards and checksums of one feature set of one part."""
 
     def __init__(self, storage: Storage, feature_set: FeatureSet, geometry: Geometry, part: int) -> None:
         self.feature_set = feature_set
@@ -50,7 +50,7 @@ class SetWriter(ABC):
         self._storage, self._part, self._slots = storage, part, geometry.slots(feature_set)
         self._checksums = np.zeros(self._slots, dtype="<u4")
         self._files: dict[str, NewFile] = {}
-        self._taken = 0  # images or regions so far
+        self._count = 0  # images or regions so far
         try:
             self._records = self._new_shard(shard_file(feature_set, part))
             self._scales = self._new_shard(scale_file(feature_set, part)) if feature_set.has_scales else None
@@ -60,14 +60,14 @@ class SetWriter(ABC):
 
     @abstractmethod
     def append(self, row: int, regions: int, features: NDArray[Any] | EncodedFeatures) -> None:
-        """Take the features of the image at `row`, which has that many regions."""
+        """Write the features of the image at `row`, which has `regions` regions."""
 
     @abstractmethod
     def skip(self, regions: int) -> None:
-        """Take an image that could not be read."""
+        """Leave an image out that could not be read."""
 
-    def finish(self) -> Finished:
-        """Flush all files."""
+    def finish(self) -> WrittenFiles:
+        """Flush all files to disk."""
         sizes = {shard_file(self.feature_set, self._part): self._records.finish()}
         if self._scales is not None:
             sizes[scale_file(self.feature_set, self._part)] = self._scales.finish()
@@ -75,10 +75,10 @@ class SetWriter(ABC):
         checksums = self._new_file(name)
         checksums.write(stored)
         checksums.finish()
-        return Finished({**sizes, name: len(stored)}, {name: file_crc(stored)})
+        return WrittenFiles({**sizes, name: len(stored)}, {name: file_crc(stored)})
 
     def publish(self) -> None:
-        """Give all files their names."""
+        """Rename all files into place."""
         for file in self._files.values():
             file.publish()
 
@@ -96,27 +96,27 @@ class SetWriter(ABC):
     def _encode(
         self, row: int, features: NDArray[Any] | EncodedFeatures, shape: tuple[int, ...]
     ) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
-        """Features as they lie on disk, good until the next call.
+        """Encode features as stored on disk; the arrays are reused by the next call.
 
-        Raises InputError for another shape, for values that are not floating, and for those that are not finite once
-        they are stored: an overflow to infinity would be found months later, in somebody's loss.
+        Raises InputError for another shape, a dtype that is not floating, and values that are not finite once encoded:
+        an overflow to infinity would only show up later, in a training loss.
         """
         where = f"feature set {self.feature_set.name}, row {row}"
         if isinstance(features, EncodedFeatures):
-            return self._as_stored(features, where, shape)
+            return self._check_encoded(features, where, shape)
         if features.shape != shape or not np.issubdtype(features.dtype, np.floating):
             raise InputError(f"{where}: got {features.dtype} {features.shape}, expected floating {shape}")
         return self._encoder(features, where)
 
-    def _as_stored(
+    def _check_encoded(
         self, features: EncodedFeatures, where: str, shape: tuple[int, ...]
     ) -> tuple[NDArray[Any], NDArray[np.float16] | None]:
-        """Codes and scales as they came; what is in them was checked when they were first stored."""
+        """Codes and scales as given; their values were checked when they were first written."""
         codes, scales = features.codes, features.scales
         expected = [(self.feature_set.stored, shape)] + [(np.dtype("<f2"), shape[:-1])] * self.feature_set.has_scales
-        found = [(array.dtype, array.shape) for array in (codes, scales) if array is not None]
-        if found != expected:
-            raise InputError(f"{where}: got stored {_words(found)}, expected {_words(expected)}")
+        actual = [(array.dtype, array.shape) for array in (codes, scales) if array is not None]
+        if actual != expected:
+            raise InputError(f"{where}: got encoded {_describe(actual)}, expected {_describe(expected)}")
         return np.ascontiguousarray(codes), None if scales is None else np.ascontiguousarray(scales)
 
     def _put(self, slot: int, record: NDArray[Any], scales: NDArray[np.float16] | None) -> None:
@@ -129,19 +129,19 @@ class SetWriter(ABC):
         self._checksums[slot] = crc
 
 
-class MapWriter(SetWriter):
-    """One record an image. An image that could not be read has none, so its slot stays empty."""
+class MapWriter(FeatureSetWriter):
+    """One record per image. The slot of an image that could not be read stays empty."""
 
     def append(self, row: int, regions: int, features: NDArray[Any] | EncodedFeatures) -> None:
-        self._put(self._taken, *self._encode(row, features, self.feature_set.shape))
-        self._taken += 1
+        self._put(self._count, *self._encode(row, features, self.feature_set.shape))
+        self._count += 1
 
     def skip(self, regions: int) -> None:
-        self._taken += 1
+        self._count += 1
 
 
-class TokenWriter(SetWriter):
-    """One row a region, gathered into inner chunks of TOKEN_CHUNK; an image's rows may straddle two."""
+class TokenWriter(FeatureSetWriter):
+    """One row per region, in inner chunks of TOKEN_CHUNK rows; an image's rows may span several."""
 
     def __init__(self, storage: Storage, feature_set: FeatureSet, geometry: Geometry, part: int) -> None:
         super().__init__(storage, feature_set, geometry, part)
@@ -154,8 +154,8 @@ class TokenWriter(SetWriter):
     def skip(self, regions: int) -> None:
         self._extend(regions)
 
-    def finish(self) -> Finished:
-        unfilled = -self._taken % TOKEN_CHUNK
+    def finish(self) -> WrittenFiles:
+        unfilled = -self._count % TOKEN_CHUNK
         if unfilled:
             self._extend(unfilled)
         return super().finish()
@@ -163,18 +163,18 @@ class TokenWriter(SetWriter):
     def _extend(
         self, regions: int, tokens: NDArray[Any] | None = None, scales: NDArray[np.float16] | None = None
     ) -> None:
-        """Take that many rows, zeros where no tokens are given."""
+        """Append `regions` rows: the tokens, or zeros if None."""
         done = 0
         while done < regions:
-            filled = self._taken % TOKEN_CHUNK
+            filled = self._count % TOKEN_CHUNK
             count = min(TOKEN_CHUNK - filled, regions - done)
             self._chunk[filled : filled + count] = 0 if tokens is None else tokens[done : done + count]
             if self._chunk_scales is not None:
                 self._chunk_scales[filled : filled + count] = 0 if scales is None else scales[done : done + count]
-            self._taken, done = self._taken + count, done + count
+            self._count, done = self._count + count, done + count
             if filled + count == TOKEN_CHUNK:
-                self._put(self._taken // TOKEN_CHUNK - 1, self._chunk, self._chunk_scales)
+                self._put(self._count // TOKEN_CHUNK - 1, self._chunk, self._chunk_scales)
 
 
-def _words(arrays: list[tuple[np.dtype[Any], tuple[int, ...]]]) -> str:
+def _describe(arrays: list[tuple[np.dtype[Any], tuple[int, ...]]]) -> str:
     return " and ".join(f"{dtype} {shape}" for dtype, shape in arrays)

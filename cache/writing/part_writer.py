@@ -1,10 +1,10 @@
-"""Writing one part: every feature set's shard and checksums, streamed, and last the record that makes it count.
+"""Writes one part: every feature set's shard and checksums, streamed; its part record last.
 
-    features/<set>/<array>/c.42.0.0    records, one after another, and their index
+    features/<set>/<array>/c.42.0.0    records and their index
     features/<set>/crc32c/c.42         crc32c of each record
-    parts/<set>/00042.json             sizes, counts, failures; written last
+    parts/<set>/00042.json             part record: sizes, counts, failures; written last
 
-A run killed at any point leaves at most partial files and shards without a record. Both are written again.
+A killed run leaves only partial files and shards without a part record, which the next run writes again.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.part_record import PartRecord, batches_of_sizes, part_identity, set_crc
 from regionspot.cache.format.schema import EncodedFeatures, Failure, FeatureSet, Geometry, ImageFeatures, record_file
 from regionspot.cache.storage.base import Storage
-from regionspot.cache.writing.feature_set_writers import MapWriter, SetWriter, TokenWriter
+from regionspot.cache.writing.feature_set_writers import FeatureSetWriter, MapWriter, TokenWriter
 
 
 class PartWriter:
-    """Takes the images of one part in order and writes all given feature sets of it. Use it in a `with`.
+    """Writes the given feature sets of one part, image by image in row order. A context manager.
 
-    Leaving the block without `commit` removes what was written. Raises InputError for features that are not the
-    image's, and CacheError when the disk refuses them.
+    Leaving it without `commit` removes the files. Raises InputError for features that do not fit the image, CacheError
+    when the storage fails.
     """
 
     def __init__(
@@ -38,11 +38,11 @@ class PartWriter:
     ) -> None:
         self._storage, self._manifest, self._part = storage, manifest, part
         self._rows = geometry.rows(part)
-        self._done = 0
+        self._count = 0
         self._failures: list[Failure] = []
-        self._batch_sizes: list[dict[str, int]] = []  # of each row so far, by feature set
+        self._batch_sizes: list[dict[str, int]] = []  # by feature set, one dict per row
         self._started = time.monotonic()
-        self._writers: list[SetWriter] = []
+        self._writers: list[FeatureSetWriter] = []
         try:
             with self._disk_errors():
                 for feature_set in sets:
@@ -53,12 +53,12 @@ class PartWriter:
             raise
 
     def append(self, image: ImageFeatures) -> None:
-        """Write the next image's features."""
-        row = self._rows.start + self._done
+        """Write the features of the next image."""
+        row = self._rows.start + self._count
         if image.row != row or row not in self._rows:
             raise InputError(
                 f"{self._storage.address}: part {self._part} holds rows {self._rows.start} to {self._rows.stop - 1} "
-                f"in order; got row {image.row} after {self._done} images"
+                f"in order; got row {image.row} after {self._count} images"
             )
         regions = int(self._manifest.offsets[row + 1] - self._manifest.offsets[row])
         if image.failure is not None:
@@ -66,11 +66,11 @@ class PartWriter:
         for writer in self._writers:
             with self._disk_errors():
                 if image.failure is None:
-                    writer.append(row, regions, _of_set(image, writer.feature_set))
+                    writer.append(row, regions, _features_of(image, writer.feature_set))
                 else:
                     writer.skip(regions)
         self._batch_sizes.append(image.batch_sizes)
-        self._done += 1
+        self._count += 1
 
     def commit(
         self,
@@ -78,15 +78,14 @@ class PartWriter:
         before_publish: Callable[[], None] | None = None,
         account: Mapping[str, Any] | None = None,
     ) -> PartRecord:
-        """Put everything on disk under its name, and the record of each feature set last.
+        """Flush and publish all files, and the part record of each feature set last.
 
-        before_publish   called when all is flushed, before the first file gets its name; what it raises leaves the
-                         part unwritten
-        account          JSON for the record, as it is when `before_publish` has returned
+        before_publish   called after the flush, before the first rename; if it raises, the part stays unwritten
+        account          JSON for the record, read after `before_publish` returned
         """
-        if self._done != len(self._rows):
+        if self._count != len(self._rows):
             raise InputError(
-                f"{self._storage.address}: part {self._part} has {len(self._rows)} images, got only {self._done}; "
+                f"{self._storage.address}: part {self._part} has {len(self._rows)} images, got only {self._count}; "
                 "give one ImageFeatures for each, with `failure` set where it could not be read"
             )
         offsets = self._manifest.offsets
@@ -102,29 +101,28 @@ class PartWriter:
             seconds=0.0,
         )
         with self._disk_errors():
-            finished = [writer.finish() for writer in self._writers]
+            written = [writer.finish() for writer in self._writers]
         if before_publish is not None:
             before_publish()
         with self._disk_errors():
             for writer in self._writers:
                 writer.publish()
             record = replace(record, seconds=round(time.monotonic() - self._started, 3), account=dict(account or {}))
-            # Last on purpose: a part counts as done once its record exists, so a run killed between two
-            # files finds it missing and writes it again.
-            for writer, one in zip(self._writers, finished, strict=True):
+            # Last on purpose: a part is complete once its record exists, so a run killed before that writes it again.
+            for writer, files in zip(self._writers, written, strict=True):
                 name = writer.feature_set.name
-                stored = replace(
+                set_record = replace(
                     record,
-                    files=one.files,
-                    checksums=one.checksums,
+                    files=files.files,
+                    checksums=files.checksums,
                     identity=part_identity(self._rows, self._manifest, set_crc(writer.feature_set)),
                     batches=batches_of_sizes(sizes.get(name) for sizes in self._batch_sizes),
                 )
-                stored.save(self._storage, record_file(name, self._part))
+                set_record.save(self._storage, record_file(name, self._part))
         return replace(
             record,
-            files={name: size for one in finished for name, size in one.files.items()},
-            checksums={name: crc for one in finished for name, crc in one.checksums.items()},
+            files={name: size for one in written for name, size in one.files.items()},
+            checksums={name: crc for one in written for name, crc in one.checksums.items()},
         )
 
     def __enter__(self) -> PartWriter:
@@ -141,20 +139,20 @@ class PartWriter:
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """What the disk refuses, in one line. Errors of the caller's own iterator never pass through here."""
+        """Turn OSErrors of the storage into CacheErrors. The caller's iterator never runs inside."""
         try:
             yield
         except OSError as error:
             raise CacheError(
                 f"{self._storage.address}: part {self._part} could not be written: {error.strerror or error}; "
-                "the finished parts are safe: mend that and run the same command again"
+                "finished parts are safe: fix that and run the same command again"
             ) from error
 
 
-def _of_set(image: ImageFeatures, feature_set: FeatureSet) -> NDArray[Any] | EncodedFeatures:
+def _features_of(image: ImageFeatures, feature_set: FeatureSet) -> NDArray[Any] | EncodedFeatures:
     if feature_set.name not in image.features:
         raise InputError(
             f"row {image.row}: no features of {feature_set.name}, only of {sorted(image.features) or 'nothing'}; "
-            "give them, or say in `failure` why there are none"
+            "give them, or set `failure` to the reason why there are none"
         )
     return image.features[feature_set.name]

@@ -267,7 +267,7 @@ def test_a_part_written_by_somebody_else_meanwhile_is_read(empty):
 
 def test_threads_read_the_same_as_one(cache, monkeypatch):
     # Each thread closes the file of another one.
-    monkeypatch.setattr("regionspot.cache.storage.shard_files.most_open_files", lambda: 1)
+    monkeypatch.setattr("regionspot.cache.storage.shard_files.max_open_files", lambda: 1)
     reader, orders = (
         FeatureCache.open(cache.path, check="always", access="pread"),
         [np.random.default_rng(n).permutation(10) for n in range(60)],
@@ -293,7 +293,7 @@ def test_a_pickled_cache_is_the_folder_opened_again(cache):
 
 
 def test_open_files_are_bounded_whatever_the_number_of_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr("regionspot.cache.storage.shard_files.most_open_files", lambda: 4)
+    monkeypatch.setattr("regionspot.cache.storage.shard_files.max_open_files", lambda: 4)
     made = fill(FeatureCache.create(tmp_path / "c.zarr", manifest_of([1] * 30), [MAPS, TOKENS], part_size=1))
     cache = FeatureCache.open(made.path, access="pread")
     before = len(os.listdir("/proc/self/fd"))

@@ -18,7 +18,7 @@ import pytest
 from regionspot.cache.process import Process
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.writing import claims
-from regionspot.cache.writing.claim_files import counter, run_file
+from regionspot.cache.writing.claim_files import heartbeat, heartbeat_file
 from regionspot.cache.writing.claims import CLAIM_SECONDS, Claims
 
 PARTS, RUNS, AT_ONCE = range(2), 8, 3
@@ -188,7 +188,7 @@ class World:
         self.beat += 1
         for run in awake:
             if run.id and not run.killed:
-                self.storage.files[run_file(run.id)] = counter(run.id, self.beat)
+                self.storage.files[heartbeat_file(run.id)] = heartbeat(run.id, self.beat)
 
     def give_turn(self, run):
         with self.turn:
@@ -216,7 +216,7 @@ def rounds(seeds, monkeypatch):
         monkeypatch.setattr(claims, "time", SimpleNamespace(monotonic=lambda world=world: world.clock))
         monkeypatch.setattr(claims, "this_process", world.this_process)
         monkeypatch.setattr(Process, "is_gone", lambda process, world=world: world.is_gone(process))
-        monkeypatch.setattr(Claims, "_beat", lambda _: None)  # the world beats for all
+        monkeypatch.setattr(Claims, "_write_heartbeats", lambda _: None)  # the world beats for all
         try:
             world.go()
             assert world.done.keys() == set(PARTS)

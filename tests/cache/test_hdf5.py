@@ -179,7 +179,7 @@ def test_records_lie_adjacent_as_in_a_shard(made):
     cache = FeatureCache.open(made / "a.h5")
     cache.read([0, 3], map_set="clip", token_set="sam")
     shard = cache.storage._shards("features/clip/feature_map/c.0.0.0")
-    assert len(shard.places) == 1
+    assert len(shard.offsets) == 1
 
 
 def test_other_processes_and_forks_read_it(h5, zarr):
@@ -196,7 +196,7 @@ def first_numbers(cache: FeatureCache, row: int) -> float:
 
 def test_it_is_never_written_into(made, tmp_path):
     before = (made / "a.h5").read_bytes()
-    with pytest.raises(CacheError, match="`regionspot cache import` makes a folder of it"):
+    with pytest.raises(CacheError, match="is read-only; convert it to a folder with `regionspot cache import`"):
         FeatureCache.open(made / "a.h5", "a")
     with pytest.raises(CacheError, match="regionspot cache import"):
         FeatureCache.create(tmp_path / "new.h5", manifest_of([1]), SETS)
@@ -208,7 +208,7 @@ def test_it_is_never_written_into(made, tmp_path):
 def test_a_file_cut_short_says_so_in_one_line(made, tmp_path, share):
     data = (made / "a.h5").read_bytes()
     (tmp_path / "cut.h5").write_bytes(data[: int(share * len(data))])
-    with pytest.raises(NotACacheError, match=r"cut\.h5: is (cut off|no HDF5 file|damaged)") as told:
+    with pytest.raises(NotACacheError, match=r"cut\.h5: is (truncated|not an HDF5 file|damaged)") as told:
         FeatureCache.open(tmp_path / "cut.h5")
     assert "\n" not in str(told.value)
 
@@ -216,12 +216,12 @@ def test_a_file_cut_short_says_so_in_one_line(made, tmp_path, share):
 def test_a_foreign_hdf5_file_and_none_at_all_are_told_apart(tmp_path):
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["features"] = np.zeros(3)
-    with pytest.raises(NotACacheError, match="is an HDF5 file of something else"):
+    with pytest.raises(NotACacheError, match="is not a cache"):
         FeatureCache.open(tmp_path / "other.h5")
     with pytest.raises(NotACacheError, match="no such cache"):
         FeatureCache.open(tmp_path / "none.h5")
     (tmp_path / "text.h5").write_text("no")
-    with pytest.raises(NotACacheError, match="is no HDF5 file"):
+    with pytest.raises(NotACacheError, match="is not an HDF5 file"):
         FeatureCache.open(tmp_path / "text.h5")
 
 
@@ -229,7 +229,7 @@ def test_another_form_of_the_file_is_refused_with_its_version(made, tmp_path):
     shutil.copy(made / "a.h5", tmp_path / "b.h5")
     with h5py.File(tmp_path / "b.h5", "a") as file:
         file.attrs["regionspot_hdf5"] = 2
-    with pytest.raises(NotACacheError, match="has form 2, not 1"):
+    with pytest.raises(NotACacheError, match="has format version 2, not 1"):
         FeatureCache.open(tmp_path / "b.h5")
 
 
@@ -270,7 +270,7 @@ def test_a_damaged_file_is_told_to_be_copied_anew_and_not_to_be_repaired(made, t
     damaged = bytearray(data)
     damaged[data.index(stored)] ^= 4
     (tmp_path / "damaged.h5").write_bytes(damaged)
-    with pytest.raises(CorruptPartError, match="its checksum; copy the file anew, or export the cache again"):
+    with pytest.raises(CorruptPartError, match="its checksum; copy the file again, or export the cache again"):
         FeatureCache.open(tmp_path / "damaged.h5").read(right.part_rows(1), map_set="clip", token_set="sam")
     (problem,) = verify(tmp_path / "damaged.h5").problems
     assert (problem.part, problem.mend) == (1, "restore")

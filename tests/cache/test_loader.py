@@ -579,7 +579,7 @@ def test_a_file_cut_short_while_it_is_open_is_an_error_and_not_the_end_of_the_pr
 
 @pytest.mark.parametrize("access", ["map", "pread"])
 def test_a_file_that_is_removed_or_replaced_meanwhile_breaks_no_reader(own_cache, access, monkeypatch):
-    monkeypatch.setattr("regionspot.cache.storage.shard_files.most_open_files", lambda: 1)
+    monkeypatch.setattr("regionspot.cache.storage.shard_files.max_open_files", lambda: 1)
     reader = FeatureCache.open(own_cache.path, access=access)
     everything = own_cache.valid_rows()
     require_right(reader.read(everything))
@@ -600,7 +600,7 @@ def test_a_file_that_is_removed_or_replaced_meanwhile_breaks_no_reader(own_cache
 
 def test_a_replaced_part_is_read_by_its_own_index_and_checksums(own_cache, monkeypatch, tmp_path):
     """Of a part that was made again with other numbers, none is mixed with what was known of the first."""
-    monkeypatch.setattr("regionspot.cache.storage.shard_files.most_open_files", lambda: 1)
+    monkeypatch.setattr("regionspot.cache.storage.shard_files.max_open_files", lambda: 1)
     reader = FeatureCache.open(own_cache.path, access="pread", check="always")
     reader.read(own_cache.valid_rows())
     (own_cache.path / "parts/maps/00001.json").unlink()

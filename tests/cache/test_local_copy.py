@@ -193,7 +193,7 @@ def test_many_threads_never_pass_the_limit_and_read_what_is_there(bucket, tmp_pa
     def watch():
         while not done.wait(0.002):
             sizes = {}  # by file, for it may get its name between two looks
-            with copy._copies._room():  # nobody takes room meanwhile
+            with copy._copies._locked_room():  # nobody takes room meanwhile
                 for path in tmp_path.rglob("*@*"):
                     with contextlib.suppress(FileNotFoundError):
                         sizes[path.stat().st_ino] = path.stat().st_size
@@ -333,7 +333,7 @@ def test_a_full_disk_is_told_once_and_the_rest_is_read_from_the_store(address, t
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
     told = [record.getMessage() for record in caplog.records if record.name == "regionspot.cache.storage.local_mirror"]
     assert len(told) == 1
-    assert "takes no more copies: File too large; the rest is read from s3://" in told[0]
+    assert "no more local copies: File too large; the rest is read from s3://" in told[0]
     assert shards_in(tmp_path) == ["c.0.0.0"]
     assert list(tmp_path.rglob("*.partial")) == []
 
@@ -379,7 +379,7 @@ def test_a_local_copy_of_a_local_cache_is_ignored_with_a_warning(tmp_path, caplo
 
 def test_a_folder_that_cannot_hold_a_copy_is_refused_in_one_line(bucket, tmp_path):
     Path(tmp_path, "file").write_text("in the way")
-    with pytest.raises(InputError, match=r"cannot hold a local copy: .*; give a folder where you may write"):
+    with pytest.raises(InputError, match=r"cannot hold a local copy: .*; give a writable folder"):
         with_local_mirror(bucket, tmp_path / "file", PLENTY)
 
 

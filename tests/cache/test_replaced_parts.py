@@ -61,7 +61,7 @@ def retried(small, address):
 def test_a_part_that_is_written_again_while_it_is_read_gives_no_image_the_features_of_another(
     small, full, where, monkeypatch
 ):
-    monkeypatch.setattr("regionspot.cache.storage.shard_files.most_open_files", lambda: 1)
+    monkeypatch.setattr("regionspot.cache.storage.shard_files.max_open_files", lambda: 1)
     address = full
     if where == "memory":
         address = f"memory://{uuid.uuid4().hex}/c.zarr"
@@ -76,7 +76,7 @@ def test_a_part_that_is_written_again_while_it_is_read_gives_no_image_the_featur
 
 
 def test_a_replaced_part_is_opened_once_again_and_no_other_part_with_it(small, full, opened_parts, monkeypatch):
-    monkeypatch.setattr("regionspot.cache.storage.shard_files.most_open_files", lambda: 1)
+    monkeypatch.setattr("regionspot.cache.storage.shard_files.max_open_files", lambda: 1)
     reader = FeatureCache.open(full, access="pread")
     rows = [4, 5, 7]  # of part 1
     reader.read([0, *rows, 8], map_set="clip", token_set="sam")
