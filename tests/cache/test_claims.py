@@ -316,7 +316,7 @@ def test_take_over_frees_what_others_claimed_until_now_and_nothing_later(storage
             assert ours.claim(0)
             assert not ours.claim(1)
             assert other.is_owned(1)
-            with pytest.raises(CacheError, match=r"part 0 was taken over by elsewhere:\d+ while this run stood still"):
+            with pytest.raises(CacheError, match=r"part 0 was taken over by elsewhere:\d+ while this run was suspended"):
                 other.require_owned(0)
 
 
@@ -359,5 +359,5 @@ def test_an_answer_that_is_lost_on_the_way_does_not_lose_the_claim(storage, monk
 
 def test_a_store_that_refuses_is_said_in_one_line(tmp_path):
     (tmp_path / "claims").write_text("a file")
-    with pytest.raises(CacheError, match=r"claims/ cannot be used: .*mend the disk"), claims_of(LocalStorage(tmp_path)):
+    with pytest.raises(CacheError, match=r"claims/ cannot be used: .*fix the disk"), claims_of(LocalStorage(tmp_path)):
         pass

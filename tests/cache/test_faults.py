@@ -140,7 +140,7 @@ FAULTS = {
     "EIO on write": (os_failing(errno.EIO, "write"), False),
     "EIO on fsync": (os_failing(errno.EIO, "fsync"), False),
     "EIO on close": (os_failing(errno.EIO, "close"), False),
-    "EIO on read": (lambda path, rng, armed: failing(LocalStorage, ("read", "names"), errno.EIO, armed), False),
+    "EIO on read": (lambda path, rng, armed: failing(LocalStorage, ("read", "list_files"), errno.EIO, armed), False),
     "permission lost": (permission_lost, True),
     "clock going back": (clock_goes_back, True),
     "folder removed": (folder_removed, False),

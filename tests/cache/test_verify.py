@@ -333,14 +333,14 @@ def test_an_array_that_is_not_there_at_all_counts_as_a_disk_that_is_away(full):
 
 
 def test_a_part_that_is_dropped_while_it_is_looked_at_is_no_problem(full, monkeypatch):
-    real = LocalStorage.names
+    real = LocalStorage.list_files
 
     def names_then_drop(self, folder):
         found = real(self, folder)
         (full / "parts/clip/00001.json").unlink(missing_ok=True)
         return found
 
-    monkeypatch.setattr(LocalStorage, "names", names_then_drop)
+    monkeypatch.setattr(LocalStorage, "list_files", names_then_drop)
     assert verify(full).sound
 
 
