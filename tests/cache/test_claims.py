@@ -316,7 +316,7 @@ def test_take_over_frees_what_others_claimed_until_now_and_nothing_later(storage
             assert ours.claim(0)
             assert not ours.claim(1)
             assert other.is_owned(1)
-            with pytest.raises(CacheError, match=r"part 0 was taken over by elsewhere:\d+ while this run was suspended"):
+            with pytest.raises(CacheError, match=r"part 0 was taken over by elsewhere:\d+ while this run"):
                 other.require_owned(0)
 
 
