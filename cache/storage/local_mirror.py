@@ -214,8 +214,8 @@ class _Upload:
 def with_local_mirror(storage: Storage, folder: str | Path | None, limit: str | int | None = None) -> Storage:
     """Mirror a remote storage in `folder`, which holds at most `limit` bytes of all caches together.
 
-    A local storage is returned as is, with a warning. Raises InputError for a limit that is not a size or has no folder,
-    and if the folder cannot be written.
+    A local storage is returned as is, with a warning. Raises InputError for a limit that is not a size or has no
+    folder, and if the folder cannot be written.
     """
     if folder is None:
         raise InputError(
