@@ -28,7 +28,7 @@ from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.backbones.sam_image_encoder import SamEncoder
 from regionspot.pipeline.backbones.weights import load_weights
 from regionspot.pipeline.extraction.config import ExtractConfig
-from regionspot.pipeline.extraction.decode_ahead import Decoder, decode_ahead
+from regionspot.pipeline.extraction.decode_ahead import Decoder, decode_ahead, default_threads
 from regionspot.pipeline.extraction.extract import extract, open_for_extraction
 
 OBJECTS365, ALL_SETS = 660_000, 2_500_000  # images: Objects365 v1; with OpenImages and V3Det
@@ -168,7 +168,7 @@ def _stages(report: Report, backbones: Backbones, job: Job, size: int, scale: Sc
     decoder = Decoder(manifest, job.folder, backbones, "auto")
     names = [feature_set.name for feature_set in backbones.feature_sets()]
     started = time.perf_counter()
-    with closing(decode_ahead(decoder, ((row, names) for row in range(job.images)), None)) as decoded:
+    with closing(decode_ahead(decoder, ((row, names) for row in range(job.images)), default_threads())) as decoded:
         failed = sum(image.failure is not None for image in decoded)
     taken = time.perf_counter() - started
     if failed:

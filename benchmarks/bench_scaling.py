@@ -70,14 +70,13 @@ def _scale(report: Report, count: int, parts_each: int, rates: dict[int, float])
             connection.client.wait_for_workers(count)
             connection.client.run(_open, job)
             ready, busy = time.perf_counter(), time.process_time()
-            watch = RunMonitor()
-            watch.begin_by_workers(IMAGES * parts, 0)
-            run_parts(connection, job, cache, cache.feature_sets, range(parts), watch)
+            monitor = RunMonitor(IMAGES * parts, parts)
+            run_parts(connection, job, cache, cache.feature_sets, range(parts), monitor)
             seconds, busy = time.perf_counter() - ready, time.process_time() - busy
             memory = sum(connection.client.run(_memory_mb).values())
         found = verify(cache.path)
-        if not found.sound or found.pending or watch.stats.parts != parts:
-            raise RuntimeError(f"{count} workers: {watch.stats.parts} of {parts} parts, {found.text()}")
+        if not found.sound or found.pending or monitor.stats.parts != parts:
+            raise RuntimeError(f"{count} workers: {monitor.stats.parts} of {parts} parts, {found.text()}")
     finally:
         shutil.rmtree(folder)
     report.add_row(
@@ -113,16 +112,15 @@ def _cost(report: Report, parts: int) -> None:
 
 
 def _run_tiny_parts(connection: Connection, path: Path, parts: int) -> None:
-    cache, watch = make_cache(path, parts, 1), RunMonitor()
-    watch.begin_by_workers(parts, 0)
-    run_parts(connection, SimulatedJob(str(path)), cache, cache.feature_sets, range(parts), watch)
+    cache = make_cache(path, parts, 1)
+    run_parts(connection, SimulatedJob(str(path)), cache, cache.feature_sets, range(parts), RunMonitor(parts, parts))
 
 
 def _open(job: SimulatedJob) -> None:
     """In a worker: open the cache, as the first part would."""
-    from regionspot.pipeline.distributed import worker as part_worker
+    from regionspot.pipeline.distributed.worker import open_job
 
-    part_worker.opened(job)
+    open_job(job)
 
 
 def _memory_mb() -> float:

@@ -61,10 +61,10 @@ class SimulatedJob:
 
     def open(self) -> PartMaker:
         cache = FeatureCache.open(self.cache, "a")
-        return PartMaker(cache, list(cache.feature_sets), SimulatedFeatures(cache, self), self.run)
+        return PartMaker(cache, list(cache.feature_sets), SimulatedEncoder(cache, self), self.run)
 
 
-class SimulatedFeatures:
+class SimulatedEncoder:
     """Features that follow from the row."""
 
     def __init__(self, cache: FeatureCache, job: SimulatedJob) -> None:
@@ -72,7 +72,7 @@ class SimulatedFeatures:
         self._seconds = job.seconds * (10 if job.slow == os.getpid() else 1)
         self._gpu = threading.Lock()
 
-    def of_rows(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[ImageFeatures]:
+    def __call__(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[ImageFeatures]:
         regions = self._cache.manifest.region_count
         for row in rows:
             with stats.timed("encode"), self._gpu:

@@ -1,1 +1,1 @@
-"""The verbs of the command line that fill a module of their own, and the options they share."""
+"""The commands of the command line, one module each, and the options that they share. No logic of their own."""

@@ -1,6 +1,6 @@
-"""`regionspot cache ...`: what can be done with a cache that is there already; no logic of its own.
+"""`regionspot cache ...`: inspect, check, extend and copy an existing cache.
 
-`--cache` of the other commands and PATH here are a folder, the URL of one in an object store, or an .h5 file.
+PATH, like `--cache` of the other commands, is a folder, the URL of a folder in an object store, or an .h5 file.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import typer
 
 from regionspot.commands.options import (
     EXTRACTION_FAILURES,
-    MOST_IMAGES,
-    MOST_THREADS,
+    MAX_IMAGES,
+    MAX_THREADS,
     Annotations,
     Boxes,
     Data,
@@ -26,38 +26,36 @@ from regionspot.commands.options import (
 )
 from regionspot.commands.signals import AGAIN, on_stop
 
-cache_app = typer.Typer(help="Look at a cache, check it, grow it, copy it.", no_args_is_help=True)
+cache_app = typer.Typer(help="Inspect, check, extend and copy a cache.", no_args_is_help=True)
 
 CachePath = Annotated[str, typer.Argument(metavar="PATH", help="the cache: a folder, a URL such as s3://..., or .h5")]
 NewCache = Annotated[str, typer.Argument(metavar="OUT", help="the new cache: a folder or a URL")]
-PartSize = Annotated[int | None, typer.Option(min=1, max=MOST_IMAGES, help="images a part; default: as many as before")]
+PartSize = Annotated[int | None, typer.Option(min=1, max=MAX_IMAGES, help="images per part; default: as before")]
 
 
 @cache_app.command()
-def info(
-    path: CachePath, as_json: Annotated[bool, typer.Option("--json", help="all of it, for programs")] = False
-) -> None:
-    """Say what a cache holds: feature sets, sizes, what made it, parts done and pending, images that failed."""
+def info(path: CachePath, as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False) -> None:
+    """Show feature sets, sizes, provenance, written and pending parts, and failed images of a cache."""
     from regionspot.cache.store import FeatureCache
     from regionspot.cache.tools.info import describe_cache
 
-    found = describe_cache(FeatureCache.open(path))
-    typer.echo(json.dumps(found.as_json(), indent=1, allow_nan=False) if as_json else found.text())
+    info = describe_cache(FeatureCache.open(path))
+    typer.echo(json.dumps(info.as_json(), indent=1, allow_nan=False) if as_json else info.text())
 
 
 @cache_app.command()
 def ls(
     path: CachePath,
-    failed: Annotated[bool, typer.Option("--failed", help="those that could not be read, and why")] = False,
-    pending: Annotated[bool, typer.Option("--pending", help="those that are not extracted yet")] = False,
-    done: Annotated[bool, typer.Option("--done", help="those that every feature set holds")] = False,
-    limit: Annotated[int | None, typer.Option(min=1, help="lines at most")] = None,
+    failed: Annotated[bool, typer.Option("--failed", help="images that could not be read, and why")] = False,
+    pending: Annotated[bool, typer.Option("--pending", help="images that are not extracted yet")] = False,
+    done: Annotated[bool, typer.Option("--done", help="images that every feature set contains")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="maximum number of lines")] = None,
 ) -> None:
-    """List the images, a line each: row, id, size, regions, path, state."""
+    """List the images, one per line: row, id, size, regions, path, state."""
     from regionspot.cache.store import FeatureCache
     from regionspot.cache.tools.info import STATES, list_images
 
-    states = [state for state, asked in zip(STATES, (done, failed, pending), strict=True) if asked]
+    states = [state for state, selected in zip(STATES, (done, failed, pending), strict=True) if selected]
     for line in list_images(FeatureCache.open(path), states or STATES, limit):
         typer.echo(line)
 
@@ -67,25 +65,25 @@ def show(
     path: CachePath,
     image_id: Annotated[int, typer.Argument(help="the dataset's id of the image, as `ls` lists it")],
     out: Annotated[Path, typer.Option("--out", "-o", help="the image file to write")],
-    images: Annotated[
+    image_folder: Annotated[
         Path | None,
         typer.Option(
-            "--photos", exists=True, file_okay=False, help="folder of the images; without it regions lie on grey"
+            "--photos", exists=True, file_okay=False, help="folder of the images; without it, regions are drawn on grey"
         ),
     ] = None,
     region: Annotated[
-        int | None, typer.Option(min=0, help="number of the region to compare; default: a large one")
+        int | None, typer.Option(min=0, help="index of the region to compare; default: a large one")
     ] = None,
-    map_set: Annotated[str | None, typer.Option(help="feature set to look at; default: the only map")] = None,
+    map_set: Annotated[str | None, typer.Option(help="feature set to show; default: the only map")] = None,
 ) -> None:
-    """Draw one image: its regions, its feature map as colours, and what in it is like one of the regions."""
+    """Draw one image: its regions, its feature map as colours, and the similarity of each patch to a region."""
     from regionspot.cache.outputs import check_output_file
     from regionspot.cache.store import FeatureCache
     from regionspot.evaluation.report.cache_view import show_image
     from regionspot.evaluation.report.drawing import check_image_name, save_image
 
-    check_output_file(check_image_name(out), (path, images))
-    save_image(show_image(FeatureCache.open(path), image_id, images, region, map_set), out)
+    check_output_file(check_image_name(out), (path, image_folder))
+    save_image(show_image(FeatureCache.open(path), image_id, image_folder, region, map_set), out)
     typer.echo(f"{out}")
 
 
@@ -97,7 +95,7 @@ def import_tokens(
         bool, typer.Option("--allow-missing", help="record images without a usable file as failed")
     ] = False,
 ) -> None:
-    """Take location tokens from the authors' published files instead of running SAM."""
+    """Import location tokens from the files that the authors published, instead of running SAM."""
     from regionspot.cache.tools.import_tokens import import_tokens as run
 
     typer.echo(f"{cache}: {run(folder, cache, allow_missing).text()}")
@@ -116,21 +114,21 @@ def stats(
 
     if out:
         check_output_file(check_stats_name(out), [path])
-    found = channel_stats(FeatureCache.open(path), feature_set)
-    typer.echo(found.text())
+    result = channel_stats(FeatureCache.open(path), feature_set)
+    typer.echo(result.text())
     if out:
-        found.save(out)
+        result.save(out)
 
 
 @cache_app.command()
 def verify(
     path: CachePath,
-    quick: Annotated[bool, typer.Option("--quick", help="leave the features' own bytes out")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="do not read the features themselves")] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=MOST_THREADS, help="parts at once; default: what suits the store")
+        int | None, typer.Option(min=1, max=MAX_THREADS, help="parts to check in parallel; default: by storage")
     ] = None,
 ) -> None:
-    """Look at every byte and count of a cache; exit code 1 and a list when something is wrong."""
+    """Check every byte and count of a cache; exit code 1 and a list of problems if there are any."""
     from regionspot.cache.tools.verify import verify as run
 
     report = run(path, quick=quick, threads=threads)
@@ -141,9 +139,9 @@ def verify(
 @cache_app.command()
 def repair(
     path: CachePath,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="only say what would be done")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what would be done")] = False,
 ) -> None:
-    """Verify a cache and drop its bad parts, so that the next extract makes them again; 1 when problems are left."""
+    """Verify a cache and delete its bad parts, so that the next extract writes them again; 1 if problems remain."""
     from regionspot.cache.tools.repair import repair as run
     from regionspot.cache.tools.verify import verify as look
 
@@ -154,7 +152,7 @@ def repair(
 
 @cache_app.command()
 def export(path: CachePath, out: Annotated[Path, typer.Argument(metavar="OUT.h5", help="the file to write")]) -> None:
-    """Write a whole cache into one HDF5 file, which opens as the folder does; for clusters that count files."""
+    """Write a whole cache into one HDF5 file, which can be used like the folder; for clusters with file quotas."""
     from regionspot.cache.store import FeatureCache
     from regionspot.cache.tools.hdf5_export import export_hdf5
 
@@ -164,9 +162,9 @@ def export(path: CachePath, out: Annotated[Path, typer.Argument(metavar="OUT.h5"
 @cache_app.command("import")
 def import_file(
     file: Annotated[Path, typer.Argument(metavar="FILE.h5", help="what `export` wrote")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to make")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to create")],
 ) -> None:
-    """Turn a cache in one HDF5 file back into a folder, byte for byte."""
+    """Convert an HDF5 file back into a cache folder, byte for byte."""
     from regionspot.cache.tools.hdf5_export import import_hdf5
 
     typer.echo(f"{import_hdf5(file, out)}")
@@ -182,18 +180,18 @@ def extend(
     boxes: Boxes = "gt",
     limit: Limit = None,
     part_size: Annotated[
-        int, typer.Option(min=1, max=MOST_IMAGES, help="images a part, where there was only one part")
+        int, typer.Option(min=1, max=MAX_IMAGES, help="images per part, if the cache has only one part")
     ] = 512,
     max_failures: MaxFailures = EXTRACTION_FAILURES,
     take_over: TakeOver = False,
 ) -> None:
-    """Take in annotations that grew: new images come behind those that are there, for the next `extract`."""
+    """Add new images of grown annotations at the end of a cache, for the next `extract`."""
     from regionspot.cache.tools.extend import extend as run
     from regionspot.pipeline.datasets.failure_limit import FailureLimit
     from regionspot.pipeline.datasets.registry import read_split
 
-    allowed = FailureLimit.parse(max_failures)
-    manifest = read_split(name, data, split, annotations, boxes, limit, max_failures=allowed, may_be_empty=True)
+    failures = FailureLimit.parse(max_failures)
+    manifest = read_split(name, data, split, annotations, boxes, limit, max_failures=failures, may_be_empty=True)
     typer.echo(f"{path}: {run(path, manifest, part_size=part_size, take_over=take_over).text()}")
 
 
@@ -203,7 +201,7 @@ def merge(
     out: Annotated[str, typer.Option("--out", "-o", help="the new cache: a folder or a URL")],
     part_size: PartSize = None,
 ) -> None:
-    """Put the images of several caches one after another into a new one. Run again, it resumes."""
+    """Concatenate caches into a new one. Run it again to resume."""
     from regionspot.cache.tools.merge_subset_convert import merge as run
 
     on_stop(AGAIN)
@@ -214,21 +212,23 @@ def merge(
 def subset(
     path: CachePath,
     out: NewCache,
-    ids: Annotated[Path | None, typer.Option(help="file of image ids, one a line; their order is kept")] = None,
-    category: Annotated[list[str] | None, typer.Option(help="with a region of this class; may be given again")] = None,
-    every: Annotated[int, typer.Option(min=1, help="of those each so many-th")] = 1,
-    first: Annotated[int | None, typer.Option(min=1, help="of those the first so many")] = None,
+    ids: Annotated[Path | None, typer.Option(help="file of image ids, one per line; their order is kept")] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="only images with a region of this class; can be repeated")
+    ] = None,
+    every: Annotated[int, typer.Option(min=1, help="every n-th of those images")] = 1,
+    first: Annotated[int | None, typer.Option(min=1, help="the first n of those images")] = None,
     part_size: PartSize = None,
 ) -> None:
-    """Take some images into a new cache. Run again, it resumes."""
+    """Copy some images into a new cache. Run it again to resume."""
     from regionspot.cache.store import FeatureCache
     from regionspot.cache.tools.merge_subset_convert import subset as run
     from regionspot.cache.tools.select_rows import read_ids, select_rows
 
     on_stop(AGAIN)
     cache = FeatureCache.open(path)
-    wanted = read_ids(ids) if ids else None
-    rows = select_rows(cache.manifest, ids=wanted, categories=category or [], every=every, first=first)
+    image_ids = read_ids(ids) if ids else None
+    rows = select_rows(cache.manifest, ids=image_ids, categories=category or [], every=every, first=first)
     typer.echo(f"{out}: {run(path, out, rows, part_size).text()}")
 
 
@@ -241,7 +241,7 @@ def convert(
         typer.Option(metavar="SET=ENCODING", help="clip_vit_l_14=int8: float16, float32, bfloat16 or int8, or +zstd"),
     ],
 ) -> None:
-    """Store feature sets in another encoding in a new cache; others stay. Run again, it resumes."""
+    """Copy a cache with feature sets in another encoding. Run it again to resume."""
     from regionspot.cache.tools.merge_subset_convert import convert as run
     from regionspot.cache.tools.merge_subset_convert import encodings_of
 
@@ -251,7 +251,7 @@ def convert(
 
 @cache_app.command()
 def copy(path: CachePath, out: NewCache) -> None:
-    """Copy a cache, also to or from an object store, and check it on the way. Run again, it resumes."""
+    """Copy a cache, also to or from an object store, and verify the checksums. Run it again to resume."""
     from regionspot.cache.tools.merge_subset_convert import copy as run
 
     on_stop(AGAIN)

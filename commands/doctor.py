@@ -1,4 +1,4 @@
-"""`regionspot doctor`: is everything there and does it work; no logic of its own."""
+"""`regionspot doctor`: check whether this machine can extract."""
 
 from __future__ import annotations
 
@@ -12,32 +12,36 @@ from regionspot.commands.options import Annotations, Device, PresetName, Split
 
 
 def doctor(
-    cache: Annotated[str | None, typer.Option(help="where features are to be written: room and write rate")] = None,
-    data: Annotated[Path | None, typer.Option(help="folder of a dataset: annotations and photos")] = None,
-    dataset: Annotated[str, typer.Option(help="which dataset --data is")] = "o365",
+    cache: Annotated[
+        str | None, typer.Option(help="where features will be written: free space and write throughput")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="folder of a dataset: annotations and images")] = None,
+    dataset: Annotated[str, typer.Option(help="name of the dataset in --data")] = "o365",
     split: Split = "train",
     annotations: Annotations = None,
     preset: Annotated[
-        PresetName | None, typer.Option(help="look at its weights, and send an image through its models too")
+        PresetName | None, typer.Option(help="check its weights, and send an image through its models")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="folder of the official files, or random:SEED; default: where downloads lie")
+        str | None, typer.Option(help="folder of the official files, or random:SEED; default: the download folder")
     ] = None,
     device: Device = None,
     metrics_port: Annotated[
-        int | None, typer.Option(min=1, max=65535, help="whether `extract` could serve metrics there")
+        int | None, typer.Option(min=1, max=65535, help="check whether `extract` can serve metrics there")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="for programs")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Look at everything that extraction needs, in less than a minute; exit code 1 where something fails."""
-    from regionspot.pipeline.doctor.run import Asked, examine, is_healthy
-    from regionspot.pipeline.doctor.run import as_json as to_json
+    """Check in less than a minute what extraction needs; exit code 1 if something fails."""
+    from regionspot.pipeline.doctor.report import DoctorOptions, is_healthy
+    from regionspot.pipeline.doctor.report import as_json as to_json
+    from regionspot.pipeline.doctor.run import examine
 
-    found = []
-    for finding in examine(Asked(cache, data, dataset, split, preset, weights, device, metrics_port, annotations)):
-        found.append(finding)
+    options = DoctorOptions(cache, data, dataset, split, preset, weights, device, metrics_port, annotations)
+    findings = []
+    for finding in examine(options):
+        findings.append(finding)
         if not as_json:
             typer.echo(finding.line())
     if as_json:
-        typer.echo(json.dumps(to_json(found), indent=1, allow_nan=False))
-    raise typer.Exit(0 if is_healthy(found) else 1)
+        typer.echo(json.dumps(to_json(findings), indent=1, allow_nan=False))
+    raise typer.Exit(0 if is_healthy(findings) else 1)

@@ -1,7 +1,7 @@
-"""Options that several commands have, in the same words, and what they come to together.
+"""Options that several commands share.
 
-Every number has its range here and every choice its list, so that a wrong value is refused before anything is loaded. A
-choice is a Literal and not the library's own table, for that table imports torch; a test compares the two.
+Every number has a range and every choice a list, so a wrong value is refused before anything is loaded. A choice is a
+Literal instead of the library's table, because importing the table imports torch; a test compares the two.
 """
 
 from __future__ import annotations
@@ -27,26 +27,26 @@ ExifName = Literal["auto", "apply", "ignore"]
 DatasetName = Annotated[str, typer.Argument(help="o365, o365v2, openimages, v3det, lvis, coco or toy")]
 Data = Annotated[Path, typer.Option(help="folder of the dataset: annotation files and images")]
 Split = Annotated[str, typer.Option(help="train, val, ...")]
-Annotations = Annotated[Path | None, typer.Option(help="this annotation file instead of the dataset's own")]
+Annotations = Annotated[Path | None, typer.Option(help="this annotation file instead of the dataset's")]
 Boxes = Annotated[str, typer.Option(help="gt, or a detector's proposals file")]
-Limit = Annotated[int | None, typer.Option(min=1, help="only the first images, for this run")]
+Limit = Annotated[int | None, typer.Option(min=1, help="only the first images, in this run")]
 TakeOver = Annotated[
     bool,
     typer.Option(
         "--take-over",
-        help="do at once what other runs on this cache were doing: only when they are known to be gone. Without it, a "
-        f"run on another machine counts as gone when it shows no life for {CLAIM_SECONDS:.0f} seconds",
+        help="take over the parts of other runs on this cache at once: only if these runs are dead. Without it, a run "
+        f"on another machine counts as dead when its heartbeat stops for {CLAIM_SECONDS:.0f} seconds",
     ),
 ]
 EXTRACTION_FAILURES, EVALUATION_FAILURES = str(EXTRACTION_LIMIT), str(EVALUATION_LIMIT)
 
 Preset = Annotated[PresetName, typer.Option(help="which backbones")]
 OptionalPreset = Annotated[
-    PresetName | None, typer.Option(help="which backbones, where the checkpoint does not state them")
+    PresetName | None, typer.Option(help="which backbones, if the checkpoint does not state them")
 ]
 Checkpoint = Annotated[Path, typer.Option(help="a trained head, ours or one released by the authors")]
 Templates = Annotated[
-    TemplatesName | None, typer.Option(help="sentences around a name; default: those that the head was trained with")
+    TemplatesName | None, typer.Option(help="prompt templates; default: those that the head was trained with")
 ]
 Weights = Annotated[
     str | None,
@@ -54,27 +54,31 @@ Weights = Annotated[
 ]
 SamWeights = Annotated[str | None, typer.Option(help="this SAM file instead")]
 ClipWeights = Annotated[str | None, typer.Option(help="this CLIP file instead")]
-ExifRule = Annotated[ExifName, typer.Option(help="orientation; auto: applied where the stated size asks for it")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU where there is one")]
+ExifRule = Annotated[
+    ExifName, typer.Option(help="EXIF orientation; auto: applied if the size in the annotations requires it")
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default: a GPU if available")]
 OptionalExif = Annotated[
-    ExifName | None, typer.Option(help="orientation; default: as for the features that the head was trained on")
+    ExifName | None, typer.Option(help="EXIF orientation; default: as for the features that the head was trained on")
 ]
 Dtype = Annotated[
-    DtypeName, typer.Option(help="of the image encoders; auto: as of the features that the head was trained on")
+    DtypeName, typer.Option(help="of the image encoders; auto: as for the features that the head was trained on")
 ]
-LocalCopy = Annotated[Path | None, typer.Option(help="of a remote cache: keep what is read of it in this folder")]
-LocalLimit = Annotated[str | None, typer.Option(help="of --local-copy: 500GB; what was used least lately goes first")]
+LocalCopy = Annotated[Path | None, typer.Option(help="for a remote cache: keep a copy of what is read in this folder")]
+LocalLimit = Annotated[
+    str | None, typer.Option(help="size of --local-copy: 500GB; the least recently used is deleted first")
+]
 MaxFailures = Annotated[
     str, typer.Option(help='stop when more images, or annotations, than this are broken: "1%" of all, or "200"')
 ]
 MetricsPort = Annotated[
-    int | None, typer.Option(min=1, max=65535, help="serve Prometheus metrics at this port while it runs: 9400")
+    int | None, typer.Option(min=1, max=65535, help="serve Prometheus metrics at this port during the run: 9400")
 ]
 _SEED = {"min": 0, "max": 2**32 - 1}
-Seed = Annotated[int | None, typer.Option(**_SEED, help="of the weights, batches and dropout")]
-WorldSeed = Annotated[int, typer.Option(**_SEED, help="another seed, another toy world")]
+Seed = Annotated[int | None, typer.Option(**_SEED, help="random seed of weights, batches and dropout")]
+WorldSeed = Annotated[int, typer.Option(**_SEED, help="random seed of the toy world")]
 WorldSize = Annotated[
-    int, typer.Option("--pictures", min=40, max=1_000_000, help="of the toy world, training and validation")
+    int, typer.Option("--pictures", min=40, max=1_000_000, help="images of the toy world, training and validation")
 ]
-# Upper bounds are where memory or threads run out, far beyond what anybody uses.
-MOST_IMAGES, MOST_THREADS, MOST_STEPS = MAX_PART_SIZE, 1024, 10_000_000
+# Upper bounds where memory or threads run out, far beyond normal use.
+MAX_IMAGES, MAX_THREADS, MAX_STEPS = MAX_PART_SIZE, 1024, 10_000_000

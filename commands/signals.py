@@ -9,43 +9,48 @@ from types import FrameType
 
 AGAIN = "run the same command again to resume"
 
-_WORDS = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
 _received: signal.Signals | None = None
 _advice = ""
 
 
 def on_stop(advice: str) -> None:
-    """What the user can do when a signal stops the command from here on, such as how to resume it."""
+    """Set what the user is told when a signal stops the command from here on, such as how to resume it."""
     global _advice
     _advice = advice
 
 
 @contextmanager
 def signals_interrupt() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise KeyboardInterrupt, so that both end a command by the same clean-up."""
+    """Inside the block, SIGINT and SIGTERM raise KeyboardInterrupt, so both run the same clean-up."""
     global _received, _advice
     _received, _advice = None, ""
-    before = {each: signal.getsignal(each) for each in _WORDS}
-    for each, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as in a script's `command &`, which Ctrl-C must not reach
-            with suppress(ValueError):  # not the main thread, where no handler can be set
-                signal.signal(each, _interrupt)
+    before = {number: signal.getsignal(number) for number in _NAMES}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # ignored for a script's `command &`, which Ctrl-C must not stop
+            with suppress(ValueError):  # not the main thread, which alone can set handlers
+                signal.signal(number, _interrupt)
     try:
         yield
     finally:
-        for each, handler in before.items():
+        for number, handler in before.items():
             with suppress(ValueError):
-                # After a signal has been answered, one more ends the process at once, without a traceback of whatever
-                # Python is still waiting for.
-                signal.signal(each, signal.SIG_DFL if _received and handler is not signal.SIG_IGN else handler)
+                # After one signal, a second one kills the process at once, without a traceback of its threads.
+                signal.signal(number, signal.SIG_DFL if _received and handler is not signal.SIG_IGN else handler)
 
 
 def stop_line() -> tuple[str, int] | None:
-    """What there is to say when a signal has come, and the exit code (128 and the signal's number); else None."""
+    """The last line and the exit code (128 + signal number) if a signal was received."""
     if _received is None:
         return None
-    return f"stopped by {_WORDS[_received]}{f'; {_advice}' if _advice else ''}", 128 + _received
+    return f"stopped by {_NAMES[_received]}{f'; {_advice}' if _advice else ''}", 128 + _received
+
+
+def raise_if_stopped() -> None:
+    """Raise KeyboardInterrupt if a signal was received: typer returns an exit code instead."""
+    if _received is not None:
+        raise KeyboardInterrupt
 
 
 def _interrupt(number: int, _: FrameType | None) -> None:

@@ -64,12 +64,12 @@ OTHERS = [
     ("dataset", "--split", "vall", "coco split 'vall': unknown; expected one of train, val"),
     ("extract", "--encoding", "int4", "encoding 'int4': unknown; expected one of float16"),
     ("extract", "--token-encoding", "int8+gzip", "encoding 'int8+gzip': unknown"),
-    ("extract", "--parts", "3-", "parts '3-': '3-' is no part"),
+    ("extract", "--parts", "3-", "parts '3-': '3-' is not a part"),
     ("extract", "--parts", "9-7", "did you mean 7-9?"),
-    ("extract", "--parts", "9" * 5000, "is no part"),
-    ("extract", "--shard", "0/4", "shards are counted from 1"),
-    ("extract", "--shard", "5/4", "shards are counted from 1"),
-    ("extract", "--shard", "x", "shard 'x': expected a number and how many there are"),
+    ("extract", "--parts", "9" * 5000, "is not a part"),
+    ("extract", "--shard", "0/4", "shards are numbered from 1"),
+    ("extract", "--shard", "5/4", "shards are numbered from 1"),
+    ("extract", "--shard", "x", "shard 'x': expected a number and the number of shards"),
     ("extract", "--scheduler", "local:0", "scheduler 'local:0': expected none, local, local:8"),
     ("extract", "--max-failures", "120%", "max failures '120%'"),
     ("extract", "--localizer", "sam_vit_x", "did you mean 'sam_vit_"),
@@ -134,15 +134,15 @@ def test_any_other_wrong_value_is_refused(regionspot, command, option, value, wo
 def test_an_empty_argument_is_refused_by_every_command(regionspot, empty):
     for command in COMMANDS:
         assert "empty" in told(regionspot, command, "--data", empty)
-        assert "the argument behind --out is empty" in told(regionspot, command, f"--out={empty}")
+        assert "the argument of --out is empty" in told(regionspot, command, f"--out={empty}")
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (("--exact", "--dtype", "bfloat16"), "--exact is --dtype float32"),
+        (("--exact", "--dtype", "bfloat16"), "--exact means --dtype float32"),
         (("--dry-run", "--retry-failed"), "--dry-run and --retry-failed"),
-        (("--scheduler", "local", "--dry-run"), "want one process"),
+        (("--scheduler", "local", "--dry-run"), "need a single process"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(regionspot, more, words):
@@ -176,5 +176,5 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.ExifName) == get_args(Exif)
     assert get_args(cli_options.BaselineName) == get_args(Baseline)
     assert cli_options.WorldSize.__metadata__[0].min == FEWEST_IMAGES
-    TrainConfig(seed=cli_options.Seed.__metadata__[0].max, iterations=cli_options.MOST_STEPS)
+    TrainConfig(seed=cli_options.Seed.__metadata__[0].max, iterations=cli_options.MAX_STEPS)
     assert Encoding.parse("int8+zstd")

@@ -1,9 +1,9 @@
-"""Workers for `extract --scheduler`: dask workers of this machine, one a GPU, or those of a running dask cluster.
+"""Connect to the workers of `extract --scheduler`.
 
-none         this process alone
-local        a worker on each GPU of this machine, one where there is none
-local:8      eight workers on this machine
-tcp://...    the workers of a scheduler that runs there, however it and they were started
+none         no workers: this process alone
+local        one dask worker per GPU of this machine, one without a GPU
+local:8      eight dask workers on this machine
+tcp://...    the workers of a running dask scheduler
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.machine import processors
@@ -25,23 +25,23 @@ log = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
 RECONNECT_SECONDS = 30.0
-WATCH_SECONDS = 0.5  # between two looks how many workers there are
-SAY_SECONDS = 60.0  # between two lines about what is waited for
-# A local worker that has not been heard of for so long is killed and started again (`worker-ttl`; dask looks as often
-# as that, so it takes up to twice as long). Not less: loading a model may keep a worker's interpreter for seconds.
-SILENT_SECONDS = 30.0
+POLL_SECONDS = 0.5  # between two requests for the number of workers
+LOG_SECONDS = 60.0  # between two messages about waiting
+# A local worker without a heartbeat for so long is killed and restarted (dask's `worker-ttl`, which dask checks at this
+# interval, so it takes up to twice as long). Not less: loading a model can block a worker's interpreter for seconds.
+WORKER_TTL_SECONDS = 30.0
 _ADDRESS = re.compile(r"(tcp|tls|ucx|ws|wss)://\S+")
 
 
 def check_scheduler(text: str) -> str:
-    """The text itself. Raises InputError where it is none of those above."""
+    """Return `text`. Raises InputError if it is none of the above."""
     if text == "none" or _ADDRESS.fullmatch(text) or local_workers(text) is not None:
         return text
     raise InputError(f"scheduler {text!r}: expected none, local, local:8 (eight workers) or tcp://host:8786")
 
 
 def local_workers(scheduler: str) -> int | None:
-    """How many workers of this machine are asked for; None for a scheduler that runs elsewhere."""
+    """The number of local workers; None for a running scheduler."""
     match = re.fullmatch(r"local(?::([1-9]\d*))?", scheduler)
     if match is None:
         return None
@@ -49,18 +49,17 @@ def local_workers(scheduler: str) -> int | None:
 
 
 class Connection:
-    """A dask client of the scheduler at `address`.
+    """A dask client that can be replaced when its connection breaks.
 
-    workers, most_workers   how many it had when last asked, and at most
+    workers, most_workers   number of workers at the last poll, and at most
 
-    A connection may break while the scheduler lives, on a busy machine for instance. Dask's client then forgets all of
-    its tasks, and its own attempt to reconnect hangs or fails an assertion about one time in twenty. `renew` makes
-    another client instead.
+    A connection can break while the scheduler runs, for instance on a busy machine. Dask's client then forgets its
+    tasks, and about one time in twenty its own reconnect hangs or fails an assertion. So `renew` creates a new client.
     """
 
     def __init__(self, address: str) -> None:
         self.address, self.workers, self.most_workers = address, 0, 0
-        self._looked = self._said = -math.inf
+        self._polled = self._logged = -math.inf
         self._connect()
 
     def _connect(self) -> None:
@@ -71,7 +70,7 @@ class Connection:
 
     @property
     def is_broken(self) -> bool:
-        """Whether tasks given to this client may be lost, also where dask has mended the connection since."""
+        """Whether tasks of this client may be lost, also if dask has reconnected since."""
         return self.client.status != "running" or self.client.scheduler_comm is not self._stream
 
     def renew(self) -> None:
@@ -84,62 +83,67 @@ class Connection:
                 return self._connect()
             time.sleep(0.1)
         raise CacheError(
-            f"{self.address}: the scheduler is gone; the parts that are done stay: start it and its workers again, "
-            "then run the same command again to resume"
+            f"{self.address}: the scheduler is gone; written parts are kept: start it and its workers again, then run "
+            "the same command again to resume"
         )
 
     def close(self) -> None:
-        """Disconnect. The scheduler drops the tasks that no worker has begun."""
-        # A client whose connection is broken may fail an assertion in here, or hang.
-        with suppress(AssertionError, OSError, TimeoutError):
+        """Disconnect. The scheduler drops the tasks that no worker has started."""
+        with suppress(AssertionError, OSError, TimeoutError):  # with a broken connection it fails or hangs
             self.client.close(timeout=5)
 
-    def watch_workers(self) -> None:
-        """Say how many workers there are when that has changed; asks at most every WATCH_SECONDS."""
-        if (now := time.monotonic()) - self._looked < WATCH_SECONDS:
+    def poll_workers(self) -> None:
+        """Log the number of workers when it changes; polls at most every POLL_SECONDS."""
+        if (now := time.monotonic()) - self._polled < POLL_SECONDS:
             return
-        self._looked, before = now, self.workers
+        self._polled, before = now, self.workers
         try:
             self.workers = len(self.client.nthreads())
         except (OSError, TimeoutError):  # is_broken soon
             return
         self.most_workers = max(self.most_workers, self.workers)
         if self.workers != before:
-            link = self._dashboard()
-            log.info("%d workers%s", self.workers, f"; dashboard: {link}" if link else "")
-        if not self.workers and now - self._said >= SAY_SECONDS:
-            self._said = now
-            log.info("%s: no worker is there; parts are given out as soon as one is", self.address)
+            log.info("%d workers%s", self.workers, self._dashboard())
+        if not self.workers and now - self._logged >= LOG_SECONDS:
+            self._logged = now
+            log.info("%s: waiting for a worker to join", self.address)
 
     def retire(self, worker: str) -> bool:
-        """Have a worker end, and its nanny not start it again; False where there is no other one."""
+        """Stop a worker for good, so that its nanny does not restart it; False if it is the only one."""
         with suppress(OSError, TimeoutError):
             if not self.client.nthreads().keys() - {worker}:
                 return False
             self.client.retire_workers([worker])
         return True
 
-    def _dashboard(self) -> str | None:
-        # Where bokeh, which draws the pages, is missing here, it is missing in the scheduler's environment too.
+    def _dashboard(self) -> str:
+        # The dashboard needs bokeh. If it is missing here, it is missing in the scheduler's environment, too.
         if importlib.util.find_spec("bokeh") is None:
-            return None
+            return ""
         services = self.client.scheduler_info(n_workers=0).get("services", {})
-        return str(self.client.dashboard_link) if "dashboard" in services else None
+        return f"; dashboard: {self.client.dashboard_link}" if "dashboard" in services else ""
 
 
 @contextmanager
 def connected(scheduler: str) -> Iterator[Connection]:
-    """A connection to the workers that `scheduler` names; those of this machine are started, and ended on leaving.
+    """Connect to the workers of `scheduler`; local ones are started, and stopped on leaving the block.
 
-    Raises InputError where no scheduler answers.
+    Raises InputError when no scheduler answers.
     """
-    import distributed  # noqa: F401  half a second to import, and it sets its log up
+    import distributed  # noqa: F401  takes half a second, and configures its loggers
 
-    # What dask says of workers that come and go is said in one line each by on_workers.py.
+    # Our own messages report workers that join and leave, in one line each.
     for name in [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "distributed"]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     count = local_workers(scheduler)
-    with _running(scheduler) if count is None else _local(count) as connection:
+    with nullcontext(scheduler) if count is None else _local_cluster(count) as address:
+        try:
+            connection = Connection(address)
+        except (OSError, TimeoutError, ValueError) as error:
+            raise InputError(
+                f"{address}: no scheduler answers ({type(error).__name__}); is `dask scheduler` running there, and can "
+                "this machine reach its port?"
+            ) from error
         try:
             yield connection
         finally:
@@ -147,37 +151,23 @@ def connected(scheduler: str) -> Iterator[Connection]:
 
 
 @contextmanager
-def _running(address: str) -> Iterator[Connection]:
-    try:
-        connection = Connection(address)
-    except (OSError, TimeoutError, ValueError) as error:
-        raise InputError(
-            f"{address}: no scheduler answers ({type(error).__name__}); is `dask scheduler` running there, and may "
-            "this machine reach its port?"
-        ) from error
-    yield connection
-
-
-@contextmanager
-def _local(count: int) -> Iterator[Connection]:
+def _local_cluster(count: int) -> Iterator[str]:
+    """The address of a scheduler with `count` workers on this machine."""
     import dask
     from distributed import LocalCluster
 
-    # Workers take these from the process that starts them, over their environment and configuration files.
+    # Workers inherit these settings from this process.
     settings = {
-        # In place of dask's own, which would have each worker use one thread, and give every freed page back to the
-        # system.
+        # Replaces dask's default, which sets one thread per worker and makes malloc return every freed page.
         "distributed.nanny.pre-spawn-environ": {"DASK_LOGGING__DISTRIBUTED": "critical"},
-        # 64 idle workers would keep two cores busy with looking at themselves: a profile of every thread a hundred
-        # times a second, the event loop fifty times, CPU and memory twice.
+        # With the defaults, 64 idle workers keep two cores busy with profiling and monitoring themselves.
         "distributed.worker.profile.enabled": False,
         "distributed.admin.tick.interval": "1s",
         "distributed.admin.system-monitor.interval": "5s",
-        "distributed.scheduler.worker-ttl": f"{SILENT_SECONDS}s",
-        # A worker is given as many parts as it has threads; what waits, waits in the scheduler for whoever is free.
+        "distributed.scheduler.worker-ttl": f"{WORKER_TTL_SECONDS}s",
+        # A worker gets only as many parts as it has threads; the others wait in the scheduler for any free worker.
         "distributed.scheduler.worker-saturation": 1.0,
-        # A worker that dies is started again by its nanny. Dask looks once more after this time, and if the worker has
-        # died anew just then, takes it off for good.
+        # Nannies restart dead workers. After this timeout dask would remove a worker that has just died again.
         "distributed.deploy.lost-worker-timeout": "1000 days",
     }
     with (
@@ -185,7 +175,7 @@ def _local(count: int) -> Iterator[Connection]:
         LocalCluster(
             n_workers=count,
             threads_per_worker=PARTS_AT_ONCE,
-            memory_limit=0,  # no limit: features are large and flow through, nothing piles up in dask
+            memory_limit=0,  # no limit: features are large, but dask does not hold them
             host="127.0.0.1",
             dashboard_address="127.0.0.1:0",
             env=thread_counts(count),
@@ -193,10 +183,10 @@ def _local(count: int) -> Iterator[Connection]:
             silence_logs=logging.CRITICAL,
         ) as cluster,
     ):
-        yield Connection(cluster.scheduler_address)
+        yield cluster.scheduler_address
 
 
 def thread_counts(workers: int) -> dict[str, str]:
-    """The environment that has each of so many workers of this machine compute with its share of the cores."""
+    """Environment variables that limit each local worker to its share of the cores, unless the user has set them."""
     threads = str(max(processors() // workers, 1))
     return {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}

@@ -1,10 +1,9 @@
 """`regionspot extract --scheduler`: one run by many workers, distributed by dask.
 
-A task is a part. Dask gives it to a worker with a free thread, and to another one when that worker dies or, after
-`worker-ttl`, is not heard of any more. What is done is known from the parts' records in the cache alone, which also
-hold what a run's totals are made of. So whatever else goes wrong needs no mending: a connection that breaks, a part
-that another run has claimed, a worker that is cut off while it has one. When the tasks have ended, the parts without a
-record that nobody alive has claimed are given out again, until there is none.
+A task is a part. Dask assigns it to a worker with a free thread, and to another one when that worker dies or, after
+`worker-ttl`, sends no heartbeat. The part records in the cache are the only state: they say which parts are written,
+and hold the counts of the run. So most faults need no handling: after a broken connection, a part claimed by another
+run, or a worker that is cut off, the parts without a record that no live run has claimed are assigned again.
 """
 
 from __future__ import annotations
@@ -13,7 +12,6 @@ import logging
 import math
 import time
 import uuid
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -23,13 +21,21 @@ from typing import TYPE_CHECKING, Any, cast
 from regionspot.cache.errors import CacheError, NotACacheError, NotExtractedError, RegionSpotError
 from regionspot.cache.format.part_record import PartRecord
 from regionspot.cache.machine import processors
+from regionspot.cache.process import Process
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.writing.claims import Claims
-from regionspot.pipeline.distributed.cluster import SAY_SECONDS, Connection, connected, local_workers
-from regionspot.pipeline.distributed.job import ExtractJob, Prepared
-from regionspot.pipeline.distributed.worker import Job, WorkerFailedError, do_part, when_idle
+from regionspot.pipeline.distributed.cluster import LOG_SECONDS, Connection, connected, local_workers
+from regionspot.pipeline.distributed.worker import (
+    ExtractJob,
+    Job,
+    Preparation,
+    WorkerFailedError,
+    last_line,
+    make_part,
+    wait_until_idle,
+)
 from regionspot.pipeline.extraction.config import ExtractConfig
-from regionspot.pipeline.reporting.failures import FailureCheck
+from regionspot.pipeline.extraction.failure_check import FailureCheck
 from regionspot.pipeline.reporting.run_monitor import RunMonitor
 from regionspot.pipeline.reporting.run_stats import RunStats
 from regionspot.pipeline.reporting.run_summary import ExtractSummary
@@ -39,7 +45,47 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-HELD_SECONDS = 3.0  # between two looks whether a part that another run has is free
+CLAIMED_SECONDS = 3.0  # between two checks whether a part that another run has claimed is free
+
+
+def extract_on(scheduler: str, config: ExtractConfig) -> ExtractSummary:
+    """Extract what the cache lacks on the workers of `scheduler` (see cluster.py).
+
+    On an interrupt, the workers finish the parts in progress. Raises InputError and CacheError, in one line, when the
+    cache cannot be created, too many images fail, a part cannot be written or the scheduler is gone; written parts
+    stay.
+    """
+    config = config.with_absolute_paths()
+    if (count := local_workers(scheduler)) and config.decode_threads is None:
+        config = replace(config, decode_threads=min(max(processors() // count, 1), 16))  # they share the cores
+    job = ExtractJob(config)
+    with connected(scheduler) as connection:
+        prepared: Preparation = run_once(connection, ExtractJob.prepare, job)
+        cache, environment = _open_prepared(config.cache), prepared.environment
+        parts = config.selected_parts(cache.geometry)
+        missing = set(parts).intersection(cache.pending_parts(prepared.names))
+        check = FailureCheck(cache, parts, config.max_failures, prepared.image_folder)
+        images = sum(len(cache.part_rows(part)) for part in missing)
+        monitor = RunMonitor(images, len(parts), len(parts) - len(missing))
+        with monitor.recording(cache, environment):
+            try:
+                run_parts(connection, job, cache, prepared.names, missing, monitor, check, config.take_over)
+            finally:
+                environment.machine["workers"] = connection.most_workers
+    # The local workers have exited. Remove the claims and partial files of killed ones, as opening for writing does.
+    with suppress(CacheError), Claims(FeatureCache.open(config.cache, "a").storage):
+        pass
+    return monitor.summary(environment)
+
+
+def _open_prepared(address: str) -> FeatureCache:
+    try:
+        return FeatureCache.open(address)
+    except NotACacheError as error:
+        raise CacheError(
+            f"{address}: a worker has prepared the cache there, but this machine does not see it ({error}); mount the "
+            "disk at the same path on the workers and this machine, or use an object store"
+        ) from error
 
 
 def run_parts(
@@ -48,33 +94,33 @@ def run_parts(
     cache: FeatureCache,
     names: Sequence[str],
     parts: Iterable[int],
-    watch: RunMonitor,
+    monitor: RunMonitor,
     check: Callable[[int, str | None], None] = lambda row, failure: None,
     take_over: bool = False,
 ) -> None:
-    """Have the workers write the feature sets `names` of these parts, and say how far they are.
+    """Have the workers write the feature sets `names` of these parts.
 
-    watch      counts what was done
-    check      called with the row of each image, and why it could not be read; what it raises ends the run
-    take_over  no other run is alive: what dead ones have claimed is free at once
+    monitor    counts the written parts
+    check      called with the row of each image and why it could not be read; what it raises ends the run
+    take_over  no other run is alive: claims of dead runs are free at once
 
-    At an interrupt the workers end the parts under way, then KeyboardInterrupt is raised; at a second one at once.
-    Raises CacheError, in one line, when a part cannot be made or the scheduler is gone; what is written by then stays.
+    On an interrupt, the workers finish the parts in progress, then KeyboardInterrupt is raised; on a second one,
+    immediately. Raises CacheError, in one line, when a part cannot be written or the scheduler is gone.
     """
     with Claims(cache.storage, take_over=take_over) as claims:
-        run = _Run(connection, job, cache, names, parts, watch, check)
+        run = _Run(connection, job, cache, names, parts, monitor, check)
         try:
             while run.missing:
-                run.give_out(claims)
+                run.assign_free_parts(claims)
         except KeyboardInterrupt:
-            run.end_what_is_under_way()
+            run.finish_parts_in_progress()
             raise
         finally:
-            run.drop()
+            run.cancel()
 
 
 class _Run:
-    """`missing`: parts that are not known to be written."""
+    """The state of `run_parts`; `missing` are the parts that are not known to be written."""
 
     def __init__(
         self,
@@ -83,87 +129,84 @@ class _Run:
         cache: FeatureCache,
         names: Sequence[str],
         parts: Iterable[int],
-        watch: RunMonitor,
+        monitor: RunMonitor,
         check: Callable[[int, str | None], None],
     ) -> None:
         self._connection, self._job, self._cache, self._names = connection, job, cache, list(names)
-        self._watch, self._check = watch, check
+        self._monitor, self._check = monitor, check
         self._tasks: set[Future[None]] = set()
-        self._failed_on: dict[int, str] = {}
-        self._said = -math.inf
+        self._failed_on: dict[int, str] = {}  # part to the worker that could not write it
+        self._logged = -math.inf
         self.missing = set(parts)
 
-    def give_out(self, claims: Claims) -> None:
-        """Give the parts out that nobody alive has claimed, and wait until these tasks have ended."""
+    def assign_free_parts(self, claims: Claims) -> None:
+        """Assign the parts that no live run has claimed, and wait until these tasks have ended."""
         others = claims.claims_of_others()
         if free := [part for part in sorted(self.missing) if part not in others or _is_free(claims, part)]:
-            self._follow(free)
+            self._wait_for(self._submit(free))
         else:
-            self._say_who_is_waited_for(Counter(map(str, others.values())))
-            time.sleep(HELD_SECONDS)
+            self._log_holders(others.values())
+            time.sleep(CLAIMED_SECONDS)
         self._count(self.missing.difference(self._cache.pending_parts(self._names)))
 
-    def _follow(self, parts: Sequence[int]) -> None:
+    def _submit(self, parts: Sequence[int]) -> list[Future[None]]:
+        # Unique keys: a worker may still run a cancelled task of an earlier call, and would take an equal key for it.
+        name = f"part-{uuid.uuid4().hex}"
+        tasks = self._connection.client.map(
+            make_part, [self._job] * len(parts), parts, key=[(name, part) for part in parts], pure=False
+        )
+        self._tasks.update(tasks)
+        return tasks
+
+    def _wait_for(self, tasks: list[Future[None]]) -> None:
+        """Count parts as their tasks end; returns early when the connection breaks, which loses the tasks."""
         from distributed import as_completed
 
-        ended = as_completed(self._submit(parts), loop=self._connection.client.loop)
-        while not ended.is_empty():
+        completed = as_completed(tasks, loop=self._connection.client.loop)
+        while not completed.is_empty():
             if self._connection.is_broken:
-                self._connection.renew()
-                return
-            self._connection.watch_workers()
-            batch = ended.next_batch(block=False)
+                return self._connection.renew()
+            self._connection.poll_workers()
+            batch = completed.next_batch(block=False)
             for task in batch:
                 if task.status == "error":
-                    ended.update(self._try_elsewhere(_part_of(task), task.exception()))
+                    completed.update(self._retry_elsewhere(_part_of(task), task.exception()))
             self._tasks.difference_update(batch)
             self._count([_part_of(task) for task in batch])
             if not batch:
                 time.sleep(0.05)
 
-    def _submit(self, parts: Sequence[int]) -> list[Future[None]]:
-        # A name of its own: a worker may still be at a task of an earlier call or run that was cancelled, and would
-        # take one of the same name for it.
-        name = f"part-{uuid.uuid4().hex}"
-        tasks = self._connection.client.map(
-            do_part, [self._job] * len(parts), parts, key=[(name, part) for part in parts], pure=False
-        )
-        self._tasks.update(tasks)
-        return tasks
+    def _retry_elsewhere(self, part: int, error: Exception) -> list[Future[None]]:
+        """Retire the worker that failed and submit the part again. Raises CacheError when that is useless.
 
-    def _try_elsewhere(self, part: int, error: Exception) -> list[Future[None]]:
-        """The task of a part that a worker could not make, for another worker. Raises CacheError when it is no use.
-
-        Dask's own `retries` would give it to the same worker again, which has most room because it fails quickly. So
-        this one is retired: its disk is full, it lacks the images, its GPU is broken.
+        Dask's `retries` would choose the same worker again, which has the most free threads because it fails fast: its
+        disk is full, it lacks the images, or its GPU is broken.
         """
         if not isinstance(error, WorkerFailedError):
-            # Dask counts a worker's death for all of its parts: others may reach the limit together with this one.
+            # Dask counts a worker's death against all of its parts, so others may reach the limit at the same time.
             time.sleep(0.2)
             parts = sorted(_part_of(task) for task in self._tasks if task.status == "error")
-            raise CacheError(f"part {' or '.join(map(str, parts))}: {trouble_of(error)}") from error
+            raise CacheError(f"part {' or '.join(map(str, parts))}: {explain(error)}") from error
         message = f"worker {error.worker}: {error.message}"
         if part in self._failed_on:
-            raise CacheError(f"{message} (likewise on worker {self._failed_on[part]})")
+            raise CacheError(f"{message} (and worker {self._failed_on[part]} failed, too)")
         self._failed_on[part] = error.worker
         if not self._connection.retire(error.worker):
             raise CacheError(message)
-        log.warning("%s gets no more parts: %s", error.worker, error.message)
+        log.warning("worker %s is retired: %s", error.worker, error.message)
         return self._submit([part])
 
     def _count(self, parts: Iterable[int]) -> None:
-        """Count those of the parts that are written."""
-        with ThreadPoolExecutor(self._cache.storage.readers) as pool:  # each takes an object store 20 ms
-            for part, records in pool.map(lambda part: (part, self._records(part)), self.missing.intersection(parts)):
-                if records:
-                    self.missing.discard(part)
-                    self._watch.part(RunStats.of_part(records, self._job.run), records[0].images)
-                    self._check_images(records)
-
-    def _check_images(self, records: Sequence[PartRecord]) -> None:
-        failures = {each.row: each.reason for record in records for each in record.failures}
-        for row in self._cache.part_rows(records[0].part):
-            self._check(row, failures.get(row))
+        """Count those of the parts that are written, by their records."""
+        with ThreadPoolExecutor(self._cache.storage.readers) as pool:  # a request to an object store takes 20 ms
+            for records in pool.map(self._records, self.missing.intersection(parts)):
+                if not records:
+                    continue
+                self.missing.discard(records[0].part)
+                self._monitor.add_part(RunStats.of_part(records, self._job.run), records[0].images)
+                failures = {failure.row: failure.reason for record in records for failure in record.failures}
+                for row in self._cache.part_rows(records[0].part):
+                    self._check(row, failures.get(row))
 
     def _records(self, part: int) -> list[PartRecord]:
         try:
@@ -171,26 +214,26 @@ class _Run:
         except NotExtractedError:
             return []
 
-    def end_what_is_under_way(self) -> None:
-        """Wait until the workers have written the parts that they are making."""
-        log.info("stopping: the workers end the parts under way; interrupt again to leave them")
-        self.drop()
+    def finish_parts_in_progress(self) -> None:
+        """Wait until the workers have written the parts that they have started."""
+        log.info("stopping: the workers finish the parts in progress; interrupt again to stop immediately")
+        self.cancel()
         with suppress(OSError, TimeoutError):
-            self._connection.client.run(when_idle, on_error="ignore")
+            self._connection.client.run(wait_until_idle, on_error="ignore")
         self._count(self.missing.difference(self._cache.pending_parts(self._names)))
 
-    def drop(self) -> None:
-        """Take the tasks back that no worker has begun."""
+    def cancel(self) -> None:
+        """Cancel the tasks that no worker has started."""
         with suppress(OSError, TimeoutError):
             if not self._connection.is_broken:
                 self._connection.client.cancel(list(self._tasks))
         self._tasks.clear()
 
-    def _say_who_is_waited_for(self, holders: Counter[str]) -> None:
-        if (now := time.monotonic()) - self._said >= SAY_SECONDS:
-            self._said = now
-            names = ", ".join(holders)
-            log.info("waiting for %d parts that others are at work on: %s", len(self.missing), names)
+    def _log_holders(self, holders: Iterable[Process]) -> None:
+        if (now := time.monotonic()) - self._logged >= LOG_SECONDS:
+            self._logged = now
+            names = ", ".join(sorted(set(map(str, holders))))
+            log.info("waiting for %d parts claimed by other runs: %s", len(self.missing), names)
 
 
 def _part_of(task: Future[None]) -> int:
@@ -199,85 +242,42 @@ def _part_of(task: Future[None]) -> int:
 
 
 def _is_free(claims: Claims, part: int) -> bool:
-    """Whether whoever has claimed the part is dead by now."""
+    """Whether the run that has claimed the part is dead by now."""
     free = claims.claim(part)
     claims.release(part)
     return free
 
 
 def run_once(connection: Connection, function: Callable[..., Any], *args: Any) -> Any:
-    """What a function returns on the first worker that is there, or on another one when that one dies.
+    """Call a function on one worker, and on another one when that one dies, and return its result.
 
-    Raises what it raises of ours, CacheError when workers die of it, cannot begin it, or the scheduler is gone.
+    Raises the function's own RegionSpotError, or CacheError when workers die of it, cannot start it, or the scheduler
+    is gone.
     """
     while True:
         task = connection.client.submit(function, *args, key=f"{function.__name__}-{uuid.uuid4().hex}", pure=False)
         while not (task.done() or connection.is_broken):
-            connection.watch_workers()
+            connection.poll_workers()
             time.sleep(0.05)
         if connection.is_broken:
             connection.renew()
         elif task.status == "error":
             error = task.exception()
-            raise error if isinstance(error, RegionSpotError) else CacheError(trouble_of(error))
+            raise error if isinstance(error, RegionSpotError) else CacheError(explain(error))
         else:
             return task.result()
 
 
-def trouble_of(error: Exception) -> str:
-    """Why dask could not have a task done, in one line."""
+def explain(error: Exception) -> str:
+    """Why dask could not run a task, in one line."""
     from distributed import KilledWorker
 
     if isinstance(error, KilledWorker):
         return (
-            f"{error.allowed_failures + 1} workers died in turn while at work on it, the last "
-            f"{error.last_worker.address}; look at their logs (memory?), then run the same command again"
+            f"{error.allowed_failures + 1} workers died while running it, the last {error.last_worker.address}; read "
+            "their logs (out of memory?), then run the same command again"
         )
-    last = (str(error).strip().splitlines() or [""])[-1]
     return (
-        f"a worker could not begin: {type(error).__name__}: {last}; the scheduler and its workers need the same "
-        "regionspot, dask and Python as this machine"
+        f"a worker could not start: {type(error).__name__}: {last_line(error)}; the scheduler and its workers need "
+        "the same versions of regionspot, dask and Python as this machine"
     )
-
-
-def extract_on(scheduler: str, config: ExtractConfig) -> ExtractSummary:
-    """Have the workers of `scheduler` (clusters.py says which there are) extract what the cache lacks.
-
-    At an interrupt the workers end the parts under way. Raises InputError and CacheError in one line when the cache
-    cannot be made, too many images are broken, a part cannot be made or the scheduler is gone; what is written by then
-    stays.
-    """
-    config = config.with_absolute_paths()
-    if (count := local_workers(scheduler)) and config.decode_threads is None:
-        config = replace(config, decode_threads=min(max(processors() // count, 1), 16))  # they share the cores
-    job, watch = ExtractJob(config), RunMonitor()
-    with connected(scheduler) as connection:
-        prepared: Prepared = run_once(connection, ExtractJob.prepare, job)
-        cache = _opened(config.cache)
-        asked = config.chosen_parts(cache.geometry)
-        missing = set(asked).intersection(cache.pending_parts(prepared.names))
-        check = FailureCheck(cache, asked, config.max_failures, prepared.images)
-        with watch.over(cache, prepared.environment):
-            watch.begin_by_workers(sum(len(cache.part_rows(part)) for part in missing), len(asked) - len(missing))
-            try:
-                run_parts(connection, job, cache, prepared.names, missing, watch, check, config.take_over)
-            finally:
-                prepared.environment.machine["workers"] = connection.most_workers
-    _tidy_up(config.cache)  # behind the workers of this machine, which have ended
-    return watch.summary()
-
-
-def _opened(address: str) -> FeatureCache:
-    try:
-        return FeatureCache.open(address)
-    except NotACacheError as error:
-        raise CacheError(
-            f"{address}: a worker has prepared the cache there, but it is not to be seen from this machine ({error}); "
-            "workers and this machine have to share that disk under one path, or use an object store"
-        ) from error
-
-
-def _tidy_up(address: str) -> None:
-    """Remove what workers that were killed have left: claims and partial files of processes that are gone."""
-    with suppress(CacheError), Claims(FeatureCache.open(address, "a").storage):
-        pass  # opening a cache for writing removes such files, and entering removes such claims

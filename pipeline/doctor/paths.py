@@ -1,4 +1,4 @@
-"""The doctor's look at where features are to be written and where images are read from."""
+"""The doctor's checks of where features will be written and images are read."""
 
 from __future__ import annotations
 
@@ -15,62 +15,61 @@ from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.open import open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.info import size_text
-from regionspot.pipeline.doctor.run import Asked, Finding
+from regionspot.pipeline.doctor.report import DoctorOptions, Finding
 
 _BLOCK = 8 << 20  # bytes
-_MOST = 32 * _BLOCK
-_SECONDS = 3.0  # of writing at most
-_LITTLE = 2 * 10**9  # bytes: a part of 512 images with CLIP L/14 maps is 0.27 GB, and several are under way at once
+_MAX_BYTES = 32 * _BLOCK
+_MAX_SECONDS = 3.0
+_LOW_SPACE = 2 * 10**9  # bytes: a part of 512 images with CLIP L/14 maps is 0.27 GB, and several are in progress
 
 
-def cache_place(asked: Asked) -> Iterator[Finding]:
-    """What is there, room, and a file written and flushed."""
-    if asked.cache is None:
+def check_cache(options: DoctorOptions) -> Iterator[Finding]:
+    """Check an existing cache, the free space, and write and flush a file."""
+    if options.cache is None:
         return
-    storage = open_storage(asked.cache)
+    storage = open_storage(options.cache)
     if storage.exists("zarr.json"):
-        yield from _cache_there(asked.cache)
+        yield _check_existing_cache(options.cache)
     if isinstance(storage, LocalStorage):
-        folder = next(each for each in (storage.folder, *storage.folder.absolute().parents) if each.is_dir())
+        folder = next(path for path in (storage.folder, *storage.folder.absolute().parents) if path.is_dir())
         storage = LocalStorage(folder)
         free = shutil.disk_usage(folder).free
-        if free > _LITTLE:
+        if free > _LOW_SPACE:
             yield Finding("disk", "ok", f"{folder}: {size_text(free)} free")
         else:
-            mend = "make room: `extract --dry-run` says how much it takes"
+            mend = "free some space: `extract --dry-run` says how much it needs"
             yield Finding("disk", "warn", f"{folder}: {size_text(free)} free", mend)
     try:
         rate = _write_rate(storage)
     except (OSError, RegionSpotError) as error:
         reason = getattr(error, "strerror", None) or error
-        mend = "give a place with space where you may write; of an object store, check its keys"
+        mend = "give a writable path with free space; for an object store, check its keys"
         yield Finding("write rate", "fail", f"{storage.address}: cannot be written ({reason})", mend)
     else:
         yield Finding("write rate", "ok", f"{storage.address}: {size_text(rate)}/s, flushed")
 
 
-def _cache_there(address: str) -> Iterator[Finding]:
+def _check_existing_cache(address: str) -> Finding:
     try:
         cache = FeatureCache.open(address)
         pending = len(cache.pending_parts())
     except (RegionSpotError, OSError) as error:
-        yield Finding("cache", "fail", str(error), "")
-    else:
-        held = ", ".join(cache.feature_sets)
-        yield Finding("cache", "ok", f"{address}: {held}; {cache.n_parts:,} parts, {pending:,} of them to be written")
+        return Finding("cache", "fail", str(error))
+    names = ", ".join(cache.feature_sets)
+    return Finding("cache", "ok", f"{address}: {names}; {cache.n_parts:,} parts, {pending:,} of them pending")
 
 
 def _write_rate(storage: Storage) -> float:
-    """Bytes a second of one file, with the flush at its end; it is removed again."""
+    """Write throughput of one file in bytes per second, including the flush; the file is removed again."""
     name, block, written = f"doctor-{uuid.uuid4().hex[:8]}", memoryview(bytearray(range(256)) * (_BLOCK >> 8)), 0
     begin = time.perf_counter()
     file = storage.create(name)
     try:
-        while written < _MOST and time.perf_counter() - begin < _SECONDS:
+        while written < _MAX_BYTES and time.perf_counter() - begin < _MAX_SECONDS:
             file.write(block)
             written += _BLOCK
         file.finish()
-        if not storage.on_disk:  # an object store may take everything and then refuse the name
+        if not storage.on_disk:  # an object store may accept the bytes and then refuse the name
             file.publish()
         return written / (time.perf_counter() - begin)
     finally:
@@ -79,42 +78,38 @@ def _write_rate(storage: Storage) -> float:
             storage.remove(name)
 
 
-def dataset(asked: Asked) -> Iterator[Finding]:
-    """The annotations read, the images looked for, and one of them opened; without a folder, the annotations alone."""
-    if asked.data is None and asked.annotations is None:
+def check_dataset(options: DoctorOptions) -> Iterator[Finding]:
+    """Read the annotations, look for the images and open one; without an image folder, the annotations only."""
+    if options.data is None and options.annotations is None:
         return
     from regionspot.pipeline.datasets.registry import describe, image_folder_of, read_dataset, require_regions
     from regionspot.pipeline.images.decode import read_image
 
-    data = Path(asked.annotations or "").parent if asked.data is None else Path(asked.data)
+    data = Path(options.annotations or "").parent if options.data is None else Path(options.data)
     try:
-        manifest = read_dataset(asked.dataset, data, asked.split, asked.annotations)
-        folder = image_folder_of(asked.dataset, data, asked.split, manifest)
+        manifest = read_dataset(options.dataset, data, options.split, options.annotations)
+        folder = image_folder_of(options.dataset, data, options.split, manifest)
         require_regions(replace(manifest, remarks=()))
     except (RegionSpotError, OSError) as error:
         yield Finding("data", "fail", str(error))
         return
     for remark in manifest.remarks:
         yield Finding("data", "warn", remark)
-    report = describe(manifest, folder, check_images=asked.data is not None)
+    report = describe(manifest, folder, check_images=options.data is not None)
     missing = report.missing_images or 0
-    text = f"{asked.dataset} {asked.split}: {len(manifest):,} images, {report.regions:,} regions"
-    if asked.data is None:
-        yield Finding("data", "ok", f"{text} in {asked.annotations}; its images were not looked for", "give --data")
+    text = f"{options.dataset} {options.split}: {len(manifest):,} images, {report.regions:,} regions"
+    if options.data is None:
+        yield Finding("data", "ok", f"{text} in {options.annotations}; images were not checked", "give --data")
         return
-    if missing:
-        none = missing == len(manifest)
-        yield Finding(
-            "data", "fail" if none else "warn", f"{text}; {report.images_text()}", "check --data, or fetch them"
-        )
-        if none:
-            return
-    else:
-        yield Finding("data", "ok", f"{text}; {report.images_text()}")
+    text = f"{text}; {report.images_text()}"
+    if missing == len(manifest):
+        yield Finding("data", "fail", text, "check --data, or download the images")
+        return
+    yield Finding("data", "warn", text, "check --data, or download them") if missing else Finding("data", "ok", text)
     path = next(folder / name for name in map(str, manifest.paths) if (folder / name).is_file())
     try:
         image = read_image(path)
     except RegionSpotError as error:
-        yield Finding("data", "warn", str(error), "`extract` lists such images and goes on")
+        yield Finding("data", "warn", str(error), "`extract` lists such images and continues")
     else:
-        yield Finding("data", "ok", f"{path.name} opens: {image.width} x {image.height} pixels")
+        yield Finding("data", "ok", f"{path.name} can be opened: {image.width} x {image.height} pixels")

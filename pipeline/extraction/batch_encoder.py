@@ -1,20 +1,20 @@
-"""Decoded images in, features out: batches through the encoders, their boxes through the token decoder together.
+"""Encode decoded images in batches: feature maps by the encoders, tokens by the localizer.
 
-How a product rounds depends on the shape of its batch. So every image has a fixed slot: batch k of a part is its rows
-from k * B on, whichever parts a run has done before, and an image that cannot be read, or of which nothing is wanted,
-leaves its slot blank (zeros, and its boxes) instead of moving its neighbours. Their bytes then depend on the batch's
-shape alone, which the part's record states.
+Rounding depends on the batch shape. So every image has a fixed slot: batch k of a part is its rows from k * B on,
+whatever earlier runs did. An image that cannot be read, or whose features are not requested, leaves its slot blank
+(zeros, with its boxes) instead of moving its neighbours. The bytes of the features then depend only on the batch shape,
+which the part record states.
 
-On a GPU the results of a batch are fetched when the next one is under way, so the device never waits for the host to
-look at what it made.
+On a GPU, results of a batch are copied to the host while the next batch runs, so the device never waits for the host.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,12 +32,12 @@ from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, J
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 
-def features_of(
-    jobs: Jobs, decoder: Decoder, encode: BatchEncoder, batch_size: int, part_size: int, threads: int | None
+def encode_images(
+    jobs: Jobs, decoder: Decoder, encode: BatchEncoder, batch_size: int, part_size: int, threads: int
 ) -> Generator[ImageFeatures, None, None]:
-    """Features of the images of `jobs`, in order: decoded ahead by threads, then encoded in batches.
+    """Decode the images of `jobs` in threads, encode them in batches, and yield their features in order.
 
-    All ways to extract go through here, in one process or in a worker, so that the bytes are the same.
+    Runs in one process and workers share this function, so that they write the same bytes.
     """
     with closing(decode_ahead(decoder, jobs, threads)) as decoded:
         yield from encode(batches_of(decoded, batch_size, part_size, encode.stats))
@@ -46,10 +46,10 @@ def features_of(
 def batches_of(
     images: Iterator[DecodedImage], size: int, part_size: int, stats: RunStats
 ) -> Iterator[list[DecodedImage]]:
-    """Lists of `size` images, shorter at a part's end; waiting for them is the decoders' share of the time.
+    """Lists of `size` images, shorter at the end of a part; waiting for images counts as the stage "decode".
 
-    `images` are those of whole parts, in order, the unreadable ones among them. No batch spans two parts: a part shall
-    hold the same bytes whichever parts its run has done before.
+    `images` are all images of whole parts in order, including unreadable ones. Batches never cross parts: rounding
+    depends on batch composition, and parts must be byte-identical.
     """
     batch: list[DecodedImage] = []
     while True:
@@ -65,33 +65,33 @@ def batches_of(
         yield batch
 
 
-def images_at_a_time(asked: int | None, cache: FeatureCache, names: Sequence[str], backbones: Backbones) -> int:
-    """The batch size of a run: what is asked for, else that of the parts that are there, else what suits the models.
+def choose_batch_size(batch_size: int | None, cache: FeatureCache, names: Sequence[str], backbones: Backbones) -> int:
+    """The batch size of a run: `batch_size` if given, else that of the cache's parts, else the models' default.
 
-    The second so that a resumed run gives the bytes of one that was never stopped, also on a GPU with more memory. It
-    needs all the feature sets `names` to have been made in batches of one size.
+    A resumed run so writes the bytes of an uninterrupted one, also on a GPU with more memory. The parts decide only if
+    all feature sets `names` were computed with the same batch size.
     """
-    if asked is not None:
-        return asked
-    sizes = {_recorded_size(cache, name) for name in names}
+    if batch_size is not None:
+        return batch_size
+    sizes = {_recorded_batch_size(cache, name) for name in names}
     recorded = sizes.pop() if len(sizes) == 1 else None
     return recorded or backbones.batch_size
 
 
-def _recorded_size(cache: FeatureCache, name: str) -> int | None:
+def _recorded_batch_size(cache: FeatureCache, name: str) -> int | None:
     written = set(range(cache.n_parts)).difference(cache.pending_parts([name]))
     try:
         batches = cache.record(min(written), name).batches if written else ()
-    except CorruptPartError:  # for `cache verify` to report
+    except CorruptPartError:  # `cache verify` reports it
         return None
     return batches[0][0] if batches else None
 
 
 @dataclass
 class _Slot:
-    """What the models made of one image of a batch: on the host, once the batch is ready.
+    """The features of one image of a batch; on the host once the batch is ready.
 
-    batch_sizes   as `ImageFeatures` has them
+    batch_sizes   as in `ImageFeatures`
     """
 
     features: dict[str, Tensor] = field(default_factory=dict)
@@ -100,45 +100,61 @@ class _Slot:
 
 @dataclass(frozen=True)
 class _Launched:
-    """A batch that the device is at work on, until `ready`."""
+    """A batch that the device is computing, until the event `ready`."""
 
     batch: list[DecodedImage]
     slots: list[_Slot]
     ready: torch.cuda.Event | None
 
 
+@dataclass(frozen=True)
+class _Input:
+    """An image and one model's input; zeros for a blank slot."""
+
+    image: DecodedImage
+    values: Tensor
+
+
 class BatchEncoder:
     """Runs the backbones over batches of decoded images, in order.
 
-    stats   counts the time in each stage and the ignored orientations
+    stats         counts the time in each stage and the ignored orientations
+    device_lock   held during each call of a model, for encoders of several threads that share one device
     """
 
-    def __init__(self, manifest: Manifest, backbones: Backbones, stats: RunStats) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        backbones: Backbones,
+        stats: RunStats,
+        device_lock: AbstractContextManager[object] | None = None,
+    ) -> None:
         self.stats = stats
         self._manifest, self._backbones = manifest, backbones
-        self._device = backbones.device
-        self._pieces = defaultdict[str, Halving](Halving)  # by model: a batch that fits one may be too much for another
+        self._device, self._device_lock = backbones.device, device_lock or nullcontext()
+        # Per model: a batch that fits one model may be too large for another.
+        self._halving = defaultdict[str, Halving](Halving)
 
     def __call__(self, batches: Iterable[list[DecodedImage]]) -> Iterator[ImageFeatures]:
-        """The wanted features of each image, in order; one that failed, or whose features did, has its reason."""
-        under_way: _Launched | None = None
+        """The features of each image in order; unreadable images, and non-finite features, as failures."""
+        running: _Launched | None = None
         for batch in batches:
             launched = self._launch(batch)
             if launched.ready is None:
                 yield from self._collect(launched)
                 continue
-            if under_way is not None:
-                yield from self._collect(under_way)
-            under_way = launched
-        if under_way is not None:
-            yield from self._collect(under_way)
+            if running is not None:
+                yield from self._collect(running)
+            running = launched
+        if running is not None:
+            yield from self._collect(running)
 
     def _launch(self, batch: list[DecodedImage]) -> _Launched:
         slots = [_Slot() for _ in batch]
         for encoder in self._backbones.encoders:
-            self._fill(slots, batch, encoder, [encoder.name], self._maps_by(encoder))
+            self._fill(slots, batch, encoder, [encoder.name], partial(self._compute_maps, encoder))
         if (localizer := self._backbones.localizer) is not None:
-            self._fill(slots, batch, localizer, localizer.outputs, self._tokens_by(localizer))
+            self._fill(slots, batch, localizer, localizer.outputs, partial(self._compute_tokens, localizer))
         ready = None
         if self._device.type == "cuda":
             ready = torch.cuda.Event()
@@ -153,52 +169,49 @@ class BatchEncoder:
         names: Collection[str],
         compute: Callable[[Sequence[_Input]], list[dict[str, Tensor]]],
     ) -> None:
-        """Put the feature sets `names` of a model into the slots of the images that they are wanted of."""
-        pieces, there = self._pieces[model.name], [model.name in image.inputs for image in batch]
-        if not any(there):
-            for slot, size in zip(slots, pieces.sizes(len(batch)), strict=True):
+        """Compute the feature sets `names` of a model for those images that have an input for it."""
+        halving, has_input = self._halving[model.name], [model.name in image.inputs for image in batch]
+        if not any(has_input):
+            for slot, size in zip(slots, halving.sizes(len(batch)), strict=True):
                 slot.batch_sizes.update(dict.fromkeys(names, size))
             return
-        some = batch[there.index(True)].inputs[model.name]
-        blank = torch.zeros(some.shape, dtype=some.dtype, device=self._device)
+        example = batch[has_input.index(True)].inputs[model.name]
+        blank = torch.zeros(example.shape, dtype=example.dtype, device=self._device)
         inputs = [_Input(image, image.inputs.get(model.name, blank)) for image in batch]
-        results = ((features, len(piece)) for piece in pieces.results(compute, inputs) for features in piece)
-        for slot, wanted, (features, size) in zip(slots, there, results, strict=True):
+        results = ((features, len(piece)) for piece in halving.results(compute, inputs) for features in piece)
+        for slot, requested, (features, size) in zip(slots, has_input, results, strict=True):
             slot.batch_sizes.update(dict.fromkeys(names, size))
-            if wanted:
+            if requested:
                 slot.features.update(features)
 
-    def _maps_by(self, encoder: SemanticEncoder) -> Callable[[Sequence[_Input]], list[dict[str, Tensor]]]:
-        def compute(inputs: Sequence[_Input]) -> list[dict[str, Tensor]]:
-            with self.stats.timed("encode"):
-                maps = encoder.encode(torch.stack([self._on_device(each.values) for each in inputs])).float()
-                return [{encoder.name: feature_map} for feature_map in self._on_host(maps)]
+    def _compute_maps(self, encoder: SemanticEncoder, inputs: Sequence[_Input]) -> list[dict[str, Tensor]]:
+        with self.stats.timed("encode"):
+            batch = torch.stack([self._to_device(item.values) for item in inputs])
+            with self._device_lock:
+                maps = encoder.encode(batch).float()
+            return [{encoder.name: feature_map} for feature_map in self._to_host(maps)]
 
-        return compute
-
-    def _tokens_by(self, localizer: Localizer) -> Callable[[Sequence[_Input]], list[dict[str, Tensor]]]:
-        manifest = self._manifest
-
-        def compute(inputs: Sequence[_Input]) -> list[dict[str, Tensor]]:
-            with self.stats.timed("encode"):
-                embeddings = localizer.encode([self._on_device(each.values) for each in inputs])
-            with self.stats.timed("tokens"):
-                boxes = [manifest.boxes_xyxy[manifest.regions(each.image.row)] for each in inputs]
-                # The stated size of an image that was not read is as good as any: nobody gets its tokens.
-                sizes = [each.image.size or self._stated_size(each.image.row) for each in inputs]
-                found = localizer.outputs_of_images(embeddings, boxes, sizes)
-                return [{name: self._on_host(values) for name, values in features.items()} for features in found]
-
-        return compute
+    def _compute_tokens(self, localizer: Localizer, inputs: Sequence[_Input]) -> list[dict[str, Tensor]]:
+        with self.stats.timed("encode"):
+            batch = [self._to_device(item.values) for item in inputs]
+            with self._device_lock:
+                embeddings = localizer.encode(batch)
+        with self.stats.timed("tokens"):
+            boxes = [self._manifest.boxes_xyxy[self._manifest.regions(item.image.row)] for item in inputs]
+            # Tokens of an unreadable image are discarded, so its stated size is good enough.
+            sizes = [item.image.size or self._stated_size(item.image.row) for item in inputs]
+            with self._device_lock:
+                outputs = localizer.outputs_of_images(embeddings, boxes, sizes)
+            return [{name: self._to_host(values) for name, values in features.items()} for features in outputs]
 
     def _stated_size(self, row: int) -> tuple[int, int]:
         return max(int(self._manifest.heights[row]), 1), max(int(self._manifest.widths[row]), 1)
 
-    def _on_device(self, values: Tensor) -> Tensor:
+    def _to_device(self, values: Tensor) -> Tensor:
         return values.to(self._device, non_blocking=self._device.type == "cuda")
 
-    def _on_host(self, values: Tensor) -> Tensor:
-        # On CUDA into pinned memory, to be read behind an event. Elsewhere there is none to wait for.
+    def _to_host(self, values: Tensor) -> Tensor:
+        # From CUDA asynchronously into pinned memory, which is read after the batch's event.
         return values.to("cpu", non_blocking=self._device.type == "cuda")
 
     def _collect(self, launched: _Launched) -> Iterator[ImageFeatures]:
@@ -214,20 +227,12 @@ class BatchEncoder:
             yield ImageFeatures(image.row, features, failure, slot.batch_sizes)
 
     def _not_finite(self, row: int, features: Mapping[str, Tensor]) -> str | None:
-        """Why an image fails whose features hold NaN or infinity: it must cost itself only, and never be stored."""
+        """Why an image with NaN or infinity in its features fails: they must never be stored."""
         for name, values in features.items():
-            # Both show in the extremes, which take no memory for a mask.
+            # The extremes show NaN and infinity without allocating a mask.
             if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
                 return (
                     f"{self._manifest.paths[row]}: its {name} features are not finite; the backbone overflows in its "
                     "dtype: extract into another cache with --dtype float32"
                 )
         return None
-
-
-@dataclass(frozen=True)
-class _Input:
-    """An image and what one model takes of it; zeros for a blank slot."""
-
-    image: DecodedImage
-    values: Tensor

@@ -1,6 +1,6 @@
 """ExtractConfig: the one description of an extraction, from the command line to every worker.
 
-It holds names and paths, nothing that is read or loaded, so it can be pickled and compared, and imports no torch.
+It holds names and paths only, so it can be pickled and compared, and importing it does not import torch.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import FeatureSet, Geometry
 from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit
-from regionspot.pipeline.extraction.part_choice import parse_parts
-from regionspot.pipeline.extraction.part_selection import parse_shard
+from regionspot.pipeline.extraction.part_selection import check_selection, select_parts
 from regionspot.pipeline.images.decode import Exif
 
 if TYPE_CHECKING:
@@ -27,24 +26,24 @@ _FLOAT16 = Encoding("float16")
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """What is extracted, from where, by which models, and how.
+    """What to extract, from where, with which models, and how.
 
-    cache            the folder or URL to fill
+    cache            folder or URL of the cache to fill
     dataset, data, split, annotations, boxes, limit
-                     the images and regions, as `extract --help` explains them
+                     the images and regions, see `extract --help`
     preset, localizer, encoders, weights, sam_weights, clip_weights, device, dtype, preprocess, tokens
-                     the models, as `Backbones.load` explains them
-    exif             what is done about an image's EXIF orientation
+                     the models, see `Backbones.load`
+    exif             how to apply an image's EXIF orientation
     encoding, token_encoding
-                     how maps and tokens are stored
-    part_size        images of a part, where the cache is new
-    parts, shard     only these parts of the cache ("3,7-9"), or only this share of them ("3/16")
-    batch_size       images of an encoder call; None: as the parts that are there were made, else what suits the models
-    decode_threads   None: one a core, 16 at most
-    max_failures     of all images, how many may be broken
-    check_room       refuse a disk that is too small for what is missing
-    take_over        no other run is alive: what dead ones have claimed is free at once
-    metrics_port     where Prometheus metrics are served while a run in one process is at work
+                     how to store feature maps and tokens
+    part_size        images per part, for a new cache
+    parts, shard     extract only these parts ("3,7-9"), or only this share of the parts ("3/16")
+    batch_size       images per encoder call; None: as in the cache's existing parts, else chosen for the models
+    decode_threads   None: one per core, at most 16
+    max_failures     how many of all images may be unreadable
+    check_disk_space refuse a disk that is too small for the missing features
+    take_over        no other run is alive: claims of dead runs are free at once
+    metrics_port     port of the Prometheus metrics, for a run in one process
     """
 
     cache: str = ""
@@ -73,7 +72,7 @@ class ExtractConfig:
     batch_size: int | None = None
     decode_threads: int | None = None
     max_failures: FailureLimit = EXTRACTION_LIMIT
-    check_room: bool = True
+    check_disk_space: bool = True
     take_over: bool = False
     metrics_port: int | None = None
 
@@ -81,9 +80,10 @@ class ExtractConfig:
         for name in ("batch_size", "decode_threads"):
             if (number := getattr(self, name)) is not None and number < 1:
                 raise InputError(f"extract: {name} is {number}, expected at least 1")
+        check_selection(self.parts, self.shard)
 
     def check_models(self) -> None:
-        """Raises InputError for a device, a backbone or weights that are not on this machine; loads nothing."""
+        """Raises InputError when the device, a backbone or weights are not available here; loads nothing."""
         from regionspot.cache.machine import compute_device  # imports torch
         from regionspot.pipeline.backbones.bundle import NONE
         from regionspot.pipeline.backbones.registry import ENCODERS, LOCALIZERS
@@ -99,7 +99,7 @@ class ExtractConfig:
                 ENCODERS.builder(name)
 
     def with_absolute_paths(self) -> ExtractConfig:
-        """The same for processes with other working folders."""
+        """The same config for processes with another working directory."""
         from regionspot.pipeline.datasets.proposals import GROUND_TRUTH
 
         return replace(
@@ -107,15 +107,15 @@ class ExtractConfig:
             cache=_absolute(self.cache),
             data=_absolute(self.data),
             annotations=self.annotations and _absolute(self.annotations),
-            # Words are words, whatever files there are of these names.
-            boxes=self.boxes if self.boxes == GROUND_TRUTH else _absolute_if_there(self.boxes),
+            # A keyword stays a keyword, even if a file of that name exists.
+            boxes=self.boxes if self.boxes == GROUND_TRUTH else _absolute_if_exists(self.boxes),
             weights=_absolute_weights(self.weights),
             sam_weights=_absolute_weights(self.sam_weights),
             clip_weights=_absolute_weights(self.clip_weights),
         )
 
     def read_manifest(self) -> Manifest:
-        """The images and regions. Raises what `read_split` raises."""
+        """Read the images and regions. Raises what `read_split` raises."""
         from regionspot.pipeline.backbones.bundle import NONE  # imports torch
         from regionspot.pipeline.datasets.registry import read_split  # its readers take half a second to import
 
@@ -127,17 +127,17 @@ class ExtractConfig:
             self.boxes,
             self.limit,
             max_failures=self.max_failures,
-            may_be_empty=self.localizer == NONE,  # maps need no boxes
+            may_be_empty=self.localizer == NONE,  # feature maps need no boxes
         )
 
     def image_folder(self, manifest: Manifest) -> Path:
-        """The folder that the manifest's paths start from."""
+        """The folder that the manifest's paths are relative to."""
         from regionspot.pipeline.datasets.registry import image_folder_of
 
         return image_folder_of(self.dataset, Path(self.data), self.split, manifest)
 
     def load_backbones(self, held: Mapping[str, FeatureSet] | None = None) -> Backbones:
-        """The models, in the dtype of the feature sets `held` where `dtype` is "auto".
+        """Load the models; with `dtype` "auto", in the dtype of the cache's feature sets `held`.
 
         Raises what `Backbones.load` raises.
         """
@@ -158,38 +158,29 @@ class ExtractConfig:
         )
 
     def feature_sets(self, backbones: Backbones) -> list[FeatureSet]:
-        """What these models write into the cache; int8 is still without the statistics of a sample."""
+        """The feature sets that these models write; int8 sets do not have their statistics yet."""
         return backbones.feature_sets(self.exif, self.encoding, self.token_encoding)
 
-    def chosen_parts(self, geometry: Geometry) -> Collection[int]:
-        """Those of a cache's parts that are asked for; of a limit, the whole parts that hold the first so many images.
+    def selected_parts(self, geometry: Geometry) -> Collection[int]:
+        """The parts to extract; with a limit, the whole parts that contain the first `limit` images.
 
-        Raises InputError for what names no part.
+        Raises InputError for a part that the cache does not have.
         """
-        if self.parts is not None and self.shard is not None:
-            raise InputError(f"parts {self.parts!r} and shard {self.shard!r}: give one of the two")
-        if self.parts is not None:
-            named: Collection[int] = parse_parts(self.parts, geometry.n_parts)
-        elif self.shard is not None:
-            named = parse_shard(self.shard).parts(geometry.n_parts)
-        else:
-            named = range(geometry.n_parts)
+        selected = select_parts(self.parts, self.shard, geometry.n_parts)
         if self.limit is None:
-            return named
-        return [part for part in named if part * geometry.part_size < self.limit]
+            return selected
+        return [part for part in selected if part * geometry.part_size < self.limit]
 
 
 def _absolute(path: str) -> str:
-    """A path from the root; a URL as it is."""
     return path if "://" in path else str(Path(path).absolute())
 
 
-def _absolute_if_there(path: str) -> str:
-    """Likewise; a word that names no file or folder here as it is."""
+def _absolute_if_exists(path: str) -> str:
     return _absolute(path) if Path(path).exists() else path
 
 
 def _absolute_weights(source: str | None) -> str | None:
     if source is None or source.startswith("random:"):  # RANDOM of weights.py, which imports torch
         return source
-    return _absolute_if_there(source)
+    return _absolute_if_exists(source)

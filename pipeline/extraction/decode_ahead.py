@@ -1,4 +1,4 @@
-"""Images read and resized ahead of the encoders, by threads: Pillow and torch let go of the interpreter meanwhile."""
+"""Decode and resize images in threads ahead of the encoders; Pillow and torch release the GIL meanwhile."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from regionspot.pipeline.images.decode import Exif, decode_image
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """One image ready for the models that want it, or the reason why it is not.
+    """One image as model inputs, or the reason why it could not be read.
 
-    inputs   what each model takes, by the model's name; none where the image could not be read
-    size     (height, width) of the original; None where it was not read
+    inputs   model name to the model's input; empty if the image could not be read
+    size     (height, width) of the original; None if it was not read
     """
 
     row: int
@@ -36,7 +36,7 @@ class DecodedImage:
 
 @dataclass(frozen=True)
 class Decoder:
-    """Reads an image once and resizes it for each model whose features are wanted of it. Called from threads."""
+    """Reads an image once and resizes it for each model whose features are requested; thread-safe."""
 
     manifest: Manifest
     image_folder: Path
@@ -44,16 +44,16 @@ class Decoder:
     exif: Exif
 
     def __call__(self, row: int, names: Sequence[str]) -> DecodedImage:
-        stated = (int(self.manifest.heights[row]), int(self.manifest.widths[row]))
+        stated_size = (int(self.manifest.heights[row]), int(self.manifest.widths[row]))
         try:
-            image = decode_image(self.image_folder / str(self.manifest.paths[row]), stated, self.exif)
+            decoded = decode_image(self.image_folder / str(self.manifest.paths[row]), stated_size, self.exif)
         except ImageError as error:
             return DecodedImage(row, failure=str(error))
         return DecodedImage(
             row,
-            inputs=self._inputs(image.image, names),
-            size=(image.image.height, image.image.width),
-            orientation_ignored=image.orientation == "ignored",
+            inputs=self._inputs(decoded.image, names),
+            size=(decoded.image.height, decoded.image.width),
+            orientation_ignored=decoded.orientation == "ignored",
         )
 
     def _inputs(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
@@ -63,28 +63,27 @@ class Decoder:
         for encoder in self.backbones.encoders:
             if encoder.name in names:
                 inputs[encoder.name] = encoder.preprocess(image)
-        if self.backbones.device.type == "cuda":  # page-locked, so that a copy to the device holds nobody up
+        if self.backbones.device.type == "cuda":  # pinned memory, for asynchronous copies to the device
             inputs = {name: values.pin_memory() for name, values in inputs.items()}
         return inputs
 
 
-Jobs = Generator[tuple[int, Sequence[str]], None, None]  # rows, and the feature sets wanted of each
+Jobs = Generator[tuple[int, Sequence[str]], None, None]  # rows, with the names of the requested feature sets
 
 
 def default_threads() -> int:
-    """Threads that decode, where nobody says how many."""
+    """The default number of decoding threads."""
     return min(16, processors())
 
 
-def decode_ahead(decoder: Decoder, jobs: Jobs, threads: int | None) -> Generator[DecodedImage, None, None]:
-    """The images of `jobs`, in that order, decoded by threads that stay a little ahead. Closing it closes `jobs`."""
-    count = threads or default_threads()
+def decode_ahead(decoder: Decoder, jobs: Jobs, threads: int) -> Generator[DecodedImage, None, None]:
+    """The images of `jobs` in order, decoded ahead by threads. Closing the generator closes `jobs`."""
     pending: deque[Future[DecodedImage]] = deque()
-    with ThreadPoolExecutor(count, thread_name_prefix="decode") as pool, closing(jobs):
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(jobs):
         try:
             for row, names in jobs:
                 pending.append(pool.submit(decoder, row, names))
-                if len(pending) > 4 * count:
+                if len(pending) > 4 * threads:
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()

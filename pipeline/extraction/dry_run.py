@@ -1,4 +1,4 @@
-"""What an extraction would do and how long it would take, from a few images that are run and thrown away."""
+"""`extract --dry-run`: what an extraction would do and how long it would take, estimated from a sample of images."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from regionspot.cache.tools.info import size_text
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.extraction.batch_encoder import BatchEncoder, batches_of
 from regionspot.pipeline.extraction.config import ExtractConfig
-from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, decode_ahead
+from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, decode_ahead, default_threads
 from regionspot.pipeline.extraction.plan import ExtractionPlan
 from regionspot.pipeline.reporting.run_stats import RunStats
 
@@ -26,13 +26,14 @@ SAMPLE_BATCHES = 8
 
 @dataclass(frozen=True)
 class DryRun:
-    """The plan of an extraction.
+    """The result of a dry run.
 
-    rate      images a second in the sample; None where none of it could be read
-    sample    images that were run, `failed` of them could not be read
+    rate      images per second in the sample; None if no sampled image could be read
+    sample    number of sampled images, of which `failed` could not be read
+    reason    why the last of these could not be read
     """
 
-    needed: ExtractionPlan
+    plan: ExtractionPlan
     rate: float | None
     sample: int
     failed: int
@@ -40,46 +41,47 @@ class DryRun:
 
     def text(self) -> str:
         """A few lines for people."""
-        needed = self.needed
-        sizes = ", ".join(f"{name} {size_text(size)}" for name, size in needed.bytes.items())
+        plan = self.plan
+        sizes = ", ".join(f"{name} {size_text(size)}" for name, size in plan.bytes.items())
         lines = [
-            f"{needed.images:,} images with {needed.regions:,} regions in {len(needed.parts):,} parts",
-            f"{size_text(needed.total_bytes)} to write ({sizes})",
+            f"{plan.images:,} images with {plan.regions:,} regions in {len(plan.parts):,} parts",
+            f"{size_text(plan.total_bytes)} to write ({sizes})",
         ]
         if self.rate:
-            hours = duration(needed.images / self.rate)
-            lines.append(f"about {hours} at {self.rate:.3g} images a second, measured on {self.sample}")
+            hours = duration(plan.images / self.rate)
+            lines.append(f"about {hours} at {self.rate:.3g} images/s, measured on {self.sample} images")
         if self.failed:
             lines.append(f"{self.failed} of {self.sample} sampled images could not be read: {self.reason}")
         return "\n".join([*lines, "nothing was written"])
 
 
 def dry_run(
-    needed: ExtractionPlan, manifest: Manifest, image_folder: Path, backbones: Backbones, config: ExtractConfig
+    plan: ExtractionPlan, manifest: Manifest, image_folder: Path, backbones: Backbones, config: ExtractConfig
 ) -> DryRun:
-    """Run the backbones over a sample of images spread evenly over the manifest; nothing is written.
+    """Run the backbones over a sample of images spread evenly over the manifest; writes nothing.
 
-    The first batch, in which libraries load and caches fill, is left out of the rate where there are more.
+    The first batch, which includes loading libraries, is not timed if there are more.
     """
     size = config.batch_size or backbones.batch_size
-    count = min(needed.images, SAMPLE_BATCHES * size)
+    count = min(plan.images, SAMPLE_BATCHES * size)
     rows = np.linspace(0, len(manifest) - 1, count).round().astype(int).tolist() if count else []
     names = [feature_set.name for feature_set in config.feature_sets(backbones)]
     decoder = Decoder(manifest, image_folder, backbones, config.exif)
     encode = BatchEncoder(manifest, backbones, RunStats())
     ends, failures = [time.perf_counter()], []
-    with closing(decode_ahead(decoder, ((row, names) for row in rows), config.decode_threads)) as decoded:
-        for image in encode(_for_a_while(batches_of(decoded, size, len(manifest) + 1, encode.stats))):
+    threads = config.decode_threads or default_threads()
+    with closing(decode_ahead(decoder, ((row, names) for row in rows), threads)) as decoded:
+        for image in encode(_until_timeout(batches_of(decoded, size, len(manifest) + 1, encode.stats))):
             ends.append(time.perf_counter())
             failures += [image.failure] if image.failure is not None else []
     sample, start = len(ends) - 1, size if len(ends) - 1 > size else 0
-    read = sample - len(failures)
-    rate = (sample - start) / (ends[-1] - ends[start]) if read else None
-    return DryRun(needed, rate, sample, len(failures), failures[-1] if failures else None)
+    readable = sample - len(failures)
+    rate = (sample - start) / (ends[-1] - ends[start]) if readable else None
+    return DryRun(plan, rate, sample, len(failures), failures[-1] if failures else None)
 
 
-def _for_a_while(batches: Iterator[list[DecodedImage]]) -> Iterator[list[DecodedImage]]:
-    """The batches that begin within SAMPLE_SECONDS, but two at least."""
+def _until_timeout(batches: Iterator[list[DecodedImage]]) -> Iterator[list[DecodedImage]]:
+    """The batches that begin within SAMPLE_SECONDS, and at least two."""
     begin = time.perf_counter()
     for number, batch in enumerate(batches):
         yield batch

@@ -1,7 +1,7 @@
-"""The first sample that int8 is standardised by: features of a few images, taken before there is a cache.
+"""Channel statistics of new int8 feature sets, from a sample of images that is encoded before the cache exists.
 
-The images are spread evenly over the manifest, so every run and every worker takes the same ones. Whoever comes to a
-cache that has its statistics already takes those, and no sample.
+The sample is spread evenly over the manifest, so every run and worker takes the same images. A cache that already has
+the statistics keeps them.
 """
 
 from __future__ import annotations
@@ -17,66 +17,61 @@ from numpy.typing import NDArray
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.encodings import statistics_of
-from regionspot.cache.format.header import load_header
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import FeatureSet, ImageFeatures
-from regionspot.cache.storage.open import open_storage
+from regionspot.pipeline.extraction.plan import stored_feature_sets
 
 log = logging.getLogger(__name__)
 
-# 64 maps of 257 tokens are 16,000 rows, plenty for a channel's mean and deviation; 64 images delay no run.
+# 64 maps of 257 tokens are 16,000 rows, enough for the mean and deviation of a channel.
 SAMPLE_IMAGES = 64
 
-# Features of the sets named, of the images at these rows, in order; one that could not be read says why.
-SampleFeatures = Callable[[list[int], list[str]], Iterator[ImageFeatures]]
+# Yields the features of the images at these rows, in order, for the feature sets of these names.
+EncodeSample = Callable[[list[int], list[str]], Iterator[ImageFeatures]]
 
 
-def ready_to_store(
-    address: str | Path, manifest: Manifest, feature_sets: Sequence[FeatureSet], features_of: SampleFeatures
+def add_int8_statistics(
+    address: str | Path, manifest: Manifest, feature_sets: Sequence[FeatureSet], encode_sample: EncodeSample
 ) -> list[FeatureSet]:
-    """The feature sets with all that a cache at `address` has to know of them before it is made or they are added.
+    """The feature sets, with statistics added to int8 sets that the cache at `address` does not have yet.
 
-    An int8 set that the cache does not hold yet gets the statistics of a sample; others are left as they are, for a
-    cache goes on with its own. Raises InputError when no image of the sample can be read, NotACacheError when
-    something else is at `address`.
+    Raises InputError when no image of the sample can be read, NotACacheError when `address` is something else.
     """
-    storage = open_storage(address)
-    held = load_header(storage).feature_sets if storage.exists("") else {}
-    lacking = [each for each in feature_sets if each.dtype == "int8" and each.statistics is None]
-    new = with_statistics([each for each in lacking if each.name not in held], manifest, features_of)
-    known = {each.name: each for each in new}
-    return [known.get(each.name, each) for each in feature_sets]
+    stored = stored_feature_sets(address)
+    new = [
+        feature_set
+        for feature_set in feature_sets
+        if feature_set.dtype == "int8" and feature_set.statistics is None and feature_set.name not in stored
+    ]
+    complete = {feature_set.name: feature_set for feature_set in _with_statistics(new, manifest, encode_sample)}
+    return [complete.get(feature_set.name, feature_set) for feature_set in feature_sets]
 
 
-def with_statistics(
-    feature_sets: Sequence[FeatureSet], manifest: Manifest, features_of: SampleFeatures
+def _with_statistics(
+    feature_sets: Sequence[FeatureSet], manifest: Manifest, encode_sample: EncodeSample
 ) -> list[FeatureSet]:
-    """The feature sets with the statistics of a sample of the manifest's images, in one pass over these.
-
-    Raises InputError when none of them can be read.
-    """
     if not feature_sets:
         return []
-    rows, names = sample_rows(manifest), [each.name for each in feature_sets]
+    rows, names = sample_rows(manifest), [feature_set.name for feature_set in feature_sets]
     log.info("%s: statistics of %d images for int8", ", ".join(names), len(rows))
-    taken: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
+    samples: dict[str, list[NDArray[Any]]] = {name: [] for name in names}
     failure = ""
-    for image in features_of(rows, names):
+    for image in encode_sample(rows, names):
         if image.failure is not None:
             failure = image.failure
             continue
         for name in names:
-            taken[name].append(np.asarray(image.features[name]))
-    if not taken[names[0]]:
+            samples[name].append(np.asarray(image.features[name]))
+    if not samples[names[0]]:
         raise InputError(
             f"{manifest.dataset}/{manifest.split}: int8 needs a sample, and none of {len(rows)} images could be read "
             f"(the last: {failure}); check --data"
         )
-    return [replace(each, statistics=statistics_of(taken[each.name])) for each in feature_sets]
+    return [replace(feature_set, statistics=statistics_of(samples[feature_set.name])) for feature_set in feature_sets]
 
 
 def sample_rows(manifest: Manifest) -> list[int]:
-    """Rows spread evenly over the images that have regions, at most SAMPLE_IMAGES; over all where none has."""
+    """At most SAMPLE_IMAGES rows spread evenly over the images with regions; over all images if none has regions."""
     rows = np.flatnonzero(manifest.region_count)
     rows = rows if len(rows) else np.arange(len(manifest))
     places = np.linspace(0, len(rows) - 1, min(SAMPLE_IMAGES, len(rows)))

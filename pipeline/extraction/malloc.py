@@ -1,11 +1,11 @@
-"""glibc's allocator, told to keep what it was given: memory that a model frees is the memory of its next layer.
+"""Configure glibc's malloc to keep freed memory for reuse.
 
-By default glibc maps every large block (at most 32 MB may pass for a small one) anew and unmaps it when it is freed.
-Each page of a new mapping costs a fault and 4 KB of zeros on its first touch: at activations of 10 to 800 MB a layer,
-that is as long as the computing itself. Here large blocks come from the heap like small ones, and the heap is never
-given back before the process ends. It grows to the peak of what is in use at once: in the first batches, then no more.
+By default, glibc maps each large block (the limit is at most 32 MB) separately and unmaps it when it is freed. Each
+page of a new mapping costs a page fault and 4 KB of zeros. With activations of 10 to 800 MB per layer, that takes as
+long as the computation. Here large blocks come from the heap, and the heap never shrinks: it grows to the peak memory
+use in the first batches and stays there.
 
-Sources: mallopt(3), "Malloc Tunable Parameters" in the manual of glibc, and the numbers of its malloc/malloc.h.
+Sources: mallopt(3), "Malloc Tunable Parameters" in the glibc manual, and the constants of malloc/malloc.h.
 """
 
 from __future__ import annotations
@@ -19,26 +19,26 @@ import platform
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX, _ARENA_MAX = -1, -2, -4, -8
 
 SETTINGS = {
-    # Blocks mapped on their own: none. Older glibcs refuse a threshold above 32 MB, which would do the same.
+    # No separately mapped blocks. A high threshold would do the same, but older glibcs refuse more than 32 MB.
     _MMAP_MAX: 0,
-    _TRIM_THRESHOLD: -1,  # never give the top of the heap back
-    _TOP_PAD: 256 << 20,  # bytes taken at a time: few calls, and pages that are never touched cost nothing
-    # One heap for all threads: others are made of pieces of 64 MB, which are unmapped when they are empty.
+    _TRIM_THRESHOLD: -1,  # never shrink the heap
+    _TOP_PAD: 256 << 20,  # bytes by which the heap grows: few system calls, and untouched pages cost nothing
+    # One heap for all threads: other heaps consist of pieces of 64 MB that are unmapped when empty.
     _ARENA_MAX: 1,
 }
-# Whoever has set glibc up from outside knows why.
+# If one of these is set, the user has configured malloc.
 ENVIRONMENT = ("GLIBC_TUNABLES", "MALLOC_MMAP_MAX_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_")
 
 
 @functools.cache
 def keep_memory() -> bool:
-    """Set this up for the rest of the process, once; whether it was done.
+    """Apply SETTINGS to this process, once; returns whether they were applied.
 
-    Called where the work begins, not when a module is imported: it is the whole process that changes. Nothing happens
-    where the C library is not glibc, and where the environment has settings of its own (ENVIRONMENT).
+    Call it when the work begins, not at import: it affects the whole process. It does nothing if the C library is not
+    glibc or a variable of ENVIRONMENT is set.
     """
     if platform.libc_ver()[0] != "glibc" or any(os.environ.get(name) for name in ENVIRONMENT):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    done = [mallopt(parameter, value) == 1 for parameter, value in SETTINGS.items()]
-    return all(done)
+    results = [mallopt(parameter, value) == 1 for parameter, value in SETTINGS.items()]
+    return all(results)

@@ -1,11 +1,10 @@
-"""Which parts of a cache this run does, when others may be at work on the same one.
+"""PartQueue: the parts that this run extracts, while other runs may work on the same cache.
 
-Parts are claimed one by one, just ahead of the decoders, and released as soon as their record is written; so any number
-of runs divide a cache between them without knowing of each other. What others hold is passed over and looked at again
-at the end: by then it is done, or its run is dead and its claims are free.
+Parts are claimed one by one, just ahead of the decoders, and released as soon as their record is written. So any number
+of runs share a cache without knowing each other. Parts claimed by others are skipped and checked again at the end: by
+then they are written, or their run is dead and the claim is free.
 
-A part is claimed with all of its feature sets at once. Two runs after different sets only do the parts in another
-order for it, and an image that several sets are wanted of is decoded once.
+A part is claimed with all of its feature sets at once, so an image is decoded once for all of them.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import time
 from collections import Counter, deque
 from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from itertools import chain
 from typing import TYPE_CHECKING, TypeVar
 
@@ -25,84 +23,68 @@ from regionspot.cache.errors import CacheError
 from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.writing.claims import Claims
+from regionspot.pipeline.reporting.run_stats import RunStats
 
 if TYPE_CHECKING:
     from regionspot.pipeline.extraction.decode_ahead import Jobs  # imports torch
 
 log = logging.getLogger(__name__)
 
-SAY_SECONDS = 60.0  # between two lines about what is waited for
+LOG_SECONDS = 60.0  # between two messages about parts of other runs
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class PartCounts:
-    """How the parts of a run stand at one moment: before + done + others + pending are all that it was asked for.
-
-    before    were complete at the start
-    done      this run has written, `bytes` are theirs
-    others    other runs have written since the start
-    pending   neither this run nor another one is known to have written
-    images  of the parts that this run has done, does or may still have to do
-    """
-
-    before: int
-    done: int
-    others: int
-    pending: int
-    images: int
-    bytes: int
-
-
 class PartQueue:
-    """Those of the parts `asked` for (default: all) of `cache` that lack one of the feature sets `names`.
+    """Those of `parts` (default: all of `cache`) that lack one of the feature sets `names`.
 
-    counts   how they stand; replaced as a whole at every change, so any thread may read it
+    parts_before   parts that were complete at the start
+    images         images that this run has extracted or may still have to; fewer when other runs write parts
+    stats          parts and bytes written, and parts written by others
 
-    Three threads use it: the run's own, which waits for parts, the one that claims ahead of the decoders (it runs
-    `jobs`), and the one that writes. They change what is open and what is claimed under one lock, under which no file
-    is touched: claims and caches are safe to use from several threads themselves.
+    Three threads use it: the main thread, which calls `wait`, the one that claims ahead of the decoders (it runs
+    `jobs`), and the writer. One lock protects the sets of open and claimed parts and the counts; no file is accessed
+    under it.
     """
 
     def __init__(
-        self, cache: FeatureCache, names: Sequence[str], claims: Claims, asked: Collection[int] | None = None
+        self, cache: FeatureCache, names: Sequence[str], claims: Claims, parts: Collection[int] | None = None
     ) -> None:
         self._cache, self._names, self._claims = cache, names, claims
-        asked = range(cache.n_parts) if asked is None else asked
         self._lock = threading.Lock()
-        self._open = set(asked).intersection(cache.pending_parts(names))  # neither done nor claimed by this run
+        parts = range(cache.n_parts) if parts is None else parts
+        self._open = set(parts).intersection(cache.pending_parts(names))  # neither written nor claimed by this run
         self._claimed: dict[int, list[str]] = {}
         self._round: Iterator[int] = iter(())
-        images = sum(len(cache.part_rows(part)) for part in self._open)
-        self.counts = PartCounts(len(asked) - len(self._open), 0, 0, len(self._open), images, 0)
+        self.parts_before = len(parts) - len(self._open)
+        self.images = sum(len(cache.part_rows(part)) for part in self._open)
+        self.stats = RunStats()
 
     def wait(self) -> bool:
-        """Claim a part to begin with, waiting as long as others hold all there are; False when none is left.
+        """Claim a first part, waiting while other runs hold all open parts; False if no part is left.
 
-        To be asked when no part is under way. Images that lie decoded while this waits are never committed, and two
-        runs would wait for each other.
+        Call it only when this run holds no part: two runs that wait while holding parts would deadlock.
         """
-        said = -math.inf
-        while (first := next(free := self._free(), None)) is None and self._open:
-            if time.monotonic() - said >= SAY_SECONDS:
-                said = time.monotonic()
-                self._say_who_is_waited_for()
+        last_logged = -math.inf
+        while (first := next(free := self._claim_free(), None)) is None and self._open:
+            if time.monotonic() - last_logged >= LOG_SECONDS:
+                last_logged = time.monotonic()
+                self._log_holders()
             time.sleep(self._claims.heartbeat_seconds / 5)
         self._round = free if first is None else chain([first], free)
         return first is not None
 
     def jobs(self) -> Jobs:
-        """Rows of the parts that are free, in order, and the feature sets wanted of them; a part is claimed ahead."""
+        """Rows of the free parts in order, with the feature sets that they lack; claims one part ahead."""
         for part in _one_ahead(self._round):
             names = self._claimed[part]
             for row in self._cache.part_rows(part):
                 yield row, names
 
     def write(self, part: int, images: Iterator[ImageFeatures]) -> None:
-        """Write a part that this run claimed and release it; nothing is written when it was taken over meanwhile.
+        """Write and release a part that this run claimed; if another run took it over, write nothing.
 
-        Raises CacheError when the disk refuses it.
+        Raises CacheError when it cannot be written.
         """
         try:
             record = self._cache.write_part(
@@ -116,79 +98,65 @@ class PartQueue:
             if self._claims.is_owned(part):
                 raise
             log.warning("%s", error)
-            deque(images, maxlen=0)  # those of this part that are still to come
+            deque(images, maxlen=0)  # discard the rest of this part
             self._claims.release(part)
-            self._taken_over(part)
+            self._reopen(part)
         else:
             self._claims.release(part)
-            self._done(part, sum(record.files.values()))
+            with self._lock:
+                del self._claimed[part]
+                self.stats.parts += 1
+                self.stats.bytes += sum(record.files.values())
 
-    def _free(self) -> Iterator[int]:
-        """Claim, one after the other and in order, the parts that nobody holds."""
+    def _claim_free(self) -> Iterator[int]:
+        """Claim the open parts that no other run holds, one after the other in order."""
         with self._lock:
-            found = sorted(self._open)
-        for part in found:
+            open_parts = sorted(self._open)
+        for part in open_parts:
             if not self._cache.missing_sets(part, self._names):
-                self._left_to_others(part)
+                self._count_as_of_others(part)
             elif self._claims.claim(part):
-                # Again: who had it a moment ago may have finished between the two questions.
+                # Check again: another run may have finished the part between the check and the claim.
                 if missing := self._cache.missing_sets(part, self._names):
-                    self._is_ours(part, missing)
+                    with self._lock:
+                        self._open.remove(part)
+                        self._claimed[part] = missing
                     yield part
                 else:
                     self._claims.release(part)
-                    self._left_to_others(part)
+                    self._count_as_of_others(part)
 
-    def _is_ours(self, part: int, missing: list[str]) -> None:
+    def _count_as_of_others(self, part: int) -> None:
         with self._lock:
             self._open.remove(part)
-            self._claimed[part] = missing
+            self.stats.parts_of_others += 1
+            self.images -= len(self._cache.part_rows(part))
 
-    def _left_to_others(self, part: int) -> None:
-        with self._lock:
-            self._open.remove(part)
-            now = self.counts
-            self.counts = replace(
-                now,
-                pending=now.pending - 1,
-                others=now.others + 1,
-                images=now.images - len(self._cache.part_rows(part)),
-            )
-
-    def _taken_over(self, part: int) -> None:
-        """Another run has it now; whether that one completes it is seen later."""
+    def _reopen(self, part: int) -> None:
+        """Another run took the part over; `wait` checks later whether it completes it."""
         with self._lock:
             del self._claimed[part]
             self._open.add(part)
-            images = self.counts.images + len(self._cache.part_rows(part))  # made once in vain
-            self.counts = replace(self.counts, images=images)
+            self.images += len(self._cache.part_rows(part))  # extracted once in vain
 
-    def _done(self, part: int, size: int) -> None:
+    def _log_holders(self) -> None:
         with self._lock:
-            del self._claimed[part]
-            now = self.counts
-            self.counts = replace(now, pending=now.pending - 1, done=now.done + 1, bytes=now.bytes + size)
-
-    def _say_who_is_waited_for(self) -> None:
-        with self._lock:
-            waited_for = set(self._open)
-        holders = Counter(self._claims.holder(part) for part in waited_for)
-        for holder, count in holders.items():
-            if holder is None:  # let go of since
-                continue
-            log.info(
-                "waiting for %d parts of %s; they are done here when it shows no life for %.0f seconds "
-                "(if you know that it is gone: run this again with --take-over)",
-                count,
-                holder,
-                self._claims.dead_after,
-            )
+            open_parts = set(self._open)
+        for holder, count in Counter(self._claims.holder(part) for part in open_parts).items():
+            if holder is not None:  # None: released since
+                log.info(
+                    "waiting for %d parts of %s; this run takes them over when its heartbeat stops for %.0f seconds "
+                    "(if that run is dead: run this command again with --take-over)",
+                    count,
+                    holder,
+                    self._claims.dead_after,
+                )
 
 
 def _one_ahead(items: Iterator[T]) -> Iterator[T]:
-    """The same items, each asked for by a thread while the one before it is in use."""
+    """The same items, each computed in a thread while the item before it is in use."""
     with ThreadPoolExecutor(1, thread_name_prefix="claim") as pool:
-        coming = pool.submit(next, items, None)
-        while (item := coming.result()) is not None:
-            coming = pool.submit(next, items, None)
+        future = pool.submit(next, items, None)
+        while (item := future.result()) is not None:
+            future = pool.submit(next, items, None)
             yield item

@@ -1,7 +1,6 @@
-"""What an extraction still has to do and how many bytes that takes, known before the first image is opened.
+"""ExtractionPlan: which parts are missing and how many bytes they take, known before the first image is opened.
 
-Every array of a cache has its shape from the manifest, so a disk that will be full after three days is refused in the
-first second.
+The manifest determines the shape of every array, so a disk that would fill up after three days is refused at once.
 """
 
 from __future__ import annotations
@@ -27,16 +26,17 @@ from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.extend import extended_part_size
 from regionspot.cache.tools.info import size_text
 
-# Features of real images lose 2 to 15 % to zstd; the disk must hold the worst of it.
+# zstd saves 2 to 15 % on features of real images; the plan assumes the least.
 _COMPRESSED = 0.98
-_SLACK = 1.01  # records, checksums and the file system's blocks
+_SLACK = 1.01  # for records, checksums and file system blocks
 
 
 @dataclass(frozen=True)
 class ExtractionPlan:
-    """What is left to do: `parts` of which at least one feature set is missing, and what they come to.
+    """What is left to extract.
 
-    bytes   of all that will be written, by feature set
+    parts   at least one feature set is missing in each
+    bytes   to write, by feature set
     """
 
     parts: tuple[int, ...]
@@ -50,39 +50,40 @@ class ExtractionPlan:
 
 
 def check_part_size(address: str | Path, part_size: int) -> None:
-    """Raises InputError where the cache at `address` has parts of another size, which no later run can change."""
+    """Raises InputError when the cache at `address` has another part size, which no later run can change."""
     storage = open_storage(address)
     if not storage.exists(""):
         return
-    held = load_header(storage).geometry
-    # A cache of fewer images than that has one part, which holds them all.
-    if held.part_size != min(part_size, held.images):
+    geometry = load_header(storage).geometry
+    # A cache with fewer images than the part size has one part, of all its images.
+    if geometry.part_size != min(part_size, geometry.images):
         raise InputError(
-            f"{address}: has parts of {held.part_size} images, --part-size {part_size} was asked for; leave that "
-            "out, or name another cache"
+            f"{address}: has parts of {geometry.part_size} images, not of {part_size} as --part-size asks; remove "
+            "--part-size, or give another cache"
         )
 
 
-def held_sets(address: str | Path) -> dict[str, FeatureSet]:
-    """The feature sets of the cache at `address`, by name; none where there is nothing yet."""
+def stored_feature_sets(address: str | Path) -> dict[str, FeatureSet]:
+    """The feature sets of the cache at `address`, by name; empty if the cache does not exist."""
     storage = open_storage(address)
     return load_header(storage).feature_sets if storage.exists("") else {}
 
 
-def outstanding(
+def plan_extraction(
     address: str | Path,
     manifest: Manifest,
     feature_sets: Sequence[FeatureSet],
     part_size: int,
-    choose: Callable[[Geometry], Collection[int]] | None = None,
+    select: Callable[[Geometry], Collection[int]] | None = None,
 ) -> ExtractionPlan:
-    """What the feature sets lack in the cache at `address`, all of them where there is none yet.
+    """Plan the extraction of these feature sets into the cache at `address`, which need not exist.
 
-    choose   gives the parts that are wanted of a cache of this geometry; None: all
+    select   returns the parts to extract from a cache of this geometry; None: all parts
 
-    A cache that was made with a limit is taken as it will be when it has grown. Raises what opening a cache raises.
+    A cache that was made with a smaller limit is planned as if it had grown to `manifest` already. Raises what opening
+    a cache raises.
     """
-    done: dict[str, set[int]] = {each.name: set() for each in feature_sets}
+    written: dict[str, set[int]] = {feature_set.name: set() for feature_set in feature_sets}
     geometry = Geometry.of(manifest.offsets, part_size)
     if open_storage(address).exists(""):
         cache = FeatureCache.open(address)
@@ -90,24 +91,26 @@ def outstanding(
             geometry = Geometry.of(manifest.offsets, extended_part_size(cache.geometry, part_size))
         else:
             manifest, geometry = cache.manifest, cache.geometry
-        same = {part for part in range(cache.n_parts) if cache.part_rows(part) == geometry.rows(part)}
-        for name in done.keys() & cache.feature_sets.keys():
-            done[name] = same - set(cache.pending_parts([name]))
-    lacking = {name: [part for part in range(geometry.n_parts) if part not in parts] for name, parts in done.items()}
-    wanted = set(choose(geometry) if choose else range(geometry.n_parts))
-    missing = {name: [part for part in parts if part in wanted] for name, parts in lacking.items()}
+        unchanged = {part for part in range(cache.n_parts) if cache.part_rows(part) == geometry.rows(part)}
+        for name in written.keys() & cache.feature_sets.keys():
+            written[name] = unchanged - set(cache.pending_parts([name]))
+    selected = set(select(geometry) if select else range(geometry.n_parts))
+    missing = {name: sorted(selected - parts) for name, parts in written.items()}
     parts = sorted(set().union(*missing.values()))
-    rows = [geometry.rows(part) for part in parts]
+    row_ranges = [geometry.rows(part) for part in parts]
     return ExtractionPlan(
         parts=tuple(parts),
-        images=sum(map(len, rows)),
-        regions=int(sum(manifest.offsets[each.stop] - manifest.offsets[each.start] for each in rows)),
-        bytes={each.name: part_bytes(each, manifest.offsets, geometry, missing[each.name]) for each in feature_sets},
+        images=sum(map(len, row_ranges)),
+        regions=int(sum(manifest.offsets[rows.stop] - manifest.offsets[rows.start] for rows in row_ranges)),
+        bytes={
+            feature_set.name: part_bytes(feature_set, manifest.offsets, geometry, missing[feature_set.name])
+            for feature_set in feature_sets
+        },
     )
 
 
 def part_bytes(feature_set: FeatureSet, offsets: NDArray[np.int64], geometry: Geometry, parts: Collection[int]) -> int:
-    """Bytes that the shards of these parts take, at most: whole inner chunks, their indices and scales.
+    """Upper bound on the bytes of these parts' shards: whole inner chunks, shard indices and int8 scales.
 
     offsets   int64 (N + 1,) of the regions
     """
@@ -122,17 +125,17 @@ def part_bytes(feature_set: FeatureSet, offsets: NDArray[np.int64], geometry: Ge
     return int(records * (values + scales) * share) + len(parts) * index
 
 
-def require_room(address: str | Path, needed: ExtractionPlan) -> None:
-    """Raises InputError where a disk has fewer bytes free than the features will take. An object store is not asked."""
+def require_disk_space(address: str | Path, plan: ExtractionPlan) -> None:
+    """Raises InputError when the disk has fewer free bytes than the plan needs; object stores are not checked."""
     storage = open_storage(address)
     if not isinstance(storage, LocalStorage):
         return
     folder = Path(storage.folder)
-    disk = next(each for each in (folder, *folder.absolute().parents) if each.exists())
-    free, asked = shutil.disk_usage(disk).free, int(needed.total_bytes * _SLACK)
-    if asked > free:
+    disk = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    free, needed = shutil.disk_usage(disk).free, int(plan.total_bytes * _SLACK)
+    if needed > free:
         raise InputError(
-            f"{address}: {size_text(asked)} are needed for {needed.images:,} images, {disk} has {size_text(free)} "
-            "free; make room, choose another disk, int8 (--encoding int8 halves it) or some --parts, or go on all the "
-            "same with --no-room-check"
+            f"{address}: {plan.images:,} images need {size_text(needed)}, {disk} has {size_text(free)} free; free some "
+            "space, use another disk, int8 (--encoding int8 halves the size) or fewer --parts, or continue anyway with "
+            "--no-room-check"
         )

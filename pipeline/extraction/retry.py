@@ -1,16 +1,17 @@
-"""`regionspot extract --retry-failed`: the images that could not be read, tried again.
+"""`extract --retry-failed`: extract the images that could not be read before.
 
-Only they are decoded. Each is computed in the place that it has in its part's batches, whose shape the part's record
-states; all other places stay blank. It so gets the bytes that it would have had, and what the part holds of the others
-is copied as it is stored.
+Only these images are decoded. Each is computed in its own slot of its part's batches, whose shapes the part record
+states; all other slots stay blank. It so gets the bytes that it would have had, and the stored bytes of the other
+images are copied.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,83 +23,84 @@ from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.extraction.batch_encoder import BatchEncoder
 from regionspot.pipeline.extraction.config import ExtractConfig
-from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, decode_ahead
+from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, decode_ahead, default_threads
 from regionspot.pipeline.reporting.run_stats import RunStats
 from regionspot.pipeline.reporting.summary_page import write_page
 
 
 @dataclass(frozen=True)
 class RetrySummary:
-    """What became of the images that had failed.
+    """The result of a retry, in images.
 
-    read      images that are there now
-    failed    that still cannot be read; `reason` is the last one's
-    elsewhere that other runs are at work on
+    read      extracted now
+    failed    failed again; `reason` is the last one's
+    skipped   in parts that other runs hold
     """
 
     read: int
     failed: int
-    elsewhere: int
+    skipped: int
     seconds: float
     reason: str | None
 
     def text(self) -> str:
         """One line for people."""
-        if not self.read + self.failed + self.elsewhere:
-            return "nothing to try again: no image has failed"
-        words = [f"{self.read:,} images read that had failed, {duration(self.seconds)}"]
+        if not self.read + self.failed + self.skipped:
+            return "nothing to retry: no image has failed"
+        fields = [f"{self.read:,} failed images extracted, {duration(self.seconds)}"]
         if self.failed:
-            words.append(f"{self.failed:,} still cannot be read (the last: {self.reason})")
-        if self.elsewhere:
-            words.append(f"{self.elsewhere:,} are in parts that another run has; run this again when it is done")
-        return "; ".join(words)
+            fields.append(f"{self.failed:,} still cannot be read (the last: {self.reason})")
+        if self.skipped:
+            fields.append(f"{self.skipped:,} are in parts that another run holds; retry when it has finished")
+        return "; ".join(fields)
 
 
 def retry(cache: FeatureCache, image_folder: Path, backbones: Backbones, config: ExtractConfig) -> RetrySummary:
-    """Run the backbones over the images that failed and write the parts anew in which some can be read now.
+    """Extract the failed images of written parts, and rewrite the parts in which some can be read now.
 
-    The config's batch size is that of parts whose records do not state how they were computed: those of earlier
-    versions, or put together from several parts by `cache merge`.
+    The config's batch size applies to parts whose records state no batches: parts of earlier versions, or composed of
+    several parts by `cache merge`. Parts that are not written are left to `extract`.
 
-    Parts that are not written at all are left to `extract`. Killed at any moment, it can be run again; a part that
-    was being replaced just then is made by the next `extract`.
+    A killed retry can be run again; a part that was being replaced at that moment is written by the next `extract`.
     """
-    names, parts = [each.name for each in config.feature_sets(backbones)], config.chosen_parts(cache.geometry)
-    missing = _missing(cache, names, parts, lambda: config.batch_size or backbones.batch_size)
-    counts = {part: len({row for some in sets for row in some.rows}) for part, sets in missing.items()}
+    names = [feature_set.name for feature_set in config.feature_sets(backbones)]
+    parts = config.selected_parts(cache.geometry)
+    groups_by_part = _failed_groups(cache, names, parts, lambda: config.batch_size or backbones.batch_size)
+    counts = {part: len({row for group in groups for row in group.rows}) for part, groups in groups_by_part.items()}
     decoder = Decoder(cache.manifest, image_folder, backbones, config.exif)
+    threads = config.decode_threads or default_threads()
     stats = RunStats()
     progress = Progress(sum(counts.values()), "failed images", shares=stats.shares)
     encode = BatchEncoder(cache.manifest, backbones, stats)
-    read = elsewhere = 0
+    read = skipped = 0
     reason: str | None = None
     with Claims(cache.storage, take_over=config.take_over) as claims:
-        for part, sets in missing.items():
+        for part, groups in groups_by_part.items():
             if not claims.claim(part):
-                elsewhere += counts[part]
+                skipped += counts[part]
                 continue
-            there: set[int] = set()
-            for some in sets:
-                images = _computed(some, decoder, encode, config.decode_threads)
-                good = {image.row: image for image in images if image.failure is None}
+            rows_read: set[int] = set()
+            for group in groups:
+                images = _extract_group(group, decoder, encode, threads)
+                readable = {image.row: image for image in images if image.failure is None}
                 reason = next((image.failure for image in reversed(images) if image.failure), reason)
-                if good:
-                    _replace(cache, part, some.names, good, claims)
-                there.update(good)
+                for name in group.names if readable else ():
+                    rewrite_part(cache, part, name, readable, str(claims.process), partial(claims.require_owned, part))
+                rows_read.update(readable)
             claims.release(part)
-            read += len(there)
+            read += len(rows_read)
             stats.seconds = progress.seconds
             progress.step(counts[part])
     if read:
-        write_page(cache)  # its list of failures is an older one
-    return RetrySummary(read, progress.done - read, elsewhere, progress.seconds, reason)
+        write_page(cache)  # update its list of failures
+    return RetrySummary(read, progress.done - read, skipped, progress.seconds, reason)
 
 
 @dataclass(frozen=True)
-class _Missing:
-    """Images of one part that feature sets lack, and how the part's images are computed together.
+class _FailedGroup:
+    """Failed images of one part, for the feature sets that lack the same images and were computed in equal batches.
 
-    rows      of the images, rising
+    rows      of the failed images, ascending
     batches   the rows of each batch of the part, in order
     names     of the feature sets
     """
@@ -108,11 +110,11 @@ class _Missing:
     names: list[str]
 
 
-def _missing(
+def _failed_groups(
     cache: FeatureCache, names: Sequence[str], parts: Collection[int], batch_size: Callable[[], int]
-) -> dict[int, list[_Missing]]:
-    """By part, what failed; feature sets that lack the same images and were computed alike together."""
-    found: defaultdict[int, dict[Any, _Missing]] = defaultdict(dict)
+) -> dict[int, list[_FailedGroup]]:
+    """The failed images by part."""
+    groups: defaultdict[int, dict[Any, _FailedGroup]] = defaultdict(dict)
     for name in names:
         written = set(range(cache.n_parts)) - set(cache.pending_parts([name]))
         for part in sorted(written.intersection(parts)):
@@ -120,33 +122,25 @@ def _missing(
             if not record.failures:
                 continue
             rows = tuple(failure.row for failure in record.failures)
-            batches = record.batch_rows() or _in_batches_of(batch_size(), cache.part_rows(part))
-            alike = _Missing(rows, tuple(batches), [])
-            found[part].setdefault((alike.rows, alike.batches), alike).names.append(name)
-    return {part: list(sets.values()) for part, sets in sorted(found.items())}
+            batches = tuple(record.batch_rows() or _split(cache.part_rows(part), batch_size()))
+            groups[part].setdefault((rows, batches), _FailedGroup(rows, batches, [])).names.append(name)
+    return {part: list(by_key.values()) for part, by_key in sorted(groups.items())}
 
 
-def _in_batches_of(size: int, rows: range) -> list[range]:
+def _split(rows: range, size: int) -> list[range]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def _computed(
-    missing: _Missing, decoder: Decoder, encode: BatchEncoder, decode_threads: int | None
+def _extract_group(
+    group: _FailedGroup, decoder: Decoder, encode: BatchEncoder, decode_threads: int
 ) -> list[ImageFeatures]:
-    """The images that are missing, each computed in its own place of its batch, or the reason why it is still not."""
-    wanted = set(missing.rows)
-    jobs = ((row, missing.names) for row in missing.rows)
+    """The images of the group, each computed in its own slot, or with the reason why it still fails."""
+    failed_rows = set(group.rows)
+    jobs = ((row, group.names) for row in group.rows)
     with closing(decode_ahead(decoder, jobs, decode_threads)) as decoded:
         batches = (
-            [next(decoded) if row in wanted else DecodedImage(row) for row in rows]
-            for rows in missing.batches
-            if not wanted.isdisjoint(rows)
+            [next(decoded) if row in failed_rows else DecodedImage(row) for row in rows]
+            for rows in group.batches
+            if not failed_rows.isdisjoint(rows)
         )
-        return [image for image in encode(batches) if image.row in wanted]
-
-
-def _replace(
-    cache: FeatureCache, part: int, names: Sequence[str], good: Mapping[int, ImageFeatures], claims: Claims
-) -> None:
-    for name in names:
-        rewrite_part(cache, part, name, good, str(claims.process), lambda: claims.require_owned(part))
+        return [image for image in encode(batches) if image.row in failed_rows]

@@ -1,4 +1,4 @@
-"""Parts committed behind the encoders, by one thread, so that flushing a file never holds up a GPU."""
+"""WriterThread: writes parts in the background, so that flushing a file never stalls the GPU."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from regionspot.pipeline.reporting.run_stats import RunStats
 
 
 class WriterThread:
-    """Commits parts in a thread of its own, one after the other, fed by `put` with all images of each in row order.
+    """Writes parts one after the other; `put` takes all images of each part in row order.
 
-    Leaving the `with` block waits for the last part; leaving it by an error drops the part in flight, which then
-    has no record and is done again by the next run.
+    Leaving the `with` block waits for the last part. Leaving it with an error drops the part in progress, which then
+    has no record, so the next run extracts it again.
     """
 
     def __init__(self, cache: FeatureCache, parts: PartQueue, stats: RunStats) -> None:
         self._cache, self._parts, self._stats = cache, parts, stats
         self._queue: queue.Queue[ImageFeatures | None] = queue.Queue(maxsize=64)
-        self._abandoned = threading.Event()
+        self._aborted = threading.Event()
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._run, name="write", daemon=True)
 
@@ -31,7 +31,7 @@ class WriterThread:
         return self
 
     def put(self, image: ImageFeatures | None) -> None:
-        """Hand over the next image, None behind the last. Raises what stopped the writer, if something did."""
+        """Queue the next image, None after the last. Raises the writer's error if it failed."""
         while True:
             if self._error is not None:
                 raise self._error
@@ -44,7 +44,7 @@ class WriterThread:
         if kind is None:
             self.put(None)
         else:
-            self._abandoned.set()
+            self._aborted.set()
         with self._stats.timed("write"):
             self._thread.join()
         if kind is None and self._error is not None:
@@ -62,17 +62,17 @@ class WriterThread:
         yield first
         for _ in range(count - 1):
             if (image := self._next()) is None:
-                return  # the part is not whole, which its writer says
+                return  # the part is incomplete, which `write_part` reports
             yield image
 
     def _next(self) -> ImageFeatures | None:
-        while not self._abandoned.is_set():
+        while not self._aborted.is_set():
             try:
                 return self._queue.get(timeout=0.2)
             except queue.Empty:
                 continue
-        raise _Abandoned
+        raise _Aborted
 
 
-class _Abandoned(Exception):
-    """The run is stopping; the part in flight is not committed."""
+class _Aborted(Exception):
+    """The run is stopping; the part in progress is not written."""

@@ -1,4 +1,4 @@
-"""What a run's speed and numbers depend on beside the code: machine, installed versions, models and where they are."""
+"""The environment that a run's speed and numbers depend on: machine, package versions, models and their weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from regionspot.cache.store import FeatureCache
 if TYPE_CHECKING:
     from regionspot.pipeline.backbones.bundle import Backbones
 
-# Those that decide the pixels, the features and the bytes.
+# Packages that decide pixels, features or bytes.
 PACKAGES = (
     "regionspot",
     "torch",
@@ -33,11 +33,11 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a run is at work; of a run by workers, where the first of them is.
+    """The environment of a run; of a distributed run, that of its first worker.
 
-    models          name and origin of the weights of each feature set's model
+    models          feature set name to the origin and SHA-256 of its model's weights
     device          of the models: "cpu", "cuda", "cuda:1"
-    half_is_faster  they compute in float32, and the device is faster in bfloat16
+    half_is_faster  the models compute in float32 on a device that is faster in bfloat16
     """
 
     machine: dict[str, str | int]
@@ -48,25 +48,22 @@ class Environment:
     decode_threads: int
 
     @classmethod
-    def here(cls, cache: FeatureCache, backbones: Backbones, decode_threads: int | None) -> Environment:
-        """That of this process; `decode_threads` as they were asked for."""
-        from regionspot.pipeline.extraction.decode_ahead import default_threads  # imports torch
-
-        models = {name: weights_of(each) for name, each in cache.feature_sets.items()}
-        threads = decode_threads or default_threads()
-        return cls(machine(), versions(), models, str(backbones.device), backbones.half_is_faster, threads)
+    def of_process(cls, cache: FeatureCache, backbones: Backbones, decode_threads: int) -> Environment:
+        """The environment of this process."""
+        models = {name: weights_text(feature_set) for name, feature_set in cache.feature_sets.items()}
+        return cls(machine(), versions(), models, str(backbones.device), backbones.half_is_faster, decode_threads)
 
 
-def weights_of(feature_set: FeatureSet) -> str:
-    """Where a model's weights are from and which they are, as its provenance says."""
+def weights_text(feature_set: FeatureSet) -> str:
+    """Origin and SHA-256 of the weights, from the feature set's provenance."""
     provenance = feature_set.provenance
     return f"{provenance.get('weights_origin')}, SHA-256 {str(provenance.get('weights_sha256'))[:12]}"
 
 
 def machine() -> dict[str, str | int]:
-    """Processor, cores that this process may use, memory, GPUs, system; nothing that names a particular host."""
+    """CPU model, cores available to this process, memory, GPUs, operating system; no host name."""
     return {
-        "cpu": _cpu(),
+        "cpu": _cpu_model(),
         "cores": processors(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
         "gpu": gpus() or "none",
@@ -76,25 +73,25 @@ def machine() -> dict[str, str | int]:
 
 
 def gpus() -> str:
-    """The GPUs that torch may use, as in "2 x NVIDIA H200"; "" where there is none."""
-    import torch  # takes a second; who only wants versions need not wait
+    """The GPUs that torch can use, such as "2 x NVIDIA H200"; "" without a GPU."""
+    import torch  # takes a second, and callers that need only versions do not pay it
 
     names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     return ", ".join(f"{names.count(name)} x {name}" for name in dict.fromkeys(names))
 
 
 def versions(packages: Iterable[str] = PACKAGES) -> dict[str, str]:
-    """Installed versions by the packages' own names; those that are not installed are left out."""
-    found = {}
+    """Installed versions by package name; packages that are not installed are left out."""
+    installed = {}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-def _cpu() -> str:
+def _cpu_model() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:  # not Linux

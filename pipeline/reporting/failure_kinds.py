@@ -1,4 +1,4 @@
-"""Images that could not be read, counted by what is wrong with them."""
+"""Unreadable images, counted by kind of failure."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-EXAMPLES = 3  # paths that are kept of each kind
-# Reasons quote sizes and libraries' own words; a kind is what stays when these are taken out.
-_PARTICULARS = re.compile(r"\s*\([^()]*\)|'[^']*'|\"[^\"]*\"")
-_MOST_KINDS = 30  # behind that all are one: a monitoring system keeps a series for each, for ever
+EXAMPLES = 3  # paths kept per kind
+# A reason quotes sizes and error texts of libraries; its kind is the rest.
+_DETAILS = re.compile(r"\s*\([^()]*\)|'[^']*'|\"[^\"]*\"")
+_MAX_KINDS = 30  # further kinds are counted as "other": a monitoring system keeps one time series per kind
 OTHER = "other"
 
 
 @dataclass
 class FailureKind:
-    """One thing that is wrong with images: how many of them, and the first few by path."""
+    """One kind of failure: how many images, and the paths of the first few."""
 
     kind: str
     count: int
@@ -23,7 +23,7 @@ class FailureKind:
 
 
 class FailureCount:
-    """Failures by kind, in the order in which they were met first."""
+    """Counts failures, given as (path, reason), by kind."""
 
     def __init__(self, failures: Iterable[tuple[str, str]] = ()) -> None:
         self._kinds: dict[str, FailureKind] = {}
@@ -31,31 +31,30 @@ class FailureCount:
             self.add(path, reason)
 
     def add(self, path: str, reason: str) -> None:
-        """Count an image by its path in the image folder and the reason why it could not be read."""
+        """Count one image; `path` is relative to the image folder."""
         self._add(FailureKind(kind_of(path, reason), 1, [path]))
 
     def merge(self, other: FailureCount) -> None:
-        """Count what another one has counted as well."""
-        for each in other.kinds():
-            self._add(each)
+        for failure in other.kinds():
+            self._add(failure)
 
     def _add(self, new: FailureKind) -> None:
-        kind = new.kind if new.kind in self._kinds or len(self._kinds) < _MOST_KINDS else OTHER
-        # One dictionary operation: the metrics' thread may be looking at it.
+        kind = new.kind if new.kind in self._kinds or len(self._kinds) < _MAX_KINDS else OTHER
+        # One dictionary operation, because the metrics thread may be iterating.
         known = self._kinds.setdefault(kind, FailureKind(kind, 0, []))
         known.count += new.count
         known.examples += new.examples[: EXAMPLES - len(known.examples)]
 
     @property
     def total(self) -> int:
-        return sum(each.count for each in self.kinds())
+        return sum(failure.count for failure in self.kinds())
 
     def kinds(self) -> list[FailureKind]:
-        """Each kind, the most frequent first."""
-        return sorted(self._kinds.values(), key=lambda each: -each.count)
+        """The kinds, most frequent first."""
+        return sorted(self._kinds.values(), key=lambda failure: -failure.count)
 
 
 def kind_of(path: str, reason: str) -> str:
-    """What is wrong in general: the reason without its path, numbers and quoted words, and without the advice."""
-    found = reason.rpartition(f"{path}: ")[2].partition(";")[0]
-    return " ".join(re.sub(r"\d[\d,.]*", "N", _PARTICULARS.sub("", found)).split()) or OTHER
+    """The reason without path, numbers, quoted text and advice."""
+    message = reason.rpartition(f"{path}: ")[2].partition(";")[0]
+    return " ".join(re.sub(r"\d[\d,.]*", "N", _DETAILS.sub("", message)).split()) or OTHER

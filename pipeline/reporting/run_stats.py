@@ -1,7 +1,7 @@
-"""RunStats: the one accounting of an extraction. A part has one, and a run's is theirs together.
+"""RunStats: the one accounting of an extraction, mergeable.
 
-A run in one process counts image by image. One by workers counts part by part, from the parts' records: these hold what
-their workers counted, so nothing is lost with a worker or a connection.
+A run in one process counts image by image. A distributed run merges the stats of its parts, which the part records
+keep: so a lost worker or connection loses no counts.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from regionspot.pipeline.reporting.failure_kinds import FailureCount
 
 @dataclass
 class RunStats:
-    """What was done so far.
+    """What a run, or one of its parts, has done.
 
-    images                of the parts, also those that could not be read; `regions` are theirs
-    ignored_orientations  images whose EXIF would have turned them, but whose annotations want them as stored
+    images, regions       processed, including unreadable images
+    ignored_orientations  images whose EXIF orientation was ignored because the annotations use the stored orientation
     parts, bytes          written by this run
     parts_of_others       written by other runs meanwhile
-    seconds               that it took; of several workers, all of theirs together
-    stage_seconds         of these, by stage
-    failures              images that could not be read, by kind
+    seconds               duration; of a distributed run, summed over its workers
+    stage_seconds         duration of each stage
+    failures              unreadable images, by kind
     """
 
     images: int = 0
@@ -43,25 +43,25 @@ class RunStats:
 
     @classmethod
     def of_part(cls, records: Sequence[PartRecord], run: str) -> RunStats:
-        """Those of a written part, by its records, one a feature set; what `run` has not written is of another run."""
-        ours = [record for record in records if record.account.get("run") == run]
-        if not ours:
+        """Stats of a written part from its records, one per feature set; only those that `run` wrote are counted."""
+        own = [record for record in records if record.account.get("run") == run]
+        if not own:
             return cls(parts_of_others=1)
-        first = ours[0]
-        failures = {each.row: each for record in ours for each in record.failures}
+        first = own[0]
+        failures = {failure.row: failure for record in own for failure in record.failures}
         return cls(
             images=first.images,
             regions=first.regions,
             ignored_orientations=first.account["ignored_orientations"],
             parts=1,
-            bytes=sum(size for record in ours for size in record.files.values()),
+            bytes=sum(size for record in own for size in record.files.values()),
             seconds=first.account["seconds"],
             stage_seconds=dict(first.account["stage_seconds"]),
-            failures=FailureCount((each.path, each.reason) for each in failures.values()),
+            failures=FailureCount((failure.path, failure.reason) for failure in failures.values()),
         )
 
     def account(self, run: str) -> dict[str, Any]:
-        """What the record of a part keeps of its own; what is in no stage counts as writing."""
+        """The `account` field of a part record; time in no stage counts as writing."""
         stages = {**self.stage_seconds, "write": self.seconds - sum(self.stage_seconds.values())}
         return {
             "run": run,
@@ -71,7 +71,7 @@ class RunStats:
         }
 
     def merge(self, other: RunStats) -> None:
-        """Count what another one has counted as well."""
+        """Add the counts of `other`."""
         self.images += other.images
         self.regions += other.regions
         self.ignored_orientations += other.ignored_orientations
@@ -85,7 +85,7 @@ class RunStats:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Adds the block's seconds to `stage`; in any thread."""
+        """Add the duration of the block to `stage`; thread-safe."""
         begin = time.perf_counter()
         try:
             yield
@@ -97,6 +97,6 @@ class RunStats:
             self.stage_seconds[stage] = self.stage_seconds.get(stage, 0.0) + seconds
 
     def shares(self) -> dict[str, float]:
-        """Each stage's share of the seconds, 0 to 1."""
+        """Each stage's share of the duration, 0 to 1."""
         with self._lock:
             return {stage: seconds / max(self.seconds, 1e-9) for stage, seconds in self.stage_seconds.items()}

@@ -1,7 +1,7 @@
-"""What one run of `extract` did: a line for people, and the record that stays in the cache under `runs/`.
+"""ExtractSummary: the result of one run of `extract`. RunRecord: the file in the cache's `runs/` that keeps it.
 
-Every run writes a file of its own, once, so runs that end at the same moment lose nothing of each other; the page for
-people, summary.md, is made of all of them and can be made again at any time (`summary_page.py`).
+Each run writes its own file, so runs that end at the same moment do not conflict. summary.md is generated from all
+of these files (`summary_page.py`).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from regionspot.cache.tools.info import size_text
 from regionspot.pipeline.reporting.bottleneck import Bottleneck
 from regionspot.pipeline.reporting.failure_kinds import FailureKind
 
-FORM = 1  # of a run's record
+FORMAT_VERSION = 1  # of a run record
 COMPLETE = "complete"
 
 
 @dataclass(frozen=True)
 class ExtractSummary:
-    """What one run of `extract` did.
+    """The result of one run of `extract`.
 
-    regions, bytes        of the images done, and of the parts written
-    parts                 parts that it wrote
-    parts_before          parts that were complete when it started
-    parts_of_others       parts that other runs wrote while it was at work
-    ignored_orientations  images whose EXIF would have turned them, but whose annotations want them as stored
-    shares                each stage's share of the time
-    bottleneck            the largest share and what to change; None where none stands out
-    failures              images that could not be read, by kind
+    images, regions, bytes  processed and written by this run
+    parts                   parts that this run wrote
+    parts_before            parts that were complete when it started
+    parts_of_others         parts that other runs wrote meanwhile
+    ignored_orientations    images whose EXIF orientation was ignored because the annotations use the stored one
+    shares                  each stage's share of the time
+    bottleneck              the slowest stage with advice; None if no stage stands out
+    failures                unreadable images, by kind
     """
 
     images: int
@@ -47,20 +47,22 @@ class ExtractSummary:
     failures: list[FailureKind] = field(default_factory=list)
 
     def text(self) -> str:
-        """One line for people, and a second one where something can be done about the pace."""
+        """The summary in one line, and a second line about the bottleneck if there is one."""
         if not self.parts:
-            others = f", {self.parts_of_others:,} of them by other runs meanwhile" if self.parts_of_others else ""
-            return f"nothing to do: all {self.parts_before + self.parts_of_others:,} parts are there{others}"
-        words = [
+            others = (
+                f", {self.parts_of_others:,} of them written by other runs meanwhile" if self.parts_of_others else ""
+            )
+            return f"nothing to do: all {self.parts_before + self.parts_of_others:,} parts are complete{others}"
+        fields = [
             f"{self.images:,} images with {self.regions:,} regions in {self.parts:,} parts",
             f"{size_text(self.bytes)} in {duration(self.seconds)}, {self.images / self.seconds:.3g} images/s",
             f"{self.failed:,} could not be read",
-            f"{self.parts_before:,} parts were there before" * bool(self.parts_before),
-            f"other runs did {self.parts_of_others:,} parts meanwhile" * bool(self.parts_of_others),
-            f"EXIF orientation ignored for {self.ignored_orientations:,}, as their stated size asks"
+            f"{self.parts_before:,} parts were complete before" * bool(self.parts_before),
+            f"other runs wrote {self.parts_of_others:,} parts meanwhile" * bool(self.parts_of_others),
+            f"EXIF orientation ignored for {self.ignored_orientations:,}, to match their annotations"
             * bool(self.ignored_orientations),
         ]
-        lines = ["; ".join(filter(None, words))]
+        lines = ["; ".join(filter(None, fields))]
         if self.bottleneck is not None:
             lines.append(f"bottleneck {self.bottleneck.stage} ({self.bottleneck.share:.0%}): {self.bottleneck.advice}")
         return "\n".join(lines)
@@ -68,13 +70,12 @@ class ExtractSummary:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run as its file under `runs/` tells it.
+    """The content of a file in `runs/`.
 
     started    UTC, ISO 8601
-    worker     host:process
-    outcome    "complete", or why it stopped
-    machine, versions   of `surroundings.py`
-    models     name and origin of the weights of each model
+    worker     host:pid
+    outcome    "complete", or why the run stopped
+    machine, versions, models   as in `Environment`
     """
 
     started: str
@@ -86,20 +87,20 @@ class RunRecord:
     summary: ExtractSummary
 
     def to_json(self) -> bytes:
-        """The record as it lies in the cache."""
-        document = {"form": FORM, **asdict(self)}
+        """The record as stored in the cache."""
+        document = {"form": FORMAT_VERSION, **asdict(self)}
         return to_json({**document, "summary": rename_key(document["summary"], "images", IMAGES_KEY)})
 
 
 def parse_run(data: bytes) -> RunRecord:
-    """The run that `to_json` wrote. Raises ValueError for anything else."""
-    words: Any = from_json(data)
+    """The inverse of `RunRecord.to_json`. Raises ValueError for anything else."""
+    document: Any = from_json(data)
     try:
-        if words.pop("form") != FORM:
-            raise ValueError("is of another version")
-        of_run = rename_key(words.pop("summary"), IMAGES_KEY, "images")
-        failures = [FailureKind(**each) for each in of_run.pop("failures")]
-        bottleneck = Bottleneck(**found) if (found := of_run.pop("bottleneck")) else None
-        return RunRecord(**words, summary=ExtractSummary(**of_run, bottleneck=bottleneck, failures=failures))
+        if document.pop("form") != FORMAT_VERSION:
+            raise ValueError("is a run record of another version")
+        summary = rename_key(document.pop("summary"), IMAGES_KEY, "images")
+        failures = [FailureKind(**failure) for failure in summary.pop("failures")]
+        bottleneck = Bottleneck(**stage) if (stage := summary.pop("bottleneck")) else None
+        return RunRecord(**document, summary=ExtractSummary(**summary, bottleneck=bottleneck, failures=failures))
     except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"is no record of a run ({error})") from None
+        raise ValueError(f"is not a run record ({error})") from None

@@ -18,9 +18,9 @@ from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
-from regionspot.pipeline.distributed.job import ExtractJob
+from regionspot.pipeline.distributed.worker import ExtractJob
 from regionspot.pipeline.extraction.config import ExtractConfig
-from regionspot.pipeline.extraction.run import Extraction
+from regionspot.pipeline.extraction.extract import Extraction
 
 IMAGES, PART_SIZE, BATCH_SIZE = 16, 7, 3  # parts of 3 + 3 + 1, 3 + 3 + 1 and 2 images
 BATCHES = [((3, 2), (1, 1)), ((3, 2), (1, 1)), ((2, 1),)]

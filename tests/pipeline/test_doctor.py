@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from regionspot.cli import app
 from regionspot.pipeline.backbones.weights import OFFICIAL
 from regionspot.pipeline.datasets.registry import image_folder_of
-from regionspot.pipeline.doctor import models as doctor_models
-from regionspot.pipeline.doctor import paths as doctor_places
-from regionspot.pipeline.doctor.machine import metrics_port, packages
-from regionspot.pipeline.doctor.run import Asked, examine, is_healthy
+from regionspot.pipeline.doctor import machine
+from regionspot.pipeline.doctor.models import check_weights
+from regionspot.pipeline.doctor.paths import check_cache, check_dataset
+from regionspot.pipeline.doctor.report import DoctorOptions, is_healthy
+from regionspot.pipeline.doctor.run import examine
 
 
 def states(findings) -> list[tuple[str, str]]:
@@ -24,7 +25,7 @@ def states(findings) -> list[tuple[str, str]]:
 
 
 def test_a_sound_machine_passes_with_an_image_through_every_stage(tmp_path, home):
-    found = list(examine(Asked(cache=str(tmp_path / "new" / "c.zarr"), preset="toy", device="cpu")))
+    found = list(examine(DoctorOptions(cache=str(tmp_path / "new" / "c.zarr"), preset="toy", device="cpu")))
     assert is_healthy(found), [each.line() for each in found]
     checks = [each.check for each in found]
     for check in ("python", "packages", "torch", "allocator", "decoder", "disk", "write rate", "weights", "stages"):
@@ -50,17 +51,17 @@ def test_weights_are_held_against_their_checksum(tmp_path, home, monkeypatch):
     for name in ("sam_vit_b", "clip_vit_l_14"):
         monkeypatch.setitem(OFFICIAL, name, replace(OFFICIAL[name], sha256=hashlib.sha256(whole).hexdigest()))
         (tmp_path / OFFICIAL[name].file).write_bytes(whole)
-    asked = Asked(preset="bl", weights=str(tmp_path))
-    assert states(doctor_models.weights(asked)) == [("weights", "ok")] * 2
+    asked = DoctorOptions(preset="bl", weights=str(tmp_path))
+    assert states(check_weights(asked)) == [("weights", "ok")] * 2
     (tmp_path / OFFICIAL["clip_vit_l_14"].file).write_bytes(whole[:-1])
-    sam, clip = doctor_models.weights(asked)
+    sam, clip = check_weights(asked)
     assert (sam.state, clip.state) == ("ok", "fail")
     assert "6,999 bytes" in clip.text
-    assert "delete it and fetch" in clip.mend
+    assert "delete it and download" in clip.mend
 
 
 def test_a_place_that_may_not_be_written_fails_and_says_so():
-    (found,) = [each for each in doctor_places.cache_place(Asked(cache="/proc/c.zarr")) if each.check == "write rate"]
+    (found,) = [each for each in check_cache(DoctorOptions(cache="/proc/c.zarr")) if each.check == "write rate"]
     assert found.state == "fail"
     assert "/proc" in found.text
 
@@ -69,11 +70,11 @@ def test_a_disk_that_takes_no_more_fails_and_nothing_is_left_on_it(tmp_path):
     """A limit on the size of files refuses bytes in the middle of one, as a full disk does."""
     code = (
         "import resource, signal, sys\n"
-        "from regionspot.pipeline.doctor.run import Asked\n"
-        "from regionspot.pipeline.doctor.paths import cache_place\n"
+        "from regionspot.pipeline.doctor.report import DoctorOptions\n"
+        "from regionspot.pipeline.doctor.paths import check_cache\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, 10**6))\n"
-        "print([each.line() for each in cache_place(Asked(cache=sys.argv[1]))][-1])\n"
+        "print([each.line() for each in check_cache(DoctorOptions(cache=sys.argv[1]))][-1])\n"
     )
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "c.zarr")], capture_output=True, text=True)
     assert done.stdout.startswith("fail  write rate"), done.stderr
@@ -81,7 +82,7 @@ def test_a_disk_that_takes_no_more_fails_and_nothing_is_left_on_it(tmp_path):
 
 
 def test_an_object_store_is_written_to_and_left_as_it_was(s3):
-    found = list(doctor_places.cache_place(Asked(cache=f"{s3}/c.zarr")))
+    found = list(check_cache(DoctorOptions(cache=f"{s3}/c.zarr")))
     assert states(found) == [("write rate", "ok")]
     from regionspot.cache.storage.open import open_storage
 
@@ -92,19 +93,19 @@ def test_a_cache_that_is_damaged_is_found(tmp_path):
     path = tmp_path / "c.zarr"
     path.mkdir()
     (path / "zarr.json").write_text("{")
-    assert states(doctor_places.cache_place(Asked(cache=str(path))))[0] == ("cache", "fail")
+    assert states(check_cache(DoctorOptions(cache=str(path))))[0] == ("cache", "fail")
 
 
 def test_a_dataset_is_read_its_images_looked_for_and_one_is_opened(world, tmp_path):
-    asked = Asked(data=world, dataset="toy")
-    assert states(doctor_places.dataset(asked)) == [("data", "ok"), ("data", "ok")]
+    asked = DoctorOptions(data=world, dataset="toy")
+    assert states(check_dataset(asked)) == [("data", "ok"), ("data", "ok")]
     missing = next(image_folder_of("toy", world).rglob("*.jpg"))
     kept = missing.rename(tmp_path / "kept.jpg")
-    first, _ = doctor_places.dataset(asked)
+    first, _ = check_dataset(asked)
     kept.rename(missing)
     assert first.state == "warn"
     assert missing.name in first.text
-    assert states(doctor_places.dataset(Asked(data=tmp_path, dataset="toy"))) == [("data", "fail")]
+    assert states(check_dataset(DoctorOptions(data=tmp_path, dataset="toy"))) == [("data", "fail")]
 
 
 def test_an_annotation_file_is_read_by_itself_or_with_the_images(tmp_path, regionspot):
@@ -116,14 +117,14 @@ def test_an_annotation_file_is_read_by_itself_or_with_the_images(tmp_path, regio
     found = [each for each in json.loads(said)["findings"] if each["check"] == "data"]
     assert [(each["state"], "1 images, 1 regions" in each["text"]) for each in found] == [("ok", True)]
     Image.new("RGB", (30, 20)).save(tmp_path / "a.jpg")
-    asked = Asked(data=tmp_path, dataset="coco", annotations=path)
-    assert states(doctor_places.dataset(asked)) == [("data", "ok"), ("data", "ok")]
+    asked = DoctorOptions(data=tmp_path, dataset="coco", annotations=path)
+    assert states(check_dataset(asked)) == [("data", "ok"), ("data", "ok")]
     box = {"image_id": 1, "category_id": 1, "bbox": [20, 10, 29, 19]}
     path.write_text(json.dumps({**content, "annotations": [box]}))
-    first, *_ = doctor_places.dataset(asked)
+    first, *_ = check_dataset(asked)
     assert (first.state, "they look like x1, y1, x2, y2 in pixels" in first.text) == ("warn", True)
     path.write_text(json.dumps({**content, "annotations": []}))
-    assert states(doctor_places.dataset(asked)) == [("data", "fail")]
+    assert states(check_dataset(asked)) == [("data", "fail")]
 
 
 def test_a_port_in_use_fails_and_a_free_one_does_not():
@@ -131,29 +132,29 @@ def test_a_port_in_use_fails_and_a_free_one_does_not():
         taken.bind(("", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        (found,) = metrics_port(Asked(metrics_port=port))
+        (found,) = machine.check_metrics_port(DoctorOptions(metrics_port=port))
     assert found.state == "fail"
     assert f"port {port}" in found.text
-    (found,) = metrics_port(Asked(metrics_port=port))
+    (found,) = machine.check_metrics_port(DoctorOptions(metrics_port=port))
     assert found.state == "ok"
 
 
 def test_a_package_that_is_too_old_is_named_with_the_command_that_mends_it(monkeypatch):
-    from regionspot.pipeline.doctor import machine as doctor_machine
-
-    monkeypatch.setattr(doctor_machine, "versions", lambda *_: {"zarr": "2.18.0"})
-    found = [each for each in packages(Asked()) if each.state == "fail" and each.text.startswith("zarr")]
+    monkeypatch.setattr(machine, "versions", lambda *_: {"zarr": "2.18.0"})
+    found = [
+        each
+        for each in machine.check_packages(DoctorOptions())
+        if each.state == "fail" and each.text.startswith("zarr")
+    ]
     assert [each.mend for each in found] == ["pip install 'zarr<4,>=3.1'"]
 
 
 def test_a_check_that_breaks_is_a_finding_and_the_others_go_on(monkeypatch):
-    from regionspot.pipeline.doctor import machine as doctor_machine
-
     def broken(_):
         raise ImportError("libtorch.so: cannot open\nshared object file")
 
-    monkeypatch.setattr(doctor_machine, "torch_works", broken)
-    found = list(examine(Asked(device="cpu")))
+    monkeypatch.setattr(machine, "check_torch", broken)
+    found = list(examine(DoctorOptions(device="cpu")))
     (bad,) = [each for each in found if each.state == "fail"]
     assert bad.text == "ImportError: libtorch.so: cannot open"
     assert found[-1].check == "stages"

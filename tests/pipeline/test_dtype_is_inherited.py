@@ -13,10 +13,10 @@ from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.pipeline.backbones import dtypes
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
-from regionspot.pipeline.distributed.job import ExtractJob
+from regionspot.pipeline.distributed.worker import ExtractJob
 from regionspot.pipeline.extraction import extract
 from regionspot.pipeline.extraction.config import ExtractConfig
-from regionspot.pipeline.extraction.run import Extraction
+from regionspot.pipeline.extraction.extract import Extraction
 
 IMAGES = 4
 
@@ -24,9 +24,9 @@ IMAGES = 4
 RUN = """
 import sys, time
 from pathlib import Path
+from regionspot.pipeline.extraction import extract
 from regionspot.cli import app
 from regionspot.pipeline.backbones import dtypes
-from regionspot.pipeline.extraction import extract
 
 dtype, other, folder, *words = sys.argv[1:]
 dtypes.auto_dtype = lambda device, kind: dtype
@@ -140,7 +140,7 @@ def test_a_resumed_run_and_a_retry_compute_in_the_dtype_of_the_cache(extraction)
     extraction("c.zarr", "bfloat16", parts="0").run()
     again = extraction("c.zarr", "auto")  # loaded without being told what the cache holds
     assert again.run().parts == IMAGES - 1
-    assert "nothing to try again" in again.retry().text()
+    assert "nothing to retry" in again.retry().text()
     assert set(dtypes_of(again.config.cache).values()) == {"bfloat16"}
 
 

@@ -8,7 +8,7 @@ import pytest
 from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest, NotACacheError
 from regionspot.cache.format.encodings import statistics_of
 from regionspot.cache.tools.resume import open_or_create
-from regionspot.pipeline.extraction.int8_statistics import SAMPLE_IMAGES, ready_to_store, sample_rows, with_statistics
+from regionspot.pipeline.extraction.int8_statistics import SAMPLE_IMAGES, add_int8_statistics, sample_rows
 
 MAPS = FeatureSet("clip", "map", (3, 4), "int8")
 TOKENS = FeatureSet("sam", "token", (5,), "int8")
@@ -71,45 +71,45 @@ def test_small_splits_and_those_without_regions_have_a_sample_too(counts, rows):
     assert sample_rows(manifest_of(counts)) == rows
 
 
-def test_statistics_are_those_of_the_images_that_can_be_read(manifest, backbones):
+def test_statistics_are_those_of_the_images_that_can_be_read(tmp_path, manifest, backbones):
     rows = sample_rows(manifest)
     backbones.broken = set(rows[:40])
-    maps, tokens = with_statistics([MAPS, TOKENS], manifest, backbones)
+    maps, tokens = add_int8_statistics(tmp_path / "c.zarr", manifest, [MAPS, TOKENS], backbones)
     assert maps == replace(MAPS, statistics=statistics_of(backbones.of(row, "clip") for row in rows[40:]))
     assert tokens == replace(TOKENS, statistics=statistics_of(backbones.of(row, "sam") for row in rows[40:]))
     assert backbones.asked == [(rows, ["clip", "sam"])]
 
 
-def test_a_sample_of_which_nothing_can_be_read_is_refused(manifest, backbones):
+def test_a_sample_of_which_nothing_can_be_read_is_refused(tmp_path, manifest, backbones):
     backbones.broken = set(range(len(manifest)))
     with pytest.raises(InputError, match=r"none of 64 images could be read \(the last: truncated JPEG\); check --data"):
-        with_statistics([MAPS], manifest, backbones)
+        add_int8_statistics(tmp_path / "c.zarr", manifest, [MAPS], backbones)
 
 
 def test_only_int8_sets_that_a_cache_does_not_hold_are_sampled(tmp_path, manifest, backbones):
     path = tmp_path / "c.zarr"
-    made = ready_to_store(path, manifest, [PLAIN, MAPS], backbones)
+    made = add_int8_statistics(path, manifest, [PLAIN, MAPS], backbones)
     assert made[0] == PLAIN
     assert [names for _, names in backbones.asked] == [["clip"]]
     FeatureCache.create(path, manifest, made)
 
-    again = ready_to_store(path, manifest, [MAPS, TOKENS, PLAIN], backbones)
+    again = add_int8_statistics(path, manifest, [MAPS, TOKENS, PLAIN], backbones)
     assert [each.name for each in again] == ["clip", "sam", "other"]
     assert [names for _, names in backbones.asked] == [["clip"], ["sam"]]
     cache = open_or_create(path, manifest, again)
     assert cache.feature_sets["clip"] == made[1]
     assert cache.feature_sets["sam"].statistics is not None
 
-    ready_to_store(path, manifest, [MAPS, TOKENS, PLAIN], backbones)
+    add_int8_statistics(path, manifest, [MAPS, TOKENS, PLAIN], backbones)
     assert len(backbones.asked) == 2
 
 
 def test_without_int8_no_image_is_touched(tmp_path, manifest, backbones):
-    assert ready_to_store(tmp_path / "c.zarr", manifest, [PLAIN], backbones) == [PLAIN]
+    assert add_int8_statistics(tmp_path / "c.zarr", manifest, [PLAIN], backbones) == [PLAIN]
     assert not backbones.asked
 
 
 def test_a_folder_of_something_else_is_refused_before_an_image_is_touched(tmp_path, manifest, backbones):
     with pytest.raises(NotACacheError):
-        ready_to_store(tmp_path, manifest, [MAPS], backbones)
+        add_int8_statistics(tmp_path, manifest, [MAPS], backbones)
     assert not backbones.asked

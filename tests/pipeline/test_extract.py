@@ -105,7 +105,7 @@ def test_a_run_killed_in_the_middle_is_resumed_to_the_bytes_of_one_never_stopped
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert files_of(path) == files_of(whole.path)
-    assert f"{committed} parts were there before" in done.output
+    assert f"{committed} parts were complete before" in done.output
 
 
 def test_a_broken_and_a_missing_image_are_recorded_and_the_rest_is_as_before(

@@ -42,7 +42,7 @@ def test_a_number_that_makes_no_sense_is_refused_before_anything_is_read(field):
 
 def test_parts_and_a_shard_together_are_refused():
     with pytest.raises(InputError, match="give one of the two"):
-        ExtractConfig(parts="0", shard="1/3").chosen_parts(Geometry(10, 4, 64))
+        ExtractConfig(parts="0", shard="1/3").selected_parts(Geometry(10, 4, 64))
 
 
 @pytest.mark.parametrize(
@@ -58,4 +58,4 @@ def test_parts_and_a_shard_together_are_refused():
     ],
 )
 def test_a_limit_chooses_the_whole_parts_that_hold_the_first_images(fields, parts):
-    assert list(ExtractConfig(**fields).chosen_parts(Geometry(10, 4, 64))) == parts
+    assert list(ExtractConfig(**fields).selected_parts(Geometry(10, 4, 64))) == parts

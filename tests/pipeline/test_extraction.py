@@ -22,11 +22,10 @@ from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction import decode_ahead as decoding
 from regionspot.pipeline.extraction.config import ExtractConfig
-from regionspot.pipeline.extraction.extract import extract
-from regionspot.pipeline.extraction.part_choice import parse_parts
-from regionspot.pipeline.extraction.plan import outstanding
+from regionspot.pipeline.extraction.extract import Extraction, extract
+from regionspot.pipeline.extraction.part_selection import select_parts
+from regionspot.pipeline.extraction.plan import plan_extraction
 from regionspot.pipeline.extraction.retry import retry
-from regionspot.pipeline.extraction.run import Extraction
 
 PART_SIZE = 4
 IMAGES = 10  # parts of 4, 4 and 2
@@ -60,7 +59,7 @@ def asked(world, manifest, backbones, tmp_path):
     """An extraction into a new cache, with other fields than the usual ones."""
 
     def extraction(**fields):
-        folder = fields.pop("photos", image_folder_of("toy", world))
+        folder = fields.pop("image_folder", image_folder_of("toy", world))
         config = ExtractConfig(**{"cache": str(tmp_path / "c.zarr"), "part_size": PART_SIZE, **fields})
         return Extraction(config, manifest, folder, backbones)
 
@@ -94,16 +93,17 @@ def test_class_names_that_the_toy_encoder_cannot_read_are_told_before_anything_i
 
 
 def test_parts_are_numbers_and_spans():
-    assert parse_parts("3,7-9", 10) == [3, 7, 8, 9]
-    assert parse_parts(" 2 - 3 , 2,0", 10) == [0, 2, 3]
+    assert select_parts("3,7-9", None, 10) == [3, 7, 8, 9]
+    assert select_parts(" 2 - 3 , 2,0", None, 10) == [0, 2, 3]
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("", "no part"), ("3-", "no part"), ("a", "'a' is no part"), ("9-7", "7-9"), ("3,10", "0 to 9")]
+    ("text", "said"),
+    [("", "not a part"), ("3-", "not a part"), ("a", "'a' is not a part"), ("9-7", "7-9"), ("3,10", "0 to 9")],
 )
 def test_what_names_no_part_is_refused_in_one_line(text, said):
     with pytest.raises(InputError, match=said):
-        parse_parts(text, 10)
+        select_parts(text, None, 10)
 
 
 def test_only_the_parts_asked_for_are_made_and_the_rest_another_time(asked, undisturbed):
@@ -133,7 +133,7 @@ def test_parts_and_a_shard_at_once_are_refused(asked):
 @pytest.mark.parametrize("encoding", ["float16", "int8", "float32"])
 def test_the_bytes_that_are_foretold_are_those_that_are_written(asked, encoding):
     extraction = asked(encoding=Encoding.parse(encoding), token_encoding=Encoding.parse(encoding))
-    foretold = extraction.plan().needed
+    foretold = extraction.dry_run().plan
     assert not Path(extraction.config.cache).exists()
     extraction.run()
     for name, size in foretold.bytes.items():
@@ -143,13 +143,13 @@ def test_the_bytes_that_are_foretold_are_those_that_are_written(asked, encoding)
             if "crc32c" not in path.parts
         ]
         assert sum(path.stat().st_size for path in files) == size
-    assert extraction.plan().needed.total_bytes == 0
+    assert extraction.dry_run().plan.total_bytes == 0
 
 
 def test_a_plan_says_how_much_there_is_and_how_long_it_takes_and_writes_nothing(asked, manifest):
-    plan = asked(parts="1-2").plan()
-    assert (plan.needed.parts, plan.needed.images) == ((1, 2), 6)
-    assert plan.needed.regions == manifest.offsets[10] - manifest.offsets[4]
+    plan = asked(parts="1-2").dry_run()
+    assert (plan.plan.parts, plan.plan.images) == ((1, 2), 6)
+    assert plan.plan.regions == manifest.offsets[10] - manifest.offsets[4]
     assert plan.rate > 0
     assert "6 images" in plan.text()
     assert "nothing was written" in plan.text()
@@ -159,22 +159,22 @@ def test_a_plan_says_how_much_there_is_and_how_long_it_takes_and_writes_nothing(
 def test_a_plan_counts_what_a_feature_set_lacks(asked, manifest, backbones):
     asked(parts="0").run()
     one = [each for each in backbones.feature_sets() if each.kind == "map"]
-    needed = outstanding(asked().config.cache, manifest, one, PART_SIZE)
+    needed = plan_extraction(asked().config.cache, manifest, one, PART_SIZE)
     assert needed.parts == (1, 2)
     assert set(needed.bytes) == {one[0].name}
 
 
 def test_a_plan_of_a_wrong_folder_says_so(asked, tmp_path):
-    plan = asked(images=tmp_path / "nowhere").plan()
+    plan = asked(image_folder=tmp_path / "nowhere").dry_run()
     assert plan.rate is None
     assert "could not be read" in plan.text()
 
 
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(asked, monkeypatch):
-    needed = asked().plan().needed.total_bytes
+    needed = asked().dry_run().plan.total_bytes
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, needed))
-    with pytest.raises(InputError, match=r"are needed for 10 images.*free.*--no-room-check"):
+    with pytest.raises(InputError, match=r"10 images need .* free; .*--no-room-check"):
         asked().run()
     assert not Path(asked().config.cache).exists()
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 0, int(needed * 1.02)))
@@ -183,7 +183,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_made(asked, monk
 
 def test_a_disk_that_is_too_small_can_be_tried_all_the_same(asked, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: namedtuple("usage", "total used free")(1, 1, 0))
-    assert asked(check_room=False).run().parts == 3
+    assert asked(check_disk_space=False).run().parts == 3
 
 
 # --- models ---
@@ -230,7 +230,7 @@ def with_failures(asked, images, manifest):
     kept = {row: (images / str(manifest.paths[row])).read_bytes() for row in (2, 7, 8)}
     for row in kept:
         (images / str(manifest.paths[row])).write_bytes(b"")
-    extraction = asked(images=images, max_failures=FailureLimit(count=3))
+    extraction = asked(image_folder=images, max_failures=FailureLimit(count=3))
     assert extraction.run().failed == 3
     return extraction, lambda row: (images / str(manifest.paths[row])).write_bytes(kept[row])
 
@@ -265,11 +265,11 @@ def test_images_that_fail_again_leave_every_byte_as_it_was(with_failures):
 
 def test_without_failures_there_is_nothing_to_try(asked):
     asked().run()
-    assert "nothing to try again" in asked().retry().text()
+    assert "nothing to retry" in asked().retry().text()
 
 
 def test_a_retry_where_there_is_no_cache_is_refused(asked):
-    with pytest.raises(InputError, match="there is no cache"):
+    with pytest.raises(InputError, match="no such cache"):
         asked().retry()
 
 
@@ -288,11 +288,11 @@ def test_a_retry_killed_between_two_files_is_mended_by_the_next_extract(with_fai
     pid = os.fork()
     if not pid:
         monkeypatch.setattr(LocalStorage, "remove", remove_and_die)
-        retry(cache, extraction.images, extraction.backbones, extraction.config)
+        retry(cache, extraction.image_folder, extraction.backbones, extraction.config)
         os._exit(0)
     assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     assert FeatureCache.open(extraction.config.cache).pending_parts() == [0]
-    extract(FeatureCache.open(extraction.config.cache, "a"), extraction.images, extraction.backbones)
+    extract(FeatureCache.open(extraction.config.cache, "a"), extraction.image_folder, extraction.backbones)
     assert extraction.retry().read == 3  # the killed run had come to one feature set of one part
     assert features_files(Path(extraction.config.cache)) == features_files(undisturbed.path)
 
@@ -313,4 +313,4 @@ def test_the_command_takes_them_all(world, tmp_path):
     rest = CliRunner().invoke(app, [*words, "--max-failures", "0"])
     assert "10 images" in rest.stdout, rest.output
     again = CliRunner().invoke(app, [*words, "--retry-failed"])
-    assert "nothing to try again" in again.stdout, again.output
+    assert "nothing to retry" in again.stdout, again.output

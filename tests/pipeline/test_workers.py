@@ -27,12 +27,12 @@ from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.tools.verify import verify
 from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
-from regionspot.pipeline.distributed import cluster as clusters
-from regionspot.pipeline.distributed import run as on_workers
-from regionspot.pipeline.distributed import worker as part_worker
+from regionspot.pipeline.distributed import cluster as cluster_module
+from regionspot.pipeline.distributed import run as run_module
 from regionspot.pipeline.distributed.cluster import check_scheduler, connected, thread_counts
 from regionspot.pipeline.distributed.run import run_once, run_parts
-from regionspot.pipeline.reporting.failures import FailureCheck
+from regionspot.pipeline.distributed.worker import PARTS_AT_ONCE, PartMaker
+from regionspot.pipeline.extraction.failure_check import FailureCheck
 from regionspot.pipeline.reporting.run_monitor import RunMonitor
 from regionspot.pipeline.reporting.run_stats import RunStats
 
@@ -90,15 +90,14 @@ class Run:
     """`run_parts` in a thread, so that the test can get in its way."""
 
     def __init__(self, connection, cache, seconds, **options) -> None:
-        self.cache, self.watch, self.error = cache, RunMonitor(), None
-        self.watch.begin_by_workers(IMAGES, 0)
+        self.cache, self.monitor, self.error = cache, RunMonitor(IMAGES, len(PARTS)), None
         self.job = simulated.SimulatedJob(str(cache.path), seconds, **options)
         self._thread = threading.Thread(target=self._run, args=(connection,), daemon=True)
         self._thread.start()
 
     def _run(self, connection) -> None:
         try:
-            run_parts(connection, self.job, self.cache, self.cache.feature_sets, PARTS, self.watch)
+            run_parts(connection, self.job, self.cache, self.cache.feature_sets, PARTS, self.monitor)
         except CacheError as error:
             self.error = error
 
@@ -111,7 +110,7 @@ class Run:
         self._thread.join()
         if self.error is not None:
             raise self.error
-        return self.watch.stats
+        return self.monitor.stats
 
 
 def pids(connection, count: int) -> list[int]:
@@ -147,7 +146,7 @@ def test_a_killed_worker_has_its_parts_done_by_the_others(connection, cache, und
 
 def test_a_frozen_worker_is_replaced_and_its_parts_are_done_by_the_others(cache, undisturbed, monkeypatch):
     # Takes ten seconds: dask waits for five at least, and its nanny asks for four before it kills.
-    monkeypatch.setattr(clusters, "SILENT_SECONDS", 2.0)
+    monkeypatch.setattr(cluster_module, "WORKER_TTL_SECONDS", 2.0)
     with connected("local:2") as connection:
         found = pids(connection, 2)
         run = Run(connection, cache, 0.02)
@@ -162,19 +161,18 @@ def test_what_a_slow_worker_has_not_begun_is_done_by_the_others(connection, cach
     slow = pids(connection, 3)[0]
     Run(connection, cache, 0.05, slow=slow).end()
     by_worker = Counter(cache.record(part, "clip").worker.rpartition(":")[2] for part in PARTS)
-    assert by_worker[str(slow)] <= part_worker.PARTS_AT_ONCE
+    assert by_worker[str(slow)] <= PARTS_AT_ONCE
 
 
 def test_a_part_that_is_given_again_while_it_is_being_made_is_made_once(cache, undisturbed):
     begun, go_on = threading.Event(), threading.Event()
 
-    class Waiting:
-        def of_rows(self, rows, names, stats):
-            begun.set()
-            go_on.wait()
-            yield from simulated.SimulatedFeatures(cache, simulated.SimulatedJob("")).of_rows(rows, names, stats)
+    def wait_and_encode(rows, names, stats):
+        begun.set()
+        go_on.wait()
+        yield from simulated.SimulatedEncoder(cache, simulated.SimulatedJob(""))(rows, names, stats)
 
-    maker = part_worker.PartMaker(cache, list(cache.feature_sets), Waiting(), "a run")
+    maker = PartMaker(cache, list(cache.feature_sets), wait_and_encode, "a run")
     first = threading.Thread(target=maker.make, args=(3,))
     first.start()
     begun.wait()
@@ -197,10 +195,10 @@ def test_what_workers_wrote_while_the_connection_was_broken_counts_as_the_runs_a
         maker.close()
     none_may_fail = FailureCheck(cache, PARTS, FailureLimit(count=0), cache.path)
     with pytest.raises(InputError, match="1 of 40 images could not be read"):
-        run_parts(connection, job, cache, cache.feature_sets, [1], RunMonitor(), none_may_fail)
-    watch = RunMonitor()
-    run_parts(connection, job, cache, cache.feature_sets, PARTS, watch)
-    stats = watch.stats
+        run_parts(connection, job, cache, cache.feature_sets, [1], RunMonitor(PART_SIZE, 1), none_may_fail)
+    monitor = RunMonitor(IMAGES, len(PARTS))
+    run_parts(connection, job, cache, cache.feature_sets, PARTS, monitor)
+    stats = monitor.stats
     assert (stats.parts, stats.parts_of_others, stats.images) == (len(PARTS) - 1, 1, IMAGES - PART_SIZE)
     assert stats.failures.total == 1
 
@@ -208,7 +206,7 @@ def test_what_workers_wrote_while_the_connection_was_broken_counts_as_the_runs_a
 def test_a_part_that_another_run_has_is_waited_for_and_done_when_that_run_is_dead(
     connection, cache, undisturbed, monkeypatch, caplog
 ):
-    monkeypatch.setattr(on_workers, "HELD_SECONDS", 0.05)
+    monkeypatch.setattr(run_module, "CLAIMED_SECONDS", 0.05)
     caplog.set_level("INFO")
     with Claims(cache.storage) as others:
         others.claim(4)
@@ -275,7 +273,7 @@ def test_a_worker_with_a_full_disk_is_set_aside_and_when_all_disks_are_full_the_
         first, *others = connection.client.nthreads()
         limit([first], 600)  # more than a claim takes, less than a part
         assert Run(connection, cache, 0.005).end().parts == len(PARTS)
-        assert f"{first} gets no more parts" in caplog.text
+        assert f"worker {first} is retired" in caplog.text
         must_equal(cache, undisturbed)
         limit(others, 600)
         for record in (cache.path / "parts/sam").iterdir():
@@ -294,13 +292,15 @@ def test_a_function_is_run_by_one_worker_and_what_it_cannot_begin_is_said_in_one
     def fails(task):
         raise ModuleNotFoundError("No module named 'regionspot'")
 
-    with pytest.raises(CacheError, match=r"ModuleNotFoundError: No module .* need the same regionspot") as error:
+    with pytest.raises(
+        CacheError, match=r"ModuleNotFoundError: No module .* need the same versions of regionspot"
+    ) as error:
         run_once(connection, fails, 1)
     assert "\n" not in str(error.value)
 
 
 def test_a_part_that_workers_die_of_ends_the_run_and_is_named(connection, cache):
-    with pytest.raises(CacheError, match=r"part (\d or )?4( or \d)?: 4 workers died in turn") as error:
+    with pytest.raises(CacheError, match=r"part (\d or )?4( or \d)?: 4 workers died while running it") as error:
         Run(connection, cache, 0, deadly=17).end()
     assert "\n" not in str(error.value)
     pids(connection, 3)
@@ -323,7 +323,7 @@ def test_local_workers_get_a_gpu_each_and_their_share_of_the_cores(monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
-    assert clusters.local_workers("local") == 2
+    assert cluster_module.local_workers("local") == 2
     assert thread_counts(3) == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
     with connected("local:3") as connection:
         connection.client.wait_for_workers(3)
@@ -405,7 +405,7 @@ def test_workers_outlive_their_scheduler_and_a_new_one_goes_on(cluster, cache, u
 @pytest.mark.parametrize("seed", range(4))
 def test_workers_killed_frozen_and_woken_in_full(tmp_path, undisturbed, monkeypatch, seed, stress_result):
     rng, counts, begun = random.Random(seed), Counter(), time.monotonic()
-    monkeypatch.setattr(clusters, "SILENT_SECONDS", 2.0)
+    monkeypatch.setattr(cluster_module, "WORKER_TTL_SECONDS", 2.0)
     with connected("local:4") as connection:
         for number in range(4):
             cache = simulated.make_cache(tmp_path / f"{number}.zarr", IMAGES, PART_SIZE)
@@ -450,7 +450,7 @@ def test_a_frozen_worker_without_a_nanny_is_waited_out_and_when_it_wakes_it_leav
     cluster, cache, undisturbed, monkeypatch, seed, stress_result
 ):
     begun = time.monotonic()
-    monkeypatch.setattr(on_workers, "Claims", functools.partial(Claims, dead_after=3.0))
+    monkeypatch.setattr(run_module, "Claims", functools.partial(Claims, dead_after=3.0))
     cluster.scheduler(silent_seconds=3)
     workers = [cluster.worker() for _ in range(2)]
     with connected(cluster.address) as connection:

@@ -1,4 +1,4 @@
-"""Stops a run that cannot read too many of its images: a wrong image folder fails for all of them."""
+"""FailureCheck: stop a run that cannot read too many of its images, as with a wrong image folder."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
 
-# A wrong image folder shows in the first images: stop before a part of nothing but failures is committed.
+# With a wrong image folder the first images fail: stop before a part of failures only is written.
 FIRST_IMAGES = 10
 
 
 class FailureCheck:
-    """Counts the failures of a run's `parts`, those that earlier runs recorded included, against a limit."""
+    """Compares the failures in a run's `parts`, including those of earlier runs, with a limit."""
 
-    def __init__(self, cache: FeatureCache, parts: Collection[int], limit: FailureLimit, folder: Path) -> None:
-        self._cache, self._limit, self._folder, self._parts = cache, limit, folder, parts
-        self._broken: set[int] = set()  # rows
+    def __init__(self, cache: FeatureCache, parts: Collection[int], limit: FailureLimit, image_folder: Path) -> None:
+        self._cache, self._limit, self._folder, self._parts = cache, limit, image_folder, parts
+        self._failed: set[int] = set()  # rows
         self._first_in_a_row = 0
-        self._one_was_read = False
+        self._any_read = False
 
     def __call__(self, row: int, failure: str | None) -> None:
         """Call this with each image that the run has finished.
@@ -29,15 +29,14 @@ class FailureCheck:
         the limit is 100%).
         """
         if failure is None:
-            self._one_was_read = True
+            self._any_read = True
             return
-        if not self._broken:  # reading all records takes an object store a while: only when it matters
-            parts = set(self._parts)
-            part_size = self._cache.part_size
-            self._broken = {item.row for item in self._cache.failures() if item.row // part_size in parts}
-        self._broken.add(row)
-        self._first_in_a_row += not self._one_was_read
-        failed, total = len(self._broken), sum(len(self._cache.part_rows(part)) for part in self._parts)
+        if not self._failed:  # on the first failure only: reading all records of an object store takes a while
+            parts, part_size = set(self._parts), self._cache.part_size
+            self._failed = {item.row for item in self._cache.failures() if item.row // part_size in parts}
+        self._failed.add(row)
+        self._first_in_a_row += not self._any_read
+        failed, total = len(self._failed), sum(len(self._cache.part_rows(part)) for part in self._parts)
         if not self._limit.allows(failed, total):
             raise InputError(
                 f"{self._folder}: {failed:,} of {total:,} images could not be read, more than --max-failures "

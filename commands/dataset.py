@@ -1,0 +1,28 @@
+"""`regionspot dataset`: what a dataset contains."""
+
+from __future__ import annotations
+
+import typer
+
+from regionspot.commands.options import EXTRACTION_FAILURES, Annotations, Boxes, Data, DatasetName, MaxFailures, Split
+
+
+def dataset(
+    name: DatasetName,
+    data: Data,
+    split: Split = "train",
+    annotations: Annotations = None,
+    boxes: Boxes = "gt",
+    max_failures: MaxFailures = EXTRACTION_FAILURES,
+) -> None:
+    """Show what a dataset split contains, which records were dropped and which images are missing."""
+    from dataclasses import replace
+
+    from regionspot.pipeline.datasets.failure_limit import FailureLimit
+    from regionspot.pipeline.datasets.proposals import with_boxes
+    from regionspot.pipeline.datasets.registry import describe, image_folder_of, read_dataset, require_regions
+
+    limit = FailureLimit.parse(max_failures)
+    manifest = with_boxes(read_dataset(name, data, split, annotations, max_failures=limit), boxes, limit)
+    typer.echo(describe(manifest, image_folder_of(name, data, split, manifest)).text())
+    require_regions(replace(manifest, remarks=()))  # the report contains the remarks

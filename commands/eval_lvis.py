@@ -1,0 +1,90 @@
+"""`regionspot eval-lvis`: LVIS AP from images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regionspot.commands.options import (
+    EVALUATION_FAILURES,
+    Annotations,
+    BaselineName,
+    Boxes,
+    ClipWeights,
+    Data,
+    Device,
+    Dtype,
+    Limit,
+    MaxFailures,
+    OptionalExif,
+    OptionalPreset,
+    PreprocessName,
+    SamWeights,
+    Split,
+    Templates,
+    Weights,
+)
+from regionspot.commands.signals import AGAIN, on_stop
+
+
+def eval_lvis(
+    data: Data,
+    out: Annotated[Path, typer.Option(help="folder for the results and for what a later run resumes from")],
+    checkpoint: Annotated[Path | None, typer.Option(help="a trained head, ours or one released by the authors")] = None,
+    baseline: Annotated[BaselineName | None, typer.Option(help="instead of a head; needs no training")] = None,
+    dataset: Annotated[str, typer.Option(help="lvis, or toy")] = "lvis",
+    split: Split = "val",
+    annotations: Annotations = None,
+    boxes: Boxes = "gt",
+    cache: Annotated[str | None, typer.Option(help="read features from this cache; no backbones, no masks")] = None,
+    masks: Annotated[bool, typer.Option(help="compute and evaluate masks")] = True,
+    limit: Limit = None,
+    preset: OptionalPreset = None,
+    templates: Templates = None,
+    weights: Weights = None,
+    sam_weights: SamWeights = None,
+    clip_weights: ClipWeights = None,
+    check_weights: Annotated[
+        bool, typer.Option(help="refuse other weights and features than the head was trained on")
+    ] = True,
+    exif: OptionalExif = None,
+    preprocess: Annotated[
+        PreprocessName | None, typer.Option(help="default: as for the features that the head was trained on")
+    ] = None,
+    max_failures: MaxFailures = EVALUATION_FAILURES,
+    device: Device = None,
+    dtype: Dtype = "auto",
+) -> None:
+    """LVIS AP of a head or a baseline, end to end from images. A stopped run is resumed by the same command."""
+    from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+    from regionspot.evaluation.report.tables import results_text
+    from regionspot.pipeline.datasets.failure_limit import FailureLimit
+
+    evaluation = LvisEvaluation(
+        data=data,
+        out=out,
+        dataset=dataset,
+        split=split,
+        annotations=annotations,
+        checkpoint=checkpoint,
+        preset=preset,
+        baseline=baseline,
+        cache=cache,
+        boxes=boxes,
+        limit=limit,
+        masks=masks,
+        templates=templates,
+        exif=exif,
+        weights=weights,
+        sam_weights=sam_weights,
+        clip_weights=clip_weights,
+        device=device,
+        dtype=dtype,
+        preprocess=preprocess,
+        check_weights=check_weights,
+        max_failures=FailureLimit.parse(max_failures),
+    )
+    on_stop(AGAIN)
+    typer.echo(results_text(evaluate_lvis(evaluation)))

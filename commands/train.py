@@ -1,0 +1,90 @@
+"""`regionspot train`: a head from caches."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from regionspot.commands.options import (
+    MAX_IMAGES,
+    MAX_STEPS,
+    ClipWeights,
+    Device,
+    LocalCopy,
+    LocalLimit,
+    Preset,
+    ScheduleName,
+    Seed,
+    TemplatesName,
+    Weights,
+)
+from regionspot.commands.signals import on_stop
+
+
+def train(
+    cache: Annotated[list[str], typer.Option(help="a cache to train from, a folder or URL; can be repeated")],
+    out: Annotated[Path, typer.Option(help="folder for the head, its checkpoints, metrics and curves")],
+    preset: Preset = "bl",
+    localizer: Annotated[str | None, typer.Option(help="train on this localizer's tokens, not the preset's")] = None,
+    encoder: Annotated[str | None, typer.Option(help="train on this encoder's feature maps, not the preset's")] = None,
+    schedule: Annotated[ScheduleName, typer.Option(help="learning rates and number of steps")] = "paper",
+    ratio: Annotated[
+        list[float] | None, typer.Option(min=0, help="share of the batches, one per cache; default: by size")
+    ] = None,
+    iterations: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            max=MAX_STEPS,
+            help="steps; the schedule is scaled to them. More steps with --resume lengthen a run",
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=MAX_IMAGES, help="images per step")] = None,
+    lr: Annotated[float | None, typer.Option(min=0, help="learning rate")] = None,
+    seed: Seed = None,
+    templates: Annotated[TemplatesName, typer.Option(help="prompt templates of the class names")] = "reference",
+    weights: Weights = None,
+    clip_weights: ClipWeights = None,
+    resume: Annotated[bool, typer.Option("--resume", help="from the last checkpoint in --out, if any")] = False,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, max=MAX_STEPS, help="steps between checkpoints; also every 10 minutes")
+    ] = 2000,
+    local_copy: LocalCopy = None,
+    local_limit: LocalLimit = None,
+    device: Device = None,
+) -> None:
+    """Train a fusion head from one or more caches."""
+    from regionspot.cache.outputs import check_output_folder
+    from regionspot.cache.store import FeatureCache
+    from regionspot.evaluation.inference.vocabularies import cache_vocabulary
+    from regionspot.fusion.config import train_config
+    from regionspot.fusion.train import train as run
+    from regionspot.pipeline.backbones.builders import get_preset
+    from regionspot.pipeline.backbones.registry import stored_name
+    from regionspot.pipeline.backbones.weights import check_source
+
+    check_output_folder(out, cache)
+    for source in (weights, clip_weights):
+        check_source(source)  # also where a stored vocabulary makes them unnecessary
+    config = train_config(schedule, iterations=iterations, batch_size=batch_size, lr=lr, seed=seed)
+    backbones = get_preset(preset)
+    tokens, maps = stored_name(localizer or backbones.localizer), stored_name(encoder or backbones.encoder)
+    caches = [FeatureCache.open(path, local_copy=local_copy, local_limit=local_limit) for path in cache]
+    vocabularies = [cache_vocabulary(one, maps, templates, clip_weights or weights, device) for one in caches]
+    on_stop("run the same command with --resume to resume")
+    result = run(
+        caches,
+        vocabularies,
+        out,
+        config,
+        preset=None if localizer or encoder else preset,
+        ratios=ratio,
+        map_set=maps,
+        token_set=tokens,
+        resume=resume,
+        device=device,
+        checkpoint_every=checkpoint_every,
+    )
+    typer.echo(f"{result.checkpoint}: {result.text()}")
