@@ -101,7 +101,7 @@ def test_nothing_to_extract_is_an_error_but_for_maps_alone(regionspot, refused, 
     assert code == 2
     assert "dropped under 1 px: 1" in said
     assert "look like x, y, width, height from 0 to 1" in said
-    assert err.startswith("regionspot: coco train: no region is left to extract of boxes.json (dropped under 1 px: 1)")
+    assert err.startswith("regionspot: coco train: boxes.json has no usable region (dropped under 1 px: 1)")
     extract = ("extract", *words, "--preset", "toy", "--cache", tmp_path / "c.zarr")
     refused("they look like x, y, width, height from 0 to 1", *extract)
     code, _, err = regionspot(*extract, "--localizer", "none")

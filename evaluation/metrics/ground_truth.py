@@ -125,10 +125,10 @@ def read_ground_truth(path: Path) -> GroundTruth:
     lists: list[Any] = [dataset.get(name) if isinstance(dataset, dict) else None for name in _LISTS]
     for name, listed in zip(_LISTS, lists, strict=True):
         if not isinstance(listed, list):
-            raise file.refuse(f'has no list "{name}"; expected LVIS annotations such as lvis_v1_val.json')
+            raise file.error(f'has no list "{name}"; expected LVIS annotations such as lvis_v1_val.json')
     images, categories, annotations = lists
     if not categories:
-        raise file.refuse("categories is empty; expected at least one class")
+        raise file.error("categories is empty; expected at least one class")
     names: dict[int, str] = {}
     _each(path, "categories", categories, _check_category)
     class_ids = _unique_ids(file, "categories", categories)
@@ -241,7 +241,7 @@ def _unique_ids(file: AnnotationFile, name: str, entries: list[dict[str, Any]]) 
     places: dict[int, int] = {}
     for place, entry in enumerate(entries):
         if entry["id"] in places:
-            raise file.refuse(
+            raise file.error(
                 f"{name}[{places[entry['id']]}] and {name}[{place}] have the same id {entry['id']}; give each its own"
             )
         places[entry["id"]] = place

@@ -1,1 +1,1 @@
-"""Annotation files to a Manifest: the registry of datasets, their readers and proposals."""
+"""Read annotation files into a Manifest: registered datasets, their readers, and detector proposals."""

@@ -1,4 +1,4 @@
-"""The `images` of an annotation file in COCO's form: ids, sizes, paths, and LVIS's lists of each."""
+"""The list `images` of a COCO annotation file as columns: ids, sizes, paths and LVIS's category lists."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _NEGATIVE, _NOT_EXHAUSTIVE = _LISTS = ("neg_category_ids", "not_exhaustive_categ
 
 @dataclass(frozen=True)
 class CocoVariant:
-    """What one dataset's files do in their own way.
+    """How the files of one dataset differ from COCO's.
 
-    path_field   the image's field that states its path, or an address that ends with it
-    path_parts   how many of the last parts of that are the path inside the image folder; None: all
+    path_field   an image's field with its path, or with a URL that ends with the path
+    path_parts   how many of the last components form the path inside the image folder; None: all
     federated    whether each image lists its negative and its not exhaustively annotated categories (LVIS)
-    spelling     category names that are corrected, as found and as they should be
+    spelling     corrections of category names
     """
 
     path_field: Literal["file_name", "coco_url"] = "file_name"
@@ -51,45 +51,42 @@ class _Image(msgspec.Struct, gc=False):
 
 
 class CocoImageTable:
-    """The images that can be used, as columns in the file's order; the others are skipped.
+    """The usable images as columns in the file's order. `skipped_ids`: ids of the other images."""
 
-    left_out   ids of skipped images
-    """
-
-    def __init__(self, file: AnnotationFile, form: CocoVariant, categories: tuple[Category, ...]) -> None:
-        self._file, self._form, self._categories = file, form, categories
+    def __init__(self, file: AnnotationFile, variant: CocoVariant, categories: tuple[Category, ...]) -> None:
+        self._file, self._variant, self._categories = file, variant, categories
         self._index = {category.id: index for index, category in enumerate(categories)}
         self._columns: dict[str, list[Ints]] = {"id": [], "height": [], "width": []}
         self._paths: list[str] = []
-        self._lists: dict[str, list[list[int]]] = {name: [] for name in _LISTS if form.federated}
-        self._named = 0
-        self.left_out: set[int] = set()
+        self._lists: dict[str, list[list[int]]] = {name: [] for name in _LISTS if variant.federated}
+        self._named = 0  # images whose id is a name
+        self.skipped_ids: set[int] = set()
 
     def read(self, raw: msgspec.Raw, skipped: SkippedRecords) -> None:
-        for piece in self._file.slices("images", raw, _Image, self._read_record, skipped):
-            kept = []
-            for place, image in zip(piece.places, piece.items, strict=True):
+        for part in self._file.slices("images", raw, _Image, self._read_record, skipped):
+            usable = []
+            for index, image in zip(part.indices, part.items, strict=True):
                 try:
-                    self._take(image)
+                    self._add(image)
                 except FieldError as error:
-                    skipped.add("images", f"images[{place}]{error}")
-                    self.left_out.add(image.id)
+                    skipped.add("images", f"images[{index}]{error}")
+                    self.skipped_ids.add(image.id)
                 else:
-                    kept.append(image)
-            skipped.add_usable("images", len(kept))
-            for name, pieces in self._columns.items():
-                pieces.append(column(kept, name, np.int64))
+                    usable.append(image)
+            skipped.add_usable("images", len(usable))
+            for name, chunks in self._columns.items():
+                chunks.append(column(usable, name, np.int64))
 
     def manifest(self, dataset: str, split: str) -> Manifest:
-        """The images without regions yet. Raises AnnotationError where there are none, or two of one id."""
+        """The images, without regions. Raises AnnotationError if there are none, or if two have the same id."""
         if not self._paths:
-            raise self._file.refuse("`images` is empty")
-        ids, heights, widths = (np.concatenate(pieces) for pieces in self._columns.values())
+            raise self._file.error("`images` is empty")
+        ids, heights, widths = (np.concatenate(chunks) for chunks in self._columns.values())
         if len(repeated := Lookup(ids).repeated()):
-            first, other = (self._paths[row] for row in np.flatnonzero(ids == repeated[0])[:2])
-            raise self._file.refuse(
-                f"`images` holds {len(repeated)} ids more than once, the first is {repeated[0]} (of {first} and of "
-                f"{other}); give each image an id of its own"
+            first, second = (self._paths[row] for row in np.flatnonzero(ids == repeated[0])[:2])
+            raise self._file.error(
+                f"`images` has {len(repeated)} ids more than once, the first is {repeated[0]} (of {first} and of "
+                f"{second}); give each image its own id"
             )
         return manifest_of_images(
             dataset,
@@ -105,9 +102,9 @@ class CocoImageTable:
             report={"image_ids_that_are_names": self._named} if self._named else {},
         )
 
-    def _take(self, image: _Image) -> None:
-        """Raises FieldError, with nothing taken, where path or lists cannot be used."""
-        path = path_of(self._form, image.file_name, image.coco_url)
+    def _add(self, image: _Image) -> None:
+        """Raises FieldError, before it adds anything, if the path or the category lists are unusable."""
+        path = path_of(self._variant, image.file_name, image.coco_url)
         lists = {name: self._indices(name, getattr(image, name)) for name in self._lists}
         self._paths.append(path)
         for name, indices in lists.items():
@@ -123,59 +120,58 @@ class CocoImageTable:
 
     def _read_record(self, value: Any) -> _Image:
         record = parse.json_object(value)
-        stated = parse.required(record, "id")
-        image_id = parse.image_id("id", stated)
+        raw_id = parse.required(record, "id")
+        image_id = parse.image_id("id", raw_id)
         try:
             image = self._read_fields(image_id, record)
         except FieldError:
-            self.left_out.add(image_id)
+            self.skipped_ids.add(image_id)
             raise
-        self._named += parse.integer_or_none(stated) is None
+        self._named += parse.integer_or_none(raw_id) is None
         return image
 
     def _read_fields(self, image_id: int, record: Mapping[str, Any]) -> _Image:
         def side(name: str) -> int:
-            what = "pixels, a whole number from 1"
-            return parse.integer(name, parse.required(record, name), least=1, most=2**31 - 1, expected=what)
+            return parse.integer(name, parse.required(record, name), 1, 2**31 - 1, "pixels, a whole number from 1")
 
         def ids(name: str) -> list[int] | None:
-            listed = record.get(name)
-            if listed is None:
+            values = record.get(name)
+            if values is None:
                 return None
-            if not isinstance(listed, list):
-                raise parse.wrong_value(name, listed, "a list of category ids")
-            return [parse.integer(name, each) for each in listed]
+            if not isinstance(values, list):
+                raise parse.wrong_value(name, values, "a list of category ids")
+            return [parse.integer(name, value) for value in values]
 
         def path(name: str) -> str | None:
-            stated = record.get(name)
-            return None if stated is None else parse.text(name, stated)
+            value = record.get(name)
+            return None if value is None else parse.text(name, value)
 
         return _Image(
             id=image_id,
             height=side("height"),
             width=side("width"),
             file_name=path("file_name"),
-            # Of forms that take the path from the file's name, the address may be anything.
-            coco_url=path("coco_url") if self._form.path_field == "coco_url" else None,
+            # If the path is in file_name, coco_url may be anything.
+            coco_url=path("coco_url") if self._variant.path_field == "coco_url" else None,
             neg_category_ids=ids(_NEGATIVE) if self._lists else None,
             not_exhaustive_category_ids=ids(_NOT_EXHAUSTIVE) if self._lists else None,
         )
 
 
-def path_of(form: CocoVariant, file_name: str | None, coco_url: str | None) -> str:
-    """Where an image lies inside the image folder. Raises FieldError for what could lie outside of it."""
-    name, stated = "file_name", file_name
-    if form.path_field == "coco_url" and coco_url:  # LVIS before v1 has names alone
-        name, stated = "coco_url", coco_url
-        if "?" in stated or "#" in stated or "%" in stated:  # what an address has beside the path
-            stated = unquote(re.split("[?#]", stated)[0])
-    if not stated:
-        raise FieldError(f" has no `{form.path_field}`")
-    parts = stated.replace("\\", "/").split("/")  # Windows' separators
-    if "://" in stated and name == "file_name":
-        raise parse.wrong_value(name, stated, "a path inside the image folder, not an address; fetch the image there")
+def path_of(variant: CocoVariant, file_name: str | None, coco_url: str | None) -> str:
+    """An image's path relative to the image folder. Raises FieldError for a path that may lead outside of it."""
+    name, value = "file_name", file_name
+    if variant.path_field == "coco_url" and coco_url:  # LVIS before v1 has file names only
+        name, value = "coco_url", coco_url
+        if "?" in value or "#" in value or "%" in value:  # query, fragment or escapes of the URL
+            value = unquote(re.split("[?#]", value)[0])
+    if not value:
+        raise FieldError(f" has no `{variant.path_field}`")
+    parts = value.replace("\\", "/").split("/")  # Windows separators
+    if "://" in value and name == "file_name":
+        raise parse.wrong_value(name, value, "a path inside the image folder, not a URL; download the image into it")
     if not parts[0] or parts[0][1:] == ":":
-        raise parse.wrong_value(name, stated, "a path relative to the image folder, not an absolute one")
-    if ".." in parts or "\0" in stated:
-        raise parse.wrong_value(name, stated, "a path inside the image folder; this one leaves it")
-    return "/".join(parts if form.path_parts is None else parts[-form.path_parts :])
+        raise parse.wrong_value(name, value, "a path relative to the image folder, not an absolute one")
+    if ".." in parts or "\0" in value:
+        raise parse.wrong_value(name, value, "a path inside the image folder; this one leaves it")
+    return "/".join(parts if variant.path_parts is None else parts[-variant.path_parts :])

@@ -1,7 +1,7 @@
-"""Sizes of images whose annotations do not state them: read once from the file headers, then remembered.
+"""Read the sizes of images from their file headers, for datasets whose annotations do not contain them.
 
-1.7 million headers take minutes, so each size is kept with the image's length in bytes and its time of change, in a
-small Parquet file inside the image folder, or under $REGIONSPOT_HOME/sizes where that folder may not be written.
+Reading 1.7 million headers takes minutes. So sizes are cached, with each file's length and modification time, in a
+small Parquet file in the image folder, or under $REGIONSPOT_HOME/sizes if that folder is not writable.
 """
 
 from __future__ import annotations
@@ -27,50 +27,50 @@ from regionspot.pipeline.images.image_header import read_header
 
 log = logging.getLogger(__name__)
 
-ABSENT = 0  # in place of a size: there is no such file
-UNREADABLE = -1  # in place of a size: the file's header tells none
+ABSENT = 0  # instead of a size: the file does not exist
+UNREADABLE = -1  # instead of a size: the file is not an image
 SIZES_NAME = ".regionspot-sizes.parquet"
-_SAVE_EVERY = 200_000  # headers; a run that is stopped loses no more
+_SAVE_EVERY = 200_000  # headers; an interrupted run loses at most these
 _COLUMNS = ("name", "bytes", "mtime_ns", "height", "width")
 
-Stamp: TypeAlias = tuple[int, int]  # length in bytes, time of last change in nanoseconds
+Stamp: TypeAlias = tuple[int, int]  # length in bytes, modification time in nanoseconds
 Size: TypeAlias = tuple[int, int]  # height, width
 
 
 def image_sizes(folder: Path, names: Sequence[str]) -> NDArray[np.int64]:
     """int64 (N, 2): height and width of each image, as stored (EXIF orientation not applied).
 
-    A row is ABSENT twice where `folder` holds no such file, UNREADABLE twice where it is no image.
+    Both are ABSENT if `folder` does not contain the file, UNREADABLE if the file is not an image.
     """
-    there = _stamps(folder, set(names))
-    known = {name: size for name, (stamp, size) in _remembered(folder).items() if there.get(name) == stamp}
-    unread = [name for name in there if name not in known]
+    stamps = _stamps(folder, set(names))
+    known = {name: size for name, (stamp, size) in _load_sizes(folder).items() if stamps.get(name) == stamp}
+    unread = [name for name in stamps if name not in known]
     if unread:
         log.info("%s: reading the sizes of %d images from their headers", folder, len(unread))
     for start in range(0, len(unread), _SAVE_EVERY):
         known.update(_read_headers(folder, unread[start : start + _SAVE_EVERY]))
-        _remember(folder, there, known)
+        _save_sizes(folder, stamps, known)
     absent, unreadable = (ABSENT, ABSENT), (UNREADABLE, UNREADABLE)
-    sizes = [known.get(name, unreadable if name in there else absent) for name in names]
+    sizes = [known.get(name, unreadable if name in stamps else absent) for name in names]
     return np.array(sizes, np.int64).reshape(-1, 2)
 
 
-def _stamps(folder: Path, wanted: set[str]) -> dict[str, Stamp]:
-    """The wanted images that are there. One listing of the folder, not a look-up for each name."""
-    found = {}
+def _stamps(folder: Path, names: set[str]) -> dict[str, Stamp]:
+    """Stamps of the files that exist, by one listing of the folder instead of a look-up per name."""
+    stamps = {}
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name in wanted:
-                    with suppress(OSError):  # a link to nothing, or to itself
-                        found[entry.name] = (entry.stat().st_size, entry.stat().st_mtime_ns)
+                if entry.name in names:
+                    with suppress(OSError):  # a dangling or cyclic link
+                        stamps[entry.name] = (entry.stat().st_size, entry.stat().st_mtime_ns)
     except (FileNotFoundError, NotADirectoryError):
         return {}
-    return found
+    return stamps
 
 
 def _read_headers(folder: Path, names: Sequence[str]) -> dict[str, Size]:
-    """Sizes of the images whose header can be read. Threads: most of the time is spent waiting for the disk."""
+    """Sizes of the images whose header can be read, by threads that mostly wait for the disk."""
     with ThreadPoolExecutor(max_workers=4 * processors()) as pool:
         sizes = pool.map(lambda name: _header_size(folder / name), names)
         return {name: size for name, size in zip(names, sizes, strict=True) if size is not None}
@@ -81,45 +81,45 @@ def _header_size(path: Path) -> Size | None:
         with open_regular(path) as file, read_header(file) as image:
             width, height = stored_size(image)
             return height, width
-    except Exception:  # whatever broken bytes trip PIL's readers into
+    except Exception:  # Pillow's readers raise any exception on damaged files
         return None
 
 
-def _places(folder: Path) -> tuple[Path, Path]:
+def _cache_files(folder: Path) -> tuple[Path, Path]:
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()
     return folder / SIZES_NAME, home_folder("sizes") / f"{digest[:32]}.parquet"
 
 
-def _remembered(folder: Path) -> dict[str, tuple[Stamp, Size]]:
-    for place in _places(folder):
+def _load_sizes(folder: Path) -> dict[str, tuple[Stamp, Size]]:
+    for path in _cache_files(folder):
         try:
             names, lengths, times, heights, widths = (
-                pq.read_table(place, columns=list(_COLUMNS))[name].to_pylist() for name in _COLUMNS
+                pq.read_table(path, columns=list(_COLUMNS))[name].to_pylist() for name in _COLUMNS
             )
         except (FileNotFoundError, NotADirectoryError):
             continue
         except (OSError, pa.ArrowException, KeyError) as error:
-            log.warning("%s: the remembered image sizes cannot be read (%s) and are read anew", place, error)
+            log.warning("%s: the cached image sizes cannot be read (%s); reading them again", path, error)
             continue
         stamps, sizes = zip(lengths, times, strict=True), zip(heights, widths, strict=True)
         return dict(zip(names, zip(stamps, sizes, strict=True), strict=True))
     return {}
 
 
-def _remember(folder: Path, there: dict[str, Stamp], known: dict[str, Size]) -> None:
-    """Write what is known, at once or not at all, to the first place that takes it."""
-    rows = [(name, *there[name], *size) for name, size in known.items()]
+def _save_sizes(folder: Path, stamps: dict[str, Stamp], sizes: dict[str, Size]) -> None:
+    """Write the sizes atomically to the first writable cache file."""
+    rows = [(name, *stamps[name], *size) for name, size in sizes.items()]
     columns = list(zip(*rows, strict=True)) or [()] * len(_COLUMNS)
     table = pa.table({name: pa.array(column) for name, column in zip(_COLUMNS, columns, strict=True)})
-    for place in _places(folder):
-        partial = partial_path(place)
+    for path in _cache_files(folder):
+        partial = partial_path(path)
         try:
-            place.parent.mkdir(parents=True, exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             pq.write_table(table, partial)
-            os.replace(partial, place)
+            os.replace(partial, path)
             return
         except OSError as error:
-            log.debug("%s: cannot be written (%s)", place, error)
+            log.debug("%s: cannot be written (%s)", path, error)
             with suppress(OSError):
                 partial.unlink()
-    log.warning("%s: the sizes of its images could not be remembered; they are read again next time", folder)
+    log.warning("%s: the image sizes could not be cached; the next run will read them again", folder)

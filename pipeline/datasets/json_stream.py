@@ -1,11 +1,11 @@
-"""One annotation or proposals file: mapped into memory, hashed, and decoded a slice at a time.
+"""Read one annotation or proposals file: map it into memory, hash it, and decode it slice by slice.
 
-A ten-million-box JSON file takes 3 GB as Python objects at once. Here its long lists are first found as raw bytes
-(msgspec skips what it does not need, segmentations above all) and then decoded 16 MB at a time, so that the caller
-can turn each slice into columns and let its objects go.
+A JSON file of ten million boxes takes 3 GB as Python objects. Here its long lists are located as raw bytes (msgspec
+skips unused fields such as segmentations) and then decoded 16 MB at a time, so that the caller can convert each slice
+to columns and release its objects.
 
-Records that msgspec refuses are read one by one (json_values.py). Those that cannot be read at all are counted and left
-out, unless they are more than a limit allows.
+Records that msgspec rejects are parsed one by one (field_parsing.py). Unreadable records are counted and left out,
+unless they are more than a limit allows.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from regionspot.pipeline.datasets.field_parsing import FieldError
 
 T = TypeVar("T")
 
-SLICE_BYTES = 16 * 2**20  # about 100,000 boxes without segmentation; their objects take some 40 MB
+SLICE_BYTES = 16 * 2**20  # about 100,000 boxes without segmentation; their objects take about 40 MB
 _BETWEEN_OBJECTS = re.compile(rb"\}\s*,\s*(?=\{)")
-# Python's json writes these for floats that are not finite, though JSON has no such words. Strings are matched
-# first, so that a name that holds one of them is stepped over.
+# Python's json writes NaN and Infinity, which are not valid JSON. Strings are matched first, so that a name that
+# contains one of them is not changed.
 _STRING_OR_NOT_FINITE = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"|-?\b(?:NaN|Infinity)\b')
 _NOT_FINITE = re.compile(rb"NaN|Infinity")
-_KEY = re.compile(rb'\s*[{,]\s*"[^"\\]*(?:\\.[^"\\]*)*"\s*:\s*')  # of an object, with what stands before it
-_END = re.compile(rb"\s*(\{\s*)?\}\s*")  # of an object, be it empty
+_KEY = re.compile(rb'\s*[{,]\s*"[^"\\]*(?:\\.[^"\\]*)*"\s*:\s*')  # a key of an object and what precedes it
+_END = re.compile(rb"\s*(\{\s*)?\}\s*")  # the end of an object, which may be empty
 _KEY_TEXT = re.compile(r'[\s,]*("[^"\\]*(?:\\.[^"\\]*)*")\s*:\s*')
 _UTF8_BOM = b"\xef\xbb\xbf"
-# What a file begins with that is no JSON text in UTF-8, and what to do about it.
+# First bytes of files that are not JSON in UTF-8, and what to do.
 _OTHER_KINDS = (
     (b"\xff\xfe", "is text in UTF-16; save it as UTF-8"),
     (b"\xfe\xff", "is text in UTF-16; save it as UTF-8"),
@@ -49,24 +49,24 @@ _OTHER_KINDS = (
     (b"\x28\xb5\x2f\xfd", "is compressed by zstd; unpack it first"),
     (b"BZh", "is compressed by bzip2; unpack it first"),
     (b"\xfd7zXZ", "is compressed by xz; unpack it first"),
-    (b"\x80", "is a Python pickle, which could run anything when it is loaded; write its lists as JSON"),
-    (b"//", "has comments, which JSON does not allow; take them out"),
-    (b"/*", "has comments, which JSON does not allow; take them out"),
-    (b"<", "is HTML or XML, not JSON: perhaps an error page in place of the file; fetch it again"),
+    (b"\x80", "is a Python pickle, which may run code when it is loaded; write its lists as JSON"),
+    (b"//", "has comments, which JSON does not allow; remove them"),
+    (b"/*", "has comments, which JSON does not allow; remove them"),
+    (b"<", "is HTML or XML, not JSON, perhaps a server's error page; download it again"),
     (b"version https://git-lfs", "is a Git LFS pointer, not the file itself; run `git lfs pull`"),
 )
 
 
 @dataclass(frozen=True)
 class Slice(Generic[T]):
-    """Some of a list's objects, and where in the list each of them stands."""
+    """Some of a list's objects, and their indices in the list."""
 
     items: list[T]
-    places: Sequence[int]
+    indices: Sequence[int]
 
 
 class AnnotationFile:
-    """A file that is there and not empty, with its SHA-256. Raises AnnotationError where it is not."""
+    """A JSON or CSV file and its SHA-256. Raises AnnotationError if it does not exist or is empty."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -78,7 +78,7 @@ class AnnotationFile:
 
     @property
     def source(self) -> dict[str, dict[str, str]]:
-        """What a manifest says of its origin."""
+        """The `source` of a manifest."""
         return {"files": {self.path.name: self.sha256}}
 
     @property
@@ -86,21 +86,21 @@ class AnnotationFile:
         """Whether the JSON is a list rather than an object."""
         return bytes(self._bytes[:4096]).lstrip()[:1] == b"["
 
-    def decode(self, wanted: type[T]) -> T:
-        """The whole file as `wanted`; parts typed msgspec.Raw stay bytes, for `slices`.
+    def decode(self, target: type[T]) -> T:
+        """The whole file as an object of type `target`; parts typed msgspec.Raw stay bytes, for `slices`.
 
-        NaN and Infinity, which Python's json writes, are read as null. Raises AnnotationError.
+        NaN and Infinity, which Python's json writes, become null. Raises AnnotationError.
         """
         try:
-            return msgspec.json.decode(self._bytes, type=wanted)
+            return msgspec.json.decode(self._bytes, type=target)
         except msgspec.ValidationError as error:
-            raise self.refuse(str(error)) from None
+            raise self.error(str(error)) from None
         except UnicodeDecodeError as error:
             raise self._not_utf8(error) from None
         except msgspec.DecodeError as error:
-            if not self._take_out_not_finite():
+            if not self._replace_not_finite():
                 raise self._not_json(error) from None
-        return self.decode(wanted)
+        return self.decode(target)
 
     def decode_part(self, raw: msgspec.Raw) -> Any:
         """A part of the file as plain Python values. Raises AnnotationError."""
@@ -112,92 +112,92 @@ class AnnotationFile:
             raise self._not_json(error) from None
 
     def first_item(self, raw: msgspec.Raw) -> Any:
-        """The first value of the list `raw`; None where it has none."""
+        """The first value of the list `raw`; None if it is empty."""
         text, decoder, size = memoryview(raw)[1:], json.JSONDecoder(), 2**16
         while True:
-            begin = bytes(text[:size]).decode(errors="ignore").lstrip()
+            beginning = bytes(text[:size]).decode(errors="ignore").lstrip()
             try:
-                return decoder.raw_decode(begin)[0]
+                return decoder.raw_decode(beginning)[0]
             except json.JSONDecodeError:
                 if size >= len(text):
                     return None
                 size *= 16
 
     def pairs(self) -> list[tuple[str, msgspec.Raw]]:
-        """Keys and values of the JSON object that the file is; a key that stands there twice comes twice."""
-        pairs, at = self.decode(dict[str, msgspec.Raw]), 0
+        """Keys and values of the file's JSON object; a repeated key is returned each time."""
+        pairs, position = self.decode(dict[str, msgspec.Raw]), 0
         for raw in pairs.values():
-            key, value = _KEY.match(self._bytes, at), memoryview(raw)
-            at = key.end() if key else 0
-            if self._bytes[at : (end := at + len(value))] != value:
-                break  # a later value has taken this key from the one that stands here
-            at = end
-        if not _END.fullmatch(self._bytes, at):
+            key, value = _KEY.match(self._bytes, position), memoryview(raw)
+            position = key.end() if key else 0
+            if self._bytes[position : (end := position + len(value))] != value:
+                break  # the key is repeated, and the dict has its last value
+            position = end
+        if not _END.fullmatch(self._bytes, position):
             return _all_pairs(bytes(self._bytes).decode())
         return list(pairs.items())
 
     def slices(
         self, field: str, raw: msgspec.Raw, item: type[T], read: Callable[[Any], T], skipped: SkippedRecords
     ) -> Iterator[Slice[T]]:
-        """The objects of the list `raw`, in order, some 16 MB of JSON at a time.
+        """The objects of the list `raw`, in order, about 16 MB of JSON at a time.
 
-        `field` is where the list stands in the file: "annotations", or "" for the file itself. `read` makes an item
-        of a record that does not fit the type `item` as it is; those for which it raises FieldError are `skipped`.
+        `field` is the name of the list, or "" if the file itself is the list. `read` converts a record that does not
+        match the type `item`; if it raises FieldError, the record is added to `skipped`.
         """
         decoder, one_by_one = msgspec.json.Decoder(list[item]), msgspec.json.Decoder(list[msgspec.Raw])  # type: ignore[valid-type]
         whole = memoryview(raw)
         if bytes(whole[:1]) != b"[":
             kind = {b"{": "an object", b'"': "text", b"n": "null"}.get(bytes(whole[:1]), "a number")
-            raise self.refuse(f"`{field or 'the file'}` is {kind}, expected a list")
+            raise self.error(f"`{field or 'the file'}` is {kind}, expected a list")
         first, start, cut, end = 0, 1, 1, len(whole) - 1
         while cut < end:
             between = _BETWEEN_OBJECTS.search(whole, max(cut, start + SLICE_BYTES), end)
             cut = between.start() + 1 if between else end
-            piece = b"[" + whole[start:cut] + b"]"
+            text = b"[" + whole[start:cut] + b"]"
             try:
                 try:
-                    found = Slice(items := decoder.decode(piece), range(first, first + len(items)))
+                    decoded = Slice(items := decoder.decode(text), range(first, first + len(items)))
                     count = len(items)
                 except msgspec.ValidationError:
-                    records = one_by_one.decode(piece)
-                    found, count = _one_by_one(field, records, first, item, read, skipped), len(records)
+                    records = one_by_one.decode(text)
+                    decoded, count = _one_by_one(field, records, first, item, read, skipped), len(records)
             except UnicodeDecodeError as error:
                 raise self._not_utf8(error) from None
             except msgspec.DecodeError as error:
                 if between is None:
                     raise self._not_json(error) from None
-                cut = between.end()  # this cut lay inside a nested list or a string: go on to the next one
+                cut = between.end()  # the cut was inside a nested list or a string: try the next one
                 continue
-            yield found
+            yield decoded
             first += count
             start = cut = between.end() if between else end
 
-    def refuse(self, what: str) -> AnnotationError:
-        """The error for this file, ready to be raised."""
-        return AnnotationError(f"{self.path}: {what}")
+    def error(self, message: str) -> AnnotationError:
+        """An AnnotationError that names this file."""
+        return AnnotationError(f"{self.path}: {message}")
 
     def _not_utf8(self, error: UnicodeDecodeError) -> AnnotationError:
         byte = error.object[error.start]
-        return self.refuse(f"is not text in UTF-8 (byte 0x{byte:02x} cannot stand there); save it as UTF-8")
+        return self.error(f"is not valid UTF-8 (byte 0x{byte:02x}); save it as UTF-8")
 
     def _not_json(self, error: msgspec.DecodeError) -> AnnotationError:
-        begin = bytes(self._bytes[:64]).lstrip()
-        for kind, what in _OTHER_KINDS:
-            if begin.startswith(kind):
-                return self.refuse(what)
+        beginning = bytes(self._bytes[:64]).lstrip()
+        for magic, message in _OTHER_KINDS:
+            if beginning.startswith(magic):
+                return self.error(message)
         if "truncated" in str(error):
-            return self.refuse(f"is cut off, its JSON has no end ({self.path.stat().st_size:,} bytes); fetch it again")
+            return self.error(f"is truncated ({self.path.stat().st_size:,} bytes); download it again")
         reason = str(error).removeprefix("JSON is malformed: ")
         if "trailing characters" in reason:
-            return self.refuse(f"goes on behind the end of its JSON ({reason}); expected one JSON value in the file")
-        return self.refuse(f"is not valid JSON ({reason})")
+            return self.error(f"has text after the end of its JSON ({reason}); expected one JSON value in the file")
+        return self.error(f"is not valid JSON ({reason})")
 
-    def _take_out_not_finite(self) -> bool:
-        """Whether there was any NaN or Infinity; each is null from now on."""
+    def _replace_not_finite(self) -> bool:
+        """Replace NaN and Infinity by null; whether there were any."""
         if not _NOT_FINITE.search(self._bytes):
             return False
-        mended = _STRING_OR_NOT_FINITE.sub(lambda at: at[0] if at[0][:1] == b'"' else b"null", self._bytes)
-        before, self._bytes = self._bytes, memoryview(mended)
+        replaced = _STRING_OR_NOT_FINITE.sub(lambda match: match[0] if match[0][:1] == b'"' else b"null", self._bytes)
+        before, self._bytes = self._bytes, memoryview(replaced)
         return before != self._bytes
 
 
@@ -210,29 +210,29 @@ def _one_by_one(
     skipped: SkippedRecords,
 ) -> Slice[T]:
     decoder = msgspec.json.Decoder(item)
-    items, places = [], []
-    for place, raw in enumerate(records, first):
+    items, indices = [], []
+    for index, raw in enumerate(records, first):
         try:
             try:
-                found = decoder.decode(raw)
+                record = decoder.decode(raw)
             except msgspec.ValidationError:
-                found = read(msgspec.json.decode(raw))
+                record = read(msgspec.json.decode(raw))
         except FieldError as error:
-            skipped.add(field or "records", f"{field}[{place}]{error}")
+            skipped.add(field or "records", f"{field}[{index}]{error}")
             continue
-        items.append(found)
-        places.append(place)
-    return Slice(items, places)
+        items.append(record)
+        indices.append(index)
+    return Slice(items, indices)
 
 
 def _all_pairs(text: str) -> list[tuple[str, msgspec.Raw]]:
-    """Keys and values of a JSON object, read by Python: slow, for objects with a key that comes twice."""
+    """Keys and values of a JSON object with repeated keys, by Python's slow decoder."""
     decoder, pairs = json.JSONDecoder(), []
-    at = text.index("{") + 1
-    while key := _KEY_TEXT.match(text, at):
+    position = text.index("{") + 1
+    while key := _KEY_TEXT.match(text, position):
         _, end = decoder.raw_decode(text, key.end())
         pairs.append((json.loads(key[1]), msgspec.Raw(text[key.end() : end])))
-        at = end
+        position = end
     return pairs
 
 
@@ -241,8 +241,8 @@ def _mapped(path: Path) -> mmap.mmap:
         with path.open("rb") as file:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError:
-        raise AnnotationError(f"{path}: there is no such file; check the path") from None
+        raise AnnotationError(f"{path}: does not exist; check the path") from None
     except OSError as error:
-        raise AnnotationError(f"{path}: cannot be read ({error.strerror}); check what it is and its rights") from None
-    except ValueError:  # mmap's word for a file of no bytes
-        raise AnnotationError(f"{path}: the file is empty; fetch it again") from None
+        raise AnnotationError(f"{path}: cannot be read ({error.strerror}); check its type and permissions") from None
+    except ValueError:  # mmap raises this for an empty file
+        raise AnnotationError(f"{path}: is empty; download it again") from None

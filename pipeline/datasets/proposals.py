@@ -1,4 +1,4 @@
-"""A detector's boxes in place of a split's own regions."""
+"""Replace the annotated regions of a split by a detector's boxes."""
 
 from __future__ import annotations
 
@@ -17,66 +17,65 @@ from regionspot.pipeline.datasets.field_parsing import integer_or_none
 from regionspot.pipeline.datasets.json_stream import AnnotationFile
 from regionspot.pipeline.datasets.region_table import Ints, Lookup, RegionTable
 
-GROUND_TRUTH = "gt"  # in place of a proposals file: the annotated boxes
-_PIECE = 100_000  # boxes that are clipped together
-_NAMED = 3  # unknown images that a message names
-_MOST_SCORE = 1.001  # a softmax in float16 may round to a little over 1
+GROUND_TRUTH = "gt"  # instead of a proposals file: the annotated boxes
+_CHUNK = 100_000  # boxes that are clipped together
+_MAX_NAMED = 3  # unknown images that a message names
+_MAX_SCORE = 1.001  # a softmax in float16 may round to a little over 1
 
 
 def with_boxes(manifest: Manifest, boxes: str | Path, max_failures: FailureLimit = EXTRACTION_LIMIT) -> Manifest:
-    """`manifest` itself for "gt", its ground truth, else with the boxes of the proposals file named."""
+    """The manifest itself for "gt", else the manifest with the boxes of a proposals file."""
     if boxes == GROUND_TRUTH:
         return manifest
-    # Minival is a part of val, and its boxes come in the file of all val.
+    # Minival is a subset of val, and detectors write one file for val.
     return read_proposals(Path(boxes), manifest, max_failures, allow_unknown=manifest.split == "minival")
 
 
 def read_proposals(
     path: Path, manifest: Manifest, max_failures: FailureLimit = EXTRACTION_LIMIT, allow_unknown: bool = False
 ) -> Manifest:
-    """The images of `manifest` with the detector's boxes as regions, in the file's order, in any form of
-    proposal_forms.py; scores are set where the file has any.
+    """The images of `manifest` with the detector's boxes as regions, in the file's order.
 
-    A label that is none of the manifest's categories gives NO_CATEGORY, counted. Images without proposals stay, with
-    no region, counted. Of the records, and of the images that the file names, `max_failures` may be unreadable or
-    not in the manifest; they are left out, counted. `allow_unknown`: any number of images may be unknown, for the
-    proposals of a whole split are used with a part of it.
+    The file may have any format in detector_formats.py; scores are set if the file has any. An unknown label becomes
+    NO_CATEGORY. Images without proposals keep no region. Up to `max_failures` of the records may be unreadable, and of
+    the file's images may be missing in the manifest; they are left out. All these are counted in the report.
+    `allow_unknown`: any number of the file's images may be missing in the manifest.
 
-    Raises AnnotationError, one line, where the file is not what it should be.
+    Raises AnnotationError for any other file.
     """
     file = AnnotationFile(Path(path))
     skipped = SkippedRecords(file.path, max_failures)
     reader = ProposalReader(file, manifest.categories, manifest.image_ids, skipped)
-    found = reader.read()
-    images = np.unique(found.entries if len(found.entries) else found.image_ids)
+    proposals = reader.read()
+    images = np.unique(proposals.entries if len(proposals.entries) else proposals.image_ids)
     rows = _rows(images, reader.names, manifest)
     _check_unknown(file, manifest, images[rows < 0], len(images), reader.names, None if allow_unknown else max_failures)
-    _check_scores(file, found)
-    place = Lookup(images)
-    row_of_box, row_of_entry = rows[place.find(found.image_ids)], rows[place.find(found.entries)]
+    _check_scores(file, proposals)
+    lookup = Lookup(images)
+    row_of_box, row_of_entry = rows[lookup.find(proposals.image_ids)], rows[lookup.find(proposals.entries)]
     known = row_of_box >= 0
-    labels = found.categories[known]
-    unscored = int((~found.scored[known]).sum())
+    labels = proposals.categories[known]
+    without_score = int((~proposals.has_score[known]).sum())
     counts = {
         "unknown_images": int((rows < 0).sum()),
         "repeated_images": int((row_of_entry >= 0).sum() - len(np.unique(row_of_entry[row_of_entry >= 0]))),
         "unknown_labels": int((labels == UNKNOWN_LABEL).sum()),
-        "boxes_without_score": unscored if unscored < len(labels) else 0,
+        "boxes_without_score": without_score if without_score < len(labels) else 0,
         "images_without_proposals": len(manifest) - len(np.unique(row_of_box[known])),
     }
     source = {**manifest.source, "files": {**manifest.source.get("files", {}), **file.source["files"]}}
     report = {**skipped.report, **{name: count for name, count in counts.items() if count}}
     remarks = (*manifest.remarks, *skipped.remarks, *_remarks(file, reader, counts, manifest))
-    form = reader.form or "xyxy"
-    table = RegionTable(replace(manifest, source=source, report=report, remarks=remarks), file.path, form)
-    has_scores = bool(found.scored.any())
-    for start in range(0, len(known), _PIECE):
-        use = start + np.flatnonzero(known[start : start + _PIECE])
-        boxes, scores = found.boxes[use], found.scores[use]
+    box_format = reader.box_format or "xyxy"
+    table = RegionTable(replace(manifest, source=source, report=report, remarks=remarks), file.path, box_format)
+    has_scores = bool(proposals.has_score.any())
+    for start in range(0, len(known), _CHUNK):
+        indices = start + np.flatnonzero(known[start : start + _CHUNK])
+        boxes, scores, categories = proposals.boxes[indices], proposals.scores[indices], proposals.categories[indices]
         table.add(
-            row_of_box[use],
-            xyxy(boxes) if form == "xywh" else boxes,
-            np.where(found.categories[use] == NO_LABEL, NO_CATEGORY, found.categories[use]),
+            row_of_box[indices],
+            xyxy(boxes) if box_format == "xywh" else boxes,
+            np.where(categories == NO_LABEL, NO_CATEGORY, categories),
             scores=scores if has_scores else None,
             drop={"dropped_score_not_finite": ~np.isfinite(scores)},
             stated=boxes,
@@ -85,11 +84,11 @@ def read_proposals(
 
 
 def _rows(images: Ints, names: Mapping[int, str], manifest: Manifest) -> Ints:
-    """int64, as `images`: the row of each image, -1 where the manifest does not hold it.
+    """int64 (len(images),): the row of each image, -1 if it is not in the manifest.
 
-    A name is looked for among paths, files' names and those without the ending, then as a number among the ids. Plain
-    numbers are ids or, where more of them are numbers that files are called by (Ultralytics), those: all of them the
-    one or the other, for a mixture would mistake one image for another.
+    A name is looked up among paths, file names and file stems, then as a number among the ids. Plain numbers are image
+    ids or numbers in file names (Ultralytics), whichever gives more matches; never both, because a mixture could
+    confuse two images.
     """
     ids = Lookup(manifest.image_ids)
     rows = ids.find(images)
@@ -97,24 +96,24 @@ def _rows(images: Ints, names: Mapping[int, str], manifest: Manifest) -> Ints:
         return rows
     row_of_name = _row_of_name(manifest)
     named = np.array([image in names for image in images.tolist()], np.bool_)
-    for at in np.flatnonzero(named & (rows < 0)).tolist():
-        name = names[int(images[at])].replace("\\", "/")
+    for index in np.flatnonzero(named & (rows < 0)).tolist():
+        name = names[int(images[index])].replace("\\", "/")
         row = row_of_name.get(name, row_of_name.get(name.rpartition("/")[2]))
         number = integer_or_none(name)
-        rows[at] = row if row is not None else -1 if number is None else ids.find(np.array([number]))[0]
+        rows[index] = row if row is not None else -1 if number is None else ids.find(np.array([number]))[0]
     plain = np.flatnonzero(~named)
     if (rows[plain] < 0).any():
         row_of_number = {
             number: row for name, row in row_of_name.items() if (number := integer_or_none(name)) is not None
         }
-        by_file = np.array([row_of_number.get(image, -1) for image in images[plain].tolist()], np.int64)
-        if (by_file >= 0).sum() > (rows[plain] >= 0).sum():
-            rows[plain] = by_file
+        by_file_name = np.array([row_of_number.get(image, -1) for image in images[plain].tolist()], np.int64)
+        if (by_file_name >= 0).sum() > (rows[plain] >= 0).sum():
+            rows[plain] = by_file_name
     return rows
 
 
 def _row_of_name(manifest: Manifest) -> dict[str, int]:
-    """Rows by path, by file's name and by that without its ending, where only one image has it."""
+    """Rows by path, file name and file stem, each only if it is unique."""
     paths = manifest.paths.tolist()
     files = [path.rpartition("/")[2] for path in paths]
     rows: dict[str, int] = {}
@@ -134,35 +133,35 @@ def _check_unknown(
     names: Mapping[int, str],
     limit: FailureLimit | None,
 ) -> None:
-    """Raises AnnotationError where the file is about more other images than `limit` allows; None: any number."""
+    """Raises AnnotationError if more images than `limit` allows are unknown; None: any number may be."""
     if not len(unknown) or limit is None or limit.allows(len(unknown), total):
         return
-    named = ", ".join(names.get(image, str(image)) for image in unknown[:_NAMED].tolist())
-    more = ", ..." if len(unknown) > _NAMED else ""
-    raise file.refuse(
-        f"{len(unknown):,} of its {total:,} images are not in {manifest.dataset} {manifest.split} ({named}{more}), "
-        f"more than --max-failures {limit} allows; take the proposals of this split, or leave them out by allowing more"
+    examples = ", ".join(names.get(image, str(image)) for image in unknown[:_MAX_NAMED].tolist())
+    more = ", ..." if len(unknown) > _MAX_NAMED else ""
+    raise file.error(
+        f"{len(unknown):,} of its {total:,} images are not in {manifest.dataset} {manifest.split} ({examples}{more}), "
+        f"more than --max-failures {limit} allows; use the proposals of this split, or allow more to leave them out"
     )
 
 
-def _check_scores(file: AnnotationFile, found: ProposedBoxes) -> None:
-    """Raises AnnotationError for scores that are no probabilities: they are multiplied with those of the classes."""
-    scores = found.scores[np.isfinite(found.scores)]
-    least, most = (float(scores.min()), float(scores.max())) if len(scores) else (0.0, 0.0)
-    if least < 0 or most > _MOST_SCORE:
-        guess = "logits? take their sigmoid" if least < 0 or most > 100 else "per cent? divide them by 100"
-        raise file.refuse(f"its scores reach from {least:.4g} to {most:.4g}, expected 0 to 1 ({guess})")
+def _check_scores(file: AnnotationFile, proposals: ProposedBoxes) -> None:
+    """Raises AnnotationError if scores are not probabilities: evaluation multiplies them by class probabilities."""
+    scores = proposals.scores[np.isfinite(proposals.scores)]
+    lowest, highest = (float(scores.min()), float(scores.max())) if len(scores) else (0.0, 0.0)
+    if lowest < 0 or highest > _MAX_SCORE:
+        hint = "logits? apply a sigmoid" if lowest < 0 or highest > 100 else "per cent? divide them by 100"
+        raise file.error(f"its scores are from {lowest:.4g} to {highest:.4g}, expected 0 to 1 ({hint})")
 
 
 def _remarks(file: AnnotationFile, reader: ProposalReader, counts: Mapping[str, int], manifest: Manifest) -> list[str]:
-    told = []
-    if reader.by_place:
-        told.append("images are taken to be in the order of the annotation file, for the boxes name none")
+    remarks = []
+    if reader.by_index:
+        remarks.append("has no image ids; images are assumed to be in the order of the annotation file")
     if count := counts["repeated_images"]:
-        told.append(f"{count:,} entries are of images that had one before; their boxes are added")
+        remarks.append(f"{count:,} entries repeat an image; their boxes are added")
     if count := counts["unknown_labels"]:
         ids = [category.id for category in manifest.categories]
-        told.append(f"{count:,} labels are none of the dataset's category ids, which go from {min(ids)} to {max(ids)}")
+        remarks.append(f"{count:,} labels are not category ids of the dataset, which are from {min(ids)} to {max(ids)}")
     if count := counts["boxes_without_score"]:
-        told.append(f"{count:,} boxes have no score and count as 1, others have one")
-    return [f"{file.path}: {line}" for line in told]
+        remarks.append(f"{count:,} boxes have no score, which counts as 1; other boxes have one")
+    return [f"{file.path}: {line}" for line in remarks]

@@ -1,8 +1,7 @@
-"""The datasets that are known by name: where their files and images lie, and how they are read.
+"""The registered datasets: their file names, image folders and readers.
 
-`read_dataset` gives the same columnar manifest whatever the dataset, `read_split` what a command works on: the boxes
-asked for, and what is odd about the files said. Annotation files are looked for where people have them, in the data
-folder itself or in its `annotations/`; `annotations` names another one.
+`read_dataset` reads any of them into the same columnar manifest. `read_split` also replaces its boxes by a detector's
+and logs warnings; all commands use it. Annotation files are searched in the data folder and in its `annotations/`.
 """
 
 from __future__ import annotations
@@ -54,42 +53,42 @@ O365V2_SPELLING = {
     "Ballon": "Balloon",
     "Noddles": "Noodles",
 }
-_LVIS_FORM = CocoVariant(path_field="coco_url", path_parts=2, federated=True)
+_LVIS = CocoVariant(path_field="coco_url", path_parts=2, federated=True)
 _OPENIMAGES_CLASSES = ("class-descriptions-boxable.csv", "oidv7-class-descriptions-boxable.csv")
 _MINIVAL = "lvis_v1_minival_inserted_image_name.json"
 _SPLIT_ALIASES = {"validation": "val"}
-_PATHS_TRIED = 16  # of a manifest, to tell apart the folders where its images may lie
+_PATHS_TRIED = 16  # paths of a manifest that are searched in each possible image folder
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Where one dataset's parts lie under its data folder.
+    """The layout of one dataset under its data folder.
 
-    files    the annotation file's possible names, by split
-    images   the folders that may be the image folder, likeliest first; `{split}` is filled in
-    holding  what is inside the right one: the folder that holds most of these is taken, the first of equals
-    form     how its COCO-form file is read; None for OpenImages' tables
+    files          possible names of the annotation file, by split
+    image_folders  possible image folders, likeliest first; `{split}` is replaced
+    subfolders     entries of the right image folder; the folder with most of them is used, the first of equals
+    coco_variant   None for OpenImages' CSV files
     """
 
     summary: str
     files: dict[str, tuple[str, ...]]
-    images: tuple[str, ...]
-    holding: tuple[str, ...] = (".",)
-    form: CocoVariant | None = None
+    image_folders: tuple[str, ...]
+    subfolders: tuple[str, ...] = (".",)
+    coco_variant: CocoVariant | None = None
 
 
 DATASETS = {
     "o365": Dataset(
         "Objects365 v1: objects365_{train,val}.json, images in train/, val/",
         {split: (f"objects365_{split}.json",) for split in ("train", "val")},
-        images=("{split}", "images/{split}"),
-        form=CocoVariant(),
+        image_folders=("{split}", "images/{split}"),
+        coco_variant=CocoVariant(),
     ),
     "o365v2": Dataset(
         "Objects365 v2: zhiyuan_objv2_{train,val}.json, images in train/patch0/, ...",
         {split: (f"zhiyuan_objv2_{split}.json",) for split in ("train", "val")},
-        images=("{split}", "images/{split}"),
-        form=CocoVariant(path_parts=2, spelling=O365V2_SPELLING),
+        image_folders=("{split}", "images/{split}"),
+        coco_variant=CocoVariant(path_parts=2, spelling=O365V2_SPELLING),
     ),
     "openimages": Dataset(
         "OpenImages V6/V7: oidv6-train-annotations-bbox.csv and the class file, images in train/, val/, test/",
@@ -98,32 +97,38 @@ DATASETS = {
             "val": ("validation-annotations-bbox.csv",),
             "test": ("test-annotations-bbox.csv",),
         },
-        images=("{split}", "images/{split}", "{split}idation", "images/{split}idation"),
+        image_folders=("{split}", "images/{split}", "{split}idation", "images/{split}idation"),
     ),
     "v3det": Dataset(
         "V3Det: v3det_2023_v1_{train,val}.json, images in images/",
         {split: (f"v3det_2023_v1_{split}.json",) for split in ("train", "val")},
-        images=(".",),
-        form=CocoVariant(),
+        image_folders=(".",),
+        coco_variant=CocoVariant(),
     ),
     "lvis": Dataset(
         "LVIS v1: lvis_v1_{train,val}.json, COCO's images in train2017/, val2017/; split minival too",
         {"train": ("lvis_v1_train.json",), "val": ("lvis_v1_val.json",), "minival": ("lvis_v1_val.json",)},
-        images=(".", "images", "coco", "{split}2017", "images/{split}2017"),  # the last two: paths by file_name
-        holding=("train2017", "val2017"),
-        form=_LVIS_FORM,
+        image_folders=(
+            ".",
+            "images",
+            "coco",
+            "{split}2017",
+            "images/{split}2017",
+        ),  # the last two: file_name
+        subfolders=("train2017", "val2017"),
+        coco_variant=_LVIS,
     ),
     "coco": Dataset(
-        "COCO: instances_{train,val}2017.json, images in train2017/, val2017/; or any file of its form",
+        "COCO: instances_{train,val}2017.json, images in train2017/, val2017/; or any file in COCO format",
         {split: (f"instances_{split}2017.json", f"instances_{split}.json") for split in ("train", "val")},
-        images=("images/{split}2017", "{split}2017", "images/{split}", "{split}", "images", "."),
-        form=CocoVariant(),
+        image_folders=("images/{split}2017", "{split}2017", "images/{split}", "{split}", "images", "."),
+        coco_variant=CocoVariant(),
     ),
     "toy": Dataset(
-        "the generated world: toy_{train,val}.json, images in photos/",
+        "the generated toy world: toy_{train,val}.json, images in photos/",
         {split: (f"toy_{split}.json",) for split in ("train", "val")},
-        images=("photos",),
-        form=_LVIS_FORM,
+        image_folders=("photos",),
+        coco_variant=_LVIS,
     ),
 }
 
@@ -139,10 +144,10 @@ def read_split(
     max_failures: FailureLimit = EXTRACTION_LIMIT,
     may_be_empty: bool = False,
 ) -> Manifest:
-    """The first `limit` images (None: all) of a split, with its annotated boxes ("gt") or those of a proposals file.
+    """Read the first `limit` images (None: all) of a split, with annotated boxes ("gt") or those of a proposals file.
 
-    What the files have that a user should know is logged. Raises what `read_dataset` and `read_proposals` raise, and
-    InputError where no region is left, unless it `may_be_empty`.
+    Logs the manifest's remarks. Raises the errors of `read_dataset` and `read_proposals`, and InputError if no region
+    is left, unless `may_be_empty`.
     """
     manifest = with_boxes(read_dataset(name, data, split, annotations, max_failures=max_failures), boxes, max_failures)
     if not may_be_empty:
@@ -153,15 +158,14 @@ def read_split(
 
 
 def require_regions(manifest: Manifest) -> None:
-    """Raises InputError where there is no region to extract, saying what became of the boxes."""
+    """Raises InputError, with the counts of dropped boxes, if the manifest has no region."""
     if len(manifest.boxes_xyxy):
         return
     counts = [f"{name.replace('_', ' ')}: {count:,}" for name, count in manifest.report.items()]
     files = " and ".join(manifest.source.get("files", {}))
     raise InputError(
-        f"{manifest.dataset} {manifest.split}: no region is left to extract of {files} ("
-        f"{', '.join(counts) or 'no boxes are listed'}){''.join(f'; {line}' for line in manifest.remarks)}; give boxes "
-        "by --annotations or --boxes"
+        f"{manifest.dataset} {manifest.split}: {files} has no usable region ({', '.join(counts) or 'no boxes'})"
+        f"{''.join(f'; {line}' for line in manifest.remarks)}; give boxes by --annotations or --boxes"
     )
 
 
@@ -173,39 +177,39 @@ def read_dataset(
     keep_groups: bool = False,
     max_failures: FailureLimit = EXTRACTION_LIMIT,
 ) -> Manifest:
-    """Read one split of the dataset `name` under the folder `data`.
+    """Read one split of the dataset `name` in the folder `data`.
 
-    `annotations` is read instead of the file that the dataset's own names lead to; any split name will do then.
-    `keep_groups` keeps OpenImages' boxes around a group of things. Of the records, `max_failures` may be unreadable;
-    they are left out, counted in the manifest's report and told in its remarks.
+    annotations   read instead of the dataset's own file; the split may then have any name
+    keep_groups   keep OpenImages' boxes around a group of objects
+    max_failures  of the records may be unreadable; they are skipped and counted in the manifest's report and remarks
 
-    Raises InputError for an unknown name or split, AnnotationError for a file that is absent or not what it should be.
+    Raises InputError for an unknown name or split, AnnotationError for a missing or unusable file.
     """
     dataset, data, split = _dataset(name), Path(data), _SPLIT_ALIASES.get(split, split)
     path = Path(annotations) if annotations else _annotation_file(name, dataset, data, split)
-    if dataset.form is None:
+    if dataset.coco_variant is None:
         classes = _find(name, data, _OPENIMAGES_CLASSES)
         return read_openimages(path, classes, image_folder_of(name, data, split), split, keep_groups, max_failures)
-    manifest = read_coco(path, name, split, dataset.form, max_failures)
+    manifest = read_coco(path, name, split, dataset.coco_variant, max_failures)
     if name == "lvis" and split == "minival" and annotations is None:
         return select_listed_images(manifest, _find(name, data, (_MINIVAL,)), split)
     return manifest
 
 
 def image_folder_of(name: str, data: Path, split: str = "train", manifest: Manifest | None = None) -> Path:
-    """The folder that the manifest's paths start from.
+    """The folder to which the manifest's paths are relative.
 
-    Of the folders where this dataset's images may lie, the one that holds most of some images of `manifest`, where
-    that is given; else the likeliest that is there. Where none is there, the place where it should be.
+    With a `manifest`, the possible folder that contains most of a sample of its images; otherwise the likeliest one
+    that exists. If none exists, the likeliest one.
     """
     dataset, split = _dataset(name), _SPLIT_ALIASES.get(split, split)
-    folders = [Path(data) / place.format(split=split) for place in dataset.images]
-    holding = dataset.holding if manifest is None else _some_paths(manifest)
-    return max(folders, key=lambda folder: (sum(os.path.exists(folder / path) for path in holding), folder.is_dir()))
+    folders = [Path(data) / folder.format(split=split) for folder in dataset.image_folders]
+    entries = dataset.subfolders if manifest is None else _sample_paths(manifest)
+    return max(folders, key=lambda folder: (sum(os.path.exists(folder / path) for path in entries), folder.is_dir()))
 
 
-def _some_paths(manifest: Manifest) -> list[str]:
-    """Spread over the manifest, for the first images may be just those that are missing."""
+def _sample_paths(manifest: Manifest) -> list[str]:
+    """Paths from all over the manifest, because the first images may be missing."""
     paths: list[str] = manifest.paths[:: max(1, len(manifest) // _PATHS_TRIED)].tolist()
     return paths
 
@@ -219,17 +223,17 @@ def _dataset(name: str) -> Dataset:
 
 def _annotation_file(name: str, dataset: Dataset, data: Path, split: str) -> Path:
     if split not in dataset.files:
-        raise unknown_name(f"{name} split", split, dataset.files, "; any other with its file in --annotations")
+        raise unknown_name(f"{name} split", split, dataset.files, "; for other splits give --annotations")
     return _find(name, data, dataset.files[split])
 
 
 def _find(name: str, data: Path, names: tuple[str, ...]) -> Path:
-    """The first of these files that is in the data folder or in its `annotations/`."""
+    """The first of these files that exists in the data folder or in its `annotations/`."""
     for folder in (data, data / "annotations"):
         for file in names:
             if (folder / file).exists():
                 return folder / file
     raise AnnotationError(
         f"{data}: {name} needs {' or '.join(names)} here or in annotations/; "
-        "put it there, or name the annotation file that is to be read"
+        "put it there, or give another file by --annotations"
     )

@@ -1,4 +1,4 @@
-"""What a split holds, what reading it dropped and which of its images are not on the disk."""
+"""Report what a split contains, what its reader dropped, and which image files are missing."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import numpy as np
 from regionspot.cache.format.manifest import Manifest
 
 FIRST_MISSING = 5  # missing images that are named
-_LISTED = 3  # entries of a folder that are named
-_SEARCHED = 2000  # folders beside the right one that are looked into for a missing image
+_MAX_LISTED = 3  # folder entries that are named
+_MAX_SEARCHED = 2000  # other folders that are searched for a missing image
 
 
 @dataclass(frozen=True)
 class DatasetReport:
-    """Counts of one split. `missing_images` is None where the disk was not looked at."""
+    """Counts of one split. `missing_images` is None if the disk was not checked."""
 
     dataset: str
     split: str
@@ -37,7 +37,7 @@ class DatasetReport:
     hint: str
 
     def text(self) -> str:
-        """A few lines for people."""
+        """The report as a few lines of text."""
         lines = [
             f"{self.dataset} {self.split}: {self.images:,} images, {self.regions:,} regions, "
             f"{self.categories:,} categories",
@@ -51,17 +51,17 @@ class DatasetReport:
         return "\n".join(lines)
 
     def images_text(self) -> str:
-        """Where the images are, or which are not, and where they may be."""
+        """Where the images are, or which are missing and where they may be."""
         if not self.missing_images:
             return f"images: all in {self.image_folder}"
         more = ", ..." if self.missing_images > len(self.first_missing) else ""
-        named = ", ".join(self.first_missing)
+        examples = ", ".join(self.first_missing)
         hint = f"; {self.hint}" if self.hint else ""
-        return f"images: {self.missing_images:,} are not in {self.image_folder}: {named}{more}{hint}"
+        return f"images: {self.missing_images:,} are not in {self.image_folder}: {examples}{more}{hint}"
 
 
 def describe(manifest: Manifest, image_folder: Path, check_images: bool = True) -> DatasetReport:
-    """Count what the manifest holds and, with `check_images`, which of its images `image_folder` lacks."""
+    """Report on a manifest and, with `check_images`, on the images that are missing in `image_folder`."""
     counts = manifest.region_count
     missing = missing_images(manifest, image_folder) if check_images else None
     return DatasetReport(
@@ -78,53 +78,53 @@ def describe(manifest: Manifest, image_folder: Path, check_images: bool = True) 
         image_folder=image_folder,
         missing_images=None if missing is None else len(missing),
         first_missing=tuple((missing or [])[:FIRST_MISSING]),
-        hint=where_it_may_be(image_folder, missing[0]) if missing else "",
+        hint=suggest_location(image_folder, missing[0]) if missing else "",
     )
 
 
 def missing_images(manifest: Manifest, image_folder: Path) -> list[str]:
-    """Paths of the manifest that are not on the disk, in its order. One listing a folder, not a look-up an image."""
-    wanted: defaultdict[str, list[str]] = defaultdict(list)
+    """The manifest's paths that do not exist, in its order. Lists each folder once instead of checking each image."""
+    by_folder: defaultdict[str, list[str]] = defaultdict(list)
     for path in manifest.paths.tolist():
-        wanted[path.rpartition("/")[0]].append(path)
-    absent: set[str] = set()
-    for folder, paths in wanted.items():
+        by_folder[path.rpartition("/")[0]].append(path)
+    missing: set[str] = set()
+    for folder, paths in by_folder.items():
         names = _names(image_folder / folder)
-        absent.update(path for path in paths if path.rpartition("/")[2] not in names)
-    return [path for path in manifest.paths.tolist() if path in absent]
+        missing.update(path for path in paths if path.rpartition("/")[2] not in names)
+    return [path for path in manifest.paths.tolist() if path in missing]
 
 
-def where_it_may_be(image_folder: Path, path: str) -> str:
-    """What a missing image is called or where it lies instead, in words; "" where nothing like it is found."""
+def suggest_location(image_folder: Path, path: str) -> str:
+    """A hint at another name or folder of a missing image; "" if nothing similar is found."""
     if (decoded := unquote(path)) != path and os.path.exists(image_folder / decoded):
-        return f"{decoded} is there: the annotations have its name URL-encoded; decode it"
+        return f"{decoded} exists: the annotations have its name URL-encoded; decode it"
     stated = PurePosixPath(path)
-    here = _names(image_folder / stated.parent)
-    alike = [name for name in here if PurePosixPath(name).stem.lower() == stated.stem.lower()]
-    if alike:
-        return f"{min(alike)} is there; write the name as the disk has it"
-    for folder in _folders_around(image_folder, stated):
+    names = _names(image_folder / stated.parent)
+    similar = [name for name in names if PurePosixPath(name).stem.lower() == stated.stem.lower()]
+    if similar:
+        return f"{min(similar)} exists; change the name in the annotations"
+    for folder in _other_folders(image_folder, stated):
         if os.path.exists(folder / stated.name):
-            return f"{stated.name} lies in {folder}, not in {image_folder / stated.parent}; mend the paths or move it"
-    if not here:
-        return f"{image_folder / stated.parent} {contents(image_folder / stated.parent)}"
+            return f"{stated.name} is in {folder}, not in {image_folder / stated.parent}; correct the paths or move it"
+    if not names:
+        return f"{image_folder / stated.parent} {describe_contents(image_folder / stated.parent)}"
     return ""
 
 
-def contents(folder: Path) -> str:
-    """What is in a folder, in words: "holds a.jpg, b.jpg and 4 more"."""
+def describe_contents(folder: Path) -> str:
+    """ "contains a.jpg, b.jpg and 4 more", "is empty" or "does not exist"."""
     if not folder.is_dir():
         return "does not exist"
     names = sorted(f"{entry.name}/" if entry.is_dir() else entry.name for entry in os.scandir(folder))
     names = [name for name in names if not name.startswith(".")]
-    more = f" and {len(names) - _LISTED:,} more" if len(names) > _LISTED else ""
-    return f"holds {', '.join(names[:_LISTED])}{more}" if names else "is empty"
+    more = f" and {len(names) - _MAX_LISTED:,} more" if len(names) > _MAX_LISTED else ""
+    return f"contains {', '.join(names[:_MAX_LISTED])}{more}" if names else "is empty"
 
 
-def _folders_around(image_folder: Path, stated: PurePosixPath) -> list[Path]:
-    """Where an image may lie instead: the other patches of Objects365, the folder itself or one further up."""
-    around = [image_folder, image_folder.parent, image_folder / stated.parent / "..", *image_folder.glob("*/")]
-    return [folder for folder in around if folder != image_folder / stated.parent][:_SEARCHED]
+def _other_folders(image_folder: Path, stated: PurePosixPath) -> list[Path]:
+    """Other folders that may contain an image: other patches of Objects365, the image folder, or its parent."""
+    folders = [image_folder, image_folder.parent, image_folder / stated.parent / "..", *image_folder.glob("*/")]
+    return [folder for folder in folders if folder != image_folder / stated.parent][:_MAX_SEARCHED]
 
 
 def _names(folder: Path) -> set[str]:

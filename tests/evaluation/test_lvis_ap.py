@@ -208,7 +208,7 @@ def annotation_3(**fields):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (lambda truth: truth.read_text()[:-40], "is cut off"),
+        (lambda truth: truth.read_text()[:-40], "is truncated"),
         (lambda truth: "[]", 'has no list "images"'),
         (lambda truth: broken(truth, lambda d: d["images"][1].pop("neg_category_ids")), "images[1] has no `neg_"),
         (lambda truth: broken(truth, lambda d: d["images"][1].update(neg_category_ids=[4])), "names category 4"),
@@ -343,7 +343,7 @@ def runs_of(mask):
 
 
 def test_a_missing_annotation_file_is_named(tmp_path):
-    with pytest.raises(AnnotationError, match=r"absent.json: there is no such file"):
+    with pytest.raises(AnnotationError, match=r"absent.json: does not exist"):
         lvis_ap(tmp_path / "absent.json", detections([]), "bbox")
 
 

@@ -1,4 +1,4 @@
-"""OpenImages: boxes from its CSV, sizes from the images' headers, and both remembered and refused as they should be."""
+"""OpenImages: boxes from its CSV, sizes from image headers and their cache, and refused files."""
 
 import json
 import os
@@ -24,7 +24,7 @@ def row(image, label=CAT, corners="0.1,0.5,0.25,0.75", group=0):
 
 
 class World:
-    """A data folder with the class file, two images of 200 x 100 and one of 64 x 32, and the boxes given."""
+    """A data folder with the class file, two images of 200 x 100 and one of 64 x 32."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -44,7 +44,7 @@ def world(tmp_path, home):
     return World(tmp_path)
 
 
-def test_normalised_corners_become_pixels_of_the_image_in_a_boxs_own_order(world):
+def test_normalised_corners_become_pixels_in_the_order_x1_y1_x2_y2(world):
     manifest = world.read(row(TWO), row(LAST, corners="0,1,0.5,1"), row(TWO, DOG, "0.5,1,0,1"))
     assert manifest.paths.tolist() == [f"{TWO}.jpg", f"{LAST}.jpg"]
     assert (manifest.heights.tolist(), manifest.widths.tolist()) == ([100, 32], [200, 64])
@@ -58,13 +58,13 @@ def test_categories_are_the_lines_of_the_class_file(world):
     assert manifest.category_index.tolist() == [1]
 
 
-def test_the_header_of_v7s_class_file_is_no_class(world):
+def test_the_header_of_v7s_class_file_is_not_a_class(world):
     (world.folder / "class-descriptions-boxable.csv").unlink()
     (world.folder / "oidv7-class-descriptions-boxable.csv").write_text(f"LabelName,DisplayName\n{CAT},Cat\n")
     assert [category.name for category in world.read(row(ONE)).categories] == ["Cat"]
 
 
-def test_image_ids_are_the_hex_digits_as_signed_numbers(world):
+def test_image_ids_are_the_hex_digits_as_signed_integers(world):
     assert world.read(row(ONE), row(LAST)).image_ids.tolist() == [1, -1]
     for _ in range(100):
         hex_id = f"{random.getrandbits(64):016x}"
@@ -72,13 +72,13 @@ def test_image_ids_are_the_hex_digits_as_signed_numbers(world):
         assert -(2**63) <= image_id_of(hex_id) < 2**63
 
 
-def test_group_boxes_are_dropped_unless_asked_for_and_unknown_flags_are_no_groups(world):
+def test_group_boxes_are_dropped_unless_kept_and_unknown_flags_are_not_groups(world):
     rows = [row(ONE, group=1), row(ONE, group=-1)]
     assert world.read(*rows).report == {"dropped_group": 1}
     assert len(world.read(*rows, keep_groups=True).boxes_xyxy) == 2
 
 
-def test_images_without_image_are_counted_and_left_out_with_their_boxes(world):
+def test_missing_and_unreadable_images_are_counted_and_left_out_with_their_boxes(world):
     (world.images / f"{ONE}.jpg").unlink()
     (world.images / f"{TWO}.jpg").write_bytes(b"no JPEG")
     manifest = world.read(row(ONE), row(ONE), row(TWO), row(LAST))
@@ -87,18 +87,18 @@ def test_images_without_image_are_counted_and_left_out_with_their_boxes(world):
     assert manifest.boxes_xyxy.tolist() == pytest.approx(np.array([[6.4, 8, 32, 24]]))
 
 
-def test_an_image_whose_only_box_is_a_group_stays(world):
+def test_an_image_with_only_a_group_box_is_kept(world):
     assert world.read(row(ONE, group=1), row(TWO)).region_count.tolist() == [0, 1]
 
 
-def test_boxes_cut_into_pieces_give_the_same_manifest(world, monkeypatch):
+def test_converting_in_chunks_gives_the_same_manifest(world, monkeypatch):
     rows = [row(random.choice((ONE, TWO, LAST)), corners=f"0.{at},0.9{at},0.1,0.5") for at in range(10, 60)]
     whole = world.read(*rows)
-    monkeypatch.setattr("regionspot.pipeline.datasets.openimages._PIECE", 7)
+    monkeypatch.setattr("regionspot.pipeline.datasets.openimages._CHUNK", 7)
     assert world.read(*rows).digest() == whole.digest()
 
 
-def test_click_columns_at_the_end_are_stepped_over(world):
+def test_additional_columns_are_ignored(world):
     clicks = ",XClick1X,XClick2X,XClick3X,XClick4X"
     assert len(world.read(row(ONE) + ",0.1,0.2,0.3,0.4", header=HEADER + clicks).boxes_xyxy) == 1
 
@@ -108,7 +108,7 @@ def test_the_source_names_both_files(world):
     assert set(world.read(row(ONE)).source["files"]) == names
 
 
-# Sizes, remembered
+# Cached sizes
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def headers_read(monkeypatch):
     return names
 
 
-def test_sizes_are_read_once_and_again_only_for_images_that_changed(world, headers_read):
+def test_sizes_are_read_once_and_again_only_for_changed_images(world, headers_read):
     names = [f"{ONE}.jpg", f"{TWO}.jpg"]
     image_sizes(world.images, names)
     assert sorted(headers_read) == names
@@ -130,11 +130,9 @@ def test_sizes_are_read_once_and_again_only_for_images_that_changed(world, heade
     assert headers_read == [f"{TWO}.jpg"]
 
 
-def test_sizes_are_remembered_elsewhere_when_the_image_folder_may_not_be_written(
-    world, headers_read, home, monkeypatch
-):
+def test_sizes_are_cached_elsewhere_if_the_image_folder_is_not_writable(world, headers_read, home, monkeypatch):
     monkeypatch.setattr(sizes_module, "SIZES_NAME", "no/such/folder")
-    (world.images / "no").touch()  # a file where a folder would have to be: nothing can be written under it
+    (world.images / "no").touch()  # a file instead of a folder: nothing can be written under it
     image_sizes(world.images, [f"{ONE}.jpg"])
     assert len(list((home / "sizes").iterdir())) == 1
     headers_read.clear()
@@ -142,7 +140,7 @@ def test_sizes_are_remembered_elsewhere_when_the_image_folder_may_not_be_written
     assert not headers_read
 
 
-def test_a_broken_memory_is_read_over(world, headers_read):
+def test_a_broken_size_cache_is_replaced(world, headers_read):
     (world.images / SIZES_NAME).write_bytes(b"PAR1 broken")
     assert image_sizes(world.images, [f"{ONE}.jpg"]).tolist() == [[100, 200]]
     headers_read.clear()
@@ -150,16 +148,16 @@ def test_a_broken_memory_is_read_over(world, headers_read):
     assert not headers_read
 
 
-def test_nothing_is_left_beside_the_remembered_sizes(world):
+def test_no_temporary_file_is_left_beside_the_size_cache(world):
     image_sizes(world.images, [f"{ONE}.jpg"])
     assert sorted(os.listdir(world.images)) == sorted([SIZES_NAME, *(f"{name}.jpg" for name in (ONE, TWO, LAST))])
 
 
-# What is refused
+# Refused files
 
 
 @pytest.mark.parametrize(
-    ("rows", "header", "told"),
+    ("rows", "header", "expected"),
     [
         ([row(ONE)], HEADER.replace("XMax", "XMaximum"), "XMax"),
         ([row(ONE, corners="0.1,left,0.2,0.3")], HEADER, '1 of 1 rows cannot be read, the first: XMax is "left"'),
@@ -167,16 +165,16 @@ def test_nothing_is_left_beside_the_remembered_sizes(world):
         ([], HEADER, "holds no boxes"),
         ([row(ONE, "/m/unknown")], HEADER, "LabelName is '/m/unknown', which class-descriptions-boxable.csv lacks"),
         ([row("cat")], HEADER, "ImageID is 'cat', expected 16 hexadecimal digits"),
-        ([row("0000000000000002")], HEADER, "holds none of its 1 images that can be read"),
+        ([row("0000000000000002")], HEADER, "contains none of its 1 images"),
         ([row(ONE).replace(",", ";")], HEADER.replace(",", ";"), "columns are separated by ';', expected commas"),
     ],
 )
-def test_a_broken_table_is_refused_with_one_line(world, rows, header, told):
+def test_a_broken_table_is_refused_in_one_line(world, rows, header, expected):
     with pytest.raises(AnnotationError) as caught:
         world.read(*rows, header=header)
     message = str(caught.value)
     assert message.startswith(str(world.folder / "oidv6-train-annotations-bbox.csv"))
-    assert told in message
+    assert expected in message
     assert "\n" not in message
 
 
@@ -184,7 +182,7 @@ GOOD = [row(ONE, corners=f"0.{at},0.9,0.1,0.5") for at in range(10, 30)]
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "expected"),
     [
         (HEADER, 'XMin is "XMin", expected a number'),
         (row(ONE)[:30], "a row has 3 fields, expected 13"),
@@ -193,13 +191,13 @@ GOOD = [row(ONE, corners=f"0.{at},0.9,0.1,0.5") for at in range(10, 30)]
         (row("cat"), "ImageID is 'cat'"),
     ],
 )
-def test_one_bad_row_is_left_out_counted_and_told(world, bad, told):
+def test_one_bad_row_is_skipped_counted_and_reported(world, bad, expected):
     good = world.read(*GOOD)
     manifest = world.read(*GOOD[:5], bad, *GOOD[5:])
     assert manifest.digest() == good.digest()
     assert manifest.report == {"skipped_rows": 1}
     assert "1 of 21 rows cannot be read" in manifest.remarks[0]
-    assert told in manifest.remarks[0]
+    assert expected in manifest.remarks[0]
 
 
 @pytest.mark.parametrize(
@@ -216,7 +214,7 @@ def test_one_bad_row_is_left_out_counted_and_told(world, bad, told):
         lambda text: "\n".join(",".join(f'"{field}"' for field in line.split(",")) for line in text.splitlines()),
     ],
 )
-def test_what_means_the_same_reads_the_same(world, changed):
+def test_equivalent_files_give_the_same_manifest(world, changed):
     good = world.read(row(ONE), row(TWO, corners=".1,1e-0,0,1"))
     path = world.folder / "oidv6-train-annotations-bbox.csv"
     path.write_text(changed(path.read_text()), newline="")
@@ -224,67 +222,67 @@ def test_what_means_the_same_reads_the_same(world, changed):
 
 
 @pytest.mark.parametrize("group", ["1", "1.0", "True", " 1"])
-def test_a_group_is_one_however_it_is_written(world, group):
+def test_every_spelling_of_a_group_flag_is_read(world, group):
     assert world.read(row(ONE), row(ONE, group=group)).report == {"dropped_group": 1}
 
 
-def test_a_table_without_the_column_of_groups_keeps_all_boxes_and_tells(world):
+def test_without_a_group_column_all_boxes_are_kept_with_a_remark(world):
     narrow = "ImageID,LabelName,XMin,XMax,YMin,YMax"
     manifest = world.read(f"{ONE},{CAT},0.1,0.5,0.25,0.75", header=narrow)
     assert len(manifest.boxes_xyxy) == 1
     assert "has no column IsGroupOf" in manifest.remarks[0]
 
 
-def test_boxes_in_pixels_are_told_and_so_are_corners_in_another_order_and_repeated_rows(world):
+def test_pixels_other_corner_orders_and_repeated_rows_are_reported(world):
     assert "look like x1, y1, x2, y2 in pixels" in world.read(row(ONE, corners="10,50,20,40")).remarks[0]
-    assert "their corners stand in another order" in world.read(row(ONE, corners="0.5,0.1,0.2,0.8")).remarks[0]
+    assert "their corners are in another order" in world.read(row(ONE, corners="0.5,0.1,0.2,0.8")).remarks[0]
     assert world.read(row(ONE), row(ONE), row(ONE, DOG)).report == {"repeated_boxes": 1}
 
 
 @pytest.mark.parametrize(
-    ("name", "there"), [("train_0/", "holds train_0/"), ("{}.JPG", "holds {}.JPG"), ("", "is empty")]
+    ("name", "expected"), [("train_0/", "contains train_0/"), ("{}.JPG", "contains {}.JPG"), ("", "is empty")]
 )
-def test_where_no_image_is_found_what_the_folder_holds_is_told(world, name, there):
+def test_if_no_image_is_found_the_error_lists_the_folder(world, name, expected):
     for image in world.images.iterdir():
         image.unlink()
     path = world.images / name.format(ONE)
     path.mkdir(exist_ok=True) if name.endswith("/") or not name else path.touch()
-    with pytest.raises(AnnotationError, match=there.format(ONE)):
+    with pytest.raises(AnnotationError, match=expected.format(ONE)):
         world.read(row(ONE))
 
 
 @pytest.mark.parametrize(
-    ("classes", "told"),
+    ("classes", "expected"),
     [
         (f"{CAT},Cat\n{DOG}\n", "class 2 has 1 fields, expected two"),
         (
             f"{CAT},Cat, tame\n",
-            "class 1 has 3 fields, expected two: machine id and name; a name with a comma stands in",
+            "class 1 has 3 fields, expected two: machine id and name; a name with a comma needs",
         ),
         (f"{CAT},\n", f"class 1 ({CAT}) has an empty name"),
-        (f"{CAT},Cat\n{DOG},Dog\n{CAT},Tom\n", f"machine id {CAT} is there twice, as class 1 and 3"),
+        (f"{CAT},Cat\n{DOG},Dog\n{CAT},Tom\n", f"machine id {CAT} is repeated, as class 1 and 3"),
     ],
 )
-def test_a_class_file_of_another_form_is_refused(world, classes, told):
+def test_a_broken_class_file_is_refused(world, classes, expected):
     path = world.folder / "class-descriptions-boxable.csv"
     path.write_text(classes)
     with pytest.raises(AnnotationError) as caught:
         world.read(row(ONE))
-    assert str(caught.value).startswith(f"{path}: {told}")
+    assert str(caught.value).startswith(f"{path}: {expected}")
 
 
-def test_a_byte_order_mark_in_the_class_file_is_stepped_over(world):
+def test_a_byte_order_mark_in_the_class_file_is_ignored(world):
     good, path = world.read(row(ONE)), world.folder / "class-descriptions-boxable.csv"
     path.write_text("\ufeff" + path.read_text())
     assert world.read(row(ONE)).digest() == good.digest()
 
 
-def test_an_absent_class_file_is_told(world):
+def test_a_missing_class_file_is_reported(world):
     (world.folder / "class-descriptions-boxable.csv").unlink()
     with pytest.raises(AnnotationError, match=r"openimages needs class-descriptions-boxable\.csv or"):
         world.read(row(ONE))
 
 
-def test_a_corner_that_is_not_finite_drops_its_box(world):
+def test_a_box_with_a_non_finite_corner_is_dropped(world):
     manifest = world.read(row(ONE), row(ONE, corners="nan,0.5,0.1,0.2"), row(ONE, corners="0,inf,0.1,0.2"))
     assert json.loads(json.dumps(manifest.report)) == {"dropped_not_finite": 2}
