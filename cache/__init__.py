@@ -17,6 +17,7 @@ from regionspot.cache.errors import (
     RegionSpotError,
     SchemaVersionError,
 )
+from regionspot.cache.format.encodings import decode
 from regionspot.cache.format.manifest import NO_CATEGORY, Category, Manifest, Ragged
 from regionspot.cache.format.part_record import PartRecord
 from regionspot.cache.format.schema import Failure, FeatureSet, ImageFeatures
@@ -44,4 +45,5 @@ __all__ = [
     "Ragged",
     "RegionSpotError",
     "SchemaVersionError",
+    "decode",
 ]
