@@ -1,4 +1,4 @@
-"""The feature cache: what goes in comes out, to anybody with a Zarr library too, and what is wrong is said."""
+"""FeatureCache: writing, reading, damage, resuming, errors of the disk; the files as plain Zarr."""
 
 import json
 import os
@@ -19,6 +19,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
+from makers import fill, make_features, make_manifest
 
 from regionspot.cache import (
     NO_CATEGORY,
@@ -29,12 +30,10 @@ from regionspot.cache import (
     FeatureSet,
     ImageFeatures,
     InputError,
-    Manifest,
     NotACacheError,
     NotExtractedError,
     ProvenanceMismatchError,
     Ragged,
-    SchemaVersionError,
 )
 from regionspot.cache.format.header import load_header
 from regionspot.cache.tools.resume import open_or_create
@@ -50,54 +49,37 @@ CATEGORIES = (
 )
 
 
-def manifest_of(counts, seed=0, **changes):
-    """Images with the given region counts and everything a manifest can hold."""
+COUNTS = [2, 0, 1, 5, 60, 7, 70, 0, 3, 1]
+
+
+def manifest_of(counts, seed=0, **columns):
+    """A manifest with distinct values in every column."""
     rng, images, regions = np.random.default_rng(seed), len(counts), sum(counts)
-    columns = {
-        "dataset": "lvis",
-        "split": "train",
-        "image_ids": rng.permutation(10 * images)[:images] - 5,
-        "paths": np.array([f"val2017/{row:04d} ü.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
-        "heights": rng.integers(1, 2000, images, dtype=np.int32),
-        "widths": rng.integers(1, 2000, images, dtype=np.int32),
-        "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        "boxes_xyxy": rng.random((regions, 4), dtype=np.float32) * 640,
-        "category_index": rng.integers(NO_CATEGORY, len(CATEGORIES), regions, dtype=np.int32),
-        "annotation_ids": rng.integers(0, 2**40, regions),
-        "categories": CATEGORIES,
-        "source": {"files": {"lvis_v1_train.json": "c0ffee"}},
-        "report": {"boxes under 1 pixel": 3},
-    }
-    return Manifest(**{**columns, **changes})
-
-
-def features_of(manifest, row, seed=0):
-    """What the backbones would say about an image."""
-    rng, regions = np.random.default_rng([seed, row]), int(manifest.region_count[row])
-    return ImageFeatures(
-        row, {"clip": rng.standard_normal((5, 8)).astype(np.float16), "sam": rng.standard_normal((regions, 6))}
+    return make_manifest(
+        counts,
+        image_ids=rng.permutation(10 * images)[:images] - 5,
+        paths=[f"val2017/{row:04d} ü.jpg" for row in range(images)],
+        heights=rng.integers(1, 2000, images, dtype=np.int32),
+        widths=rng.integers(1, 2000, images, dtype=np.int32),
+        category_index=rng.integers(NO_CATEGORY, len(CATEGORIES), regions, dtype=np.int32),
+        annotation_ids=rng.integers(0, 2**40, regions),
+        categories=CATEGORIES,
+        source={"files": {"lvis_v1_train.json": "c0ffee"}},
+        report={"boxes under 1 pixel": 3},
+        **columns,
     )
 
 
-def fill(cache, parts=None, failing=()):
-    for part in cache.pending_parts() if parts is None else parts:
-        cache.write_part(
-            part,
-            (
-                ImageFeatures(row, {}, "truncated JPEG") if row in failing else features_of(cache.manifest, row)
-                for row in cache.part_rows(part)
-            ),
-            worker="here",
-        )
-    return cache
+def features_of(manifest, row):
+    return make_features(manifest, [MAPS, TOKENS], row)
 
 
 def require_equal_to_source(cache, rows, batch):
-    for place, row in enumerate(rows):
+    for index, row in enumerate(rows):
         features, count = features_of(cache.manifest, row).features, cache.manifest.region_count[row]
-        np.testing.assert_array_equal(batch.feature_map[place], features["clip"])
-        np.testing.assert_array_equal(batch.tokens[place, :count], features["sam"].astype(np.float16))
-        assert not batch.tokens[place, count:].any()
+        np.testing.assert_array_equal(batch.feature_map[index], features["clip"].astype(np.float16))
+        np.testing.assert_array_equal(batch.tokens[index, :count], features["sam"].astype(np.float16))
+        assert not batch.tokens[index, count:].any()
 
 
 def files_under(folder: Path):
@@ -110,13 +92,13 @@ def snapshot(folder: Path):
 
 @pytest.fixture(scope="module")
 def manifest():
-    """Ten images, 4 a part; part 1 has more regions than one inner chunk of tokens, two images have none."""
-    return manifest_of([2, 0, 1, 5, 60, 7, 70, 0, 3, 1])
+    """Ten images, 4 per part; part 1 has more regions than one inner chunk of tokens, two images have none."""
+    return manifest_of(COUNTS)
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, manifest):
-    """Folder of one empty and one full cache, to be copied: making one takes ten times as long."""
+    """Folder with an empty and a full cache to copy, which is ten times as fast as creating one."""
     folder = tmp_path_factory.mktemp("made")
     FeatureCache.create(folder / "empty", manifest, [MAPS, TOKENS], part_size=4)
     shutil.copytree(folder / "empty", folder / "full")
@@ -137,19 +119,19 @@ def cache(made, tmp_path):
 # --- the manifest ---
 
 
-def test_the_manifest_comes_back_equal(tmp_path, manifest):
-    with_everything = replace(
+def test_a_stored_manifest_equals_the_original(tmp_path, manifest):
+    full = replace(
         manifest,
         scores=np.random.default_rng(1).random(len(manifest.boxes_xyxy), dtype=np.float32),
         negatives=Ragged(np.array([0, 2, 2, *[3] * 8]), np.array([0, 2, 1], np.int32)),
         not_exhaustive=Ragged(np.zeros(11, np.int64), np.zeros(0, np.int32)),
     )
-    for name, given in {"plain": manifest, "full": with_everything}.items():
-        FeatureCache.create(tmp_path / name, given, [MAPS], part_size=3)
-        came_back = FeatureCache.open(tmp_path / name).manifest
-        assert came_back.digest() == given.digest()
-        for field, value in vars(given).items():
-            stored = getattr(came_back, field)
+    for name, original in {"plain": manifest, "full": full}.items():
+        FeatureCache.create(tmp_path / name, original, [MAPS], part_size=3)
+        loaded = FeatureCache.open(tmp_path / name).manifest
+        assert loaded.digest() == original.digest()
+        for field, value in vars(original).items():
+            stored = getattr(loaded, field)
             if isinstance(value, np.ndarray):
                 np.testing.assert_array_equal(stored, value, strict=True)
             elif isinstance(value, Ragged):
@@ -159,7 +141,7 @@ def test_the_manifest_comes_back_equal(tmp_path, manifest):
                 assert stored == value
 
 
-def test_feature_sets_and_their_provenance_come_back_equal(cache):
+def test_stored_feature_sets_equal_the_originals(cache):
     assert FeatureCache.open(cache.path).feature_sets == {"clip": MAPS, "sam": TOKENS}
 
 
@@ -181,7 +163,7 @@ def test_a_split_without_images_is_refused(tmp_path):
 # --- reading ---
 
 
-def test_what_is_written_is_read_in_any_order_and_as_often_as_asked(cache):
+def test_rows_are_read_in_any_order_and_repeatedly(cache):
     rows = [9, 0, 4, 4, 6, 1, 3, 0, 2, 5, 7, 8]
     batch = FeatureCache.open(cache.path).read(rows)
     require_equal_to_source(cache, rows, batch)
@@ -189,7 +171,7 @@ def test_what_is_written_is_read_in_any_order_and_as_often_as_asked(cache):
     np.testing.assert_array_equal(batch.image_ids, cache.manifest.image_ids[rows])
 
 
-def test_a_batch_says_which_of_its_regions_are_padding(cache, manifest):
+def test_a_batch_masks_its_padding(cache, manifest):
     batch = cache.read([1, 3])
     assert batch.region_mask.tolist() == [[False] * 5, [True] * 5]
     regions = manifest.regions(3)
@@ -202,7 +184,7 @@ def test_a_batch_says_which_of_its_regions_are_padding(cache, manifest):
     assert (batch.scores == 1).all()
 
 
-def test_a_detectors_scores_are_read_with_their_boxes(tmp_path, manifest):
+def test_scores_are_read_with_their_boxes(tmp_path, manifest):
     scores = np.random.default_rng(1).random(len(manifest.boxes_xyxy), dtype=np.float32)
     cache = fill(FeatureCache.create(tmp_path / "c.zarr", replace(manifest, scores=scores), [MAPS, TOKENS], 4))
     batch = cache.read([3, 0])
@@ -210,23 +192,23 @@ def test_a_detectors_scores_are_read_with_their_boxes(tmp_path, manifest):
     np.testing.assert_array_equal(batch.scores[1, 2:], [1, 1, 1])
 
 
-def test_a_batch_given_again_is_filled_again_in_the_same_memory(cache):
+def test_a_reused_batch_keeps_its_memory(cache):
     batch = cache.read([6, 4, 5])
-    first = batch.feature_map, batch.tokens
+    feature_map, tokens = batch.feature_map, batch.tokens
     for rows in ([5, 0], [6, 6, 6], [1]):
         assert cache.read(rows, out=batch) is batch
         require_equal_to_source(cache, rows, batch)
-        assert np.shares_memory(batch.feature_map, first[0])
-        assert np.shares_memory(batch.tokens, first[1])
+        assert np.shares_memory(batch.feature_map, feature_map)
+        assert np.shares_memory(batch.tokens, tokens)
 
 
-def test_a_batch_given_again_grows_when_it_has_to(cache):
+def test_a_reused_batch_grows_if_needed(cache):
     batch = cache.read([0])
     cache.read([6, 4, 5], out=batch)
     require_equal_to_source(cache, [6, 4, 5], batch)
 
 
-def test_reading_nothing_gives_an_empty_batch(cache):
+def test_reading_no_rows_gives_an_empty_batch(cache):
     assert cache.read([]).feature_map.shape == (0, 5, 8)
 
 
@@ -236,7 +218,7 @@ def test_rows_that_do_not_exist_are_refused(cache, rows):
         cache.read(rows)
 
 
-def test_with_several_sets_of_a_kind_one_has_to_be_named(tmp_path, manifest):
+def test_one_of_several_sets_of_a_kind_must_be_named(tmp_path, manifest):
     other = replace(MAPS, name="clip_336", shape=(3, 2), dtype="float32")
     cache = FeatureCache.create(tmp_path / "c.zarr", manifest, [MAPS, other], part_size=10)
     values = np.random.default_rng(0).standard_normal((10, 3, 2)).astype(np.float32)
@@ -250,14 +232,14 @@ def test_with_several_sets_of_a_kind_one_has_to_be_named(tmp_path, manifest):
     assert batch.tokens.shape == (2, 1 if not cache.manifest.region_count[[7, 1]].any() else 0, 0)
 
 
-def test_a_row_of_a_part_not_written_says_so(empty):
+def test_a_row_of_a_pending_part_is_refused(empty):
     fill(empty, [1])
     with pytest.raises(NotExtractedError, match=r"\(row 9, .*\) is in part 2 of clip, which is not written yet"):
         empty.read([4, 9])
     assert empty.valid_rows().tolist() == [4, 5, 6, 7]
 
 
-def test_a_part_written_by_somebody_else_meanwhile_is_read(empty):
+def test_a_part_written_after_opening_is_read(empty):
     reader = FeatureCache.open(empty.path)
     with pytest.raises(NotExtractedError):
         reader.read([0])
@@ -265,8 +247,8 @@ def test_a_part_written_by_somebody_else_meanwhile_is_read(empty):
     require_equal_to_source(empty, [0], reader.read([0]))
 
 
-def test_threads_read_the_same_as_one(cache, monkeypatch):
-    # Each thread closes the file of another one.
+def test_several_threads_can_read_one_cache(cache, monkeypatch):
+    # With one open file allowed, each thread closes the file of another one.
     monkeypatch.setattr("regionspot.cache.storage.shard_files.max_open_files", lambda: 1)
     reader, orders = (
         FeatureCache.open(cache.path, check="always", access="pread"),
@@ -278,7 +260,7 @@ def test_threads_read_the_same_as_one(cache, monkeypatch):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_worker_processes_read_the_same(cache, method):
+def test_worker_processes_can_read_an_open_cache(cache, method):
     cache.read([0, 4])  # so that a fork inherits open files
     with get_context(method).Pool(1) as pool:
         batches = [pool.apply(cache.read, ([9, 4],)) for _ in range(2)]
@@ -286,7 +268,7 @@ def test_worker_processes_read_the_same(cache, method):
         require_equal_to_source(cache, [9, 4], batch)
 
 
-def test_a_pickled_cache_is_the_folder_opened_again(cache):
+def test_a_pickled_cache_is_reopened(cache):
     reader = pickle.loads(pickle.dumps(FeatureCache.open(cache.path, check="never")))
     assert (reader.path, reader.mode, reader.check) == (cache.path, "r", "never")
     assert len(pickle.dumps(cache)) < 1000
@@ -294,18 +276,17 @@ def test_a_pickled_cache_is_the_folder_opened_again(cache):
 
 def test_open_files_are_bounded_whatever_the_number_of_parts(tmp_path, monkeypatch):
     monkeypatch.setattr("regionspot.cache.storage.shard_files.max_open_files", lambda: 4)
-    made = fill(FeatureCache.create(tmp_path / "c.zarr", manifest_of([1] * 30), [MAPS, TOKENS], part_size=1))
-    cache = FeatureCache.open(made.path, access="pread")
+    path = fill(FeatureCache.create(tmp_path / "c.zarr", manifest_of([1] * 30), [MAPS, TOKENS], part_size=1)).path
+    cache = FeatureCache.open(path, access="pread")
     before = len(os.listdir("/proc/self/fd"))
     cache.read(np.arange(30))
     assert len(os.listdir("/proc/self/fd")) - before == 2 * 4
 
 
-# --- anybody else's reading ---
+# --- as plain Zarr ---
 
 
-def test_plain_zarr_reads_the_features_without_our_code(cache, manifest):
-    """The lines of docs/cache.md."""
+def test_the_example_of_the_docs_reads_features_with_plain_zarr(cache, manifest):
     root = zarr.open(cache.path, mode="r")
     maps, tokens = root["features/clip/feature_map"], root["features/sam/token"]
     counts, part_size = root["images/region_count"][:], root.attrs["regionspot"]["part_size"]
@@ -320,16 +301,16 @@ def test_plain_zarr_reads_the_features_without_our_code(cache, manifest):
     box, category = root["regions/box"][part, regions], root["regions/category"][part, regions]
 
     features = features_of(manifest, row).features
-    np.testing.assert_array_equal(feature_map, features["clip"])
+    np.testing.assert_array_equal(feature_map, features["clip"].astype(np.float16))
     np.testing.assert_array_equal(token, features["sam"].astype(np.float16))
     np.testing.assert_array_equal(box, manifest.boxes_xyxy[manifest.regions(row)])
     np.testing.assert_array_equal(category, manifest.category_index[manifest.regions(row)])
     assert root["images/path"][row] == manifest.paths[row]
     assert root["images/id"][row] == manifest.image_ids[row]
-    assert names == [each.name for each in CATEGORIES]
+    assert names == [category.name for category in CATEGORIES]
 
 
-def test_region_arrays_are_padded_with_nothing(cache):
+def test_region_arrays_are_padded_with_fill_values(cache):
     root = zarr.open(cache.path, mode="r")
     assert root["features/sam/token"].shape == (3, 192, 6)
     assert (root["regions/category"][0, 8:] == -1).all()
@@ -337,10 +318,10 @@ def test_region_arrays_are_padded_with_nothing(cache):
     assert not root["features/sam/token"][1, 137:].any()  # the last of three chunks, filled twice before
 
 
-def test_checksums_beside_the_data_are_those_of_its_chunks(cache):
+def test_stored_checksums_match_the_chunks(cache):
     root = zarr.open(cache.path, mode="r")
     maps, tokens = root["features/clip/feature_map"][:], root["features/sam/token"][:]
-    assert root["features/clip/crc32c"][:].tolist() == [google_crc32c.value(each) for each in maps]
+    assert root["features/clip/crc32c"][:].tolist() == [google_crc32c.value(feature_map) for feature_map in maps]
     assert root["features/sam/crc32c"][1].tolist() == [
         google_crc32c.value(np.ascontiguousarray(tokens[1, first : first + 64])) for first in (0, 64, 128)
     ]
@@ -350,8 +331,8 @@ def test_checksums_beside_the_data_are_those_of_its_chunks(cache):
 # --- images that could not be read ---
 
 
-def test_an_image_that_could_not_be_read_is_recorded_and_never_handed_out(empty):
-    fill(empty, failing=[4, 7])
+def test_a_failed_image_is_recorded_and_cannot_be_read(empty):
+    fill(empty, failures={4: "truncated JPEG", 7: "truncated JPEG"})
     reader = FeatureCache.open(empty.path)
     assert [(failure.row, failure.reason) for failure in reader.failures()] == [
         (4, "truncated JPEG"),
@@ -365,7 +346,7 @@ def test_an_image_that_could_not_be_read_is_recorded_and_never_handed_out(empty)
     assert not zarr.open(empty.path, mode="r")["features/sam/token"][1, :60].any()
 
 
-def test_an_image_that_failed_for_one_set_only_is_valid_for_the_other(empty):
+def test_an_image_that_failed_in_one_set_is_valid_in_the_other(empty):
     for name, failing in (("clip", 2), ("sam", 3)):
         images = [features_of(empty.manifest, row) for row in range(4)]
         images[failing] = ImageFeatures(failing, {}, "gone")
@@ -378,7 +359,7 @@ def test_an_image_that_failed_for_one_set_only_is_valid_for_the_other(empty):
 # --- writing ---
 
 
-def test_parts_are_pending_until_every_set_asked_for_is_written(empty):
+def test_a_part_is_pending_until_all_requested_sets_are_written(empty):
     fill(empty, [1])
     images = [features_of(empty.manifest, row) for row in empty.part_rows(2)]
     empty.write_part(2, images, ["sam"])
@@ -390,7 +371,7 @@ def test_parts_are_pending_until_every_set_asked_for_is_written(empty):
     require_equal_to_source(empty, [8, 9], empty.read([8, 9]))
 
 
-def test_a_part_record_says_what_was_written(empty):
+def test_a_part_record_describes_the_part(empty):
     record = empty.write_part(1, (features_of(empty.manifest, row) for row in range(4, 8)), worker="gpu:1")
     assert (record.part, record.first_row, record.images, record.regions) == (1, 4, 4, 137)
     assert record.files == {name: (empty.path / name).stat().st_size for name in record.files}
@@ -419,7 +400,7 @@ BAD_FEATURES = {
 
 
 @pytest.mark.parametrize("case", BAD_FEATURES)
-def test_features_that_do_not_fit_are_refused_and_leave_nothing(empty, case):
+def test_wrong_features_are_refused_and_leave_no_files(empty, case):
     wrong, message = BAD_FEATURES[case]
     images = [features_of(empty.manifest, row) for row in empty.part_rows(1)]
     images[1].features.update(wrong)
@@ -427,7 +408,7 @@ def test_features_that_do_not_fit_are_refused_and_leave_nothing(empty, case):
 
 
 @pytest.mark.parametrize(
-    ("choose", "message"),
+    ("wrong_images", "message"),
     [
         (lambda images: images[:3], "has 4 images, got only 3"),
         (lambda images: [*images, images[0]], "rows 4 to 7 in order; got row 4 after 4 images"),
@@ -435,12 +416,12 @@ def test_features_that_do_not_fit_are_refused_and_leave_nothing(empty, case):
         (lambda images: [ImageFeatures(4, {"sam": np.zeros((60, 6))})], "row 4: no features of clip, only of"),
     ],
 )
-def test_images_that_are_not_the_parts_are_refused_and_leave_nothing(empty, choose, message):
+def test_images_of_another_part_are_refused_and_leave_no_files(empty, wrong_images, message):
     images = [features_of(empty.manifest, row) for row in empty.part_rows(1)]
-    require_refused(empty, choose(images), InputError, message)
+    require_refused(empty, wrong_images(images), InputError, message)
 
 
-def test_an_error_of_the_backbones_leaves_the_part_unwritten(empty):
+def test_an_error_of_the_iterator_leaves_the_part_unwritten(empty):
     def images():
         yield features_of(empty.manifest, 4)
         raise OSError("the image folder went away")
@@ -455,23 +436,23 @@ def require_refused(cache, images, error, message):
     assert snapshot(cache.path) == before
 
 
-def test_the_largest_float16_is_kept(empty):
+def test_the_largest_float16_is_stored(empty):
     images = [features_of(empty.manifest, row) for row in range(4)]
     images[0].features["clip"] = np.full((5, 8), -65504.0)
     empty.write_part(0, images)
     assert (empty.read([0]).feature_map == -65504).all()
 
 
-def test_memory_does_not_grow_with_the_part(tmp_path):
+def test_memory_does_not_grow_with_the_part_size(tmp_path):
     maps = FeatureSet("clip", "map", (64, 256))
 
     def peak(images):
         cache = FeatureCache.create(tmp_path / f"{images}.zarr", manifest_of([1] * images), [maps], images)
         tracemalloc.start()
         cache.write_part(0, (ImageFeatures(row, {"clip": np.ones((64, 256))}) for row in range(images)))
-        at_most = tracemalloc.get_traced_memory()[1]
+        bytes_used = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-        return at_most
+        return bytes_used
 
     assert peak(64) < peak(8) + 64_000  # a record is 32 KB
 
@@ -498,12 +479,12 @@ def flip(path, rng):
 
 
 def reopened(cache: FeatureCache) -> FeatureCache:
-    """The cache without any open file or verified checksum; reading the manifest anew would take a second."""
+    """The same cache without open files and verified checksums, and without reading the manifest again."""
     header = load_header(cache.storage)
     return FeatureCache(cache.storage, header, cache.manifest, cache.mode, cache.check, cache.access)
 
 
-def test_every_flipped_bit_in_the_files_of_a_part_is_found(cache):
+def test_every_flipped_bit_in_a_parts_files_is_detected(cache):
     rng, everything = random.Random(0), np.arange(10)
     names = [
         name for name in files_under(cache.path) if name.startswith(("features/", "parts/")) and "zarr.json" not in name
@@ -511,24 +492,24 @@ def test_every_flipped_bit_in_the_files_of_a_part_is_found(cache):
     reader = FeatureCache.open(cache.path)
     for _ in range(300):
         path = cache.path / rng.choice(names)
-        sound = path.read_bytes()
+        original = path.read_bytes()
         flip(path, rng)
         reader = reopened(reader)
         with pytest.raises(CorruptPartError, match=r"`regionspot cache repair` drops part \d, then the same"):
             reader.read(everything)
-        path.write_bytes(sound)
+        path.write_bytes(original)
     reader = reopened(reader)
     require_equal_to_source(cache, everything, reader.read(everything))
 
 
-def test_every_truncated_file_of_a_part_is_found(cache):
+def test_every_truncated_file_of_a_part_is_detected(cache):
     rng = random.Random(0)
     reader = FeatureCache.open(cache.path)
     for name, path in files_under(cache.path).items():
         if name.startswith(("features/", "parts/")) and "zarr.json" not in name:
-            sound = path.read_bytes()
-            for length in (0, rng.randrange(1, len(sound) - 1), len(sound) - 2):  # the last of a record is a newline
-                path.write_bytes(sound[:length])
+            original = path.read_bytes()
+            for length in (0, rng.randrange(1, len(original) - 1), len(original) - 2):  # a record ends with a newline
+                path.write_bytes(original[:length])
                 reader = reopened(reader)
                 with pytest.raises(CorruptPartError):
                     reader.read(np.arange(10))
@@ -536,10 +517,10 @@ def test_every_truncated_file_of_a_part_is_found(cache):
             reader = reopened(reader)
             with pytest.raises(NotExtractedError if name.startswith("parts/") else CorruptPartError):
                 reader.read(np.arange(10))
-            path.write_bytes(sound)
+            path.write_bytes(original)
 
 
-def test_a_corrupt_record_is_named_by_file_and_image_and_the_mend_works(cache):
+def test_a_corrupt_record_is_reported_with_file_and_image_and_can_be_extracted_again(cache):
     path = cache.path / "features/clip/feature_map/c.1.0.0"
     data = bytearray(path.read_bytes())
     data[2 * MAPS.record_bytes] ^= 1
@@ -554,7 +535,7 @@ def test_a_corrupt_record_is_named_by_file_and_image_and_the_mend_works(cache):
     require_equal_to_source(cache, [6], FeatureCache.open(cache.path).read([6]))
 
 
-def test_checks_are_made_when_they_were_asked_for(cache):
+def test_checksums_are_verified_first_always_or_never(cache):
     readers = {check: FeatureCache.open(cache.path, check=check) for check in ("first", "always", "never")}
     for reader in readers.values():
         reader.read([0])
@@ -567,85 +548,55 @@ def test_checks_are_made_when_they_were_asked_for(cache):
         readers["always"].read([0])
 
 
-def test_a_part_put_in_anothers_place_is_found(cache):
+def test_a_record_of_another_part_is_detected(cache):
     (cache.path / "parts/clip/00000.json").write_bytes((cache.path / "parts/clip/00001.json").read_bytes())
     with pytest.raises(CorruptPartError, match="part: found 1, expected 0"):
         FeatureCache.open(cache.path).read([0])
 
 
-def test_a_flipped_bit_in_the_manifest_is_found_on_opening(cache):
+def test_a_flipped_bit_in_the_manifest_is_detected_on_opening(cache):
     rng = random.Random(0)
     names = [
         name for name in files_under(cache.path) if name.startswith(("images/", "regions/")) and "zarr.json" not in name
     ]
     for name in names:
-        sound = (cache.path / name).read_bytes()
+        original = (cache.path / name).read_bytes()
         flip(cache.path / name, rng)
         with pytest.raises(NotACacheError, match="is not what was written when the cache was created"):
             FeatureCache.open(cache.path)
         (cache.path / name).unlink()
         with pytest.raises(NotACacheError, match="is missing"):
             FeatureCache.open(cache.path)
-        (cache.path / name).write_bytes(sound)
+        (cache.path / name).write_bytes(original)
 
 
-def test_a_flipped_bit_in_the_metadata_is_found_or_harmless(cache):
-    rng, path, found = random.Random(0), cache.path / "zarr.json", 0
-    sound = path.read_bytes()
+def test_a_flipped_bit_in_the_metadata_is_detected_or_harmless(cache):
+    rng, path, detected = random.Random(0), cache.path / "zarr.json", 0
+    original = path.read_bytes()
     for _ in range(60):
         flip(path, rng)
         try:
             opened = FeatureCache.open(cache.path)
         except CacheError:
-            found += 1
-        else:  # only a blank of the JSON text or a word that nobody reads was hit
+            detected += 1
+        else:  # white space or an unused field
             assert opened.feature_sets == cache.feature_sets
             assert opened.manifest.digest() == cache.manifest.digest()
-        path.write_bytes(sound)
-    assert found > 40
+        path.write_bytes(original)
+    assert detected > 40
 
 
-# --- folders that are something else ---
+# --- creating and opening ---
 
 
-def test_what_is_no_cache_is_refused_in_one_line(tmp_path, cache):
-    (tmp_path / "file").write_text("hello")
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "broken").mkdir()
-    (tmp_path / "broken/zarr.json").write_text("{")
-    zarr.create_group(tmp_path / "foreign", zarr_format=3, attributes={"hello": 1})
-    (cache.path / "features/clip/feature_map/zarr.json").unlink()
-    cases = {
-        "nowhere": "no such cache; `regionspot extract` creates one",
-        "file": "is a file, not a feature cache",
-        "folder": "holds no zarr.json",
-        "broken": "is not a Zarr v3 group's metadata",
-        "foreign": "is a Zarr group, but not a feature cache",
-        "c.zarr": "features/clip/feature_map/zarr.json is missing",
-    }
-    for name, message in cases.items():
-        with pytest.raises(NotACacheError, match=message) as caught:
-            FeatureCache.open(tmp_path / name)
-        assert "\n" not in str(caught.value)
-        assert str(tmp_path / name) in str(caught.value)
-
-
-def test_another_schema_version_is_refused(cache):
-    document = json.loads((cache.path / "zarr.json").read_bytes())
-    document["attributes"]["regionspot_schema"] = 7
-    (cache.path / "zarr.json").write_text(json.dumps(document))
-    with pytest.raises(SchemaVersionError, match="has schema version 7, this regionspot reads version 1"):
-        FeatureCache.open(cache.path)
-
-
-def test_a_users_own_attributes_are_left_alone(cache):
+def test_attributes_of_the_user_are_kept(cache):
     zarr.open(cache.path, mode="a").attrs["note"] = "mine"
-    reopened = open_or_create(cache.path, cache.manifest, [replace(MAPS, name="other")])
-    assert zarr.open(reopened.path, mode="r").attrs["note"] == "mine"
-    require_equal_to_source(cache, [4], reopened.read([4], map_set="clip"))
+    extended = open_or_create(cache.path, cache.manifest, [replace(MAPS, name="other")])
+    assert zarr.open(extended.path, mode="r").attrs["note"] == "mine"
+    require_equal_to_source(cache, [4], extended.read([4], map_set="clip"))
 
 
-def test_an_existing_path_is_never_made_into_a_cache(tmp_path, manifest):
+def test_a_cache_is_not_created_over_an_existing_path(tmp_path, manifest):
     (tmp_path / "folder").mkdir()
     for path in (tmp_path / "folder", tmp_path / "folder/file"):
         with pytest.raises(CacheError, match="exists already"):
@@ -654,7 +605,7 @@ def test_an_existing_path_is_never_made_into_a_cache(tmp_path, manifest):
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_wrong_options_are_refused(tmp_path, cache, manifest):
+def test_invalid_options_are_refused(tmp_path, cache, manifest):
     with pytest.raises(InputError, match=r"expected r\|a"):
         FeatureCache.open(cache.path, mode="w")
     with pytest.raises(InputError, match="there is no feature set 'dino'; it has clip, sam"):
@@ -671,23 +622,23 @@ def test_wrong_options_are_refused(tmp_path, cache, manifest):
         FeatureSet("x", "map", (1, 1), provenance={"model": object()})
 
 
-# --- going on with a cache ---
+# --- resuming ---
 
 
 def test_the_same_run_again_opens_the_cache_and_changes_nothing(cache, manifest):
     before = snapshot(cache.path)
-    reopened = open_or_create(cache.path, manifest, [TOKENS, MAPS], part_size=9)
-    assert reopened.pending_parts() == []
-    assert reopened.part_size == 4
+    resumed = open_or_create(cache.path, manifest, [TOKENS, MAPS], part_size=9)
+    assert resumed.pending_parts() == []
+    assert resumed.part_size == 4
     assert snapshot(cache.path) == before
 
 
-def test_open_or_create_makes_a_cache_that_is_not_there(tmp_path, manifest):
+def test_open_or_create_creates_a_missing_cache(tmp_path, manifest):
     cache = open_or_create(tmp_path / "deep/er/c.zarr", manifest, [MAPS, TOKENS], part_size=4)
     assert fill(cache).pending_parts() == []
 
 
-def test_another_set_is_added_and_touches_nothing_else(cache, manifest):
+def test_adding_a_feature_set_changes_only_the_header(cache, manifest):
     before = snapshot(cache.path)
     dino = FeatureSet("dino", "map", (2, 3))
     grown = open_or_create(cache.path, manifest, [MAPS, dino])
@@ -710,7 +661,7 @@ MISMATCHES = {
         replace(MAPS, provenance={**MAPS.provenance, "weights_sha256": "cd"}),
         "clip .*weights_sha256 is 'ab', requested 'cd'",
     ),
-    "a field more": (
+    "an additional field": (
         replace(MAPS, provenance={**MAPS.provenance, "exif": "auto"}),
         "provenance.exif is None, requested 'auto'",
     ),
@@ -720,16 +671,16 @@ MISMATCHES = {
 
 
 @pytest.mark.parametrize("case", MISMATCHES)
-def test_features_of_another_backbone_are_refused_by_what_differs(cache, manifest, case):
-    asked, message = MISMATCHES[case]
+def test_features_of_another_backbone_are_refused_with_the_difference(cache, manifest, case):
+    requested, message = MISMATCHES[case]
     with pytest.raises(ProvenanceMismatchError, match=message):
-        open_or_create(cache.path, manifest, [asked, FeatureSet("new", "map", (1, 1))])
+        open_or_create(cache.path, manifest, [requested, FeatureSet("new", "map", (1, 1))])
     assert list(FeatureCache.open(cache.path).feature_sets) == ["clip", "sam"]
 
 
-def test_other_software_versions_are_told_and_accepted(cache, manifest, caplog):
-    asked = replace(MAPS, provenance={**MAPS.provenance, "versions": {"a": "2"}})
-    open_or_create(cache.path, manifest, [asked])
+def test_other_software_versions_only_give_a_warning(cache, manifest, caplog):
+    requested = replace(MAPS, provenance={**MAPS.provenance, "versions": {"a": "2"}})
+    open_or_create(cache.path, manifest, [requested])
     assert "provenance.versions.a is '1', requested '2'" in caplog.text
 
 
@@ -737,30 +688,30 @@ def test_other_software_versions_are_told_and_accepted(cache, manifest, caplog):
     ("other", "message"),
     [
         (manifest_of([2, 0, 1]), "images 10, not 3, regions 149, not 3"),
-        (manifest_of([2, 0, 1, 5, 60, 7, 70, 0, 3, 1], seed=1), "other boxes, sizes, paths, ids or class names"),
-        (manifest_of([2, 0, 1, 5, 60, 7, 70, 0, 3, 2], split="val"), "split 'train', not 'val', regions 149, not 150"),
+        (manifest_of(COUNTS, seed=1), "other boxes, sizes, paths, ids or class names"),
+        (manifest_of([*COUNTS[:-1], 2], split="val"), "split 'train', not 'val', regions 149, not 150"),
     ],
 )
-def test_other_annotations_are_refused_by_what_differs(cache, other, message):
+def test_other_annotations_are_refused_with_the_difference(cache, other, message):
     with pytest.raises(ProvenanceMismatchError, match=message):
         open_or_create(cache.path, other, [MAPS])
 
 
-# --- a disk that says no ---
+# --- errors of the disk ---
 
 
 def in_child(tmp_path, function):
-    """What `function` raises in a forked process that may change its user and its limits."""
+    """The error of `function` in a forked process, which may change its user and its limits; "" if none."""
     reader, writer = os.pipe()
     pid = os.fork()
     if not pid:
         try:
-            os.chdir(tmp_path)  # as another user the folders above could not be walked through
+            os.chdir(tmp_path)  # another user may not be allowed to enter the parent folders
             function()
-            said = "nothing"
+            message = ""
         except BaseException as error:
-            said = f"{type(error).__name__}: {error}"
-        os.write(writer, said.encode())
+            message = f"{type(error).__name__}: {error}"
+        os.write(writer, message.encode())
         os._exit(0)
     os.close(writer)
     os.waitpid(pid, 0)
@@ -773,7 +724,7 @@ def as_nobody():
         os.setuid(65534)
 
 
-def test_a_folder_that_may_not_be_written_is_said_in_one_line(tmp_path, cache, manifest):
+def test_a_folder_without_write_permission_is_refused(tmp_path, cache, manifest):
     for folder in (tmp_path, cache.path):
         folder.chmod(0o555)
 
@@ -785,17 +736,17 @@ def test_a_folder_that_may_not_be_written_is_said_in_one_line(tmp_path, cache, m
         as_nobody()
         FeatureCache.open("c.zarr", "a")
 
-    said = in_child(tmp_path, create), in_child(tmp_path, extend)
+    errors = in_child(tmp_path, create), in_child(tmp_path, extend)
     for folder in (tmp_path, cache.path):
         folder.chmod(0o755)
-    assert said[0] == (
+    assert errors[0] == (
         "CacheError: new.zarr: cannot be created: Permission denied; give a writable folder with free space"
     )
-    assert said[1] == "CacheError: c.zarr: no permission to write; change it, or open the cache for reading"
+    assert errors[1] == "CacheError: c.zarr: no permission to write; change it, or open the cache for reading"
     assert [path.name for path in tmp_path.iterdir()] == ["c.zarr"]
 
 
-def test_a_read_only_cache_is_read(tmp_path, cache):
+def test_a_read_only_cache_can_be_read(tmp_path, cache):
     folders = [tmp_path, cache.path, *(path for path in cache.path.rglob("*") if path.is_dir())]
     for folder in folders:
         folder.chmod(0o555)
@@ -804,13 +755,13 @@ def test_a_read_only_cache_is_read(tmp_path, cache):
         as_nobody()
         require_equal_to_source(cache, [4, 9], FeatureCache.open("c.zarr").read([4, 9]))
 
-    said = in_child(tmp_path, read)
+    error = in_child(tmp_path, read)
     for folder in folders:
         folder.chmod(0o755)
-    assert said == "nothing"
+    assert error == ""
 
 
-def test_a_cache_that_may_not_be_looked_at_is_said_in_one_line(tmp_path, cache):
+def test_a_cache_without_read_permission_is_refused(tmp_path, cache):
     tmp_path.chmod(0o700)
 
     def read():
@@ -819,13 +770,13 @@ def test_a_cache_that_may_not_be_looked_at_is_said_in_one_line(tmp_path, cache):
         as_nobody()
         FeatureCache.open("c.zarr")
 
-    said = in_child(tmp_path, read)
+    error = in_child(tmp_path, read)
     tmp_path.chmod(0o700)
-    assert said == "NotACacheError: c.zarr/zarr.json: cannot be read: Permission denied; fix its permissions"
+    assert error == "NotACacheError: c.zarr/zarr.json: cannot be read: Permission denied; fix its permissions"
 
 
-@pytest.mark.parametrize("limit", [0, 100, 400, 700])
-def test_a_full_disk_costs_only_the_part_being_written(tmp_path, empty, limit):
+@pytest.mark.parametrize("limit", [0, 400])
+def test_a_full_disk_loses_only_the_part_being_written(tmp_path, empty, limit):
     fill(empty, [0])
     before = snapshot(empty.path)
 
@@ -833,8 +784,10 @@ def test_a_full_disk_costs_only_the_part_being_written(tmp_path, empty, limit):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
         fill(empty, [1])
 
-    said = in_child(tmp_path, write)
-    assert said.startswith(f"CacheError: {empty.path}: part 1 could not be written: File too large; the finished parts")
+    error = in_child(tmp_path, write)
+    assert error.startswith(
+        f"CacheError: {empty.path}: part 1 could not be written: File too large; the finished parts"
+    )
     assert {name: value for name, value in snapshot(empty.path).items() if "part" in name} == {
         name: value for name, value in before.items() if "part" in name
     }
@@ -843,7 +796,7 @@ def test_a_full_disk_costs_only_the_part_being_written(tmp_path, empty, limit):
     require_equal_to_source(empty, range(10), empty.read(range(10)))
 
 
-def test_a_disk_too_full_for_a_new_cache_leaves_nothing(tmp_path, manifest):
+def test_a_cache_that_does_not_fit_on_the_disk_leaves_no_files(tmp_path, manifest):
     def create():
         resource.setrlimit(resource.RLIMIT_FSIZE, (700, resource.RLIM_INFINITY))
         FeatureCache.create(tmp_path / "c.zarr", manifest, [MAPS])
@@ -852,7 +805,7 @@ def test_a_disk_too_full_for_a_new_cache_leaves_nothing(tmp_path, manifest):
     assert not list(tmp_path.iterdir())
 
 
-# --- its own weight ---
+# --- imports, threads, checksums ---
 
 
 def test_importing_the_cache_imports_neither_torch_nor_zarr():
@@ -866,8 +819,8 @@ def test_reading_starts_no_threads(cache):
     assert threading.active_count() == before
 
 
-def test_the_checksums_of_files_tell_them_apart(cache):
-    # Each ends with its own crc32c, so that a crc32c over all of it would be the same for every one.
+def test_different_files_have_different_checksums(cache):
+    # Each file ends with its own crc32c; a crc32c over the whole file would be the same for all.
     chunks = {name: crc for name, crc in load_header(cache.storage).files.items() if not name.endswith(".json")}
     assert len(set(chunks.values())) == len({(cache.path / name).read_bytes() for name in chunks}) > 3
     records = [json.loads(path.read_bytes())["checksums"] for path in (cache.path / "parts").glob("*/*.json")]

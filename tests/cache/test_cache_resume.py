@@ -1,4 +1,4 @@
-"""Writers killed by SIGKILL at any moment: what was committed stays, and the bytes come out equal in the end."""
+"""Writers killed by SIGKILL at any moment: committed parts stay, and resuming gives identical bytes."""
 
 import faulthandler
 import json
@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from makers import make_features, make_manifest
 
-from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest
-from regionspot.cache.storage import atomic_files as durable
+from regionspot.cache import FeatureCache, FeatureSet, ImageFeatures
+from regionspot.cache.storage.atomic_files import partial_path
 from regionspot.cache.tools.resume import open_or_create
 
-IMAGES, PART_SIZE = 16, 4
+IMAGES, PART_SIZE, FAILED = 16, 4, 6
 MAPS = FeatureSet("clip", "map", (5, 8))
 TOKENS = FeatureSet("sam", "token", (6,))
 MORE = FeatureSet("dino", "map", (2, 2))
@@ -27,33 +28,17 @@ SYSTEM_CALLS = ("open", "write", "fsync", "replace", "rename")
 
 @pytest.fixture(scope="module")
 def manifest():
-    counts = np.random.default_rng(0).integers(0, 50, IMAGES)
-    regions = int(counts.sum())
-    return Manifest(
-        dataset="toy",
-        split="train",
-        image_ids=np.arange(IMAGES) + 100,
-        paths=np.array([f"{row}.jpg" for row in range(IMAGES)], dtype=np.dtypes.StringDType()),
-        heights=np.full(IMAGES, 480, np.int32),
-        widths=np.full(IMAGES, 640, np.int32),
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        boxes_xyxy=np.zeros((regions, 4), np.float32),
-        category_index=np.zeros(regions, np.int32),
-        annotation_ids=np.arange(regions),
-        categories=(Category(1, "star"),),
-    )
+    return make_manifest(np.random.default_rng(0).integers(0, 50, IMAGES))
 
 
 def features_of(manifest, row):
-    if row == 6:
+    if row == FAILED:
         return ImageFeatures(row, {}, "truncated JPEG")
-    rng = np.random.default_rng(row)
-    tokens = rng.standard_normal((int(manifest.region_count[row]), 6))
-    return ImageFeatures(row, {"clip": rng.standard_normal((5, 8)), "sam": tokens, "dino": rng.random((2, 2))})
+    return make_features(manifest, [MAPS, TOKENS, MORE], row)
 
 
 def extract(path, manifest, sets=(MAPS, TOKENS), at_image=lambda: None):
-    """What `regionspot extract` does: go on with the cache, write what is missing."""
+    """Resume the cache and write its pending parts, like `regionspot extract`."""
 
     def images(part):
         for row in cache.part_rows(part):
@@ -67,9 +52,9 @@ def extract(path, manifest, sets=(MAPS, TOKENS), at_image=lambda: None):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory, manifest):
-    """Folder of an empty cache and of one whose extraction nobody disturbed."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory, manifest):
+    """Folder with an empty cache and one extracted without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     FeatureCache.create(folder / "empty", manifest, [MAPS, TOKENS], PART_SIZE)
     shutil.copytree(folder / "empty", folder / "full")
     extract(folder / "full", manifest)
@@ -77,11 +62,11 @@ def undisturbed(tmp_path_factory, manifest):
 
 
 def forked(function):
-    """Start `function` in a process of its own, which never comes back into pytest."""
+    """Run `function` in a forked process that never returns into pytest; its process id."""
     pid = os.fork()
     if not pid:
         try:
-            faulthandler.dump_traceback_later(60, exit=True)  # a child that hangs shall not hang the suite
+            faulthandler.dump_traceback_later(60, exit=True)  # a hanging child must not block the suite
             function()
             os._exit(0)
         finally:
@@ -90,48 +75,48 @@ def forked(function):
 
 
 def was_killed(pid):
-    """Wait for a process; whether it was killed. It has to have done its work otherwise."""
+    """Wait for a process; whether it was killed. Otherwise it must have succeeded."""
     _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed"
     return os.WIFSIGNALED(status)
 
 
 def killed_at_call(function, call):
-    """Run `function` in a process that is killed at its n-th call to the system; whether it came to that."""
+    """Run `function` in a process that is killed at its n-th system call; False if it finished before."""
 
-    def dying():
+    def run():
         _die_at(call)
         function()
 
-    return was_killed(forked(dying))
+    return was_killed(forked(run))
 
 
 def killed_after_images(function, images, seconds):
-    """Run `function(at_image)` in a process that is killed `seconds` after its n-th image; False if it was done."""
-    heard, said = os.pipe()
-    pid = forked(lambda: function(lambda: os.write(said, b".")))
-    os.close(said)
+    """Run `function(at_image)` in a process that is killed `seconds` after its n-th image; False if it finished."""
+    reader, writer = os.pipe()
+    pid = forked(lambda: function(lambda: os.write(writer, b".")))
+    os.close(writer)
     for _ in range(images):
-        os.read(heard, 1)
+        os.read(reader, 1)
     time.sleep(seconds)
     os.kill(pid, signal.SIGKILL)
-    os.close(heard)
+    os.close(reader)
     return was_killed(pid)
 
 
 def _die_at(call):
-    left = [call]
+    remaining = [call]
 
     def counted(real):
-        def instead(*args, **kwargs):
-            left[0] -= 1
-            if not left[0]:
+        def replacement(*args, **kwargs):
+            remaining[0] -= 1
+            if not remaining[0]:
                 if real is os_write:
-                    os_write(args[0], args[1][: len(args[1]) // 2])  # and in the middle of a write
+                    os_write(args[0], args[1][: len(args[1]) // 2])  # killed in the middle of a write
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
 
-        return instead
+        return replacement
 
     os_write = os.write
     for name in SYSTEM_CALLS:
@@ -139,37 +124,37 @@ def _die_at(call):
 
 
 def content(folder: Path):
-    """Every file's bytes; of the part records all but who wrote them and how long that took."""
-    found = {}
+    """The bytes of every file; part records without their duration."""
+    files = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if name.startswith("parts/") and path.suffix == ".json":
             record = json.loads(path.read_bytes())
-            found[name] = {key: value for key, value in record.items() if key not in ("seconds", "crc32c")}
+            files[name] = {key: value for key, value in record.items() if key not in ("seconds", "crc32c")}
         elif path.is_file():
-            found[name] = path.read_bytes()
-    return found
+            files[name] = path.read_bytes()
+    return files
 
 
 def require_committed_parts_whole(path, manifest):
-    """Every part that says it is written reads equal to what the backbones said."""
+    """Every committed part has the original features."""
     cache = FeatureCache.open(path, check="always")
     rows = cache.valid_rows()
     committed = {
         row for part in range(cache.n_parts) if part not in cache.pending_parts() for row in cache.part_rows(part)
     }
-    assert set(rows.tolist()) == committed - {6}
+    assert set(rows.tolist()) == committed - {FAILED}
     batch = cache.read(rows)
-    for place, row in enumerate(rows.tolist()):
+    for index, row in enumerate(rows.tolist()):
         features, count = features_of(manifest, row).features, manifest.region_count[row]
-        np.testing.assert_array_equal(batch.feature_map[place], features["clip"].astype(np.float16))
-        np.testing.assert_array_equal(batch.tokens[place, :count], features["sam"].astype(np.float16))
+        np.testing.assert_array_equal(batch.feature_map[index], features["clip"].astype(np.float16))
+        np.testing.assert_array_equal(batch.tokens[index, :count], features["sam"].astype(np.float16))
     return cache
 
 
-def test_a_part_killed_at_any_call_to_the_system_is_whole_or_missing(undisturbed, manifest, tmp_path):
-    expected, path, calls = content(undisturbed / "full"), tmp_path / "c.zarr", 0
-    empty = FeatureCache.open(shutil.copytree(undisturbed / "empty", path), "a")
+def test_a_part_killed_at_any_system_call_is_complete_or_missing(uninterrupted, manifest, tmp_path):
+    expected, path, calls = content(uninterrupted / "full"), tmp_path / "c.zarr", 0
+    empty = FeatureCache.open(shutil.copytree(uninterrupted / "empty", path), "a")
     images = [features_of(manifest, row) for row in empty.part_rows(1)]
     while killed_at_call(lambda: empty.write_part(1, images), calls + 1):
         calls += 1
@@ -181,16 +166,16 @@ def test_a_part_killed_at_any_call_to_the_system_is_whole_or_missing(undisturbed
                 empty.write_part(1, images)
         for record in (path / "parts").glob("*/00001.json"):
             record.unlink()
-    assert calls > 35  # of a part: two sets, two files and a record each, all opened, written, flushed and renamed
+    assert calls > 35  # two sets with two files and a record each: opened, written, flushed, renamed
 
 
-def test_runs_killed_at_random_moments_end_with_the_bytes_of_an_undisturbed_run(undisturbed, manifest, tmp_path):
+def test_runs_killed_at_random_moments_give_the_bytes_of_an_uninterrupted_run(uninterrupted, manifest, tmp_path):
     rng, kills = random.Random(0), 0
-    while kills < 6:  # a machine may be too fast for some of them
+    while kills < 6:  # on a fast machine some runs finish before
         path = tmp_path / f"{kills}.zarr"
-        shutil.copytree(undisturbed / "empty", path)
+        shutil.copytree(uninterrupted / "empty", path)
         for _ in range(100):
-            images, seconds = rng.randrange(8), rng.uniform(0, 0.003)  # so now and then a part of four is finished
+            images, seconds = rng.randrange(8), rng.uniform(0, 0.003)  # sometimes enough for a part of four
             kills += killed_after_images(lambda at: extract(path, manifest, at_image=at), images, seconds)  # noqa: B023
             require_committed_parts_whole(path, manifest)
             if not FeatureCache.open(path).pending_parts():
@@ -198,13 +183,13 @@ def test_runs_killed_at_random_moments_end_with_the_bytes_of_an_undisturbed_run(
         else:
             raise AssertionError("no run ever finishes a part")
         FeatureCache.open(path, "a")
-        assert content(path) == content(undisturbed / "full")
+        assert content(path) == content(uninterrupted / "full")
         shutil.rmtree(path)
 
 
-def test_several_writers_killed_at_random_moments_leave_a_cache_that_can_be_finished(undisturbed, manifest, tmp_path):
+def test_a_cache_whose_writers_were_killed_at_random_moments_can_be_finished(uninterrupted, manifest, tmp_path):
     rng, path = random.Random(1), tmp_path / "c.zarr"
-    shutil.copytree(undisturbed / "empty", path)
+    shutil.copytree(uninterrupted / "empty", path)
     cache = FeatureCache.open(path, "a")
 
     def write(part):
@@ -220,26 +205,26 @@ def test_several_writers_killed_at_random_moments_leave_a_cache_that_can_be_fini
             was_killed(pid)
         require_committed_parts_whole(path, manifest)
     extract(path, manifest)
-    assert content(path) == content(undisturbed / "full")
+    assert content(path) == content(uninterrupted / "full")
 
 
-def test_a_cache_killed_while_it_is_made_is_whole_or_not_there(undisturbed, manifest, tmp_path):
-    expected, path, made = content(undisturbed / "empty"), tmp_path / "c.zarr", []
+def test_a_cache_killed_during_creation_is_complete_or_missing(uninterrupted, manifest, tmp_path):
+    expected, path, existed = content(uninterrupted / "empty"), tmp_path / "c.zarr", []
     for at_call in (1, 5, 40, 70, 90, 100, 110, 10_000):
         killed_at_call(lambda: FeatureCache.create(path, manifest, [MAPS, TOKENS], PART_SIZE), at_call)
-        made.append(path.exists())
+        existed.append(path.exists())
         if path.exists():
             assert content(path) == expected
             shutil.rmtree(path)
-    assert made[0] is False
-    assert made[-1] is True
+    assert existed[0] is False
+    assert existed[-1] is True
     FeatureCache.create(path, manifest, [MAPS], PART_SIZE)
-    assert [left.name for left in tmp_path.iterdir()] == ["c.zarr"]
+    assert [file.name for file in tmp_path.iterdir()] == ["c.zarr"]
 
 
-def test_a_run_killed_while_it_adds_a_feature_set_leaves_the_others_as_they_are(undisturbed, manifest, tmp_path):
-    path, before = tmp_path / "c.zarr", content(undisturbed / "full")
-    shutil.copytree(undisturbed / "full", path)
+def test_a_run_killed_while_adding_a_feature_set_leaves_the_others_unchanged(uninterrupted, manifest, tmp_path):
+    path, before = tmp_path / "c.zarr", content(uninterrupted / "full")
+    shutil.copytree(uninterrupted / "full", path)
     at_call, seen = 1, set()
     while killed_at_call(lambda: open_or_create(path, manifest, [MORE]), at_call):
         at_call += 3
@@ -247,13 +232,13 @@ def test_a_run_killed_while_it_adds_a_feature_set_leaves_the_others_as_they_are(
         seen.add(len(cache.feature_sets))
         if len(cache.feature_sets) == 3:
             shutil.rmtree(path)
-            shutil.copytree(undisturbed / "full", path)
+            shutil.copytree(uninterrupted / "full", path)
     assert seen == {2, 3}
     extract(path, manifest, (MORE,))
     cache = require_sets_as_before(path, before)
     assert cache.pending_parts() == []
     assert cache.read([3], map_set="dino").feature_map.shape == (1, 2, 2)
-    assert not [left for left in content(path) if "partial" in left]
+    assert not [name for name in content(path) if "partial" in name]
 
 
 def require_sets_as_before(path, before):
@@ -264,68 +249,68 @@ def require_sets_as_before(path, before):
     return cache
 
 
-def test_only_what_dead_writers_left_is_removed(undisturbed, tmp_path, monkeypatch):
-    path = shutil.copytree(undisturbed / "full", tmp_path / "c.zarr")
+def test_only_files_of_dead_writers_are_removed(uninterrupted, tmp_path, monkeypatch):
+    path = shutil.copytree(uninterrupted / "full", tmp_path / "c.zarr")
     dead = forked(lambda: None)
     assert not was_killed(dead)
     folder, me = path / MAPS.array, os.getpid()
-    ours = durable.partial_path(folder / "c.1.0.0").name
-    start = ours.split("-")[-2]
-    earlier_form = ours.rsplit("-", 2)[0] + ".partial"
+    own = partial_path(folder / "c.1.0.0").name
+    start = own.split("-")[-2]
+    old_form = own.rsplit("-", 2)[0] + ".partial"
     kept = {
-        "living": ours,
-        "living, long ago": durable.partial_path(folder / "c.3.0.0").name,
-        "living, in the earlier form": earlier_form,
-        "elsewhere": f"c.1.0.0.otherhost-{dead}-{start}-00000000.partial",
-        "somebody's own": "notes.partial",
+        "alive": own,
+        "alive, long ago": partial_path(folder / "c.3.0.0").name,
+        "alive, in the old form": old_form,
+        "on another host": f"c.1.0.0.otherhost-{dead}-{start}-00000000.partial",
+        "of the user": "notes.partial",
     }
     removed = {
-        "dead": ours.replace(f"-{me}-", f"-{dead}-"),
-        "dead, its id in use again": ours.replace(f"-{start}-", "-1-"),
-        "dead, in the earlier form": earlier_form.replace(f"-{me}.", f"-{dead}."),
-        "elsewhere, long ago": "c.2.0.0.otherhost-1-1-00000000.partial",
-        "elsewhere, long ago, in the earlier form": "c.2.0.0.otherhost-1.partial",
+        "dead": own.replace(f"-{me}-", f"-{dead}-"),
+        "dead, its id reused": own.replace(f"-{start}-", "-1-"),
+        "dead, in the old form": old_form.replace(f"-{me}.", f"-{dead}."),
+        "on another host, long ago": "c.2.0.0.otherhost-1-1-00000000.partial",
+        "on another host, long ago, in the old form": "c.2.0.0.otherhost-1.partial",
     }
-    for what, name in (kept | removed).items():
+    for case, name in (kept | removed).items():
         (folder / name).write_bytes(b"x")
-        if "long ago" in what:
+        if "long ago" in case:
             os.utime(folder / name, (time.time() - 2 * 86_400,) * 2)
     FeatureCache.open(path)
     assert len(list(folder.glob("*.partial"))) == len(kept | removed)
-    # A machine whose own clock is wrong removes nothing that another one is writing, and leaves nothing for it.
-    wrong = time.time() + 30 * 86_400
-    monkeypatch.setattr(time, "time", lambda: wrong)
+    # A wrong clock on this machine must not matter.
+    wrong_time = time.time() + 30 * 86_400
+    monkeypatch.setattr(time, "time", lambda: wrong_time)
     FeatureCache.open(path, "a")
-    assert {left.name for left in folder.glob("*.partial")} == set(kept.values())
+    assert {file.name for file in folder.glob("*.partial")} == set(kept.values())
 
 
-def test_two_threads_that_write_the_same_part_leave_a_whole_one(undisturbed, manifest, tmp_path):
-    path = shutil.copytree(undisturbed / "empty", tmp_path / "c.zarr")
-    cache, together = FeatureCache.open(path, "a"), threading.Barrier(2)
+def test_two_threads_that_write_the_same_part_leave_a_complete_one(uninterrupted, manifest, tmp_path):
+    path = shutil.copytree(uninterrupted / "empty", tmp_path / "c.zarr")
+    cache, barrier = FeatureCache.open(path, "a"), threading.Barrier(2)
 
     def images():
         for row in cache.part_rows(0):
-            together.wait(10)  # in step, so that a file that both write gets the records of both
+            barrier.wait(10)  # in lockstep: a shared file would get the records of both
             yield features_of(manifest, row)
 
     with ThreadPoolExecutor(2) as pool:
-        for written in [pool.submit(cache.write_part, 0, images()) for _ in range(2)]:
-            written.result()
+        for future in [pool.submit(cache.write_part, 0, images()) for _ in range(2)]:
+            future.result()
     extract(path, manifest)
-    assert content(path) == content(undisturbed / "full")
+    assert content(path) == content(uninterrupted / "full")
 
 
-def test_runs_that_add_feature_sets_at_once_all_find_theirs_in_the_cache(undisturbed, manifest, tmp_path):
-    path = shutil.copytree(undisturbed / "full", tmp_path / "c.zarr")
-    added = [FeatureSet(f"more{number}", "map", (2, 2)) for number in range(4)]
-    runs = [forked(lambda one=one: open_or_create(path, manifest, [one])) for one in added]
+def test_feature_sets_added_by_concurrent_runs_are_all_in_the_cache(uninterrupted, manifest, tmp_path):
+    path = shutil.copytree(uninterrupted / "full", tmp_path / "c.zarr")
+    sets = [FeatureSet(f"more{number}", "map", (2, 2)) for number in range(4)]
+    runs = [forked(lambda added=added: open_or_create(path, manifest, [added])) for added in sets]
     assert [was_killed(run) for run in runs] == [False] * 4
-    assert FeatureCache.open(path).feature_sets.keys() == {"clip", "sam", *(one.name for one in added)}
+    assert FeatureCache.open(path).feature_sets.keys() == {"clip", "sam", *(added.name for added in sets)}
 
 
-def test_runs_that_start_at_once_where_no_cache_is_make_one_and_share_it(undisturbed, manifest, tmp_path):
+def test_concurrent_runs_create_one_cache_and_share_it(uninterrupted, manifest, tmp_path):
     path = tmp_path / "c.zarr"
     runs = [forked(lambda: open_or_create(path, manifest, [MAPS, TOKENS], PART_SIZE)) for _ in range(4)]
     assert [was_killed(run) for run in runs] == [False] * 4
-    assert content(path) == content(undisturbed / "empty")
-    assert [left.name for left in tmp_path.iterdir()] == ["c.zarr"]
+    assert content(path) == content(uninterrupted / "empty")
+    assert [file.name for file in tmp_path.iterdir()] == ["c.zarr"]
