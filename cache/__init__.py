@@ -1,10 +1,10 @@
-"""The embedding store: its layout, writing, reading and integrity. Knows nothing of SAM or CLIP.
+"""The feature cache: format, reading, writing, storage and tools. Independent of SAM and CLIP.
 
     cache = FeatureCache.open("o365_train.zarr")
     batch = cache.read(cache.valid_rows()[:64])      # numpy: tokens, feature_map, region_mask, categories, ...
-    for batch in cache.loader(64, seed=1): ...       # an epoch of them, shuffled and read ahead
+    for batch in cache.loader(64, seed=1): ...       # one epoch, shuffled and prefetched
 
-Importing it needs neither torch nor zarr; opening a cache imports zarr.
+Importing this package imports neither torch nor zarr; opening a cache imports zarr.
 """
 
 from regionspot.cache.errors import (

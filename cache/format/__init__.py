@@ -1,1 +1,1 @@
-"""What a cache is on disk: schema, header, manifest, part records, encodings, and making a new one."""
+"""Files of a cache: schema, header, manifest, part records, encodings, and creating a new one."""

@@ -1,1 +1,1 @@
-"""From stored parts to batches: readers, samplers, prefetching and the loader."""
+"""Reading a cache: readers of parts and batches, sampling, prefetching, the loader and dask arrays."""

@@ -1,7 +1,4 @@
-"""Folders that are no cache, or one that was damaged or made by another version, are refused with one clear line.
-
-And whoever only reads leaves no trace.
-"""
+"""Folders that are not a cache, damaged caches and other schemas are refused in one line; reading writes nothing."""
 
 import json
 import os
@@ -63,12 +60,12 @@ REFUSED = {
     "an empty folder": (empty, "holds no zarr.json"),
     "photos": (replaced_by(lambda full: (full.mkdir(), (full / "a.jpg").touch())), "holds no zarr.json"),
     "a file": (replaced_by(lambda full: full.write_bytes(b"x")), "is a file"),
-    "a link to nowhere": (replaced_by(lambda full: full.symlink_to("nowhere")), "no such cache"),
+    "a dangling link": (replaced_by(lambda full: full.symlink_to("nowhere")), "no such cache"),
     "a Zarr group of format 2": (
         replaced_by(lambda full: zarr.create_group(full, zarr_format=2)),
         "holds no zarr.json",
     ),
-    "a Zarr group of others": (
+    "another Zarr group": (
         replaced_by(lambda full: zarr.create_group(full)),
         "is a Zarr group, but not a feature cache",
     ),
@@ -77,16 +74,16 @@ REFUSED = {
         "is a Zarr group, but not a feature cache",
     ),
     "an empty zarr.json": (root(b""), "is not a Zarr v3 group's metadata"),
-    "zeros, as after a power cut": (root(bytes(4096)), "is not a Zarr v3 group's metadata"),
+    "zeros, as after a power failure": (root(bytes(4096)), "is not a Zarr v3 group's metadata"),
     "a zarr.json of something else": (root(b"[1, 2]"), "is not a Zarr v3 group's metadata"),
-    "a zarr.json nested without end": (root(b"[" * 100_000), "is not a Zarr v3 group's metadata"),
+    "an endlessly nested zarr.json": (root(b"[" * 100_000), "is not a Zarr v3 group's metadata"),
     "a zarr.json that is a folder": (a_folder_instead_of("zarr.json"), "cannot be read: Is a directory"),
-    "attributes of no kind": (root(b'{"attributes": 3}'), "is a Zarr group, but not a feature cache"),
-    "words edited by hand": (
+    "attributes that are a number": (root(b'{"attributes": 3}'), "is a Zarr group, but not a feature cache"),
+    "a header edited by hand": (
         lambda full: edited(full, regionspot={"dataset": "coco"}),
         "does not match its own checksum",
     ),
-    "words of another program": (
+    "a header of another program": (
         lambda full: edited(full, regionspot=seal({"dataset": "coco"})),
         "lacks fields of a header",
     ),
@@ -99,33 +96,33 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("damage", "words"), REFUSED.values(), ids=REFUSED)
-def test_what_is_no_cache_is_refused_with_one_line(full, damage, words):
+@pytest.mark.parametrize(("damage", "message"), REFUSED.values(), ids=REFUSED)
+def test_a_folder_that_is_not_a_cache_is_refused_in_one_line(full, damage, message):
     damage(full)
     for mode in ("r", "a"):
-        with pytest.raises(NotACacheError) as refusal:
+        with pytest.raises(NotACacheError) as error:
             FeatureCache.open(full, mode)
-        assert words in str(refusal.value)
-        assert "\n" not in str(refusal.value)
-        assert str(full) in str(refusal.value)
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+        assert str(full) in str(error.value)
 
 
-@pytest.mark.parametrize("version", [2, 0, "1", None, 1.5, [1]])
-def test_another_schema_version_is_refused_and_the_line_says_which_one_reads_it(full, version):
+@pytest.mark.parametrize("version", [2, "1", None, [1]])
+def test_another_schema_version_is_refused_with_both_versions(full, version):
     edited(full, regionspot_schema=version)
-    with pytest.raises(CacheError) as refusal:
+    with pytest.raises(CacheError) as error:
         FeatureCache.open(full)
     if version is not None:
-        assert isinstance(refusal.value, SchemaVersionError)
-        assert f"has schema version {version}, this regionspot reads version 1; use the version" in str(refusal.value)
-    with pytest.raises(type(refusal.value)):
+        assert isinstance(error.value, SchemaVersionError)
+        assert f"has schema version {version}, this regionspot reads version 1; use the version" in str(error.value)
+    with pytest.raises(type(error.value)):
         verify(full)
 
 
 DAMAGED_PARTS = {
     "a record of zeros": lambda part: part["record"].write_bytes(bytes(300)),
     "a record of something else": lambda part: part["record"].write_bytes(b'{"part": 1}'),
-    "a record nested without end": lambda part: part["record"].write_bytes(b"[" * 100_000),
+    "an endlessly nested record": lambda part: part["record"].write_bytes(b"[" * 100_000),
     "a record of another part": lambda part: shutil.copyfile(part["other record"], part["record"]),
     "a shard missing": lambda part: part["shard"].unlink(),
     "a shard cut short": lambda part: os.truncate(part["shard"], 60),
@@ -138,7 +135,7 @@ DAMAGED_PARTS = {
 
 
 @pytest.mark.parametrize("damage", DAMAGED_PARTS.values(), ids=DAMAGED_PARTS)
-def test_a_damaged_part_is_told_with_one_line_and_the_others_are_read(full, damage):
+def test_a_damaged_part_is_refused_in_one_line_and_the_others_are_read(full, damage):
     damage(
         {
             "record": full / "parts/clip/00001.json",
@@ -151,14 +148,14 @@ def test_a_damaged_part_is_told_with_one_line_and_the_others_are_read(full, dama
     )
     cache = FeatureCache.open(full)
     assert len(cache.read([0, 1, 8], map_set="clip", token_set="sam")) == 3
-    with pytest.raises(CacheError, match="part 1") as refusal:
+    with pytest.raises(CacheError, match="part 1") as error:
         cache.read([4], map_set="clip", token_set="sam")
-    assert "\n" not in str(refusal.value)
-    assert "regionspot cache repair" in str(refusal.value)
+    assert "\n" not in str(error.value)
+    assert "regionspot cache repair" in str(error.value)
     assert [problem.part for problem in verify(full).problems] == [1]
 
 
-def test_who_only_reads_leaves_no_trace(full, small):
+def test_reading_writes_nothing(full, small):
     for path in (full, *full.rglob("*")):
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = {path: (path.stat().st_mtime_ns, path.stat().st_ctime_ns) for path in (full, *full.rglob("*"))}

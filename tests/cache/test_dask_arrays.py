@@ -1,4 +1,4 @@
-"""A feature set as a dask array, and the statistics of its channels: what numpy says of all of it at once."""
+"""A feature set as a dask array, and channel statistics, compared with numpy."""
 
 import json
 import logging
@@ -10,16 +10,9 @@ from pathlib import Path
 import dask
 import numpy as np
 import pytest
+from makers import make_manifest
 
-from regionspot.cache import (
-    Category,
-    FeatureCache,
-    FeatureSet,
-    ImageFeatures,
-    InputError,
-    Manifest,
-    NotExtractedError,
-)
+from regionspot.cache import FeatureCache, FeatureSet, ImageFeatures, InputError, NotExtractedError
 from regionspot.cache.format.encodings import decode, encode, statistics_of
 from regionspot.cache.reading.dask_arrays import dask_array
 from regionspot.cache.reading.feature_reader import FeatureReader
@@ -49,32 +42,20 @@ SETS = [
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory) -> Path:
-    """Eight images in three parts, of which two failed; the set `later` is not written."""
+    """Eight images in three parts, two of them failed; the set `later` is not written."""
     folder = tmp_path_factory.mktemp("dask")
-    regions = sum(COUNTS)
-    manifest = Manifest(
-        dataset="lvis",
-        split="val",
-        image_ids=np.arange(8),
-        paths=np.array([f"{row}.jpg" for row in range(8)], dtype=np.dtypes.StringDType()),
-        heights=np.full(8, 480, np.int32),
-        widths=np.full(8, 640, np.int32),
-        offsets=np.concatenate([[0], np.cumsum(COUNTS)]).astype(np.int64),
-        boxes_xyxy=np.ones((regions, 4), np.float32),
-        category_index=np.zeros(regions, np.int32),
-        annotation_ids=np.arange(regions),
-        categories=(Category(1, "cup"),),
-    )
     later = FeatureSet("later", "map", (2, 2))
-    cache = FeatureCache.create(folder / "a.zarr", manifest, [*SETS, later], part_size=3)
+    cache = FeatureCache.create(folder / "a.zarr", make_manifest(COUNTS), [*SETS, later], part_size=3)
     for part in range(3):
         images = [
             ImageFeatures(row, {}, FAILED[row])
             if row in FAILED
-            else ImageFeatures(row, {each.name: maps_of(row) for each in SETS[:4]} | {"token": tokens_of(row)})
+            else ImageFeatures(
+                row, {feature_set.name: maps_of(row) for feature_set in SETS[:4]} | {"token": tokens_of(row)}
+            )
             for row in cache.part_rows(part)
         ]
-        cache.write_part(part, images, [each.name for each in SETS])
+        cache.write_part(part, images, [feature_set.name for feature_set in SETS])
     return cache.path
 
 
@@ -84,13 +65,13 @@ def cache(path) -> FeatureCache:
 
 
 def expected(feature_set: FeatureSet) -> np.ndarray:
-    """All features as they come back from their encoding, NaN for images that failed."""
+    """All features after encoding and decoding, NaN for failed images."""
     values = []
     for row in range(8):
-        plain = tokens_of(row) if feature_set.kind == "token" else maps_of(row)[None]
-        stored, scales = encode(plain, feature_set)
-        back = decode(stored.copy(), feature_set, scales)
-        values.append(np.full_like(back, np.nan) if row in FAILED else back)
+        original = tokens_of(row) if feature_set.kind == "token" else maps_of(row)[None]
+        stored, scales = encode(original, feature_set)
+        decoded = decode(stored.copy(), feature_set, scales)
+        values.append(np.full_like(decoded, np.nan) if row in FAILED else decoded)
     return np.concatenate(values)
 
 
@@ -107,14 +88,14 @@ def test_a_chunk_is_a_part(cache):
     assert cache.dask("token").chunks == ((5, 73, 1), (6,))
 
 
-def test_what_is_asked_of_the_array_is_what_numpy_says(cache):
+def test_an_operation_on_the_array_gives_the_result_of_numpy(cache):
     with np.errstate(invalid="ignore"):
         classes = cache.dask("half")[:, 0].astype("float32")
-        found = (classes @ np.ones(8, np.float32)).compute()
-    np.testing.assert_allclose(found, expected(SETS[0])[:, 0].sum(axis=-1), rtol=1e-6)
+        result = (classes @ np.ones(8, np.float32)).compute()
+    np.testing.assert_allclose(result, expected(SETS[0])[:, 0].sum(axis=-1), rtol=1e-6)
 
 
-def test_only_the_parts_that_are_needed_are_read(cache, monkeypatch):
+def test_only_the_needed_parts_are_read(cache, monkeypatch):
     read = []
     original = FeatureReader.record
     monkeypatch.setattr(FeatureReader, "record", lambda self, part: read.append(part) or original(self, part))
@@ -122,14 +103,14 @@ def test_only_the_parts_that_are_needed_are_read(cache, monkeypatch):
     assert read == [2]
 
 
-def test_a_set_that_is_not_all_there_is_refused_at_once_with_the_count(cache):
+def test_an_incomplete_set_is_refused_with_the_count_of_parts(cache):
     with pytest.raises(NotExtractedError, match="3 of 3 parts of later are not written yet"):
         cache.dask("later")
     with pytest.raises(InputError, match="no feature set 'dino'; it has half, full"):
         cache.dask("dino")
 
 
-def test_another_process_opens_the_cache_by_its_address_and_only_once(cache, tmp_path):
+def test_another_process_opens_the_cache_once(cache, tmp_path):
     (tmp_path / "array").write_bytes(pickle.dumps(cache.dask("half")))
     script = (
         "import pickle, sys; from regionspot.cache import FeatureCache\n"
@@ -147,16 +128,16 @@ def test_another_process_opens_the_cache_by_its_address_and_only_once(cache, tmp
 
 
 @pytest.mark.parametrize("feature_set", SETS, ids=lambda each: each.name)
-def test_statistics_are_those_of_numpy_without_the_images_that_failed(cache, feature_set):
+def test_statistics_equal_those_of_numpy_without_failed_images(cache, feature_set):
     rows = expected(feature_set).reshape(-1, feature_set.shape[-1]).astype(np.float64)
     rows = rows[~np.isnan(rows[:, 0])]
-    found = channel_stats(cache, feature_set.name)
-    assert (found.count, found.left_out) == (len(rows), 2)
-    np.testing.assert_allclose(found.mean, rows.mean(axis=0), rtol=1e-12)
-    np.testing.assert_allclose(found.variance, rows.var(axis=0), rtol=1e-12)
+    stats = channel_stats(cache, feature_set.name)
+    assert (stats.count, stats.left_out) == (len(rows), 2)
+    np.testing.assert_allclose(stats.mean, rows.mean(axis=0), rtol=1e-12)
+    np.testing.assert_allclose(stats.variance, rows.var(axis=0), rtol=1e-12)
 
 
-def test_no_digits_are_lost_where_a_mean_is_large_beside_its_deviation():
+def test_a_mean_that_is_large_compared_to_the_deviation_loses_no_digits():
     rows = np.random.default_rng(0).standard_normal((10_000, 3)) + 1e8
     parts = [moments(rows[at : at + 999]) for at in range(0, 10_000, 999)]
     whole = joined(parts)
@@ -166,29 +147,29 @@ def test_no_digits_are_lost_where_a_mean_is_large_beside_its_deviation():
     assert abs(naive / rows.var(axis=0) - 1).max() > 0.1
 
 
-def test_nothing_joined_to_something_changes_nothing():
-    nothing, some = Moments(0, np.zeros(2), np.zeros(2)), moments(np.array([[1.0, 2], [3, 4]]))
-    for parts in ([nothing, some], [some, nothing], [nothing, nothing, some]):
+def test_joining_empty_moments_changes_nothing():
+    empty, some = Moments(0, np.zeros(2), np.zeros(2)), moments(np.array([[1.0, 2], [3, 4]]))
+    for parts in ([empty, some], [some, empty], [empty, empty, some]):
         whole = joined(parts)
         assert (whole.count, whole.mean.tolist(), whole.squares.tolist()) == (2, [2, 3], [2, 2])
 
 
-def test_statistics_are_told_and_written(cache, tmp_path, caplog):
+def test_statistics_are_printed_and_saved(cache, tmp_path, caplog):
     caplog.set_level(logging.INFO)
-    found = channel_stats(cache, "half")
-    assert "half: 8 channels over 30 vectors; 2 images" in found.text()
-    assert "channel 7" in found.text().splitlines()[3]
+    stats = channel_stats(cache, "half")
+    assert "half: 8 channels over 30 vectors; 2 images" in stats.text()
+    assert "channel 7" in stats.text().splitlines()[3]
     assert "3/3 parts" in caplog.text
-    found.save(tmp_path / "s.npz")
-    found.save(tmp_path / "s.json")
-    with np.load(tmp_path / "s.npz") as written:
-        np.testing.assert_array_equal(written["mean"], found.mean)
-    assert json.loads((tmp_path / "s.json").read_text())["variance"] == found.variance.tolist()
+    stats.save(tmp_path / "s.npz")
+    stats.save(tmp_path / "s.json")
+    with np.load(tmp_path / "s.npz") as saved:
+        np.testing.assert_array_equal(saved["mean"], stats.mean)
+    assert json.loads((tmp_path / "s.json").read_text())["variance"] == stats.variance.tolist()
     with pytest.raises(InputError, match=r"\.npz or \.json"):
-        found.save(tmp_path / "s.csv")
+        stats.save(tmp_path / "s.csv")
 
 
-def test_statistics_of_nothing_are_refused(cache, tmp_path):
+def test_statistics_of_an_empty_set_are_refused(cache, tmp_path):
     manifest = cache.manifest.select(np.array([1, 7]))
     empty = FeatureCache.create(tmp_path / "a.zarr", manifest, [SETS[4]])
     empty.write_part(0, [ImageFeatures(row, {"token": np.zeros((0, 6))}) for row in range(2)])
@@ -196,18 +177,18 @@ def test_statistics_of_nothing_are_refused(cache, tmp_path):
         channel_stats(empty, "token")
 
 
-def test_it_runs_on_a_cluster(path):
+def test_statistics_run_on_a_cluster(path):
     from distributed import Client, LocalCluster
 
     with (
         LocalCluster(n_workers=1, threads_per_worker=1, processes=False, dashboard_address=None) as cluster,
         Client(cluster),
     ):
-        found = channel_stats(FeatureCache.open(path), "half")
-    assert found.count == 30
+        stats = channel_stats(FeatureCache.open(path), "half")
+    assert stats.count == 30
 
 
-def test_the_arrays_of_two_caches_are_not_taken_for_each_other(cache, tmp_path):
+def test_arrays_of_two_caches_are_not_confused(cache, tmp_path):
     other = FeatureCache.create(tmp_path / "b.zarr", cache.manifest, [SETS[0]], part_size=8)
     other.write_part(0, [ImageFeatures(row, {"half": np.full((5, 8), float(row))}) for row in range(8)])
     both = dask.compute(dask_array(cache, "half")[0, 0, 0], dask_array(other, "half")[0, 0, 0])

@@ -1,4 +1,4 @@
-"""Progress lines: what they say, and how they look on a terminal and in a log."""
+"""Progress lines: content, and output on a terminal and in a log."""
 
 import logging
 import os
@@ -12,7 +12,7 @@ from regionspot.cache.progress import Progress
 
 
 class Clock:
-    """Seconds that pass when told to."""
+    """A clock that the test advances."""
 
     now = 0.0
 
@@ -25,7 +25,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def test_time_left_is_told_from_recent_work_and_not_from_a_slow_start(clock):
+def test_time_left_follows_recent_throughput_and_not_a_slow_start(clock):
     progress = Progress(10_000, "images", clock=clock)
     for _ in range(100):  # 10 s each: libraries load, the page cache is cold
         clock.now += 10
@@ -38,7 +38,7 @@ def test_time_left_is_told_from_recent_work_and_not_from_a_slow_start(clock):
     assert "500/10,000 images  1/s  2h 3" in progress.line()
 
 
-def test_a_burst_of_images_behind_each_slow_batch_gives_the_rate_of_the_batches(clock):
+def test_bursts_of_images_after_slow_batches_give_the_rate_of_the_batches(clock):
     progress = Progress(1000, "images", clock=clock)
     for _ in range(10):
         clock.now += 100
@@ -47,7 +47,7 @@ def test_a_burst_of_images_behind_each_slow_batch_gives_the_rate_of_the_batches(
     assert progress.rate == pytest.approx(0.08, rel=0.05)
 
 
-def test_the_window_stays_small_however_many_steps_there_are(clock):
+def test_the_window_stays_small(clock):
     progress = Progress(10**6, "images", clock=clock)
     for _ in range(50_000):
         clock.now += 0.02
@@ -56,7 +56,7 @@ def test_the_window_stays_small_however_many_steps_there_are(clock):
     assert progress.rate == pytest.approx(50, rel=0.02)
 
 
-def test_lines_come_every_interval_and_at_the_end_in_the_same_words(clock, caplog):
+def test_a_line_is_logged_every_interval_and_at_the_end(clock, caplog):
     caplog.set_level(logging.INFO, "regionspot")
     progress = Progress(40, "images", detail=lambda: "0.2 GB written", clock=clock)
     for _ in range(40):
@@ -85,19 +85,19 @@ print("regionspot: stopped", file=sys.stderr)
 """
 
 
-def test_on_a_terminal_a_line_is_drawn_over_itself_and_other_words_stand_above_it():
-    ours, theirs = pty.openpty()
-    subprocess.run([sys.executable, "-c", _JOB], stderr=theirs, check=True, env={**os.environ, "COLUMNS": "60"})
-    os.close(theirs)
-    shown = os.read(ours, 65536).decode().replace("\r\n", "\n")
-    os.close(ours)
+def test_a_terminal_line_is_overwritten_and_messages_appear_above_it():
+    reader, terminal = pty.openpty()
+    subprocess.run([sys.executable, "-c", _JOB], stderr=terminal, check=True, env={**os.environ, "COLUMNS": "60"})
+    os.close(terminal)
+    shown = os.read(reader, 65536).decode().replace("\r\n", "\n")
+    os.close(reader)
     assert shown.count("\n") == 3
     assert "\r\x1b[Kan image is broken\n3/5 parts" in shown
     assert shown.count("\r\x1b[K") == 3
     assert shown.endswith("left\nregionspot: stopped\n")
 
 
-def test_in_a_log_each_line_stands_for_itself():
-    said = subprocess.run([sys.executable, "-c", _JOB], capture_output=True, text=True, check=True).stderr
-    assert "\r" not in said
-    assert [line.split()[0] for line in said.splitlines()] == ["1/5", "2/5", "an", "3/5", "4/5", "regionspot:"]
+def test_a_log_gets_one_line_after_another():
+    output = subprocess.run([sys.executable, "-c", _JOB], capture_output=True, text=True, check=True).stderr
+    assert "\r" not in output
+    assert [line.split()[0] for line in output.splitlines()] == ["1/5", "2/5", "an", "3/5", "4/5", "regionspot:"]

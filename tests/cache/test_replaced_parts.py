@@ -1,4 +1,4 @@
-"""Parts that are replaced while they are read, or that are another cache's: no image gets the features of another."""
+"""Parts that are replaced while they are read, and parts of another cache: no image gets the features of another."""
 
 import shutil
 import uuid
@@ -7,8 +7,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from makers import fill, make_features
 
-from regionspot.cache import CorruptPartError, FeatureCache, ImageFeatures, NotExtractedError
+from regionspot.cache import CorruptPartError, FeatureCache, NotExtractedError
 from regionspot.cache.format.part_record import load_record
 from regionspot.cache.reading.feature_reader import PartOpener
 from regionspot.cache.storage.atomic_files import from_json, seal, to_json
@@ -28,7 +29,7 @@ def full(small_folder, tmp_path):
 
 @pytest.fixture
 def opened_parts(monkeypatch):
-    """How often each part was opened, by its number."""
+    """The number of times each part was opened."""
     counts, real = Counter(), PartOpener.__call__
 
     def counted(self, part):
@@ -39,28 +40,16 @@ def opened_parts(monkeypatch):
     return counts
 
 
-def features_of(small, row, seed=0):
-    """Features of an image, also of the one that could not be read at first."""
-    return {
-        each.name: np.random.default_rng([row, seed]).standard_normal(
-            each.shape if each.kind == "map" else (int(small.manifest.region_count[row]), *each.shape)
-        )
-        for each in small.sets
-    }
-
-
 def retried(small, address):
-    """What `extract --retry-failed` does: the image that could not be read can be, its part is written again."""
+    """Rewrite the part of the failed image, like `extract --retry-failed`."""
     cache, row = FeatureCache.open(address, "a"), small.failing
-    image = ImageFeatures(row, features_of(small, row))
+    image = make_features(small.manifest, small.sets, row)
     for name in cache.feature_sets:
         rewrite_part(cache, row // small.part_size, name, {row: image})
 
 
 @pytest.mark.parametrize("where", ["map", "pread", "memory"])
-def test_a_part_that_is_written_again_while_it_is_read_gives_no_image_the_features_of_another(
-    small, full, where, monkeypatch
-):
+def test_a_part_rewritten_while_it_is_read_mixes_no_features(small, full, where, monkeypatch):
     monkeypatch.setattr("regionspot.cache.storage.shard_files.max_open_files", lambda: 1)
     address = full
     if where == "memory":
@@ -75,7 +64,7 @@ def test_a_part_that_is_written_again_while_it_is_read_gives_no_image_the_featur
     np.testing.assert_array_equal(after.tokens, before.tokens)
 
 
-def test_a_replaced_part_is_opened_once_again_and_no_other_part_with_it(small, full, opened_parts, monkeypatch):
+def test_only_the_replaced_part_is_reopened_and_only_once(small, full, opened_parts, monkeypatch):
     monkeypatch.setattr("regionspot.cache.storage.shard_files.max_open_files", lambda: 1)
     reader = FeatureCache.open(full, access="pread")
     rows = [4, 5, 7]  # of part 1
@@ -87,32 +76,32 @@ def test_a_replaced_part_is_opened_once_again_and_no_other_part_with_it(small, f
     assert opened_parts == {1: 2}, "once for each of the two sets"
 
 
-def test_a_part_that_is_replaced_while_it_is_opened_is_opened_once_more(small, full, monkeypatch):
-    real, done = FeatureCache.open(full).storage.__class__.read, []
+def test_a_part_replaced_while_it_is_opened_is_opened_again(small, full, monkeypatch):
+    real, replaced = LocalStorage.read, []
 
     def read_then_replace(self, name):
-        found = real(self, name)
-        if name == "parts/clip/00001.json" and not done:
-            done.append(name)
+        data = real(self, name)
+        if name == "parts/clip/00001.json" and not replaced:
+            replaced.append(name)
             retried(small, full)
-        return found
+        return data
 
-    right = FeatureCache.open(full).read([4, 5, 7], **SETS)
+    expected = FeatureCache.open(full).read([4, 5, 7], **SETS)
     reader = FeatureCache.open(full)
     monkeypatch.setattr(LocalStorage, "read", read_then_replace)
-    np.testing.assert_array_equal(reader.read([4, 5, 7], **SETS).feature_map, right.feature_map)
-    assert done
+    np.testing.assert_array_equal(reader.read([4, 5, 7], **SETS).feature_map, expected.feature_map)
+    assert replaced
 
 
-def test_a_part_that_is_just_being_replaced_is_not_called_damaged(full, monkeypatch):
+def test_a_part_being_replaced_is_not_reported_as_damaged(full, monkeypatch):
     real = LocalStorage.read
 
     def read_then_remove(self, name):
-        found = real(self, name)
+        data = real(self, name)
         if name == "parts/clip/00001.json":
             (full / name).unlink()
             shutil.copyfile(full / "features/clip/crc32c/c.0", full / "features/clip/crc32c/c.1")
-        return found
+        return data
 
     reader = FeatureCache.open(full)
     monkeypatch.setattr(LocalStorage, "read", read_then_remove)
@@ -121,29 +110,25 @@ def test_a_part_that_is_just_being_replaced_is_not_called_damaged(full, monkeypa
 
 
 def copy_part(origin, target, name, part):
-    """What an interrupted `rsync` of one cache over another leaves: the files of one part, and its record."""
+    """Copy the files of one part and its record, as an interrupted `rsync` of one cache over another does."""
     for file in (*origin.glob(f"features/{name}/*/c.{part}*"), origin / f"parts/{name}/{part:05d}.json"):
         shutil.copyfile(file, target / file.relative_to(origin))
 
 
 def of_another_backbone(small, path):
-    """A cache of the same images and shapes whose features another backbone made."""
+    """A cache of the same images and shapes by another backbone."""
     sets = [replace(each, provenance={**each.provenance, "model": "ViT-B-32"}) for each in small.sets]
-    cache = FeatureCache.create(path, small.manifest, sets, small.part_size)
-    for part in range(cache.n_parts):
-        cache.write_part(part, (ImageFeatures(row, features_of(small, row, 1)) for row in cache.part_rows(part)))
+    fill(FeatureCache.create(path, small.manifest, sets, small.part_size), seed=1)
 
 
 def of_other_boxes(small, path):
-    """A cache of the same images with as many boxes, as of a detector that was trained a little longer."""
+    """A cache of the same images with as many other boxes, as by a detector trained a little longer."""
     manifest = replace(small.manifest, boxes_xyxy=small.manifest.boxes_xyxy + 1)
-    cache = FeatureCache.create(path, manifest, small.sets, small.part_size)
-    for part in range(cache.n_parts):
-        cache.write_part(part, (ImageFeatures(row, features_of(small, row, 1)) for row in cache.part_rows(part)))
+    fill(FeatureCache.create(path, manifest, small.sets, small.part_size), seed=1)
 
 
 @pytest.mark.parametrize("make", [of_another_backbone, of_other_boxes])
-def test_a_part_of_another_cache_is_refused_and_made_again(small, full, tmp_path, make, small_folder):
+def test_a_part_of_another_cache_is_refused_and_extracted_again(small, full, tmp_path, make, small_folder):
     make(small, tmp_path / "other.zarr")
     for name in small.names:
         copy_part(tmp_path / "other.zarr", full, name, 0)
@@ -156,35 +141,35 @@ def test_a_part_of_another_cache_is_refused_and_made_again(small, full, tmp_path
     assert small.content(full) == small.content(small_folder / "full")
 
 
-def test_a_record_that_names_other_rows_is_refused_though_it_is_sealed(full):
+def test_a_record_of_other_rows_is_refused_despite_its_valid_checksum(full):
     storage, name = LocalStorage(full), "parts/clip/00001.json"
-    right = load_record(storage, name)
+    original = load_record(storage, name)
     for field, value in (("first_row", 5), ("images", 3), ("regions", 71)):
-        replace(right, **{field: value}).save(storage, name)
-        expected = getattr(right, field)
+        replace(original, **{field: value}).save(storage, name)
+        expected = getattr(original, field)
         with pytest.raises(CorruptPartError, match=rf"00001.json: {field}: found {value}, expected {expected}"):
             FeatureCache.open(full).read([4], **SETS)
 
 
-def test_parts_written_before_records_said_what_they_are_of_are_read_and_taken_along(small, full, tmp_path):
+def test_records_without_an_identity_are_read_and_copied(small, full, tmp_path):
     storage = LocalStorage(full)
     for file in full.glob("parts/*/*.json"):
         name = file.relative_to(full).as_posix()
         replace(load_record(storage, name), identity=None).save(storage, name)
     assert verify(full).sound
     cache = FeatureCache.open(full)
-    right = cache.read(cache.valid_rows(), **SETS)
+    expected = cache.read(cache.valid_rows(), **SETS)
     copy = FeatureCache.create(tmp_path / "copy.zarr", small.manifest, small.sets, small.part_size)
     copy_features([cache], copy)
     assert verify(tmp_path / "copy.zarr").sound
-    np.testing.assert_array_equal(copy.read(copy.valid_rows(), **SETS).tokens, right.tokens)
+    np.testing.assert_array_equal(copy.read(copy.valid_rows(), **SETS).tokens, expected.tokens)
 
 
-def test_a_record_of_a_later_version_that_says_more_is_read(full):
+def test_a_record_with_fields_of_a_later_version_is_read(full):
     for file in full.glob("parts/*/*.json"):
-        words = {key: value for key, value in from_json(file.read_bytes()).items() if key != "crc32c"}
-        words["failures"] = [{**failure, "kind": "decode"} for failure in words["failures"]]
-        file.write_bytes(to_json(seal({**words, "gpu": "H100"})))
+        document = {key: value for key, value in from_json(file.read_bytes()).items() if key != "crc32c"}
+        document["failures"] = [{**failure, "kind": "decode"} for failure in document["failures"]]
+        file.write_bytes(to_json(seal({**document, "gpu": "H100"})))
     report = verify(full)
     assert report.sound, report.text()
     cache = FeatureCache.open(full)
