@@ -110,10 +110,10 @@ def stats(
     """Mean and variance of every channel of a feature set, over the whole cache in one pass."""
     from regionspot.cache.outputs import check_output_file
     from regionspot.cache.store import FeatureCache
-    from regionspot.cache.tools.channel_stats import channel_stats, check_stats_name
+    from regionspot.cache.tools.channel_stats import channel_stats, check_stats_suffix
 
     if out:
-        check_output_file(check_stats_name(out), [path])
+        check_output_file(check_stats_suffix(out), [path])
     result = channel_stats(FeatureCache.open(path), feature_set)
     typer.echo(result.text())
     if out:
@@ -243,10 +243,10 @@ def convert(
 ) -> None:
     """Copy a cache with feature sets in another encoding. Run it again to resume."""
     from regionspot.cache.tools.merge_subset_convert import convert as run
-    from regionspot.cache.tools.merge_subset_convert import encodings_of
+    from regionspot.cache.tools.merge_subset_convert import parse_encodings
 
     on_stop(AGAIN)
-    typer.echo(f"{out}: {run(path, out, encodings_of(to)).text()}")
+    typer.echo(f"{out}: {run(path, out, parse_encodings(to)).text()}")
 
 
 @cache_app.command()

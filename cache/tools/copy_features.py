@@ -1,13 +1,13 @@
-"""Filling a cache from others that hold features of its images, part by part, with one record in memory a thread.
+"""Fills a cache with features of its images from other caches, part by part, one record in memory per thread.
 
-Images are found by their ids, so it does not matter in which cache, in which order or in how large parts they lie.
+Images are matched by id, so the caches may differ in order and part size.
 
-    a whole part, in the same order and encoding    its files are linked or copied: whole_parts.py
-    the same numbers, another order or compression  stored features are taken as they are
-    another encoding                                decoded and encoded again
+    whole part in the same order and encoding       its files are linked or copied (copy_parts.py)
+    same dtype, other order or compression          encoded features are copied
+    other encoding                                  decoded and encoded again
 
-Each part is written when all of its images are there in the sources; others stay pending, for when they are. So a
-run that was killed goes on where it stopped, and so does one that had to wait for its sources to be finished.
+A part is written when the sources have all of its images; the others stay pending. A killed run is resumable, and so is
+one whose sources were incomplete.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from regionspot.cache.format.schema import EncodedFeatures, FeatureSet, ImageFea
 from regionspot.cache.progress import Progress, duration
 from regionspot.cache.reading.feature_reader import FeatureReader, open_reader
 from regionspot.cache.store import FeatureCache
-from regionspot.cache.tools.copy_parts import Place, commit_part
+from regionspot.cache.tools.copy_parts import PartRef, copy_part
 from regionspot.cache.writing.claims import Claims
 
-_THREADS = 8  # at most, however many reads a store may like: each keeps a record and a block of a shard
+_MAX_THREADS = 8  # each holds a record and a block of a shard in memory
 
 
 @dataclass(frozen=True)
 class CopySummary:
-    """What one run of `copy_features` did, in parts of feature sets.
+    """Result of `copy_features`, in parts of feature sets.
 
-    whole      taken as files
+    whole      copied or linked as files
     rewritten  written record by record
-    before     were there already
-    pending    wait for images that no source holds yet, or are another run's
+    before     already present
+    pending    some images are in no source yet, or another run has claimed them
     """
 
     whole: int
@@ -52,42 +52,42 @@ class CopySummary:
     seconds: float
 
     def text(self) -> str:
-        """One line for people."""
-        words = [f"{self.whole:,} parts taken whole, {self.rewritten:,} written, {duration(self.seconds)}"]
+        """A one-line summary."""
+        phrases = [f"{self.whole:,} parts copied whole, {self.rewritten:,} rewritten, {duration(self.seconds)}"]
         if self.before:
-            words.append(f"{self.before:,} were there before")
+            phrases.append(f"{self.before:,} already present")
         if self.pending:
-            words.append(f"{self.pending:,} wait: extract their images, then run this again")
-        return "; ".join(words)
+            phrases.append(f"{self.pending:,} pending: extract their images, then run this again")
+        return "; ".join(phrases)
 
 
 def copy_features(
     sources: Sequence[FeatureCache], destination: FeatureCache, *, link: bool = True, take_over: bool = False
 ) -> CopySummary:
-    """Write all parts that the destination lacks and whose images the sources hold; failed ones keep their reason.
+    """Write all pending parts of the destination whose images the sources have; failed images keep their reason.
 
-    link        whether files of both may be one on the disk; otherwise they are copied and checked on the way
-    take_over   do also what another run has claimed, which is known to be gone
+    link        hard-link files where possible; otherwise they are copied and verified
+    take_over   also write parts claimed by another run that is known to be gone
 
-    Raises ProvenanceMismatchError when a source holds other regions of an image or features of another backbone,
-    InputError for features that cannot be stored in the destination's encoding, CorruptPartError for damaged ones.
+    Raises ProvenanceMismatchError if a source has other regions of an image or features of another backbone, InputError
+    for features that the destination's encoding cannot represent, CorruptPartError for damaged ones.
     """
-    copying = _Copying(sources, destination, link)
-    lacking = {part: destination.missing_sets(part) for part in destination.pending_parts()}
-    ready = {part: names for part, missing in lacking.items() if (names := copying.ready(part, missing))}
+    copier = _Copier(sources, destination, link)
+    pending = {part: destination.missing_sets(part) for part in destination.pending_parts()}
+    ready = {part: names for part, missing in pending.items() if (names := copier.ready(part, missing))}
     progress = Progress(len(ready), "parts")
     whole = rewritten = 0
     with Claims(destination.storage, take_over=take_over) as claims:
-        for done in _in_threads(copying.threads, lambda part: copying.write(part, ready[part], claims), list(ready)):
-            whole, rewritten = whole + sum(done), rewritten + len(done) - sum(done)
+        for results in _in_threads(copier.threads, lambda part: copier.write(part, ready[part], claims), list(ready)):
+            whole, rewritten = whole + sum(results), rewritten + len(results) - sum(results)
             progress.step()
-    missing = sum(map(len, lacking.values()))
+    missing = sum(map(len, pending.values()))
     before = destination.n_parts * len(destination.feature_sets) - missing
     return CopySummary(whole, rewritten, before, missing - whole - rewritten, progress.seconds)
 
 
 def _in_threads(threads: int, work: Callable[[int], list[bool]], parts: Sequence[int]) -> Iterator[list[bool]]:
-    """What `work` gives for each part, in order; nothing more is begun once one has failed."""
+    """Results of `work` for each part, in order; after an error no further part is started."""
     with ThreadPoolExecutor(threads, thread_name_prefix="copy") as pool:
         try:
             yield from pool.map(work, parts)
@@ -96,31 +96,33 @@ def _in_threads(threads: int, work: Callable[[int], list[bool]], parts: Sequence
             raise
 
 
-class _Copying:
-    """Where each image of the destination lies in the sources, and how its features get across.
+class _Copier:
+    """Finds each image of the destination in the sources and copies its features.
 
-    source, row   int64 (N,): which source holds the image, -1 for none, and in which row of it
+    _source, _row   int64 (N,): index of the source that has the image (-1: none), and its row there
     """
 
     def __init__(self, sources: Sequence[FeatureCache], destination: FeatureCache, link: bool) -> None:
         self._sources, self._destination, self._link = sources, destination, link
-        self._source, self._row = _places(sources, destination)
-        self._there = {name: self._extracted(name) for name in destination.feature_sets}
-        self.threads = min(_THREADS, max(cache.storage.readers for cache in (*sources, destination)))
+        self._source, self._row = _locate_images(sources, destination)
+        self._available = {name: self._extracted(name) for name in destination.feature_sets}
+        self.threads = min(_MAX_THREADS, max(cache.storage.readers for cache in (*sources, destination)))
         self._reader = lru_cache(maxsize=None)(self._open_reader)
         self._failures = lru_cache(maxsize=64)(self._load_failures)
 
     def ready(self, part: int, names: Sequence[str]) -> list[str]:
-        """Those of the feature sets of which the sources hold every image of a part."""
+        """The feature sets for which the sources have every image of a part."""
         rows = self._destination.part_rows(part)
-        return [name for name in names if self._there[name][rows.start : rows.stop].all()]
+        return [name for name in names if self._available[name][rows.start : rows.stop].all()]
 
     def write(self, part: int, names: Sequence[str], claims: Claims) -> list[bool]:
-        """Write feature sets of a part, unless another run is at it; of each, whether it was taken whole."""
+        """Write feature sets of a part, unless another run has claimed it; True for each one copied whole."""
         if not claims.claim(part):
             return []
         try:
-            missing = self._destination.missing_sets(part, names)  # again: another run may just have finished it
+            missing = self._destination.missing_sets(
+                part, names
+            )  # again, because another run may just have finished it
             return [self._write_set(part, name, claims) for name in missing]
         finally:
             claims.release(part)
@@ -128,15 +130,15 @@ class _Copying:
     def _write_set(self, part: int, name: str, claims: Claims) -> bool:
         origin = self._whole_part(part, name)
         if origin is not None:
-            commit_part(origin, Place(self._destination, name, part), self._link, lambda: claims.require_owned(part))
+            copy_part(origin, PartRef(self._destination, name, part), self._link, lambda: claims.require_owned(part))
             return True
         self._destination.write_part(
             part, self._images(part, name), [name], str(claims.process), lambda: claims.require_owned(part)
         )
         return False
 
-    def _whole_part(self, part: int, name: str) -> Place | None:
-        """The part of a source that holds just these images in the same order and encoding, if one does."""
+    def _whole_part(self, part: int, name: str) -> PartRef | None:
+        """The source part with the same images, order and encoding, if any."""
         rows = self._destination.part_rows(part)
         source, first = int(self._source[rows.start]), int(self._row[rows.start])
         cache = self._sources[source]
@@ -148,27 +150,27 @@ class _Copying:
         ):
             return None
         ours, theirs = self._destination.feature_sets[name], cache.feature_sets[name]
-        alike = _same_numbers(ours, theirs) and ours.compression == theirs.compression
-        return Place(cache, name, origin) if alike else None
+        same = _same_dtype(ours, theirs) and ours.compression == theirs.compression
+        return PartRef(cache, name, origin) if same else None
 
     def _images(self, part: int, name: str) -> Iterator[ImageFeatures]:
-        """The images of a part with the features of one set; what is yielded is good until the next one."""
+        """The images of a part with the features of one set."""
         for row in self._destination.part_rows(part):
-            source, theirs = int(self._source[row]), int(self._row[row])
-            failure = self._failures(source, name, theirs // self._sources[source].part_size).get(theirs)
-            features = {} if failure is not None else {name: self._features(source, theirs, name)}
+            source, source_row = int(self._source[row]), int(self._row[row])
+            failure = self._failures(source, name, source_row // self._sources[source].part_size).get(source_row)
+            features = {} if failure is not None else {name: self._features(source, source_row, name)}
             yield ImageFeatures(row, features, failure)
 
     def _features(self, source: int, row: int, name: str) -> EncodedFeatures | NDArray[np.float32]:
         feature_set = self._sources[source].feature_sets[name]
-        stored = read_stored(self._reader(source, name), self._sources[source].manifest, row)
-        if _same_numbers(feature_set, self._destination.feature_sets[name]):
-            return stored
-        return decode(stored.codes, feature_set, stored.scales)
+        encoded = read_encoded(self._reader(source, name), self._sources[source].manifest, row)
+        if _same_dtype(feature_set, self._destination.feature_sets[name]):
+            return encoded
+        return decode(encoded.codes, feature_set, encoded.scales)
 
     def _extracted(self, name: str) -> NDArray[np.bool_]:
-        """bool (N,): images of which a source holds the features, or knows why there are none."""
-        there = np.zeros(len(self._destination), dtype=bool)
+        """bool (N,): images of which a source has the features, or the reason of failure."""
+        available = np.zeros(len(self._destination), dtype=bool)
         for number, cache in enumerate(self._sources):
             if name not in cache.feature_sets:
                 continue
@@ -177,8 +179,8 @@ class _Copying:
                 rows = cache.part_rows(part)
                 written[rows.start : rows.stop] = False
             ours = self._source == number
-            there[ours] = written[self._row[ours]]
-        return there
+            available[ours] = written[self._row[ours]]
+        return available
 
     def _open_reader(self, source: int, name: str) -> FeatureReader:
         cache = self._sources[source]
@@ -188,15 +190,17 @@ class _Copying:
         return {failure.row: failure.reason for failure in self._sources[source].record(part, name).failures}
 
 
-def _places(sources: Sequence[FeatureCache], destination: FeatureCache) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The source and the row in it of every image of the destination; of several sources the first counts."""
+def _locate_images(
+    sources: Sequence[FeatureCache], destination: FeatureCache
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Source and row of every image of the destination; the first source that has it."""
     source, row = np.full(len(destination), -1), np.full(len(destination), -1)
     for number, cache in enumerate(sources):
         _require_same_backbones(cache, destination)
-        found = rows_by_id(cache.manifest, destination.manifest.image_ids)
-        ours = np.flatnonzero((found >= 0) & (source < 0))
-        _require_same_regions(cache, found[ours], destination, ours)
-        source[ours], row[ours] = number, found[ours]
+        rows = rows_by_id(cache.manifest, destination.manifest.image_ids)
+        ours = np.flatnonzero((rows >= 0) & (source < 0))
+        _require_same_regions(cache, rows[ours], destination, ours)
+        source[ours], row[ours] = number, rows[ours]
     return source, row
 
 
@@ -215,17 +219,15 @@ def _require_same_regions(
     else:
         difference = first_difference(cache.manifest.select(theirs), destination.manifest.select(ours))
     if difference:
-        raise ProvenanceMismatchError(
-            f"{destination.path}: cannot be filled from {cache.path}: {difference}; its features were made from that"
-        )
+        raise ProvenanceMismatchError(f"{destination.path}: cannot copy features from {cache.path}: {difference}")
 
 
-def _same_numbers(one: FeatureSet, other: FeatureSet) -> bool:
+def _same_dtype(one: FeatureSet, other: FeatureSet) -> bool:
     return one.dtype == other.dtype and one.statistics == other.statistics
 
 
-def read_stored(reader: FeatureReader, manifest: Manifest, row: int) -> EncodedFeatures:
-    """One image's features as they lie on disk."""
+def read_encoded(reader: FeatureReader, manifest: Manifest, row: int) -> EncodedFeatures:
+    """Read one image's features without decoding them."""
     feature_set = reader.feature_set
     regions = () if feature_set.kind == "map" else (int(manifest.region_count[row]),)
     codes = np.empty((*regions, *feature_set.shape), feature_set.stored)

@@ -1,11 +1,10 @@
-"""A part that another cache holds just as it is wanted: its files are taken whole, no feature is decoded.
+"""Copies a part's files from another cache without decoding features.
 
-On one disk a file gets a second name (a hard link), so not a byte is read or written; no file of a cache is ever
-changed in place, only replaced, so neither cache can harm the other. Elsewhere the bytes are copied, and each record is
-compared with its checksum on the way.
+Files on the same disk are hard-linked, which is safe because a cache replaces files and never changes them in place.
+Otherwise the bytes are copied, and each record is compared with its checksum.
 
-A shard's index and the checksums have a slot for every inner chunk of the largest part. Where the caches differ in
-that number, the records are copied as they lie, and the index and the checksums made as long as they have to be.
+A shard's index and the checksum file have one slot for every inner chunk of the largest part. If the caches differ in
+that number, the records are copied and the index and checksums are resized.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ from regionspot.cache.storage.base import NewFile, Storage
 from regionspot.cache.storage.zarr_shard import ShardWriter, index_bytes, parse_index, with_crc, without_crc
 from regionspot.cache.store import FeatureCache
 
-_BLOCK = 8 << 20  # bytes read at once: an object store's answer takes as long as a few megabytes
+_BLOCK = 8 << 20  # bytes of one read: an object store's latency equals the transfer of a few megabytes
 _NO_LINK = (errno.EXDEV, errno.EPERM, errno.EMLINK, errno.ENOTSUP, errno.EACCES)  # other disk, FAT, 65,000 links, ...
 
 
 @dataclass(frozen=True)
-class Place:
+class PartRef:
     """One feature set of one part of a cache."""
 
     cache: FeatureCache
@@ -52,43 +51,43 @@ class Place:
         return self.cache.geometry.slots(self.feature_set)
 
     @property
-    def record(self) -> str:
+    def record_path(self) -> str:
         return record_file(self.name, self.part)
 
     def files(self) -> list[str]:
-        """All files of the part: the shards, and last the checksums of their records."""
+        """All files of the part: the shards, then the checksum file."""
         return part_files(self.feature_set, self.part)
 
 
-def commit_part(source: Place, target: Place, link: bool, before_publish: Callable[[], None]) -> None:
-    """Write a part that `source` holds, with its record last.
+def copy_part(source: PartRef, target: PartRef, link: bool, before_publish: Callable[[], None]) -> None:
+    """Copy a part, its part record last.
 
-    link             give the files a second name where they can have one
-    before_publish   called before the first file gets its name: what it raises leaves the part unwritten
+    link             hard-link the files where possible
+    before_publish   called before the first rename; if it raises, the part stays unwritten
 
-    Raises CorruptPartError for a source that is not as it was written, CacheError where a store refuses.
+    Raises CorruptPartError if the source is damaged, CacheError if a storage fails.
     """
     try:
-        record = take_part(source, target, link, before_publish)
+        record = copy_part_files(source, target, link, before_publish)
         paths = [target.storage.local_path(name) for name in target.files()]
         for folder in {path.parent for path in paths if path is not None}:
             sync_folder(folder)
-        record.save(target.storage, target.record)
+        record.save(target.storage, target.record_path)
     except OSError as error:
         raise CacheError(
             f"{target.storage.address}: part {target.part} could not be written: {error.strerror or error}; "
-            "the finished parts are safe: mend that and run the same command again"
+            "finished parts are safe: fix that and run the same command again"
         ) from error
 
 
-def take_part(
-    source: Place, target: Place, link: bool = True, before_publish: Callable[[], None] = lambda: None
+def copy_part_files(
+    source: PartRef, target: PartRef, link: bool = True, before_publish: Callable[[], None] = lambda: None
 ) -> PartRecord:
-    """Put the files of a part in their places, those that are linked not flushed; its record, which is not saved.
+    """Copy a part's files, without its part record, which is returned. Linked files are not flushed.
 
-    The two places are of the same images in one encoding with the same statistics.
+    Both parts have the same images, encoding and statistics.
     """
-    target.storage.check_writable()  # a link asks no storage whether it still is what was opened
+    target.storage.check_writable()  # hard links do not go through the storage
     record = source.cache.record(source.part, source.name)
     for file in source.files():
         _require_size(source, file, record)
@@ -99,8 +98,8 @@ def take_part(
     else:
         sizes, checksums = _copy_files(source, target, before_publish)
     rows = target.cache.part_rows(target.part)
-    failures = tuple(replace(each, row=each.row - record.first_row + rows.start) for each in record.failures)
-    identity = None  # a record of an earlier version says nothing of its identity, and stays as it is
+    failures = tuple(replace(failure, row=failure.row - record.first_row + rows.start) for failure in record.failures)
+    identity = None  # records of earlier versions have none
     if record.identity is not None:
         identity = part_identity(
             target.cache.part_rows(target.part), target.cache.manifest, set_crc(target.feature_set)
@@ -119,7 +118,7 @@ def take_part(
 def _link_all(
     source: Storage, target: Storage, names: Sequence[tuple[str, str]], before_publish: Callable[[], None]
 ) -> bool:
-    """Give files a second name; False where they cannot have one."""
+    """Hard-link files; False if this is not possible."""
     paths = [(source.local_path(name), target.local_path(new_name)) for name, new_name in names]
     for number, (path, new_path) in enumerate(paths):
         if path is None or new_path is None:
@@ -135,32 +134,32 @@ def _link_all(
         try:
             if not number:
                 before_publish()
-            os.replace(partial, new_path)  # over what a killed run may have left there
+            os.replace(partial, new_path)  # replaces what a killed run left
         finally:
-            partial.unlink(missing_ok=True)  # a rename between two names of one file does nothing
+            partial.unlink(missing_ok=True)  # rename does nothing if both names are the same file
     return True
 
 
 def _copy_files(
-    source: Place, target: Place, before_publish: Callable[[], None]
+    source: PartRef, target: PartRef, before_publish: Callable[[], None]
 ) -> tuple[dict[str, int], dict[str, int]]:
-    """Copy and check; the sizes by name, and the crc32c of the checksums' file."""
-    found = np.zeros(source.slots, np.uint32)
+    """Copy and verify the files; their sizes, and the crc32c of the checksum file, by name."""
+    crcs = np.zeros(source.slots, np.uint32)
     files: list[NewFile] = []
     sizes: dict[str, int] = {}
     try:
         for name, new_name in zip(source.files()[:-1], target.files()[:-1], strict=True):
             files.append(target.storage.create(new_name))
             shard = ShardWriter(files[-1], target.slots)
-            for slot, stored in records_of(source, name):
+            for slot, record in read_records(source, name):
                 if slot >= target.slots:
-                    raise _corrupt(source, name, f"holds a record in slot {slot}, behind all of its images")
-                shard.append(slot, stored)
-                found[slot] = google_crc32c.extend(int(found[slot]), stored)
+                    raise _corrupt(source, name, f"has a record in slot {slot}, beyond its images")
+                shard.append(slot, record)
+                crcs[slot] = google_crc32c.extend(int(crcs[slot]), record)
             sizes[new_name] = shard.finish()
-        require_equal(source, found)
-        found.resize(target.slots)  # what is cut off, or put behind, is slots without a record
-        checksums, new_name = with_crc(found.astype("<u4").tobytes()), target.files()[-1]
+        require_checksums(source, crcs)
+        crcs.resize(target.slots)  # only slots without a record are cut off or added
+        checksums, new_name = with_crc(crcs.astype("<u4").tobytes()), target.files()[-1]
         files.append(target.storage.create(new_name))
         files[-1].write(checksums)
         files[-1].finish()
@@ -173,24 +172,24 @@ def _copy_files(
     return {**sizes, new_name: len(checksums)}, {new_name: file_crc(checksums)}
 
 
-def records_of(source: Place, name: str) -> Iterator[tuple[int, bytes]]:
-    """Slot and stored bytes of each record of a shard, as they lie behind one another, read in large blocks."""
+def read_records(source: PartRef, name: str) -> Iterator[tuple[int, bytes]]:
+    """Slot and stored bytes of each record of a shard, in file order, read in large blocks."""
     try:
         data_bytes = source.storage.size(name) - index_bytes(source.slots)
         if data_bytes < 0:
-            raise ValueError("is too short to hold its index")
+            raise ValueError("is too short for its index")
         index = _read(source.storage, name, data_bytes, index_bytes(source.slots))
         offsets, sizes = parse_index(index, data_bytes, None)
     except (FileNotFoundError, EOFError, ValueError) as error:
         raise _corrupt(source, name, str(error)) from None
     order = [slot for slot in np.argsort(offsets, kind="stable").tolist() if offsets[slot] >= 0]
-    block, begin = b"", 0
+    block, start = b"", 0
     for slot in order:
         offset, size = int(offsets[slot]), int(sizes[slot])
-        if not begin <= offset <= offset + size <= begin + len(block):
-            begin = offset
-            block = _read(source.storage, name, begin, min(max(_BLOCK, size), data_bytes - begin))
-        yield slot, block[offset - begin : offset - begin + size]
+        if not start <= offset <= offset + size <= start + len(block):
+            start = offset
+            block = _read(source.storage, name, start, min(max(_BLOCK, size), data_bytes - start))
+        yield slot, block[offset - start : offset - start + size]
 
 
 def _read(storage: Storage, name: str, offset: int, size: int) -> bytes:
@@ -199,8 +198,8 @@ def _read(storage: Storage, name: str, offset: int, size: int) -> bytes:
     return bytes(block)
 
 
-def _require_size(source: Place, file: str, record: PartRecord) -> None:
-    """Raises CorruptPartError where a file is missing or cut: a link to it would be as broken, and later found."""
+def _require_size(source: PartRef, file: str, record: PartRecord) -> None:
+    """Raises CorruptPartError if a file is missing or truncated, before it is linked."""
     try:
         size = source.storage.size(file)
     except FileNotFoundError:
@@ -209,18 +208,18 @@ def _require_size(source: Place, file: str, record: PartRecord) -> None:
         raise _corrupt(source, file, f"has {size} bytes, {record.files.get(file)} were written")
 
 
-def require_equal(source: Place, found: NDArray[np.uint32]) -> None:
-    """Raises CorruptPartError where the records are not those that were written."""
+def require_checksums(source: PartRef, crcs: NDArray[np.uint32]) -> None:
+    """Raises CorruptPartError if the records' crc32c do not match the checksum file."""
     name = source.files()[-1]
     try:
-        expected = np.frombuffer(without_crc(source.storage.read(name), "its checksums' file"), "<u4")
+        expected = np.frombuffer(without_crc(source.storage.read(name), "its checksum file"), "<u4")
     except (FileNotFoundError, ValueError) as error:
         raise _corrupt(source, name, str(error)) from None
-    if len(expected) != len(found):
-        raise _corrupt(source, name, f"has {len(expected)} checksums, expected {len(found)}")
-    if len(wrong := np.flatnonzero(expected != found)):
+    if len(expected) != len(crcs):
+        raise _corrupt(source, name, f"has {len(expected)} checksums, expected {len(crcs)}")
+    if len(wrong := np.flatnonzero(expected != crcs)):
         raise _corrupt(source, " or ".join(source.files()[:-1]), f"record {wrong[0]} does not match its checksum")
 
 
-def _corrupt(source: Place, file: str, what: str) -> CorruptPartError:
-    return CorruptPartError(f"{source.storage.address}: {file}: {what}; {source.storage.repair_hint(source.part)}")
+def _corrupt(source: PartRef, file: str, reason: str) -> CorruptPartError:
+    return CorruptPartError(f"{source.storage.address}: {file}: {reason}; {source.storage.repair_hint(source.part)}")

@@ -1,12 +1,11 @@
-"""A cache whose manifest grew: the images it holds stay where they are, new ones come behind them.
+"""Appends images to a cache; the rows of existing images do not change.
 
-Nothing is changed in place. A new folder is made beside the old one, from the grown manifest; the files of every full
-part are linked into it, and then the two exchange their names. So whoever opens the cache, also after a run that was
-killed anywhere, finds the old one or the new one, whole. A last part that was not full has more images now: the next
-extract makes it anew, as it makes those that came.
+Nothing is changed in place. A new folder is created next to the old one, the files of every full part are hard-linked
+into it, and the two folders swap names. So the cache is always complete, the old or the new one, also after a kill. A
+last part that was not full gets more images, so the next `extract` writes it again.
 
-Who has the cache open meanwhile goes on reading full parts, but not a last one that was not full, nor tokens where the
-largest part has more regions than before; opened again, the cache has everything.
+A process that has the cache open can still read full parts, but neither a last part that was not full, nor tokens if
+the largest part has more regions than before; reopening the cache fixes that.
 """
 
 from __future__ import annotations
@@ -30,19 +29,19 @@ from regionspot.cache.storage.folder_swap import recover_swap, replace_folder
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.open import open_storage
 from regionspot.cache.store import FeatureCache
-from regionspot.cache.tools.copy_parts import Place, take_part
+from regionspot.cache.tools.copy_parts import PartRef, copy_part_files
 from regionspot.cache.writing.claim_files import FOLDER as CLAIMS
 from regionspot.cache.writing.claims import Claims
 
 log = logging.getLogger(__name__)
 
-_LOOK_SECONDS = 0.2  # between two looks whether another run has extended the cache
-_GROWTH = "growth"  # what is claimed while a cache is extended
+_POLL_SECONDS = 0.2  # while another run extends the cache
+_CLAIM = "growth"  # the claim that `extend` holds
 
 
 @dataclass(frozen=True)
-class Extended:
-    """What `extend` did: the images and regions that came, the parts that are done and those to be extracted."""
+class ExtendSummary:
+    """Result of `extend`: images and regions added, parts that are done, and parts to be extracted."""
 
     images: int
     regions: int
@@ -50,177 +49,176 @@ class Extended:
     pending: int
 
     def text(self) -> str:
-        """One line for people."""
-        came = f"{self.images:,} images with {self.regions:,} regions" if self.images else "no image"
-        pending = f", {self.pending:,} pending: `regionspot extract` makes them" if self.pending else ""
-        return f"{came} came; {self.done:,} parts are done{pending}"
+        """A one-line summary."""
+        added = f"{self.images:,} images with {self.regions:,} regions" if self.images else "no image"
+        pending = f", {self.pending:,} pending: run `regionspot extract`" if self.pending else ""
+        return f"{added} added; {self.done:,} parts are done{pending}"
 
 
-def extend(path: str | Path, grown: Manifest, *, part_size: int = PART_SIZE, take_over: bool = False) -> Extended:
-    """Give the cache the images of `grown` that it does not hold yet, behind those that it holds.
+def extend(path: str | Path, larger: Manifest, *, part_size: int = PART_SIZE, take_over: bool = False) -> ExtendSummary:
+    """Append the images of `larger` that the cache does not have yet.
 
-    The images it holds have to be in `grown`, in any order and with nothing about them changed; categories may have
-    been added at the end. The result equals, to the byte, a cache that is made at once from the images it held and
-    then the new ones in their order.
+    `larger` must contain the cache's images, in any order and unchanged; new categories may follow the old ones. The
+    result is byte-identical to a cache created from the old images followed by the new ones.
 
-    part_size   for a cache that is a single part, which may have been small; others keep their own
-    take_over   do it although another run has claims here, which is known to be gone
+    part_size   for a cache with a single part, which may be small; other caches keep their part size
+    take_over   ignore the claims of another run that is known to be gone
 
-    Raises ProvenanceMismatchError, saying what differs first, for a manifest that is not what the cache holds and
-    more; InputError for a cache that is not in a folder; CacheError when another run is at work on it or the disk
-    refuses.
+    Raises ProvenanceMismatchError, naming the first difference, if `larger` does not contain the cache's images;
+    InputError for a cache that is not in a folder; CacheError when another run is working on it or the disk fails.
     """
     storage = open_storage(path)
     if not isinstance(storage, LocalStorage):
         raise InputError(
-            f"{storage.address}: only a cache in a folder can grow; `regionspot cache copy` brings it there and back"
+            f"{storage.address}: only a cache in a folder can be extended; copy it there and back "
+            "with `regionspot cache copy`"
         )
-    storage = LocalStorage(storage.folder.resolve())  # where a link leads to: the link itself stays
+    storage = LocalStorage(storage.folder.resolve())  # the target of a symbolic link, so that the link is kept
     try:
         recover_swap(storage.folder)
-        return _extend(storage, grown, part_size, take_over)
+        return _extend(storage, larger, part_size, take_over)
     except OSError as error:
         raise CacheError(
-            f"{storage.address}: could not be extended: {error.strerror or error}; it is as it was: mend that and run "
+            f"{storage.address}: could not be extended: {error.strerror or error}; it is unchanged: fix that and run "
             "this again"
         ) from error
 
 
-def _extend(storage: LocalStorage, grown: Manifest, part_size: int, take_over: bool) -> Extended:
+def _extend(storage: LocalStorage, larger: Manifest, part_size: int, take_over: bool) -> ExtendSummary:
     cache = FeatureCache.open(storage.folder)
-    manifest = _grown(cache, grown)
-    came = len(manifest) - len(cache), len(manifest.boxes_xyxy) - len(cache.manifest.boxes_xyxy)
+    manifest = _appended(cache, larger)
+    added = len(manifest) - len(cache), len(manifest.boxes_xyxy) - len(cache.manifest.boxes_xyxy)
     n_parts, pending = cache.n_parts, len(cache.pending_parts())
     if manifest.digest() != cache.manifest.digest():
         storage.check_writable()
         remove_abandoned(storage.folder.parent, f"{storage.folder.name}.")
         with Claims(storage, take_over=take_over) as claims:
-            claims.claim(_GROWTH)
-            _require_alone(storage, claims)
+            claims.claim(_CLAIM)
+            _require_no_other_run(storage, claims)
             n_parts, pending = _replace(cache, storage, manifest, part_size, claims)
-    return Extended(*came, n_parts - pending, pending)
+    return ExtendSummary(*added, n_parts - pending, pending)
 
 
-def _grown(cache: FeatureCache, grown: Manifest) -> Manifest:
-    """The grown manifest with the cache's own images first, in its order."""
+def _appended(cache: FeatureCache, larger: Manifest) -> Manifest:
+    """The larger manifest reordered: the cache's images first, in its order."""
     stored = cache.manifest
-    refused = f"{cache.path}: cannot take in {grown.dataset}/{grown.split}"
-    if (stored.dataset, stored.split) != (grown.dataset, grown.split):
+    prefix = f"{cache.path}: cannot be extended to {larger.dataset}/{larger.split}"
+    if (stored.dataset, stored.split) != (larger.dataset, larger.split):
         raise ProvenanceMismatchError(
-            f"{refused}: it holds {stored.dataset}/{stored.split}; `regionspot cache merge` puts two into a new one"
+            f"{prefix}: it holds {stored.dataset}/{stored.split}; combine two datasets with `regionspot cache merge`"
         )
-    if not same_categories(stored, grown):
+    if not same_categories(stored, larger):
         raise ProvenanceMismatchError(
-            f"{refused}: its {len(grown.categories):,} categories do not begin with the {len(stored.categories):,} "
-            "that are there, so an index would mean another one; new categories can only come at the end"
+            f"{prefix}: its {len(larger.categories):,} categories do not begin with the cache's "
+            f"{len(stored.categories):,}, so indices would change; add new categories at the end only"
         )
-    ordered = order_like(stored, grown)
+    ordered = order_like(stored, larger)
     if ordered is None:
-        lacking = stored.image_ids[rows_by_id(grown, stored.image_ids) < 0]
+        missing = stored.image_ids[rows_by_id(larger, stored.image_ids) < 0]
         raise ProvenanceMismatchError(
-            f"{refused}: {len(lacking):,} images that it holds are not there, the first has id {lacking[0]}; "
-            "`regionspot cache subset` leaves images out"
+            f"{prefix}: {len(missing):,} of its images are not there, the first has id {missing[0]}; "
+            "remove images with `regionspot cache subset`"
         )
     if difference := first_difference(stored, ordered.head(len(stored))):
-        raise ProvenanceMismatchError(f"{refused}: {difference}; its features were made from what it holds")
+        raise ProvenanceMismatchError(f"{prefix}: {difference}; its features would not match")
     return ordered
 
 
-def extended_part_size(geometry: Geometry, asked: int) -> int:
-    """Images of a part of a cache that grows: a single part may have been small for want of images."""
-    return geometry.part_size if geometry.n_parts > 1 else max(geometry.part_size, asked)
+def extended_part_size(geometry: Geometry, part_size: int) -> int:
+    """Part size of an extended cache: a single part may be small only because there were few images."""
+    return geometry.part_size if geometry.n_parts > 1 else max(geometry.part_size, part_size)
 
 
-def extend_to(path: str | Path, whole: Manifest, part_size: int) -> None:
-    """`extend` a cache that was made with a limit, or wait until another run of the same command has done so.
+def extend_to(path: str | Path, larger: Manifest, part_size: int) -> None:
+    """`extend` a cache created with --limit, or wait until another run of the same command has done it.
 
     Raises what `extend` raises.
     """
     storage = open_storage(path)
     if not isinstance(storage, LocalStorage):
         raise InputError(
-            f"{storage.address}: was made with --limit and holds {load_header(storage).geometry.images:,} of the "
-            f"{len(whole):,} images asked for, and only a cache in a folder can grow; give that limit or another cache"
+            f"{storage.address}: was created with --limit and holds {load_header(storage).geometry.images:,} of the "
+            f"{len(larger):,} images; only a cache in a folder can be extended: give that limit or another cache"
         )
-    wanted = whole.digest()
-    while load_header(storage).digest != wanted:
+    digest = larger.digest()
+    while load_header(storage).digest != digest:
         try:
-            log.info("%s: was made with --limit, and grows to %d images", storage.address, len(whole))
-            extend(path, whole, part_size=part_size)
+            log.info("%s: was created with --limit; extending it to %d images", storage.address, len(larger))
+            extend(path, larger, part_size=part_size)
             return
         except CacheError:
-            if Claims(storage).holder(_GROWTH) is None and load_header(storage).digest != wanted:
-                raise  # what is in the way is no run that extends it
-            time.sleep(_LOOK_SECONDS)
+            if Claims(storage).holder(_CLAIM) is None and load_header(storage).digest != digest:
+                raise  # the reason is not another run of `extend`
+            time.sleep(_POLL_SECONDS)
 
 
-def _require_alone(storage: LocalStorage, claims: Claims) -> None:
-    """Raises CacheError when another run is at work here: what it writes now would be lost."""
-    for what, process in claims.claims_of_others().items():
-        work = f"part {what}" if isinstance(what, int) else f"its {what}"
+def _require_no_other_run(storage: LocalStorage, claims: Claims) -> None:
+    """Raises CacheError when another run is working on the cache: its writes would be lost."""
+    for key, process in claims.claims_of_others().items():
+        work = f"part {key}" if isinstance(key, int) else f"its {key}"
         raise CacheError(
-            f"{storage.address}: {process} is at work on {work}; extend it when that run has ended, or with "
-            "--take-over if you know that it is gone"
+            f"{storage.address}: {process} is working on {work}; extend it when that run has ended, or with "
+            "--take-over if it is known to be gone"
         )
-    claims.require_owned(_GROWTH)
+    claims.require_owned(_CLAIM)
 
 
 def _replace(
     cache: FeatureCache, storage: LocalStorage, manifest: Manifest, part_size: int, claims: Claims
 ) -> tuple[int, int]:
-    """Make the grown cache beside the old one and put it in its place; its parts, and those that are pending."""
-    from regionspot.cache.format.create import build_cache  # zarr takes a second to import
+    """Create the extended cache and replace the old one by it; its number of parts, and of pending ones."""
+    from regionspot.cache.format.create import build_cache  # importing zarr takes a second
 
     size = extended_part_size(cache.geometry, part_size)
     building = partial_path(storage.folder)
     try:
         build_cache(building, manifest, Header.of(manifest, cache.feature_sets.values(), size))
-        grown = FeatureCache.open(building, "a")
-        _take_full_parts(cache, grown)
-        _take_along(cache, storage.folder, building)
+        extended = FeatureCache.open(building, "a")
+        _link_full_parts(cache, extended)
+        _link_other_files(cache, storage.folder, building)
         sync_tree(building)
-        _require_alone(storage, claims)
-        found = grown.n_parts, len(grown.pending_parts())
+        _require_no_other_run(storage, claims)
+        counts = extended.n_parts, len(extended.pending_parts())
         replace_folder(building, storage.folder)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    return found
+    return counts
 
 
-def _take_full_parts(old: FeatureCache, new: FeatureCache) -> None:
-    """Give the new cache all parts of the old one whose images it has in a part of the same number."""
+def _link_full_parts(old: FeatureCache, new: FeatureCache) -> None:
+    """Link the parts that have the same rows in both caches."""
     full = [part for part in range(old.n_parts) if old.part_rows(part) == new.part_rows(part)]
     progress = Progress(len(full), "parts")
     for part in full:
-        lacking = old.missing_sets(part)
+        missing = old.missing_sets(part)
         for name in old.feature_sets:
-            if name not in lacking:
-                _take(Place(old, name, part), Place(new, name, part))
+            if name not in missing:
+                _link_part(PartRef(old, name, part), PartRef(new, name, part))
         progress.step()
 
 
-def _take(source: Place, target: Place) -> None:
-    record = take_part(source, target)
-    path, new_path = (place.storage.local_path(place.record) for place in (source, target))
+def _link_part(source: PartRef, target: PartRef) -> None:
+    record = copy_part_files(source, target)
+    path, new_path = (part.storage.local_path(part.record_path) for part in (source, target))
     if path and new_path and record == source.cache.record(source.part, source.name):
         _link(path, new_path)
-    else:  # where the largest part has grown, an index is longer, and so are the files
-        record.save(target.storage, target.record)
+    else:  # the files differ: their indexes are longer if the largest part has grown
+        record.save(target.storage, target.record_path)
 
 
-def _take_along(cache: FeatureCache, old: Path, new: Path) -> None:
-    """What somebody else has put into the folder: files, and attributes of the root group."""
+def _link_other_files(cache: FeatureCache, old: Path, new: Path) -> None:
+    """Keep what others have added: files in the folder, and attributes of the root group."""
     ours = {"zarr.json", *load_header(cache.storage).files}
-    arrays = {name for each in cache.feature_sets.values() for name in (each.array, each.scales, each.checksums)}
+    arrays = {name for one in cache.feature_sets.values() for name in (one.array, one.scales, one.checksums)}
     for path in old.rglob("*"):
         name = path.relative_to(old)
-        part_of_ours = name.parts[0] in ("parts", CLAIMS) or name.parent.as_posix() in arrays
-        if path.is_file() and not (part_of_ours or name.as_posix() in ours or path.suffix == ".partial"):
+        is_ours = name.parts[0] in ("parts", CLAIMS) or name.parent.as_posix() in arrays
+        if path.is_file() and not (is_ours or name.as_posix() in ours or path.suffix == ".partial"):
             _link(path, new / name)
-    theirs, made = (json.loads((folder / "zarr.json").read_bytes()) for folder in (old, new))
-    made["attributes"] = {**theirs["attributes"], **made["attributes"]}
-    (new / "zarr.json").write_bytes(to_json(made))
+    old_root, new_root = (json.loads((folder / "zarr.json").read_bytes()) for folder in (old, new))
+    new_root["attributes"] = {**old_root["attributes"], **new_root["attributes"]}
+    (new / "zarr.json").write_bytes(to_json(new_root))
 
 
 def _link(path: Path, new_path: Path) -> None:

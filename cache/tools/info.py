@@ -1,6 +1,6 @@
-"""What a cache holds, told from its header and the records of its parts; no feature is read.
+"""Describes a cache and lists its images, from the header and the part records only.
 
-It works while others still write the cache, and tells what is there at that moment.
+Other processes may write the cache meanwhile; the result is its current state.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ SUMMARY = (
     "summary.md"  # of the last run of `extract`; RUNS is the folder with one file per run. No checksum covers them
 )
 RUNS = "runs"
-_NAMED_WRITERS = 4  # of a cluster's many, the busiest are named
+_MAX_WRITERS = 4  # the busiest writers are listed
 State = Literal["done", "failed", "pending"]
 STATES: tuple[State, ...] = ("done", "failed", "pending")
 
-_PATH_WIDTH = 60  # longer paths push the state to the right, rather than all lines of millions
-_DIGEST_DIGITS = 12  # of a SHA-256, enough to tell two apart at a glance; the JSON has all 64
+_PATH_WIDTH = 60  # longer paths shift only their own line
+_DIGEST_DIGITS = 12  # of a SHA-256 in the text; the JSON has all 64
 
 
 @dataclass(frozen=True)
 class SetInfo:
-    """One feature set, and how much of it is there.
+    """One feature set and its progress.
 
-    encoding                   "float16"; "int8, zstd"
-    parts, images, regions   written so far; `pending` parts are not
-    bytes                      on disk, with indexes, scales and checksums
-    bytes_as_float16           of the same features as bare float16
-    seconds                    that the parts took, each from its first image to its last, summed up; parts that were
-                               written at the same time count each, and so do all feature sets of a part
-    writers                    parts by who wrote them, busiest first
+    encoding                 "float16"; "int8, zstd"
+    parts, images, regions   written so far
+    pending                  number of parts not written yet
+    bytes                    on disk, with indexes, scales and checksums
+    bytes_as_float16         size of the same features as plain float16
+    seconds                  sum over parts of the time from first to last image; concurrent parts, and feature sets of
+                             one part, count separately
+    writers                  number of parts by worker, busiest first
     """
 
     name: str
@@ -63,7 +64,7 @@ class SetInfo:
 
 @dataclass(frozen=True)
 class RunInfo:
-    """The latest run of `extract` that wrote anything, as its record under runs/ tells it.
+    """The latest run of `extract` that wrote anything, from its record in runs/.
 
     started    UTC, ISO 8601
     worker     host:process
@@ -77,17 +78,17 @@ class RunInfo:
 
     @property
     def rate(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return self.images / max(self.seconds, 1e-9)
 
 
 @dataclass(frozen=True)
 class CacheInfo:
-    """A cache as `describe_cache` found it.
+    """The result of `describe_cache`.
 
-    failed     images that could not be read
-    failures   these by reason, most frequent first; numbers in a reason are N, so that equal troubles count together
-    last_run   None where no run has left a record: the features were imported, or written by a program's own means
+    failed     number of images that could not be read
+    failures   their number by reason, most frequent first; digits are replaced by N to group equal reasons
+    last_run   None if no run has left a record, such as for imported features
     """
 
     path: str
@@ -108,19 +109,19 @@ class CacheInfo:
 
     @property
     def rate(self) -> float:
-        """Images a second of the last run; 0 where there is none."""
+        """Images per second of the last run; 0 if there is none."""
         return self.last_run.rate if self.last_run else 0.0
 
     def as_json(self) -> dict[str, Any]:
-        """All of it, for json.dumps. The `rate` of a feature set is the last run's, which wrote all of them at once."""
+        """All fields, for json.dumps. `rate` of a feature set is the rate of the last run, which wrote all sets."""
         rate = round(self.rate, 3)
-        sets = [_as_json(each) | {"rate": rate if each.parts else 0.0} for each in self.feature_sets]
+        sets = [_as_json(one) | {"rate": rate if one.parts else 0.0} for one in self.feature_sets]
         last_run = self.last_run and _as_json(self.last_run)
         return _as_json(self) | {"feature_sets": sets, "last_run": last_run, "rate": rate}
 
     def text(self) -> str:
-        """Some lines for people."""
-        blocks = [_head(self), *(_set_lines(each, self) for each in self.feature_sets)]
+        """A readable description."""
+        blocks = [_head(self), *(_set_lines(one, self) for one in self.feature_sets)]
         if self.failed:
             blocks.append(_failure_lines(self))
         return "\n\n".join("\n".join(lines) for lines in blocks)
@@ -131,7 +132,7 @@ def _as_json(part: CacheInfo | SetInfo | RunInfo) -> dict[str, Any]:
 
 
 def describe_cache(cache: FeatureCache) -> CacheInfo:
-    """What a cache holds. Raises CorruptPartError where the record of a part is damaged."""
+    """Describe a cache. Raises CorruptPartError if a part record is damaged."""
     manifest = cache.manifest
     records = {name: list(part_records(cache, name)) for name in cache.feature_sets}
     failures = {failure.row: failure for parts in records.values() for record in parts for failure in record.failures}
@@ -148,7 +149,7 @@ def describe_cache(cache: FeatureCache) -> CacheInfo:
         part_size=cache.part_size,
         source=manifest.source,
         report=manifest.report,
-        feature_sets=tuple(_set_info(each, records[each.name], cache.n_parts) for each in cache.feature_sets.values()),
+        feature_sets=tuple(_set_info(one, records[one.name], cache.n_parts) for one in cache.feature_sets.values()),
         failed=len(failures),
         failures=dict(causes.most_common()),
         last_run=_last_run(cache),
@@ -156,20 +157,22 @@ def describe_cache(cache: FeatureCache) -> CacheInfo:
 
 
 def _last_run(cache: FeatureCache) -> RunInfo | None:
-    for name in sorted(cache.storage.list_files(RUNS), reverse=True):  # a name begins with the time of the start
+    for name in sorted(cache.storage.list_files(RUNS), reverse=True):  # names begin with the start time
         try:
-            words = from_json(cache.storage.read(f"{RUNS}/{name}"))
-            summary = words["summary"]
-            run = RunInfo(str(words["started"]), str(words["worker"]), int(summary[IMAGES_KEY]), summary["seconds"])
+            document = from_json(cache.storage.read(f"{RUNS}/{name}"))
+            summary = document["summary"]
+            run = RunInfo(
+                str(document["started"]), str(document["worker"]), int(summary[IMAGES_KEY]), summary["seconds"]
+            )
             if run.rate > 0:
                 return run
         except (OSError, ValueError, KeyError, TypeError):
-            continue  # somebody else's file, or one of a later version
+            continue  # of another program or a later version
     return None
 
 
 def part_records(cache: FeatureCache, name: str) -> Iterator[PartRecord]:
-    """The records of a feature set's written parts, in order. Raises CorruptPartError at one that is damaged."""
+    """Part records of a feature set, in order. Raises CorruptPartError at a damaged one."""
     pending = set(cache.pending_parts([name]))
     written = [part for part in range(cache.n_parts) if part not in pending]
     with ThreadPoolExecutor(cache.storage.readers) as pool:
@@ -177,7 +180,7 @@ def part_records(cache: FeatureCache, name: str) -> Iterator[PartRecord]:
 
 
 def cause(failure: Failure) -> str:
-    """Why an image could not be read, without its path."""
+    """Reason of a failure without the image's path."""
     return failure.reason.partition(f"{failure.path}: ")[2] or failure.reason
 
 
@@ -203,7 +206,7 @@ def _set_info(feature_set: FeatureSet, records: list[PartRecord], n_parts: int) 
 
 
 def size_text(size: float) -> str:
-    """Bytes as disks are sold: 512 B, 4.88 kB, 1.13 MB, 349 GB."""
+    """A size in decimal units: 512 B, 4.88 kB, 1.13 MB, 349 GB."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if size < 999.5:
             return f"{size:.3g} {unit}"
@@ -213,13 +216,13 @@ def size_text(size: float) -> str:
 
 def _head(info: CacheInfo) -> list[str]:
     files = [f"{name} ({digest[:_DIGEST_DIGITS]})" for name, digest in info.source.get("files", {}).items()]
-    found = [f"{reason.replace('_', ' ')} {count:,}" for reason, count in info.report.items() if count]
-    total = sum(each.bytes for each in info.feature_sets)
+    dropped = [f"{reason.replace('_', ' ')} {count:,}" for reason, count in info.report.items() if count]
+    total = sum(one.bytes for one in info.feature_sets)
     lines = {
         "pictures": f"{info.images:,} in {info.parts:,} parts of {info.part_size:,}",
         "regions": f"{info.regions:,} of {info.classes:,} classes",
         "made from": ", ".join(files),
-        "when read": ", ".join(found),
+        "when read": ", ".join(dropped),
         "features": f"{size_text(total)} in {len(info.feature_sets)} sets; schema version {info.schema}",
         "last run": _run_text(info.last_run),
     }
@@ -227,15 +230,15 @@ def _head(info: CacheInfo) -> list[str]:
 
 
 def _set_lines(one: SetInfo, info: CacheInfo) -> list[str]:
-    what = "a map of {} x {} an image" if one.kind == "map" else "a token of {} numbers a region"
-    told = dict(one.provenance)
+    what = "a map of {} x {} per image" if one.kind == "map" else "a token of {} numbers per region"
+    provenance = dict(one.provenance)
     lines = {
         "parts": _parts_text(one, info),
         "size": _size_line(one),
-        "model": _model_text(told),
-        "input": _input_text(told),
-        "software": ", ".join(f"{name} {number}" for name, number in told.pop("versions", {}).items()),
-        "also": ", ".join(f"{name} {_value_text(value)}" for name, value in told.items()),
+        "model": _model_text(provenance),
+        "input": _input_text(provenance),
+        "software": ", ".join(f"{name} {number}" for name, number in provenance.pop("versions", {}).items()),
+        "also": ", ".join(f"{name} {_value_text(value)}" for name, value in provenance.items()),
         "written by": _writers_text(one.writers),
     }
     return [f"{one.name}: {what.format(*one.shape)}, {one.encoding}", *_labelled(lines)]
@@ -258,87 +261,87 @@ def _run_text(run: RunInfo | None) -> str:
     if run is None:
         return ""
     done = f"{run.images:,} images in {duration(run.seconds)}, {run.rate:.3g} images/s"
-    return f"{done}; by {run.worker}, begun {run.started[:16].replace('T', ' ')} UTC"
+    return f"{done}; by {run.worker}, started {run.started[:16].replace('T', ' ')} UTC"
 
 
 def _size_line(one: SetInfo) -> str:
     share = one.bytes / one.bytes_as_float16 if one.bytes_as_float16 else 1
-    compared = f", {share:.2f} of what float16 takes" if share < 0.95 else ""
+    ratio = f", {share:.2f} of float16's size" if share < 0.95 else ""
     units = one.images if one.kind == "map" else one.regions
     unit = "image" if one.kind == "map" else "region"
-    return f"{size_text(one.bytes)}, {size_text(one.bytes / units)} a {unit}{compared}" if units else ""
+    return f"{size_text(one.bytes)}, {size_text(one.bytes / units)} per {unit}{ratio}" if units else ""
 
 
-def _model_text(told: dict[str, Any]) -> str:
-    """Takes what it says out of the provenance, so that the rest can be listed as it is."""
-    model, sha256, origin = (told.pop(key, None) for key in ("model", "weights_sha256", "weights_origin"))
-    dtype = told.pop("dtype", None)
-    words = [str(model)] if model else []
+def _model_text(provenance: dict[str, Any]) -> str:
+    """Removes the keys that it uses from the provenance, so that the rest can be listed."""
+    model, sha256, origin = (provenance.pop(key, None) for key in ("model", "weights_sha256", "weights_origin"))
+    dtype = provenance.pop("dtype", None)
+    phrases = [str(model)] if model else []
     if sha256:
-        words.append(f"weights {sha256[:_DIGEST_DIGITS]}" + (f" ({origin})" if origin and origin != sha256 else ""))
-    return ", ".join([*words, *([f"computed in {dtype}"] if dtype else [])])
+        phrases.append(f"weights {sha256[:_DIGEST_DIGITS]}" + (f" ({origin})" if origin and origin != sha256 else ""))
+    return ", ".join([*phrases, *([f"computed in {dtype}"] if dtype else [])])
 
 
-def _input_text(told: dict[str, Any]) -> str:
-    pixels, resize, exif = (told.pop(key, None) for key in ("input_pixels", "resize", "exif"))
+def _input_text(provenance: dict[str, Any]) -> str:
+    pixels, resize, exif = (provenance.pop(key, None) for key in ("input_pixels", "resize", "exif"))
     size = resize or (f"{pixels} pixels" if pixels else "")
-    return "; ".join(word for word in (size, f"EXIF orientation {exif}" if exif else "") if word)
+    return "; ".join(filter(None, (size, f"EXIF orientation {exif}" if exif else "")))
 
 
 def _value_text(value: Any) -> str:
     if isinstance(value, list):
-        return " ".join(_value_text(each) for each in value)
+        return " ".join(map(_value_text, value))
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _writers_text(writers: dict[str, int]) -> str:
-    named = [f"{name} ({parts:,})" for name, parts in list(writers.items())[:_NAMED_WRITERS]]
+    named = [f"{name} ({parts:,})" for name, parts in list(writers.items())[:_MAX_WRITERS]]
     others = len(writers) - len(named)
     return ", ".join(named) + (f" and {others:,} others" if others else "")
 
 
 def _failure_lines(info: CacheInfo) -> list[str]:
-    wide = len(f"{max(info.failures.values()):,}")
+    width = len(f"{max(info.failures.values()):,}")
     return [f"{info.failed:,} of {info.images:,} images could not be read:"] + [
-        f"  {count:>{wide},}  {reason}" for reason, count in info.failures.items()
+        f"  {count:>{width},}  {reason}" for reason, count in info.failures.items()
     ]
 
 
 def list_images(cache: FeatureCache, states: Sequence[State] = STATES, limit: int | None = None) -> Iterator[str]:
-    """A line an image: row, id, width x height, regions, path, and its state.
+    """A line per image, streamed part by part: row, id, width x height, regions, path, and state.
 
-    done      all feature sets hold it
-    failed    it could not be read, and why
-    pending   its part is not written yet in the feature sets named
+    done      all feature sets have it
+    failed    it could not be read; with the reason
+    pending   its part is not written yet; with the feature sets that lack it
 
-    Raises InputError for another state and for a limit below 1, CorruptPartError where a part's record is damaged.
+    Raises InputError for an unknown state or a limit below 1, CorruptPartError if a part record is damaged.
     """
     unknown = [state for state in states if state not in STATES]
     if unknown or not states:
-        raise InputError(f"{cache.path}: images are {', '.join(STATES)}; asked for {', '.join(unknown) or 'none'}")
+        raise InputError(f"{cache.path}: state is {', '.join(unknown) or 'empty'}, expected {', '.join(STATES)}")
     if limit is not None and limit < 1:
-        raise InputError(f"{cache.path}: {limit} images were asked for, expected at least 1")
-    return islice(_lines(cache, states), limit and min(limit, len(cache.manifest)))
+        raise InputError(f"{cache.path}: limit is {limit}, expected at least 1")
+    return islice(_image_lines(cache, states), limit and min(limit, len(cache.manifest)))
 
 
-def _lines(cache: FeatureCache, states: Sequence[State]) -> Iterator[str]:
+def _image_lines(cache: FeatureCache, states: Sequence[State]) -> Iterator[str]:
     manifest = cache.manifest
     row_width = len(str(len(manifest) - 1))
     id_width = max(len(str(manifest.image_ids.min())), len(str(manifest.image_ids.max())))
     path_width = min(_PATH_WIDTH, max(map(len, manifest.paths[:10_000].tolist())))
     regions_width = len(str(manifest.region_count.max()))
-    for row, state, why in _states(cache):
+    for row, state, detail in _states(cache):
         if state in states:
             size = f"{manifest.widths[row]} x {manifest.heights[row]}"
             yield (
                 f"{row:>{row_width}}  {manifest.image_ids[row]:>{id_width}}  {size:>11}  "
                 f"{manifest.region_count[row]:>{regions_width}} regions  {manifest.paths[row]:<{path_width}}  "
-                f"{state}{f': {why}' if why else ''}"
+                f"{state}{f': {detail}' if detail else ''}"
             )
 
 
 def _states(cache: FeatureCache) -> Iterator[tuple[int, State, str]]:
-    """Row, state and what is to be said of it, of every image."""
+    """Row, state and its detail, of every image."""
     for part in range(cache.n_parts):
         missing = cache.missing_sets(part)
         written = [name for name in cache.feature_sets if name not in missing]

@@ -1,8 +1,8 @@
-"""Images of a written part replaced: a new part is made beside the old one and takes its place.
+"""Rewrites a part with new features of some of its images.
 
-The records are removed when all of the new part is flushed, before its first file gets its name. A run killed in
-between leaves a part without records, which the next extract makes from the images; at no moment do records speak of
-other files than those that lie there.
+The old part record is removed after the new files are flushed and before the first one is renamed into place. A run
+killed in between leaves a part without a record, which the next `extract` writes again; a record never describes other
+files than those present.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from regionspot.cache.format.part_record import PartRecord
 from regionspot.cache.format.schema import FeatureSet, ImageFeatures, record_file
 from regionspot.cache.reading.feature_reader import open_reader
 from regionspot.cache.store import FeatureCache
-from regionspot.cache.tools.copy_features import read_stored
+from regionspot.cache.tools.copy_features import read_encoded
 from regionspot.cache.writing.part_writer import PartWriter
 
 
@@ -26,34 +26,34 @@ def rewrite_part(
     worker: str = "",
     before_publish: Callable[[], None] = lambda: None,
 ) -> PartRecord:
-    """Write a part of a feature set anew with other features, or failures, of the images at these rows.
+    """Rewrite a part of a feature set with new features or failures of the images at these rows.
 
-    All others are taken as they are stored, each compared with its checksum. Whatever is raised before the end leaves
-    the part as it was. `before_publish` is called when all is flushed, before anything of the old part goes.
+    The other images are copied without decoding, each compared with its checksum. An error leaves the part unchanged.
+    `before_publish` is called after the flush, before any old file is removed.
 
-    Raises NotExtractedError for a part that is not written, CorruptPartError where it is damaged, InputError for
-    features that do not fit or rows of another part, CacheError when the disk refuses them.
+    Raises NotExtractedError for a part that is not written, CorruptPartError if it is damaged, InputError for features
+    that do not fit or rows of another part, CacheError when the storage fails.
     """
     if cache.mode != "a":
         raise CacheError(f"{cache.path}: is open for reading; open it with mode 'a' to write a part")
     rows, record = cache.part_rows(part), cache.record(part, feature_set)
-    if strays := sorted(set(images) - set(rows)):
+    if outside := sorted(set(images) - set(rows)):
         raise InputError(
-            f"{cache.path}: row {strays[0]} is none of part {part}, which holds {rows.start} to {rows[-1]}"
+            f"{cache.path}: row {outside[0]} is not in part {part}, which holds {rows.start} to {rows[-1]}"
         )
 
     def publish() -> None:
         before_publish()
         cache.storage.remove(record_file(feature_set, part))
 
-    held = cache.feature_sets[feature_set]
-    with PartWriter(cache.storage, cache.manifest, cache.geometry, part, [held]) as writer:
-        for image in _with_changes(cache, held, record, images, rows):
+    target = cache.feature_sets[feature_set]
+    with PartWriter(cache.storage, cache.manifest, cache.geometry, part, [target]) as writer:
+        for image in _merge_images(cache, target, record, images, rows):
             writer.append(image)
         return writer.commit(worker, publish)
 
 
-def _with_changes(
+def _merge_images(
     cache: FeatureCache,
     feature_set: FeatureSet,
     record: PartRecord,
@@ -69,5 +69,5 @@ def _with_changes(
         elif row in failures:
             yield ImageFeatures(row, {}, failures[row], sizes.get(row, {}))
         else:
-            stored = read_stored(reader, cache.manifest, row)
-            yield ImageFeatures(row, {feature_set.name: stored}, batch_sizes=sizes.get(row, {}))
+            features = read_encoded(reader, cache.manifest, row)
+            yield ImageFeatures(row, {feature_set.name: features}, batch_sizes=sizes.get(row, {}))

@@ -1,4 +1,4 @@
-"""Which images of a cache: by ids from a file, by category, each so many-th, the first ones."""
+"""Selects images of a manifest: by ids from a file, by category, every n-th, the first n."""
 
 from __future__ import annotations
 
@@ -22,39 +22,39 @@ def select_rows(
     every: int = 1,
     first: int | None = None,
 ) -> NDArray[np.int64]:
-    """int64: rows of the images that all of this leaves over, applied in this order.
+    """Rows (int64) of the images that pass all filters, applied in this order:
 
-    ids          images of these ids, in the order of the ids (default: all, in the manifest's)
-    categories   of those the ones with a region of one of these names
-    every        of those each so many-th one, from the first on
-    first        of those at most so many
+    ids          images with these ids, in this order (default: all, in the manifest's order)
+    categories   with a region of one of these categories
+    every        every n-th image
+    first        at most n images
 
-    Raises InputError for ids and names that the manifest does not hold, and where no image is left over.
+    Raises InputError for unknown ids and category names, and if no image is left.
     """
     if every < 1 or (first is not None and first < 1):
         name, value = ("every", every) if every < 1 else ("first", first)
         raise InputError(f"{name} is {value}, expected at least 1")
-    rows = np.arange(len(manifest)) if ids is None else _of_ids(manifest, ids)
+    rows = np.arange(len(manifest)) if ids is None else _rows_of_ids(manifest, ids)
     if categories:
-        rows = rows[_holds(manifest, categories)[rows]]
+        rows = rows[_has_category(manifest, categories)[rows]]
     rows = rows[::every][:first]
     if not len(rows):
         raise InputError(
-            f"{manifest.dataset}/{manifest.split}: none of its {len(manifest):,} images is one of the ids and has one "
-            "of the categories; give fewer conditions"
+            f"{manifest.dataset}/{manifest.split}: no image of {len(manifest):,} has one of the ids and one of the "
+            "categories; give fewer conditions"
         )
     return rows
 
 
 def read_ids(path: Path) -> NDArray[np.int64]:
-    """Scene ids from a text file with one on a line; empty lines are left out.
+    """Read image ids from a text file, one per line; empty lines are skipped.
 
-    Raises InputError for a file that cannot be read, and a line that is no id.
+    Raises InputError for an unreadable file and for a line that is not an id.
     """
     try:
         lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as a list of ids, one a line: {error}") from None
+        raise InputError(f"{path}: cannot be read as a list of ids, one per line: {error}") from None
     ids = []
     for number, line in enumerate(lines, start=1):
         if line.strip():
@@ -65,25 +65,25 @@ def read_ids(path: Path) -> NDArray[np.int64]:
     return np.array(ids, np.int64)
 
 
-def _of_ids(manifest: Manifest, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def _rows_of_ids(manifest: Manifest, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     rows = rows_by_id(manifest, ids)
     if len(unknown := ids[rows < 0]):
         raise InputError(
-            f"{manifest.dataset}/{manifest.split}: holds no image with {len(unknown)} of the {len(ids)} ids, "
-            f"the first is {unknown[0]}; leave them out"
+            f"{manifest.dataset}/{manifest.split}: has no image with {len(unknown)} of the {len(ids)} ids, "
+            f"the first is {unknown[0]}; remove them"
         )
     return rows
 
 
-def _holds(manifest: Manifest, names: Sequence[str]) -> NDArray[np.bool_]:
+def _has_category(manifest: Manifest, names: Sequence[str]) -> NDArray[np.bool_]:
     """bool (N,): whether an image has a region of one of the categories."""
-    index = {category.name: place for place, category in enumerate(manifest.categories)}
+    index = {category.name: number for number, category in enumerate(manifest.categories)}
     for name in names:
         if name not in index:
             close = difflib.get_close_matches(name, index, 3)
-            like = f"like {', '.join(close)}" if close else "as `regionspot cache info` counts them"
-            raise InputError(f"{manifest.dataset}/{manifest.split}: has no category {name!r}; take one {like}")
-    wanted = np.isin(manifest.category_index, [index[name] for name in names])
-    found = np.zeros(len(manifest), dtype=bool)
-    found[np.searchsorted(manifest.offsets, np.flatnonzero(wanted), side="right") - 1] = True
-    return found
+            hint = f"did you mean {', '.join(close)}?" if close else "give the name of one"
+            raise InputError(f"{manifest.dataset}/{manifest.split}: has no category {name!r}; {hint}")
+    matches = np.isin(manifest.category_index, [index[name] for name in names])
+    result = np.zeros(len(manifest), dtype=bool)
+    result[np.searchsorted(manifest.offsets, np.flatnonzero(matches), side="right") - 1] = True
+    return result

@@ -1,22 +1,21 @@
-"""`regionspot cache verify`: every byte of a cache held against its checksum, every count against the manifest.
+"""`regionspot cache verify`: compares every byte of a cache with its checksum and every count with the manifest.
 
-    zarr.json                 sealed; through the checksums in it
+    zarr.json                 its own checksum; it holds the checksums of
       every other zarr.json,
-      images/ and regions/    as they were made; through the manifest's digest its columns
-    parts/<set>/00042.json    sealed, and what the manifest says of the part's rows; through it and the checksums' file
-      features/<set>/         sizes, indexes, records, scales, padding   (check_part.py)
+      images/ and regions/    also compared with the manifest's digest
+    parts/<set>/00042.json    its own checksum, and the manifest's counts; it holds the checksums of
+      features/<set>/         sizes, indexes, records, scales, padding   (verify_part.py)
 
-Damage is reported, never raised. It may run while others write: a part counts once its record is there.
+Damage is reported, never raised. Other processes may write meanwhile: a part counts once its part record exists.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -31,29 +30,29 @@ from regionspot.cache.storage.base import Storage
 from regionspot.cache.storage.open import open_storage
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.tools.info import SUMMARY
-from regionspot.cache.tools.verify_part import PartCheck
-from regionspot.cache.tools.verify_report import Mend, Problem, VerifyReport, counted
+from regionspot.cache.tools.verify_part import PartChecker
+from regionspot.cache.tools.verify_report import Fix, Problem, VerifyReport, plural
 
-_WRITTEN_AGAIN = "was written again by another program; what it says of the data is right"
-_NAMED_STRAYS = 20  # files that are none of the cache's: so many are named, the rest counted
+_REWRITTEN = "was rewritten by another program; its content is correct"
+_MAX_LISTED = 20  # unknown files that are listed; the rest are counted
 
 
 def verify(cache: FeatureCache | str | Path, *, quick: bool = False, threads: int | None = None) -> VerifyReport:
-    """Look at all of a cache and say what is wrong with it.
+    """Verify all of a cache.
 
-    quick     leave out the records' own bytes, which are nearly all: everything else is still looked at
-    threads   how many parts at once (default: as many reads as the store is fastest with)
+    quick     skip the bytes of records, which are nearly all bytes
+    threads   parts in parallel (default: the storage's best number of concurrent reads)
 
-    Raises what opening raises where the cache's own zarr.json cannot be read: NotACacheError, SchemaVersionError.
+    Raises NotACacheError or SchemaVersionError if zarr.json cannot be read.
     """
     storage = cache.storage if isinstance(cache, FeatureCache) else open_storage(cache)
     if threads is not None and threads < 1:
-        raise InputError(f"{storage.address}: {threads} threads were asked for, expected at least 1")
+        raise InputError(f"{storage.address}: threads is {threads}, expected at least 1")
     return _Verification(storage, load_header(storage), quick, threads or storage.readers).run()
 
 
 class _Verification:
-    """One look at a cache, and what it found so far."""
+    """One run of `verify` and its findings so far."""
 
     def __init__(self, storage: Storage, header: Header, quick: bool, threads: int) -> None:
         self._storage, self._header, self._quick, self._threads = storage, header, quick, threads
@@ -63,12 +62,13 @@ class _Verification:
 
     def run(self) -> VerifyReport:
         started = time.perf_counter()
-        damaged = self._check_root() | self._check_made_files()
+        damaged = self._check_root() | self._check_metadata_files()
         readable = not any(name.startswith(("zarr.json", "images/", "regions/")) for name in damaged)
         manifest = self._manifest() if readable else None
-        written = {name: self._written(name) for name in self._header.feature_sets}
-        self._look_for_strays(written)
-        self._check_parts({name: parts for name, parts in written.items() if not self._is_away(name, parts)}, manifest)
+        written = {name: self._written_parts(name) for name in self._header.feature_sets}
+        self._find_orphans(written)
+        present = {name: parts for name, parts in written.items() if not self._is_missing(name, parts)}
+        self._check_parts(present, manifest)
         parts = sum(map(len, written.values()))
         return VerifyReport(
             address=self._storage.address,
@@ -82,52 +82,52 @@ class _Verification:
         )
 
     def _check_root(self) -> set[str]:
-        """The rest of the document that holds the header: what it says, and what others have added."""
+        """Check zarr.json except the header: its Zarr metadata, and additions of other programs."""
         before = len(self._problems)
         with self._readable("zarr.json"):
             stored = self._storage.read("zarr.json")
             document = json.loads(stored)
             if difference := document_difference(document, ROOT):
-                self._problems.append(Problem("zarr.json", None, None, difference, "remake"))
+                self._problems.append(Problem("zarr.json", None, None, difference, "regenerate"))
             elif (consolidated := document.get("consolidated_metadata")) is not None:
-                self._warnings.append(self._told_of(consolidated))
+                self._warnings.append(self._consolidated_warning(consolidated))
             elif to_json(document) != stored:
-                self._warnings.append(f"zarr.json: {_WRITTEN_AGAIN}")
+                self._warnings.append(f"zarr.json: {_REWRITTEN}")
         return {problem.path for problem in self._problems[before:]}
 
-    def _told_of(self, consolidated: object) -> str:
-        """What there is to say of consolidated metadata in the root, by which only other programs read."""
+    def _consolidated_warning(self, consolidated: object) -> str:
+        """A warning about consolidated metadata, which only other programs use."""
         names = [name for name in self._header.files if name.endswith("/zarr.json")]
         with ThreadPoolExecutor(self._threads) as pool:
             documents = list(pool.map(self._document, names))
-        there = {name.removesuffix("/zarr.json"): each for name, each in zip(names, documents, strict=True)}
-        if wrong := outdated_entries(consolidated, there):
+        actual = {name.removesuffix("/zarr.json"): document for name, document in zip(names, documents, strict=True)}
+        if wrong := outdated_entries(consolidated, actual):
             return (
-                f"zarr.json: its consolidated metadata is out of date for {counted(len(wrong), 'array')}, the first is "
-                f"{wrong[0]}: other Zarr programs may read by it; make it anew with zarr.consolidate_metadata"
+                f"zarr.json: its consolidated metadata is out of date for {plural(len(wrong), 'array')}, the first is "
+                f"{wrong[0]}: other Zarr programs may use it; renew it with zarr.consolidate_metadata"
             )
-        return "zarr.json: holds consolidated metadata, which is right and not needed"
+        return "zarr.json: has consolidated metadata, which is correct and not needed"
 
     def _document(self, name: str) -> object:
         try:
             return from_json(self._storage.read(name))
         except (OSError, ValueError):
-            return None  # looked at by itself
+            return None  # reported by its own check
 
-    def _check_made_files(self) -> set[str]:
-        """Look at the files that were made with the cache; the names of those that are not as they were."""
-        damaged, written_again = damaged_files(self._storage, self._header, self._threads)
-        self._warnings += [f"{name}: {_WRITTEN_AGAIN}" for name in written_again]
+    def _check_metadata_files(self) -> set[str]:
+        """Check the files written when the cache was created; the names of the damaged ones."""
+        damaged, rewritten = damaged_files(self._storage, self._header, self._threads)
+        self._warnings += [f"{name}: {_REWRITTEN}" for name in rewritten]
         for name, damage in damaged.items():
-            mend: Mend = "remake" if name.endswith("zarr.json") else "restore"
+            fix: Fix = "regenerate" if name.endswith("zarr.json") else "restore"
             problem = (
-                _unreadable(name, damage) if isinstance(damage, OSError) else Problem(name, None, None, damage, mend)
+                _unreadable(name, damage) if isinstance(damage, OSError) else Problem(name, None, None, damage, fix)
             )
             self._problems.append(problem)
         return set(damaged)
 
     def _manifest(self) -> Manifest | None:
-        from regionspot.cache.format.manifest_arrays import load_manifest  # zarr takes a second to import
+        from regionspot.cache.format.manifest_arrays import load_manifest  # importing zarr takes a second
 
         try:
             return load_manifest(self._storage, self._header)
@@ -135,39 +135,55 @@ class _Verification:
             self._problems.append(Problem("images", None, None, str(error), "restore"))
             return None
 
-    def _written(self, name: str) -> list[int]:
-        """Parts of a feature set that have a record."""
+    def _written_parts(self, name: str) -> list[int]:
+        """Parts of a feature set that have a part record."""
         with self._readable(f"parts/{name}"):
             files = {f"parts/{name}/{base}" for base in self._storage.list_files(f"parts/{name}")}
             return [part for part in range(self._header.geometry.n_parts) if record_file(name, part) in files]
         return []
 
-    def _look_for_strays(self, written: dict[str, list[int]]) -> None:
+    def _find_orphans(self, written: dict[str, list[int]]) -> None:
+        """Count files of unfinished parts and warn about unknown files in the cache's folders."""
+        known = {"zarr.json", SUMMARY, *self._header.files}
+        expected: set[str] = set()
+        for name, feature_set in self._header.feature_sets.items():
+            known.update(record_file(name, part) for part in written[name])
+            known.update(file for part in written[name] for file in part_files(feature_set, part))
+            for part in range(self._header.geometry.n_parts):
+                expected.update(part_files(feature_set, part))
+        unknown: list[str] = []
         with self._readable("features"):
-            strays = _find_orphans(self._storage, self._header, written)
-            self._unfinished = len(strays.unfinished)
-            self._warnings += [f"{name}: is no file of this cache" for name in strays.unknown[:_NAMED_STRAYS]]
-            if len(strays.unknown) > _NAMED_STRAYS:
-                self._warnings.append(f"{len(strays.unknown) - _NAMED_STRAYS:,} more are no files of this cache")
+            for folder in sorted({name.rpartition("/")[0] for name in known}):
+                files = (f"{folder}/{base}".removeprefix("/") for base in self._storage.list_files(folder))
+                for name in sorted(name for name in files if name not in known):
+                    if name in expected or is_partial(name):
+                        self._unfinished += 1
+                    else:
+                        unknown.append(name)
+        self._warnings += [f"{name}: is not a file of this cache" for name in unknown[:_MAX_LISTED]]
+        if len(unknown) > _MAX_LISTED:
+            self._warnings.append(f"{len(unknown) - _MAX_LISTED:,} more are not files of this cache")
 
-    def _is_away(self, name: str, parts: list[int]) -> bool:
-        """Whether a whole array of a feature set is not there: no reason to drop parts, a disk may be away."""
+    def _is_missing(self, name: str, parts: list[int]) -> bool:
+        """Whether a whole array of a feature set is missing. Its parts are not dropped: a disk may be unmounted."""
         feature_set = self._header.feature_sets[name]
         arrays = [feature_set.array, feature_set.checksums, *([feature_set.scales] if feature_set.has_scales else [])]
         before = len(self._problems)
         for array in arrays:
             with self._readable(array):
                 if parts and not self._storage.list_files(array):
-                    reason = f"holds no file, though {len(parts)} parts are recorded: a disk may not be mounted"
+                    reason = f"has no file, but {len(parts)} parts are recorded: a disk may not be mounted"
                     self._problems.append(Problem(array, None, name, reason, "restore"))
         return len(self._problems) > before
 
     def _check_parts(self, written: dict[str, list[int]], manifest: Manifest | None) -> None:
-        """A part's feature sets one after another, so that parts take equally long and the time left is told well."""
+        """Check all parts; the sets of a part follow each other, so that the estimated time left is accurate."""
         jobs = sorted((part, name) for name, parts in written.items() for part in parts)
         progress = Progress(len(jobs), "parts")
-        checks = [PartCheck(self._storage, self._header.geometry, manifest, self._quick) for _ in range(self._threads)]
-        idle: SimpleQueue[PartCheck] = SimpleQueue()
+        checks = [
+            PartChecker(self._storage, self._header.geometry, manifest, self._quick) for _ in range(self._threads)
+        ]
+        idle: SimpleQueue[PartChecker] = SimpleQueue()
         for check in checks:
             idle.put(check)
 
@@ -184,7 +200,7 @@ class _Verification:
                 self._problems += [problem] if problem else []
                 progress.step()
         finally:
-            pool.shutdown(cancel_futures=True)  # an interrupt shall not wait for all that is left
+            pool.shutdown(cancel_futures=True)  # an interrupt must not wait for the rest
         self._bytes = sum(check.bytes_read for check in checks)
 
     @contextmanager
@@ -197,34 +213,3 @@ class _Verification:
 
 def _unreadable(name: str, error: OSError) -> Problem:
     return Problem(name, None, None, f"cannot be read: {error.strerror or error}", "access")
-
-
-@dataclass(frozen=True)
-class _Orphans:
-    """unfinished   of writers that were killed or are at work: the next extract writes them again or removes them
-    unknown      none of the cache's
-    """
-
-    unfinished: tuple[str, ...]
-    unknown: tuple[str, ...]
-
-
-def _find_orphans(storage: Storage, header: Header, written: Mapping[str, Sequence[int]]) -> _Orphans:
-    """Look through a cache's own folders; `written` are the parts with a record, by feature set.
-
-    Raises OSError where a folder cannot be listed.
-    """
-    known = {"zarr.json", SUMMARY, *header.files}
-    coming: set[str] = set()
-    for name, feature_set in header.feature_sets.items():
-        known.update(record_file(name, part) for part in written[name])
-        for part in range(header.geometry.n_parts):
-            coming.update(part_files(feature_set, part))
-        known.update(file for part in written[name] for file in part_files(feature_set, part))
-    unfinished: list[str] = []
-    unknown: list[str] = []
-    for folder in sorted({name.rpartition("/")[0] for name in known}):
-        found = (f"{folder}/{base}".removeprefix("/") for base in storage.list_files(folder))
-        for name in sorted(name for name in found if name not in known):
-            (unfinished if name in coming or is_partial(name) else unknown).append(name)
-    return _Orphans(tuple(unfinished), tuple(unknown))

@@ -1,8 +1,7 @@
-"""Everything that can be said of one feature set of one part: is it what its record, the manifest and itself promise?
+"""Verifies one feature set of one part against its part record and the manifest.
 
-From the outside in, so that each step may rely on the one before: the record, the files' sizes, the checksums, the
-index, the records' bytes, the padding of tokens. A shard is read from its first byte to its last in large pieces into
-memory that is used again, which is as fast as the disk gives it.
+Each step relies on the previous one: the part record, file sizes, checksums, the shard's index, the bytes of records,
+the padding of tokens. A shard is read sequentially in large blocks into a reused buffer, at disk speed.
 """
 
 from __future__ import annotations
@@ -31,66 +30,66 @@ from regionspot.cache.format.schema import (
 from regionspot.cache.storage.atomic_files import file_crc
 from regionspot.cache.storage.base import Storage
 from regionspot.cache.storage.zarr_shard import decompress, index_bytes, parse_index, without_crc
-from regionspot.cache.tools.verify_report import Mend, Problem
+from regionspot.cache.tools.verify_report import Fix, Problem
 
 _MISSING = "is missing"
-# Of one read: what is checked right away should still lie in the processor's own cache; a network is slow to begin.
+# Bytes of one read: a local block stays in the CPU cache until it is checked; a network has latency.
 _LOCAL_BLOCK, _REMOTE_BLOCK = 1 << 20, 8 << 20
 
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard whose index is sound: its records lie one after another in the order of `slots`, from 0 to the index."""
+    """A shard with a sound index: its records are adjacent, from offset 0 to the index, in the order of `slots`."""
 
     name: str
     slots: NDArray[np.int64]
     ends: NDArray[np.int64]
 
 
-class _Found(Exception):
-    """What is wrong with a file of the part."""
+class _Damage(Exception):
+    """A problem of one file of the part."""
 
-    def __init__(self, path: str, reason: str, mend: Mend = "drop") -> None:
+    def __init__(self, path: str, reason: str, fix: Fix = "drop") -> None:
         super().__init__(path, reason)
-        self.path, self.reason, self.mend = path, reason, mend
+        self.path, self.reason, self.fix = path, reason, fix
 
 
-class PartCheck:
-    """Checks parts one after another, in the same memory. Not for several threads at once.
+class PartChecker:
+    """Verifies parts one at a time, with a reused buffer. Not thread-safe.
 
-    manifest     None where it is damaged itself: what a part says of its rows is then taken as it is
-    quick        leave the records' own bytes out
-    bytes_read   so far
+    manifest     None if it is damaged: a part's counts are then not compared with it
+    quick        skip the bytes of records
+    bytes_read   total so far
     """
 
     def __init__(self, storage: Storage, geometry: Geometry, manifest: Manifest | None, quick: bool = False) -> None:
         self._storage, self._geometry, self._manifest, self._quick = storage, geometry, manifest, quick
         local = storage.local_path("zarr.json") is not None
         self._block = _LOCAL_BLOCK if local else _REMOTE_BLOCK
-        self._memory = np.empty(0, np.uint8)
+        self._buffer = np.empty(0, np.uint8)
         self.bytes_read = 0
 
     def problem(self, feature_set: FeatureSet, part: int) -> Problem | None:
-        """The first thing that is wrong with a written part, all its damaged records as one; None if it is sound.
+        """The first problem of a written part, or None; all of its damaged records are one problem.
 
-        Nothing that a damaged or unreadable file may hold makes this raise.
+        Damaged or unreadable files never make it raise.
         """
         try:
             self._check(feature_set, part)
-        except _Found as found:
-            if found.path == record_file(feature_set.name, part) and found.reason == _MISSING:
-                return None  # dropped meanwhile: it is no written part any more
-            mend = found.mend if self._storage.writable or found.mend != "drop" else "restore"
-            return Problem(found.path, part, feature_set.name, found.reason, mend)
+        except _Damage as damage:
+            if damage.path == record_file(feature_set.name, part) and damage.reason == _MISSING:
+                return None  # dropped meanwhile, so it is pending
+            fix = damage.fix if self._storage.writable or damage.fix != "drop" else "restore"
+            return Problem(damage.path, part, feature_set.name, damage.reason, fix)
         return None
 
     def _check(self, feature_set: FeatureSet, part: int) -> None:
         record = self._record(feature_set, part)
         for name, size in record.files.items():
             with self._reading(name):
-                found = self._storage.size(name)
-            if found != size:
-                raise _Found(name, f"has {found} bytes, {size} were written")
+                actual = self._storage.size(name)
+            if actual != size:
+                raise _Damage(name, f"has {actual} bytes, {size} were written")
         checksums = self._checksums(feature_set, record)
         filled = self._filled_slots(feature_set, record)
         record_bytes = None if feature_set.compression else feature_set.record_bytes
@@ -107,9 +106,9 @@ class PartCheck:
         try:
             record = parse_record(self._read(name))
         except ValueError as error:
-            raise _Found(name, str(error)) from None
+            raise _Damage(name, str(error)) from None
         if misfit := PartIndex(feature_set, self._geometry, self._manifest).misfit(part, record):
-            raise _Found(name, misfit)
+            raise _Damage(name, misfit)
         return record
 
     def _checksums(self, feature_set: FeatureSet, record: PartRecord) -> NDArray[np.uint32]:
@@ -119,13 +118,13 @@ class PartCheck:
         try:
             checksums = np.frombuffer(without_crc(stored, "its own"), dtype="<u4")
         except ValueError as error:
-            raise _Found(name, str(error)) from None
+            raise _Damage(name, str(error)) from None
         if file_crc(stored) != record.checksums[name] or len(checksums) != slots:
-            raise _Found(name, f"is not the file of {slots} checksums that the part's record speaks of")
+            raise _Damage(name, f"is not the file of {slots} checksums that the part record describes")
         return checksums
 
     def _filled_slots(self, feature_set: FeatureSet, record: PartRecord) -> NDArray[np.bool_]:
-        """bool (slots,): which ones hold a record, those of images that could be read or of regions."""
+        """bool (slots,): the slots that must have a record: those of readable images, or of regions."""
         filled = np.zeros(self._geometry.slots(feature_set), dtype=bool)
         if feature_set.kind == "token":
             filled[: math.ceil(record.regions / TOKEN_CHUNK)] = True
@@ -142,25 +141,25 @@ class PartCheck:
         filled: NDArray[np.bool_],
         record_bytes: int | None,
     ) -> _Shard:
-        """The index of a shard, held against what it has to be."""
+        """Read a shard's index and check it."""
         length = index_bytes(len(filled))
         data_bytes = record.files[name] - length
         if data_bytes < 0:
-            raise _Found(name, f"is too short to hold an index of {len(filled)} records")
+            raise _Damage(name, f"is too short for an index of {len(filled)} records")
         try:
-            offsets, sizes = parse_index(self._read_piece(name, data_bytes, length).tobytes(), data_bytes, record_bytes)
+            offsets, sizes = parse_index(self._read_range(name, data_bytes, length).tobytes(), data_bytes, record_bytes)
         except ValueError as error:
-            raise _Found(name, str(error)) from None
+            raise _Damage(name, str(error)) from None
         unexpected = np.flatnonzero((offsets >= 0) != filled)
         if len(unexpected):
             slot = int(unexpected[0])
-            found, expected = ("no record", "one") if filled[slot] else ("a record", "none")
-            raise _Found(name, f"holds {found} in slot {slot}, expected {expected}")
+            actual, expected = ("no record", "one") if filled[slot] else ("a record", "none")
+            raise _Damage(name, f"has {actual} in slot {slot}, expected {expected}")
         if checksums[~filled].any():
-            raise _Found(name, "has a checksum for a slot that holds no record")
+            raise _Damage(name, "has a checksum for a slot without a record")
         ends = np.cumsum(sizes[filled])
         if not np.array_equal(offsets[filled], ends - sizes[filled]) or ends[-1:].sum() != data_bytes:
-            raise _Found(name, f"has records that do not lie side by side in its {data_bytes} bytes")
+            raise _Damage(name, f"has records that are not adjacent in its {data_bytes} bytes")
         return _Shard(name, np.flatnonzero(filled), ends)
 
     def _check_records(
@@ -171,65 +170,65 @@ class PartCheck:
         data: _Shard,
         scales: _Shard | None,
     ) -> None:
-        scale_of = {} if scales is None else {slot: piece.copy() for slot, piece in self._pieces(scales)}
+        scale_of = {} if scales is None else {slot: record_bytes.copy() for slot, record_bytes in self._records(scales)}
         wrong, last = [], np.empty(0, np.uint8)
-        for slot, piece in self._pieces(data):
-            crc = google_crc32c.value(piece)
+        for slot, record_bytes in self._records(data):
+            crc = google_crc32c.value(record_bytes)
             if scales is not None:
                 crc = google_crc32c.extend(crc, scale_of[slot])
             if crc != checksums[slot]:
                 wrong.append(slot)
-            last = piece
+            last = record_bytes
         if wrong:
-            first = self._told(feature_set, record, wrong[0])
-            raise _Found(data.name, f"{len(wrong)} of {len(data.slots)} records do not match their checksums: {first}")
+            first = self._describe_slot(feature_set, record, wrong[0])
+            raise _Damage(data.name, f"{len(wrong)} of {len(data.slots)} records do not match their checksums: {first}")
         if feature_set.kind == "token" and len(last):
             self._check_padding(feature_set, record, data.name, last)
 
-    def _told(self, feature_set: FeatureSet, record: PartRecord, slot: int) -> str:
-        """The first of the damaged records, as people know it."""
+    def _describe_slot(self, feature_set: FeatureSet, record: PartRecord, slot: int) -> str:
+        """The image or regions of a damaged record."""
         if feature_set.kind == "token":
             return f"the first is of regions {slot * TOKEN_CHUNK} and on"
         row = record.first_row + slot
-        known = "" if self._manifest is None else f" ({self._manifest.paths[row]})"
-        return f"the first is of row {row}{known}"
+        path = "" if self._manifest is None else f" ({self._manifest.paths[row]})"
+        return f"the first is of row {row}{path}"
 
     def _check_padding(self, feature_set: FeatureSet, record: PartRecord, name: str, last: NDArray[np.uint8]) -> None:
-        """Tokens behind the part's last region are zero."""
+        """Check that tokens after the part's last region are zero."""
         tokens = np.empty(feature_set.record_shape, feature_set.stored)
         if feature_set.compression:
             try:
                 decompress(last.tobytes(), tokens)
             except ValueError as error:
-                raise _Found(name, str(error)) from None
+                raise _Damage(name, str(error)) from None
         else:
             tokens.reshape(-1).view(np.uint8)[:] = last
         used = record.regions - (len(range(0, record.regions, TOKEN_CHUNK)) - 1) * TOKEN_CHUNK
         if tokens[used:].any():
-            raise _Found(name, f"has tokens behind its {record.regions} regions, expected zeros")
+            raise _Damage(name, f"has tokens after its {record.regions} regions, expected zeros")
 
-    def _pieces(self, shard: _Shard) -> Iterator[tuple[int, NDArray[np.uint8]]]:
-        """Each slot and its record's bytes, which are good until the next one is asked for."""
+    def _records(self, shard: _Shard) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+        """Each slot and its record's bytes, in a buffer that the next one reuses."""
         ends, first = shard.ends, 0
         while first < len(ends):
-            begin = int(ends[first - 1]) if first else 0
-            # As many as a block takes, one at least.
-            after = max(int(np.searchsorted(ends, begin + self._block, side="right")), first + 1)
-            block = self._read_piece(shard.name, begin, int(ends[after - 1]) - begin)
-            bounds = [0, *(ends[first:after] - begin).tolist()]
-            for place, slot in enumerate(shard.slots[first:after].tolist()):
-                yield slot, block[bounds[place] : bounds[place + 1]]
-            first = after
+            start = int(ends[first - 1]) if first else 0
+            # As many as fit into a block, at least one.
+            stop = max(int(np.searchsorted(ends, start + self._block, side="right")), first + 1)
+            block = self._read_range(shard.name, start, int(ends[stop - 1]) - start)
+            bounds = [0, *(ends[first:stop] - start).tolist()]
+            for number, slot in enumerate(shard.slots[first:stop].tolist()):
+                yield slot, block[bounds[number] : bounds[number + 1]]
+            first = stop
 
-    def _read_piece(self, name: str, offset: int, length: int) -> NDArray[np.uint8]:
-        """Bytes of a file in the memory that the next call uses again."""
-        if len(self._memory) < length:
-            self._memory = np.empty(max(length, self._block), np.uint8)
-        piece = self._memory[:length]
+    def _read_range(self, name: str, offset: int, length: int) -> NDArray[np.uint8]:
+        """Bytes of a file, in a buffer that the next call reuses."""
+        if len(self._buffer) < length:
+            self._buffer = np.empty(max(length, self._block), np.uint8)
+        out = self._buffer[:length]
         with self._reading(name):
-            self._storage.read_into(name, offset, piece.data)
+            self._storage.read_into(name, offset, out.data)
         self.bytes_read += length
-        return piece
+        return out
 
     def _read(self, name: str) -> bytes:
         with self._reading(name):
@@ -242,10 +241,10 @@ class PartCheck:
         try:
             yield
         except FileNotFoundError:
-            raise _Found(name, _MISSING) from None
+            raise _Damage(name, _MISSING) from None
         except EOFError:
-            raise _Found(name, "ends before its last record") from None
+            raise _Damage(name, "ends before its last record") from None
         except CacheError as error:
-            raise _Found(name, str(error), "restore") from None  # the one file that all of the cache lies in
+            raise _Damage(name, str(error), "restore") from None  # the single file of an HDF5 cache
         except OSError as error:
-            raise _Found(name, f"cannot be read: {error.strerror or error}", "access") from None
+            raise _Damage(name, f"cannot be read: {error.strerror or error}", "access") from None

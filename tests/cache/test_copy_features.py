@@ -26,7 +26,7 @@ from regionspot.cache import (
 from regionspot.cache.format.encodings import decode, statistics_of
 from regionspot.cache.format.feature_dtypes import Encoding, Statistics
 from regionspot.cache.format.schema import EncodedFeatures
-from regionspot.cache.tools import copy_parts as whole_parts
+from regionspot.cache.tools import copy_parts
 from regionspot.cache.tools.copy_features import copy_features
 from regionspot.cache.tools.hdf5_export import export_hdf5
 from regionspot.cache.tools.merge_subset_convert import convert, copy, merge, subset
@@ -163,7 +163,7 @@ def test_parts_wait_until_their_images_are_extracted(made, tmp_path):
     first = merge([tmp_path / "begun", made / "five"], tmp_path / "both")
     assert FeatureCache.open(tmp_path / "both").pending_parts() == [1]
     assert (first.pending, first.before) == (3, 0)
-    assert "3 wait" in first.text()
+    assert "3 pending" in first.text()
     extract(tmp_path / "begun", ten)
     second = merge([tmp_path / "begun", made / "five"], tmp_path / "both")
     assert (second.whole, second.rewritten, second.pending, second.before) == (3, 0, 0, 9)
@@ -177,7 +177,7 @@ def test_a_feature_set_that_one_source_lacks_waits_for_another(made, tmp_path):
     extract(tmp_path / "others", ten, [SMALL, TOKENS])
     whole = FeatureCache.create(tmp_path / "whole", ten, SETS, PART_SIZE)
     assert copy_features([FeatureCache.open(tmp_path / "clip")], whole).pending == 6
-    with pytest.raises(InputError, match="merge what has the same"):
+    with pytest.raises(InputError, match="merge caches with the same feature sets"):
         merge([tmp_path / "clip", made / "five"], tmp_path / "both")
     copy_features([FeatureCache.open(tmp_path / "others")], whole)
     assert differing(tmp_path / "whole", made / "ten") == set()
@@ -316,7 +316,7 @@ def test_where_no_file_can_have_two_names_they_are_copied(made, tmp_path, monkey
 
 def test_blocks_smaller_than_a_record_and_larger_than_a_part_copy_the_same(made, tmp_path, monkeypatch):
     for block in (1, 100, 200):
-        monkeypatch.setattr(whole_parts, "_BLOCK", block)
+        monkeypatch.setattr(copy_parts, "_BLOCK", block)
         copy(made / "ten", tmp_path / str(block))
         assert differing(tmp_path / str(block), made / "ten") == set()
 
@@ -361,9 +361,9 @@ def test_what_is_none_of_the_images_is_refused(made, tmp_path):
     ("ask", "told"),
     [
         (lambda made, out: merge([made / "ten", made / "ten"], out), "10 images are in more than one of them"),
-        (lambda made, out: merge([], out), "no cache was given"),
+        (lambda made, out: merge([], out), "no cache to merge was given"),
         (lambda made, out: subset(made / "ten", out, [1, 10]), "there is no row 10: this cache has rows 0 to 9"),
-        (lambda made, out: subset(made / "ten", out, [1, 1]), r"image \d+ \(row 1\) is asked for more than once"),
+        (lambda made, out: subset(made / "ten", out, [1, 1]), r"image \d+ \(row 1\) is given more than once"),
         (lambda made, out: subset(made / "ten", out, []), "holds no image"),
         (lambda made, out: subset(made / "ten", out, [1], part_size=0), "part_size is 0, expected 1 to 65536 images"),
         (lambda made, out: merge([made / "ten"], out, part_size=0), "part_size is 0, expected 1 to 65536 images"),
@@ -384,7 +384,7 @@ def test_what_cannot_be_asked_for_is_said_in_one_line_before_anything_is_made(ma
 
 def test_statistics_need_features(made, tmp_path):
     FeatureCache.create(tmp_path / "empty", FeatureCache.open(made / "ten").manifest, [MAPS], PART_SIZE)
-    with pytest.raises(InputError, match="holds no features of clip yet"):
+    with pytest.raises(InputError, match="has no features of clip yet"):
         convert(tmp_path / "empty", tmp_path / "int8", {"clip": Encoding("int8")})
 
 
@@ -406,7 +406,7 @@ def test_a_whole_part_that_was_taken_over_meanwhile_gets_no_name(made, tmp_path,
         raise CacheError("part 1 was taken over")
 
     with pytest.raises(CacheError, match="taken over"):
-        whole_parts.commit_part(*(whole_parts.Place(cache, "sam", 1) for cache in (ten, out)), link, taken_over)
+        copy_parts.copy_part(*(copy_parts.PartRef(cache, "sam", 1) for cache in (ten, out)), link, taken_over)
     assert not list(tmp_path.rglob("c.1*[0-9]"))
     assert out.pending_parts(["sam"]) == [0, 1, 2]
 
@@ -414,10 +414,10 @@ def test_a_whole_part_that_was_taken_over_meanwhile_gets_no_name(made, tmp_path,
 @pytest.mark.parametrize("codes", [np.zeros((5, 8), np.float32), np.zeros((4, 8), np.float16)])
 def test_stored_features_of_another_form_are_refused(tmp_path, codes):
     cache = FeatureCache.create(tmp_path / "c", manifest_of([0], 0), [MAPS])
-    with pytest.raises(InputError, match=r"clip, row 0: got stored .*, expected float16 \(5, 8\)"):
+    with pytest.raises(InputError, match=r"clip, row 0: got encoded .*, expected float16 \(5, 8\)"):
         cache.write_part(0, [ImageFeatures(0, {"clip": EncodedFeatures(codes)})])
     too_much = EncodedFeatures(np.zeros((5, 8), np.float16), np.zeros(5, np.float16))
-    with pytest.raises(InputError, match="got stored"):
+    with pytest.raises(InputError, match="got encoded"):
         cache.write_part(0, [ImageFeatures(0, {"clip": too_much})])
 
 

@@ -16,7 +16,7 @@ from regionspot.cache import FeatureCache, FeatureSet, ImageFeatures, InputError
 from regionspot.cache.format.encodings import decode, encode, statistics_of
 from regionspot.cache.reading.dask_arrays import dask_array
 from regionspot.cache.reading.feature_reader import FeatureReader
-from regionspot.cache.tools.channel_stats import Moments, channel_stats, joined, moments
+from regionspot.cache.tools.channel_stats import Moments, channel_stats, combine, moments
 
 COUNTS = [2, 0, 3, 1, 70, 2, 1, 0]
 FAILED = {1: "is empty", 5: "is not there"}
@@ -140,7 +140,7 @@ def test_statistics_equal_those_of_numpy_without_failed_images(cache, feature_se
 def test_a_mean_that_is_large_compared_to_the_deviation_loses_no_digits():
     rows = np.random.default_rng(0).standard_normal((10_000, 3)) + 1e8
     parts = [moments(rows[at : at + 999]) for at in range(0, 10_000, 999)]
-    whole = joined(parts)
+    whole = combine(parts)
     assert whole.count == 10_000
     np.testing.assert_allclose(whole.squares / whole.count, rows.var(axis=0), rtol=1e-7)
     naive = (rows**2).mean(axis=0) - rows.mean(axis=0) ** 2
@@ -150,7 +150,7 @@ def test_a_mean_that_is_large_compared_to_the_deviation_loses_no_digits():
 def test_joining_empty_moments_changes_nothing():
     empty, some = Moments(0, np.zeros(2), np.zeros(2)), moments(np.array([[1.0, 2], [3, 4]]))
     for parts in ([empty, some], [some, empty], [empty, empty, some]):
-        whole = joined(parts)
+        whole = combine(parts)
         assert (whole.count, whole.mean.tolist(), whole.squares.tolist()) == (2, [2, 3], [2, 2])
 
 

@@ -273,7 +273,7 @@ def test_a_damaged_file_is_told_to_be_copied_anew_and_not_to_be_repaired(made, t
     with pytest.raises(CorruptPartError, match="its checksum; copy the file again, or export the cache again"):
         FeatureCache.open(tmp_path / "damaged.h5").read(right.part_rows(1), map_set="clip", token_set="sam")
     (problem,) = verify(tmp_path / "damaged.h5").problems
-    assert (problem.part, problem.mend) == (1, "restore")
+    assert (problem.part, problem.fix) == (1, "restore")
 
 
 def test_a_damaged_part_is_not_exported(made, tmp_path):

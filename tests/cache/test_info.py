@@ -92,8 +92,8 @@ def test_the_text_tells_what_a_person_asks(cache):
         "7 in 3 parts of 3",
         "lvis_v1_val.json (c0ffeec0ffee)",
         "boxes without area 3",
-        "clip: a map of 5 x 8 an image, float16",
-        "sam: a token of 6 numbers a region, float16",
+        "clip: a map of 5 x 8 per image, float16",
+        "sam: a token of 6 numbers per region, float16",
         "2 of 3; 1 pending",
         "ViT-L-14, weights abababababab (official), computed in float32",
         "mean 0.5 0.25",
@@ -111,8 +111,8 @@ def test_an_encoding_that_saves_disk_says_how_much(cache, tmp_path):
     small = FeatureCache.create(tmp_path / "small.zarr", cache.manifest, [maps], part_size=7)
     small.write_part(0, [ImageFeatures(row, {"clip": np.zeros((5, 8))}) for row in range(7)])
     text = describe_cache(small).text()
-    assert "clip: a map of 5 x 8 an image, float16, zstd" in text
-    assert "of what float16 takes" in text
+    assert "clip: a map of 5 x 8 per image, float16, zstd" in text
+    assert "of float16's size" in text
 
 
 def test_the_json_holds_all_of_it(cache):
@@ -139,7 +139,7 @@ def test_the_rate_is_that_of_the_last_run_and_not_of_the_parts_each_by_itself(ca
     assert info.rate == 2
     words = info.as_json()
     assert (words["rate"], [each["rate"] for each in words["feature_sets"]]) == (2, [2, 0])
-    assert "last run    3 images in 2s, 2 images/s; by gpu1:7, begun 2026-01-03 03:04 UTC" in info.text()
+    assert "last run    3 images in 2s, 2 images/s; by gpu1:7, started 2026-01-03 03:04 UTC" in info.text()
     assert "2 of 3; 1 pending, 2s at the last run's rate" in info.text()
 
 
@@ -168,7 +168,7 @@ def test_the_list_can_be_cut_to_states_and_a_number(cache):
 
 
 def test_a_state_or_limit_that_is_none_is_refused(cache):
-    with pytest.raises(InputError, match="done, failed, pending; asked for broken"):
+    with pytest.raises(InputError, match="state is broken, expected done, failed, pending"):
         list_images(cache, ["broken"])
     with pytest.raises(InputError, match="expected at least 1"):
         list_images(cache, limit=0)

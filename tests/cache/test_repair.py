@@ -34,7 +34,7 @@ def test_a_damaged_part_is_dropped_and_the_next_extract_makes_it_again(full, sma
     before = small.content(full)
     summary = repair(full, verify(full))
     assert [(each.feature_set, each.part) for each in summary.dropped] == [("clip", 1), ("sam-int8", 2)]
-    assert (summary.remade, summary.left) == ((), ())
+    assert (summary.regenerated, summary.left) == ((), ())
     left = small.content(full)
     assert before.keys() - left.keys() == {
         "parts/clip/00001.json",
@@ -59,7 +59,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(full, small):
     before = small.content(full)
     summary = repair(full, verify(full), dry_run=True)
     assert "part 1 of clip would be dropped" in summary.text()
-    assert "features/sam/zarr.json: would be made again" in summary.text()
+    assert "features/sam/zarr.json: would be regenerated" in summary.text()
     assert small.content(full) == before
 
 
@@ -78,7 +78,7 @@ def test_a_part_that_another_run_has_is_left_to_it(full):
         assert claims.claim(1)
         summary = repair(full, verify(full))
     assert summary.dropped == ()
-    assert "another run has the part" in summary.text()
+    assert "another run has claimed the part" in summary.text()
     assert repair(full, verify(full)).dropped
 
 
@@ -89,7 +89,7 @@ def test_all_metadata_is_made_again_to_the_byte_but_for_lengths_that_only_the_ma
     summary = repair(full, verify(full))
     lost = {f"images/{name}_category/zarr.json" for name in ("negative", "not_exhaustive")}
     assert {problem.path for problem in summary.left} == lost
-    assert all("put it back from a copy" in str(problem) for problem in summary.left)
+    assert all("restore it from a copy" in str(problem) for problem in summary.left)
     for name in lost:
         shutil.copyfile(small_folder / "full" / name, full / name)
     assert verify(full).sound
@@ -99,7 +99,7 @@ def test_all_metadata_is_made_again_to_the_byte_but_for_lengths_that_only_the_ma
 def test_the_root_document_is_mended_around_its_words(full, small, small_folder):
     text = (full / "zarr.json").read_text().replace('"node_type": "group"', '"node_type": "grouq"')
     (full / "zarr.json").write_text(text)
-    assert repair(full, verify(full)).remade == ("zarr.json",)
+    assert repair(full, verify(full)).regenerated == ("zarr.json",)
     assert verify(full).sound
     assert small.content(full) == small.content(small_folder / "full")
 

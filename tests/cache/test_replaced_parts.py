@@ -135,7 +135,7 @@ def test_a_part_of_another_cache_is_refused_and_extracted_again(small, full, tmp
     with pytest.raises(CorruptPartError, match=r"parts/clip/00000.json: was written for other images, boxes"):
         FeatureCache.open(full).read([0], **SETS)
     report = verify(full)
-    assert [(problem.part, problem.mend) for problem in report.problems] == [(0, "drop")] * len(small.names)
+    assert [(problem.part, problem.fix) for problem in report.problems] == [(0, "drop")] * len(small.names)
     repair(full, report)
     small.extract(full)
     assert small.content(full) == small.content(small_folder / "full")

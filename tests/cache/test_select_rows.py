@@ -53,13 +53,13 @@ def test_images_are_chosen_by_ids_then_categories_then_each_so_many_th(manifest,
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ({"ids": np.array([3, 4, 5])}, "holds no image with 2 of the 3 ids, the first is 4"),
-        ({"categories": ["red stare"]}, "has no category 'red stare'; take one like red star"),
+        ({"ids": np.array([3, 4, 5])}, "has no image with 2 of the 3 ids, the first is 4"),
+        ({"categories": ["red stare"]}, "has no category 'red stare'; did you mean red star"),
         ({"every": 0}, "every is 0, expected at least 1"),
         ({"first": 0}, "first is 0, expected at least 1"),
         (
             {"ids": np.array([3]), "categories": ["moon"]},
-            "none of its 6 images is one of the ids and has one of the categories",
+            "no image of 6 has one of the ids and one of the categories",
         ),
     ],
 )
@@ -123,7 +123,7 @@ def test_the_commands_make_caches_of_caches(cache, manifest, tmp_path, regionspo
     assert regionspot("subset", cache.path, one, "--ids", tmp_path / "ids.txt")[0] == 0
     assert FeatureCache.open(one).manifest.image_ids.tolist() == [8, 3]
     code, out, _ = regionspot("subset", cache.path, two, "--category", "star", "--first", 1, "--part-size", 1)
-    assert (code, out) == (0, f"{two}: 0 parts taken whole, 2 written, 0s\n")
+    assert (code, out) == (0, f"{two}: 0 parts copied whole, 2 rewritten, 0s\n")
     assert regionspot("merge", two, one, "--out", both)[0] == 0
     assert FeatureCache.open(both).manifest.image_ids.tolist() == [40, 8, 3]
     assert regionspot("convert", both, small, "--to", "clip=int8+zstd", "--to", "sam=float32")[0] == 0
@@ -149,16 +149,16 @@ def test_a_cache_is_extended_by_the_options_of_extract(tmp_path, regionspot):
     dataset = annotations(tmp_path, 3)
     path = tmp_path / "c.zarr"
     FeatureCache.create(path, read_dataset("coco", tmp_path, annotations=tmp_path / "file.json"), [MAPS], part_size=2)
-    said = f"{path}: 2 images with 2 regions came; 0 parts are done, 3 pending: `regionspot extract` makes them\n"
+    said = f"{path}: 2 images with 2 regions added; 0 parts are done, 3 pending: run `regionspot extract`\n"
     assert regionspot("extend", path, *dataset, "--part-size", 2)[:2] == (
         0,
-        f"{path}: no image came; 0 parts are done, 2 pending: `regionspot extract` makes them\n",
+        f"{path}: no image added; 0 parts are done, 2 pending: run `regionspot extract`\n",
     )
     assert regionspot("extend", path, *annotations(tmp_path, 5))[:2] == (0, said)
     assert FeatureCache.open(path).manifest.image_ids.tolist() == [2, 1, 0, 4, 3]
     code, _, err = regionspot("extend", path, *annotations(tmp_path, 4))
     assert (code, err.count("\n")) == (2, 1)
-    assert "1 images that it holds are not there, the first has id 4" in err
+    assert "1 of its images are not there, the first has id 4" in err
 
 
 @pytest.mark.parametrize(

@@ -69,18 +69,18 @@ DAMAGES = {
     "an index's checksum": ("features/clip/feature_map/c.1.0.0", -1, "checksum of its index", "drop"),
     "a checksum's byte": ("features/clip/crc32c/c.1", 0, "does not match the checksum of its own", "drop"),
     "a record file's byte": ("parts/clip/00001.json", 40, "does not match its own checksum", "drop"),
-    "an array's metadata": ("features/clip/feature_map/zarr.json", 9, "is not what was written", "remake"),
+    "an array's metadata": ("features/clip/feature_map/zarr.json", 9, "is not what was written", "regenerate"),
     "a column's chunk": ("images/path/c.0", 5, "is not what was written", "restore"),
-    "a column's metadata": ("images/negative_count/zarr.json", 5, "is not what was written", "remake"),
+    "a column's metadata": ("images/negative_count/zarr.json", 5, "is not what was written", "regenerate"),
 }
 
 
-@pytest.mark.parametrize(("file", "place", "reason", "mend"), DAMAGES.values(), ids=DAMAGES)
-def test_a_flipped_bit_is_found_and_named(full, file, place, reason, mend):
+@pytest.mark.parametrize(("file", "place", "reason", "fix"), DAMAGES.values(), ids=DAMAGES)
+def test_a_flipped_bit_is_found_and_named(full, file, place, reason, fix):
     change_byte(full / file, place)
     (problem,) = verify(full).problems
     assert reason in problem.reason
-    assert (problem.path if mend != "drop" else problem.part, problem.mend) == (file if mend != "drop" else 1, mend)
+    assert (problem.path if fix != "drop" else problem.part, problem.fix) == (file if fix != "drop" else 1, fix)
     assert "\n" not in str(problem)
 
 
@@ -111,7 +111,7 @@ def test_files_of_two_parts_in_each_others_place_are_found_though_each_is_sound(
     [
         ({"regions": 74}, "regions: found 74, expected 70"),
         ({"first_row": 0}, "first_row: found 0, expected 4"),
-        ({"failures": ()}, "holds no record in slot 2, expected one"),
+        ({"failures": ()}, "has no record in slot 2, expected one"),
         ({"checksums": {}}, "checksums: found []"),
         ({"files": {}}, "files: found []"),
     ],
@@ -138,21 +138,21 @@ def test_tokens_behind_the_last_region_are_found_though_their_checksum_is_right(
     crcs.write_bytes(with_crc(checksums.tobytes()))
     edit_record(full, "parts/sam/00000.json", checksums={"features/sam/crc32c/c.0.0": google_crc32c.value(checksums)})
     (problem,) = verify(full).problems
-    assert "has tokens behind its 8 regions" in problem.reason
+    assert "has tokens after its 8 regions" in problem.reason
 
 
 def test_the_root_document_is_looked_at_beyond_our_own_words(full):
     document = json.loads((full / "zarr.json").read_bytes())
     (full / "zarr.json").write_bytes(to_json({**document, "node_type": "array"}))
     (problem,) = verify(full).problems
-    assert (problem.path, problem.mend) == ("zarr.json", "remake")
+    assert (problem.path, problem.fix) == ("zarr.json", "regenerate")
     assert problem.reason == "node_type is 'array', expected 'group'"
     document["attributes"]["somebody"] = {"note": 1}
     (full / "zarr.json").write_bytes(to_json(document))
     assert verify(full).sound
 
 
-AGAIN = "was written again by another program; what it says of the data is right"
+AGAIN = "was rewritten by another program; its content is correct"
 
 
 def consolidated(full):
@@ -198,11 +198,11 @@ def metadata_of_format_2_beside(full):
 
 
 HARMLESS = {
-    consolidated: ["zarr.json: holds consolidated metadata, which is right and not needed"],
+    consolidated: ["zarr.json: has consolidated metadata, which is correct and not needed"],
     consolidated_and_then_extended: [f"features/clip/zarr.json: {AGAIN}"],
     consolidated_of_another_time: [
         "zarr.json: its consolidated metadata is out of date for 1 array, the first is features/sam: other Zarr "
-        "programs may read by it; make it anew with zarr.consolidate_metadata"
+        "programs may use it; renew it with zarr.consolidate_metadata"
     ],
     attributes_in_zarr: [
         f"{name}/zarr.json: {AGAIN}"
@@ -213,7 +213,7 @@ HARMLESS = {
         f"{name}: {AGAIN}" for name in ("features/clip/feature_map/zarr.json", "images/id/zarr.json", "zarr.json")
     ],
     an_empty_configuration: [f"images/id/zarr.json: {AGAIN}"],
-    metadata_of_format_2_beside: [f"{name}: is no file of this cache" for name in (".zgroup", ".zmetadata")],
+    metadata_of_format_2_beside: [f"{name}: is not a file of this cache" for name in (".zgroup", ".zmetadata")],
 }
 
 
@@ -280,7 +280,7 @@ def test_metadata_that_says_otherwise_is_a_problem_in_one_line(full, small, smal
     edit_json(full / name / "zarr.json", change)
     (problem,) = verify(full).problems
     assert words in problem.reason
-    assert (problem.path, problem.mend) == (f"{name}/zarr.json", "remake")
+    assert (problem.path, problem.fix) == (f"{name}/zarr.json", "regenerate")
     assert len(str(problem)) < 400
     repair(full, verify(full))
     if "negative" not in name:
@@ -308,7 +308,7 @@ def test_what_killed_writers_left_is_counted_and_what_others_put_there_is_a_warn
     report = verify(full)
     assert report.sound
     assert (report.parts, report.pending, report.unfinished) == (14, 1, 3)
-    assert report.warnings == ("features/clip/notes.txt: is no file of this cache",)
+    assert report.warnings == ("features/clip/notes.txt: is not a file of this cache",)
 
 
 def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(full, monkeypatch):
@@ -321,14 +321,14 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(full, monkeyp
 
     monkeypatch.setattr(LocalStorage, "read_into", refuse)
     problems = verify(full).problems
-    assert {(problem.mend, problem.feature_set) for problem in problems} == {("access", "sam"), ("access", "sam-int8")}
+    assert {(problem.fix, problem.feature_set) for problem in problems} == {("access", "sam"), ("access", "sam-int8")}
     assert "cannot be read: Input/output error" in problems[0].reason
 
 
 def test_an_array_that_is_not_there_at_all_counts_as_a_disk_that_is_away(full):
     shutil.rmtree(full / "features/clip/feature_map")
     problems = verify(full).problems
-    assert {problem.mend for problem in problems} == {"remake", "restore"}
+    assert {problem.fix for problem in problems} == {"regenerate", "restore"}
     assert "a disk may not be mounted" in verify(full).text()
 
 
@@ -353,7 +353,7 @@ def test_it_says_how_far_it_is(full, caplog):
 def test_what_cannot_be_opened_is_refused_in_the_same_words(full, tmp_path):
     with pytest.raises(NotACacheError, match="no such cache"):
         verify(tmp_path / "nothing")
-    with pytest.raises(InputError, match="0 threads were asked for"):
+    with pytest.raises(InputError, match="threads is 0, expected"):
         verify(full, threads=0)
     document = json.loads((full / "zarr.json").read_bytes())
     document["attributes"]["regionspot_schema"] = 2
