@@ -140,7 +140,7 @@ def test_a_killed_import_goes_on_with_the_parts_that_are_left(files, address):
     (files / "10.pth").unlink()  # of the part that is done: it is asked for no more
     summary = import_tokens(files, address)
     assert (summary.parts, summary.parts_before, summary.images) == (2, 1, 4)
-    assert import_tokens(files, address).text() == "nothing to do: the tokens of all 3 parts are there"
+    assert import_tokens(files, address).text() == "nothing to do: all 3 parts have tokens"
 
 
 def test_missing_files_are_refused_with_their_names_and_count(files, address, caplog):
@@ -149,7 +149,7 @@ def test_missing_files_are_refused_with_their_names_and_count(files, address, ca
     line, named = refused(files, address, caplog)
     assert "of the token files 2 are missing or unusable" in line
     assert "--allow-missing" in line
-    assert named == [f"{files / '10.pth'}: is not there", f"{files / '-9147483648.pth'}: is not there"]
+    assert named == [f"{files / '10.pth'}: is missing", f"{files / '-9147483648.pth'}: is missing"]
 
 
 def test_missing_files_are_recorded_as_failures_where_that_is_asked_for(files, address):
@@ -168,7 +168,7 @@ def test_images_whose_files_are_of_other_regions_are_left_out_and_the_others_tak
         summary = import_tokens(files, address)
     assert (summary.images, summary.differing, summary.missing) == (7, 2, 0)
     assert "tokens of 5 of 7 images" in summary.text()
-    assert "2 whose file is of other regions; these are recorded as failed" in summary.text()
+    assert "2 whose file has other regions; these are recorded as failed" in summary.text()
     cache = FeatureCache.open(address)
     assert cache.valid_rows().tolist() == [1, 2, 3, 5, 6]
     batch = cache.read([2])
@@ -194,12 +194,12 @@ def with_report(address, **report):
     [
         (
             {"dropped_crowd": 2, "dropped_fake": 5, "dropped_under_1_px": 1},
-            "3 files differ: 6 tokens more than regions, 0 fewer; of its annotations the cache leaves out 2 crowd, "
-            "5 fake, 1 under 1 px: the authors kept those that are fake or under 1 px, 6 in all",
+            "3 files differ: 6 tokens more than regions, 0 fewer; the cache dropped these annotations: 2 crowd, "
+            "5 fake, 1 under 1 px: the authors kept those that are fake or under 1 px, 6 in total",
         ),
-        ({"dropped_crowd": 6, "dropped_fake": 6}, "do not tell which of them the authors kept"),
-        ({"dropped_crowd": 3}, "do not tell which of them the authors kept"),
-        ({"corrected_names": 6}, "leaves out no annotation of its file, so they were made from another one"),
+        ({"dropped_crowd": 6, "dropped_fake": 6}, "do not show which of them the authors kept"),
+        ({"dropped_crowd": 3}, "do not show which of them the authors kept"),
+        ({"corrected_names": 6}, "dropped no annotation, so they were made from another annotation file"),
     ],
 )
 def test_it_is_told_which_annotations_the_authors_kept(files, address, caplog, report, words):
@@ -218,7 +218,7 @@ def test_where_more_files_differ_than_fit_nothing_is_written(files, address, cap
     for name in ("10", "12", "14", "16"):
         save(files / f"{name}.pth", tokens_of(4)[:3], [7, 7, 99])
     line, named = refused(files, address, caplog, allow_missing=True)
-    assert "4 are of other regions than their images have and only 2 fit" in line
+    assert "4 have other regions than their images and only 2 match" in line
     assert len(named) == 4
 
 
@@ -241,18 +241,18 @@ def test_code_in_a_file_is_refused_in_one_line_and_never_run(files, address, cap
     torch.save({"mask_tokens": tokens_of(3), "classes": Trap(tmp_path / "ran")}, files / "14.pth")
     line, named = refused(files, address, caplog)
     assert "2 are missing or unusable" in line
-    assert all("code in it is never run" in each for each in named)
+    assert all("its code is never executed" in each for each in named)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"tokens": torch.zeros(1, 1, 256)}, "holds no mask_tokens"),
-        ([1, 2, 3], "holds no mask_tokens"),
+        ({"tokens": torch.zeros(1, 1, 256)}, "has no mask_tokens"),
+        ([1, 2, 3], "has no mask_tokens"),
         ({"mask_tokens": torch.zeros(1, 4, 256), "classes": [7]}, r"\(1, 4, 256\) for 1 classes"),
         ({"mask_tokens": torch.zeros(2, 1, 256), "classes": [7]}, r"\(2, 1, 256\) for 1 classes"),
-        ({"mask_tokens": "many", "classes": [7]}, "holds no mask_tokens"),
+        ({"mask_tokens": "many", "classes": [7]}, "has no mask_tokens"),
     ],
 )
 def test_a_file_of_something_else_says_what_it_is(tmp_path, wrong, words):
@@ -265,7 +265,7 @@ def test_a_file_of_something_else_says_what_it_is(tmp_path, wrong, words):
 def test_tokens_that_cannot_be_stored_are_refused_before_anything_is_written(files, address, caplog, value):
     save(files / "16.pth", torch.full((1, 1, 256), value), [7])
     _, named = refused(files, address, caplog)
-    assert named == [f"{files / '16.pth'}: holds tokens that are not finite, or too large for float16"]
+    assert named == [f"{files / '16.pth'}: has tokens that are not finite, or too large for float16"]
 
 
 def test_tokens_that_sam_itself_made_are_not_mixed_with_imported_ones(files, address):
