@@ -1,100 +1,39 @@
-"""Ctrl-C and SIGTERM end a command with one line, which says how to resume where it can be resumed.
+"""Ctrl-C and SIGTERM end a command with one line, which says how to resume if it can be resumed.
 
-Each command is a process of its own that gets a real signal: on a terminal by the character, on pipes by `kill`.
+Each command is a process that gets a real signal: on a terminal by the character, otherwise by `kill`.
 """
 
 import os
-import pty
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
+from forked import ForkedCommand
 
 from regionspot.cache import FeatureCache
 from regionspot.pipeline.toy.world import make_toy_world
 
 AGAIN = "run the same command again to resume"
 WITH_RESUME = "run the same command with --resume to resume"
-PATIENCE = 120.0
+WAYS = {
+    "ctrl-c on a terminal": (True, signal.SIGINT),
+    "ctrl-c on pipes": (False, signal.SIGINT),
+    "sigterm": (False, signal.SIGTERM),
+}
 
 
 @pytest.fixture(scope="module")
 def large_world(tmp_path_factory) -> Path:
-    """With enough images that no command is done before it can be stopped."""
-    return make_toy_world(tmp_path_factory.mktemp("world"), 300, seed=1)
+    """With enough images that no command finishes before it is stopped."""
+    return make_toy_world(tmp_path_factory.mktemp("world"), 200, seed=1)
 
 
 @pytest.fixture(scope="module")
 def cache(world, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cache") / "c.zarr"
-    words = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy", "--limit", "8"]
-    subprocess.run([sys.executable, "-m", "regionspot.cli", *words], check=True, capture_output=True)
+    words = ["extract", "toy", "--data", world, "--cache", path, "--preset", "toy", "--limit", "8"]
+    assert ForkedCommand(*words).end()[0] == 0
     return path
-
-
-class Command:
-    """A running `regionspot` command; `stop` sends it a signal and gives its exit code and what it said at last."""
-
-    def __init__(self, words, environment: dict[str, str]) -> None:
-        self.words = [sys.executable, "-m", "regionspot.cli", *map(str, words)]
-        self.environment = {**os.environ, **environment}
-        self._begin()
-
-    def wait_until(self, is_so) -> None:
-        deadline = time.monotonic() + PATIENCE
-        while not is_so():
-            assert self.is_running(), "the command ended before it could be stopped"
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
-
-
-class OnPipes(Command):
-    def _begin(self) -> None:
-        pipe = subprocess.PIPE
-        self.process = subprocess.Popen(self.words, stdout=pipe, stderr=pipe, text=True, env=self.environment)
-
-    def is_running(self) -> bool:
-        return self.process.poll() is None
-
-    def stop(self, number: signal.Signals) -> tuple[int, list[str]]:
-        self.process.send_signal(number)
-        _, err = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, err.splitlines()
-
-
-class OnATerminal(Command):
-    def _begin(self) -> None:
-        self.pid, self.terminal = pty.fork()
-        if not self.pid:
-            os.execve(sys.executable, self.words, self.environment)
-
-    def is_running(self) -> bool:
-        return os.waitpid(self.pid, os.WNOHANG) == (0, 0)
-
-    def stop(self, number: signal.Signals) -> tuple[int, list[str]]:
-        if number == signal.SIGINT:
-            os.write(self.terminal, b"\x03")  # the terminal makes a signal of it
-        else:
-            os.kill(self.pid, number)
-        written = b""
-        try:
-            while piece := os.read(self.terminal, 65536):
-                written += piece
-        except OSError:
-            pass  # the terminal has no other end any more
-        os.close(self.terminal)
-        status = os.waitpid(self.pid, 0)[1]
-        return os.waitstatus_to_exitcode(status), written.decode().replace("\r\x1b[K", "\n").splitlines()
-
-
-WAYS = {
-    "ctrl-c on a terminal": (OnATerminal, signal.SIGINT),
-    "ctrl-c on pipes": (OnPipes, signal.SIGINT),
-    "sigterm": (OnPipes, signal.SIGTERM),
-}
 
 
 @pytest.fixture(params=WAYS)
@@ -104,17 +43,17 @@ def way(request):
 
 @pytest.fixture
 def start(way, home):
-    """`start("extract", ...)` begins a command."""
-    return lambda *words: way[0](words, {"REGIONSPOT_HOME": str(home), "OMP_NUM_THREADS": "1"})
+    """`start("extract", ...)` starts a command."""
+    return lambda *words: ForkedCommand(*words, terminal=way[0], environment={"REGIONSPOT_HOME": str(home)})
 
 
 @pytest.fixture
 def stopped(way):
-    """`stopped(command, advice)` stops a command and looks at how it ended."""
+    """`stopped(command, advice)` stops a command and checks how it ended."""
     number = way[1]
     name = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[number]
 
-    def stop(command: Command, advice: str) -> None:
+    def stop(command: ForkedCommand, advice: str) -> None:
         code, lines = command.stop(number)
         assert code == 128 + number, lines
         assert lines[-1] == f"regionspot: stopped by {name}{'; ' * bool(advice)}{advice}"

@@ -173,20 +173,22 @@ def extract(
         encode = BatchEncoder(cache.manifest, backbones, stats)
         monitor = RunMonitor(queue.images, len(parts), queue.parts_before, stats)
         with metrics_server(monitor, config.metrics_port), monitor.recording(cache, environment):
-            while _wait(queue, stats):
-                with (
-                    WriterThread(cache, queue, stats) as writer,
-                    closing(
-                        encode_images(queue.jobs(), decoder, encode, batch_size, cache.part_size, threads)
-                    ) as images,
-                ):
-                    for image in images:
-                        with stats.timed("write"):
-                            writer.put(image)
-                        monitor.progress.total = queue.images
-                        monitor.add_image(image, cache.manifest)
-                        check(image.row, image.failure)
-            stats.seconds = monitor.progress.seconds
+            try:
+                while _wait(queue, stats):
+                    with (
+                        WriterThread(cache, queue, stats) as writer,
+                        closing(
+                            encode_images(queue.jobs(), decoder, encode, batch_size, cache.part_size, threads)
+                        ) as images,
+                    ):
+                        for image in images:
+                            with stats.timed("write"):
+                                writer.put(image)
+                            monitor.progress.total = queue.images
+                            monitor.add_image(image, cache.manifest)
+                            check(image.row, image.failure)
+            finally:
+                stats.seconds = monitor.progress.seconds  # of the last stage, too
     return monitor.summary(environment)
 
 

@@ -1,12 +1,10 @@
-"""The dtype is chosen by whoever makes a feature set, and taken over by every other run on that cache."""
+"""The run that creates a feature set chooses its dtype; every other run on that cache uses the same dtype."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from forked import MAIN, ForkedCommand
 
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError, ProvenanceMismatchError
@@ -20,26 +18,24 @@ from regionspot.pipeline.extraction.extract import Extraction
 
 IMAGES = 4
 
-# `regionspot extract` on a machine whose "auto" is the dtype of that name. It opens the cache when the other run does.
-RUN = """
-import sys, time
+# `regionspot extract` on a machine whose "auto" is `dtype`. It opens the cache at the same time as the `other` run.
+RUN = f"""
+import time
 from pathlib import Path
-from regionspot.pipeline.extraction import extract
-from regionspot.cli import app
 from regionspot.pipeline.backbones import dtypes
+from regionspot.pipeline.extraction import extract
 
-dtype, other, folder, *words = sys.argv[1:]
 dtypes.auto_dtype = lambda device, kind: dtype
 open_or_create = extract.open_or_create
 
-def together(*args, **kwargs):
+def open_together(*args, **kwargs):
     Path(folder, dtype).touch()
     while not Path(folder, other).exists():
         time.sleep(0.001)
     return open_or_create(*args, **kwargs)
 
-extract.open_or_create = together
-app(words)
+extract.open_or_create = open_together
+{MAIN}
 """
 
 
@@ -53,7 +49,7 @@ def features_of(cache, name="*") -> dict[str, bytes]:
 
 @pytest.fixture
 def extraction(world, tmp_path):
-    """`extraction(name, dtype)`: one of the same few images into the cache of that name."""
+    """`extraction(name, dtype)` extracts the same few images into the cache of that name."""
 
     def make(name, dtype, parts=None, **models):
         manifest = read_dataset("toy", world, "train").head(IMAGES)
@@ -64,36 +60,33 @@ def extraction(world, tmp_path):
     return make
 
 
-@pytest.mark.parametrize("made_by_them", [("toy_clip", "toy_sam"), ("toy_sam",)])
-def test_two_unlike_machines_started_together_fill_one_cache_in_one_dtype(world, tmp_path, extraction, made_by_them):
-    cache, folder = tmp_path / "c.zarr", tmp_path / "who is here"
-    if "toy_clip" not in made_by_them:
+@pytest.mark.parametrize("created_together", [("toy_clip", "toy_sam"), ("toy_sam",)])
+def test_two_machines_with_different_default_dtypes_fill_one_cache_in_one_dtype(
+    world, tmp_path, extraction, created_together
+):
+    cache, folder = tmp_path / "c.zarr", tmp_path / "started"
+    if "toy_clip" not in created_together:
         extraction(cache.name, "float32", localizer="none").run()
     folder.mkdir()
-    words = ["extract", "toy", "--data", str(world), "--cache", str(cache), "--preset", "toy", "--device", "cpu"]
+    words = ["extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--device", "cpu"]
+    words += ["--limit", IMAGES, "--part-size", 1]
     runs = [
-        subprocess.Popen(
-            [sys.executable, "-c", RUN, *pair, str(folder), *words, "--limit", str(IMAGES), "--part-size", "1"],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for pair in (("float32", "bfloat16"), ("bfloat16", "float32"))
+        ForkedCommand(*words, code=f"dtype, other, folder = {dtype!r}, {other!r}, {str(folder)!r}\n{RUN}")
+        for dtype, other in (("float32", "bfloat16"), ("bfloat16", "float32"))
     ]
-    output = [run.communicate(timeout=60)[0] for run in runs]
-    assert [run.returncode for run in runs] == [0, 0], output
+    ends = [run.end() for run in runs]
+    assert [code for code, _ in ends] == [0, 0], ends
     chosen = dtypes_of(cache)["toy_sam"]
     alone = extraction("alone.zarr", chosen)
     alone.run()
-    for name in made_by_them:
+    for name in created_together:
         assert dtypes_of(cache)[name] == chosen
         assert features_of(cache, name) == features_of(alone.config.cache, name)
 
 
 @pytest.fixture
-def made_meanwhile(extraction, monkeypatch):
-    """`made_meanwhile("c.zarr", "bfloat16")`: another run makes that cache just before the next one opens it."""
+def created_meanwhile(extraction, monkeypatch):
+    """`created_meanwhile("c.zarr", "bfloat16")`: another run creates that cache just before the next one opens it."""
     open_or_create = extract.open_or_create
 
     def interleave(name, dtype):
@@ -107,21 +100,21 @@ def made_meanwhile(extraction, monkeypatch):
     return interleave
 
 
-def test_a_run_takes_over_the_dtype_of_a_cache_made_after_its_models_were_loaded(extraction, made_meanwhile):
+def test_a_run_uses_the_dtype_of_a_cache_created_after_its_models_were_loaded(extraction, created_meanwhile):
     late, alone = extraction("c.zarr", "auto"), extraction("alone.zarr", "bfloat16")
-    made_meanwhile("c.zarr", "bfloat16")
+    created_meanwhile("c.zarr", "bfloat16")
     assert late.run().parts == alone.run().parts == IMAGES
     assert set(dtypes_of(late.config.cache).values()) == {"bfloat16"}
     assert features_of(late.config.cache) == features_of(alone.config.cache)
 
 
-def test_workers_take_over_the_dtype_of_a_cache_made_after_the_first_of_them_had_loaded_its_models(
-    world, tmp_path, made_meanwhile
+def test_workers_use_the_dtype_of_a_cache_created_after_the_first_of_them_loaded_its_models(
+    world, tmp_path, created_meanwhile
 ):
     path = tmp_path / "c.zarr"
     config = ExtractConfig(str(path), "toy", str(world), limit=IMAGES, preset="toy", device="cpu", part_size=1)
     job = ExtractJob(config)
-    made_meanwhile(path.name, "bfloat16")
+    created_meanwhile(path.name, "bfloat16")
     prepared = job.prepare()
     assert sorted(prepared.names) == ["toy_clip", "toy_sam"]
     opened = job.open()  # refuses models of another dtype than the cache's
@@ -129,22 +122,22 @@ def test_workers_take_over_the_dtype_of_a_cache_made_after_the_first_of_them_had
     assert set(dtypes_of(path).values()) == {"bfloat16"}
 
 
-def test_a_dtype_asked_for_by_name_stays_and_is_refused_where_the_cache_has_another(extraction, made_meanwhile):
+def test_an_explicit_dtype_is_refused_if_the_cache_has_another(extraction, created_meanwhile):
     late = extraction("c.zarr", "float32")
-    made_meanwhile("c.zarr", "bfloat16")
+    created_meanwhile("c.zarr", "bfloat16")
     with pytest.raises(ProvenanceMismatchError, match=r"provenance\.dtype is 'bfloat16', requested 'float32'"):
         late.run()
 
 
 def test_a_resumed_run_and_a_retry_compute_in_the_dtype_of_the_cache(extraction):
     extraction("c.zarr", "bfloat16", parts="0").run()
-    again = extraction("c.zarr", "auto")  # loaded without being told what the cache holds
+    again = extraction("c.zarr", "auto")  # loaded without knowing the cache
     assert again.run().parts == IMAGES - 1
     assert "nothing to retry" in again.retry().text()
     assert set(dtypes_of(again.config.cache).values()) == {"bfloat16"}
 
 
-def test_models_loaded_for_a_cache_compute_in_its_dtype_or_in_what_suits_the_device_where_it_states_none(extraction):
+def test_models_loaded_for_a_cache_use_its_dtype_or_the_device_default_if_it_states_none(extraction):
     sets = extraction("c.zarr", "bfloat16").backbones.feature_sets()
     without = [replace(each, provenance={**each.provenance, "dtype": None}) for each in sets]
     for held, expected in ((sets, "bfloat16"), (without, "float32")):
@@ -152,7 +145,7 @@ def test_models_loaded_for_a_cache_compute_in_its_dtype_or_in_what_suits_the_dev
         assert {each.provenance["dtype"] for each in again.feature_sets()} == {expected}
 
 
-def test_a_machine_that_cannot_compute_in_the_dtype_of_a_cache_refuses_in_one_line(extraction, monkeypatch):
+def test_a_machine_that_does_not_support_the_dtype_of_a_cache_refuses_in_one_line(extraction, monkeypatch):
     held = {each.name: each for each in extraction("c.zarr", "bfloat16").backbones.feature_sets()}
     monkeypatch.setattr(dtypes.torch.amp, "is_autocast_available", lambda device: False)
     with pytest.raises(InputError, match="dtype bfloat16: torch does not compute in it on cpu; use float32"):

@@ -1,15 +1,12 @@
-"""Extraction from real JPEGs by the real toy backbones: what is stored is what they say, whatever happens."""
+"""Extraction from real JPEGs by the toy backbones: the cache holds their outputs, also after faults."""
 
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import ForkedCommand
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -25,7 +22,6 @@ from regionspot.pipeline.images.decode import read_image
 
 PART_SIZE = 4
 IMAGES = 10
-ONE_CORE = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +45,9 @@ def new_cache(path, manifest, backbones) -> FeatureCache:
 
 
 def files_of(cache: Path) -> dict[str, bytes]:
-    """Every file but those that hold seconds and the worker's name: records of parts and runs, and the summary."""
-    found = {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    return {name: data for name, data in found.items() if not name.startswith(("parts/", "runs/", "summary.md"))}
+    """Every file except those that contain times and the worker's name: part records, run records and the summary."""
+    files = {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    return {name: data for name, data in files.items() if not name.startswith(("parts/", "runs/", "summary.md"))}
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +57,7 @@ def undisturbed(world, manifest, backbones, tmp_path_factory) -> FeatureCache:
     return cache
 
 
-def test_the_cache_holds_what_the_backbones_say_of_each_image(world, manifest, backbones, undisturbed):
+def test_the_cache_holds_the_outputs_of_the_backbones(world, manifest, backbones, undisturbed):
     assert undisturbed.valid_rows().tolist() == list(range(IMAGES))
     for row in (0, 5, 9):
         image = read_image(image_folder_of("toy", world) / str(manifest.paths[row]))
@@ -75,40 +71,32 @@ def test_the_cache_holds_what_the_backbones_say_of_each_image(world, manifest, b
         assert batch.region_mask[0].sum() == len(boxes)
 
 
-def test_a_second_run_finds_nothing_to_do(world, backbones, undisturbed):
+def test_a_second_run_has_nothing_to_do(world, backbones, undisturbed):
     summary = extract(undisturbed, image_folder_of("toy", world), backbones)
     assert (summary.images, summary.parts, summary.parts_before) == (0, 0, 3)
     assert "nothing to do" in summary.text()
 
 
-def killed_between_two_parts(command, path) -> int:
-    """Start the command, kill it when a part is there and before all are; how many are."""
-    records = path / "parts" / "toy_clip"
-    run = subprocess.Popen(command, env=ONE_CORE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while run.poll() is None and not list(records.glob("*.json")):
-        time.sleep(0.002)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    return len(list(records.glob("*.json")))
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_run_killed_in_the_middle_is_resumed_to_the_bytes_of_one_never_stopped(world, tmp_path, dtype):
+def test_a_killed_run_is_resumed_to_the_bytes_of_an_uninterrupted_one(world, tmp_path, dtype):
     path, manifest = tmp_path / "killed.zarr", read_dataset("toy", world, "train")
     backbones = Backbones.load("toy", device="cpu", dtype=dtype)
     whole = open_or_create(tmp_path / "whole.zarr", manifest, backbones.feature_sets(), part_size=3)
     extract(whole, image_folder_of("toy", world), backbones, ExtractConfig(batch_size=2))
     words = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy"]
     words += ["--part-size", "3", "--batch-size", "2", "--device", "cpu", "--dtype", dtype]
-    committed = killed_between_two_parts([sys.executable, "-m", "regionspot.cli", *words], path)
-    assert 1 <= committed < whole.n_parts, "killed between two parts"
+    command = ForkedCommand(*words)
+    command.wait_until(lambda: list(path.glob("parts/toy_clip/*.json")))
+    command.stop(signal.SIGKILL)
+    committed = len(list(path.glob("parts/toy_clip/*.json")))
+    assert 1 <= committed < whole.n_parts
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     assert files_of(path) == files_of(whole.path)
     assert f"{committed} parts were complete before" in done.output
 
 
-def test_a_broken_and_a_missing_image_are_recorded_and_the_rest_is_as_before(
+def test_a_broken_and_a_missing_image_are_recorded_and_the_others_are_unchanged(
     images, manifest, backbones, undisturbed, tmp_path
 ):
     broken, missing = images / str(manifest.paths[2]), images / str(manifest.paths[7])
@@ -118,10 +106,10 @@ def test_a_broken_and_a_missing_image_are_recorded_and_the_rest_is_as_before(
     summary = extract(cache, images, backbones)
     assert summary.failed == 2
     assert {failure.row: Path(failure.path).name for failure in cache.failures()} == {2: broken.name, 7: missing.name}
-    good = np.array([0, 1, 3, 4, 5, 6, 8, 9])
-    assert cache.valid_rows().tolist() == good.tolist()
-    assert np.array_equal(cache.read(good).feature_map, undisturbed.read(good).feature_map)
-    assert np.array_equal(cache.read(good).tokens, undisturbed.read(good).tokens)
+    readable = np.array([0, 1, 3, 4, 5, 6, 8, 9])
+    assert cache.valid_rows().tolist() == readable.tolist()
+    assert np.array_equal(cache.read(readable).feature_map, undisturbed.read(readable).feature_map)
+    assert np.array_equal(cache.read(readable).tokens, undisturbed.read(readable).tokens)
 
 
 def test_an_image_of_another_size_than_its_annotations_state_is_not_used(images, manifest, backbones, tmp_path):
@@ -133,16 +121,14 @@ def test_an_image_of_another_size_than_its_annotations_state_is_not_used(images,
     assert "40" in cache.failures()[0].reason
 
 
-def test_a_wrong_image_folder_stops_the_run_before_anything_is_committed(manifest, backbones, tmp_path):
+def test_a_wrong_image_folder_stops_the_run_before_a_part_is_written(manifest, backbones, tmp_path):
     cache = new_cache(tmp_path / "c.zarr", manifest, backbones)
     with pytest.raises(InputError, match=r"3 of 10 images could not be read.*check --data"):
         extract(cache, tmp_path / "nowhere", backbones, ExtractConfig(batch_size=16))
     assert FeatureCache.open(cache.path).valid_rows().tolist() == []
 
 
-def test_each_backbone_can_be_extracted_alone_and_the_other_added_later(
-    world, manifest, backbones, undisturbed, tmp_path
-):
+def test_the_second_backbone_can_be_added_later(world, manifest, backbones, undisturbed, tmp_path):
     path, folder = tmp_path / "c.zarr", image_folder_of("toy", world)
     clip = Backbones(encoders=backbones.encoders)
     extract(new_cache(path, manifest, clip), folder, clip, ExtractConfig(batch_size=3))
@@ -155,7 +141,7 @@ def test_each_backbone_can_be_extracted_alone_and_the_other_added_later(
     assert np.array_equal(cache.read(rows).feature_map, undisturbed.read(rows).feature_map)
 
 
-def test_what_stops_the_writer_stops_the_run_and_is_said(world, manifest, backbones, tmp_path, monkeypatch):
+def test_an_error_of_the_writer_stops_the_run(world, manifest, backbones, tmp_path, monkeypatch):
     cache = new_cache(tmp_path / "c.zarr", manifest, backbones)
 
     def full(*_, **__):
