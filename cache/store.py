@@ -19,9 +19,8 @@ from regionspot.cache.format.manifest import Category, Manifest
 from regionspot.cache.format.part_record import PartRecord
 from regionspot.cache.format.schema import PART_SIZE, Failure, FeatureSet, Geometry, ImageFeatures, record_file
 from regionspot.cache.reading.batch import Batch
-from regionspot.cache.reading.batch_reader import BatchReader, FeatureSource
+from regionspot.cache.reading.batch_reader import BatchReader, FeatureSource, InMemoryTokens
 from regionspot.cache.reading.feature_reader import Check, FeatureReader, open_reader
-from regionspot.cache.reading.in_memory_tokens import InMemoryTokens
 from regionspot.cache.reading.loader import Loader
 from regionspot.cache.reading.prefetch import AHEAD, dataloader_worker
 from regionspot.cache.reading.sampling import Sampling, Shuffle
@@ -331,11 +330,11 @@ class FeatureCache:
         return names
 
     def _only_set(self, kind: str, name: str | None) -> FeatureSet | None:
-        """The set of that name, by default the only one of its kind; None where there is no such kind."""
+        """The set of that name, by default the only one of its kind; None if there is none of that kind."""
         of_kind = {each.name: each for each in self.feature_sets.values() if each.kind == kind}
         if name is None and len(of_kind) <= 1:
             return next(iter(of_kind.values()), None)
         if name not in of_kind:
             problem = f"{name!r} is not one of them" if name else "name one"
-            raise InputError(f"{self.path}: {kind} feature sets are {', '.join(of_kind) or 'none'}; {problem}")
+            raise InputError(f"{self.path}: its {kind} feature sets are {', '.join(of_kind) or 'none'}; {problem}")
         return of_kind[name]

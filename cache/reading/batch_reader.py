@@ -1,4 +1,4 @@
-"""Reading batches: region columns, one map set and one token set, with one or several threads.
+"""Reading batches: region columns, one map set and one token set, from disk or memory, with one or several threads.
 
 A batch is first allocated, then filled; several threads may fill different images.
 """
@@ -17,6 +17,8 @@ from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.reading.batch import Batch
 from regionspot.cache.reading.part_reader import SCALE_BYTES, Bytes
 
+_IMAGES_PER_READ = 4096  # enough to keep a disk busy
+
 
 class FeatureSource(Protocol):
     """Provides the features of one set, like `FeatureReader.read`."""
@@ -25,6 +27,46 @@ class FeatureSource(Protocol):
     threads: int
 
     def read(self, rows: Sequence[int], outs: Sequence[Bytes], scales: Sequence[Bytes]) -> None: ...
+
+
+class InMemoryTokens:
+    """A FeatureSource that reads the tokens of the images at `rows` when created, and keeps them in memory.
+
+    Tokens are small compared to maps, and this saves one read per image.
+
+    Raises what `tokens` raises when an image cannot be read.
+    """
+
+    threads = 1  # copying from memory needs no more
+
+    def __init__(self, tokens: FeatureSource, manifest: Manifest, rows: NDArray[np.int64]) -> None:
+        self.feature_set = tokens.feature_set
+        self._width = self.feature_set.shape[-1] * self.feature_set.stored.itemsize
+        self._scale_width = SCALE_BYTES if self.feature_set.has_scales else 0
+        self._rows = np.unique(rows)
+        counts = manifest.offsets[self._rows + 1] - manifest.offsets[self._rows]
+        self._ends = np.cumsum(counts)
+        self._starts = self._ends - counts
+        regions = int(counts.sum())
+        self._tokens, self._scales = (np.empty(regions * width, np.uint8) for width in (self._width, self._scale_width))
+        with ThreadPoolExecutor(tokens.threads, thread_name_prefix="regionspot-read") as pool:
+            slices = [slice(first, first + _IMAGES_PER_READ) for first in range(0, len(self._rows), _IMAGES_PER_READ)]
+            for _ in pool.map(lambda images: tokens.read(self._rows[images].tolist(), *self._bytes(images)), slices):
+                pass
+
+    def read(self, rows: Sequence[int], outs: Sequence[Bytes], scales: Sequence[Bytes]) -> None:
+        """Copy the tokens of images, and their scales; see FeatureReader.read."""
+        for targets, sources in zip((outs, scales), self._bytes(np.searchsorted(self._rows, rows)), strict=True):
+            for target, source in zip(targets, sources, strict=True):
+                target[:] = source
+
+    def _bytes(self, images: slice | NDArray[np.int64]) -> tuple[list[Bytes], list[Bytes]]:
+        """The bytes of the tokens and of the scales of some images, by their index in `rows`."""
+        spans = list(zip(self._starts[images].tolist(), self._ends[images].tolist(), strict=True))
+        return (
+            [self._tokens[start * self._width : end * self._width] for start, end in spans],
+            [self._scales[start * self._scale_width : end * self._scale_width] for start, end in spans],
+        )
 
 
 class BatchReader:
