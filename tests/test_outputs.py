@@ -1,4 +1,4 @@
-"""What a command writes is checked first, and never takes the place of what it reads, whatever links lead there."""
+"""Outputs are checked before any work is done, and never replace an input, also through links."""
 
 import json
 import os
@@ -36,15 +36,15 @@ def checkpoint(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def predict(regionspot, image, checkpoint):
-    """`predict(out)` names a box of the image."""
-    words = ("predict", image, "--checkpoint", checkpoint, "--boxes", "1,1,30,30", "--names", "red star")
-    return lambda out: regionspot(*words, "--device", "cpu", "-o", out)
+    """`predict(out)` runs `regionspot predict` on one box of the image."""
+    arguments = ("predict", image, "--checkpoint", checkpoint, "--boxes", "1,1,30,30", "--names", "red star")
+    return lambda out: regionspot(*arguments, "--device", "cpu", "-o", out)
 
 
-# Each gives another name of a file.
-NAMES = {
+# Each returns another path of the same file.
+ALIASES = {
     "itself": lambda path: path,
-    "by a detour": lambda path: path.parent / "folder" / ".." / path.name,
+    "through ..": lambda path: path.parent / "folder" / ".." / path.name,
     "symbolic link": lambda path: _link(path, Path.symlink_to),
     "hard link": lambda path: _link(path, Path.hardlink_to),
     "link to its folder": lambda path: (
@@ -59,18 +59,18 @@ def _link(path: Path, make) -> Path:
     return link
 
 
-@pytest.fixture(params=NAMES)
-def other_name(request):
-    return NAMES[request.param]
+@pytest.fixture(params=ALIASES)
+def alias(request):
+    return ALIASES[request.param]
 
 
-def test_an_input_is_never_replaced_by_whatever_name(image, other_name):
+def test_an_input_is_not_replaced_under_any_path(image, alias):
     (image.parent / "folder").mkdir()
     with pytest.raises(InputError, match="is an input of this command and must not be replaced"):
-        check_output_file(other_name(image), [None, "s3://bucket/x", image])
+        check_output_file(alias(image), [None, "s3://bucket/x", image])
 
 
-def test_no_file_of_an_input_folder_is_replaced_but_new_ones_may_lie_in_it(image):
+def test_files_of_an_input_folder_are_not_replaced_but_new_ones_may_be_added(image):
     (image.parent / "in").symlink_to(image.parent)
     for folder in (image.parent, image.parent / "in"):
         with pytest.raises(InputError, match="is an input"):
@@ -79,7 +79,7 @@ def test_no_file_of_an_input_folder_is_replaced_but_new_ones_may_lie_in_it(image
 
 
 @pytest.mark.parametrize(
-    ("out", "words"),
+    ("out", "message"),
     [
         ("nodir/x.png", "there is no folder"),
         ("x.jpg/x.png", "there is no folder"),
@@ -88,14 +88,14 @@ def test_no_file_of_an_input_folder_is_replaced_but_new_ones_may_lie_in_it(image
         ("/proc/x.png", "cannot be written"),
     ],
 )
-def test_a_place_where_no_file_can_be_written_is_refused(image, out, words):
+def test_a_path_where_no_file_can_be_written_is_refused(image, out, message):
     os.mkfifo(image.parent / "pipe")
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         check_output_file(image.parent / out)
 
 
 @pytest.mark.parametrize(
-    ("out", "words"),
+    ("out", "message"),
     [
         ("x.jpg", "exists and is not a folder"),
         ("x.jpg/run", r"x\.jpg: exists and is not a folder"),
@@ -106,13 +106,13 @@ def test_a_place_where_no_file_can_be_written_is_refused(image, out, words):
         ("other", "is a Zarr store"),
     ],
 )
-def test_a_place_where_no_folder_can_be_made_is_refused(image, out, words):
+def test_a_path_where_no_folder_can_be_created_is_refused(image, out, message):
     folder = image.parent
     for name in ("cache", "other"):
         (folder / name).mkdir()
         (folder / name / "zarr.json").write_text("{}")
     (folder / "link").symlink_to("cache")
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         check_output_folder(folder / out, [folder / "cache"])
     assert check_output_folder(folder / "new" / "run") == folder / "new" / "run"
     assert not (folder / "new").exists()
@@ -121,16 +121,16 @@ def test_a_place_where_no_folder_can_be_made_is_refused(image, out, words):
 # --- predict ---
 
 
-def test_predict_never_replaces_its_image(predict, image, other_name):
+def test_predict_does_not_replace_its_image(predict, image, alias):
     (image.parent / "folder").mkdir()
     before = image.read_bytes()
-    code, out, err = predict(other_name(image))
+    code, out, err = predict(alias(image))
     assert (code, out) == (2, "")
     assert "must not be replaced" in err
     assert image.read_bytes() == before
 
 
-def test_predict_replaces_an_earlier_result_and_leaves_what_it_is_linked_to(predict, image):
+def test_predict_replaces_an_earlier_result_but_not_the_target_of_a_link(predict, image):
     kept = image.parent / "kept.png"
     kept.write_bytes(b"kept")
     (image.parent / "hard.png").hardlink_to(kept)
@@ -143,7 +143,7 @@ def test_predict_replaces_an_earlier_result_and_leaves_what_it_is_linked_to(pred
     assert kept.read_bytes() == b"kept"
 
 
-def test_predict_gives_its_answer_also_when_the_image_cannot_be_written_at_last(predict, image, monkeypatch):
+def test_predict_prints_its_result_even_if_the_image_cannot_be_written(predict, image, monkeypatch):
     def full(path, content):
         raise OSError(28, "No space left on device", str(path))
 
@@ -154,59 +154,59 @@ def test_predict_gives_its_answer_also_when_the_image_cannot_be_written_at_last(
     assert "No space left on device" in err
 
 
-# --- the others ---
+# --- other commands ---
 
 
-def test_show_and_stats_replace_neither_cache_nor_image(regionspot, small_folder, tmp_path):
+def test_cache_show_and_stats_do_not_replace_their_inputs(regionspot, small_folder, tmp_path):
     cache = shutil.copytree(small_folder / "full", tmp_path / "c.zarr")
     (tmp_path / "photos").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "photos" / "x.png")
     (cache / "x.png").write_bytes(b"in the cache")
     (cache / "x.json").write_bytes(b"in the cache")
     name = next(iter(FeatureCache.open(cache).feature_sets))
-    for words in (
+    for arguments in (
         ("cache", "show", cache, "100", "-o", cache / "x.png"),
         ("cache", "show", cache, "100", "--photos", tmp_path / "photos", "-o", tmp_path / "photos" / "x.png"),
         ("cache", "stats", cache, name, "-o", cache / "x.json"),
         ("cache", "stats", cache, name, "-o", cache / "zarr.json"),
     ):
-        code, _, err = regionspot(*words)
-        assert code == 2, words
+        code, _, err = regionspot(*arguments)
+        assert code == 2, arguments
         assert "must not be replaced" in err
     assert (cache / "x.json").read_bytes() == (cache / "x.png").read_bytes() == b"in the cache"
 
 
 @pytest.mark.parametrize("name", ["results.json", "detections.json", "sheet.png"])
-def test_an_evaluation_does_not_write_over_its_inputs(regionspot, world, checkpoint, tmp_path, name):
+def test_an_evaluation_does_not_replace_its_inputs(regionspot, world, checkpoint, tmp_path, name):
     (tmp_path / "eval").mkdir()
     shutil.copy(world / "toy_val.json", tmp_path / "eval" / name)
     shutil.copy(checkpoint, tmp_path / "head.safetensors")
-    words = ("eval-lvis", "--dataset", "toy", "--data", world, "--out", tmp_path / "eval")
-    for more in (("--annotations", tmp_path / "eval" / name), ("--boxes", tmp_path / "eval" / name)):
-        code, _, err = regionspot(*words, "--checkpoint", checkpoint, *more)
+    arguments = ("eval-lvis", "--dataset", "toy", "--data", world, "--out", tmp_path / "eval")
+    for options in (("--annotations", tmp_path / "eval" / name), ("--boxes", tmp_path / "eval" / name)):
+        code, _, err = regionspot(*arguments, "--checkpoint", checkpoint, *options)
         assert code == 2
         assert f"{name}: is an input of this command" in err
     assert os.listdir(tmp_path / "eval") == [name]
 
 
 @pytest.mark.parametrize("command", ["train", "eval-lvis"])
-def test_training_and_evaluation_write_nothing_into_a_cache(
+def test_training_and_evaluation_do_not_write_into_a_cache(
     regionspot, small_folder, world, checkpoint, tmp_path, command
 ):
     cache = shutil.copytree(small_folder / "full", tmp_path / "c.zarr")
     before = sorted(cache.rglob("*"))
-    words = {
+    arguments = {
         "train": ("train", "--cache", cache),
         "eval-lvis": ("eval-lvis", "--dataset", "toy", "--data", world, "--cache", cache, "--checkpoint", checkpoint),
     }[command]
     for out in (cache, cache / "run", cache / "parts"):
-        code, _, err = regionspot(*words, "--out", out)
+        code, _, err = regionspot(*arguments, "--out", out)
         assert code == 2
         assert "an input of this command" in err
     assert sorted(cache.rglob("*")) == before
 
 
-def test_a_toy_world_is_drawn_into_no_folder_of_other_images(tmp_path):
+def test_a_toy_world_is_not_created_in_a_folder_of_other_images(tmp_path):
     for own in ("holiday.jpg", "photos/beach.jpg", "photos/train2017/000000000001.jpg"):
         folder = tmp_path / own.replace("/", "-")
         (folder / own).parent.mkdir(parents=True)
@@ -218,14 +218,14 @@ def test_a_toy_world_is_drawn_into_no_folder_of_other_images(tmp_path):
 
 @pytest.mark.parametrize("out", ["c.zarr", "c.zarr/inside"])
 @pytest.mark.parametrize(
-    "words",
+    "arguments",
     [("copy",), ("subset",), ("convert", "--to", "clip=float32"), ("merge", "-o")],
-    ids=lambda words: words[0],
+    ids=lambda arguments: arguments[0],
 )
-def test_a_cache_is_not_made_inside_of_the_one_it_is_made_of(regionspot, small_folder, tmp_path, words, out):
+def test_a_cache_is_not_created_inside_its_source(regionspot, small_folder, tmp_path, arguments, out):
     cache = shutil.copytree(small_folder / "full", tmp_path / "c.zarr")
     before = {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    command, *more = words
+    command, *more = arguments
     code, _, err = regionspot("cache", command, cache, *more, tmp_path / out)
     assert code == 2, err
     assert {path: path.read_bytes() for path in cache.rglob("*") if path.is_file()} == before

@@ -104,7 +104,7 @@ class FeatureReader(ABC):
             try:
                 self._read_one(part, row, outs[index], scales[index])
             except (ReplacedError, DamagedError, OSError) as error:
-                self._retry(error, part, row, outs[index], scales[index])
+                self._retry_read(error, part, row, outs[index], scales[index])
 
     def record(self, part: int) -> PartRecord:
         """A part's record. Raises FileNotFoundError if it is not written, CorruptPartError if it is damaged."""
@@ -120,7 +120,7 @@ class FeatureReader(ABC):
             return list(pool.map(self.record, self.written_parts()))
 
     def written_parts(self) -> set[int]:
-        """Listed anew at each call: other processes may be writing parts."""
+        """Numbers of the written parts; listed at each call, because other processes may write parts."""
         files = self._storage.list_files(f"parts/{self.feature_set.name}")
         stems = (file.removesuffix(".json") for file in files if file.endswith(".json"))
         return {int(stem) for stem in stems if stem.isdigit() and int(stem) < self.geometry.n_parts}
@@ -146,7 +146,7 @@ class FeatureReader(ABC):
         try:
             part = self._parts(row // self._part_size)
         except (DamagedError, OSError) as error:
-            part = self._reopen(error, row)
+            part = self._retry_open(error, row)
         if part.failures and row in part.failures:
             raise NotExtractedError(
                 f"{self._storage.address}: {self._image(row)} could not be read when it was extracted: "
@@ -154,8 +154,8 @@ class FeatureReader(ABC):
             )
         return part
 
-    def _reopen(self, error: Exception, row: int) -> PartReader:
-        """Open the part of a row again after an error; raises the error's public form if that fails too.
+    def _retry_open(self, error: Exception, row: int) -> PartReader:
+        """Open the part of a row again after an error; raises its public form if that fails too.
 
         Its files may have been replaced during the first attempt, or be damaged local copies of remote files.
         """
@@ -176,12 +176,12 @@ class FeatureReader(ABC):
             )
         raise self._io_error(row, error)
 
-    def _retry(self, error: Exception, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
+    def _retry_read(self, error: Exception, part: PartReader, row: int, out: Bytes, scales: Bytes) -> None:
         """Read an image again while its files may have been replaced; otherwise raises the error's public form."""
         for _ in range(_RETRIES):
             if not self._may_be_replaced(error, part):
                 break
-            part = self._reopened(part, row)
+            part = self._reopen(part, row)
             try:
                 return self._read_one(part, row, out, scales)
             except (ReplacedError, DamagedError, OSError) as next_error:
@@ -203,8 +203,8 @@ class FeatureReader(ABC):
             replaced = True  # being replaced right now; other problems are reported when it is opened
         return self._storage.drop_local_copy(error.file) or replaced
 
-    def _reopened(self, part: PartReader, row: int) -> PartReader:
-        """The part after reopening it. The first caller that finds its files replaced reopens for all threads."""
+    def _reopen(self, part: PartReader, row: int) -> PartReader:
+        """Open a part again; the first caller that finds its files replaced does so for all threads."""
         if part.generation == self._opener.generation:
             self._begin_generation()
         current = self._part_of(row)
