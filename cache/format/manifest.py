@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,8 @@ from numpy.typing import NDArray
 from regionspot.cache.errors import InputError
 
 NO_CATEGORY = -1  # category index of a region whose class is unknown, e.g. a detector's proposal
+_IMAGE_COLUMNS = ("image_ids", "paths", "heights", "widths")
+_REGION_COLUMNS = ("boxes_xyxy", "category_index", "annotation_ids")  # and the optional scores
 
 
 @dataclass(frozen=True)
@@ -84,19 +86,12 @@ class Manifest:
 
     def __post_init__(self) -> None:
         images, regions = len(self.image_ids), len(self.boxes_xyxy)
-        lengths = {
-            "paths": (len(self.paths), images),
-            "heights": (len(self.heights), images),
-            "widths": (len(self.widths), images),
-            "offsets": (len(self.offsets), images + 1),
-            "category_index": (len(self.category_index), regions),
-            "annotation_ids": (len(self.annotation_ids), regions),
-            "scores": (regions if self.scores is None else len(self.scores), regions),
-        }
-        for name, (length, expected) in lengths.items():
-            if length != expected:
+        lengths = dict.fromkeys(_IMAGE_COLUMNS, images) | dict.fromkeys((*_REGION_COLUMNS, "scores"), regions)
+        for name, expected in (lengths | {"offsets": images + 1}).items():
+            column = getattr(self, name)
+            if column is not None and len(column) != expected:
                 raise InputError(
-                    f"manifest {self.dataset}/{self.split}: {name} has {length} entries, expected {expected}"
+                    f"manifest {self.dataset}/{self.split}: {name} has {len(column)} entries, expected {expected}"
                 )
         if self.offsets[0] != 0 or self.offsets[-1] != regions or (np.diff(self.offsets) < 0).any():
             raise InputError(
@@ -129,24 +124,14 @@ class Manifest:
     def select(self, rows: NDArray[np.int64]) -> Manifest:
         """The images at `rows`, in that order, with all categories."""
         offsets, index = _take(self.offsets, rows)
-        return Manifest(
-            dataset=self.dataset,
-            split=self.split,
-            image_ids=self.image_ids[rows],
-            paths=self.paths[rows],
-            heights=self.heights[rows],
-            widths=self.widths[rows],
+        return replace(
+            self,
+            **{name: getattr(self, name)[rows] for name in _IMAGE_COLUMNS},
+            **{name: getattr(self, name)[index] for name in _REGION_COLUMNS},
             offsets=offsets,
-            boxes_xyxy=self.boxes_xyxy[index],
-            category_index=self.category_index[index],
-            annotation_ids=self.annotation_ids[index],
-            categories=self.categories,
             scores=None if self.scores is None else self.scores[index],
             negatives=_select_ragged(self.negatives, rows),
             not_exhaustive=_select_ragged(self.not_exhaustive, rows),
-            source=self.source,
-            report=self.report,
-            remarks=self.remarks,
         )
 
     def head(self, images: int | None) -> Manifest:
@@ -168,14 +153,11 @@ class Manifest:
         return cls(
             dataset="+".join(dict.fromkeys(manifest.dataset for manifest in manifests)),
             split="+".join(dict.fromkeys(manifest.split for manifest in manifests)),
-            image_ids=np.concatenate([manifest.image_ids for manifest in manifests]),
-            paths=np.concatenate([manifest.paths for manifest in manifests]),
-            heights=np.concatenate([manifest.heights for manifest in manifests]),
-            widths=np.concatenate([manifest.widths for manifest in manifests]),
+            **{
+                name: np.concatenate([getattr(manifest, name) for manifest in manifests])
+                for name in (*_IMAGE_COLUMNS, *_REGION_COLUMNS)
+            },
             offsets=_joined_offsets([manifest.offsets for manifest in manifests]),
-            boxes_xyxy=np.concatenate([manifest.boxes_xyxy for manifest in manifests]),
-            category_index=np.concatenate([manifest.category_index for manifest in manifests]),
-            annotation_ids=np.concatenate([manifest.annotation_ids for manifest in manifests]),
             categories=manifests[0].categories,
             scores=_joined([manifest.scores for manifest in manifests]),
             negatives=_joined_ragged([manifest.negatives for manifest in manifests]),

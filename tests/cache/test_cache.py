@@ -97,9 +97,9 @@ def manifest():
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory, manifest):
+def caches(tmp_path_factory, manifest):
     """Folder with an empty and a full cache to copy, which is ten times as fast as creating one."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("caches")
     FeatureCache.create(folder / "empty", manifest, [MAPS, TOKENS], part_size=4)
     shutil.copytree(folder / "empty", folder / "full")
     fill(FeatureCache.open(folder / "full", "a"))
@@ -107,13 +107,13 @@ def made(tmp_path_factory, manifest):
 
 
 @pytest.fixture
-def empty(made, tmp_path):
-    return FeatureCache.open(shutil.copytree(made / "empty", tmp_path / "c.zarr"), "a")
+def empty(caches, tmp_path):
+    return FeatureCache.open(shutil.copytree(caches / "empty", tmp_path / "c.zarr"), "a")
 
 
 @pytest.fixture
-def cache(made, tmp_path):
-    return FeatureCache.open(shutil.copytree(made / "full", tmp_path / "c.zarr"), "a")
+def cache(caches, tmp_path):
+    return FeatureCache.open(shutil.copytree(caches / "full", tmp_path / "c.zarr"), "a")
 
 
 # --- the manifest ---
@@ -785,9 +785,7 @@ def test_a_full_disk_loses_only_the_part_being_written(tmp_path, empty, limit):
         fill(empty, [1])
 
     error = in_child(tmp_path, write)
-    assert error.startswith(
-        f"CacheError: {empty.path}: part 1 could not be written: File too large; the finished parts"
-    )
+    assert error.startswith(f"CacheError: {empty.path}: part 1 could not be written: File too large; finished parts")
     assert {name: value for name, value in snapshot(empty.path).items() if "part" in name} == {
         name: value for name, value in before.items() if "part" in name
     }

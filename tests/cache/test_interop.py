@@ -64,10 +64,10 @@ def cache(tmp_path_factory):
         )
         for kind, dtype, zstd in CASES
     ]
-    made = FeatureCache.create(tmp_path_factory.mktemp("interop") / "c.zarr", make_manifest(COUNTS), sets, PART_SIZE)
-    for part in range(made.n_parts):
-        made.write_part(part, [image(row, sets) for row in made.part_rows(part)])
-    return made
+    cache = FeatureCache.create(tmp_path_factory.mktemp("interop") / "c.zarr", make_manifest(COUNTS), sets, PART_SIZE)
+    for part in range(cache.n_parts):
+        cache.write_part(part, [image(row, sets) for row in cache.part_rows(part)])
+    return cache
 
 
 def image(row, sets):

@@ -248,16 +248,16 @@ def test_batches_do_not_depend_on_the_number_of_threads(cache, threads):
 @pytest.mark.parametrize("compression", [None, "zstd"])
 @pytest.mark.parametrize("dtype", ["float16", "float32", "bfloat16", "int8"])
 def test_map_and_pread_give_the_same_values_in_every_encoding(tmp_path, dtype, compression):
-    made = make_cache(tmp_path / "c.zarr", dtype=dtype, compression=compression)
-    rows, batches = made.valid_rows(), []
+    encoded = make_cache(tmp_path / "c.zarr", dtype=dtype, compression=compression)
+    rows, batches = encoded.valid_rows(), []
     for access in ("map", "pread"):
         for check in ("first", "always", "never"):
-            reader = FeatureCache.open(made.path, access=access, check=check)
+            reader = FeatureCache.open(encoded.path, access=access, check=check)
             batches += [reader.read(rows), reader.read(rows)]
     for batch in batches:
         require_equal(batch, batches[0])
-    maps = decode(batches[0].feature_map, made.feature_sets["maps"], batches[0].map_scale)
-    tokens = decode(batches[0].tokens, made.feature_sets["tokens"], batches[0].token_scale)
+    maps = decode(batches[0].feature_map, encoded.feature_sets["maps"], batches[0].map_scale)
+    tokens = decode(batches[0].tokens, encoded.feature_sets["tokens"], batches[0].token_scale)
     tolerance = {"float16": 0, "float32": 0, "bfloat16": 0.02, "int8": 0.05}[dtype]
     np.testing.assert_allclose(maps, MAP_VALUES[rows].astype(np.float32), atol=tolerance)
     for index, row in enumerate(rows):
@@ -267,11 +267,11 @@ def test_map_and_pread_give_the_same_values_in_every_encoding(tmp_path, dtype, c
 
 @pytest.mark.parametrize("dtype", ["float16", "int8"])
 def test_tokens_kept_in_memory_equal_those_on_disk(tmp_path, dtype):
-    made = make_cache(tmp_path / "c.zarr", dtype=dtype)
+    encoded = make_cache(tmp_path / "c.zarr", dtype=dtype)
     options = {"rows": [1, 20, 2, 0, 1, 22, 3]}
-    from_disk = [batch.copy() for batch in made.loader(4, **options)]
-    from_memory = made.loader(4, **options, tokens_in_memory=True)
-    for shard in made.path.glob("features/tokens/*/c.*"):
+    from_disk = [batch.copy() for batch in encoded.loader(4, **options)]
+    from_memory = encoded.loader(4, **options, tokens_in_memory=True)
+    for shard in encoded.path.glob("features/tokens/*/c.*"):
         os.truncate(shard, 0)
     for batch, expected in zip(from_memory, from_disk, strict=True):
         require_equal(batch, expected)
