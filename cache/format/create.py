@@ -142,7 +142,7 @@ def _checksums(root: Path, folder: Path) -> dict[str, int]:
     return {name: file_crc((root / name).read_bytes()) for name in names if name != "zarr.json"}
 
 
-def add_feature_set(storage: Storage, feature_set: FeatureSet, geometry: Geometry) -> dict[str, int]:
+def create_feature_set(storage: Storage, feature_set: FeatureSet, geometry: Geometry) -> dict[str, int]:
     """Create the arrays of another feature set; it belongs to the cache once the header names it.
 
     Returns the crc32c of the files, for the header. Raises OSError if the storage refuses.

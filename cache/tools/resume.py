@@ -65,7 +65,7 @@ def add_feature_sets(cache: FeatureCache, requested: Mapping[str, FeatureSet]) -
 
     Raises ProvenanceMismatchError where the cache has a different set of that name, CacheError if the storage refuses.
     """
-    from regionspot.cache.format.create import add_feature_set  # zarr takes a second to import
+    from regionspot.cache.format.create import create_feature_set  # zarr takes a second to import
 
     with Claims(cache.storage) as claims:
         claims.wait_for("header")  # one process at a time reads, changes and writes it
@@ -75,7 +75,7 @@ def add_feature_sets(cache: FeatureCache, requested: Mapping[str, FeatureSet]) -
         try:
             files: dict[str, int] = {}
             for feature_set in new.values():
-                files |= add_feature_set(cache.storage, feature_set, cache.geometry)
+                files |= create_feature_set(cache.storage, feature_set, cache.geometry)
             header = header.adding(new.values(), files)
             header.save(cache.storage)
         except OSError as error:

@@ -180,7 +180,7 @@ def test_without_the_image_the_rest_is_shown_and_that_is_said(cache, made, capti
     show_image(cache, 10)
     assert captions[1] == "a.jpg / 2 regions; no folder of images given"
     show_image(cache, 10, tmp_path)
-    assert captions[1] == "a.jpg / 2 regions; image is not there"
+    assert captions[1] == "a.jpg / 2 regions; image does not exist"
 
 
 def test_a_cache_without_maps_shows_the_regions(made, captions, tmp_path):
