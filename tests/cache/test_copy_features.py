@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from makers import make_features, make_manifest
 
 from regionspot.cache import (
     CacheError,
@@ -42,35 +43,28 @@ SETS = (MAPS, SMALL, TOKENS)
 CATEGORIES = (Category(1, "star"), Category(2, "moon"))
 
 
-def manifest_of(counts, first_id, **changes):
+def manifest_of(counts, first_id, **columns):
     """Images with these region counts and ids from `first_id` on; all else follows from the id."""
-    ids = np.arange(first_id, first_id + len(counts))
     regions, rng = int(sum(counts)), np.random.default_rng(first_id)
-    columns = {
-        "dataset": "toy",
-        "split": "train",
-        "image_ids": ids,
-        "paths": np.array([f"{each}.jpg" for each in ids], dtype=np.dtypes.StringDType()),
-        "heights": np.full(len(ids), 480, np.int32),
-        "widths": np.full(len(ids), 640, np.int32),
-        "offsets": np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+    ids = {
+        "image_ids": np.arange(first_id, first_id + len(counts)),
+        "paths": [f"{first_id + row}.jpg" for row in range(len(counts))],
         "boxes_xyxy": rng.random((regions, 4), dtype=np.float32),
         "category_index": rng.integers(0, 2, regions, dtype=np.int32),
         "annotation_ids": rng.integers(0, 2**40, regions),
-        "categories": CATEGORIES,
         "source": {"files": {f"toy_{first_id}.json": "c0ffee"}},
     }
-    return Manifest(**{**columns, **changes})
+    return make_manifest(counts, **{"categories": CATEGORIES, **ids, **columns})
 
 
 def features_of(manifest, row):
-    """Features by the image's id, so that they are the same in whatever cache it stands."""
+    """Features that depend only on the image's id, so that they are equal in every cache."""
     image_id = int(manifest.image_ids[row])
-    if image_id % 10 == 5:
-        return ImageFeatures(row, {}, f"truncated JPEG {image_id}")
-    rng = np.random.default_rng(image_id)
-    tokens = rng.standard_normal((int(manifest.region_count[row]), 6))
-    return ImageFeatures(row, {"clip": rng.standard_normal((5, 8)), "dino": rng.random((2, 2)), "sam": tokens})
+    return (
+        ImageFeatures(row, {}, f"truncated JPEG {image_id}")
+        if image_id % 10 == 5
+        else make_features(manifest, SETS, row)
+    )
 
 
 def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):

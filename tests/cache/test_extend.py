@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from makers import make_features, make_manifest
 
 from regionspot.cache import (
     CacheError,
@@ -19,7 +20,6 @@ from regionspot.cache import (
     FeatureSet,
     ImageFeatures,
     InputError,
-    Manifest,
     ProvenanceMismatchError,
 )
 from regionspot.cache.format.feature_dtypes import Statistics
@@ -44,29 +44,19 @@ def grown():
     """22 images; the largest of the first three parts has 64 regions, that of all of them 90."""
     counts = np.array([2, 0, 1, 5, 60, 1, 3, 0, 3, 1, 0, 7, 80, 4, 0, 6, 2, 2, 1, 0, 9, 5])
     regions, rng = int(counts.sum()), np.random.default_rng(0)
-    return Manifest(
-        dataset="toy",
-        split="train",
+    return make_manifest(
+        counts,
         image_ids=rng.permutation(100)[: len(counts)],
-        paths=np.array([f"{row}.jpg" for row in range(len(counts))], dtype=np.dtypes.StringDType()),
-        heights=rng.integers(1, 2000, len(counts), dtype=np.int32),
-        widths=rng.integers(1, 2000, len(counts), dtype=np.int32),
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        boxes_xyxy=rng.random((regions, 4), dtype=np.float32),
         category_index=rng.integers(0, 2, regions, dtype=np.int32),
-        annotation_ids=np.arange(regions),
         categories=CATEGORIES,
         source={"files": {"toy_train.json": "c0ffee"}},
     )
 
 
 def features_of(manifest, row):
-    """Features by the image's id, so that they are the same in whatever row it stands."""
-    if manifest.image_ids[row] % 16 == 0:
-        return ImageFeatures(row, {}, "truncated JPEG")
-    rng = np.random.default_rng(int(manifest.image_ids[row]))
-    tokens = rng.standard_normal((int(manifest.region_count[row]), 6))
-    return ImageFeatures(row, {"clip": rng.random((5, 8)), "dino": rng.random((2, 2)), "sam": tokens})
+    """Features that depend only on the image's id."""
+    failed = manifest.image_ids[row] % 16 == 0
+    return ImageFeatures(row, {}, "truncated JPEG") if failed else make_features(manifest, SETS, row)
 
 
 def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):

@@ -12,6 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from makers import make_manifest
 
 from regionspot.cache import (
     NO_CATEGORY,
@@ -22,7 +23,6 @@ from regionspot.cache import (
     FeatureSet,
     ImageFeatures,
     InputError,
-    Manifest,
     NotACacheError,
     NotExtractedError,
     Ragged,
@@ -37,22 +37,16 @@ COUNTS = [2, 0, 3, 1, 130, 2, 1, 0, 5]
 SHAPE = (5, 8)
 
 
-def manifest_of(counts) -> Manifest:
-    rng, images, regions = np.random.default_rng(0), len(counts), sum(counts)
-    return Manifest(
-        dataset="lvis",
-        split="val",
-        image_ids=np.arange(images) * 7 - 3,
-        paths=np.array([f"val/{row} ü.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
-        heights=np.full(images, 480, np.int32),
-        widths=np.full(images, 640, np.int32),
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        boxes_xyxy=rng.random((regions, 4), dtype=np.float32),
-        category_index=rng.integers(NO_CATEGORY, 2, regions, dtype=np.int32),
-        annotation_ids=np.arange(regions),
-        categories=(Category(1, "cup"), Category(2, "bowl ü")),
-        negatives=Ragged(np.arange(images + 1), np.zeros(images, np.int32)),
-    )
+MANIFEST = make_manifest(
+    COUNTS,
+    dataset="lvis",
+    split="val",
+    image_ids=np.arange(len(COUNTS)) * 7 - 3,
+    paths=[f"val/{row} ü.jpg" for row in range(len(COUNTS))],
+    category_index=np.random.default_rng(0).integers(NO_CATEGORY, 2, sum(COUNTS), dtype=np.int32),
+    categories=(Category(1, "cup"), Category(2, "bowl ü")),
+    negatives=Ragged(np.arange(len(COUNTS) + 1), np.zeros(len(COUNTS), np.int32)),
+)
 
 
 def maps_of(row: int) -> np.ndarray:
@@ -77,7 +71,7 @@ SETS = [
 def made(tmp_path_factory) -> Path:
     """`a.zarr`, nine images in three parts, one of which failed; the last part of two sets is not written. `a.h5`."""
     folder = tmp_path_factory.mktemp("hdf5")
-    cache = FeatureCache.create(folder / "a.zarr", manifest_of(COUNTS), SETS, part_size=4)
+    cache = FeatureCache.create(folder / "a.zarr", MANIFEST, SETS, part_size=4)
     for part in range(3):
         images = [
             ImageFeatures(row, {}, "is empty")
@@ -199,7 +193,7 @@ def test_it_is_never_written_into(made, tmp_path):
     with pytest.raises(CacheError, match="is read-only; convert it to a folder with `regionspot cache import`"):
         FeatureCache.open(made / "a.h5", "a")
     with pytest.raises(CacheError, match="regionspot cache import"):
-        FeatureCache.create(tmp_path / "new.h5", manifest_of([1]), SETS)
+        FeatureCache.create(tmp_path / "new.h5", make_manifest([1]), SETS)
     assert (made / "a.h5").read_bytes() == before
     assert not (tmp_path / "new.h5").exists()
 
@@ -339,7 +333,7 @@ def test_a_killed_export_leaves_no_file_of_that_name_and_the_next_one_clears_up(
 
 def test_memory_does_not_grow_with_the_part(tmp_path):
     maps = FeatureSet("clip", "map", (64, 1024))
-    cache = FeatureCache.create(tmp_path / "a.zarr", manifest_of([0] * 500), [maps], part_size=500)
+    cache = FeatureCache.create(tmp_path / "a.zarr", make_manifest([0] * 500), [maps], part_size=500)
     record = np.zeros(maps.shape, np.float16)
     cache.write_part(0, (ImageFeatures(row, {"clip": record}) for row in range(500)))
     export_hdf5(cache, tmp_path / "warm.h5")

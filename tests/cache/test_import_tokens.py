@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from makers import make_manifest
 
 from regionspot.cache import (
     NO_CATEGORY,
@@ -18,7 +19,6 @@ from regionspot.cache import (
     FeatureSet,
     ImageFeatures,
     InputError,
-    Manifest,
     ProvenanceMismatchError,
 )
 from regionspot.cache.tools.import_tokens import import_tokens, read_token_file
@@ -38,24 +38,18 @@ def tokens_of(row: int) -> np.ndarray:
 def made(tmp_path_factory) -> Path:
     """`c.zarr`: seven images in three parts, no features; `tokens/`: a file of each that has regions."""
     folder = tmp_path_factory.mktemp("tokens")
-    offsets = np.concatenate([[0], np.cumsum(COUNTS)]).astype(np.int64)
-    manifest = Manifest(
+    manifest = make_manifest(
+        COUNTS,
         dataset="o365",
-        split="train",
         image_ids=np.array(IDS),
-        paths=np.array([f"train/p{row}.jpg" for row in range(7)], dtype=np.dtypes.StringDType()),
-        heights=np.full(7, 480, np.int32),
-        widths=np.full(7, 640, np.int32),
-        offsets=offsets,
-        boxes_xyxy=np.ones((13, 4), np.float32),
+        paths=[f"train/p{row}.jpg" for row in range(7)],
         category_index=INDICES,
-        annotation_ids=np.arange(13),
         categories=CATEGORIES,
     )
     FeatureCache.create(folder / "c.zarr", manifest, [], part_size=3)
     (folder / "tokens").mkdir()
     for row, image_id in enumerate(IDS):
-        indices = INDICES[offsets[row] : offsets[row + 1]]
+        indices = INDICES[manifest.regions(row)]
         classes = [99 if index == NO_CATEGORY else CATEGORIES[index].id for index in indices]
         # As OpenImages' are: the manifest's number of that image is in no file name.
         name = "p5" if image_id < 0 else str(image_id)

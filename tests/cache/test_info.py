@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from makers import make_manifest
 
-from regionspot.cache import Category, CorruptPartError, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest
+from regionspot.cache import CorruptPartError, FeatureCache, FeatureSet, ImageFeatures, InputError
 from regionspot.cache.tools.info import describe_cache, list_images, size_text
 from regionspot.pipeline.reporting.run_summary import ExtractSummary, RunRecord
 from regionspot.pipeline.reporting.summary_page import publish
@@ -33,18 +34,12 @@ REGIONS = [2, 0, 3, 1, 4, 1, 2]
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
     """Seven images in three parts: the maps of two are written, two of these failed; the tokens of none are."""
-    manifest = Manifest(
+    manifest = make_manifest(
+        REGIONS,
         dataset="lvis",
         split="val",
         image_ids=np.arange(7) * 11,
-        paths=np.array([f"val/{row}.jpg" for row in range(7)], dtype=np.dtypes.StringDType()),
-        heights=np.full(7, 480, np.int32),
-        widths=np.full(7, 640, np.int32),
-        offsets=np.concatenate([[0], np.cumsum(REGIONS)]).astype(np.int64),
-        boxes_xyxy=np.ones((13, 4), np.float32),
-        category_index=np.zeros(13, np.int32),
-        annotation_ids=np.arange(13),
-        categories=(Category(1, "cup"),),
+        paths=[f"val/{row}.jpg" for row in range(7)],
         source={"files": {"lvis_v1_val.json": "c0ffee" * 10}},
         report={"boxes_without_area": 3, "crowd": 0},
     )

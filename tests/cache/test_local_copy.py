@@ -14,16 +14,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from makers import make_manifest
 
 from regionspot.cache import (
     CacheError,
-    Category,
     CorruptPartError,
     FeatureCache,
     FeatureSet,
     ImageFeatures,
     InputError,
-    Manifest,
 )
 from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.storage.local_mirror import parse_bytes, with_local_mirror
@@ -34,22 +33,6 @@ from regionspot.cache.storage.remote import RemoteStorage
 MAPS = FeatureSet("clip", "map", (5, 8))
 SHARD = "features/clip/feature_map/c.{}.0.0"
 PLENTY = 10**9
-
-
-def manifest_of(images):
-    return Manifest(
-        dataset="toy",
-        split="train",
-        image_ids=np.arange(images),
-        paths=np.array([f"{row}.jpg" for row in range(images)], dtype=np.dtypes.StringDType()),
-        heights=np.full(images, 32, np.int32),
-        widths=np.full(images, 32, np.int32),
-        offsets=np.arange(images + 1, dtype=np.int64),
-        boxes_xyxy=np.tile(np.float32([1, 2, 3, 4]), (images, 1)),
-        category_index=np.zeros(images, np.int32),
-        annotation_ids=np.arange(images),
-        categories=(Category(1, "cat"),),
-    )
 
 
 def map_of(row, seed=0):
@@ -71,7 +54,7 @@ def require_maps(cache, seeds):
 @pytest.fixture
 def address(s3):
     """A remote cache of two parts of two images."""
-    cache = FeatureCache.create(f"{s3}/toy.zarr", manifest_of(4), [MAPS], part_size=2)
+    cache = FeatureCache.create(f"{s3}/toy.zarr", make_manifest([1] * 4), [MAPS], part_size=2)
     for part in (0, 1):
         write_part(cache, part)
     return cache.path

@@ -15,11 +15,13 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import makers
 import numpy as np
 import pytest
 import zarr
+from makers import make_features, make_manifest
 
-from regionspot.cache import CacheError, Category, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest
+from regionspot.cache import CacheError, FeatureCache, FeatureSet, ImageFeatures, InputError
 from regionspot.cache.errors import CacheExistsError, NotACacheError
 from regionspot.cache.format.create import upload_tree
 from regionspot.cache.storage.local import LocalStorage
@@ -29,38 +31,15 @@ MAPS = FeatureSet("clip", "map", (5, 8))
 TOKENS = FeatureSet("sam", "token", (6,))
 
 
-def manifest_of(counts, split="train"):
-    regions = sum(counts)
-    return Manifest(
-        dataset="toy",
-        split=split,
-        image_ids=np.arange(len(counts)) + 100,
-        paths=np.array([f"{row}.jpg" for row in range(len(counts))], dtype=np.dtypes.StringDType()),
-        heights=np.full(len(counts), 32, np.int32),
-        widths=np.full(len(counts), 32, np.int32),
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        boxes_xyxy=np.tile(np.float32([1, 2, 3, 4]), (regions, 1)),
-        category_index=np.zeros(regions, np.int32),
-        annotation_ids=np.arange(regions),
-        categories=(Category(1, "cat"),),
-    )
-
-
-MANIFEST = manifest_of([2, 0, 70, 1, 3, 1])  # three parts of two images
+MANIFEST = make_manifest([2, 0, 70, 1, 3, 1])  # three parts of two images
 
 
 def features_of(row):
-    if row == 3:
-        return ImageFeatures(row, {}, "truncated JPEG")
-    rng = np.random.default_rng(row)
-    regions = int(MANIFEST.region_count[row])
-    return ImageFeatures(row, {"clip": rng.standard_normal((5, 8)), "sam": rng.standard_normal((regions, 6))})
+    return ImageFeatures(row, {}, "truncated JPEG") if row == 3 else make_features(MANIFEST, [MAPS, TOKENS], row)
 
 
 def fill(cache):
-    for part in cache.pending_parts():
-        cache.write_part(part, [features_of(row) for row in cache.part_rows(part)], worker="here")
-    return cache
+    return makers.fill(cache, failures={3: "truncated JPEG"})
 
 
 def created(address):
@@ -247,7 +226,7 @@ def test_of_two_creators_at_once_one_wins_and_the_other_is_told(s3):
     def create(split):
         start.wait()
         try:
-            FeatureCache.create(f"{s3}/toy.zarr", manifest_of([1, 2], split), [MAPS], part_size=2)
+            FeatureCache.create(f"{s3}/toy.zarr", make_manifest([1, 2], split=split), [MAPS], part_size=2)
             won.append(split)
         except CacheError as error:
             told.append(str(error))

@@ -5,9 +5,10 @@ import sys
 
 import numpy as np
 import pytest
+from makers import make_manifest
 
 from regionspot import cli
-from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest
+from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, InputError
 from regionspot.cache.tools.select_rows import read_ids, select_rows
 from regionspot.pipeline.datasets.registry import read_dataset
 
@@ -17,18 +18,10 @@ TOKENS = FeatureSet("sam", "token", (3,))
 
 @pytest.fixture(scope="module")
 def manifest():
-    counts = [2, 0, 1, 0, 3, 1]
-    return Manifest(
-        dataset="toy",
-        split="train",
+    return make_manifest(
+        [2, 0, 1, 0, 3, 1],
         image_ids=np.array([40, -7, 12, 3, 8, 100]),
-        paths=np.array([f"{row}.jpg" for row in range(6)], dtype=np.dtypes.StringDType()),
-        heights=np.full(6, 480, np.int32),
-        widths=np.full(6, 640, np.int32),
-        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        boxes_xyxy=np.zeros((7, 4), np.float32),
         category_index=np.array([0, 0, 1, 2, 2, 1, -1], np.int32),
-        annotation_ids=np.arange(7),
         categories=(Category(1, "star"), Category(2, "moon"), Category(3, "red star")),
     )
 
