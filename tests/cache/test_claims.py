@@ -116,7 +116,7 @@ def kill(pid):
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
 
-def test_what_one_run_claims_another_gets_once_it_is_let_go(storage):
+def test_a_claimed_part_is_refused_to_other_runs_until_its_release(storage):
     with claims_of(storage) as one, claims_of(storage) as other:
         assert one.claim(3)
         assert not other.claim(3)
@@ -129,7 +129,7 @@ def test_what_one_run_claims_another_gets_once_it_is_let_go(storage):
     assert files(storage) == []
 
 
-def test_a_run_that_ends_by_an_error_lets_go_of_everything(storage):
+def test_a_run_that_fails_releases_all_claims(storage):
     def claim_two_and_fail():
         with claims_of(storage) as ours:
             assert ours.claim(1)
@@ -141,7 +141,7 @@ def test_a_run_that_ends_by_an_error_lets_go_of_everything(storage):
     assert files(storage) == []
 
 
-def test_what_a_thread_of_a_run_has_no_other_thread_of_it_gets(storage, elsewhere, clock, monkeypatch):
+def test_threads_of_one_run_exclude_each_other(storage, elsewhere, clock, monkeypatch):
     with claims_of(storage) as ours, claims_of(storage) as other:
         assert ours.claim(0)
         assert not ours.claim(0)
@@ -160,7 +160,7 @@ def test_what_a_thread_of_a_run_has_no_other_thread_of_it_gets(storage, elsewher
         assert other.is_owned(0)
 
 
-def test_of_many_threads_of_one_run_that_reach_for_a_part_at_once_one_gets_it(storage):
+def test_of_many_threads_that_claim_a_part_at_once_one_gets_it(storage):
     parts, threads = range(100), 4
     together = threading.Barrier(threads)
 
@@ -186,7 +186,7 @@ def test_claims_of_a_killed_process_of_this_machine_are_free_at_once(storage, cl
     assert files(storage) == []
 
 
-def test_what_killed_processes_left_is_removed_by_whoever_comes_next(storage):
+def test_files_of_killed_processes_are_removed_by_the_next_run(storage):
     with child(holds_part_0(storage)) as (pid, hear):
         assert hear() == b"y"
         kill(pid)
@@ -194,7 +194,7 @@ def test_what_killed_processes_left_is_removed_by_whoever_comes_next(storage):
             assert set(files(storage)) <= {f"run-{ours.run}.json"}
 
 
-def test_a_run_elsewhere_is_dead_when_its_counter_stands_still_and_not_before(storage, elsewhere, clock):
+def test_a_run_on_another_machine_is_dead_when_its_heartbeat_stops_and_not_before(storage, elsewhere, clock):
     with child(holds_part_0(storage)) as (pid, hear), claims_of(storage) as ours:
         assert hear() == b"y"
         for _ in range(10):
@@ -211,7 +211,7 @@ def test_a_run_elsewhere_is_dead_when_its_counter_stands_still_and_not_before(st
     assert files(storage) == []
 
 
-def test_a_clock_that_is_set_back_or_forth_kills_nobody_and_keeps_nobody_alive(storage, elsewhere, clock, monkeypatch):
+def test_setting_the_clock_changes_nothing_about_who_is_dead(storage, elsewhere, clock, monkeypatch):
     today = SimpleNamespace(now=1e9)
     monkeypatch.setattr(time, "time", lambda: today.now)
     with child(holds_part_0(storage)) as (pid, hear), claims_of(storage) as ours:
@@ -228,7 +228,7 @@ def test_a_clock_that_is_set_back_or_forth_kills_nobody_and_keeps_nobody_alive(s
         assert ours.claim(0)
 
 
-def test_a_stopped_run_finds_out_that_it_was_taken_over_before_it_publishes(storage, clock):
+def test_a_suspended_run_detects_a_take_over_before_it_publishes(storage, clock):
     asked, ask = os.pipe()
 
     def works_and_publishes(say):
@@ -257,7 +257,7 @@ def test_a_stopped_run_finds_out_that_it_was_taken_over_before_it_publishes(stor
     assert files(storage) == []
 
 
-def test_a_watcher_that_slept_itself_does_not_hold_that_against_others(storage, elsewhere, clock):
+def test_a_suspended_watcher_does_not_count_its_own_pause_against_others(storage, elsewhere, clock):
     class Drowsy(LocalStorage):
         def read(self, name):
             data = super().read(name)
@@ -278,7 +278,7 @@ def no_links(*_):
 
 @pytest.mark.parametrize("links", [True, False])
 @pytest.mark.parametrize("claimed_by", ["nobody", "dead"])
-def test_of_many_that_reach_for_a_part_at_once_one_gets_it(storage, claimed_by, links, monkeypatch):
+def test_of_many_processes_that_claim_a_part_at_once_one_gets_it(storage, claimed_by, links, monkeypatch):
     parts, runs = range(20), 6
     gate, start = os.pipe()
     if not links:
@@ -308,7 +308,7 @@ def test_of_many_that_reach_for_a_part_at_once_one_gets_it(storage, claimed_by, 
     assert sorted(got) == list(parts)
 
 
-def test_take_over_frees_what_others_claimed_until_now_and_nothing_later(storage, elsewhere, clock):
+def test_take_over_frees_existing_claims_and_no_later_ones(storage, elsewhere, clock):
     with claims_of(storage) as other:
         assert other.claim(0)
         with claims_of(storage, take_over=True) as ours:
@@ -320,7 +320,7 @@ def test_take_over_frees_what_others_claimed_until_now_and_nothing_later(storage
                 other.require_owned(0)
 
 
-def test_a_damaged_claim_is_dead_after_a_while(storage, clock):
+def test_a_damaged_claim_times_out(storage, clock):
     storage.write("claims/00000.json", b"{")
     with claims_of(storage) as ours, claims_of(storage) as other:
         assert not ours.claim(0)
@@ -330,7 +330,7 @@ def test_a_damaged_claim_is_dead_after_a_while(storage, clock):
     assert files(storage) == []
 
 
-def test_a_link_that_comes_after_its_chain_was_let_go_belongs_to_nobody(storage, monkeypatch):
+def test_a_link_written_after_its_chain_was_released_owns_nothing(storage, monkeypatch):
     dead = claim_files.Claim("a1", "dead", replace(this_process(), started=1))
     with claims_of(storage) as slow, claims_of(storage) as quick, claims_of(storage) as third:
         storage.write_new("claims/00000.json", dead.to_json())
@@ -349,7 +349,7 @@ def test_a_link_that_comes_after_its_chain_was_let_go_belongs_to_nobody(storage,
         assert [name for name in files(storage) if not name.startswith("run-")] == ["00000.json"]
 
 
-def test_an_answer_that_is_lost_on_the_way_does_not_lose_the_claim(storage, monkeypatch):
+def test_a_lost_response_does_not_lose_the_claim(storage, monkeypatch):
     write_new = storage.write_new
     monkeypatch.setattr(storage, "write_new", lambda name, data: write_new(name, data) and False)
     with claims_of(storage) as ours:
@@ -357,7 +357,7 @@ def test_an_answer_that_is_lost_on_the_way_does_not_lose_the_claim(storage, monk
         assert ours.is_owned(0)
 
 
-def test_a_store_that_refuses_is_said_in_one_line(tmp_path):
+def test_a_storage_error_is_reported_in_one_line(tmp_path):
     (tmp_path / "claims").write_text("a file")
     with pytest.raises(CacheError, match=r"claims/ cannot be used: .*fix the disk"), claims_of(LocalStorage(tmp_path)):
         pass

@@ -230,14 +230,14 @@ def rounds(seeds, monkeypatch):
     return takeovers
 
 
-def test_no_two_runs_that_are_awake_have_one_part_and_each_is_done_once(monkeypatch):
+def test_no_part_has_two_running_owners_and_each_is_done_once(monkeypatch):
     assert rounds(range(80), monkeypatch) > 8
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
 @pytest.mark.parametrize("seed", range(1, 5))
-def test_no_two_runs_that_are_awake_have_one_part_in_full(seed, monkeypatch, stress_result, stress_size):
+def test_no_part_has_two_running_owners_in_full(seed, monkeypatch, stress_result, stress_size):
     started, number = time.monotonic(), stress_size(2500)
     takeovers = rounds(range(seed * 10_000, seed * 10_000 + number), monkeypatch)
     assert takeovers

@@ -111,7 +111,7 @@ def inode(folder, name):
     return (folder / name).stat().st_ino
 
 
-def test_a_subset_equals_to_the_byte_what_is_extracted_from_its_images(made, tmp_path):
+def test_a_subset_is_byte_identical_to_extracting_its_images(made, tmp_path):
     rows = [9, 3, 5, 4, 0, 2]
     summary = subset(made / "ten", tmp_path / "some", rows)
     assert (summary.whole, summary.rewritten, summary.pending) == (0, 6, 0)
@@ -122,7 +122,7 @@ def test_a_subset_equals_to_the_byte_what_is_extracted_from_its_images(made, tmp
     assert (note["operation"], note["caches"][0]["pictures"]) == ("subset", 10)
 
 
-def test_parts_that_stay_as_they_are_share_their_files(made, tmp_path):
+def test_unchanged_parts_are_hard_links(made, tmp_path):
     subset(made / "ten", tmp_path / "some", np.arange(4, 10))
     for name, shared in {"features/clip/feature_map/c.{}.0.0": 1, "features/sam/scale/c.{}.0": 1}.items():
         for part in range(2):
@@ -132,7 +132,7 @@ def test_parts_that_stay_as_they_are_share_their_files(made, tmp_path):
     assert differing(tmp_path / "some", tmp_path / "extracted") == set()
 
 
-def test_merged_caches_equal_to_the_byte_one_of_all_their_images(made, tmp_path):
+def test_merged_caches_are_byte_identical_to_extracting_all_images(made, tmp_path):
     summary = merge([made / "ten", made / "five"], tmp_path / "both")
     assert (summary.whole, summary.rewritten) == (6, 6)
     one, other = (FeatureCache.open(made / name).manifest for name in ("ten", "five"))
@@ -144,14 +144,14 @@ def test_merged_caches_equal_to_the_byte_one_of_all_their_images(made, tmp_path)
     assert [each["split"] for each in merged.manifest.source["made_from"][0]["caches"]] == ["train", "val"]
 
 
-def test_parts_may_be_of_another_size(made, tmp_path):
+def test_the_part_size_may_change(made, tmp_path):
     merge([made / "ten", made / "five"], tmp_path / "both", part_size=7)
     one, other = (FeatureCache.open(made / name).manifest for name in ("ten", "five"))
     extract(tmp_path / "extracted", Manifest.concatenate([one, other]), part_size=7)
     assert differing(tmp_path / "both", tmp_path / "extracted") == set()
 
 
-def test_parts_wait_until_their_images_are_extracted(made, tmp_path):
+def test_parts_stay_pending_until_their_images_are_extracted(made, tmp_path):
     ten = FeatureCache.open(made / "ten").manifest
     extract(tmp_path / "begun", ten, parts=[0, 2])
     first = merge([tmp_path / "begun", made / "five"], tmp_path / "both")
@@ -165,7 +165,7 @@ def test_parts_wait_until_their_images_are_extracted(made, tmp_path):
     assert differing(tmp_path / "both", tmp_path / "at once") == set()
 
 
-def test_a_feature_set_that_one_source_lacks_waits_for_another(made, tmp_path):
+def test_a_feature_set_missing_in_one_source_stays_pending(made, tmp_path):
     ten = FeatureCache.open(made / "ten").manifest
     extract(tmp_path / "clip", ten, [MAPS])
     extract(tmp_path / "others", ten, [SMALL, TOKENS])
@@ -177,7 +177,7 @@ def test_a_feature_set_that_one_source_lacks_waits_for_another(made, tmp_path):
     assert differing(tmp_path / "whole", made / "ten") == set()
 
 
-def test_annotations_of_the_whole_go_on_with_a_subset_that_was_cut_out_of_it(made, tmp_path):
+def test_the_full_annotations_resume_a_subset(made, tmp_path):
     ten = FeatureCache.open(made / "ten").manifest
     extract(tmp_path / "begun", ten, parts=[0])
     subset(tmp_path / "begun", tmp_path / "some", [8, 0, 1, 2])
@@ -192,7 +192,7 @@ def test_annotations_of_the_whole_go_on_with_a_subset_that_was_cut_out_of_it(mad
     ("encoding", "exact"),
     [("float32", True), ("float16+zstd", True), ("bfloat16", False), ("int8", False), ("int8+zstd", False)],
 )
-def test_a_converted_set_holds_the_same_features_and_the_others_stay_as_they_are(made, tmp_path, encoding, exact):
+def test_convert_keeps_the_features_and_the_other_sets(made, tmp_path, encoding, exact):
     summary = convert(made / "ten", tmp_path / "out", {"clip": Encoding.parse(encoding)})
     assert (summary.whole, summary.rewritten) == (6, 3)
     name = "features/sam/token/c.1.0.0"
@@ -209,7 +209,7 @@ def test_a_converted_set_holds_the_same_features_and_the_others_stay_as_they_are
     assert (after.feature_sets["clip"].dtype == encoding.partition("+")[0]) is True
 
 
-def test_statistics_of_int8_come_from_64_images_at_even_distances(tmp_path):
+def test_int8_statistics_come_from_64_evenly_spaced_images(tmp_path):
     manifest = manifest_of([0] * 200, 0)
     extract(tmp_path / "many", manifest, [MAPS], part_size=64)
     convert(tmp_path / "many", tmp_path / "int8", {"clip": Encoding("int8")})
@@ -220,7 +220,7 @@ def test_statistics_of_int8_come_from_64_images_at_even_distances(tmp_path):
     assert FeatureCache.open(tmp_path / "int8").feature_sets["clip"].statistics == expected
 
 
-def test_statistics_stay_when_a_conversion_goes_on(made, tmp_path):
+def test_a_resumed_conversion_keeps_its_statistics(made, tmp_path):
     ten = FeatureCache.open(made / "ten").manifest
     extract(tmp_path / "begun", ten, parts=[1])
     convert(tmp_path / "begun", tmp_path / "int8", {"clip": Encoding("int8")})
@@ -232,7 +232,7 @@ def test_statistics_stay_when_a_conversion_goes_on(made, tmp_path):
     assert cache.feature_sets["clip"].statistics == statistics
 
 
-def test_int8_that_is_only_packed_otherwise_is_not_rounded_again(made, tmp_path):
+def test_int8_is_not_rounded_again_when_only_the_compression_changes(made, tmp_path):
     convert(made / "ten", tmp_path / "zstd", {"sam": Encoding("int8", "zstd")})
     convert(tmp_path / "zstd", tmp_path / "plain", {"sam": Encoding("int8")})
     name = "features/sam/token/c.0.0.0"
@@ -240,7 +240,7 @@ def test_int8_that_is_only_packed_otherwise_is_not_rounded_again(made, tmp_path)
     assert differing(tmp_path / "plain", made / "ten") == set()
 
 
-def test_a_value_too_large_for_the_new_encoding_is_named_and_nothing_half_is_left(tmp_path):
+def test_an_overflow_in_the_new_encoding_is_named_and_leaves_no_partial_part(tmp_path):
     wide = replace(MAPS, dtype="float32")
     cache = FeatureCache.create(tmp_path / "wide", manifest_of([0] * 6, 0), [wide], part_size=3)
     for part in range(2):
@@ -251,7 +251,7 @@ def test_a_value_too_large_for_the_new_encoding_is_named_and_nothing_half_is_lef
     assert FeatureCache.open(tmp_path / "half").pending_parts() == [1]
 
 
-def test_a_copy_is_equal_to_the_byte_and_shares_no_file(made, tmp_path):
+def test_a_copy_is_byte_identical_and_has_no_hard_links(made, tmp_path):
     summary = copy(made / "ten", tmp_path / "copy")
     assert (summary.whole, summary.rewritten) == (9, 0)
     assert differing(tmp_path / "copy", made / "ten") == set()
@@ -261,7 +261,7 @@ def test_a_copy_is_equal_to_the_byte_and_shares_no_file(made, tmp_path):
     assert copy(made / "ten", tmp_path / "copy").before == 9
 
 
-def test_a_cache_goes_to_an_object_store_and_back(made, tmp_path, s3):
+def test_a_cache_is_copied_to_an_object_store_and_back(made, tmp_path, s3):
     there = f"{s3}/ten"
     begun = extract(tmp_path / "begun", FeatureCache.open(made / "ten").manifest, parts=[1])
     assert copy(begun.path, there).pending == 6
@@ -276,7 +276,7 @@ def test_a_cache_goes_to_an_object_store_and_back(made, tmp_path, s3):
     assert differing(tmp_path / "some", tmp_path / "same") == set()
 
 
-def test_a_cache_in_one_file_is_a_source_too(made, tmp_path):
+def test_an_hdf5_cache_is_a_source(made, tmp_path):
     export_hdf5(FeatureCache.open(made / "ten"), tmp_path / "ten.h5")
     merge([tmp_path / "ten.h5", made / "five"], tmp_path / "both")
     merge([made / "ten", made / "five"], tmp_path / "same")
@@ -286,7 +286,7 @@ def test_a_cache_in_one_file_is_a_source_too(made, tmp_path):
     assert "\n" not in str(refused.value)
 
 
-def test_what_is_made_is_sound(made, tmp_path):
+def test_the_results_verify(made, tmp_path):
     merge([made / "ten", made / "five"], tmp_path / "both")
     convert(tmp_path / "both", tmp_path / "int8", {"clip": Encoding("int8"), "sam": Encoding("float16", "zstd")})
     subset(tmp_path / "int8", tmp_path / "some", [14, 3, 0, 1, 2], part_size=2)
@@ -295,7 +295,7 @@ def test_what_is_made_is_sound(made, tmp_path):
         assert (report.problems, report.warnings) == ((), ())
 
 
-def test_where_no_file_can_have_two_names_they_are_copied(made, tmp_path, monkeypatch):
+def test_without_hard_links_files_are_copied(made, tmp_path, monkeypatch):
     def link(path, new_path, really=os.link):
         if Path(path).name.startswith("c."):
             raise OSError(errno.EXDEV, "Invalid cross-device link")
@@ -308,7 +308,7 @@ def test_where_no_file_can_have_two_names_they_are_copied(made, tmp_path, monkey
     assert inode(tmp_path / "one", name) != inode(made / "ten", name)
 
 
-def test_blocks_smaller_than_a_record_and_larger_than_a_part_copy_the_same(made, tmp_path, monkeypatch):
+def test_the_block_size_does_not_change_the_copy(made, tmp_path, monkeypatch):
     for block in (1, 100, 200):
         monkeypatch.setattr(copy_parts, "_BLOCK", block)
         copy(made / "ten", tmp_path / str(block))
@@ -317,7 +317,7 @@ def test_blocks_smaller_than_a_record_and_larger_than_a_part_copy_the_same(made,
 
 @pytest.mark.parametrize("name", ["clip/feature_map/c.1.0.0", "dino/feature_map/c.1.0.0", "sam/scale/c.1.0"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
-def test_damage_is_found_on_the_way_and_its_part_stays_pending(made, tmp_path, name, how):
+def test_a_damaged_part_is_reported_and_stays_pending(made, tmp_path, name, how):
     damaged = shutil.copytree(made / "ten", tmp_path / "damaged") / "features" / name
     if how == "flipped":
         data = bytearray(damaged.read_bytes())
@@ -336,7 +336,7 @@ def test_damage_is_found_on_the_way_and_its_part_stays_pending(made, tmp_path, n
             merge([tmp_path / "damaged"], tmp_path / "linked")
 
 
-def test_what_is_none_of_the_images_is_refused(made, tmp_path):
+def test_sources_with_other_images_are_refused(made, tmp_path):
     ten = FeatureCache.open(made / "ten")
     moved = ten.manifest.boxes_xyxy.copy()
     moved[4] += 1
@@ -369,7 +369,7 @@ def test_what_is_none_of_the_images_is_refused(made, tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_asked_for_is_said_in_one_line_before_anything_is_made(made, tmp_path, ask, told):
+def test_bad_arguments_are_refused_in_one_line_before_anything_is_written(made, tmp_path, ask, told):
     with pytest.raises(InputError, match=told) as refused:
         ask(made, tmp_path / "out")
     assert "\n" not in str(refused.value)
@@ -382,7 +382,7 @@ def test_statistics_need_features(made, tmp_path):
         convert(tmp_path / "empty", tmp_path / "int8", {"clip": Encoding("int8")})
 
 
-def test_a_part_that_another_run_has_claimed_is_left_to_it(made, tmp_path):
+def test_a_part_claimed_by_another_run_is_skipped(made, tmp_path):
     ten = FeatureCache.open(made / "ten")
     out = FeatureCache.create(tmp_path / "out", ten.manifest, SETS, PART_SIZE)
     with Claims(out.storage) as other:
@@ -392,7 +392,7 @@ def test_a_part_that_another_run_has_claimed_is_left_to_it(made, tmp_path):
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_a_whole_part_that_was_taken_over_meanwhile_gets_no_name(made, tmp_path, link):
+def test_a_part_that_was_taken_over_is_not_published(made, tmp_path, link):
     ten = FeatureCache.open(made / "ten")
     out = FeatureCache.create(tmp_path / "out", ten.manifest, SETS, PART_SIZE)
 
@@ -406,7 +406,7 @@ def test_a_whole_part_that_was_taken_over_meanwhile_gets_no_name(made, tmp_path,
 
 
 @pytest.mark.parametrize("codes", [np.zeros((5, 8), np.float32), np.zeros((4, 8), np.float16)])
-def test_stored_features_of_another_form_are_refused(tmp_path, codes):
+def test_encoded_features_of_another_shape_are_refused(tmp_path, codes):
     cache = FeatureCache.create(tmp_path / "c", manifest_of([0], 0), [MAPS])
     with pytest.raises(InputError, match=r"clip, row 0: got encoded .*, expected float16 \(5, 8\)"):
         cache.write_part(0, [ImageFeatures(0, {"clip": EncodedFeatures(codes)})])
@@ -415,7 +415,7 @@ def test_stored_features_of_another_form_are_refused(tmp_path, codes):
         cache.write_part(0, [ImageFeatures(0, {"clip": too_much})])
 
 
-def test_runs_killed_at_random_moments_go_on_to_the_same_bytes(made, tmp_path):
+def test_runs_killed_at_random_moments_resume_to_the_same_bytes(made, tmp_path):
     merge([made / "ten", made / "five"], tmp_path / "undisturbed", part_size=3)
     whole = Manifest.concatenate([FeatureCache.open(made / name).manifest for name in ("ten", "five")])
     FeatureCache.create(tmp_path / "killed", whole, SETS, part_size=3)

@@ -94,7 +94,7 @@ def differing(folder, other):
     return {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
 
 
-def test_a_cache_that_grew_equals_to_the_byte_one_that_was_made_at_once(made, grown, tmp_path):
+def test_an_extended_cache_is_byte_identical_to_one_created_at_once(made, grown, tmp_path):
     path = shutil.copytree(made / "before", tmp_path / "c.zarr")
     kept = path / "features/clip/feature_map/c.1.0.0"
     inode = kept.stat().st_ino
@@ -111,7 +111,7 @@ def test_a_cache_that_grew_equals_to_the_byte_one_that_was_made_at_once(made, gr
     assert sorted(left.name for left in tmp_path.iterdir()) == ["c.zarr"]
 
 
-def test_what_was_extracted_is_read_as_before_and_the_rest_is_pending(made, grown, tmp_path):
+def test_extracted_parts_read_as_before_and_new_ones_are_pending(made, grown, tmp_path):
     path = shutil.copytree(made / "before", tmp_path / "c.zarr")
     (path / "parts/dino/00000.json").unlink()
     extend(path, grown)
@@ -138,14 +138,14 @@ def test_annotations_in_another_order_keep_the_order_of_the_cache(made, grown, t
     assert FeatureCache.open(path).pending_parts() == []
 
 
-def test_new_categories_come_at_the_end(made, grown, tmp_path):
+def test_new_categories_are_appended(made, grown, tmp_path):
     path = shutil.copytree(made / "before", tmp_path / "c.zarr")
     more = replace(grown, categories=(*CATEGORIES, Category(3, "sun")))
     assert extend(path, more).images == 12
     assert [category.name for category in FeatureCache.open(path).categories] == ["star", "moon", "sun"]
 
 
-def test_nothing_new_changes_nothing(made, grown, tmp_path):
+def test_without_new_images_nothing_changes(made, grown, tmp_path):
     path = shutil.copytree(made / "before", tmp_path / "c.zarr")
     inode = path.stat().st_ino
     extended = extend(path, grown.head(BEFORE))
@@ -154,7 +154,7 @@ def test_nothing_new_changes_nothing(made, grown, tmp_path):
     assert differing(path, made / "before") == set()
 
 
-def test_a_single_part_that_was_small_gets_the_usual_size(grown, tmp_path):
+def test_a_small_single_part_gets_the_default_part_size(grown, tmp_path):
     path = tmp_path / "c.zarr"
     extract(path, grown.head(3), part_size=512)
     assert FeatureCache.open(path).part_size == 3
@@ -162,7 +162,7 @@ def test_a_single_part_that_was_small_gets_the_usual_size(grown, tmp_path):
     assert FeatureCache.open(path).part_size == 16
 
 
-def test_what_others_put_into_the_folder_is_kept(made, grown, tmp_path):
+def test_files_and_attributes_of_others_are_kept(made, grown, tmp_path):
     path = shutil.copytree(made / "before", tmp_path / "c.zarr")
     (path / "features/clip/mean").mkdir()
     (path / "features/clip/mean/zarr.json").write_text("{}")
@@ -179,7 +179,7 @@ def test_what_others_put_into_the_folder_is_kept(made, grown, tmp_path):
     assert len(FeatureCache.open(path)) == len(grown)
 
 
-def test_a_link_to_a_cache_stays_one(made, grown, tmp_path):
+def test_a_symbolic_link_to_a_cache_is_kept(made, grown, tmp_path):
     path = shutil.copytree(made / "before", tmp_path / "disk" / "c.zarr")
     link = tmp_path / "c.zarr"
     link.symlink_to(path)
@@ -210,9 +210,7 @@ def changed(manifest, column, place, value):
         ),
     ],
 )
-def test_annotations_that_are_not_the_same_and_more_are_refused_by_what_differs_first(
-    made, grown, tmp_path, change, told
-):
+def test_other_annotations_are_refused_with_the_first_difference(made, grown, tmp_path, change, told):
     path = shutil.copytree(made / "before", tmp_path / "c.zarr")
     with pytest.raises(ProvenanceMismatchError) as refused:
         extend(path, change(grown))
@@ -221,7 +219,7 @@ def test_annotations_that_are_not_the_same_and_more_are_refused_by_what_differs_
     assert differing(path, made / "before") == set()
 
 
-def test_a_cache_elsewhere_than_in_a_folder_is_refused(grown):
+def test_a_cache_outside_a_folder_is_refused(grown):
     with pytest.raises(InputError, match="only a cache in a folder can be extended"):
         extend("memory://c.zarr", grown)
 
@@ -240,7 +238,7 @@ def test_a_cache_that_another_run_is_working_on_is_refused(made, grown, tmp_path
     assert len(FeatureCache.open(path)) == len(grown)
 
 
-def test_a_run_that_opened_the_cache_before_it_grew_writes_nothing_into_it(made, grown, tmp_path):
+def test_a_run_that_opened_the_old_cache_writes_nothing_into_the_new_one(made, grown, tmp_path):
     path = shutil.copytree(made / "before", tmp_path / "c.zarr")
     (path / "parts/clip/00002.json").unlink()
     late, in_the_middle = FeatureCache.open(path, "a"), FeatureCache.open(path, "a")
@@ -324,9 +322,7 @@ def killed_at(function, call):
 
 
 @pytest.mark.parametrize("in_one_step", [True, False])
-def test_killed_at_any_moment_the_old_cache_or_the_new_one_has_the_name(
-    made, grown, tmp_path, monkeypatch, in_one_step
-):
+def test_a_kill_at_any_moment_leaves_the_old_or_the_new_cache(made, grown, tmp_path, monkeypatch, in_one_step):
     if not in_one_step:
         monkeypatch.setattr(exchange, "_exchange", lambda new, old: False)
     path, extended = tmp_path / "c.zarr", shutil.copytree(made / "before", tmp_path / "extended")
@@ -358,7 +354,7 @@ def test_killed_at_any_moment_the_old_cache_or_the_new_one_has_the_name(
 # A limit is a choice of the run
 
 
-def test_a_cache_made_with_a_limit_grows_with_it_and_full_parts_are_not_made_again(grown, tmp_path):
+def test_a_limited_cache_is_extended_and_keeps_its_full_parts(grown, tmp_path):
     kept: dict[Path, int] = {}
     for images in (3, BEFORE, 14, None):
         made = extract(tmp_path / "c.zarr", grown.head(images))
@@ -383,7 +379,7 @@ def test_a_run_with_a_limit_joins_a_cache_of_more_images(grown, tmp_path):
     assert content(tmp_path / "c.zarr") == before
 
 
-def test_a_cache_that_may_not_grow_is_taken_as_it_is(grown, tmp_path):
+def test_a_cache_that_may_not_grow_is_opened_unchanged(grown, tmp_path):
     extract(tmp_path / "c.zarr", grown.head(5))
     assert len(open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE, may_grow=False)) == 5
 
@@ -398,7 +394,7 @@ def test_a_cache_that_may_not_grow_is_taken_as_it_is(grown, tmp_path):
         lambda whole: replace(whole, categories=(*whole.categories, Category(99, "new"))),
     ],
 )
-def test_annotations_that_differ_by_more_than_a_limit_are_refused_and_nothing_grows(grown, tmp_path, change):
+def test_annotations_that_differ_by_more_than_a_limit_are_refused(grown, tmp_path, change):
     extract(tmp_path / "c.zarr", grown.head(5))
     before = content(tmp_path / "c.zarr")
     with pytest.raises(ProvenanceMismatchError):
@@ -406,7 +402,7 @@ def test_annotations_that_differ_by_more_than_a_limit_are_refused_and_nothing_gr
     assert content(tmp_path / "c.zarr") == before
 
 
-def test_features_made_otherwise_are_refused_before_the_cache_grows(grown, tmp_path):
+def test_other_features_are_refused_before_the_cache_is_extended(grown, tmp_path):
     extract(tmp_path / "c.zarr", grown.head(5))
     before = content(tmp_path / "c.zarr")
     other = replace(SETS[0], provenance={**SETS[0].provenance, "dtype": "other"})
@@ -415,13 +411,13 @@ def test_features_made_otherwise_are_refused_before_the_cache_grows(grown, tmp_p
     assert content(tmp_path / "c.zarr") == before
 
 
-def test_a_cut_cache_does_not_grow_to_the_annotations_it_was_cut_from(grown, tmp_path):
+def test_a_subset_is_not_extended_to_its_full_annotations(grown, tmp_path):
     extract(tmp_path / "whole", grown)
     subset(tmp_path / "whole", tmp_path / "cut", [0, 1, 2])
     assert len(open_or_create(tmp_path / "cut", grown, SETS, PART_SIZE)) == 3
 
 
-def test_a_cache_that_another_run_is_at_work_on_does_not_grow(grown, tmp_path):
+def test_a_cache_that_another_run_works_on_is_not_extended(grown, tmp_path):
     cache = extract(tmp_path / "c.zarr", grown.head(5), parts=[0])
     with Claims(cache.storage) as claims:
         claims.claim(1)
@@ -430,7 +426,7 @@ def test_a_cache_that_another_run_is_at_work_on_does_not_grow(grown, tmp_path):
     assert len(open_or_create(tmp_path / "c.zarr", grown, SETS, PART_SIZE)) == len(grown)
 
 
-def test_two_runs_that_let_a_cache_grow_at_once_both_go_on(grown, tmp_path):
+def test_of_two_runs_that_extend_a_cache_at_once_both_continue(grown, tmp_path):
     extract(tmp_path / "c.zarr", grown.head(5))
 
     def opened(_):
@@ -441,7 +437,7 @@ def test_two_runs_that_let_a_cache_grow_at_once_both_go_on(grown, tmp_path):
     assert verify(tmp_path / "c.zarr").problems == ()
 
 
-def test_a_cache_in_an_object_store_cannot_grow_and_says_what_to_do(grown, s3):
+def test_a_cache_in_an_object_store_cannot_be_extended(grown, s3):
     extract(f"{s3}/c.zarr", grown.head(5))
     with pytest.raises(InputError, match=r"holds 5 of the 22 images.* give that limit or another cache"):
         open_or_create(f"{s3}/c.zarr", grown, SETS, PART_SIZE)

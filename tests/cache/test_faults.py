@@ -250,7 +250,7 @@ def resize(disk, size):
     subprocess.run(["mount", "-o", f"remount,size={size}", disk], check=True)
 
 
-def test_a_disk_that_is_really_full_loses_nothing(small, small_folder, disk):
+def test_a_full_disk_loses_nothing(small, small_folder, disk):
     for free_pages in (4, 16, 24, 40):
         resize(disk, "16m")
         path = shutil.copytree(small_folder / "empty", disk / f"{free_pages}.zarr")

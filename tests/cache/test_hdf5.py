@@ -108,13 +108,13 @@ def require_same(one, other, rows, **sets):
 
 @pytest.mark.parametrize("map_set", ["clip", "small", "brain"])
 @pytest.mark.parametrize("token_set", ["sam", "sam8"])
-def test_it_reads_what_the_folder_reads(zarr, h5, map_set, token_set):
+def test_it_reads_like_the_folder(zarr, h5, map_set, token_set):
     rows = zarr.valid_rows([map_set, token_set])
     assert len(rows) == 7
     require_same(h5, zarr, rows[::-1], map_set=map_set, token_set=token_set)
 
 
-def test_what_is_known_of_the_cache_comes_along(zarr, h5):
+def test_it_has_the_manifest_and_provenance(zarr, h5):
     assert h5.manifest.digest() == zarr.manifest.digest()
     assert h5.feature_sets == zarr.feature_sets
     assert h5.failures() == zarr.failures()
@@ -123,7 +123,7 @@ def test_what_is_known_of_the_cache_comes_along(zarr, h5):
     assert {**ours, "path": ""} == {**theirs, "path": ""}
 
 
-def test_failed_and_pending_images_stay_what_they_are(h5):
+def test_failed_and_pending_images_keep_their_state(h5):
     with pytest.raises(NotExtractedError, match="is empty"):
         h5.read([2], map_set="clip", token_set="sam")
     assert h5.pending_parts(["sam"]) == [2]
@@ -131,13 +131,13 @@ def test_failed_and_pending_images_stay_what_they_are(h5):
         h5.read([8], map_set="clip", token_set="sam")
 
 
-def test_it_turns_back_into_the_folder_byte_for_byte(made, tmp_path):
+def test_import_restores_the_folder_byte_for_byte(made, tmp_path):
     import_hdf5(made / "a.h5", tmp_path / "b.zarr")
     assert files_under(tmp_path / "b.zarr") == files_under(made / "a.zarr")
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_every_file_of_the_tree_is_there_as_it_was(made, h5):
+def test_it_presents_every_file_of_the_folder(made, h5):
     for name, data in files_under(made / "a.zarr").items():
         assert h5.storage.read(name) == data
         middle = bytearray(len(data) // 2)
@@ -147,7 +147,7 @@ def test_every_file_of_the_tree_is_there_as_it_was(made, h5):
             h5.storage.read_into(name, 1, memoryview(bytearray(len(data))))
 
 
-def test_the_same_cache_gives_the_same_features_by_loader_dask_and_verify(zarr, h5):
+def test_loader_dask_and_verify_work_on_it(zarr, h5):
     batches = [
         [batch.feature_map.copy() for batch in cache.loader(2, map_set="clip", token_set="sam")] for cache in (zarr, h5)
     ]
@@ -169,7 +169,7 @@ def test_any_hdf5_tool_reads_features_manifest_and_provenance(made, zarr):
         assert file["features/small/feature_map"].attrs["regionspot_dtype"] == "int8"
 
 
-def test_records_lie_adjacent_as_in_a_shard(made):
+def test_records_are_adjacent(made):
     cache = FeatureCache.open(made / "a.h5")
     cache.read([0, 3], map_set="clip", token_set="sam")
     shard = cache.storage._shards("features/clip/feature_map/c.0.0.0")
@@ -188,7 +188,7 @@ def first_numbers(cache: FeatureCache, row: int) -> float:
     return float(cache.read([row], map_set="clip", token_set="sam").feature_map[0, 0, 0])
 
 
-def test_it_is_never_written_into(made, tmp_path):
+def test_it_is_read_only(made, tmp_path):
     before = (made / "a.h5").read_bytes()
     with pytest.raises(CacheError, match="is read-only; convert it to a folder with `regionspot cache import`"):
         FeatureCache.open(made / "a.h5", "a")
@@ -199,7 +199,7 @@ def test_it_is_never_written_into(made, tmp_path):
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.9999])
-def test_a_file_cut_short_says_so_in_one_line(made, tmp_path, share):
+def test_a_truncated_file_is_reported_in_one_line(made, tmp_path, share):
     data = (made / "a.h5").read_bytes()
     (tmp_path / "cut.h5").write_bytes(data[: int(share * len(data))])
     with pytest.raises(NotACacheError, match=r"cut\.h5: is (truncated|not an HDF5 file|damaged)") as told:
@@ -207,7 +207,7 @@ def test_a_file_cut_short_says_so_in_one_line(made, tmp_path, share):
     assert "\n" not in str(told.value)
 
 
-def test_a_foreign_hdf5_file_and_none_at_all_are_told_apart(tmp_path):
+def test_another_hdf5_file_and_a_missing_one_have_different_errors(tmp_path):
     with h5py.File(tmp_path / "other.h5", "w") as file:
         file["features"] = np.zeros(3)
     with pytest.raises(NotACacheError, match="is not a cache"):
@@ -219,7 +219,7 @@ def test_a_foreign_hdf5_file_and_none_at_all_are_told_apart(tmp_path):
         FeatureCache.open(tmp_path / "text.h5")
 
 
-def test_another_form_of_the_file_is_refused_with_its_version(made, tmp_path):
+def test_another_format_version_is_refused(made, tmp_path):
     shutil.copy(made / "a.h5", tmp_path / "b.h5")
     with h5py.File(tmp_path / "b.h5", "a") as file:
         file.attrs["regionspot_hdf5"] = 2
@@ -232,7 +232,7 @@ def manifest_for_others(path: Path) -> list:
         return [file[name][:].tolist() for name in ("images/id", "images/path", "regions/box", "regions/category")]
 
 
-def test_a_flipped_bit_anywhere_is_found_or_harms_nothing(made, zarr, tmp_path):
+def test_a_flipped_bit_is_found_or_harmless(made, zarr, tmp_path):
     """HDF5 keeps room that nobody uses; everything else is under a checksum of ours or of HDF5's own."""
     data = bytearray((made / "a.h5").read_bytes())
     path, rng, found = tmp_path / "flipped.h5", random.Random(1), 0
@@ -256,7 +256,7 @@ def test_a_flipped_bit_anywhere_is_found_or_harms_nothing(made, zarr, tmp_path):
     assert found > 15
 
 
-def test_a_damaged_file_is_told_to_be_copied_anew_and_not_to_be_repaired(made, tmp_path):
+def test_the_error_of_a_damaged_file_says_copy_it_again_not_repair(made, tmp_path):
     whole = export_hdf5(FeatureCache.open(made / "a.zarr"), tmp_path / "whole.h5")
     right, data = FeatureCache.open(whole), whole.read_bytes()
     stored = right.storage.read(shard_file(right.feature_sets["clip"], 1))[:64]
@@ -292,7 +292,7 @@ def test_a_damaged_record_is_not_imported(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["b.h5"]
 
 
-def test_what_is_there_is_not_replaced(made, zarr, tmp_path):
+def test_existing_files_are_not_replaced(made, zarr, tmp_path):
     (tmp_path / "b.h5").write_text("mine")
     (tmp_path / "b.zarr").mkdir()
     with pytest.raises(CacheError, match="exists already"):
@@ -319,7 +319,7 @@ def export_until_killed(source, out, parts):
 
 
 @pytest.mark.parametrize("parts", [0, 5])
-def test_a_killed_export_leaves_no_file_of_that_name_and_the_next_one_clears_up(made, tmp_path, parts):
+def test_a_killed_export_leaves_no_file_and_the_next_one_cleans_up(made, tmp_path, parts):
     child = get_context("fork").Process(target=export_until_killed, args=(made / "a.zarr", tmp_path / "b.h5", parts))
     child.start()
     child.join()

@@ -94,7 +94,7 @@ def refused(files, address, caplog, *, allow_missing=False) -> tuple[str, list[s
     return str(told.value), [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
 
 
-def test_every_regions_token_is_what_its_file_holds(files, address):
+def test_tokens_equal_those_in_the_files(files, address):
     summary = import_tokens(files, address)
     assert (summary.images, summary.parts, summary.failed) == (7, 3, 0)
     assert "tokens of 7 of 7 images in 3 parts" in summary.text()
@@ -107,7 +107,7 @@ def test_every_regions_token_is_what_its_file_holds(files, address):
     assert "weights_sha256" not in provenance
 
 
-def test_tokens_saved_in_half_precision_come_in_too(files, address):
+def test_tokens_in_half_precision_are_imported(files, address):
     save(files / "16.pth", torch.as_tensor(tokens_of(6)).half(), [7])
     import_tokens(files, address)
     batch = FeatureCache.open(address).read([6])
@@ -126,7 +126,7 @@ def import_until_part_1(files, address):
     import_tokens(files, address)
 
 
-def test_a_killed_import_goes_on_with_the_parts_that_are_left(files, address):
+def test_a_killed_import_is_resumed(files, address):
     child = get_context("fork").Process(target=import_until_part_1, args=(files, address))
     child.start()
     child.join()
@@ -146,7 +146,7 @@ def test_missing_files_are_refused_with_their_names_and_count(files, address, ca
     assert named == [f"{files / '10.pth'}: is missing", f"{files / '-9147483648.pth'}: is missing"]
 
 
-def test_missing_files_are_recorded_as_failures_where_that_is_asked_for(files, address):
+def test_missing_files_are_recorded_as_failures_with_allow_missing(files, address):
     (files / "12.pth").write_bytes(b"no tokens")
     (files / "13.pth").unlink()
     assert import_tokens(files, address, allow_missing=True).failed == 2
@@ -155,7 +155,7 @@ def test_missing_files_are_recorded_as_failures_where_that_is_asked_for(files, a
     assert cache.valid_rows().tolist() == [0, 1, 4, 5, 6]
 
 
-def test_images_whose_files_are_of_other_regions_are_left_out_and_the_others_taken(files, address, caplog):
+def test_images_whose_files_have_other_regions_are_recorded_as_failed(files, address, caplog):
     save(files / "10.pth", tokens_of(0)[:1], [7])
     save(files / "14.pth", tokens_of(4), [7, 3, 3, 7])
     with caplog.at_level("WARNING"):
@@ -196,7 +196,7 @@ def with_report(address, **report):
         ({"corrected_names": 6}, "dropped no annotation, so they were made from another annotation file"),
     ],
 )
-def test_it_is_told_which_annotations_the_authors_kept(files, address, caplog, report, words):
+def test_the_log_guesses_which_annotations_the_authors_kept(files, address, caplog, report, words):
     with_report(address, **report)
     for name, row, classes in (("10", 0, [7, 3, 7]), ("12", 2, [3, 3, 0, 3, 99]), ("p5", 5, [3, 7, 7, 7, 7])):
         tokens = np.resize(tokens_of(row), (len(classes), 1, 256))
@@ -208,7 +208,7 @@ def test_it_is_told_which_annotations_the_authors_kept(files, address, caplog, r
     assert f"{files / '10.pth'}: has 3 tokens, image 10 (row 0) has 2 regions: 1 cup more" in told
 
 
-def test_where_more_files_differ_than_fit_nothing_is_written(files, address, caplog):
+def test_if_more_files_differ_than_match_nothing_is_written(files, address, caplog):
     for name in ("10", "12", "14", "16"):
         save(files / f"{name}.pth", tokens_of(4)[:3], [7, 7, 99])
     line, named = refused(files, address, caplog, allow_missing=True)
@@ -216,12 +216,12 @@ def test_where_more_files_differ_than_fit_nothing_is_written(files, address, cap
     assert len(named) == 4
 
 
-def test_a_region_without_a_class_takes_a_token_of_any(files, address):
+def test_a_region_without_a_class_matches_any_token(files, address):
     save(files / "13.pth", tokens_of(3), [12345])
     import_tokens(files, address)
 
 
-def test_of_many_wrong_files_the_first_are_named_and_the_rest_counted(tmp_path, made, caplog):
+def test_of_many_bad_files_the_first_are_named_and_the_rest_counted(tmp_path, made, caplog):
     manifest = FeatureCache.open(made / "c.zarr").manifest.select(np.zeros(14, np.int64))
     FeatureCache.create(tmp_path / "c.zarr", manifest, [], part_size=5)
     (tmp_path / "none").mkdir()
@@ -230,7 +230,7 @@ def test_of_many_wrong_files_the_first_are_named_and_the_rest_counted(tmp_path, 
     assert (len(named), named[-1]) == (11, "... and 4 others")
 
 
-def test_code_in_a_file_is_refused_in_one_line_and_never_run(files, address, caplog, tmp_path):
+def test_pickled_code_is_never_executed(files, address, caplog, tmp_path):
     (files / "12.pth").write_bytes(pickle.dumps(Trap(tmp_path / "ran"), protocol=2))
     torch.save({"mask_tokens": tokens_of(3), "classes": Trap(tmp_path / "ran")}, files / "14.pth")
     line, named = refused(files, address, caplog)
@@ -249,20 +249,20 @@ def test_code_in_a_file_is_refused_in_one_line_and_never_run(files, address, cap
         ({"mask_tokens": "many", "classes": [7]}, "has no mask_tokens"),
     ],
 )
-def test_a_file_of_something_else_says_what_it_is(tmp_path, wrong, words):
+def test_a_file_with_other_content_is_refused(tmp_path, wrong, words):
     torch.save(wrong, tmp_path / "1.pth")
     with pytest.raises(InputError, match=words):
         read_token_file(tmp_path / "1.pth")
 
 
 @pytest.mark.parametrize("value", [float("nan"), 1e6])
-def test_tokens_that_cannot_be_stored_are_refused_before_anything_is_written(files, address, caplog, value):
+def test_tokens_that_overflow_float16_are_refused_before_anything_is_written(files, address, caplog, value):
     save(files / "16.pth", torch.full((1, 1, 256), value), [7])
     _, named = refused(files, address, caplog)
     assert named == [f"{files / '16.pth'}: has tokens that are not finite, or too large for float16"]
 
 
-def test_tokens_that_sam_itself_made_are_not_mixed_with_imported_ones(files, address):
+def test_imported_tokens_are_not_mixed_with_extracted_ones(files, address):
     manifest = FeatureCache.open(address).manifest
     own = FeatureSet("sam_vit_b", "token", (256,), provenance={"model": "sam_vit_b", "weights_sha256": "ec2df6"})
     cache = open_or_create(address, manifest, [own])

@@ -70,7 +70,7 @@ def test_it_counts_parts_sizes_and_images_of_each_feature_set(cache):
     assert (tokens.parts, tokens.pending, tokens.bytes) == (0, 3, 0)
 
 
-def test_equal_troubles_count_together_whatever_the_path_and_the_numbers(cache):
+def test_failures_are_grouped_by_reason_without_paths_and_numbers(cache):
     info = describe_cache(cache)
     assert (info.failed, info.failures) == (2, {"has N bytes too few": 2})
 
@@ -80,7 +80,7 @@ def test_an_image_that_failed_in_two_sets_counts_once(cache):
     assert describe_cache(cache).failed == 2
 
 
-def test_the_text_tells_what_a_person_asks(cache):
+def test_the_text_describes_the_cache(cache):
     text = describe_cache(cache).text()
     for words in (
         f"{cache.path}: lvis val",
@@ -101,7 +101,7 @@ def test_the_text_tells_what_a_person_asks(cache):
     assert max(map(len, text.splitlines())) < 160
 
 
-def test_an_encoding_that_saves_disk_says_how_much(cache, tmp_path):
+def test_a_smaller_encoding_shows_its_ratio_to_float16(cache, tmp_path):
     maps = FeatureSet("clip", "map", (5, 8), "float16", compression="zstd")
     small = FeatureCache.create(tmp_path / "small.zarr", cache.manifest, [maps], part_size=7)
     small.write_part(0, [ImageFeatures(row, {"clip": np.zeros((5, 8))}) for row in range(7)])
@@ -110,7 +110,7 @@ def test_an_encoding_that_saves_disk_says_how_much(cache, tmp_path):
     assert "of float16's size" in text
 
 
-def test_the_json_holds_all_of_it(cache):
+def test_the_json_has_all_fields(cache):
     words = json.loads(json.dumps(describe_cache(cache).as_json()))
     assert (words["schema"], words["pictures"], words["failed"]) == (1, 7, 2)
     assert [each["name"] for each in words["feature_sets"]] == ["clip", "sam"]
@@ -124,7 +124,7 @@ def ran(cache, started, images, seconds):
     publish(cache, run)
 
 
-def test_the_rate_is_that_of_the_last_run_and_not_of_the_parts_each_by_itself(cache):
+def test_the_rate_is_that_of_the_last_run(cache):
     assert "images/s" not in describe_cache(cache).text()
     ran(cache, "2026-01-02T03:04:05+00:00", 3, 100.0)
     ran(cache, "2026-01-03T03:04:05+00:00", 3, 1.5)
@@ -138,7 +138,7 @@ def test_the_rate_is_that_of_the_last_run_and_not_of_the_parts_each_by_itself(ca
     assert "2 of 3; 1 pending, 2s at the last run's rate" in info.text()
 
 
-def test_a_damaged_record_is_named_with_the_mend(cache):
+def test_a_damaged_part_record_is_named_with_its_fix(cache):
     record = cache.path / "parts" / "clip" / "00001.json"
     record.write_text(record.read_text().replace("gpu1", "gpu2"))
     with pytest.raises(CorruptPartError, match=r"00001\.json.* repair"):
@@ -156,20 +156,20 @@ def test_every_image_has_a_line_with_its_state(cache):
     assert len({line.index("regions") for line in lines}) == 1
 
 
-def test_the_list_can_be_cut_to_states_and_a_number(cache):
+def test_the_list_is_filtered_by_state_and_limit(cache):
     assert [line.split()[0] for line in list_images(cache, ["failed"])] == ["1", "4"]
     assert [line.split()[0] for line in list_images(cache, ["pending"], limit=2)] == ["0", "2"]
     assert not list(list_images(cache, ["done"]))
 
 
-def test_a_state_or_limit_that_is_none_is_refused(cache):
+def test_an_invalid_state_or_limit_is_refused(cache):
     with pytest.raises(InputError, match="state is broken, expected done, failed, pending"):
         list_images(cache, ["broken"])
     with pytest.raises(InputError, match="expected at least 1"):
         list_images(cache, limit=0)
 
 
-def test_the_list_begins_before_the_last_part_is_looked_at(cache, monkeypatch):
+def test_the_list_is_streamed(cache, monkeypatch):
     looked = []
     monkeypatch.setattr(
         cache, "record", lambda part, name: looked.append(part) or FeatureCache.record(cache, part, name)
@@ -182,5 +182,5 @@ def test_the_list_begins_before_the_last_part_is_looked_at(cache, monkeypatch):
     ("size", "text"),
     [(0, "0 B"), (999, "999 B"), (4880, "4.88 kB"), (999_900, "1 MB"), (349e9, "349 GB"), (2e15, "2 PB")],
 )
-def test_sizes_are_told_as_on_disks(size, text):
+def test_sizes_are_in_decimal_units(size, text):
     assert size_text(size) == text

@@ -93,7 +93,7 @@ def opened(address, folder, limit=PLENTY):
     return FeatureCache.open(with_local_mirror(open_storage(address), folder, limit))
 
 
-def test_a_second_pass_and_a_second_opening_read_nothing_from_the_store(address, tmp_path, asked):
+def test_a_second_epoch_and_a_reopened_cache_read_nothing_from_the_store(address, tmp_path, asked):
     for _ in range(2):
         cache = opened(address, tmp_path)
         assert cache.valid_rows().tolist() == [0, 1, 2, 3]
@@ -103,7 +103,7 @@ def test_a_second_pass_and_a_second_opening_read_nothing_from_the_store(address,
     assert asked["parts/clip/00000.json"] == asked["images/id/c.0"] == asked["zarr.json"] == 1
 
 
-def test_what_was_replaced_in_the_store_is_read_anew_and_never_out_of_date(address, tmp_path):
+def test_a_file_replaced_in_the_store_is_downloaded_again(address, tmp_path):
     require_maps(opened(address, tmp_path), [0, 0])
     writer = FeatureCache.open(address, "a")
     writer.storage.remove("parts/clip/00001.json")
@@ -113,7 +113,7 @@ def test_what_was_replaced_in_the_store_is_read_anew_and_never_out_of_date(addre
     require_maps(opened(address, tmp_path), [0, 7])
 
 
-def test_a_cache_is_extracted_through_a_copy_that_sees_what_it_writes(address, tmp_path):
+def test_a_writer_through_a_local_copy_sees_its_own_writes(address, tmp_path):
     cache = FeatureCache.open(with_local_mirror(open_storage(address), tmp_path, PLENTY), "a")
     require_maps(cache, [0, 0])
     cache.storage.remove("parts/clip/00001.json")
@@ -122,7 +122,7 @@ def test_a_cache_is_extracted_through_a_copy_that_sees_what_it_writes(address, t
     require_maps(FeatureCache.open(cache.storage), [0, 3])
 
 
-def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_is_told(address, tmp_path):
+def test_a_damaged_copy_is_downloaded_again_and_a_damaged_original_reported(address, tmp_path):
     require_maps(opened(address, tmp_path), [0, 0])
     for path in [path for path in tmp_path.rglob("*@*") if path.is_file()]:  # every single file of the copy
         data = bytearray(path.read_bytes())
@@ -138,7 +138,7 @@ def test_a_damaged_copy_is_fetched_again_and_a_damaged_original_is_told(address,
         require_maps(opened(address, tmp_path), [0, 0])
 
 
-def test_a_shard_that_makes_room_right_before_it_is_opened_is_fetched_again(address, tmp_path, monkeypatch):
+def test_a_shard_evicted_right_before_its_open_is_downloaded_again(address, tmp_path, monkeypatch):
     cache = opened(address, tmp_path)
     local_path, left = cache.storage.local_path, [2]
 
@@ -152,7 +152,7 @@ def test_a_shard_that_makes_room_right_before_it_is_opened_is_fetched_again(addr
     require_maps(cache, [0, 0])
 
 
-def test_the_least_recently_used_shard_goes_first_whichever_cache_it_is_of(bucket, s3, tmp_path):
+def test_the_least_recently_used_shard_of_all_caches_is_evicted_first(bucket, s3, tmp_path):
     other = open_storage(f"{s3}/other.zarr")
     other.write(SHARD.format(9), b"9" * 1000)
     mine = [tmp_path / name for name in ("image.jpg", "thesis@home/features/x@1", "features/c.0.0.0.partial")]
@@ -169,7 +169,7 @@ def test_the_least_recently_used_shard_goes_first_whichever_cache_it_is_of(bucke
     assert all(path.exists() for path in mine)
 
 
-def test_many_threads_never_pass_the_limit_and_read_what_is_there(bucket, tmp_path):
+def test_many_threads_never_exceed_the_limit(bucket, tmp_path):
     copy, largest = with_local_mirror(bucket, tmp_path, 2500), [0]
     done = threading.Event()
 
@@ -196,7 +196,7 @@ def test_many_threads_never_pass_the_limit_and_read_what_is_there(bucket, tmp_pa
     assert 0 < largest[0] <= 2500
 
 
-def test_what_is_being_fetched_is_never_removed_to_make_room(bucket, tmp_path, monkeypatch):
+def test_a_running_download_is_never_evicted(bucket, tmp_path, monkeypatch):
     copy = with_local_mirror(bucket, tmp_path, 1500)
     download, begun, go_on = type(bucket).download, threading.Event(), threading.Event()
 
@@ -218,7 +218,7 @@ def test_what_is_being_fetched_is_never_removed_to_make_room(bucket, tmp_path, m
         assert second.result() == b"\1" * 1000
 
 
-def test_a_limit_below_one_part_is_refused_in_one_line(address, tmp_path):
+def test_a_limit_below_one_part_is_refused(address, tmp_path):
     cache = opened(address, tmp_path, limit=190)
     with pytest.raises(
         CacheError, match=r"a limit of 190 bytes is less than one part, the 196 of .*/c\.0\.0\.0"
@@ -227,7 +227,7 @@ def test_a_limit_below_one_part_is_refused_in_one_line(address, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_threads_and_forked_processes_that_want_one_shard_fetch_it_once(bucket, tmp_path, monkeypatch):
+def test_threads_and_forked_processes_download_a_shard_once(bucket, tmp_path, monkeypatch):
     log = tmp_path / "downloads"
     download = RemoteStorage.download
 
@@ -265,7 +265,7 @@ def _exit_code(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_fetch_killed_halfway_leaves_nothing_wrong(bucket, tmp_path, monkeypatch):
+def test_a_killed_download_is_repeated(bucket, tmp_path, monkeypatch):
     copy = with_local_mirror(bucket, tmp_path, 2500)
 
     def die(self, name, version, fd):
@@ -282,7 +282,7 @@ def test_a_fetch_killed_halfway_leaves_nothing_wrong(bucket, tmp_path, monkeypat
     assert list(tmp_path.rglob("*.partial")) == []
 
 
-def test_a_fork_while_a_thread_fetches_neither_blocks_the_child_nor_the_parent(bucket, tmp_path, monkeypatch):
+def test_a_fork_during_a_download_blocks_neither_child_nor_parent(bucket, tmp_path, monkeypatch):
     download, begun, go_on = RemoteStorage.download, threading.Event(), threading.Event()
     copy, parent = with_local_mirror(bucket, tmp_path, PLENTY), os.getpid()
 
@@ -303,7 +303,7 @@ def test_a_fork_while_a_thread_fetches_neither_blocks_the_child_nor_the_parent(b
     assert _exit_code(child) == 0
 
 
-def test_a_full_disk_is_told_once_and_the_rest_is_read_from_the_store(address, tmp_path, caplog):
+def test_a_full_disk_warns_once_and_the_rest_is_read_from_the_store(address, tmp_path, caplog):
     cache = opened(address, tmp_path)
     require_maps(cache, [0])
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -321,7 +321,7 @@ def test_a_full_disk_is_told_once_and_the_rest_is_read_from_the_store(address, t
     assert list(tmp_path.rglob("*.partial")) == []
 
 
-def test_a_pickled_copy_goes_on_with_the_same_folder(address, tmp_path, asked):
+def test_a_pickled_storage_uses_the_same_folder(address, tmp_path, asked):
     cache = opened(address, tmp_path)
     require_maps(cache, [0, 0])
     storage = pickle.loads(pickle.dumps(cache.storage))
@@ -329,7 +329,7 @@ def test_a_pickled_copy_goes_on_with_the_same_folder(address, tmp_path, asked):
     assert asked[SHARD.format(0)] == 1
 
 
-def test_claims_and_other_living_files_are_never_kept(bucket, tmp_path):
+def test_claims_are_never_copied(bucket, tmp_path):
     copy = with_local_mirror(bucket, tmp_path, PLENTY)
     assert copy.write_new("claims/00001.json", b"mine")
     assert not copy.write_new("claims/00001.json", b"yours")
@@ -339,7 +339,7 @@ def test_claims_and_other_living_files_are_never_kept(bucket, tmp_path):
     assert [path for path in tmp_path.rglob("*") if "claims" in path.parts] == []
 
 
-def test_a_fetch_that_fails_leaves_the_folder_as_it_was(bucket, tmp_path):
+def test_a_failed_download_leaves_the_folder_unchanged(bucket, tmp_path):
     folder = LruFolder(tmp_path, PLENTY)
 
     def fail(fd):
@@ -360,7 +360,7 @@ def test_a_local_copy_of_a_local_cache_is_ignored_with_a_warning(tmp_path, caplo
     ]
 
 
-def test_a_folder_that_cannot_hold_a_copy_is_refused_in_one_line(bucket, tmp_path):
+def test_an_unusable_folder_is_refused_in_one_line(bucket, tmp_path):
     Path(tmp_path, "file").write_text("in the way")
     with pytest.raises(InputError, match=r"cannot hold a local copy: .*; give a writable folder"):
         with_local_mirror(bucket, tmp_path / "file", PLENTY)
@@ -377,11 +377,11 @@ def test_a_folder_that_cannot_hold_a_copy_is_refused_in_one_line(bucket, tmp_pat
         ("2e9", 2 * 10**9),
     ],
 )
-def test_sizes_are_read_as_people_write_them(text, size):
+def test_sizes_are_parsed(text, size):
     assert parse_bytes(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "GB", "-5GB", "0", "5 parsec", "1.2.3GB", "5iB"])
-def test_what_is_no_size_is_refused(text):
+def test_invalid_sizes_are_refused(text):
     with pytest.raises(InputError, match="write it as 500GB"):
         parse_bytes(text)

@@ -77,7 +77,7 @@ def files_of(storage, folder=""):
     return {name: storage.read(name) for name in names}
 
 
-def test_a_remote_cache_holds_the_same_files_and_reads_the_same_as_a_local_one(address, local):
+def test_a_remote_cache_has_the_same_files_and_features_as_a_local_one(address, local):
     fill(created(address))
     remote = FeatureCache.open(address)
     assert digest(remote.read(VALID)) == digest(local.read(VALID))
@@ -98,7 +98,7 @@ def test_zarr_python_reads_a_remote_cache(address, local):
     )
 
 
-def test_a_file_in_a_store_appears_whole_when_it_is_published_and_not_before(address):
+def test_a_file_appears_whole_when_it_is_published(address):
     storage, data = open_storage(address), os.urandom(20 << 20)
     file = storage.create("features/x/c.0")
     buffer = np.empty(3 << 20, np.uint8)
@@ -119,7 +119,7 @@ def test_a_file_in_a_store_appears_whole_when_it_is_published_and_not_before(add
     assert storage.list_files("features/x") == ["c.0"]
 
 
-def test_ranges_are_read_from_many_threads_and_the_end_of_a_file_is_told(address):
+def test_many_threads_read_ranges_and_a_range_beyond_the_end_raises(address):
     storage, data = open_storage(address), os.urandom(1 << 20)
     storage.write("c.0", data)
 
@@ -138,7 +138,7 @@ def test_ranges_are_read_from_many_threads_and_the_end_of_a_file_is_told(address
         storage.read_into("c.1", 0, memoryview(bytearray(1)))
 
 
-def test_of_several_that_write_a_new_file_at_once_one_wins(address):
+def test_of_several_concurrent_write_new_one_wins(address):
     storage = open_storage(address)
     storage.write("claims/seen", b"")
     start = threading.Barrier(8)
@@ -163,7 +163,7 @@ sys.stdout.buffer.write(pickle.dumps([read.feature_map.tobytes(), read.tokens.to
 """
 
 
-def test_forked_and_spawned_workers_read_a_cache_that_their_parent_has_open(s3, local):
+def test_forked_and_spawned_workers_read_a_cache_opened_by_the_parent(s3, local):
     cache = FeatureCache.open(fill(created(f"{s3}/toy.zarr")).path)
     expected = digest(cache.read(VALID))  # so that this process has connections and threads of its own
     assert _exit_code_of_fork(lambda: digest(cache.read(VALID)) != expected) == 0
@@ -174,7 +174,7 @@ def test_forked_and_spawned_workers_read_a_cache_that_their_parent_has_open(s3, 
     assert digest(cache.read(VALID)) == expected
 
 
-def test_a_child_of_a_forked_child_reads_too(s3):
+def test_a_grandchild_by_fork_reads(s3):
     storage = open_remote(s3)
     storage.write("a", b"1")
 
@@ -194,7 +194,7 @@ def _exit_code_of_fork(work):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_a_writer_killed_inside_a_part_leaves_nothing_of_it_and_the_next_goes_on(s3, local):
+def test_a_writer_killed_inside_a_part_leaves_nothing_and_the_next_run_resumes(s3, local):
     cache = created(f"{s3}/toy.zarr")
     cache.write_part(0, [features_of(row) for row in (0, 1)])
     at_it, tell = os.pipe()
@@ -220,7 +220,7 @@ def test_a_writer_killed_inside_a_part_leaves_nothing_of_it_and_the_next_goes_on
     assert digest(fill(again).read(VALID)) == digest(local.read(VALID))
 
 
-def test_of_two_creators_at_once_one_wins_and_the_other_is_told(s3):
+def test_of_two_concurrent_creates_one_wins_and_the_other_raises(s3):
     start, won, told = threading.Barrier(2), [], []
 
     def create(split):
@@ -241,7 +241,7 @@ def test_of_two_creators_at_once_one_wins_and_the_other_is_told(s3):
     assert FeatureCache.open(f"{s3}/toy.zarr").manifest.split == won[0]
 
 
-def test_what_a_killed_creation_left_is_taken_over_and_what_is_of_something_else_is_refused(s3, local, tmp_path):
+def test_a_killed_create_is_resumed_and_files_of_others_are_refused(s3, local, tmp_path):
     storage, names = open_storage(f"{s3}/toy.zarr"), ["images/id/c.0", "images/zarr.json"]
     for name in names:
         storage.write(name, local.storage.read(name))
@@ -255,7 +255,7 @@ def test_what_a_killed_creation_left_is_taken_over_and_what_is_of_something_else
     assert not other.exists("zarr.json")
 
 
-def test_an_upload_says_who_was_first_with_the_last_file(s3, tmp_path):
+def test_create_reports_whether_another_run_was_first(s3, tmp_path):
     for name in ("zarr.json", "images/zarr.json"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(name)
@@ -331,7 +331,7 @@ def behind(s3, s3_server, monkeypatch):
         proxy.socket.close()
 
 
-def test_a_store_that_fails_now_and_then_only_takes_longer(s3, behind, local, caplog):
+def test_a_flaky_store_only_takes_longer(s3, behind, local, caplog):
     troubles = {3: "503", 7: "drop", 11: "cut", 13: "500"}
     proxy = behind(lambda number: troubles.get(number % 17, "pass"))
     with caplog.at_level(logging.WARNING):
@@ -343,7 +343,7 @@ def test_a_store_that_fails_now_and_then_only_takes_longer(s3, behind, local, ca
     assert any("closed the connection" in line for line in told)
 
 
-def test_a_store_that_is_gone_for_a_while_is_waited_for(s3, behind):
+def test_a_store_that_is_down_for_a_while_is_retried(s3, behind):
     storage = open_storage(s3)
     storage.write("a", b"1")
     back = time.monotonic() + 1
@@ -352,7 +352,7 @@ def test_a_store_that_is_gone_for_a_while_is_waited_for(s3, behind):
     assert time.monotonic() >= back
 
 
-def test_a_large_file_is_uploaded_through_a_store_that_fails_now_and_then(s3, behind):
+def test_a_large_file_is_uploaded_to_a_flaky_store(s3, behind):
     behind(lambda number: ("500", "pass", "pass", "pass", "drop", "pass")[number % 6])
     storage, data = open_storage(s3), os.urandom(20 << 20)
     file = storage.create("features/x/c.0")
@@ -369,7 +369,7 @@ def test_a_large_file_is_uploaded_through_a_store_that_fails_now_and_then(s3, be
         "501 <Error><Code>NotImplemented</Code></Error>",  # a store without puts on condition
     ],
 )
-def test_a_new_file_is_written_where_the_store_cannot_decide_at_once(s3, behind, trouble):
+def test_write_new_retries_a_conflict(s3, behind, trouble):
     open_storage(s3).write("theirs", b"theirs")
     for name, is_won in (("ours", True), ("theirs", False)):
         behind(lambda number: trouble if number == 0 else "pass")
@@ -377,7 +377,7 @@ def test_a_new_file_is_written_where_the_store_cannot_decide_at_once(s3, behind,
         assert open_storage(s3).read(name) == name.encode()
 
 
-def test_a_server_that_is_gone_is_told_in_one_line_and_in_bounded_time(s3, monkeypatch):
+def test_an_unreachable_server_raises_one_line_in_bounded_time(s3, monkeypatch):
     cache = FeatureCache.open(fill(created(f"{s3}/toy.zarr")).path)
     with socket.create_server(("127.0.0.1", 0)) as closed:
         port = closed.getsockname()[1]
@@ -401,7 +401,7 @@ def test_a_server_that_is_gone_is_told_in_one_line_and_in_bounded_time(s3, monke
     assert time.monotonic() - began < 8
 
 
-def test_a_server_that_accepts_and_never_answers_is_given_up(s3, monkeypatch):
+def test_a_server_that_never_answers_times_out(s3, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")
         began = time.monotonic()
@@ -410,19 +410,19 @@ def test_a_server_that_accepts_and_never_answers_is_given_up(s3, monkeypatch):
         assert time.monotonic() - began < 5
 
 
-def test_a_bucket_that_does_not_exist_is_told_at_once(s3):
+def test_a_missing_bucket_raises_at_once(s3):
     for work in (lambda address: FeatureCache.open(address), created):
         with pytest.raises(CacheError, match="there is no bucket 'nobodys-bucket'") as caught:
             work("s3://nobodys-bucket/toy.zarr")
         assert "\n" not in str(caught.value)
 
 
-def test_a_place_without_a_cache_is_told_like_a_folder_without_one(address):
+def test_an_address_without_a_cache_raises_like_a_folder_without_one(address):
     with pytest.raises(NotACacheError, match="no such cache"):
         FeatureCache.open(address)
 
 
-def test_credentials_that_the_store_refuses_are_told_at_once(s3, s3_server, monkeypatch):
+def test_refused_credentials_raise_at_once(s3, s3_server, monkeypatch):
     storage = open_storage(s3)
     storage.write("a", b"1")
     _let_pass_without_credentials(s3_server, 0)
@@ -450,7 +450,7 @@ def _ask_server(port, method, path, headers, body=None):
     connection.close()
 
 
-def test_keys_are_found_in_the_files_that_amazons_own_tools_write(s3, monkeypatch, tmp_path):
+def test_keys_are_read_from_amazons_configuration_files(s3, monkeypatch, tmp_path):
     open_storage(s3).write("a", b"1")
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_REGION"):
         monkeypatch.delenv(name)
@@ -481,14 +481,14 @@ def test_a_public_file_is_read_without_keys(s3, s3_server, monkeypatch):
         ("az://container/toy.zarr", "Account must be specified"),
     ],
 )
-def test_an_address_that_cannot_be_one_is_refused_in_one_line(address, told, monkeypatch):
+def test_an_invalid_address_is_refused_in_one_line(address, told, monkeypatch):
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
     with pytest.raises(InputError, match=told) as caught:
         open_storage(address)
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_library_is_named_with_what_installs_it(monkeypatch):
+def test_a_missing_library_is_named_with_its_pip_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(InputError, match=r'pip install "regionspot\[remote\]"'):
         open_storage("s3://bucket/toy.zarr")
@@ -521,7 +521,7 @@ class _Ranges(SimpleHTTPRequestHandler):
         pass
 
 
-def test_a_cache_behind_a_plain_web_server_is_read_and_not_written(local):
+def test_a_cache_on_a_web_server_is_read_only(local):
     handler = type(
         "Handler",
         (_Ranges,),
@@ -562,7 +562,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) // 1024, sto
 """
 
 
-def test_the_memory_of_a_writer_does_not_grow_with_its_file(s3):
+def test_a_writers_memory_does_not_grow_with_its_file(s3):
     out = subprocess.run([sys.executable, "-c", UPLOAD, s3], capture_output=True, text=True, check=True).stdout
     megabytes, size = map(int, out.split())
     assert size == 64 << 20
@@ -570,7 +570,7 @@ def test_the_memory_of_a_writer_does_not_grow_with_its_file(s3):
 
 
 @pytest.mark.parametrize("given", ["nan", "-1", "a while"])
-def test_a_patience_that_is_none_is_refused(monkeypatch, given):
+def test_an_invalid_retry_time_is_refused(monkeypatch, given):
     monkeypatch.setenv("REGIONSPOT_PATIENCE", given)
     with pytest.raises(InputError, match=f"REGIONSPOT_PATIENCE is '{given}', expected a number of seconds, 0 or more"):
         open_storage("memory://somewhere")

@@ -28,7 +28,7 @@ def change_byte(file: Path, place: int = 3) -> None:
     file.write_bytes(data)
 
 
-def test_a_damaged_part_is_dropped_and_the_next_extract_makes_it_again(full, small, small_folder):
+def test_a_damaged_part_is_dropped_and_the_next_extract_writes_it_again(full, small, small_folder):
     change_byte(full / "features/clip/feature_map/c.1.0.0")
     change_byte(full / "features/sam-int8/scale/c.2.0", -1)
     before = small.content(full)
@@ -53,7 +53,7 @@ def test_a_damaged_part_is_dropped_and_the_next_extract_makes_it_again(full, sma
     assert small.content(full) == small.content(small_folder / "full")
 
 
-def test_a_dry_run_says_what_it_would_do_and_does_nothing(full, small):
+def test_a_dry_run_changes_nothing(full, small):
     change_byte(full / "features/clip/feature_map/c.1.0.0")
     change_byte(full / "features/sam/zarr.json")
     before = small.content(full)
@@ -63,7 +63,7 @@ def test_a_dry_run_says_what_it_would_do_and_does_nothing(full, small):
     assert small.content(full) == before
 
 
-def test_a_part_that_is_sound_by_now_is_not_dropped_for_an_old_report(full, small, small_folder):
+def test_a_sound_part_is_not_dropped_because_of_an_old_report(full, small, small_folder):
     change_byte(full / "features/clip/feature_map/c.1.0.0")
     report = verify(full)
     repair(full, report)
@@ -72,7 +72,7 @@ def test_a_part_that_is_sound_by_now_is_not_dropped_for_an_old_report(full, smal
     assert small.content(full) == small.content(small_folder / "full")
 
 
-def test_a_part_that_another_run_has_is_left_to_it(full):
+def test_a_part_claimed_by_another_run_is_not_dropped(full):
     change_byte(full / "features/clip/feature_map/c.1.0.0")
     with Claims(LocalStorage(full)) as claims:
         assert claims.claim(1)
@@ -82,7 +82,7 @@ def test_a_part_that_another_run_has_is_left_to_it(full):
     assert repair(full, verify(full)).dropped
 
 
-def test_all_metadata_is_made_again_to_the_byte_but_for_lengths_that_only_the_manifest_knows(full, small, small_folder):
+def test_metadata_is_regenerated_byte_for_byte_except_lengths_of_manifest_columns(full, small, small_folder):
     for file in full.rglob("zarr.json"):
         if file.parent != full:
             change_byte(file)
@@ -96,7 +96,7 @@ def test_all_metadata_is_made_again_to_the_byte_but_for_lengths_that_only_the_ma
     assert small.content(full) == small.content(small_folder / "full")
 
 
-def test_the_root_document_is_mended_around_its_words(full, small, small_folder):
+def test_the_root_metadata_is_regenerated_around_the_header(full, small, small_folder):
     text = (full / "zarr.json").read_text().replace('"node_type": "group"', '"node_type": "grouq"')
     (full / "zarr.json").write_text(text)
     assert repair(full, verify(full)).regenerated == ("zarr.json",)
@@ -104,7 +104,7 @@ def test_the_root_document_is_mended_around_its_words(full, small, small_folder)
     assert small.content(full) == small.content(small_folder / "full")
 
 
-def test_nothing_is_dropped_because_a_disk_is_away(full, small):
+def test_nothing_is_dropped_when_a_disk_is_unmounted(full, small):
     away = full.parent / "away"
     shutil.move(full / "features/clip", away)
     before = small.content(full)
@@ -118,7 +118,7 @@ def test_nothing_is_dropped_because_a_disk_is_away(full, small):
     assert verify(full).sound
 
 
-def test_nothing_is_dropped_because_it_cannot_be_read(full, small, monkeypatch):
+def test_unreadable_files_are_not_dropped(full, small, monkeypatch):
     def refuse(self, name, offset, out):
         raise OSError(116, "Stale file handle")
 
@@ -146,7 +146,7 @@ def die_at_removal(number):
     os.unlink = dying
 
 
-def test_a_repair_killed_anywhere_is_finished_by_the_next(full, small, small_folder):
+def test_a_killed_repair_is_finished_by_the_next(full, small, small_folder):
     change_byte(full / "features/clip/feature_map/c.1.0.0")
     change_byte(full / "features/sam-int8/scale/c.2.0", -1)
     for at_removal in range(1, 9):
@@ -167,9 +167,7 @@ def test_a_repair_killed_anywhere_is_finished_by_the_next(full, small, small_fol
         assert small.content(path) == small.content(small_folder / "full")
 
 
-def test_a_reader_at_work_gets_the_right_bytes_or_an_error_while_parts_are_dropped_and_made_again(
-    full, small, small_folder
-):
+def test_a_concurrent_reader_gets_the_right_bytes_or_an_error(full, small, small_folder):
     rows = [4, 5, 7]
     right = FeatureCache.open(small_folder / "full").read(rows, map_set="clip-zstd", token_set="sam")
     told, tell = os.pipe()
@@ -202,7 +200,7 @@ def test_a_reader_at_work_gets_the_right_bytes_or_an_error_while_parts_are_dropp
     assert set(answers) - set(b"e") == set(b"s"), "the reader was given wrong data"
 
 
-def test_the_commands_list_what_is_wrong_and_mend_it(full, capsys, monkeypatch):
+def test_the_commands_report_and_repair(full, capsys, monkeypatch):
     def regionspot(*arguments):
         monkeypatch.setattr("sys.argv", ["regionspot", "cache", *map(str, arguments)])
         with pytest.raises(SystemExit) as stop:

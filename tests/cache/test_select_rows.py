@@ -39,7 +39,7 @@ def manifest():
         ({"ids": np.array([8, 3, 12]), "categories": ["moon"], "first": 1}, [4]),
     ],
 )
-def test_images_are_chosen_by_ids_then_categories_then_each_so_many_th(manifest, asked, rows):
+def test_images_are_selected_by_ids_then_categories_then_every_nth(manifest, asked, rows):
     assert select_rows(manifest, **asked).tolist() == rows
 
 
@@ -56,12 +56,12 @@ def test_images_are_chosen_by_ids_then_categories_then_each_so_many_th(manifest,
         ),
     ],
 )
-def test_what_leads_to_no_image_is_refused(manifest, asked, told):
+def test_selections_without_an_image_are_refused(manifest, asked, told):
     with pytest.raises(InputError, match=told):
         select_rows(manifest, **asked)
 
 
-def test_ids_are_read_from_the_lines_of_a_file(tmp_path):
+def test_ids_are_read_from_a_file(tmp_path):
     (tmp_path / "ids.txt").write_text("12\n\n -3 \n9223372036854775807\n")
     assert read_ids(tmp_path / "ids.txt").tolist() == [12, -3, 2**63 - 1]
     for text, told in (
@@ -110,7 +110,7 @@ def cache(tmp_path, manifest):
     return made
 
 
-def test_the_commands_make_caches_of_caches(cache, manifest, tmp_path, regionspot):
+def test_the_commands_derive_caches(cache, manifest, tmp_path, regionspot):
     (tmp_path / "ids.txt").write_text("8\n3\n")
     one, two, both, small, back = (tmp_path / name for name in ("one", "two", "both", "small", "back"))
     assert regionspot("subset", cache.path, one, "--ids", tmp_path / "ids.txt")[0] == 0
@@ -138,7 +138,7 @@ def annotations(folder, images):
     return "coco", "--data", folder, "--annotations", folder / "file.json"
 
 
-def test_a_cache_is_extended_by_the_options_of_extract(tmp_path, regionspot):
+def test_a_cache_is_extended_with_the_options_of_extract(tmp_path, regionspot):
     dataset = annotations(tmp_path, 3)
     path = tmp_path / "c.zarr"
     FeatureCache.create(path, read_dataset("coco", tmp_path, annotations=tmp_path / "file.json"), [MAPS], part_size=2)
@@ -165,7 +165,7 @@ def test_a_cache_is_extended_by_the_options_of_extract(tmp_path, regionspot):
         (("copy", "none.zarr", "out"), "no such cache"),
     ],
 )
-def test_what_cannot_be_made_is_said_in_one_line(cache, tmp_path, regionspot, monkeypatch, arguments, told):
+def test_errors_of_the_commands_are_one_line(cache, tmp_path, regionspot, monkeypatch, arguments, told):
     monkeypatch.chdir(tmp_path)
     code, _, err = regionspot(*arguments)
     assert (code, err.count("\n")) == (2, 1)

@@ -41,7 +41,7 @@ def edit_record(folder: Path, name: str, **changes) -> None:
     replace(load_record(storage, name), **changes).save(storage, name)
 
 
-def test_a_cache_as_it_was_written_is_sound(full, small):
+def test_an_undamaged_cache_is_sound(full, small):
     before = {path: path.stat().st_mtime_ns for path in full.rglob("*")}
     report = verify(full)
     assert report.sound, report.text()
@@ -52,7 +52,7 @@ def test_a_cache_as_it_was_written_is_sound(full, small):
     assert "no problem: 15 parts" in report.text()
 
 
-def test_an_open_cache_and_a_half_written_one_are_looked_at_too(small, tmp_path):
+def test_an_open_or_unfinished_cache_is_verified(small, tmp_path):
     cache = small.create(tmp_path / "c.zarr")
     cache.write_part(1, map(small.features, cache.part_rows(1)), ["clip", "sam"])
     report = verify(cache)
@@ -84,7 +84,7 @@ def test_a_flipped_bit_is_found_and_named(full, file, place, reason, fix):
     assert "\n" not in str(problem)
 
 
-def test_a_damaged_record_is_told_by_its_image(full):
+def test_a_damaged_record_names_its_image(full):
     change_byte(full / "features/clip/feature_map/c.1.0.0", 3)
     assert "the first is of row 4 (val2017/0004 ü.jpg)" in verify(full).text()
 
@@ -96,7 +96,7 @@ def test_a_missing_file_is_found(full, name):
     assert (problem.path, problem.reason) == (name, "is missing")
 
 
-def test_files_of_two_parts_in_each_others_place_are_found_though_each_is_sound(full):
+def test_swapped_files_of_two_parts_are_found(full):
     a, b = full / "features/sam-int8/crc32c/c.0.0", full / "features/sam-int8/crc32c/c.2.0"
     kept = a.read_bytes()
     a.write_bytes(b.read_bytes())
@@ -116,19 +116,19 @@ def test_files_of_two_parts_in_each_others_place_are_found_though_each_is_sound(
         ({"files": {}}, "files: found []"),
     ],
 )
-def test_a_record_that_says_other_than_the_manifest_is_found_though_it_is_sealed(full, changes, words):
+def test_a_part_record_that_contradicts_the_manifest_is_found(full, changes, words):
     edit_record(full, "parts/clip/00001.json", **changes)
     (problem,) = verify(full).problems
     assert words in problem.reason
     assert problem.part == 1
 
 
-def test_a_record_in_the_place_of_another_is_found(full):
+def test_swapped_part_records_are_found(full):
     shutil.copyfile(full / "parts/clip/00000.json", full / "parts/clip/00001.json")
     assert "part: found 0, expected 1" in verify(full).problems[0].reason
 
 
-def test_tokens_behind_the_last_region_are_found_though_their_checksum_is_right(full):
+def test_tokens_after_the_last_region_are_found(full):
     shard, crcs = full / "features/sam/token/c.0.0.0", full / "features/sam/crc32c/c.0.0"
     data = bytearray(shard.read_bytes())
     data[10 * 6 * 4] = 1  # part 0 has eight regions
@@ -141,7 +141,7 @@ def test_tokens_behind_the_last_region_are_found_though_their_checksum_is_right(
     assert "has tokens after its 8 regions" in problem.reason
 
 
-def test_the_root_document_is_looked_at_beyond_our_own_words(full):
+def test_the_root_metadata_is_verified_beyond_the_header(full):
     document = json.loads((full / "zarr.json").read_bytes())
     (full / "zarr.json").write_bytes(to_json({**document, "node_type": "array"}))
     (problem,) = verify(full).problems
@@ -219,7 +219,7 @@ HARMLESS = {
 
 @pytest.mark.parametrize("change", HARMLESS, ids=lambda change: change.__name__)
 @pytest.mark.filterwarnings("ignore")  # Zarr has words of its own for claims/, parts/ and .zgroup
-def test_what_zarr_tools_write_without_harm_is_a_line_and_no_problem(full, change, tmp_path):
+def test_harmless_changes_by_zarr_tools_are_warnings(full, change, tmp_path):
     right = FeatureCache.open(full)
     change(full)
     report = verify(full)
@@ -276,7 +276,7 @@ HARMFUL = {
 
 
 @pytest.mark.parametrize(("name", "change", "words"), HARMFUL.values(), ids=HARMFUL)
-def test_metadata_that_says_otherwise_is_a_problem_in_one_line(full, small, small_folder, name, change, words):
+def test_changed_metadata_is_a_problem_in_one_line(full, small, small_folder, name, change, words):
     edit_json(full / name / "zarr.json", change)
     (problem,) = verify(full).problems
     assert words in problem.reason
@@ -288,20 +288,20 @@ def test_metadata_that_says_otherwise_is_a_problem_in_one_line(full, small, smal
 
 
 @pytest.mark.parametrize("name", ["images/id", "images/negative_category", "regions/box"])
-def test_a_column_whose_metadata_says_otherwise_is_not_read(full, name):
+def test_a_column_with_changed_metadata_is_not_read(full, name):
     edit_json(full / name / "zarr.json", lambda document: document["shape"].__setitem__(0, 2))
     with pytest.raises(NotACacheError, match=f"{name}/zarr.json: .*restore it from a copy of the cache"):
         FeatureCache.open(full)
 
 
-def test_quick_leaves_out_the_records_bytes_and_nothing_else(full):
+def test_quick_skips_only_the_bytes_of_records(full):
     change_byte(full / "features/clip/feature_map/c.1.0.0", 3)
     assert verify(full, quick=True).sound
     change_byte(full / "features/clip/feature_map/c.1.0.0", -30)
     assert not verify(full, quick=True).sound
 
 
-def test_what_killed_writers_left_is_counted_and_what_others_put_there_is_a_warning(full):
+def test_unfinished_files_are_counted_and_unknown_files_are_warnings(full):
     (full / "parts/clip/00001.json").unlink()
     (full / partial_path(full / "features/clip/feature_map/c.1.0.0").name).write_bytes(b"")
     (full / "features/clip/notes.txt").write_text("mine")
@@ -311,7 +311,7 @@ def test_what_killed_writers_left_is_counted_and_what_others_put_there_is_a_warn
     assert report.warnings == ("features/clip/notes.txt: is not a file of this cache",)
 
 
-def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(full, monkeypatch):
+def test_an_unreadable_file_is_not_reported_as_damaged(full, monkeypatch):
     real = LocalStorage.read_into
 
     def refuse(self, name, offset, out):
@@ -325,14 +325,14 @@ def test_a_file_that_cannot_be_read_is_not_taken_for_a_damaged_one(full, monkeyp
     assert "cannot be read: Input/output error" in problems[0].reason
 
 
-def test_an_array_that_is_not_there_at_all_counts_as_a_disk_that_is_away(full):
+def test_a_missing_array_is_reported_as_an_unmounted_disk(full):
     shutil.rmtree(full / "features/clip/feature_map")
     problems = verify(full).problems
     assert {problem.fix for problem in problems} == {"regenerate", "restore"}
     assert "a disk may not be mounted" in verify(full).text()
 
 
-def test_a_part_that_is_dropped_while_it_is_looked_at_is_no_problem(full, monkeypatch):
+def test_a_part_dropped_during_verify_is_no_problem(full, monkeypatch):
     real = LocalStorage.list_files
 
     def names_then_drop(self, folder):
@@ -344,13 +344,13 @@ def test_a_part_that_is_dropped_while_it_is_looked_at_is_no_problem(full, monkey
     assert verify(full).sound
 
 
-def test_it_says_how_far_it_is(full, caplog):
+def test_it_logs_progress(full, caplog):
     with caplog.at_level(logging.INFO, logger="regionspot.cache.progress"):
         verify(full)
     assert "15/15 parts" in caplog.text
 
 
-def test_what_cannot_be_opened_is_refused_in_the_same_words(full, tmp_path):
+def test_a_cache_that_cannot_be_opened_raises_the_same_error(full, tmp_path):
     with pytest.raises(NotACacheError, match="no such cache"):
         verify(tmp_path / "nothing")
     with pytest.raises(InputError, match="threads is 0, expected"):
@@ -362,7 +362,7 @@ def test_what_cannot_be_opened_is_refused_in_the_same_words(full, tmp_path):
         verify(full)
 
 
-def test_a_cache_in_an_object_store_is_looked_at_and_mended_alike(small):
+def test_a_cache_in_an_object_store_is_verified_and_repaired(small):
     address = f"memory://{uuid.uuid4().hex}/c.zarr"
     small.extract(address)
     report = verify(address)

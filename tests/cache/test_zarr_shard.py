@@ -60,13 +60,13 @@ def offsets_of(path, record_bytes=RECORD_BYTES):
     return parse_index(data[-index_bytes(SLOTS) :], len(data) - index_bytes(SLOTS), record_bytes)[0]
 
 
-def test_zarr_reads_what_our_writer_wrote(array, records):
+def test_zarr_reads_our_shards(array, records):
     made, path = array
     write(path, records, range(SLOTS))
     np.testing.assert_array_equal(made[:], records)
 
 
-def test_our_file_equals_the_one_that_zarr_writes(array, records, tmp_path):
+def test_our_shard_equals_the_one_that_zarr_writes(array, records, tmp_path):
     made, path = array
     made[:] = records
     write(tmp_path / "ours", records, range(SLOTS))
@@ -75,7 +75,7 @@ def test_our_file_equals_the_one_that_zarr_writes(array, records, tmp_path):
     assert sorted(offsets_of(path)) == sorted(offsets_of(tmp_path / "ours"))
 
 
-def test_an_empty_slot_costs_no_bytes_and_reads_as_zeros(array, records):
+def test_an_empty_slot_takes_no_bytes_and_reads_as_zeros(array, records):
     made, path = array
     write(path, records, [5, 1])
     expected = np.zeros_like(records)
@@ -84,7 +84,7 @@ def test_an_empty_slot_costs_no_bytes_and_reads_as_zeros(array, records):
     assert path.stat().st_size == 2 * RECORD_BYTES + index_bytes(SLOTS)
 
 
-def test_our_index_reader_finds_the_records_that_zarr_wrote(array, records):
+def test_our_reader_finds_the_records_of_a_shard_by_zarr(array, records):
     made, path = array
     made[2:5] = records[2:5]
     data, offsets = path.read_bytes(), offsets_of(path)
@@ -98,7 +98,7 @@ def test_records_are_adjacent_and_aligned(tmp_path, records):
     assert offsets_of(tmp_path / "shard").tolist() == [slot * RECORD_BYTES for slot in range(SLOTS)]
 
 
-def test_nothing_has_the_final_name_before_it_is_published(tmp_path, records):
+def test_a_file_appears_when_it_is_published(tmp_path, records):
     file = DurableFile(tmp_path / "shard")
     writer = ShardWriter(file, SLOTS)
     writer.append(0, records[0])
@@ -108,7 +108,7 @@ def test_nothing_has_the_final_name_before_it_is_published(tmp_path, records):
     assert [path.name for path in tmp_path.iterdir()] == ["shard"]
 
 
-def test_bytes_are_flushed_before_they_get_their_name_and_the_folder_after(tmp_path, records, monkeypatch):
+def test_the_file_is_flushed_before_the_rename_and_the_folder_after(tmp_path, records, monkeypatch):
     done = []
     for name in ("write", "fsync", "replace"):
         real = getattr(os, name)
@@ -124,7 +124,7 @@ def test_a_discarded_shard_leaves_nothing(tmp_path, records):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_write_that_takes_only_some_bytes_is_continued(tmp_path, records, monkeypatch):
+def test_a_partial_write_is_continued(tmp_path, records, monkeypatch):
     write(tmp_path / "whole", records, range(SLOTS))
     real_write = os.write
     monkeypatch.setattr(os, "write", lambda fd, data: real_write(fd, data[:13]))
@@ -177,7 +177,7 @@ def test_memory_does_not_grow_with_the_shard(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the flush at the end does it all")
-def test_the_disk_is_told_to_begin_long_before_the_flush_once_for_every_byte(tmp_path, monkeypatch):
+def test_write_back_starts_before_the_flush_once_per_byte(tmp_path, monkeypatch):
     told, real = [], os.posix_fadvise
     monkeypatch.setattr(os, "posix_fadvise", lambda fd, *what: told.append(what) or real(fd, *what))
     record = np.zeros(3 << 20, np.uint8)
@@ -209,7 +209,7 @@ def compressed_array(tmp_path):
     return made, tmp_path / "zstd.zarr" / "c.0.0.0"
 
 
-def test_zarr_reads_our_compressed_records_and_we_read_its(compressed_array, records):
+def test_compressed_records_are_exchanged_with_zarr(compressed_array, records):
     made, path = compressed_array
     made[1:] = records[1:]
     theirs = path.read_bytes()
@@ -225,7 +225,7 @@ def test_zarr_reads_our_compressed_records_and_we_read_its(compressed_array, rec
         np.testing.assert_array_equal(out, records[slot])
 
 
-def test_bytes_that_are_no_compressed_record_or_another_ones_are_refused(records):
+def test_damaged_compressed_records_are_refused(records):
     stored = compress(records[0])
     for damaged in (b"", stored[:-1], b"\x00" * len(stored), compress(records[0][:2]), compress(records)):
         with pytest.raises(ValueError, match=r"cannot be decompressed|expected 48"):
