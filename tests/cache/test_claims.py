@@ -58,22 +58,22 @@ def files(storage):
 @contextmanager
 def child(function):
     """Run `function(say)` in a process of its own; yields its pid and what reads the next byte that it said."""
-    heard, said = os.pipe()
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if not pid:
         try:
             faulthandler.dump_traceback_later(60, exit=True)  # a child that hangs shall not hang the suite
-            function(lambda byte: os.write(said, byte))
+            function(lambda byte: os.write(write_end, byte))
             os._exit(0)
         finally:
             os._exit(1)
-    os.close(said)
+    os.close(write_end)
     try:
-        yield pid, lambda: os.read(heard, 1)
+        yield pid, lambda: os.read(read_end, 1)
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        os.close(heard)
+        os.close(read_end)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Caches made from other caches: what comes out is what would have been extracted, wherever its parts lay before."""
+"""Caches caches from other caches: what comes out is what would have been extracted, wherever its parts lay before."""
 
 import errno
 import json
@@ -75,31 +75,31 @@ def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
+def caches(tmp_path_factory):
     """Folder of two caches: ten images, and five with more regions in one part than the first has in any."""
-    folder = tmp_path_factory.mktemp("made")
+    folder = tmp_path_factory.mktemp("caches")
     extract(folder / "ten", manifest_of([2, 0, 1, 5, 50, 7, 0, 0, 3, 1], 0))
     extract(folder / "five", manifest_of([30, 50, 2, 0, 4], 20, split="val"))
     return folder
 
 
 def content(folder: Path):
-    """Every file's bytes, but who wrote a part and how long that took, and what the cache was made from."""
-    found = {}
+    """Every file's bytes, but who wrote a part and how long that took, and what the cache was caches from."""
+    files = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
         if not path.is_file():
             continue
         if name.startswith("parts/"):
             record = json.loads(path.read_bytes())
-            found[name] = {key: value for key, value in record.items() if key not in ("seconds", "crc32c", "worker")}
+            files[name] = {key: value for key, value in record.items() if key not in ("seconds", "crc32c", "worker")}
         elif name == "zarr.json":
-            words = json.loads(path.read_bytes())["attributes"]["regionspot"]
-            words["manifest"]["source"].pop("made_from", None)
-            found[name] = {key: value for key, value in words.items() if key != "crc32c"}
+            header = json.loads(path.read_bytes())["attributes"]["regionspot"]
+            header["manifest"]["source"].pop("made_from", None)
+            files[name] = {key: value for key, value in header.items() if key != "crc32c"}
         else:
-            found[name] = path.read_bytes()
-    return found
+            files[name] = path.read_bytes()
+    return files
 
 
 def differing(folder, other):
@@ -111,80 +111,80 @@ def inode(folder, name):
     return (folder / name).stat().st_ino
 
 
-def test_a_subset_is_byte_identical_to_extracting_its_images(made, tmp_path):
+def test_a_subset_is_byte_identical_to_extracting_its_images(caches, tmp_path):
     rows = [9, 3, 5, 4, 0, 2]
-    summary = subset(made / "ten", tmp_path / "some", rows)
+    summary = subset(caches / "ten", tmp_path / "some", rows)
     assert (summary.whole, summary.rewritten, summary.pending) == (0, 6, 0)
-    extract(tmp_path / "extracted", FeatureCache.open(made / "ten").manifest.select(np.array(rows)))
+    extract(tmp_path / "extracted", FeatureCache.open(caches / "ten").manifest.select(np.array(rows)))
     assert differing(tmp_path / "some", tmp_path / "extracted") == set()
     assert [failure.reason for failure in FeatureCache.open(tmp_path / "some").failures()] == ["truncated JPEG 5"]
     note = FeatureCache.open(tmp_path / "some").manifest.source["made_from"][0]
     assert (note["operation"], note["caches"][0]["pictures"]) == ("subset", 10)
 
 
-def test_unchanged_parts_are_hard_links(made, tmp_path):
-    subset(made / "ten", tmp_path / "some", np.arange(4, 10))
+def test_unchanged_parts_are_hard_links(caches, tmp_path):
+    subset(caches / "ten", tmp_path / "some", np.arange(4, 10))
     for name, shared in {"features/clip/feature_map/c.{}.0.0": 1, "features/sam/scale/c.{}.0": 1}.items():
         for part in range(2):
-            one, other = (made / "ten" / name.format(part + 1)), (tmp_path / "some" / name.format(part))
+            one, other = (caches / "ten" / name.format(part + 1)), (tmp_path / "some" / name.format(part))
             assert one.stat().st_ino == other.stat().st_ino, shared
-    extract(tmp_path / "extracted", FeatureCache.open(made / "ten").manifest.select(np.arange(4, 10)))
+    extract(tmp_path / "extracted", FeatureCache.open(caches / "ten").manifest.select(np.arange(4, 10)))
     assert differing(tmp_path / "some", tmp_path / "extracted") == set()
 
 
-def test_merged_caches_are_byte_identical_to_extracting_all_images(made, tmp_path):
-    summary = merge([made / "ten", made / "five"], tmp_path / "both")
+def test_merged_caches_are_byte_identical_to_extracting_all_images(caches, tmp_path):
+    summary = merge([caches / "ten", caches / "five"], tmp_path / "both")
     assert (summary.whole, summary.rewritten) == (6, 6)
-    one, other = (FeatureCache.open(made / name).manifest for name in ("ten", "five"))
+    one, other = (FeatureCache.open(caches / name).manifest for name in ("ten", "five"))
     extract(tmp_path / "extracted", Manifest.concatenate([one, other]))
     assert differing(tmp_path / "both", tmp_path / "extracted") == set()
     merged = FeatureCache.open(tmp_path / "both")
     assert merged.manifest.split == "train+val"
-    assert merged.geometry.capacity > FeatureCache.open(made / "ten").geometry.capacity
-    assert [each["split"] for each in merged.manifest.source["made_from"][0]["caches"]] == ["train", "val"]
+    assert merged.geometry.capacity > FeatureCache.open(caches / "ten").geometry.capacity
+    assert [source["split"] for source in merged.manifest.source["made_from"][0]["caches"]] == ["train", "val"]
 
 
-def test_the_part_size_may_change(made, tmp_path):
-    merge([made / "ten", made / "five"], tmp_path / "both", part_size=7)
-    one, other = (FeatureCache.open(made / name).manifest for name in ("ten", "five"))
+def test_the_part_size_may_change(caches, tmp_path):
+    merge([caches / "ten", caches / "five"], tmp_path / "both", part_size=7)
+    one, other = (FeatureCache.open(caches / name).manifest for name in ("ten", "five"))
     extract(tmp_path / "extracted", Manifest.concatenate([one, other]), part_size=7)
     assert differing(tmp_path / "both", tmp_path / "extracted") == set()
 
 
-def test_parts_stay_pending_until_their_images_are_extracted(made, tmp_path):
-    ten = FeatureCache.open(made / "ten").manifest
+def test_parts_stay_pending_until_their_images_are_extracted(caches, tmp_path):
+    ten = FeatureCache.open(caches / "ten").manifest
     extract(tmp_path / "begun", ten, parts=[0, 2])
-    first = merge([tmp_path / "begun", made / "five"], tmp_path / "both")
+    first = merge([tmp_path / "begun", caches / "five"], tmp_path / "both")
     assert FeatureCache.open(tmp_path / "both").pending_parts() == [1]
     assert (first.pending, first.before) == (3, 0)
     assert "3 pending" in first.text()
     extract(tmp_path / "begun", ten)
-    second = merge([tmp_path / "begun", made / "five"], tmp_path / "both")
+    second = merge([tmp_path / "begun", caches / "five"], tmp_path / "both")
     assert (second.whole, second.rewritten, second.pending, second.before) == (3, 0, 0, 9)
-    merge([made / "ten", made / "five"], tmp_path / "at once")
+    merge([caches / "ten", caches / "five"], tmp_path / "at once")
     assert differing(tmp_path / "both", tmp_path / "at once") == set()
 
 
-def test_a_feature_set_missing_in_one_source_stays_pending(made, tmp_path):
-    ten = FeatureCache.open(made / "ten").manifest
+def test_a_feature_set_missing_in_one_source_stays_pending(caches, tmp_path):
+    ten = FeatureCache.open(caches / "ten").manifest
     extract(tmp_path / "clip", ten, [MAPS])
     extract(tmp_path / "others", ten, [SMALL, TOKENS])
     whole = FeatureCache.create(tmp_path / "whole", ten, SETS, PART_SIZE)
     assert copy_features([FeatureCache.open(tmp_path / "clip")], whole).pending == 6
     with pytest.raises(InputError, match="merge caches with the same feature sets"):
-        merge([tmp_path / "clip", made / "five"], tmp_path / "both")
+        merge([tmp_path / "clip", caches / "five"], tmp_path / "both")
     copy_features([FeatureCache.open(tmp_path / "others")], whole)
-    assert differing(tmp_path / "whole", made / "ten") == set()
+    assert differing(tmp_path / "whole", caches / "ten") == set()
 
 
-def test_the_full_annotations_resume_a_subset(made, tmp_path):
-    ten = FeatureCache.open(made / "ten").manifest
+def test_the_full_annotations_resume_a_subset(caches, tmp_path):
+    ten = FeatureCache.open(caches / "ten").manifest
     extract(tmp_path / "begun", ten, parts=[0])
     subset(tmp_path / "begun", tmp_path / "some", [8, 0, 1, 2])
     extract(tmp_path / "some", ten)
     assert FeatureCache.open(tmp_path / "some").pending_parts() == []
     FeatureCache.create(tmp_path / "limited", ten.head(4), SETS, PART_SIZE)
-    extract(tmp_path / "limited", ten)  # one that was not cut out, but made with a limit, takes in the others
+    extract(tmp_path / "limited", ten)  # one that was not cut out, but caches with a limit, takes in the others
     assert (len(FeatureCache.open(tmp_path / "some")), len(FeatureCache.open(tmp_path / "limited"))) == (4, 10)
 
 
@@ -192,19 +192,19 @@ def test_the_full_annotations_resume_a_subset(made, tmp_path):
     ("encoding", "exact"),
     [("float32", True), ("float16+zstd", True), ("bfloat16", False), ("int8", False), ("int8+zstd", False)],
 )
-def test_convert_keeps_the_features_and_the_other_sets(made, tmp_path, encoding, exact):
-    summary = convert(made / "ten", tmp_path / "out", {"clip": Encoding.parse(encoding)})
+def test_convert_keeps_the_features_and_the_other_sets(caches, tmp_path, encoding, exact):
+    summary = convert(caches / "ten", tmp_path / "out", {"clip": Encoding.parse(encoding)})
     assert (summary.whole, summary.rewritten) == (6, 3)
     name = "features/sam/token/c.1.0.0"
-    assert inode(made / "ten", name) == inode(tmp_path / "out", name)
-    before, after = FeatureCache.open(made / "ten"), FeatureCache.open(tmp_path / "out", check="always")
+    assert inode(caches / "ten", name) == inode(tmp_path / "out", name)
+    before, after = FeatureCache.open(caches / "ten"), FeatureCache.open(tmp_path / "out", check="always")
     rows = before.valid_rows()
     assert after.valid_rows().tolist() == rows.tolist()
     one, two = (cache.read(rows, map_set="clip") for cache in (before, after))
     scales = two.map_scale if "int8" in encoding else None
-    found = decode(two.feature_map, after.feature_sets["clip"], scales)
+    decoded = decode(two.feature_map, after.feature_sets["clip"], scales)
     tolerance = 0 if exact else 0.02
-    np.testing.assert_allclose(found, one.feature_map.astype(np.float32), atol=tolerance, rtol=tolerance)
+    np.testing.assert_allclose(decoded, one.feature_map.astype(np.float32), atol=tolerance, rtol=tolerance)
     assert after.feature_sets["clip"].compression == (None if "+" not in encoding else "zstd")
     assert (after.feature_sets["clip"].dtype == encoding.partition("+")[0]) is True
 
@@ -220,8 +220,8 @@ def test_int8_statistics_come_from_64_evenly_spaced_images(tmp_path):
     assert FeatureCache.open(tmp_path / "int8").feature_sets["clip"].statistics == expected
 
 
-def test_a_resumed_conversion_keeps_its_statistics(made, tmp_path):
-    ten = FeatureCache.open(made / "ten").manifest
+def test_a_resumed_conversion_keeps_its_statistics(caches, tmp_path):
+    ten = FeatureCache.open(caches / "ten").manifest
     extract(tmp_path / "begun", ten, parts=[1])
     convert(tmp_path / "begun", tmp_path / "int8", {"clip": Encoding("int8")})
     statistics = FeatureCache.open(tmp_path / "int8").feature_sets["clip"].statistics
@@ -232,12 +232,12 @@ def test_a_resumed_conversion_keeps_its_statistics(made, tmp_path):
     assert cache.feature_sets["clip"].statistics == statistics
 
 
-def test_int8_is_not_rounded_again_when_only_the_compression_changes(made, tmp_path):
-    convert(made / "ten", tmp_path / "zstd", {"sam": Encoding("int8", "zstd")})
+def test_int8_is_not_rounded_again_when_only_the_compression_changes(caches, tmp_path):
+    convert(caches / "ten", tmp_path / "zstd", {"sam": Encoding("int8", "zstd")})
     convert(tmp_path / "zstd", tmp_path / "plain", {"sam": Encoding("int8")})
     name = "features/sam/token/c.0.0.0"
-    assert (tmp_path / "zstd" / name).read_bytes() != (made / "ten" / name).read_bytes()
-    assert differing(tmp_path / "plain", made / "ten") == set()
+    assert (tmp_path / "zstd" / name).read_bytes() != (caches / "ten" / name).read_bytes()
+    assert differing(tmp_path / "plain", caches / "ten") == set()
 
 
 def test_an_overflow_in_the_new_encoding_is_named_and_leaves_no_partial_part(tmp_path):
@@ -251,43 +251,43 @@ def test_an_overflow_in_the_new_encoding_is_named_and_leaves_no_partial_part(tmp
     assert FeatureCache.open(tmp_path / "half").pending_parts() == [1]
 
 
-def test_a_copy_is_byte_identical_and_has_no_hard_links(made, tmp_path):
-    summary = copy(made / "ten", tmp_path / "copy")
+def test_a_copy_is_byte_identical_and_has_no_hard_links(caches, tmp_path):
+    summary = copy(caches / "ten", tmp_path / "copy")
     assert (summary.whole, summary.rewritten) == (9, 0)
-    assert differing(tmp_path / "copy", made / "ten") == set()
-    assert (tmp_path / "copy/zarr.json").read_bytes() == (made / "ten/zarr.json").read_bytes()
-    for name in content(made / "ten"):
-        assert inode(tmp_path / "copy", name) != inode(made / "ten", name)
-    assert copy(made / "ten", tmp_path / "copy").before == 9
+    assert differing(tmp_path / "copy", caches / "ten") == set()
+    assert (tmp_path / "copy/zarr.json").read_bytes() == (caches / "ten/zarr.json").read_bytes()
+    for name in content(caches / "ten"):
+        assert inode(tmp_path / "copy", name) != inode(caches / "ten", name)
+    assert copy(caches / "ten", tmp_path / "copy").before == 9
 
 
-def test_a_cache_is_copied_to_an_object_store_and_back(made, tmp_path, s3):
+def test_a_cache_is_copied_to_an_object_store_and_back(caches, tmp_path, s3):
     there = f"{s3}/ten"
-    begun = extract(tmp_path / "begun", FeatureCache.open(made / "ten").manifest, parts=[1])
+    begun = extract(tmp_path / "begun", FeatureCache.open(caches / "ten").manifest, parts=[1])
     assert copy(begun.path, there).pending == 6
-    assert copy(made / "ten", there).before == 3
+    assert copy(caches / "ten", there).before == 3
     assert FeatureCache.open(there).pending_parts() == []
     copy(there, tmp_path / "back")
-    assert differing(tmp_path / "back", made / "ten") == set()
+    assert differing(tmp_path / "back", caches / "ten") == set()
     summary = subset(there, f"{s3}/some", [9, 4, 5, 6, 7])
     assert (summary.whole, summary.rewritten) == (0, 6)
     copy(f"{s3}/some", tmp_path / "some")
-    subset(made / "ten", tmp_path / "same", [9, 4, 5, 6, 7])
+    subset(caches / "ten", tmp_path / "same", [9, 4, 5, 6, 7])
     assert differing(tmp_path / "some", tmp_path / "same") == set()
 
 
-def test_an_hdf5_cache_is_a_source(made, tmp_path):
-    export_hdf5(FeatureCache.open(made / "ten"), tmp_path / "ten.h5")
-    merge([tmp_path / "ten.h5", made / "five"], tmp_path / "both")
-    merge([made / "ten", made / "five"], tmp_path / "same")
+def test_an_hdf5_cache_is_a_source(caches, tmp_path):
+    export_hdf5(FeatureCache.open(caches / "ten"), tmp_path / "ten.h5")
+    merge([tmp_path / "ten.h5", caches / "five"], tmp_path / "both")
+    merge([caches / "ten", caches / "five"], tmp_path / "same")
     assert differing(tmp_path / "both", tmp_path / "same") == set()
     with pytest.raises(CacheError) as refused:
-        copy_features([FeatureCache.open(made / "ten")], FeatureCache.open(tmp_path / "ten.h5", "a"))
+        copy_features([FeatureCache.open(caches / "ten")], FeatureCache.open(tmp_path / "ten.h5", "a"))
     assert "\n" not in str(refused.value)
 
 
-def test_the_results_verify(made, tmp_path):
-    merge([made / "ten", made / "five"], tmp_path / "both")
+def test_the_results_verify(caches, tmp_path):
+    merge([caches / "ten", caches / "five"], tmp_path / "both")
     convert(tmp_path / "both", tmp_path / "int8", {"clip": Encoding("int8"), "sam": Encoding("float16", "zstd")})
     subset(tmp_path / "int8", tmp_path / "some", [14, 3, 0, 1, 2], part_size=2)
     for name in ("both", "int8", "some"):
@@ -295,30 +295,30 @@ def test_the_results_verify(made, tmp_path):
         assert (report.problems, report.warnings) == ((), ())
 
 
-def test_without_hard_links_files_are_copied(made, tmp_path, monkeypatch):
+def test_without_hard_links_files_are_copied(caches, tmp_path, monkeypatch):
     def link(path, new_path, really=os.link):
         if Path(path).name.startswith("c."):
             raise OSError(errno.EXDEV, "Invalid cross-device link")
         really(path, new_path)
 
     monkeypatch.setattr(os, "link", link)
-    merge([made / "ten"], tmp_path / "one")
-    assert differing(tmp_path / "one", made / "ten") == set()
+    merge([caches / "ten"], tmp_path / "one")
+    assert differing(tmp_path / "one", caches / "ten") == set()
     name = "features/clip/feature_map/c.1.0.0"
-    assert inode(tmp_path / "one", name) != inode(made / "ten", name)
+    assert inode(tmp_path / "one", name) != inode(caches / "ten", name)
 
 
-def test_the_block_size_does_not_change_the_copy(made, tmp_path, monkeypatch):
+def test_the_block_size_does_not_change_the_copy(caches, tmp_path, monkeypatch):
     for block in (1, 100, 200):
         monkeypatch.setattr(copy_parts, "_BLOCK", block)
-        copy(made / "ten", tmp_path / str(block))
-        assert differing(tmp_path / str(block), made / "ten") == set()
+        copy(caches / "ten", tmp_path / str(block))
+        assert differing(tmp_path / str(block), caches / "ten") == set()
 
 
 @pytest.mark.parametrize("name", ["clip/feature_map/c.1.0.0", "dino/feature_map/c.1.0.0", "sam/scale/c.1.0"])
 @pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
-def test_a_damaged_part_is_reported_and_stays_pending(made, tmp_path, name, how):
-    damaged = shutil.copytree(made / "ten", tmp_path / "damaged") / "features" / name
+def test_a_damaged_part_is_reported_and_stays_pending(caches, tmp_path, name, how):
+    damaged = shutil.copytree(caches / "ten", tmp_path / "damaged") / "features" / name
     if how == "flipped":
         data = bytearray(damaged.read_bytes())
         data[10] ^= 4
@@ -336,8 +336,8 @@ def test_a_damaged_part_is_reported_and_stays_pending(made, tmp_path, name, how)
             merge([tmp_path / "damaged"], tmp_path / "linked")
 
 
-def test_sources_with_other_images_are_refused(made, tmp_path):
-    ten = FeatureCache.open(made / "ten")
+def test_sources_with_other_images_are_refused(caches, tmp_path):
+    ten = FeatureCache.open(caches / "ten")
     moved = ten.manifest.boxes_xyxy.copy()
     moved[4] += 1
     other = FeatureCache.create(tmp_path / "moved", replace(ten.manifest, boxes_xyxy=moved), SETS, PART_SIZE)
@@ -352,38 +352,38 @@ def test_sources_with_other_images_are_refused(made, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ask", "told"),
+    ("call", "message"),
     [
-        (lambda made, out: merge([made / "ten", made / "ten"], out), "10 images are in more than one of them"),
-        (lambda made, out: merge([], out), "no cache to merge was given"),
-        (lambda made, out: subset(made / "ten", out, [1, 10]), "there is no row 10: this cache has rows 0 to 9"),
-        (lambda made, out: subset(made / "ten", out, [1, 1]), r"image \d+ \(row 1\) is given more than once"),
-        (lambda made, out: subset(made / "ten", out, []), "holds no image"),
-        (lambda made, out: subset(made / "ten", out, [1], part_size=0), "part_size is 0, expected 1 to 65536 images"),
-        (lambda made, out: merge([made / "ten"], out, part_size=0), "part_size is 0, expected 1 to 65536 images"),
-        (lambda made, out: convert(made / "ten", out, {"sma": Encoding("int8")}), "there is no feature set 'sma'"),
-        (lambda made, out: convert(made / "ten", out, {"sam": Encoding("int4")}), "dtype is 'int4', expected one of"),
+        (lambda caches, out: merge([caches / "ten", caches / "ten"], out), "10 images are in more than one of them"),
+        (lambda caches, out: merge([], out), "no cache to merge was given"),
+        (lambda caches, out: subset(caches / "ten", out, [1, 10]), "there is no row 10: this cache has rows 0 to 9"),
+        (lambda caches, out: subset(caches / "ten", out, [1, 1]), r"image \d+ \(row 1\) is given more than once"),
+        (lambda caches, out: subset(caches / "ten", out, []), "holds no image"),
+        (lambda caches, out: subset(caches / "ten", out, [1], part_size=0), "part_size is 0, expected 1 to 65536"),
+        (lambda caches, out: merge([caches / "ten"], out, part_size=0), "part_size is 0, expected 1 to 65536"),
+        (lambda caches, out: convert(caches / "ten", out, {"sma": Encoding("int8")}), "there is no feature set 'sma'"),
+        (lambda caches, out: convert(caches / "ten", out, {"sam": Encoding("int4")}), "dtype is 'int4'"),
         (
-            lambda made, out: convert(made / "ten", out, {"sam": Encoding.parse("int8+gzip")}),
+            lambda caches, out: convert(caches / "ten", out, {"sam": Encoding.parse("int8+gzip")}),
             "one of them with [+]zstd",
         ),
     ],
 )
-def test_bad_arguments_are_refused_in_one_line_before_anything_is_written(made, tmp_path, ask, told):
-    with pytest.raises(InputError, match=told) as refused:
-        ask(made, tmp_path / "out")
+def test_bad_arguments_are_refused_in_one_line_before_anything_is_written(caches, tmp_path, call, message):
+    with pytest.raises(InputError, match=message) as refused:
+        call(caches, tmp_path / "out")
     assert "\n" not in str(refused.value)
     assert not (tmp_path / "out").exists()
 
 
-def test_statistics_need_features(made, tmp_path):
-    FeatureCache.create(tmp_path / "empty", FeatureCache.open(made / "ten").manifest, [MAPS], PART_SIZE)
+def test_statistics_need_features(caches, tmp_path):
+    FeatureCache.create(tmp_path / "empty", FeatureCache.open(caches / "ten").manifest, [MAPS], PART_SIZE)
     with pytest.raises(InputError, match="has no features of clip yet"):
         convert(tmp_path / "empty", tmp_path / "int8", {"clip": Encoding("int8")})
 
 
-def test_a_part_claimed_by_another_run_is_skipped(made, tmp_path):
-    ten = FeatureCache.open(made / "ten")
+def test_a_part_claimed_by_another_run_is_skipped(caches, tmp_path):
+    ten = FeatureCache.open(caches / "ten")
     out = FeatureCache.create(tmp_path / "out", ten.manifest, SETS, PART_SIZE)
     with Claims(out.storage) as other:
         assert other.claim(1)
@@ -392,8 +392,8 @@ def test_a_part_claimed_by_another_run_is_skipped(made, tmp_path):
 
 
 @pytest.mark.parametrize("link", [True, False])
-def test_a_part_that_was_taken_over_is_not_published(made, tmp_path, link):
-    ten = FeatureCache.open(made / "ten")
+def test_a_part_that_was_taken_over_is_not_published(caches, tmp_path, link):
+    ten = FeatureCache.open(caches / "ten")
     out = FeatureCache.create(tmp_path / "out", ten.manifest, SETS, PART_SIZE)
 
     def taken_over():
@@ -415,9 +415,9 @@ def test_encoded_features_of_another_shape_are_refused(tmp_path, codes):
         cache.write_part(0, [ImageFeatures(0, {"clip": too_much})])
 
 
-def test_runs_killed_at_random_moments_resume_to_the_same_bytes(made, tmp_path):
-    merge([made / "ten", made / "five"], tmp_path / "undisturbed", part_size=3)
-    whole = Manifest.concatenate([FeatureCache.open(made / name).manifest for name in ("ten", "five")])
+def test_runs_killed_at_random_moments_resume_to_the_same_bytes(caches, tmp_path):
+    merge([caches / "ten", caches / "five"], tmp_path / "undisturbed", part_size=3)
+    whole = Manifest.concatenate([FeatureCache.open(caches / name).manifest for name in ("ten", "five")])
     FeatureCache.create(tmp_path / "killed", whole, SETS, part_size=3)
     rng, kills = random.Random(0), 0
     while kills < 6:
@@ -428,7 +428,7 @@ def test_runs_killed_at_random_moments_resume_to_the_same_bytes(made, tmp_path):
                 left = [call]
                 for name in ("link", "replace", "rename", "fsync", "write", "unlink"):
                     setattr(os, name, dying(getattr(os, name), left))
-                merge([made / "ten", made / "five"], tmp_path / "killed", part_size=3)
+                merge([caches / "ten", caches / "five"], tmp_path / "killed", part_size=3)
                 os._exit(0)
             finally:
                 os._exit(1)
@@ -438,7 +438,7 @@ def test_runs_killed_at_random_moments_resume_to_the_same_bytes(made, tmp_path):
         if not os.WIFSIGNALED(status):
             break
     assert kills > 2
-    merge([made / "ten", made / "five"], tmp_path / "killed", part_size=3)
+    merge([caches / "ten", caches / "five"], tmp_path / "killed", part_size=3)
     FeatureCache.open(tmp_path / "killed", "a")  # removes what the killed ones left
     assert differing(tmp_path / "killed", tmp_path / "undisturbed") == set()
 

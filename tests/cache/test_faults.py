@@ -27,7 +27,7 @@ NOBODY = 65534
 
 
 class Armed:
-    """Counts images and calls; `due()` says of each call whether the fault strikes: from one on, or that one only."""
+    """Counts images and calls; `due()` tells at each call whether the fault strikes: from one call on, or at that one only."""
 
     def __init__(self, rng, lasting):
         self.images, self.calls, self.lasting = rng.randrange(10), rng.randrange(8), lasting
@@ -154,9 +154,9 @@ FAULTS = {
 GOES_THROUGH = {"short writes", "clock going back", "partial files of another host"}
 
 
-def told_by(run):
-    """What a run in a process of its own said when it was refused; "" when it went through."""
-    told, tell = os.pipe()
+def error_of(run):
+    """The error message of a run in another process; "" if it succeeded."""
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if not pid:
         code = 1
@@ -164,23 +164,23 @@ def told_by(run):
             run()
             code = 0
         except CacheError as error:
-            os.write(tell, str(error).encode())
+            os.write(write_end, str(error).encode())
             code = 2
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
-    os.close(tell)
-    with os.fdopen(told) as pipe:
-        said = pipe.read()
+    os.close(write_end)
+    with os.fdopen(read_end) as pipe:
+        message = pipe.read()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert code in (0, 2), "the run ended with something else than one clear line"
-    return said
+    return message
 
 
-def require_safe(small, small_folder, path, said):
+def require_safe(small, small_folder, path, message):
     """What was committed is sound, and going on ends with the right bytes."""
-    assert "\n" not in said
+    assert "\n" not in message
     if path.exists():
         report = verify(path)
         assert report.sound, report.text()
@@ -202,21 +202,21 @@ def stress(small, small_folder, tmp_path, name, seed, runs):
             finally:
                 os.write = real_write  # for what the run has to say
 
-        said = told_by(run)
+        message = error_of(run)
         if Path(f"{path}.away").exists():
             shutil.rmtree(path, ignore_errors=True)
             Path(f"{path}.away").rename(path)
         restore_permission(path)
         if not (path / "zarr.json").exists():
             shutil.rmtree(path, ignore_errors=True)  # removed while a run was writing into it, so not quite
-        require_safe(small, small_folder, path, said)
-        counts["refused" if said else "went through"] += 1
+        require_safe(small, small_folder, path, message)
+        counts["refused" if message else "went through"] += 1
     return counts
 
 
 def restore_permission(path):
-    for each in (path, *path.rglob("*")) if path.exists() else ():
-        each.chmod(0o755 if each.is_dir() else 0o644)
+    for entry in (path, *path.rglob("*")) if path.exists() else ():
+        entry.chmod(0o755 if entry.is_dir() else 0o644)
 
 
 @pytest.mark.parametrize("name", FAULTS)
@@ -256,7 +256,7 @@ def test_a_full_disk_loses_nothing(small, small_folder, disk):
         path = shutil.copytree(small_folder / "empty", disk / f"{free_pages}.zarr")
         now = os.statvfs(disk)
         resize(disk, (now.f_blocks - now.f_bfree + free_pages) * now.f_frsize)
-        said = told_by(lambda path=path: small.extract(path))
-        assert "No space left on device" in said
+        message = error_of(lambda path=path: small.extract(path))
+        assert "No space left on device" in message
         resize(disk, "16m")
-        require_safe(small, small_folder, path, said)
+        require_safe(small, small_folder, path, message)

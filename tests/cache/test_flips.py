@@ -27,8 +27,8 @@ def equal(a, b):
 
 
 def require_equal(a, b):
-    for each in [each for each in fields(a) if not each.name.startswith("_")]:
-        assert equal(getattr(a, each.name), getattr(b, each.name)), f"{each.name} is wrong"
+    for field in [field for field in fields(a) if not field.name.startswith("_")]:
+        assert equal(getattr(a, field.name), getattr(b, field.name)), f"{field.name} is wrong"
 
 
 def opened(path):
@@ -151,11 +151,11 @@ def stress_one_file(folder, tmp_path, seed, damages):
         opened, refused = right.require_nothing_wrong(path)
         counts["refused to open" if not opened else "refused some reads" if refused else "read right"] += 1
         try:
-            found = not verify(path).sound
+            detected = not verify(path).sound
         except CacheError:
-            found = True
-        assert found or not refused
-        counts[f"{how} in one file, {'found' if found else 'in what only other programs read'}"] += 1
+            detected = True
+        assert detected or not refused
+        counts[f"{how} in one file, {'found' if detected else 'in what only other programs read'}"] += 1
     return counts
 
 

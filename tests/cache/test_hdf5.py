@@ -68,7 +68,7 @@ SETS = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def caches(tmp_path_factory) -> Path:
     """`a.zarr`, nine images in three parts, one of which failed; the last part of two sets is not written. `a.h5`."""
     folder = tmp_path_factory.mktemp("hdf5")
     cache = FeatureCache.create(folder / "a.zarr", MANIFEST, SETS, part_size=4)
@@ -77,23 +77,23 @@ def made(tmp_path_factory) -> Path:
             ImageFeatures(row, {}, "is empty")
             if row == 2
             else ImageFeatures(
-                row, {each.name: maps_of(row) if each.kind == "map" else tokens_of(row, COUNTS[row]) for each in SETS}
+                row, {one.name: maps_of(row) if one.kind == "map" else tokens_of(row, COUNTS[row]) for one in SETS}
             )
             for row in cache.part_rows(part)
         ]
-        cache.write_part(part, images, [each.name for each in SETS][: 3 if part == 2 else None], worker="here")
+        cache.write_part(part, images, [one.name for one in SETS][: 3 if part == 2 else None], worker="here")
     export_hdf5(cache, folder / "a.h5")
     return folder
 
 
 @pytest.fixture
-def zarr(made) -> FeatureCache:
-    return FeatureCache.open(made / "a.zarr")
+def zarr(caches) -> FeatureCache:
+    return FeatureCache.open(caches / "a.zarr")
 
 
 @pytest.fixture
-def h5(made) -> FeatureCache:
-    return FeatureCache.open(made / "a.h5")
+def h5(caches) -> FeatureCache:
+    return FeatureCache.open(caches / "a.h5")
 
 
 def files_under(folder: Path) -> dict[str, bytes]:
@@ -131,14 +131,14 @@ def test_failed_and_pending_images_keep_their_state(h5):
         h5.read([8], map_set="clip", token_set="sam")
 
 
-def test_import_restores_the_folder_byte_for_byte(made, tmp_path):
-    import_hdf5(made / "a.h5", tmp_path / "b.zarr")
-    assert files_under(tmp_path / "b.zarr") == files_under(made / "a.zarr")
+def test_import_restores_the_folder_byte_for_byte(caches, tmp_path):
+    import_hdf5(caches / "a.h5", tmp_path / "b.zarr")
+    assert files_under(tmp_path / "b.zarr") == files_under(caches / "a.zarr")
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_it_presents_every_file_of_the_folder(made, h5):
-    for name, data in files_under(made / "a.zarr").items():
+def test_it_presents_every_file_of_the_folder(caches, h5):
+    for name, data in files_under(caches / "a.zarr").items():
         assert h5.storage.read(name) == data
         middle = bytearray(len(data) // 2)
         h5.storage.read_into(name, len(data) // 4, memoryview(middle))
@@ -157,8 +157,8 @@ def test_loader_dask_and_verify_work_on_it(zarr, h5):
     assert not verify(h5).problems
 
 
-def test_any_hdf5_tool_reads_features_manifest_and_provenance(made, zarr):
-    with h5py.File(made / "a.h5") as file:
+def test_any_hdf5_tool_reads_features_manifest_and_provenance(caches, zarr):
+    with h5py.File(caches / "a.h5") as file:
         np.testing.assert_array_equal(file["features/clip/feature_map"][5], maps_of(5).astype(np.float16))
         np.testing.assert_array_equal(file["features/sam/token"][1, :130], tokens_of(4, 130).astype(np.float16))
         assert file["features/clip/feature_map"].chunks == (1, *SHAPE)
@@ -169,8 +169,8 @@ def test_any_hdf5_tool_reads_features_manifest_and_provenance(made, zarr):
         assert file["features/small/feature_map"].attrs["regionspot_dtype"] == "int8"
 
 
-def test_records_are_adjacent(made):
-    cache = FeatureCache.open(made / "a.h5")
+def test_records_are_adjacent(caches):
+    cache = FeatureCache.open(caches / "a.h5")
     cache.read([0, 3], map_set="clip", token_set="sam")
     shard = cache.storage._shards("features/clip/feature_map/c.0.0.0")
     assert len(shard.offsets) == 1
@@ -188,23 +188,23 @@ def first_numbers(cache: FeatureCache, row: int) -> float:
     return float(cache.read([row], map_set="clip", token_set="sam").feature_map[0, 0, 0])
 
 
-def test_it_is_read_only(made, tmp_path):
-    before = (made / "a.h5").read_bytes()
+def test_it_is_read_only(caches, tmp_path):
+    before = (caches / "a.h5").read_bytes()
     with pytest.raises(CacheError, match="is read-only; convert it to a folder with `regionspot cache import`"):
-        FeatureCache.open(made / "a.h5", "a")
+        FeatureCache.open(caches / "a.h5", "a")
     with pytest.raises(CacheError, match="regionspot cache import"):
         FeatureCache.create(tmp_path / "new.h5", make_manifest([1]), SETS)
-    assert (made / "a.h5").read_bytes() == before
+    assert (caches / "a.h5").read_bytes() == before
     assert not (tmp_path / "new.h5").exists()
 
 
 @pytest.mark.parametrize("share", [0, 0.001, 0.3, 0.9, 0.9999])
-def test_a_truncated_file_is_reported_in_one_line(made, tmp_path, share):
-    data = (made / "a.h5").read_bytes()
+def test_a_truncated_file_is_reported_in_one_line(caches, tmp_path, share):
+    data = (caches / "a.h5").read_bytes()
     (tmp_path / "cut.h5").write_bytes(data[: int(share * len(data))])
-    with pytest.raises(NotACacheError, match=r"cut\.h5: is (truncated|not an HDF5 file|damaged)") as told:
+    with pytest.raises(NotACacheError, match=r"cut\.h5: is (truncated|not an HDF5 file|damaged)") as error:
         FeatureCache.open(tmp_path / "cut.h5")
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
 def test_another_hdf5_file_and_a_missing_one_have_different_errors(tmp_path):
@@ -219,8 +219,8 @@ def test_another_hdf5_file_and_a_missing_one_have_different_errors(tmp_path):
         FeatureCache.open(tmp_path / "text.h5")
 
 
-def test_another_format_version_is_refused(made, tmp_path):
-    shutil.copy(made / "a.h5", tmp_path / "b.h5")
+def test_another_format_version_is_refused(caches, tmp_path):
+    shutil.copy(caches / "a.h5", tmp_path / "b.h5")
     with h5py.File(tmp_path / "b.h5", "a") as file:
         file.attrs["regionspot_hdf5"] = 2
     with pytest.raises(NotACacheError, match="has format version 2, not 1"):
@@ -232,11 +232,11 @@ def manifest_for_others(path: Path) -> list:
         return [file[name][:].tolist() for name in ("images/id", "images/path", "regions/box", "regions/category")]
 
 
-def test_a_flipped_bit_is_found_or_harmless(made, zarr, tmp_path):
+def test_a_flipped_bit_is_found_or_harmless(caches, zarr, tmp_path):
     """HDF5 keeps room that nobody uses; everything else is under a checksum of ours or of HDF5's own."""
-    data = bytearray((made / "a.h5").read_bytes())
-    path, rng, found = tmp_path / "flipped.h5", random.Random(1), 0
-    whole, rows = manifest_for_others(made / "a.h5"), zarr.valid_rows(["clip", "sam"])
+    data = bytearray((caches / "a.h5").read_bytes())
+    path, rng, detected = tmp_path / "flipped.h5", random.Random(1), 0
+    whole, rows = manifest_for_others(caches / "a.h5"), zarr.valid_rows(["clip", "sam"])
     for _ in range(40):
         at, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
         data[at] ^= bit
@@ -246,18 +246,18 @@ def test_a_flipped_bit_is_found_or_harmless(made, zarr, tmp_path):
             cache = FeatureCache.open(path)
             harmed = bool(verify(cache).problems) or manifest_for_others(path) != whole
         except (CacheError, OSError):
-            found += 1
+            detected += 1
             continue
         if harmed:
-            found += 1
+            detected += 1
             assert verify(cache).problems, f"byte {at} of {len(data)} told nobody"
         else:
             require_same(cache, zarr, rows, map_set="clip", token_set="sam")
-    assert found > 15
+    assert detected > 15
 
 
-def test_the_error_of_a_damaged_file_says_copy_it_again_not_repair(made, tmp_path):
-    whole = export_hdf5(FeatureCache.open(made / "a.zarr"), tmp_path / "whole.h5")
+def test_the_error_of_a_damaged_file_says_copy_it_again_not_repair(caches, tmp_path):
+    whole = export_hdf5(FeatureCache.open(caches / "a.zarr"), tmp_path / "whole.h5")
     right, data = FeatureCache.open(whole), whole.read_bytes()
     stored = right.storage.read(shard_file(right.feature_sets["clip"], 1))[:64]
     assert data.count(stored) == 1
@@ -270,8 +270,8 @@ def test_the_error_of_a_damaged_file_says_copy_it_again_not_repair(made, tmp_pat
     assert (problem.part, problem.fix) == (1, "restore")
 
 
-def test_a_damaged_part_is_not_exported(made, tmp_path):
-    copy = shutil.copytree(made / "a.zarr", tmp_path / "a.zarr")
+def test_a_damaged_part_is_not_exported(caches, tmp_path):
+    copy = shutil.copytree(caches / "a.zarr", tmp_path / "a.zarr")
     shard = bytearray((copy / "features/clip/feature_map/c.1.0.0").read_bytes())
     shard[20] ^= 1
     (copy / "features/clip/feature_map/c.1.0.0").write_bytes(shard)
@@ -280,8 +280,8 @@ def test_a_damaged_part_is_not_exported(made, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.zarr"]
 
 
-def test_a_damaged_record_is_not_imported(made, tmp_path):
-    data = bytearray((made / "a.h5").read_bytes())
+def test_a_damaged_record_is_not_imported(caches, tmp_path):
+    data = bytearray((caches / "a.h5").read_bytes())
     place = data.index(maps_of(5).astype("<f2").tobytes())
     data[place + 3] ^= 4
     (tmp_path / "b.h5").write_bytes(data)
@@ -292,13 +292,13 @@ def test_a_damaged_record_is_not_imported(made, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["b.h5"]
 
 
-def test_existing_files_are_not_replaced(made, zarr, tmp_path):
+def test_existing_files_are_not_replaced(caches, zarr, tmp_path):
     (tmp_path / "b.h5").write_text("mine")
     (tmp_path / "b.zarr").mkdir()
     with pytest.raises(CacheError, match="exists already"):
         export_hdf5(zarr, tmp_path / "b.h5")
     with pytest.raises(CacheError, match="exists already"):
-        import_hdf5(made / "a.h5", tmp_path / "b.zarr")
+        import_hdf5(caches / "a.h5", tmp_path / "b.zarr")
     with pytest.raises(InputError, match=r"ends in \.h5"):
         export_hdf5(zarr, tmp_path / "b.hdf")
 
@@ -319,16 +319,16 @@ def export_until_killed(source, out, parts):
 
 
 @pytest.mark.parametrize("parts", [0, 5])
-def test_a_killed_export_leaves_no_file_and_the_next_one_cleans_up(made, tmp_path, parts):
-    child = get_context("fork").Process(target=export_until_killed, args=(made / "a.zarr", tmp_path / "b.h5", parts))
+def test_a_killed_export_leaves_no_file_and_the_next_one_cleans_up(caches, tmp_path, parts):
+    child = get_context("fork").Process(target=export_until_killed, args=(caches / "a.zarr", tmp_path / "b.h5", parts))
     child.start()
     child.join()
     assert child.exitcode == -signal.SIGKILL
     assert not (tmp_path / "b.h5").exists()
     assert len(list(tmp_path.glob("b.h5.*.partial"))) == 1
-    export_hdf5(FeatureCache.open(made / "a.zarr"), tmp_path / "b.h5")
+    export_hdf5(FeatureCache.open(caches / "a.zarr"), tmp_path / "b.h5")
     assert [path.name for path in tmp_path.iterdir()] == ["b.h5"]
-    assert (tmp_path / "b.h5").stat().st_size == (made / "a.h5").stat().st_size
+    assert (tmp_path / "b.h5").stat().st_size == (caches / "a.h5").stat().st_size
 
 
 def test_memory_does_not_grow_with_the_part(tmp_path):

@@ -87,11 +87,11 @@ class Trap:
 def refused(files, address, caplog, *, allow_missing=False) -> tuple[str, list[str]]:
     """The one line that stops the import and those logged before it; the cache must be as it was."""
     before = content(address)
-    with pytest.raises(InputError) as told:
+    with pytest.raises(InputError) as error:
         import_tokens(files, address, allow_missing)
     assert content(address) == before
-    assert "\n" not in str(told.value)
-    return str(told.value), [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+    assert "\n" not in str(error.value)
+    return str(error.value), [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_tokens_equal_those_in_the_files(files, address):
@@ -184,7 +184,7 @@ def with_report(address, **report):
 
 
 @pytest.mark.parametrize(
-    ("report", "words"),
+    ("report", "message"),
     [
         (
             {"dropped_crowd": 2, "dropped_fake": 5, "dropped_under_1_px": 1},
@@ -196,16 +196,16 @@ def with_report(address, **report):
         ({"corrected_names": 6}, "dropped no annotation, so they were made from another annotation file"),
     ],
 )
-def test_the_log_guesses_which_annotations_the_authors_kept(files, address, caplog, report, words):
+def test_the_log_guesses_which_annotations_the_authors_kept(files, address, caplog, report, message):
     with_report(address, **report)
     for name, row, classes in (("10", 0, [7, 3, 7]), ("12", 2, [3, 3, 0, 3, 99]), ("p5", 5, [3, 7, 7, 7, 7])):
         tokens = np.resize(tokens_of(row), (len(classes), 1, 256))
         save(files / f"{name}.pth", tokens, classes)
     with caplog.at_level("WARNING"):
         assert import_tokens(files, address).differing == 3
-    told = [record.getMessage() for record in caplog.records]
-    assert words in told[-1]
-    assert f"{files / '10.pth'}: has 3 tokens, image 10 (row 0) has 2 regions: 1 cup more" in told
+    messages = [record.getMessage() for record in caplog.records]
+    assert message in messages[-1]
+    assert f"{files / '10.pth'}: has 3 tokens, image 10 (row 0) has 2 regions: 1 cup more" in messages
 
 
 def test_if_more_files_differ_than_match_nothing_is_written(files, address, caplog):
@@ -235,12 +235,12 @@ def test_pickled_code_is_never_executed(files, address, caplog, tmp_path):
     torch.save({"mask_tokens": tokens_of(3), "classes": Trap(tmp_path / "ran")}, files / "14.pth")
     line, named = refused(files, address, caplog)
     assert "2 are missing or unusable" in line
-    assert all("its code is never executed" in each for each in named)
+    assert all("its code is never executed" in message for message in named)
     assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(
-    ("wrong", "words"),
+    ("wrong", "message"),
     [
         ({"tokens": torch.zeros(1, 1, 256)}, "has no mask_tokens"),
         ([1, 2, 3], "has no mask_tokens"),
@@ -249,9 +249,9 @@ def test_pickled_code_is_never_executed(files, address, caplog, tmp_path):
         ({"mask_tokens": "many", "classes": [7]}, "has no mask_tokens"),
     ],
 )
-def test_a_file_with_other_content_is_refused(tmp_path, wrong, words):
+def test_a_file_with_other_content_is_refused(tmp_path, wrong, message):
     torch.save(wrong, tmp_path / "1.pth")
-    with pytest.raises(InputError, match=words):
+    with pytest.raises(InputError, match=message):
         read_token_file(tmp_path / "1.pth")
 
 

@@ -1,4 +1,4 @@
-"""What a cache says of itself, in words, in JSON and a line an image."""
+"""The description of a cache as text and JSON, and the list of its images."""
 
 import json
 import shutil
@@ -82,7 +82,7 @@ def test_an_image_that_failed_in_two_sets_counts_once(cache):
 
 def test_the_text_describes_the_cache(cache):
     text = describe_cache(cache).text()
-    for words in (
+    for expected in (
         f"{cache.path}: lvis val",
         "7 in 3 parts of 3",
         "lvis_v1_val.json (c0ffeec0ffee)",
@@ -96,7 +96,7 @@ def test_the_text_describes_the_cache(cache):
         "gpu1:7 (2)",
         "2 of 7 images could not be read:\n  2  has N bytes too few",
     ):
-        assert words in text
+        assert expected in text
     assert "crowd" not in text
     assert max(map(len, text.splitlines())) < 160
 
@@ -111,11 +111,11 @@ def test_a_smaller_encoding_shows_its_ratio_to_float16(cache, tmp_path):
 
 
 def test_the_json_has_all_fields(cache):
-    words = json.loads(json.dumps(describe_cache(cache).as_json()))
-    assert (words["schema"], words["pictures"], words["failed"]) == (1, 7, 2)
-    assert [each["name"] for each in words["feature_sets"]] == ["clip", "sam"]
-    assert words["feature_sets"][0]["provenance"]["weights_sha256"] == "ab" * 32
-    assert (words["rate"], words["last_run"]) == (0, None)
+    document = json.loads(json.dumps(describe_cache(cache).as_json()))
+    assert (document["schema"], document["pictures"], document["failed"]) == (1, 7, 2)
+    assert [one["name"] for one in document["feature_sets"]] == ["clip", "sam"]
+    assert document["feature_sets"][0]["provenance"]["weights_sha256"] == "ab" * 32
+    assert (document["rate"], document["last_run"]) == (0, None)
 
 
 def ran(cache, started, images, seconds):
@@ -132,8 +132,8 @@ def test_the_rate_is_that_of_the_last_run(cache):
     cache.storage.write("runs/notes.json", b"[]")
     info = describe_cache(cache)
     assert info.rate == 2
-    words = info.as_json()
-    assert (words["rate"], [each["rate"] for each in words["feature_sets"]]) == (2, [2, 0])
+    document = info.as_json()
+    assert (document["rate"], [one["rate"] for one in document["feature_sets"]]) == (2, [2, 0])
     assert "last run    3 images in 2s, 2 images/s; by gpu1:7, started 2026-01-03 03:04 UTC" in info.text()
     assert "2 of 3; 1 pending, 2s at the last run's rate" in info.text()
 

@@ -70,7 +70,7 @@ def bucket(s3):
 
 
 @pytest.fixture
-def asked(monkeypatch):
+def read_counts(monkeypatch):
     """How often each file was read from a store, by name, in this process."""
     counts = Counter()
     for method in ("read", "read_range"):
@@ -93,14 +93,14 @@ def opened(address, folder, limit=PLENTY):
     return FeatureCache.open(with_local_mirror(open_storage(address), folder, limit))
 
 
-def test_a_second_epoch_and_a_reopened_cache_read_nothing_from_the_store(address, tmp_path, asked):
+def test_a_second_epoch_and_a_reopened_cache_read_nothing_from_the_store(address, tmp_path, read_counts):
     for _ in range(2):
         cache = opened(address, tmp_path)
         assert cache.valid_rows().tolist() == [0, 1, 2, 3]
         require_maps(cache, [0, 0])
         require_maps(cache, [0, 0])
-    assert asked[SHARD.format(0)] == asked[SHARD.format(1)] == 1
-    assert asked["parts/clip/00000.json"] == asked["images/id/c.0"] == asked["zarr.json"] == 1
+    assert read_counts[SHARD.format(0)] == read_counts[SHARD.format(1)] == 1
+    assert read_counts["parts/clip/00000.json"] == read_counts["images/id/c.0"] == read_counts["zarr.json"] == 1
 
 
 def test_a_file_replaced_in_the_store_is_downloaded_again(address, tmp_path):
@@ -159,7 +159,7 @@ def test_the_least_recently_used_shard_of_all_caches_is_evicted_first(bucket, s3
     for path in mine:  # of somebody who keeps more than copies in this folder
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(bytes(3000))
-    copy, other_copy = (with_local_mirror(each, tmp_path, 2500) for each in (bucket, other))
+    copy, other_copy = (with_local_mirror(storage, tmp_path, 2500) for storage in (bucket, other))
     for number in (0, 1, 0):
         assert copy.local_path(SHARD.format(number)).read_bytes() == bytes([number]) * 1000
     assert other_copy.local_path(SHARD.format(9)).read_bytes() == b"9" * 1000
@@ -314,19 +314,19 @@ def test_a_full_disk_warns_once_and_the_rest_is_read_from_the_store(address, tmp
             assert cache.storage.read("features/clip/crc32c/c.1")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
-    told = [record.getMessage() for record in caplog.records if record.name == "regionspot.cache.storage.local_mirror"]
-    assert len(told) == 1
-    assert "no more local copies: File too large; the rest is read from s3://" in told[0]
+    messages = [record.getMessage() for record in caplog.records if record.name.endswith("local_mirror")]
+    assert len(messages) == 1
+    assert "no more local copies: File too large; the rest is read from s3://" in messages[0]
     assert shards_in(tmp_path) == ["c.0.0.0"]
     assert list(tmp_path.rglob("*.partial")) == []
 
 
-def test_a_pickled_storage_uses_the_same_folder(address, tmp_path, asked):
+def test_a_pickled_storage_uses_the_same_folder(address, tmp_path, read_counts):
     cache = opened(address, tmp_path)
     require_maps(cache, [0, 0])
     storage = pickle.loads(pickle.dumps(cache.storage))
     require_maps(FeatureCache.open(storage), [0, 0])
-    assert asked[SHARD.format(0)] == 1
+    assert read_counts[SHARD.format(0)] == 1
 
 
 def test_claims_are_never_copied(bucket, tmp_path):

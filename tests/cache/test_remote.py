@@ -61,7 +61,7 @@ def local(tmp_path_factory):
 
 @pytest.fixture(params=["s3", "memory"])
 def address(request, s3):
-    """Address of no cache yet, in each kind of store that can be written."""
+    """Address without a cache, in each kind of writable store."""
     return f"{s3}/deep/toy.zarr" if request.param == "s3" else f"memory://{s3[5:]}/toy.zarr"
 
 
@@ -84,10 +84,10 @@ def test_a_remote_cache_has_the_same_files_and_features_as_a_local_one(address, 
     assert remote.valid_rows().tolist() == VALID
     assert remote.failures() == local.failures()
     np.testing.assert_array_equal(remote.manifest.boxes_xyxy, MANIFEST.boxes_xyxy)
-    found, expected = files_of(remote.storage), files_of(local.storage)
-    assert found.keys() == expected.keys()
+    actual, expected = files_of(remote.storage), files_of(local.storage)
+    assert actual.keys() == expected.keys()
     timed = re.compile(r"^parts/.*json$")  # a record tells how many seconds its part took
-    assert [name for name in found if not timed.match(name) and found[name] != expected[name]] == []
+    assert [name for name in actual if not timed.match(name) and actual[name] != expected[name]] == []
 
 
 def test_zarr_python_reads_a_remote_cache(address, local):
@@ -221,7 +221,7 @@ def test_a_writer_killed_inside_a_part_leaves_nothing_and_the_next_run_resumes(s
 
 
 def test_of_two_concurrent_creates_one_wins_and_the_other_raises(s3):
-    start, won, told = threading.Barrier(2), [], []
+    start, won, errors = threading.Barrier(2), [], []
 
     def create(split):
         start.wait()
@@ -229,15 +229,15 @@ def test_of_two_concurrent_creates_one_wins_and_the_other_raises(s3):
             FeatureCache.create(f"{s3}/toy.zarr", make_manifest([1, 2], split=split), [MAPS], part_size=2)
             won.append(split)
         except CacheError as error:
-            told.append(str(error))
+            errors.append(str(error))
 
     threads = [threading.Thread(target=create, args=(split,)) for split in ("train", "val")]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert (len(won), len(told)) == (1, 1)
-    assert "\n" not in told[0]
+    assert (len(won), len(errors)) == (1, 1)
+    assert "\n" not in errors[0]
     assert FeatureCache.open(f"{s3}/toy.zarr").manifest.split == won[0]
 
 
@@ -270,7 +270,7 @@ class FlakyProxy:
     """Passes requests on to a server, but for those that `plan` says otherwise about, by their number from 0."""
 
     def __init__(self, port, plan):
-        self.target, self.plan, self.asked = port, plan, 0
+        self.target, self.plan, self.requests = port, plan, 0
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.port = self.socket.getsockname()[1]
         threading.Thread(target=self._accept, daemon=True).start()
@@ -279,7 +279,7 @@ class FlakyProxy:
         with contextlib.suppress(OSError):
             while True:
                 client = self.socket.accept()[0]
-                number, self.asked = self.asked, self.asked + 1
+                number, self.requests = self.requests, self.requests + 1
                 threading.Thread(target=self._serve, args=(client, self.plan(number)), daemon=True).start()
 
     def _serve(self, client, what):
@@ -318,7 +318,7 @@ class FlakyProxy:
 
 @pytest.fixture
 def behind(s3, s3_server, monkeypatch):
-    """`behind(plan)`: from now on the server is asked through a proxy with this plan."""
+    """`behind(plan)`: from now on requests go through a proxy with this plan."""
     proxies = []
 
     def start(plan):
@@ -337,10 +337,10 @@ def test_a_flaky_store_only_takes_longer(s3, behind, local, caplog):
     with caplog.at_level(logging.WARNING):
         cache = fill(created(f"{s3}/toy.zarr"))
         assert digest(FeatureCache.open(cache.path).read(VALID)) == digest(local.read(VALID))
-    assert proxy.asked > 60
-    told = [record.getMessage() for record in caplog.records]
-    assert any(re.search(r"answers 503 .*; retry in 0\.\d s", line) for line in told)
-    assert any("closed the connection" in line for line in told)
+    assert proxy.requests > 60
+    messages = [record.getMessage() for record in caplog.records]
+    assert any(re.search(r"answers 503 .*; retry in 0\.\d s", line) for line in messages)
+    assert any("closed the connection" in line for line in messages)
 
 
 def test_a_store_that_is_down_for_a_while_is_retried(s3, behind):
@@ -391,9 +391,9 @@ def test_an_unreachable_server_raises_one_line_in_bounded_time(s3, monkeypatch):
     ):
         with pytest.raises((CacheError, OSError)) as caught:
             work()
-        told = getattr(caught.value, "strerror", None) or str(caught.value)
-        assert re.search(rf"127\.0\.0\.1:{port} refuses the connection, after \d+ tries in \d+ s", told)
-        assert "\n" not in told
+        message = getattr(caught.value, "strerror", None) or str(caught.value)
+        assert re.search(rf"127\.0\.0\.1:{port} refuses the connection, after \d+ tries in \d+ s", message)
+        assert "\n" not in message
     file = open_storage(cache.path).create("features/x")
     file.write(b"1")
     with pytest.raises(OSError, match=f"127.0.0.1:{port} cannot be reached"):
@@ -474,16 +474,16 @@ def test_a_public_file_is_read_without_keys(s3, s3_server, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("address", "told"),
+    ("address", "message"),
     [
         ("zzz://bucket/toy.zarr", "no installed library supports zzz://"),
         ("s3://", "is not a store's address"),
         ("az://container/toy.zarr", "Account must be specified"),
     ],
 )
-def test_an_invalid_address_is_refused_in_one_line(address, told, monkeypatch):
+def test_an_invalid_address_is_refused_in_one_line(address, message, monkeypatch):
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME", raising=False)
-    with pytest.raises(InputError, match=told) as caught:
+    with pytest.raises(InputError, match=message) as caught:
         open_storage(address)
     assert "\n" not in str(caught.value)
 
@@ -504,12 +504,12 @@ class _Ranges(SimpleHTTPRequestHandler):
     """A web server's way with byte ranges, which Python's own lacks."""
 
     def do_GET(self):
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-        if asked is None:
+        byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if byte_range is None:
             return super().do_GET()
         with open(self.translate_path(self.path), "rb") as file:
             data = file.read()
-        first, last = int(asked[1]), min(int(asked[2]), len(data) - 1)
+        first, last = int(byte_range[1]), min(int(byte_range[2]), len(data) - 1)
         self.send_response(206)
         self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
         self.send_header("Content-Length", str(last + 1 - first))

@@ -33,7 +33,7 @@ def test_a_damaged_part_is_dropped_and_the_next_extract_writes_it_again(full, sm
     change_byte(full / "features/sam-int8/scale/c.2.0", -1)
     before = small.content(full)
     summary = repair(full, verify(full))
-    assert [(each.feature_set, each.part) for each in summary.dropped] == [("clip", 1), ("sam-int8", 2)]
+    assert [(problem.feature_set, problem.part) for problem in summary.dropped] == [("clip", 1), ("sam-int8", 2)]
     assert (summary.regenerated, summary.left) == ((), ())
     left = small.content(full)
     assert before.keys() - left.keys() == {
@@ -160,7 +160,8 @@ def test_a_killed_repair_is_finished_by_the_next(full, small, small_folder):
             finally:
                 os._exit(1)
         assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-        assert {(each.feature_set, each.part) for each in verify(path).problems} <= {("clip", 1), ("sam-int8", 2)}
+        left = {(problem.feature_set, problem.part) for problem in verify(path).problems}
+        assert left <= {("clip", 1), ("sam-int8", 2)}
         repair(path, verify(path))
         assert verify(path).sound
         small.extract(path)
@@ -170,7 +171,7 @@ def test_a_killed_repair_is_finished_by_the_next(full, small, small_folder):
 def test_a_concurrent_reader_gets_the_right_bytes_or_an_error(full, small, small_folder):
     rows = [4, 5, 7]
     right = FeatureCache.open(small_folder / "full").read(rows, map_set="clip-zstd", token_set="sam")
-    told, tell = os.pipe()
+    read_end, write_end = os.pipe()
     pid = os.fork()
     if not pid:
         cache, end = FeatureCache.open(full), time.monotonic() + 20
@@ -179,24 +180,24 @@ def test_a_concurrent_reader_gets_the_right_bytes_or_an_error(full, small, small
                 try:
                     batch = cache.read(rows, map_set="clip-zstd", token_set="sam")
                     same = np.array_equal(batch.feature_map, right.feature_map)
-                    os.write(tell, b"s" if same and np.array_equal(batch.tokens, right.tokens) else b"w")
+                    os.write(write_end, b"s" if same and np.array_equal(batch.tokens, right.tokens) else b"w")
                 except CacheError:
-                    os.write(tell, b"e")
+                    os.write(write_end, b"e")
         finally:
             os._exit(1)
-    os.close(tell)
+    os.close(write_end)
     try:
-        answers = os.read(told, 1)
+        answers = os.read(read_end, 1)
         for _ in range(4):
             change_byte(full / "features/clip-zstd/feature_map/c.1.0.0")
             shutil.copyfile(full / "features/sam/crc32c/c.0.0", full / "features/sam/crc32c/c.1.0")
             assert len(repair(full, verify(full)).dropped) == 2
             small.extract(full)
-            answers += os.read(told, 1 << 16)
+            answers += os.read(read_end, 1 << 16)
     finally:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-        os.close(told)
+        os.close(read_end)
     assert set(answers) - set(b"e") == set(b"s"), "the reader was given wrong data"
 
 
@@ -210,12 +211,12 @@ def test_the_commands_report_and_repair(full, capsys, monkeypatch):
     assert regionspot("verify", full)[0] == 0
     change_byte(full / "features/clip/feature_map/c.1.0.0")
     change_byte(full / "images/id/c.0")
-    code, told = regionspot("verify", full)
+    code, output = regionspot("verify", full)
     assert code == 1
-    assert "1 of 3 records do not match" in told
-    assert "2 problems" in told
+    assert "1 of 3 records do not match" in output
+    assert "2 problems" in output
     assert regionspot("repair", full, "--dry-run")[0] == 1
-    code, told = regionspot("repair", full)
+    code, output = regionspot("repair", full)
     assert code == 1
-    assert "1 part dropped" in told
+    assert "1 part dropped" in output
     assert regionspot("verify", full.parent)[0] == 2

@@ -1,4 +1,4 @@
-"""Images chosen from a cache: by ids, by category, each so many-th; and the commands that make caches of caches."""
+"""Selecting images by ids, category or position; and the commands that derive caches from caches."""
 
 import json
 import sys
@@ -27,7 +27,7 @@ def manifest():
 
 
 @pytest.mark.parametrize(
-    ("asked", "rows"),
+    ("filters", "rows"),
     [
         ({}, [0, 1, 2, 3, 4, 5]),
         ({"ids": np.array([3, 40, -7])}, [3, 0, 1]),
@@ -39,12 +39,12 @@ def manifest():
         ({"ids": np.array([8, 3, 12]), "categories": ["moon"], "first": 1}, [4]),
     ],
 )
-def test_images_are_selected_by_ids_then_categories_then_every_nth(manifest, asked, rows):
-    assert select_rows(manifest, **asked).tolist() == rows
+def test_images_are_selected_by_ids_then_categories_then_every_nth(manifest, filters, rows):
+    assert select_rows(manifest, **filters).tolist() == rows
 
 
 @pytest.mark.parametrize(
-    ("asked", "told"),
+    ("filters", "message"),
     [
         ({"ids": np.array([3, 4, 5])}, "has no image with 2 of the 3 ids, the first is 4"),
         ({"categories": ["red stare"]}, "has no category 'red stare'; did you mean red star"),
@@ -56,21 +56,21 @@ def test_images_are_selected_by_ids_then_categories_then_every_nth(manifest, ask
         ),
     ],
 )
-def test_selections_without_an_image_are_refused(manifest, asked, told):
-    with pytest.raises(InputError, match=told):
-        select_rows(manifest, **asked)
+def test_selections_without_an_image_are_refused(manifest, filters, message):
+    with pytest.raises(InputError, match=message):
+        select_rows(manifest, **filters)
 
 
 def test_ids_are_read_from_a_file(tmp_path):
     (tmp_path / "ids.txt").write_text("12\n\n -3 \n9223372036854775807\n")
     assert read_ids(tmp_path / "ids.txt").tolist() == [12, -3, 2**63 - 1]
-    for text, told in (
+    for text, message in (
         ("1\ntwo\n", "line 2 is 'two'"),
         ("9223372036854775808", "line 1 is '922"),
         ("1.5", "line 1 is"),
     ):
         (tmp_path / "ids.txt").write_text(text)
-        with pytest.raises(InputError, match=told):
+        with pytest.raises(InputError, match=message):
             read_ids(tmp_path / "ids.txt")
     (tmp_path / "ids.txt").write_bytes(b"\xff")
     for path in (tmp_path / "ids.txt", tmp_path / "none.txt", tmp_path):
@@ -129,12 +129,12 @@ def test_the_commands_derive_caches(cache, manifest, tmp_path, regionspot):
 def annotations(folder, images):
     """A COCO-form file of so many images, the last one first, with a box each."""
     rows = range(images)[::-1]
-    words = {
+    document = {
         "images": [{"id": row, "file_name": f"{row}.jpg", "height": 40, "width": 60} for row in rows],
         "annotations": [{"id": row, "image_id": row, "category_id": 1, "bbox": [0, 0, 9, 9]} for row in rows],
         "categories": [{"id": 1, "name": "star"}],
     }
-    (folder / "file.json").write_text(json.dumps(words))
+    (folder / "file.json").write_text(json.dumps(document))
     return "coco", "--data", folder, "--annotations", folder / "file.json"
 
 
@@ -142,12 +142,12 @@ def test_a_cache_is_extended_with_the_options_of_extract(tmp_path, regionspot):
     dataset = annotations(tmp_path, 3)
     path = tmp_path / "c.zarr"
     FeatureCache.create(path, read_dataset("coco", tmp_path, annotations=tmp_path / "file.json"), [MAPS], part_size=2)
-    said = f"{path}: 2 images with 2 regions added; 0 parts are done, 3 pending: run `regionspot extract`\n"
+    output = f"{path}: 2 images with 2 regions added; 0 parts are done, 3 pending: run `regionspot extract`\n"
     assert regionspot("extend", path, *dataset, "--part-size", 2)[:2] == (
         0,
         f"{path}: no image added; 0 parts are done, 2 pending: run `regionspot extract`\n",
     )
-    assert regionspot("extend", path, *annotations(tmp_path, 5))[:2] == (0, said)
+    assert regionspot("extend", path, *annotations(tmp_path, 5))[:2] == (0, output)
     assert FeatureCache.open(path).manifest.image_ids.tolist() == [2, 1, 0, 4, 3]
     code, _, err = regionspot("extend", path, *annotations(tmp_path, 4))
     assert (code, err.count("\n")) == (2, 1)
@@ -155,7 +155,7 @@ def test_a_cache_is_extended_with_the_options_of_extract(tmp_path, regionspot):
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (("subset", "c.zarr", "out", "--category", "sun"), "has no category 'sun'"),
         (("merge", "c.zarr", "c.zarr", "--out", "out"), "6 images are in more than one of them"),
@@ -165,9 +165,9 @@ def test_a_cache_is_extended_with_the_options_of_extract(tmp_path, regionspot):
         (("copy", "none.zarr", "out"), "no such cache"),
     ],
 )
-def test_errors_of_the_commands_are_one_line(cache, tmp_path, regionspot, monkeypatch, arguments, told):
+def test_errors_of_the_commands_are_one_line(cache, tmp_path, regionspot, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     code, _, err = regionspot(*arguments)
     assert (code, err.count("\n")) == (2, 1)
-    assert told in err
+    assert message in err
     assert not (tmp_path / "out").exists()

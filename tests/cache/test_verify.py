@@ -107,7 +107,7 @@ def test_swapped_files_of_two_parts_are_found(full):
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("changes", "reason"),
     [
         ({"regions": 74}, "regions: found 74, expected 70"),
         ({"first_row": 0}, "first_row: found 0, expected 4"),
@@ -116,10 +116,10 @@ def test_swapped_files_of_two_parts_are_found(full):
         ({"files": {}}, "files: found []"),
     ],
 )
-def test_a_part_record_that_contradicts_the_manifest_is_found(full, changes, words):
+def test_a_part_record_that_contradicts_the_manifest_is_found(full, changes, reason):
     edit_record(full, "parts/clip/00001.json", **changes)
     (problem,) = verify(full).problems
-    assert words in problem.reason
+    assert reason in problem.reason
     assert problem.part == 1
 
 
@@ -231,8 +231,8 @@ def test_harmless_changes_by_zarr_tools_are_warnings(full, change, tmp_path):
     cache = FeatureCache.open(full)
     assert cache.manifest.digest() == right.manifest.digest()
     rows = right.valid_rows()
-    found, expected = (each.read(rows, map_set="clip", token_set="sam") for each in (cache, right))
-    np.testing.assert_array_equal(found.feature_map, expected.feature_map)
+    actual, expected = (cache.read(rows, map_set="clip", token_set="sam") for cache in (cache, right))
+    np.testing.assert_array_equal(actual.feature_map, expected.feature_map)
     export_hdf5(cache, tmp_path / "c.h5")
     assert len(FeatureCache.open(tmp_path / "c.h5")) == len(cache)
 
@@ -275,11 +275,11 @@ HARMFUL = {
 }
 
 
-@pytest.mark.parametrize(("name", "change", "words"), HARMFUL.values(), ids=HARMFUL)
-def test_changed_metadata_is_a_problem_in_one_line(full, small, small_folder, name, change, words):
+@pytest.mark.parametrize(("name", "change", "reason"), HARMFUL.values(), ids=HARMFUL)
+def test_changed_metadata_is_a_problem_in_one_line(full, small, small_folder, name, change, reason):
     edit_json(full / name / "zarr.json", change)
     (problem,) = verify(full).problems
-    assert words in problem.reason
+    assert reason in problem.reason
     assert (problem.path, problem.fix) == (f"{name}/zarr.json", "regenerate")
     assert len(str(problem)) < 400
     repair(full, verify(full))
@@ -336,9 +336,9 @@ def test_a_part_dropped_during_verify_is_no_problem(full, monkeypatch):
     real = LocalStorage.list_files
 
     def names_then_drop(self, folder):
-        found = real(self, folder)
+        names = real(self, folder)
         (full / "parts/clip/00001.json").unlink(missing_ok=True)
-        return found
+        return names
 
     monkeypatch.setattr(LocalStorage, "list_files", names_then_drop)
     assert verify(full).sound

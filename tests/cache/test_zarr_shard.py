@@ -178,14 +178,14 @@ def test_memory_does_not_grow_with_the_shard(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the flush at the end does it all")
 def test_write_back_starts_before_the_flush_once_per_byte(tmp_path, monkeypatch):
-    told, real = [], os.posix_fadvise
-    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *what: told.append(what) or real(fd, *what))
+    calls, real = [], os.posix_fadvise
+    monkeypatch.setattr(os, "posix_fadvise", lambda fd, *what: calls.append(what) or real(fd, *what))
     record = np.zeros(3 << 20, np.uint8)
     file = DurableFile(tmp_path / "shard")
     for _ in range(7):
         file.write(record)
     file.finish()
-    assert told == [(0, 9 << 20, os.POSIX_FADV_DONTNEED), (9 << 20, 9 << 20, os.POSIX_FADV_DONTNEED)]
+    assert calls == [(0, 9 << 20, os.POSIX_FADV_DONTNEED), (9 << 20, 9 << 20, os.POSIX_FADV_DONTNEED)]
     assert file.partial.stat().st_size == 21 << 20
 
 
