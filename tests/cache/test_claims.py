@@ -1,4 +1,4 @@
-"""Several runs on one cache: a part has one owner at a time, whoever is killed, sleeps or has a strange clock."""
+"""A part has one owner at a time, also when runs are killed or suspended or clocks are wrong."""
 
 import errno
 import faulthandler
@@ -22,25 +22,25 @@ from regionspot.cache.storage.local import LocalStorage
 from regionspot.cache.writing import claim_files, claims
 from regionspot.cache.writing.claims import Claims
 
-BEAT = 0.02  # seconds, in place of a quarter of a minute
+BEAT = 0.02  # seconds
 
 
 @pytest.fixture
 def storage(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda fd: None)  # no beat shall wait for a disk that others keep busy
+    monkeypatch.setattr(os, "fsync", lambda fd: None)  # a busy disk must not delay heartbeats
     return LocalStorage(tmp_path)
 
 
 @pytest.fixture
 def elsewhere(monkeypatch):
-    """Processes started now take themselves for those of another machine, whose processes cannot be seen here."""
+    """Processes started from now on look like those of another machine."""
     there = replace(this_process(), host="elsewhere", boot="another")
     monkeypatch.setattr(claims, "this_process", lambda: replace(there, pid=os.getpid()))
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """The clock by which runs of this process watch others; a test moves it, so that a busy machine kills nobody."""
+    """The monotonic clock of this process; only the test moves it, so a slow machine kills no run."""
     clock = SimpleNamespace(now=1000.0)
     clock.monotonic = lambda: clock.now
     monkeypatch.setattr(claims, "time", clock)
@@ -57,12 +57,12 @@ def files(storage):
 
 @contextmanager
 def child(function):
-    """Run `function(say)` in a process of its own; yields its pid and what reads the next byte that it said."""
+    """Run `function(say)` in a child process; yields its pid and a function that reads its next byte."""
     read_end, write_end = os.pipe()
     pid = os.fork()
     if not pid:
         try:
-            faulthandler.dump_traceback_later(60, exit=True)  # a child that hangs shall not hang the suite
+            faulthandler.dump_traceback_later(60, exit=True)  # a child that hangs must not block the suite
             function(lambda byte: os.write(write_end, byte))
             os._exit(0)
         finally:
@@ -78,7 +78,7 @@ def child(function):
 
 @contextmanager
 def often_switching():
-    """Threads take turns as often as they can, so that what is not safe between them shows."""
+    """Switch threads as often as possible, to expose race conditions."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
@@ -88,7 +88,7 @@ def often_switching():
 
 
 def holds_part_0(storage):
-    """For a child: claim part 0 and live until it is killed."""
+    """In a child: claim part 0 and wait to be killed."""
 
     def run(say):
         with claims_of(storage) as ours:
@@ -99,7 +99,7 @@ def holds_part_0(storage):
 
 
 def wait_for_a_beat(storage, run=None):
-    """Until a run (default: the one that holds part 0) moves its counter, which need not be there yet."""
+    """Wait for the next heartbeat of a run (default: the owner of part 0)."""
     file = f"run-{run or json.loads(storage.read('claims/00000.json'))['run']}.json"
 
     def counter():
@@ -111,7 +111,7 @@ def wait_for_a_beat(storage, run=None):
 
 
 def kill(pid):
-    """Kill a child for good; it is still there to be waited for, as where nobody does that."""
+    """Kill a child without waiting for it, so that it stays a zombie."""
     os.kill(pid, signal.SIGKILL)
     os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
 
@@ -145,14 +145,14 @@ def test_threads_of_one_run_exclude_each_other(storage, elsewhere, clock, monkey
     with claims_of(storage) as ours, claims_of(storage) as other:
         assert ours.claim(0)
         assert not ours.claim(0)
-        # Nor when its own beats do not arrive, which has other runs count it as dead.
+        # Nor when its heartbeats are lost, so that other runs think it is dead.
         wait_for_a_beat(storage, ours.run)
         monkeypatch.setattr(storage, "write", lambda name, data: None)
         for _ in range(2):
             assert not ours.claim(0)
             clock.now += claims.CLAIM_SECONDS
         assert ours.is_owned(0)
-        assert not other.claim(0)  # is seen to stand still from now on
+        assert not other.claim(0)  # its heartbeat stops from now on
         clock.now += claims.CLAIM_SECONDS
         assert other.claim(0)
         assert not ours.claim(0), "its thread has not found out yet"
@@ -202,7 +202,7 @@ def test_a_run_on_another_machine_is_dead_when_its_heartbeat_stops_and_not_befor
             clock.now += 0.6 * claims.CLAIM_SECONDS
             wait_for_a_beat(storage)
         kill(pid)
-        assert not ours.claim(0)  # the last beat is seen
+        assert not ours.claim(0)  # sees the last heartbeat
         clock.now += claims.CLAIM_SECONDS - 1
         assert not ours.claim(0)
         clock.now += 1
@@ -292,13 +292,13 @@ def test_of_many_processes_that_claim_a_part_at_once_one_gets_it(storage, claime
                 if ours.claim(part):
                     say(bytes([part]))
             say(b"\xff")
-            time.sleep(60)  # what it has it keeps
+            time.sleep(60)  # keeps its claims
 
     if claimed_by == "dead":
         dead = replace(this_process(), started=1)
         for part in parts:
             storage.write_new(f"claims/{part:05d}.json", claim_files.Claim(f"{part:x}", "dead", dead).to_json())
-        # Nobody shall tidy up before the race.
+        # No clean-up before the race.
         monkeypatch.setattr(Claims, "_sweep", lambda *_: None)
     with ExitStack() as stack:
         racers = [stack.enter_context(child(reach)) for _ in range(runs)]

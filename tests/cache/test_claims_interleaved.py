@@ -1,9 +1,8 @@
-"""Claims under every order of events that a seed thinks of: runs take turns at each single call to the store.
+"""Claims under random interleavings: runs take turns at each single call to the storage.
 
-Between two calls a run may be killed, or sleep for longer than the others wait for a beat. Not however from the
-question whether a part is still its own to the moment that it is published: that is what claims leave open, and what
-checksums are for. Nor does it sleep inside `release`, between the same question and the removal of its claim: whoever
-took the part over meanwhile would find its claim gone, and give the part up instead of publishing it.
+Between two calls a run may be killed, or suspended for longer than CLAIM_SECONDS. Not, however, between `require_owned`
+and the publication of the part, which claims do not cover and checksums are for; nor inside `release`, between the same
+check and the removal of its claim, where a run that took over would lose its claim and give the part up.
 """
 
 import random
@@ -25,11 +24,11 @@ PARTS, RUNS, AT_ONCE = range(2), 8, 3
 
 
 class Killed(BaseException):
-    """What no run catches."""
+    """Not caught by any run."""
 
 
 class InMemory(LocalStorage):
-    """Files in a dict; whoever asks for one waits for its turn."""
+    """Files in a dict; every call waits for its run's turn."""
 
     def __init__(self, world):
         super().__init__(Path("memory"))
@@ -66,7 +65,7 @@ class InMemory(LocalStorage):
 
 @dataclass
 class Run:
-    """A run: its thread, and what has befallen it. Moments are of the world's clock."""
+    """A run: its thread and its state. Times are of the world's clock."""
 
     number: int
     thread: threading.Thread
@@ -77,7 +76,7 @@ class Run:
     publishing: bool = False
     releasing: bool = False
     sleeps_until: float = 0.0
-    holds: dict[int, float] = field(default_factory=dict)  # parts, and when it reached for each
+    holds: dict[int, float] = field(default_factory=dict)  # time of the claim, by part
 
     def slept_since(self, moment):
         return self.killed or self.sleeps_until >= moment
@@ -139,7 +138,7 @@ class World:
             return
         self.require_alone(part, me, reached)
         me.holds[part] = reached
-        if part not in self.done and self.random.random() < 0.6:  # else as if an error had stopped it
+        if part not in self.done and self.random.random() < 0.6:  # else like a failed run
             for _ in range(self.random.randrange(8)):
                 self.wait_for_turn()
             me.publishing = True
@@ -160,7 +159,7 @@ class World:
                 assert not at_fault, f"runs {other.number} and {me.number} have part {part} at once, both awake"
 
     def go(self):
-        """Give turns to the runs until every part is done and every run has ended."""
+        """Schedule the runs until every part is done and every run has ended."""
         for _ in range(AT_ONCE):
             self.start()
         while alive := [run for run in self.runs if not run.ended]:
@@ -209,19 +208,19 @@ class World:
 
 
 def rounds(seeds, monkeypatch):
-    """Let runs have it out in a world of each seed; how often one took over from another."""
+    """Run one world per seed; the number of take-overs."""
     takeovers = 0
     for seed in seeds:
         world = World(seed)
         monkeypatch.setattr(claims, "time", SimpleNamespace(monotonic=lambda world=world: world.clock))
         monkeypatch.setattr(claims, "this_process", world.this_process)
         monkeypatch.setattr(Process, "is_gone", lambda process, world=world: world.is_gone(process))
-        monkeypatch.setattr(Claims, "_write_heartbeats", lambda _: None)  # the world beats for all
+        monkeypatch.setattr(Claims, "_write_heartbeats", lambda _: None)  # the world writes all heartbeats
         try:
             world.go()
             assert world.done.keys() == set(PARTS)
             with Claims(world.storage):
-                world.clock += CLAIM_SECONDS + 1  # one more, for a sum of floats may come out a little less
+                world.clock += CLAIM_SECONDS + 1  # plus one, because of rounding of float sums
             assert not world.storage.files
         except BaseException as failure:
             failure.add_note(f"seed {seed}")

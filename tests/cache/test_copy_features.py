@@ -1,4 +1,4 @@
-"""Caches caches from other caches: what comes out is what would have been extracted, wherever its parts lay before."""
+"""Derived caches are byte-identical to extracted ones, for any part layout of their sources."""
 
 import errno
 import json
@@ -44,7 +44,7 @@ CATEGORIES = (Category(1, "star"), Category(2, "moon"))
 
 
 def manifest_of(counts, first_id, **columns):
-    """Images with these region counts and ids from `first_id` on; all else follows from the id."""
+    """Images with these region counts and ids from `first_id` on; the other columns depend on `first_id`."""
     regions, rng = int(sum(counts)), np.random.default_rng(first_id)
     ids = {
         "image_ids": np.arange(first_id, first_id + len(counts)),
@@ -76,7 +76,7 @@ def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory):
-    """Folder of two caches: ten images, and five with more regions in one part than the first has in any."""
+    """`ten`: ten images; `five`: five images, with a larger part in regions than any of `ten`."""
     folder = tmp_path_factory.mktemp("caches")
     extract(folder / "ten", manifest_of([2, 0, 1, 5, 50, 7, 0, 0, 3, 1], 0))
     extract(folder / "five", manifest_of([30, 50, 2, 0, 4], 20, split="val"))
@@ -84,7 +84,7 @@ def caches(tmp_path_factory):
 
 
 def content(folder: Path):
-    """Every file's bytes, but who wrote a part and how long that took, and what the cache was caches from."""
+    """Content of all files, without the worker and duration of parts and the origin of the cache."""
     files = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -184,7 +184,7 @@ def test_the_full_annotations_resume_a_subset(caches, tmp_path):
     extract(tmp_path / "some", ten)
     assert FeatureCache.open(tmp_path / "some").pending_parts() == []
     FeatureCache.create(tmp_path / "limited", ten.head(4), SETS, PART_SIZE)
-    extract(tmp_path / "limited", ten)  # one that was not cut out, but caches with a limit, takes in the others
+    extract(tmp_path / "limited", ten)  # a limited cache is extended, a subset is not
     assert (len(FeatureCache.open(tmp_path / "some")), len(FeatureCache.open(tmp_path / "limited"))) == (4, 10)
 
 
@@ -439,7 +439,7 @@ def test_runs_killed_at_random_moments_resume_to_the_same_bytes(caches, tmp_path
             break
     assert kills > 2
     merge([caches / "ten", caches / "five"], tmp_path / "killed", part_size=3)
-    FeatureCache.open(tmp_path / "killed", "a")  # removes what the killed ones left
+    FeatureCache.open(tmp_path / "killed", "a")  # removes partial files of the killed runs
     assert differing(tmp_path / "killed", tmp_path / "undisturbed") == set()
 
 

@@ -1,4 +1,4 @@
-"""A cache whose manifest grew: what was there stays, and the result is what would have been caches at once."""
+"""An extended cache keeps its parts and is byte-identical to one created from all images at once."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def extract(path, manifest, sets=SETS, part_size=PART_SIZE, parts=None):
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory, larger):
-    """Folder of a cache of the first ten images, and of one that was caches from all of them at once."""
+    """`before`: a cache of the first ten images; `at_once`: a cache created from all images."""
     folder = tmp_path_factory.mktemp("caches")
     assert (larger.image_ids[:BEFORE] % 16 == 0).any()
     extract(folder / "before", larger.head(BEFORE))
@@ -77,7 +77,7 @@ def caches(tmp_path_factory, larger):
 
 
 def content(folder: Path):
-    """Every file's bytes; of the part records all but who wrote them and how long that took."""
+    """Content of all files, without the worker and duration of parts."""
     files = {}
     for path in folder.rglob("*"):
         name = path.relative_to(folder).as_posix()
@@ -134,7 +134,7 @@ def test_annotations_in_another_order_keep_the_order_of_the_cache(caches, larger
     assert new.head(BEFORE).digest() == old.digest()
     came = [image_id for image_id in shuffled.image_ids.tolist() if image_id not in old.image_ids]
     assert new.image_ids[BEFORE:].tolist() == came
-    extract(path, shuffled)  # annotations in any order go on with it
+    extract(path, shuffled)  # annotations in any order resume it
     assert FeatureCache.open(path).pending_parts() == []
 
 
@@ -263,7 +263,7 @@ WATCHED = ("link", "replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
 
 
 def in_child(function):
-    """Run `function` in a process of its own; whether it was killed. It has to succeed otherwise."""
+    """Run `function` in a child process; True if it was killed, else it must succeed."""
     pid = os.fork()
     if not pid:
         try:
@@ -277,7 +277,7 @@ def in_child(function):
 
 
 def watch(before_call):
-    """Have `before_call(name)` called before everything that changes a folder."""
+    """Call `before_call(name)` before every function that changes a folder."""
 
     def watched(name, real):
         def instead(*args, **kwargs):
@@ -292,7 +292,7 @@ def watch(before_call):
 
 
 def calls_of(function, file):
-    """The calls of `function` that change a folder: each by its name and how many of that name came before."""
+    """The calls of `function` that change a folder, as (name, number of earlier calls of that name)."""
 
     def traced():
         with open(file, "w") as trace:
@@ -305,7 +305,7 @@ def calls_of(function, file):
 
 
 def killed_at(function, call):
-    """Run `function` in a process that is killed right before a call; whether it came to that."""
+    """Run `function` in a process that is killed right before a call; whether it was reached."""
     left = [call[1]]
 
     def die(name):
@@ -338,11 +338,11 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_cache(caches, larger, tm
             with pytest.raises(CacheError, match=r"left it in .*c\.zarr\.replaced"):
                 FeatureCache.open(path)
             open_or_create(path, larger.head(BEFORE), SETS, PART_SIZE)
-            outcomes.append("put back")
+            outcomes.append("recovered")
         now = {name: value for name, value in content(path).items() if not name.startswith("claims/")}
         assert now in (before, after), calls[moment]
         outcomes.append(len(FeatureCache.open(path)))
-    assert ("put back" in outcomes) != in_one_step
+    assert ("recovered" in outcomes) != in_one_step
     assert {BEFORE, len(larger)} <= set(outcomes)
     extend(path, larger)
     assert content(path) == after
@@ -351,19 +351,19 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_cache(caches, larger, tm
     assert {left.name for left in tmp_path.iterdir()} == {"c.zarr", "c.zarr.other", "extended", "trace"}
 
 
-# A limit is a choice of the run
+# extract --limit
 
 
 def test_a_limited_cache_is_extended_and_keeps_its_full_parts(larger, tmp_path):
     kept: dict[Path, int] = {}
     for images in (3, BEFORE, 14, None):
-        caches = extract(tmp_path / "c.zarr", larger.head(images))
+        cache = extract(tmp_path / "c.zarr", larger.head(images))
         assert {path: path.stat().st_ino for path in kept} == kept
-        full = [part for part in range(caches.n_parts) if len(caches.part_rows(part)) == PART_SIZE]
+        full = [part for part in range(cache.n_parts) if len(cache.part_rows(part)) == PART_SIZE]
         kept = {
             path: path.stat().st_ino
             for part in full
-            for path in [caches.path / f"features/clip/feature_map/c.{part}.0.0"]
+            for path in [cache.path / f"features/clip/feature_map/c.{part}.0.0"]
         }
     assert len(kept) == len(larger) // PART_SIZE
     extract(tmp_path / "at_once", larger)

@@ -1,10 +1,10 @@
-"""Disks that fill up, fail, shrink writes, vanish or turn read-only in the middle of a run, and clocks that jump.
+"""Disks that fill up, fail, write partially, vanish or turn read-only during a run, and clocks that jump.
 
-A run under a fault goes through, or ends with one clear line. Either way what was committed verifies, and the same run
-without the fault completes the cache with the bytes of an undisturbed one.
+A run with a fault succeeds or ends with a one-line error. In both cases the committed parts verify, and the same run
+without the fault completes the cache byte-identically.
 
-Faults are injected where the system is called, from an image on that is drawn. A full disk is also made for real where
-this machine allows it.
+Faults are injected into system calls, starting at a random image. A really full disk is used where this machine can
+mount one.
 """
 
 import errno
@@ -27,7 +27,7 @@ NOBODY = 65534
 
 
 class Armed:
-    """Counts images and calls; `due()` tells at each call whether the fault strikes: from one call on, or at that one only."""
+    """Counts images and calls; `due()` tells whether the fault strikes, from one call on or at one call only."""
 
     def __init__(self, rng, lasting):
         self.images, self.calls, self.lasting = rng.randrange(10), rng.randrange(8), lasting
@@ -43,7 +43,7 @@ class Armed:
 
 
 def failing(target, names, number, armed):
-    """From now on these functions of a module or class fail with that error when the fault is due."""
+    """Make these functions of a module or class fail with this error when the fault is due."""
     for name in names:
         real = getattr(target, name)
 
@@ -62,7 +62,7 @@ def disk_full(path, rng, armed):
         if not armed.due():
             return real(fd, data)
         if len(data) > 1 and rng.random() < 0.5:
-            return real(fd, bytes(data)[: len(data) // 2])  # what still fits
+            return real(fd, bytes(data)[: len(data) // 2])  # the bytes that fit
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     os.write = write
@@ -126,7 +126,7 @@ def left_by_another_host(path, rng, armed):
         left = path / f"{name}.otherhost-{os.getpid()}.partial"
         left.parent.mkdir(parents=True, exist_ok=True)
         left.write_bytes(b"half")
-        os.utime(left, (time.time() - 2 * 86_400,) * 2)  # abandoned long ago, so the next run removes it
+        os.utime(left, (time.time() - 2 * 86_400,) * 2)  # old enough for the next run to remove it
 
 
 def os_failing(number, *names):
@@ -179,7 +179,7 @@ def error_of(run):
 
 
 def require_safe(small, small_folder, path, message):
-    """What was committed is sound, and going on ends with the right bytes."""
+    """Check that committed parts are sound and that the resumed run gives the right bytes."""
     assert "\n" not in message
     if path.exists():
         report = verify(path)
@@ -200,7 +200,7 @@ def stress(small, small_folder, tmp_path, name, seed, runs):
             try:
                 small.extract(path, armed.at_image)
             finally:
-                os.write = real_write  # for what the run has to say
+                os.write = real_write  # for the run's message
 
         message = error_of(run)
         if Path(f"{path}.away").exists():
@@ -208,7 +208,7 @@ def stress(small, small_folder, tmp_path, name, seed, runs):
             Path(f"{path}.away").rename(path)
         restore_permission(path)
         if not (path / "zarr.json").exists():
-            shutil.rmtree(path, ignore_errors=True)  # removed while a run was writing into it, so not quite
+            shutil.rmtree(path, ignore_errors=True)  # may be incomplete: a run was writing into it
         require_safe(small, small_folder, path, message)
         counts["refused" if message else "went through"] += 1
     return counts
@@ -237,7 +237,7 @@ def test_a_fault_loses_nothing_in_full(small, small_folder, tmp_path, name, stre
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of our own, where this machine lets us mount one."""
+    """A small mounted disk, if this machine allows it."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "tmpfs", folder], capture_output=True).returncode:

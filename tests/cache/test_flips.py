@@ -1,4 +1,4 @@
-"""Bits flipped and files cut short anywhere in a cache: verify finds every one, and no reader is given wrong data."""
+"""Flipped bits and truncated files anywhere in a cache: verify finds all, and no reader gets wrong data."""
 
 import random
 import shutil
@@ -16,7 +16,7 @@ from regionspot.cache.format.zarr_metadata import expected_metadata
 from regionspot.cache.tools.hdf5_export import export_hdf5
 from regionspot.cache.tools.verify import verify
 
-CUTS = 0.2  # share of the damages that cut a file short; the others flip one bit
+CUTS = 0.2  # share of truncations; the others flip one bit
 PAIRS = (("clip", "sam"), ("clip-int8", "sam-int8"), ("clip-zstd", "sam"))
 
 
@@ -39,7 +39,7 @@ def opened(path):
 
 
 def read(cache, rows, pair):
-    """Batch of some rows; None where the cache refuses to hand them out."""
+    """Batch of some rows; None if the read raises."""
     try:
         return cache.read(rows, map_set=pair[0], token_set=pair[1])
     except CacheError:
@@ -47,7 +47,7 @@ def read(cache, rows, pair):
 
 
 class Right:
-    """All that a sound cache says of itself."""
+    """The correct content of a cache."""
 
     def __init__(self, path):
         self.cache = FeatureCache.open(path)
@@ -56,7 +56,7 @@ class Right:
         self.single = {(row, pair): read(self.cache, [row], pair) for row in self.rows for pair in PAIRS}
 
     def require_nothing_wrong(self, path):
-        """Read all of a damaged cache and compare; whether it was opened, and how many reads were refused."""
+        """Read and compare all of a damaged cache; whether it opened, and how many reads raised."""
         cache, refusal = opened(path)
         assert "\n" not in refusal
         if cache is None:
@@ -83,7 +83,7 @@ class Right:
 
 
 def damaged(rng, data):
-    """The bytes with one bit flipped, or less of them; and which of the two."""
+    """The bytes with one bit flipped or truncated, and the kind of damage."""
     if rng.random() < CUTS:
         return data[: rng.randrange(len(data))], "cut"
     changed, bit = bytearray(data), rng.randrange(8 * len(data))
@@ -92,17 +92,17 @@ def damaged(rng, data):
 
 
 def kind_of(name):
-    """What a file is, for the counts."""
+    """Kind of a file, for the counts."""
     if name.endswith("zarr.json"):
         return "metadata"
     return name.split("/")[0 if name.startswith(("images", "regions", "parts")) else 2]
 
 
 def stress(folder, tmp_path, seed, damages, monkeypatch):
-    """Damage one file after another, each mended again before the next; counts of what was found how."""
+    """Damage one file at a time and restore it; counts of detections by kind."""
     path, rng = shutil.copytree(folder / "full", tmp_path / "c.zarr"), random.Random(seed)
     right, counts = Right(path), Counter()
-    # Made once and not for each of thousands of damages: it follows from the header, and takes as long as all the rest.
+    # Computed once for thousands of damages: it depends only on the header and takes as long as the rest.
     expected = expected_metadata(load_header(right.cache.storage))
     monkeypatch.setattr(metadata, "expected_metadata", lambda header: expected)
     files = sorted(file for file in path.rglob("*") if file.is_file())
@@ -141,11 +141,11 @@ def test_damage_anywhere_is_found_and_never_read(small_folder, tmp_path, monkeyp
 
 
 def stress_one_file(folder, tmp_path, seed, damages):
-    """The same for a cache in one HDF5 file, of which much is there for other programs only; counts of what was met."""
+    """The same for a cache in one HDF5 file, part of which only other programs read."""
     whole, path = export_hdf5(FeatureCache.open(folder / "full"), tmp_path / "c.h5"), tmp_path / "d.h5"
     right, counts, data, rng = Right(whole), Counter(), whole.read_bytes(), random.Random(seed)
     for _ in range(damages):
-        path.unlink(missing_ok=True)  # another file, not other bytes under a map
+        path.unlink(missing_ok=True)  # a new file, because the old one may be mapped
         changed, how = damaged(rng, data)
         path.write_bytes(changed)
         opened, refused = right.require_nothing_wrong(path)

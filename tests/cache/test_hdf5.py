@@ -1,4 +1,4 @@
-"""A cache in one HDF5 file: reads as the folder does, turns back into it byte for byte, is whole or not there."""
+"""A cache in one HDF5 file reads like the folder, imports byte-identically, and is complete or absent."""
 
 import os
 import pickle
@@ -69,7 +69,7 @@ SETS = [
 
 @pytest.fixture(scope="module")
 def caches(tmp_path_factory) -> Path:
-    """`a.zarr`, nine images in three parts, one of which failed; the last part of two sets is not written. `a.h5`."""
+    """`a.zarr`: nine images, one failed, in three parts; the last part of two sets is pending. `a.h5`: its export."""
     folder = tmp_path_factory.mktemp("hdf5")
     cache = FeatureCache.create(folder / "a.zarr", MANIFEST, SETS, part_size=4)
     for part in range(3):
@@ -233,7 +233,7 @@ def manifest_for_others(path: Path) -> list:
 
 
 def test_a_flipped_bit_is_found_or_harmless(caches, zarr, tmp_path):
-    """HDF5 keeps room that nobody uses; everything else is under a checksum of ours or of HDF5's own."""
+    """HDF5 files have unused bytes; all others are covered by our or HDF5's checksums."""
     data = bytearray((caches / "a.h5").read_bytes())
     path, rng, detected = tmp_path / "flipped.h5", random.Random(1), 0
     whole, rows = manifest_for_others(caches / "a.h5"), zarr.valid_rows(["clip", "sam"])
@@ -314,7 +314,7 @@ def export_until_killed(source, out, parts):
         done.append(place)
         return write(arrays, place)
 
-    hdf5._write_records = write_or_die  # in a process of its own
+    hdf5._write_records = write_or_die  # in the child process
     export_hdf5(FeatureCache.open(source), out)
 
 

@@ -1,4 +1,4 @@
-"""The authors' token files become a feature set, when they are of the very regions that the cache holds."""
+"""The authors' token files become a feature set if they match the regions of the cache."""
 
 import os
 import pickle
@@ -36,7 +36,7 @@ def tokens_of(row: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """`c.zarr`: seven images in three parts, no features; `tokens/`: a file of each that has regions."""
+    """`c.zarr`: seven images in three parts, no features; `tokens/`: a file of each image with regions."""
     folder = tmp_path_factory.mktemp("tokens")
     manifest = make_manifest(
         COUNTS,
@@ -51,7 +51,7 @@ def made(tmp_path_factory) -> Path:
     for row, image_id in enumerate(IDS):
         indices = INDICES[manifest.regions(row)]
         classes = [99 if index == NO_CATEGORY else CATEGORIES[index].id for index in indices]
-        # As OpenImages' are: the manifest's number of that image is in no file name.
+        # As in OpenImages, whose file names do not contain the manifest's integer id.
         name = "p5" if image_id < 0 else str(image_id)
         if classes:
             save(folder / "tokens" / f"{name}.pth", tokens_of(row), classes)
@@ -85,7 +85,7 @@ class Trap:
 
 
 def refused(files, address, caplog, *, allow_missing=False) -> tuple[str, list[str]]:
-    """The one line that stops the import and those logged before it; the cache must be as it was."""
+    """The import's error message and the errors logged before; checks that the cache is unchanged."""
     before = content(address)
     with pytest.raises(InputError) as error:
         import_tokens(files, address, allow_missing)
@@ -122,7 +122,7 @@ def import_until_part_1(files, address):
             os.kill(os.getpid(), 9)
         return write(self, part, *more)
 
-    FeatureCache.write_part = write_or_die  # in a process of its own
+    FeatureCache.write_part = write_or_die  # in the child process
     import_tokens(files, address)
 
 
@@ -131,7 +131,7 @@ def test_a_killed_import_is_resumed(files, address):
     child.start()
     child.join()
     assert child.exitcode == -9
-    (files / "10.pth").unlink()  # of the part that is done: it is asked for no more
+    (files / "10.pth").unlink()  # its part is done, so it is not read again
     summary = import_tokens(files, address)
     assert (summary.parts, summary.parts_before, summary.images) == (2, 1, 4)
     assert import_tokens(files, address).text() == "nothing to do: all 3 parts have tokens"
@@ -177,7 +177,7 @@ def test_images_whose_files_have_other_regions_are_recorded_as_failed(files, add
 
 
 def with_report(address, **report):
-    """The same cache, whose annotations left these out."""
+    """The same cache with this report of dropped annotations."""
     manifest = replace(FeatureCache.open(address).manifest, report=report)
     shutil.rmtree(address)
     FeatureCache.create(address, manifest, [], part_size=3)

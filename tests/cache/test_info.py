@@ -33,7 +33,7 @@ REGIONS = [2, 0, 3, 1, 4, 1, 2]
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Path:
-    """Seven images in three parts: the maps of two are written, two of these failed; the tokens of none are."""
+    """Seven images in three parts: maps are written in two parts, with two failures; tokens in none."""
     manifest = make_manifest(
         REGIONS,
         dataset="lvis",
@@ -128,7 +128,7 @@ def test_the_rate_is_that_of_the_last_run(cache):
     assert "images/s" not in describe_cache(cache).text()
     ran(cache, "2026-01-02T03:04:05+00:00", 3, 100.0)
     ran(cache, "2026-01-03T03:04:05+00:00", 3, 1.5)
-    ran(cache, "2026-01-04T03:04:05+00:00", 0, 0.5)  # found nothing to do
+    ran(cache, "2026-01-04T03:04:05+00:00", 0, 0.5)  # nothing was pending
     cache.storage.write("runs/notes.json", b"[]")
     info = describe_cache(cache)
     assert info.rate == 2

@@ -1,8 +1,7 @@
-"""Several writers at work on one cache, killed by SIGKILL at any moment: nothing committed is lost, all ends equal.
+"""Several writers on one cache, killed by SIGKILL at any moment: nothing committed is lost, the bytes end up equal.
 
-Each writer dies at a call to the system that is drawn for it, in the middle of it where it is a write, or at a moment
-that the parent draws, or lives and finishes what the others left. They begin with no cache at all, so they also die,
-and get in each other's way, while it is made.
+Each writer dies at a random system call, in the middle of it if it is a write, or at a random time, or lives and
+finishes what the others left. They start without a cache, so creation is covered, too.
 """
 
 import faulthandler
@@ -19,16 +18,16 @@ from regionspot.cache.tools.verify import verify
 
 WRITERS = 3
 SYSTEM_CALLS = ("open", "write", "fsync", "replace", "rename", "link", "unlink")
-LAST_CALL = 700  # a writer that does all of the cache alone makes about so many
+LAST_CALL = 700  # system calls of one writer that writes all of the cache
 LAST_SECOND = 0.4
 
 
 def forked(function):
-    """Start `function` in a process of its own, which never comes back into pytest."""
+    """Start `function` in a child process that never returns into pytest."""
     pid = os.fork()
     if not pid:
         try:
-            faulthandler.dump_traceback_later(100, exit=True)  # a child that hangs shall not hang the tests
+            faulthandler.dump_traceback_later(100, exit=True)  # a child that hangs must not block the tests
             function()
             os._exit(0)
         except BaseException:
@@ -39,7 +38,7 @@ def forked(function):
 
 
 def die_at(call):
-    """From now on this process lives for so many calls to the system."""
+    """Kill this process at its system call number `call`."""
     left, os_write = [call], os.write
 
     def counted(real):
@@ -58,7 +57,7 @@ def die_at(call):
 
 
 def writer(small, path, call, pause):
-    """A run of `extract` that dies at its n-th call; at none for 0."""
+    """A run of `extract` that dies at its n-th system call; 0: never."""
 
     def run():
         if call:
@@ -69,7 +68,7 @@ def writer(small, path, call, pause):
 
 
 def one_round(small, path, rng):
-    """Let writers loose on a cache together; how many were killed and whether one finished all of it."""
+    """Run writers concurrently on a cache; how many were killed, and whether one finished it."""
     plans = [(rng.choice(("call", "time", "time", "lives")), rng.randrange(1, LAST_CALL)) for _ in range(WRITERS)]
     pids = [forked(writer(small, path, call if how == "call" else 0, rng.choice((0, 0, 0.003)))) for how, call in plans]
     begun = time.monotonic()
@@ -78,7 +77,7 @@ def one_round(small, path, rng):
     )
     for moment, pid in moments:
         time.sleep(max(begun + moment - time.monotonic(), 0))
-        os.kill(pid, signal.SIGKILL)  # nobody has asked for it yet, so the id is still its own
+        os.kill(pid, signal.SIGKILL)  # not waited for yet, so the id is not reused
     statuses = [os.waitpid(pid, 0)[1] for pid in pids]
     assert all(os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0 for status in statuses), (
         "a writer failed by itself"
@@ -87,7 +86,7 @@ def one_round(small, path, rng):
 
 
 def stress(small, small_folder, tmp_path, seed, kills):
-    """Caches made by writers of which so many are killed; counts of what was seen."""
+    """Write caches until this many writers were killed; counts of events."""
     rng, counts, right = random.Random(seed), Counter(), small.content(small_folder / "full")
     while counts["kills"] < kills:
         path = tmp_path / f"{counts['caches']}.zarr"
@@ -101,7 +100,7 @@ def stress(small, small_folder, tmp_path, seed, kills):
                 counts["committed parts verified"] += report.parts
                 assert not (finished and report.pending)
             counts["rounds"] += 1
-        small.extract(path)  # finds nothing to do, and tidies up
+        small.extract(path)  # nothing is pending; cleans up
         assert small.content(path) == right
         counts["caches"] += 1
     return counts

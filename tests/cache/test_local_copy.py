@@ -1,4 +1,4 @@
-"""Local copies of remote caches: as fast as a disk, as current as the store, never larger than allowed."""
+"""Local mirrors of remote caches are never stale and never exceed their limit."""
 
 import contextlib
 import logging
@@ -45,7 +45,7 @@ def write_part(cache, part, seed=0):
 
 
 def require_maps(cache, seeds):
-    """Part by part, the features made with these seeds."""
+    """Check the features of each part against its seed."""
     for part, seed in enumerate(seeds):
         rows = list(cache.part_rows(part))
         np.testing.assert_array_equal(cache.read(rows).feature_map, [map_of(row, seed) for row in rows])
@@ -62,7 +62,7 @@ def address(s3):
 
 @pytest.fixture
 def bucket(s3):
-    """A remote storage with four shards of 1000 bytes, of the bytes 0 to 3, and no cache around them."""
+    """A remote storage with four shards of 1000 bytes each, without a cache."""
     storage = open_storage(f"{s3}/raw.zarr")
     for number in range(4):
         storage.write(SHARD.format(number), bytes([number]) * 1000)
@@ -71,7 +71,7 @@ def bucket(s3):
 
 @pytest.fixture
 def read_counts(monkeypatch):
-    """How often each file was read from a store, by name, in this process."""
+    """Number of reads from a store by file name."""
     counts = Counter()
     for method in ("read", "read_range"):
         for kind in RemoteStorage.__subclasses__():
@@ -109,7 +109,7 @@ def test_a_file_replaced_in_the_store_is_downloaded_again(address, tmp_path):
     writer.storage.remove("parts/clip/00001.json")
     again = opened(address, tmp_path)
     assert again.valid_rows().tolist() == [0, 1]
-    write_part(writer, 1, seed=7)  # files of just the same sizes
+    write_part(writer, 1, seed=7)  # files of the same sizes
     require_maps(opened(address, tmp_path), [0, 7])
 
 
@@ -124,7 +124,7 @@ def test_a_writer_through_a_local_copy_sees_its_own_writes(address, tmp_path):
 
 def test_a_damaged_copy_is_downloaded_again_and_a_damaged_original_reported(address, tmp_path):
     require_maps(opened(address, tmp_path), [0, 0])
-    for path in [path for path in tmp_path.rglob("*@*") if path.is_file()]:  # every single file of the copy
+    for path in [path for path in tmp_path.rglob("*@*") if path.is_file()]:  # all local copies
         data = bytearray(path.read_bytes())
         data[len(data) // 3] ^= 4
         path.write_bytes(data)
@@ -156,7 +156,7 @@ def test_the_least_recently_used_shard_of_all_caches_is_evicted_first(bucket, s3
     other = open_storage(f"{s3}/other.zarr")
     other.write(SHARD.format(9), b"9" * 1000)
     mine = [tmp_path / name for name in ("image.jpg", "thesis@home/features/x@1", "features/c.0.0.0.partial")]
-    for path in mine:  # of somebody who keeps more than copies in this folder
+    for path in mine:  # files of another program in this folder
         path.parent.mkdir(exist_ok=True, parents=True)
         path.write_bytes(bytes(3000))
     copy, other_copy = (with_local_mirror(storage, tmp_path, 2500) for storage in (bucket, other))
@@ -175,8 +175,8 @@ def test_many_threads_never_exceed_the_limit(bucket, tmp_path):
 
     def watch():
         while not done.wait(0.002):
-            sizes = {}  # by file, for it may get its name between two looks
-            with copy._copies._locked_room():  # nobody takes room meanwhile
+            sizes = {}  # by file, which may be renamed meanwhile
+            with copy._copies._locked_room():  # no evictions meanwhile
                 for path in tmp_path.rglob("*@*"):
                     with contextlib.suppress(FileNotFoundError):
                         sizes[path.stat().st_ino] = path.stat().st_size
@@ -212,7 +212,7 @@ def test_a_running_download_is_never_evicted(bucket, tmp_path, monkeypatch):
         begun.wait()
         second = pool.submit(copy.read, SHARD.format(1))
         time.sleep(0.3)
-        assert not second.done()  # it waits for the room that the first has taken
+        assert not second.done()  # waits for the space of the first
         go_on.set()
         assert first.result() == bytes(1000)
         assert second.result() == b"\1" * 1000
@@ -234,7 +234,7 @@ def test_threads_and_forked_processes_download_a_shard_once(bucket, tmp_path, mo
     def logged(self, name, version, fd):
         with log.open("a") as file:
             file.write(f"{name}\n")
-        time.sleep(0.3)  # so that all of them come while it is on its way
+        time.sleep(0.3)  # so that all others arrive during the download
         download(self, name, version, fd)
 
     monkeypatch.setattr(RemoteStorage, "download", logged)
@@ -257,7 +257,7 @@ def _fork(work):
         try:
             os._exit(0 if work() else 1)
         finally:
-            os._exit(1)  # whatever it raised
+            os._exit(1)  # on any error
     return child
 
 
@@ -277,8 +277,8 @@ def test_a_killed_download_is_repeated(bucket, tmp_path, monkeypatch):
         killed = [_fork(lambda number=number: copy.read(SHARD.format(number))) for number in (0, 1)]
         assert [_exit_code(child) for child in killed] == [-signal.SIGKILL] * 2
     assert len(list(tmp_path.rglob("*.partial"))) == 2
-    assert copy.read(SHARD.format(0)) == bytes(1000)  # in the place of the killed one
-    assert copy.read(SHARD.format(3)) == bytes([3]) * 1000  # the other one's remains make room for it
+    assert copy.read(SHARD.format(0)) == bytes(1000)  # replaces the partial file
+    assert copy.read(SHARD.format(3)) == bytes([3]) * 1000  # the other partial file is evicted
     assert list(tmp_path.rglob("*.partial")) == []
 
 
@@ -297,7 +297,7 @@ def test_a_fork_during_a_download_blocks_neither_child_nor_parent(bucket, tmp_pa
         fetching = pool.submit(copy.read, SHARD.format(0))
         begun.wait()
         child = _fork(lambda: copy.read(SHARD.format(0)) + copy.read(SHARD.format(1)) == bytes(1000) + b"\1" * 1000)
-        time.sleep(0.5)  # the child waits for the file by now, or makes its connections yet
+        time.sleep(0.5)  # the child waits for the file or is still connecting
         go_on.set()
         assert fetching.result() == bytes(1000)
     assert _exit_code(child) == 0
@@ -307,7 +307,7 @@ def test_a_full_disk_warns_once_and_the_rest_is_read_from_the_store(address, tmp
     cache = opened(address, tmp_path)
     require_maps(cache, [0])
     allowed = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, allowed[1]))  # the kernel refuses to make any file longer
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, allowed[1]))  # the kernel refuses longer files
     try:
         with caplog.at_level(logging.WARNING):
             require_maps(cache, [0, 0])

@@ -55,7 +55,7 @@ def digest(batch):
 
 @pytest.fixture(scope="module")
 def local(tmp_path_factory):
-    """The same cache on a disk."""
+    """The same cache in a local folder."""
     return FeatureCache.open(fill(created(tmp_path_factory.mktemp("local") / "toy.zarr")).path)
 
 
@@ -66,7 +66,7 @@ def address(request, s3):
 
 
 def files_of(storage, folder=""):
-    """Bytes of every file that a cache has, by name."""
+    """Content of all files of a cache, by name."""
     folders = ["", "images", "regions", "features", "parts/clip", "parts/sam"]
     folders += [f"features/{name}" for name in ("clip", "sam")]
     folders += [f"features/{name}" for name in ("clip/feature_map", "clip/crc32c", "sam/token", "sam/crc32c")]
@@ -86,7 +86,7 @@ def test_a_remote_cache_has_the_same_files_and_features_as_a_local_one(address, 
     np.testing.assert_array_equal(remote.manifest.boxes_xyxy, MANIFEST.boxes_xyxy)
     actual, expected = files_of(remote.storage), files_of(local.storage)
     assert actual.keys() == expected.keys()
-    timed = re.compile(r"^parts/.*json$")  # a record tells how many seconds its part took
+    timed = re.compile(r"^parts/.*json$")  # part records contain seconds
     assert [name for name in actual if not timed.match(name) and actual[name] != expected[name]] == []
 
 
@@ -102,7 +102,7 @@ def test_a_file_appears_whole_when_it_is_published(address):
     storage, data = open_storage(address), os.urandom(20 << 20)
     file = storage.create("features/x/c.0")
     buffer = np.empty(3 << 20, np.uint8)
-    for first in range(0, len(data), buffer.size):  # used again at once, as writers do
+    for first in range(0, len(data), buffer.size):  # reused at once, as by writers
         piece = np.frombuffer(data, np.uint8)[first : first + buffer.size]
         buffer[: len(piece)] = piece
         file.write(buffer[: len(piece)])
@@ -165,7 +165,7 @@ sys.stdout.buffer.write(pickle.dumps([read.feature_map.tobytes(), read.tokens.to
 
 def test_forked_and_spawned_workers_read_a_cache_opened_by_the_parent(s3, local):
     cache = FeatureCache.open(fill(created(f"{s3}/toy.zarr")).path)
-    expected = digest(cache.read(VALID))  # so that this process has connections and threads of its own
+    expected = digest(cache.read(VALID))  # so that this process has connections and threads
     assert _exit_code_of_fork(lambda: digest(cache.read(VALID)) != expected) == 0
     spawned = subprocess.run(
         [sys.executable, "-c", SPAWNED], input=pickle.dumps(cache), capture_output=True, check=True
@@ -190,7 +190,7 @@ def _exit_code_of_fork(work):
         try:
             os._exit(int(work()))
         finally:
-            os._exit(1)  # whatever it raised
+            os._exit(1)  # on any error
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
@@ -267,7 +267,7 @@ def test_create_reports_whether_another_run_was_first(s3, tmp_path):
 
 
 class FlakyProxy:
-    """Passes requests on to a server, but for those that `plan` says otherwise about, by their number from 0."""
+    """Forwards requests to a server, except those for which `plan` (by request number from 0) says otherwise."""
 
     def __init__(self, port, plan):
         self.target, self.plan, self.requests = port, plan, 0
@@ -365,8 +365,8 @@ def test_a_large_file_is_uploaded_to_a_flaky_store(s3, behind):
 @pytest.mark.parametrize(
     "trouble",
     [
-        "409 <Error><Code>ConditionalRequestConflict</Code></Error>",  # two puts at once, as S3 answers one of them
-        "501 <Error><Code>NotImplemented</Code></Error>",  # a store without puts on condition
+        "409 <Error><Code>ConditionalRequestConflict</Code></Error>",  # S3's response to one of two concurrent puts
+        "501 <Error><Code>NotImplemented</Code></Error>",  # a store without conditional puts
     ],
 )
 def test_write_new_retries_a_conflict(s3, behind, trouble):
@@ -501,7 +501,7 @@ def test_file_urls_are_folders(tmp_path):
 
 
 class _Ranges(SimpleHTTPRequestHandler):
-    """A web server's way with byte ranges, which Python's own lacks."""
+    """Byte ranges for Python's web server."""
 
     def do_GET(self):
         byte_range = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
@@ -566,7 +566,7 @@ def test_a_writers_memory_does_not_grow_with_its_file(s3):
     out = subprocess.run([sys.executable, "-c", UPLOAD, s3], capture_output=True, text=True, check=True).stdout
     megabytes, size = map(int, out.split())
     assert size == 64 << 20
-    assert megabytes < 40  # of 64: two pieces of 5 MB and what the network holds
+    assert megabytes < 40  # of 64: two parts of 5 MB and network buffers
 
 
 @pytest.mark.parametrize("given", ["nan", "-1", "a while"])

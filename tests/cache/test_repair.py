@@ -1,4 +1,4 @@
-"""`repair` takes out what is damaged and nothing else; what it cannot mend it leaves, and says what to do."""
+"""`repair` drops damaged parts only; it leaves what it cannot repair and says what to do."""
 
 import os
 import shutil

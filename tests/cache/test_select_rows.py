@@ -127,7 +127,7 @@ def test_the_commands_derive_caches(cache, manifest, tmp_path, regionspot):
 
 
 def annotations(folder, images):
-    """A COCO-form file of so many images, the last one first, with a box each."""
+    """A COCO file of `images` images in reverse order, one box each."""
     rows = range(images)[::-1]
     document = {
         "images": [{"id": row, "file_name": f"{row}.jpg", "height": 40, "width": 60} for row in rows],

@@ -1,4 +1,4 @@
-"""`verify` finds what is wrong, says where and what to do, and harms nothing; `repair` takes out just that."""
+"""`verify` finds every damage, names the file and the fix, and changes nothing."""
 
 import json
 import logging
@@ -36,7 +36,7 @@ def change_byte(file: Path, place: int) -> None:
 
 
 def edit_record(folder: Path, name: str, **changes) -> None:
-    """What another program would do that knows how records are sealed."""
+    """Change a part record and renew its checksum."""
     storage = LocalStorage(folder)
     replace(load_record(storage, name), **changes).save(storage, name)
 
@@ -218,7 +218,7 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("change", HARMLESS, ids=lambda change: change.__name__)
-@pytest.mark.filterwarnings("ignore")  # Zarr has words of its own for claims/, parts/ and .zgroup
+@pytest.mark.filterwarnings("ignore")  # Zarr warns about claims/, parts/ and .zgroup
 def test_harmless_changes_by_zarr_tools_are_warnings(full, change, tmp_path):
     right = FeatureCache.open(full)
     change(full)

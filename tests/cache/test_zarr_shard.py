@@ -1,4 +1,4 @@
-"""Shard files: what our writer makes is what the Zarr specification says, judged by zarr-python."""
+"""Shard files follow the Zarr specification, as judged by zarr-python."""
 
 import os
 import sys
@@ -31,7 +31,7 @@ def records():
 
 @pytest.fixture
 def array(tmp_path):
-    """An empty Zarr array of one shard, and where zarr-python expects that shard."""
+    """An empty Zarr array of one shard, and the path of that shard."""
     made = zarr.create_array(
         tmp_path / "array.zarr",
         shape=(SLOTS, *SHAPE),
@@ -173,7 +173,7 @@ def test_memory_does_not_grow_with_the_shard(tmp_path):
         tracemalloc.stop()
         return bytes_at_most
 
-    assert peak(64) < peak(4) + 64 * 100  # the index, 16 bytes a record and a few copies of it
+    assert peak(64) < peak(4) + 64 * 100  # the index: 16 bytes per record, a few copies
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the flush at the end does it all")
@@ -194,7 +194,7 @@ def test_write_back_starts_before_the_flush_once_per_byte(tmp_path, monkeypatch)
 
 @pytest.fixture
 def compressed_array(tmp_path):
-    """An empty Zarr array of one shard whose inner chunks are compressed, and where that shard lies."""
+    """An empty Zarr array of one shard with compressed inner chunks, and the path of that shard."""
     made = zarr.create_array(
         tmp_path / "zstd.zarr",
         shape=(SLOTS, *SHAPE),
