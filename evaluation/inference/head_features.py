@@ -18,7 +18,7 @@ from regionspot.cache.store import FeatureCache
 from regionspot.fusion.checkpoint import HeadInfo
 from regionspot.fusion.training_sets import require_same_orientation
 from regionspot.pipeline.backbones.builders import PRESETS, Preset
-from regionspot.pipeline.backbones.dtypes import dtype_of
+from regionspot.pipeline.backbones.dtypes import stored_dtype
 from regionspot.pipeline.backbones.weights import OFFICIAL
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class TrainedOn:
     @property
     def dtype(self) -> str:
         """What its backbone computed in; "auto" where that is not known."""
-        return str(dtype_of(self.fields))
+        return str(stored_dtype(self.fields))
 
     def refused(self, compared: Comparison, allowed: Collection[str] = ()) -> bool:
         return any(each.field not in (*self.implied, *allowed) for each in compared.differences)

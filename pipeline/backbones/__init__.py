@@ -1,4 +1,4 @@
-"""The frozen models: protocols, registry, weights, and each SAM and CLIP variant.
+"""The frozen models: their interfaces, registry, weights, and every SAM and CLIP variant.
 
 What a backbone of your own needs (docs/backbones.md) can be imported from here; torch is imported with it.
 """

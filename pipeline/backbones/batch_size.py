@@ -1,8 +1,8 @@
-"""How many images go through a model at a time: as many as the GPU's memory holds, found by trying one and two.
+"""Choose the batch size that fits into the GPU's memory, and halve batches that run out of memory.
 
-What a batch needs is about a fixed part and the same again for each image, so the peaks of one and of two images
-say what any number will take. Somebody else may take memory later, though: a batch that does not fit any more is
-run in halves, and so are all that follow it, instead of losing the run.
+A batch takes a fixed amount of memory plus the same amount per image, so the peaks for one and two images predict the
+peak of any batch. Other processes may allocate memory later: a batch that no longer fits is split in halves, and so are
+all later ones, instead of failing the run.
 """
 
 from __future__ import annotations
@@ -23,49 +23,49 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
-# Past this a GPU computes no faster, and a batch of preprocessed images takes 100 MB of pinned memory and its time.
-LARGEST = 32
-SHARE = 0.8  # of the memory that is free: fragments, the token decoder and whoever else is on the GPU want some too
+# Larger batches are no faster on a GPU; 32 preprocessed images take 100 MB of pinned memory.
+MAX_BATCH = 32
+FREE_SHARE = 0.8  # of the free memory; the rest is for fragmentation, the token decoder and other processes
 
 
 def batch_size_of(models: Sequence[Backbone]) -> int:
-    """Images to send through these models at a time.
+    """The batch size for these models.
 
-    On a GPU found by trying, a power of two at most LARGEST: so runs on cards of about the same size, or with a little
-    less of it free, cut their images alike, and how a product rounds may depend on its batch. Elsewhere the least
-    that one of them asks for, since a large model gains nothing there.
+    On a GPU it is measured, and a power of two up to MAX_BATCH: rounding depends on the batch size, so GPUs of similar
+    size or with a little less free memory should get the same one. On other devices it is the models' smallest own
+    `batch_size`.
 
-    Raises torch.OutOfMemoryError when not even one image fits.
+    Raises torch.OutOfMemoryError if not even one image fits.
     """
     if any(model.device.type != "cuda" for model in models):
         return min(model.batch_size for model in models)
-    return min((_fitting_on_gpu(model) for model in models), default=LARGEST)
+    return min((_measure_on_gpu(model) for model in models), default=MAX_BATCH)
 
 
-def _fitting_on_gpu(model: Backbone) -> int:
-    # As large as SAM takes it: blank images need the same memory as any.
+def _measure_on_gpu(model: Backbone) -> int:
+    # SAM's largest input. Blank images take the same memory as any.
     blank = model.preprocess(Image.new("RGB", (1024, 1024)))
-    model.encode(blank[None])  # loads kernels and makes their workspaces, which stay and are no part of a batch
+    model.encode(blank[None])  # loads kernels and allocates their workspaces, which stay allocated
     batches = (blank.expand(count, *blank.shape) for count in (1, 2))
     one, two = (peak_bytes(partial(model.encode, batch), model.device) for batch in batches)
-    return fitting(one, two, int(SHARE * free_bytes(model.device)))
+    return largest_batch(one, two, int(FREE_SHARE * free_bytes(model.device)))
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a GPU that can still be taken: what nobody has, and what PyTorch keeps of what was freed."""
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + kept
+    """Memory of a GPU that can be allocated: free on the device, or cached and unused by PyTorch."""
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + cached
 
 
-def fitting(one: int, two: int, free: int) -> int:
-    """The largest power of two, at most LARGEST, of images in `free` bytes, by the peaks of one and two images."""
-    each = max(two - one, 1)
-    most = max(1, (free - (one - each)) // each)
-    return min(1 << (most.bit_length() - 1), LARGEST)
+def largest_batch(one: int, two: int, free: int) -> int:
+    """The largest power of two, up to MAX_BATCH, that fits in `free` bytes, from the peaks of one and two images."""
+    per_image = max(two - one, 1)
+    largest = max(1, (free - (one - per_image)) // per_image)
+    return min(1 << (largest.bit_length() - 1), MAX_BATCH)
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
-    """What it takes on top of what is there already, at most at once."""
+    """Peak memory that `work` allocates in addition to what is already allocated."""
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     work()
@@ -73,52 +73,52 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
 
 
 class Halving:
-    """Runs batches through a model in pieces that fit, `most` images at a time; None while all have fitted."""
+    """Runs batches in parts that fit into memory. `max_size`: images per part; None until a batch did not fit."""
 
     def __init__(self) -> None:
-        self.most: int | None = None
+        self.max_size: int | None = None
 
     def __call__(self, encode: Callable[[Sequence[Tensor]], Tensor], batch: Sequence[Tensor]) -> Tensor:
-        """`encode(batch)`, whose results lie along the first dimension, one an image.
+        """`encode(batch)`, whose first dimension is the images.
 
-        Raises torch.OutOfMemoryError when not even one image fits.
+        Raises torch.OutOfMemoryError if not even one image fits.
         """
-        found = self.results(encode, batch) or [encode(batch)]
-        return found[0] if len(found) == 1 else torch.cat(found)
+        results = self.results(encode, batch) or [encode(batch)]
+        return results[0] if len(results) == 1 else torch.cat(results)
 
     def results(self, compute: Callable[[Sequence[T]], R], batch: Sequence[T]) -> list[R]:
-        """What `compute` makes of each piece of the batch, in order: of all of it at once, where that fits.
+        """`compute` of each part of the batch, in order; of the whole batch if it fits.
 
-        Raises torch.OutOfMemoryError when not even one image fits.
+        Raises torch.OutOfMemoryError if not even one image fits.
         """
-        found: list[R] = []
+        results: list[R] = []
         done = 0
         while done < len(batch):
-            piece = batch[done : done + (self.most or len(batch))]
-            result = self._tried(compute, piece)
+            part = batch[done : done + (self.max_size or len(batch))]
+            result = self._try(compute, part)
             if result is None:
-                self._halve(len(piece))
+                self._halve(len(part))
             else:
-                found.append(result)
-                done += len(piece)
-        return found
+                results.append(result)
+                done += len(part)
+        return results
 
     def sizes(self, count: int) -> list[int]:
-        """For each image of a batch of `count`, how many would be computed together with it, itself included."""
-        most = self.most or count
-        return [min(most, count - at // most * most) for at in range(count)]
+        """For each image of a batch of `count`, the size of the part in which it is computed."""
+        size = self.max_size or count
+        return [min(size, count - index // size * size) for index in range(count)]
 
-    def _tried(self, compute: Callable[[Sequence[T]], R], piece: Sequence[T]) -> R | None:
-        """None when memory did not do; by then the traceback, which holds on to what was computed, is gone."""
+    def _try(self, compute: Callable[[Sequence[T]], R], part: Sequence[T]) -> R | None:
+        """None if out of memory. Returning releases the traceback, which keeps intermediate results alive."""
         try:
-            return compute(piece)
+            return compute(part)
         except torch.OutOfMemoryError:
-            if len(piece) <= 1:
+            if len(part) <= 1:
                 raise
         return None
 
     def _halve(self, failed: int) -> None:
-        self.most = failed // 2
-        log.warning("the GPU's memory does not hold %d images at a time; from here on %d", failed, self.most)
+        self.max_size = failed // 2
+        log.warning("the GPU's memory does not hold %d images at a time; continuing with %d", failed, self.max_size)
         if torch.cuda.is_available():
-            torch.cuda.empty_cache()  # what is cached in pieces of the larger batch does not serve the smaller one
+            torch.cuda.empty_cache()  # blocks cached for the larger batch do not fit the smaller one

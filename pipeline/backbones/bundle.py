@@ -1,4 +1,4 @@
-"""The frozen models of one extraction together: how they are loaded, and what they write into a cache."""
+"""The frozen models of one extraction: how to load them, and the feature sets that they produce."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones.batch_size import batch_size_of
 from regionspot.pipeline.backbones.builders import get_preset
 from regionspot.pipeline.backbones.clip import load_encoder
-from regionspot.pipeline.backbones.dtypes import AUTO, dtype_of, half_is_faster
-from regionspot.pipeline.backbones.protocols import FIRST, Localizer, SemanticEncoder
+from regionspot.pipeline.backbones.dtypes import AUTO, half_is_faster, stored_dtype
+from regionspot.pipeline.backbones.protocols import FIRST, Backbone, Localizer, SemanticEncoder
 from regionspot.pipeline.backbones.registry import stored_name
 from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.images.decode import Exif
 
 FLOAT16 = Encoding("float16")
-NONE = "none"  # in place of a model's name: leave it out
+NONE = "none"  # instead of a model's name: no model
 
 
 @dataclass(frozen=True)
 class Backbones:
-    """A localizer, semantic encoders, or both: all that one reading of an image is used for.
+    """A localizer, semantic encoders, or both, which all use the same decoded image.
 
-    reload   `load` with the same arguments, where it was left to it to choose the dtype
+    reload   `load` with the same arguments, if its dtype was "auto"
     """
 
     localizer: Localizer | None = None
@@ -50,38 +50,45 @@ class Backbones:
         encoders: Sequence[str] = (),
         preprocess: str = "direct",
         tokens: str = FIRST,
-        held: Mapping[str, FeatureSet] | None = None,
+        stored: Mapping[str, FeatureSet] | None = None,
     ) -> Backbones:
-        """The models of a preset, or others in their place, on a GPU where there is one.
+        """Load the models of a preset, or others in their place, by default on a GPU if there is one.
 
-        weights, sam_weights, clip_weights   sources that `load_weights` knows: for all, and instead of that for one
-        dtype       of the image encoders; "auto": what `held` was made in, else what `resolve_dtype` says of the device
-        localizer   instead of the preset's; "none": leave it out
-        encoders    likewise
+        weights, sam_weights, clip_weights   sources for `load_weights`: for all models, or only for one
+        dtype       of the image encoders; "auto": that of the model's `stored` feature set, else `resolve_dtype`'s
+        localizer   replaces the preset's; "none": no localizer
+        encoders    replace the preset's; "none": no encoder
         preprocess  "direct" or "reference"
-        tokens      "first", or "all": the three other mask tokens and the predicted IoU as well
-        held        feature sets of the cache to go on with
+        tokens      "first", or "all": the three other mask tokens and the predicted IoUs as well
+        stored      feature sets of an existing cache, by name
 
-        Raises InputError for names and dtypes that there are not, WeightsError for weights that cannot be had.
+        Raises InputError for unknown names and dtypes, WeightsError for missing weights.
         """
         names = get_preset(preset)
-        chosen = [name for name in (list(encoders) or [names.encoder]) if name != NONE]
-        if clip_weights and len(chosen) > 1:
-            raise InputError(f"clip weights {clip_weights}: are of one encoder, asked for are {', '.join(chosen)}")
+        encoder_names = [name for name in (list(encoders) or [names.encoder]) if name != NONE]
+        if clip_weights and len(encoder_names) > 1:
+            raise InputError(f"clip weights {clip_weights}: are for one encoder, not for {', '.join(encoder_names)}")
         place = str(compute_device(device))
 
         def dtype_for(name: str) -> str:
-            stored = (held or {}).get(stored_name(name)) if dtype == AUTO else None
-            return dtype if stored is None else dtype_of(stored.provenance)
+            feature_set = (stored or {}).get(stored_name(name)) if dtype == AUTO else None
+            return dtype if feature_set is None else stored_dtype(feature_set.provenance)
 
-        first = localizer or names.localizer
+        localizer_name = localizer or names.localizer
         return cls(
-            load_localizer(first, sam_weights or weights, place, dtype_for(first), preprocess=preprocess, tokens=tokens)
-            if first != NONE
+            load_localizer(
+                localizer_name,
+                sam_weights or weights,
+                place,
+                dtype_for(localizer_name),
+                preprocess=preprocess,
+                tokens=tokens,
+            )
+            if localizer_name != NONE
             else None,
             tuple(
                 load_encoder(name, clip_weights or weights, place, dtype_for(name), preprocess=preprocess)
-                for name in chosen
+                for name in encoder_names
             ),
             reload=None
             if dtype != AUTO
@@ -99,44 +106,46 @@ class Backbones:
             ),
         )
 
-    def following(self, held: Mapping[str, FeatureSet]) -> Backbones:
-        """These models, loaded again where the feature sets that are held were made in another dtype than they have.
+    def with_stored_dtypes(self, stored: Mapping[str, FeatureSet]) -> Backbones:
+        """These models, loaded again if their dtype was "auto" and differs from that of their stored feature sets.
 
-        Where the dtype was asked for by name they stay as they are, and whoever compares them with the feature sets
-        refuses them.
+        With a named dtype they stay as they are; the check of the provenance then refuses them.
         """
-        models = [model for model in (self.localizer, *self.encoders) if model is not None and model.name in held]
-        differ = any(dtype_of(held[model.name].provenance) != dtype_of(model.provenance) for model in models)
-        return self.reload(held=held) if self.reload is not None and differ else self
+        models = [model for model in self.models if model.name in stored]
+        differ = any(stored_dtype(stored[model.name].provenance) != stored_dtype(model.provenance) for model in models)
+        return self.reload(stored=stored) if self.reload is not None and differ else self
 
     def __post_init__(self) -> None:
-        names = [each.name for each in self.encoders]
+        names = [encoder.name for encoder in self.encoders]
         if len(set(names)) < len(names):
             raise InputError(f"encoders {', '.join(names)}: one is named twice")
 
     @property
+    def models(self) -> list[Backbone]:
+        """The localizer, if there is one, and the encoders."""
+        return [*self.encoders] if self.localizer is None else [self.localizer, *self.encoders]
+
+    @property
     def device(self) -> torch.device:
-        """Where the models are; the CPU where there are none."""
-        models = [model for model in (self.localizer, *self.encoders) if model is not None]
-        return models[0].device if models else torch.device("cpu")
+        """The device of the models; the CPU if there are none."""
+        return self.models[0].device if self.models else torch.device("cpu")
 
     @property
     def half_is_faster(self) -> bool:
-        """Whether an image encoder computes in float32 on a device that is faster in bfloat16."""
-        models = (self.localizer, *self.encoders)
-        return half_is_faster([dtype_of(model.provenance) for model in models if model is not None], self.device)
+        """Whether an image encoder uses float32 on a device that is faster in bfloat16."""
+        return half_is_faster([stored_dtype(model.provenance) for model in self.models], self.device)
 
     @cached_property
     def batch_size(self) -> int:
-        """Images to encode at a time, where nobody says otherwise; on a GPU found by trying, once."""
-        return batch_size_of([model for model in (self.localizer, *self.encoders) if model is not None])
+        """The default batch size; measured once on a GPU."""
+        return batch_size_of(self.models)
 
     def feature_sets(
         self, exif: Exif = "auto", encoding: Encoding = FLOAT16, token_encoding: Encoding = FLOAT16
     ) -> list[FeatureSet]:
-        """What these models write into a cache, with the provenance that a later run must match.
+        """The feature sets of these models, with the provenance that later runs must match.
 
-        encoding, token_encoding   of maps and of tokens; int8 is still without the statistics of a sample
+        encoding, token_encoding   of maps and of tokens; int8 is still without its channel statistics
         """
         sets = []
         if self.localizer is not None:

@@ -1,7 +1,6 @@
-"""The semantic encoder: CLIP's map of an image, and its embeddings of prompts and of whole images.
+"""The CLIP encoder: feature maps of images, and embeddings of prompts and whole images.
 
-The map is taken before the last layer norm and the projection, where it still says what lies where; `project` does
-the rest for whoever wants CLIP's own space.
+The feature map is the output before the last layer norm and the projection. `project` applies both.
 """
 
 # B images, T map tokens (class token first, then patches row by row), D map width, P prompts, p pixels
@@ -40,22 +39,22 @@ NAMES_SHOWN = 3  # in a warning
 
 
 class ClipEncoder:
-    """A frozen CLIP with a class token. Made by `load_encoder`; a `models.ProjectingEncoder`.
+    """A frozen CLIP with a class token, a `ProjectingEncoder`. Use `load_encoder`.
 
-    name            registry name, which is also that of the feature set in a cache
-    pixels          side of the square that an image is squeezed into
+    name            of the registry entry and of the feature set
+    pixels          side of the square input
     map_shape       (T, D)
-    text_dim        width of the space that prompts and projected images share
-    logit_scale     what CLIP multiplies cosines by (about 100)
-    provenance      what decides the maps' values, JSON-able
-    weights_sha256  of the file that holds both towers; "random:SEED" for drawn weights
-    known_words     of the toy CLIP: the words that its text tower was taught; empty where it reads any
+    text_dim        width of the joint space of prompts and projected images
+    logit_scale     factor of cosine similarities (about 100)
+    provenance      JSON-serialisable, everything that determines the values of the maps
+    weights_sha256  of the file with both towers; "random:SEED" for random weights
+    known_words     of the toy CLIP: the words that it was trained on; empty if it accepts all words
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         clip = build_clip(config.name)
         self.name = stored_name(config.name)
-        loaded = load_weights(self.name, config.weights, clip.model.state_dict(), clip.official, clip.unpack)
+        loaded = load_weights(self.name, config.weights, clip.model.state_dict(), clip.official, clip.convert)
         clip.model.load_state_dict(loaded.state_dict)
         self.weights_sha256 = loaded.sha256
         self.device = torch.device(config.device)
@@ -74,10 +73,10 @@ class ClipEncoder:
         self.map_shape: tuple[int, int] = tuple(self._clip.visual.positional_embedding.shape)
         self.text_dim: int = self._clip.visual.proj.shape[1]
         self.logit_scale = float(self._clip.logit_scale.exp())
-        taught = self._clip.token_embedding.weight.any(dim=1)
-        # Only the toy CLIP has words that were never taught, rows of zeros in its word table.
-        self._taught = None if taught.all() else frozenset(taught.nonzero()[:, 0].tolist())
-        self.known_words = self._words_taught()
+        # Rows of zeros in the word table, which only the toy CLIP has, are unknown words.
+        known = self._clip.token_embedding.weight.any(dim=1)
+        self._known_tokens = None if known.all() else frozenset(known.nonzero()[:, 0].tolist())
+        self.known_words = self._list_known_words()
 
     @property
     def batch_size(self) -> int:
@@ -92,15 +91,15 @@ class ClipEncoder:
     def encode(self, batch: Tensor) -> Tensor:
         """float32 (B, T, D): the feature maps of preprocessed images (B, 3, p, p)."""
         with autocast(self.device, self._dtype):
-            found = self._clip.visual.forward_intermediates(
+            outputs = self._clip.visual.forward_intermediates(
                 batch.to(self.device), indices=1, output_fmt="NLC", output_extra_tokens=True, intermediates_only=True
             )
-        parts = [found["image_intermediates_prefix"][0], found["image_intermediates"][0]]
-        return torch.cat(parts, dim=1).float()
+        tokens = [outputs["image_intermediates_prefix"][0], outputs["image_intermediates"][0]]
+        return torch.cat(tokens, dim=1).float()
 
     @torch.no_grad()
     def project(self, feature_map: Tensor) -> Tensor:
-        """float32 (..., D) -> (..., text_dim): the last layer norm and the projection, token by token."""
+        """float32 (..., D) -> (..., text_dim): apply the last layer norm and the projection to each token."""
         visual = self._clip.visual
         projected: Tensor = visual.ln_post(feature_map.to(self.device).float()) @ visual.proj
         return projected
@@ -111,55 +110,54 @@ class ClipEncoder:
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """float32 (P, text_dim): CLIP's embeddings of the prompts, in their order, not normalised.
+        """float32 (P, text_dim): CLIP's embeddings of the prompts, not normalised.
 
-        Computed in batches of equal length, cut behind the prompts' ends: the text tower is causal, so what would
-        follow an end cannot change it. A class name in a template has 8 tokens of the 77.
+        Computed in batches of equal length without padding: the text tower is causal, so tokens after the end have no
+        influence. A class name in a template has about 8 of the 77 tokens.
 
-        Raises InputError for a prompt that does not fit the tower's length, start and end included, and for one with
-        words that the toy encoder was never taught.
+        Raises InputError for a prompt that is too long, and for one with words that the toy encoder does not know.
         """
         ids = [self._ids(prompt) for prompt in prompts]
-        found = torch.empty(len(ids), self.text_dim, device=self.device)
+        embeddings = torch.empty(len(ids), self.text_dim, device=self.device)
         by_length = sorted(range(len(ids)), key=lambda row: len(ids[row]))
         for _, group in groupby(by_length, key=lambda row: len(ids[row])):
             equal = list(group)
             for start in range(0, len(equal), PROMPT_BATCH):
                 rows = equal[start : start + PROMPT_BATCH]
-                found[rows] = self._embed_ids([ids[row] for row in rows])
-        return found
+                embeddings[rows] = self._embed_ids([ids[row] for row in rows])
+        return embeddings
 
     def _ids(self, prompt: str) -> list[int]:
         ids = [self._tokenizer.sot_token_id, *self._tokenizer.encode(prompt), self._tokenizer.eot_token_id]
         if len(ids) > self._clip.context_length:
             raise InputError(
-                f"prompt {prompt!r}: has {len(ids)} tokens with start and end, {self.name} reads "
+                f"prompt {prompt!r}: has {len(ids)} tokens with start and end, {self.name} reads at most "
                 f"{self._clip.context_length}; shorten it"
             )
-        if self._taught is not None and not self._taught.issuperset(ids):
+        if self._known_tokens is not None and not self._known_tokens.issuperset(ids):
             raise InputError(
-                f"prompt {prompt!r}: {self.name} was never taught {', '.join(self.unknown_words(prompt))}; it knows "
-                f"{', '.join(self.known_words)}: ask for names of these words, or take another preset's features"
+                f"prompt {prompt!r}: {self.name} does not know {', '.join(self.unknown_words(prompt))}; it knows "
+                f"{', '.join(self.known_words)}: use names made of these words, or another preset's features"
             )
         return ids
 
-    def _words_taught(self) -> tuple[str, ...]:
-        if self._taught is None:
+    def _list_known_words(self) -> tuple[str, ...]:
+        if self._known_tokens is None:
             return ()
         from regionspot.pipeline.toy.models import known_words
 
-        return known_words(self._taught)
+        return known_words(self._known_tokens)
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of a text that the toy CLIP was never taught, in their order; none for any other CLIP."""
-        if self._taught is None:
+        """The words of a text that the toy CLIP does not know, in order; none for any other CLIP."""
+        if self._known_tokens is None:
             return []
         from regionspot.pipeline.toy.models import unknown_words
 
-        return unknown_words(text, self._taught)
+        return unknown_words(text, self._known_tokens)
 
     def _embed_ids(self, ids: Sequence[Sequence[int]]) -> Tensor:
-        """What open_clip's CLIP.encode_text computes, on sequences of equal length that end at their prompts' ends."""
+        """open_clip's CLIP.encode_text, for sequences of equal length without padding."""
         clip, length = self._clip, len(ids[0])
         values = clip.token_embedding(torch.tensor(ids, device=self.device)) + clip.positional_embedding[:length]
         values = clip.transformer(values, attn_mask=clip.attn_mask[:length, :length])
@@ -168,15 +166,15 @@ class ClipEncoder:
 
 
 def warn_of_unknown_names(encoders: Sequence[SemanticEncoder], names: Sequence[str]) -> None:
-    """Say of an encoder that cannot read a dataset's class names that no head on its maps will know them."""
+    """Warn if an encoder cannot read the class names of a dataset: a head on its maps could not be trained."""
     for encoder in encoders:
         if not isinstance(encoder, LimitedTextEncoder) or not encoder.known_words:
             continue
         unknown = [name for name in names if encoder.unknown_words(name)]
         if unknown:
             log.warning(
-                "%s cannot read %s of the %s class names of this dataset (%s%s): its features can be extracted, but no "
-                "head trained or evaluated by these names; it knows the words %s",
+                "%s cannot read %s of the %s class names of this dataset (%s%s): its features can be extracted, but a "
+                "head cannot be trained or evaluated with these names; it knows the words %s",
                 encoder.name,
                 f"{len(unknown):,}",
                 f"{len(names):,}",
@@ -189,28 +187,28 @@ def warn_of_unknown_names(encoders: Sequence[SemanticEncoder], names: Sequence[s
 def load_encoder(
     name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, preprocess: str = "direct"
 ) -> SemanticEncoder:
-    """A semantic encoder of `registry.ENCODERS`, "open_clip:MODEL:TAG" or "package.module:Class", with its weights.
+    """Load a semantic encoder of `registry.ENCODERS`, "open_clip:MODEL:TAG" or "package.module:Class".
 
-    `weights` is a source that `load_weights` knows. `dtype` is what the image tower computes in (float32, bfloat16,
-    float16, or "auto"); prompts and projections are always computed in float32. `preprocess` is a preset of
-    preprocess.py.
+    weights     a source for `load_weights`
+    dtype       of the image tower: float32, bfloat16, float16 or "auto"; prompts and projections use float32
+    preprocess  a preset in preprocess.py
 
-    Raises InputError for an unknown name, dtype or preset, or an encoder that lacks what one needs; WeightsError for
-    weights that cannot be had or do not fit.
+    Raises InputError for an unknown name, dtype or preset, or a class that is not a SemanticEncoder; WeightsError for
+    missing or unfitting weights.
     """
     place, rule = str(compute_device(device)), get_preprocess(preprocess)
     model = ENCODERS.build(BackboneConfig(name, weights, place, resolve_dtype(dtype, place, "encoder"), rule))
     if not isinstance(model, SemanticEncoder):
-        lacking = missing_members(model, SemanticEncoder)
-        raise InputError(f"encoder {name!r}: lacks {lacking}, which models.SemanticEncoder states")
+        missing = missing_members(model, SemanticEncoder)
+        raise InputError(f"encoder {name!r}: lacks {missing}, which protocols.SemanticEncoder requires")
     return model
 
 
 def load_text_encoder(
     name: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32", *, preprocess: str = "direct"
 ) -> TextEncoder:
-    """The same for who needs its text tower too. Raises InputError also for an encoder that has none."""
+    """Like `load_encoder`. Raises InputError also for an encoder without a text tower."""
     model = load_encoder(name, weights, device, dtype, preprocess=preprocess)
     if not isinstance(model, TextEncoder):
-        raise InputError(f"encoder {name!r}: has no text tower, which class names need; take one of models.TextEncoder")
+        raise InputError(f"encoder {name!r}: has no text tower, which class names need; use a protocols.TextEncoder")
     return model

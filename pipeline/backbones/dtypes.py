@@ -1,8 +1,7 @@
-"""What the image encoders compute in. Weights stay float32; autocast rounds on the way into each product.
+"""Choose the dtype in which the image encoders compute. Weights stay float32; autocast rounds the inputs of products.
 
-The dtype decides the features' bytes, so it is chosen once: "auto" becomes the name of a dtype where a feature set is
-made, that name stands in its provenance, and whoever resumes, retries, evaluates or predicts with these features takes
-it from there (`dtype_of`).
+The dtype changes the features' bytes, so it is chosen only once: "auto" is resolved when a feature set is created, and
+written into its provenance. Resuming, retrying, evaluation and prediction read it from there (`stored_dtype`).
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
-# Any of these instruction sets will do (keys of torch.cpu.get_capabilities; the last of each is ARM's).
+# One of these instruction sets is enough (keys of torch.cpu.get_capabilities; the last of each is ARM's).
 CPU_INSTRUCTIONS = {
     "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
     "float16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
@@ -30,20 +29,19 @@ CPU_INSTRUCTIONS = {
 Kind = Literal["localizer", "encoder"]
 
 
-def dtype_of(provenance: Mapping[str, Any]) -> str:
-    """The name in DTYPES that features of this provenance were computed in; "auto" where it states none.
+def stored_dtype(provenance: Mapping[str, Any]) -> str:
+    """The dtype (a name in DTYPES) in the provenance of features; "auto" if it has none.
 
-    Imported tokens state none, and neither do backbones of other packages that know no dtypes.
+    Imported tokens have none, and backbones of other packages may have none.
     """
     dtype = provenance.get("dtype")
     return dtype if isinstance(dtype, str) and dtype in DTYPES else AUTO
 
 
 def resolve_dtype(requested: str, device: str | torch.device, kind: Kind) -> str:
-    """The name in DTYPES that `requested` means on this device, which can compute in it.
+    """Resolve a dtype name or "auto" to a name in DTYPES that the device supports.
 
-    A CPU without instructions for a dtype emulates it, and a warning says so once. Raises InputError for a name that is
-    neither "auto" nor in DTYPES, and for a dtype that the device cannot compute in.
+    Warns once if the CPU has to emulate the dtype. Raises InputError for an unknown name and an unsupported dtype.
     """
     place = torch.device(device)
     if requested == AUTO:
@@ -53,8 +51,8 @@ def resolve_dtype(requested: str, device: str | torch.device, kind: Kind) -> str
     if requested == "bfloat16" and place.type == "cuda" and not gpu_has_bfloat16(place):
         major, minor = torch.cuda.get_device_capability(place)
         raise InputError(
-            f"dtype bfloat16: {place} has compute capability {major}.{minor}, bfloat16 takes 8.0 or later; use such a "
-            "GPU, --device cpu, or another --dtype with a cache of its own"
+            f"dtype bfloat16: {place} has compute capability {major}.{minor}, bfloat16 needs 8.0 or later; use such a "
+            "GPU, --device cpu, or another --dtype with its own cache"
         )
     if requested != "float32" and not torch.amp.is_autocast_available(place.type):
         raise InputError(f"dtype {requested}: torch does not compute in it on {place.type}; use float32")
@@ -64,10 +62,11 @@ def resolve_dtype(requested: str, device: str | torch.device, kind: Kind) -> str
 
 
 def auto_dtype(device: torch.device, kind: Kind) -> str:
-    """What suits a device: float32 on every CPU, so that no cache depends on which of several machines came first.
+    """The default dtype of a device.
 
-    On a GPU bfloat16 for SAM, about as near as float16 there and never out of range, and float16 for CLIP, where
-    bfloat16 is eight times as far off. Errors: benchmarks/results/extract.md.
+    float32 on every CPU, so that a cache does not depend on which machine created it. On a GPU bfloat16 for SAM, about
+    as precise there as float16 and without overflow, and float16 for CLIP, where bfloat16's error is eight times as
+    large (benchmarks/results/extract.md).
     """
     if device.type != "cuda":
         return "float32"
@@ -75,24 +74,24 @@ def auto_dtype(device: torch.device, kind: Kind) -> str:
 
 
 def gpu_has_bfloat16(device: torch.device) -> bool:
-    """Whether its tensor cores multiply bfloat16: from compute capability 8.0 on (CUDA C++ Programming Guide).
+    """Whether the tensor cores support bfloat16: compute capability 8.0 or later (CUDA C++ Programming Guide).
 
-    Older ones hold bfloat16 numbers, but cuBLAS and the attention kernels refuse to multiply them.
+    Older GPUs can store bfloat16, but cuBLAS and the attention kernels refuse it.
     """
     return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def cpu_supports(dtype: str) -> bool:
-    """Whether this CPU has instructions for products in `dtype`. Nothing but speed depends on it.
+    """Whether this CPU has instructions for products in `dtype`; only speed depends on it.
 
-    REGIONSPOT_CPU_DTYPES, a list such as "float32,bfloat16", stands in for what the CPU says, so that the tests can be
-    run as on another machine.
+    REGIONSPOT_CPU_DTYPES, a list such as "float32,bfloat16", overrides the CPU's capabilities, to run the tests as on
+    another machine.
     """
     if dtype == "float32":
         return True
     if (stated := os.environ.get("REGIONSPOT_CPU_DTYPES")) is not None:
         return dtype in stated.split(",")
-    # Of a torch that cannot say what its CPU has, nothing is known: a warning too many costs little.
+    # Older versions of torch do not know the CPU's capabilities.
     has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
     return any(has.get(name, False) for name in CPU_INSTRUCTIONS[dtype])
 
@@ -103,11 +102,11 @@ def _warn_of_emulation(dtype: str) -> None:
 
 
 def half_is_faster(dtypes: Iterable[str], device: torch.device) -> bool:
-    """Whether what is computed in one of these dtypes on a device would be done sooner in bfloat16."""
+    """Whether one of these dtypes is float32 on a device that is faster in bfloat16."""
     can = gpu_has_bfloat16(device) if device.type == "cuda" else device.type == "cpu" and cpu_supports("bfloat16")
     return can and "float32" in dtypes
 
 
 def autocast(device: torch.device, dtype: str) -> torch.autocast:
-    """A context in which products are computed in `dtype`; for float32 one that changes nothing."""
+    """An autocast context for `dtype`; disabled for float32."""
     return torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")

@@ -1,8 +1,8 @@
-"""MobileSAM's image encoder: the TinyViT of 5 million weights, at 1024 pixels, with SAM's neck.
+"""MobileSAM's image encoder: the TinyViT with 5 million weights, at 1024 pixels, with SAM's neck.
 
-timm, which open_clip brings, has the TinyViT; its package of MobileSAM's own is on no index. What MobileSAM changed
-(mobile_sam/modeling/tiny_vit_sam.py, Zhang et al. 2023) is that the last stage keeps the grid of the one before, 64 x
-64 cells, and that the classifier gives way to a neck. Everything behind the encoder is SAM's.
+MobileSAM's own package is not on PyPI; timm, which open_clip depends on, has the TinyViT. MobileSAM changed two things
+(mobile_sam/modeling/tiny_vit_sam.py, Zhang et al. 2023): the last stage does not reduce its grid of 64 x 64 cells, and
+a neck replaces the classifier. Prompt encoder and mask decoder are SAM's.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from regionspot.pipeline.backbones.state_dicts import StateDict
 
 PIXELS = 1024
-# Of tiny_vit_5m_224 (Wu et al. 2022, table 1), windows as in mobile_sam/build_sam.py.
+# tiny_vit_5m_224 (Wu et al. 2022, table 1), windows as in mobile_sam/build_sam.py.
 WIDTHS, DEPTHS, HEADS, WINDOWS = (64, 128, 160, 320), (2, 2, 6, 2), (2, 4, 5, 10), (7, 7, 14, 7)
 
-# From the names in mobile_sam.pt, behind `image_encoder.`, to timm's.
+# From the names in mobile_sam.pt, after `image_encoder.`, to timm's.
 RENAMED = (
     (r"^patch_embed\.seq\.0\.", "patch_embed.conv1."),
     (r"^patch_embed\.seq\.2\.", "patch_embed.conv2."),
     (r"\.c\.weight$", ".conv.weight"),
     (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
 )
-# The classifier, and a table that follows from the windows alone.
-LEFT_OUT = re.compile(r"^(norm_head|head)\.|attention_bias_idxs$")
+# The classifier, and a table that is computed from the window sizes.
+UNUSED = re.compile(r"^(norm_head|head)\.|attention_bias_idxs$")
 
 
 class TinyVitEncoder(nn.Module):
@@ -36,7 +36,7 @@ class TinyVitEncoder(nn.Module):
     img_size = PIXELS
 
     def __init__(self, width: int = 256) -> None:
-        # Heavy, and without types; needed for this model alone.
+        # Slow to import, and needed for this model only.
         from segment_anything.modeling.common import LayerNorm2d
 
         super().__init__()
@@ -62,23 +62,23 @@ class TinyVitEncoder(nn.Module):
         return embedding
 
 
-def from_mobile_sam(weights: StateDict) -> StateDict:
-    """The state dict of a Sam with this encoder, out of what mobile_sam.pt holds. Other files come back as they are."""
-    found = {}
+def convert_mobile_sam(weights: StateDict) -> StateDict:
+    """Convert the content of mobile_sam.pt to the state dict of a Sam with this encoder. Other files are unchanged."""
+    converted = {}
     for name, tensor in weights.items():
-        inside = name.removeprefix("image_encoder.")
-        if inside == name:
-            found[name] = tensor
-        elif not LEFT_OUT.search(inside):
-            found[f"image_encoder.{_renamed(inside)}"] = tensor
-    return found
+        encoder_name = name.removeprefix("image_encoder.")
+        if encoder_name == name:
+            converted[name] = tensor
+        elif not UNUSED.search(encoder_name):
+            converted[f"image_encoder.{_timm_name(encoder_name)}"] = tensor
+    return converted
 
 
-def _renamed(name: str) -> str:
-    # Where MobileSAM's layers end with the step to the next grid, timm's stages begin with it.
-    step = re.match(r"^layers\.(\d+)\.downsample\.", name)
-    if step:
-        name = f"stages.{int(step[1]) + 1}.downsample.{name[step.end() :]}"
+def _timm_name(name: str) -> str:
+    # MobileSAM's layers end with the downsampling, timm's stages start with it.
+    downsample = re.match(r"^layers\.(\d+)\.downsample\.", name)
+    if downsample:
+        name = f"stages.{int(downsample[1]) + 1}.downsample.{name[downsample.end() :]}"
     for pattern, replacement in RENAMED:
         name = re.sub(pattern, replacement, name)
     return name

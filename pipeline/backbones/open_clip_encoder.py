@@ -1,12 +1,11 @@
-"""Models of open_clip that are no plain CLIP, as encoders: SigLIP, PE, EVA, ConvNeXt, CoCa, ResNets and the others.
+"""Encoders for open_clip models that are not a plain CLIP: SigLIP, PE, EVA, ConvNeXt, CoCa, ResNets and others.
 
-The map is what the image tower says of each place before its last norm and pooling, and a class token in front where
-the model has one; registers say nothing of a place and are left out. How pooling takes a map into the text's space is
-each model's own (often an attention over all of it), so there is no projection token by token; whole images and
-prompts are embedded as open_clip does it.
+The feature map is the image tower's output at each position before the last norm and pooling, after the class token if
+there is one; register tokens are left out. Each model pools its map in its own way (often by attention), so single
+tokens cannot be projected into the joint space. Whole images and prompts are embedded by open_clip.
 """
 
-# B images, T map tokens, D map width, P prompts, E width of the text space, p pixels
+# B images, T map tokens, D map width, P prompts, E width of the joint space, p pixels
 
 from __future__ import annotations
 
@@ -32,22 +31,18 @@ SQUASH_RESIZE = "PIL {filter} to {pixels} x {pixels}, aspect not kept"
 
 
 def build(config: BackboneConfig) -> ClipEncoder | OpenClipEncoder:
-    """The encoder of open_clip:MODEL[:TAG]. Raises InputError for a model or tag that open_clip does not have."""
+    """Build the encoder of open_clip:MODEL[:TAG]. Raises InputError for an unknown model or tag."""
     model, _ = model_and_tag(config.name)
     return ClipEncoder(config) if is_plain(config_of(model)) else OpenClipEncoder(config)
 
 
 class OpenClipEncoder:
-    """A frozen model of open_clip. Made by `load_encoder`; a `models.TextEncoder`.
-
-    name, provenance, map_shape, text_dim, logit_scale, weights_sha256   as a ClipEncoder's
-    pixels   side of the square that an image is squeezed into
-    """
+    """A frozen open_clip model, a `TextEncoder` with the attributes of ClipEncoder. Use `load_encoder`."""
 
     def __init__(self, config: BackboneConfig) -> None:
         built = build_clip(config.name)
         self.name = stored_name(config.name)
-        loaded = load_weights(self.name, config.weights, built.model.state_dict(), built.official, built.unpack)
+        loaded = load_weights(self.name, config.weights, built.model.state_dict(), built.official, built.convert)
         built.model.load_state_dict(loaded.state_dict)
         self.weights_sha256 = loaded.sha256
         self.device = torch.device(config.device)
@@ -60,7 +55,7 @@ class OpenClipEncoder:
         self._normalisation = (tuple(built.mean), tuple(built.std))
         size = self._visual.image_size
         self.pixels: int = size if isinstance(size, int) else size[0]
-        # The authors' own filter, where they squeeze as we do and nothing has shrunk the image before.
+        # The authors' own filter, if they resize to a square too and the image was not resized before.
         self._squash = built.squash if config.preprocess.name == "direct" else None
         self._has_class_token = _has_class_token(self._visual)
         self.provenance: dict[str, Any] = {
@@ -73,10 +68,10 @@ class OpenClipEncoder:
         }
         scale = getattr(self._model, "logit_scale", None)
         self.logit_scale = 1.0 if scale is None else float(scale.exp())
-        # BackboneConfig of the model itself: towers state their grids in a dozen ways.
+        # Measured, because the towers store their grid size in many ways.
         blank = torch.zeros(1, 3, self.pixels, self.pixels)
-        _, places, width = self.encode(blank).shape
-        self.map_shape = (places, width)
+        _, tokens, width = self.encode(blank).shape
+        self.map_shape = (tokens, width)
         self.text_dim: int = self.embed_images(blank).shape[1]
 
     @property
@@ -89,74 +84,74 @@ class OpenClipEncoder:
         if self._squash is None:
             return self._preprocess.clip_input(image, self.pixels, *self._normalisation)
         square = image.convert("RGB").resize((self.pixels, self.pixels), SQUASH[self._squash])
-        values = torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div_(255)
-        mean, std = (torch.tensor(each).view(3, 1, 1) for each in self._normalisation)
-        return values.sub_(mean).div_(std)
+        pixels = torch.from_numpy(np.array(square)).permute(2, 0, 1).float().div_(255)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in self._normalisation)
+        return pixels.sub_(mean).div_(std)
 
     @torch.no_grad()
     def encode(self, batch: Tensor) -> Tensor:
         """float32 (B, T, D): the feature maps of preprocessed images (B, 3, p, p)."""
-        # Towers without tokens, such as ConvNeXt, know neither of these two words.
-        of_tokens = {"output_fmt": "NLC", "output_extra_tokens": True} if _has_tokens(self._visual) else {}
+        # Convolutional towers such as ConvNeXt do not have these two options.
+        token_options = {"output_fmt": "NLC", "output_extra_tokens": True} if _has_tokens(self._visual) else {}
         with autocast(self.device, self._dtype):
-            found = self._visual.forward_intermediates(
-                batch.to(self.device), indices=1, intermediates_only=True, **of_tokens
+            outputs = self._visual.forward_intermediates(
+                batch.to(self.device), indices=1, intermediates_only=True, **token_options
             )
-        places: Tensor = found["image_intermediates"][0]
-        if not of_tokens:
-            places = places.flatten(2).transpose(1, 2)
+        tokens: Tensor = outputs["image_intermediates"][0]
+        if not token_options:
+            tokens = tokens.flatten(2).transpose(1, 2)
         if self._has_class_token:
-            places = torch.cat([found["image_intermediates_prefix"][0][:, :1], places], dim=1)
-        return places.float()
+            tokens = torch.cat([outputs["image_intermediates_prefix"][0][:, :1], tokens], dim=1)
+        return tokens.float()
 
     @torch.no_grad()
     def embed_images(self, batch: Tensor) -> Tensor:
         """float32 (B, E): the model's embedding of whole preprocessed images, not normalised."""
         with autocast(self.device, self._dtype):
-            found = self._visual(batch.to(self.device))
-        # CoCa's tower gives its caption tokens as well.
-        embedded: Tensor = found[0] if isinstance(found, tuple) else found
-        return embedded.float()
+            output = self._visual(batch.to(self.device))
+        # CoCa's tower returns its caption tokens as well.
+        embeddings: Tensor = output[0] if isinstance(output, tuple) else output
+        return embeddings.float()
 
     @torch.no_grad()
     def embed_prompts(self, prompts: Sequence[str]) -> Tensor:
-        """float32 (P, E): the embeddings of the prompts, in their order, not normalised.
+        """float32 (P, E): the embeddings of the prompts, not normalised.
 
-        Raises InputError where the model has no text tower here, or its tokenizer cannot be had.
+        Raises InputError if the model has no text tower or its tokenizer cannot be loaded.
         """
         tokenize = self._tokenizer()
-        found = [torch.zeros(0, self.text_dim, device=self.device)]
+        embeddings = [torch.zeros(0, self.text_dim, device=self.device)]
         for start in range(0, len(prompts), PROMPT_BATCH):
             ids = tokenize(list(prompts[start : start + PROMPT_BATCH])).to(self.device)
-            found.append(self._model.encode_text(ids).float())
-        return torch.cat(found)
+            embeddings.append(self._model.encode_text(ids).float())
+        return torch.cat(embeddings)
 
     def _tokenizer(self) -> Any:
         if self._text_config is None:
             raise InputError(
-                f"encoder {self.name}: its text tower is Hugging Face's, which is not built here; it gives maps, but "
-                "class names need another encoder"
+                f"encoder {self.name}: text towers of Hugging Face are not supported; it gives maps, but class names "
+                "need another encoder"
             )
         if self._tokenize is None:
-            self._tokenize = _fetched_tokenizer(self.name, self._open_clip_name, self._text_config)
+            self._tokenize = _load_tokenizer(self.name, self._open_clip_name, self._text_config)
         return self._tokenize
 
 
-def _fetched_tokenizer(name: str, model: str, config: dict[str, Any]) -> Any:
+def _load_tokenizer(name: str, model: str, config: dict[str, Any]) -> Any:
     import open_clip
 
     hub_name = config.get("hf_tokenizer_name")
     try:
         return open_clip.get_tokenizer(model)
     except ImportError:
-        mend = "pip install 'regionspot[text]'"
-    except (OSError, ValueError):  # what transformers makes of a hub that it cannot reach
-        mend = "connect once so that it is fetched, or set HF_HOME to a folder that holds it"
-    raise InputError(f"encoder {name}: reads text by the tokenizer {hub_name}, which cannot be loaded; {mend}")
+        remedy = "pip install 'regionspot[text]'"
+    except (OSError, ValueError):  # transformers raises these if the hub cannot be reached
+        remedy = "connect to the internet once to download it, or set HF_HOME to a folder that contains it"
+    raise InputError(f"encoder {name}: needs the tokenizer {hub_name}, which cannot be loaded; {remedy}")
 
 
 def _has_tokens(visual: Any) -> bool:
-    """Whether the tower is a transformer over a class token, registers and patches, or over patches alone."""
+    """Whether the tower is a transformer over tokens."""
     trunk = getattr(visual, "trunk", None)
     return hasattr(visual, "class_embedding") if trunk is None else hasattr(trunk, "num_prefix_tokens")
 

@@ -1,9 +1,8 @@
-"""Any model of open_clip, built without weights, and what its authors publish with it.
+"""Build any open_clip model without weights, with its published preprocessing and weights file.
 
-Most are a vision transformer with a class token beside a causal text tower, which `encoder.ClipEncoder` computes in its
-own, faster way. Where either tower is something else (SigLIP, PE, EVA, ConvNeXt, CoCa, ...), `is_plain` says so and
-`open_clip_encoder.OpenClipEncoder` takes the model as it is. A text tower out of Hugging Face's library cannot be built
-without its network; of such a model the image tower alone is built.
+Most are a plain CLIP: a vision transformer with a class token and a causal text tower, for which `ClipEncoder` is
+faster. If `is_plain` is False (SigLIP, PE, EVA, ConvNeXt, CoCa, ...), `OpenClipEncoder` is used. Text towers of Hugging
+Face cannot be built without a download; of such a model only the image tower is built.
 """
 
 from __future__ import annotations
@@ -20,16 +19,16 @@ from regionspot.cache.errors import InputError
 from regionspot.pipeline.backbones.state_dicts import StateDict, skip_init
 from regionspot.pipeline.backbones.weights import OfficialFile
 
-# What a tower must not have for ClipEncoder: its map needs a class token in front of the patches, and cutting prompts
-# at their end needs a causal text tower and open_clip's own tokenizer.
+# Options that a plain CLIP does not have: ClipEncoder needs a class token before the patches, a causal text tower and
+# open_clip's own tokenizer.
 OTHER_VISION = ("timm_model_name", "attentional_pool", "pool_type", "final_ln_after_pool")
 OTHER_TEXT = ("hf_model_name", "hf_tokenizer_name", "no_causal_mask", "embed_cls", "pool_type", "proj_type")
-# In place of a text tower that cannot be built: as small as one may be, and thrown away.
+# The smallest possible text tower, in place of one that cannot be built; it is not kept.
 NO_TEXT = {"context_length": 1, "vocab_size": 1, "width": 8, "heads": 1, "layers": 1}
 
 
 class Tokenizer(Protocol):
-    """Words to ids, as open_clip's SimpleTokenizer does; `encode` gives those of the words alone."""
+    """open_clip's SimpleTokenizer; `encode` returns ids without start and end."""
 
     sot_token_id: int
     eot_token_id: int
@@ -39,12 +38,14 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class BuiltClip:
-    """An open_clip CLIP without weights, and what goes with it: `mean` and `std` normalise an image in [0, 1].
+    """An open_clip CLIP without weights.
 
-    tokenizer    a Tokenizer; None where it has to be fetched from a hub when text is asked for
-    squash       the filter by which the authors squeeze an image into the square, "bicubic" or "bilinear"; None where
-                 they keep its aspect and crop, which would lose regions
-    text_config  of the text tower as open_clip states it; None where there is no tower
+    tokenizer    a Tokenizer; None if it is loaded from a hub on first use
+    mean, std    normalise an image in [0, 1]
+    convert      from the content of a weights file to the model's state dict
+    squash       the authors' filter ("bicubic" or "bilinear") if they resize images to a square; None if they crop,
+                 which would lose regions
+    text_config  open_clip's configuration of the text tower; None if it was not built
     """
 
     model: Any  # open_clip carries no types
@@ -52,20 +53,20 @@ class BuiltClip:
     mean: Sequence[float]
     std: Sequence[float]
     official: OfficialFile | None = None
-    unpack: Callable[[StateDict], StateDict] = dict  # from what a file holds to the model's own state dict
+    convert: Callable[[StateDict], StateDict] = dict
     squash: str | None = None
     text_config: dict[str, Any] | None = None
 
 
 def model_and_tag(name: str) -> tuple[str, str | None]:
-    """Of open_clip:MODEL:TAG, open_clip:MODEL/TAG or, as it is stored, open_clip.MODEL.TAG; the tag may be left out."""
+    """Split open_clip:MODEL:TAG, open_clip:MODEL/TAG or the stored name open_clip.MODEL.TAG; the tag is optional."""
     rest = name.removeprefix("open_clip")[1:].replace("/", ":").replace(".", ":")
     model, _, tag = rest.partition(":")
     return model, tag or None
 
 
 def config_of(model: str) -> dict[str, Any]:
-    """open_clip's configuration of a model. Raises InputError where it has none of this name."""
+    """open_clip's configuration of a model. Raises InputError for an unknown model."""
     import open_clip
 
     config: dict[str, Any] | None = open_clip.get_model_config(model)
@@ -75,17 +76,17 @@ def config_of(model: str) -> dict[str, Any]:
 
 
 def is_plain(config: dict[str, Any]) -> bool:
-    """Whether ClipEncoder can compute it: a class token, a causal text tower, open_clip's own tokenizer."""
+    """Whether ClipEncoder supports the model: a class token, a causal text tower, open_clip's own tokenizer."""
     vision, text = config["vision_cfg"], config["text_cfg"]
-    odd = [vision.get(key) for key in OTHER_VISION] + [text.get(key) for key in OTHER_TEXT]
+    other = [vision.get(key) for key in OTHER_VISION] + [text.get(key) for key in OTHER_TEXT]
     other_class = config.get("custom_text") or "multimodal_cfg" in config or isinstance(vision.get("layers"), list)
-    return not any(odd) and not other_class
+    return not any(other) and not other_class
 
 
 def build_open_clip(model: str, tag: str | None, official: OfficialFile | None = None) -> BuiltClip:
-    """The model, and of its tag where the weights are.
+    """Build a model; its `official` is the weights file of the tag.
 
-    Raises InputError for a model or tag that open_clip does not have, and for a tag trained with another activation.
+    Raises InputError for an unknown model or tag, and for a tag that was trained with another activation.
     """
     import open_clip
 
@@ -96,23 +97,23 @@ def build_open_clip(model: str, tag: str | None, official: OfficialFile | None =
         raise InputError(f"encoder open_clip:{model}: has no pretrained tag {tag!r}; expected one of: {known}")
     if tag:
         _check_activation(model, tag, config)
-    # Without a tag as with the first one: what an image has to look like is the same for all of a model's.
+    # Without a tag the first one's: all tags of a model have the same preprocessing.
     published = open_clip.get_pretrained_cfg(model, tag or tags[0]) if tags else {}
     text = None if config["text_cfg"].get("hf_model_name") else config["text_cfg"]
-    built = _built(config, text is not None)
+    built = _build(config, text is not None)
     return BuiltClip(
         model=built,
         tokenizer=open_clip.get_tokenizer(model) if is_plain(config) else None,
         mean=published.get("mean", open_clip.OPENAI_DATASET_MEAN),
         std=published.get("std", open_clip.OPENAI_DATASET_STD),
         official=official or (_published_file(model, tag, published) if tag else None),
-        unpack=dict if is_plain(config) else _older_names(built) if text is not None else _image_tower,
+        convert=dict if is_plain(config) else _converter(built) if text is not None else _image_tower_weights,
         squash=published.get("interpolation") if published.get("resize_mode") == "squash" else None,
         text_config=text,
     )
 
 
-def _built(config: dict[str, Any], with_text: bool) -> Any:
+def _build(config: dict[str, Any], with_text: bool) -> Any:
     from open_clip.coca_model import CoCa
     from open_clip.model import CLIP, CustomTextCLIP
 
@@ -127,33 +128,33 @@ def _built(config: dict[str, Any], with_text: bool) -> Any:
 
 
 class _ImageTower(nn.Module):
-    """An image tower under the name that it has in a whole model."""
+    """Gives an image tower the name that it has in a whole model."""
 
     def __init__(self, visual: Any) -> None:
         super().__init__()
         self.visual = visual
 
 
-def _image_tower(weights: StateDict) -> StateDict:
+def _image_tower_weights(weights: StateDict) -> StateDict:
     return {name: tensor for name, tensor in weights.items() if name.startswith("visual.")}
 
 
-def _older_names(model: Any) -> Callable[[StateDict], StateDict]:
-    """From the names and shapes that other programs, and open_clip before, wrote, to those of the model."""
+def _converter(model: Any) -> Callable[[StateDict], StateDict]:
+    """Converts the names and shapes of other programs and older open_clip versions to the model's."""
     from open_clip.convert import convert_state_dict
     from open_clip.model import convert_to_custom_text_state_dict
 
-    def unpack(weights: StateDict) -> StateDict:
-        found: StateDict = convert_state_dict(model, dict(weights))
+    def convert(weights: StateDict) -> StateDict:
+        converted: StateDict = convert_state_dict(model, dict(weights))
         if not hasattr(model, "positional_embedding"):
-            found = convert_to_custom_text_state_dict(found)
+            converted = convert_to_custom_text_state_dict(converted)
         for name in ("logit_scale", "logit_bias"):
             own = getattr(model, name, None)
-            if own is not None and name in found and found[name].numel() == own.numel():
-                found[name] = found[name].reshape(own.shape)
-        return found
+            if own is not None and name in converted and converted[name].numel() == own.numel():
+                converted[name] = converted[name].reshape(own.shape)
+        return converted
 
-    return unpack
+    return convert
 
 
 def _check_activation(model: str, tag: str, config: dict[str, Any]) -> None:
@@ -166,7 +167,7 @@ def _check_activation(model: str, tag: str, config: dict[str, Any]) -> None:
 
 
 def _published_file(model: str, tag: str, published: dict[str, Any]) -> OfficialFile:
-    """Where open_clip says that the weights of a tag are, stored under the model's and the tag's names."""
+    """open_clip's weights file of a tag, to be stored as MODEL.TAG.SUFFIX."""
     repository, _, file = published.get("hf_hub", "").rpartition("/")
     if repository:
         file = file or "open_clip_model.safetensors"  # open_clip.constants.HF_SAFE_WEIGHTS_NAME
@@ -178,25 +179,25 @@ def _published_file(model: str, tag: str, published: dict[str, Any]) -> Official
 
 
 def contiguous_attention(tower: nn.Module, device: torch.device, dtype: str) -> None:
-    """Have a tower's attention copy its inputs into contiguous memory, where it computes in half precision on a CPU.
+    """Make a tower's attention copy its inputs to contiguous memory, in half precision on a CPU.
 
-    nn.MultiheadAttention turns images and places around without copying them. In other than float32, torch.matmul then
-    takes the projection for a product of one matrix a place, and copies the weights as often: 8 images are then four
-    times slower than in float32, and with this nearly twice as fast (https://github.com/pytorch/pytorch/issues/126973).
+    nn.MultiheadAttention transposes images and positions without a copy. Except in float32, torch.matmul then computes
+    the projection as one product per position and copies the weights each time: 8 images take four times as long as in
+    float32, and with this nearly half as long (https://github.com/pytorch/pytorch/issues/126973).
     """
     if device.type != "cpu" or dtype == "float32":
         return
     for module in tower.modules():
         if isinstance(module, nn.MultiheadAttention) and module.batch_first:
             module.batch_first = False
-            module.register_forward_pre_hook(_places_first)
+            module.register_forward_pre_hook(_positions_first)
             module.register_forward_hook(_images_first)
 
 
-def _places_first(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # What is one tensor stays one: attention projects such inputs together.
-    turned = {id(each): each.transpose(0, 1).contiguous() for each in inputs}
-    return tuple(turned[id(each)] for each in inputs)
+def _positions_first(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    # Equal inputs stay the same tensor, because attention then projects them together.
+    transposed = {id(tensor): tensor.transpose(0, 1).contiguous() for tensor in inputs}
+    return tuple(transposed[id(tensor)] for tensor in inputs)
 
 
 def _images_first(_: nn.Module, __: object, output: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor | None]:

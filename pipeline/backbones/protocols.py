@@ -1,10 +1,10 @@
-"""What a localizer and a semantic encoder are: all that extraction, training and evaluation ask of them.
+"""The interfaces of localizers and semantic encoders, for extraction, training and evaluation.
 
-They are Protocols, so a class of somebody else's becomes one by having these names; nothing is inherited. What only
-some can do (masks, text) is a Protocol of its own, which is asked for where it is needed. docs/backbones.md adds one.
+They are Protocols: a class of another package implements one by having these members, without inheritance. Optional
+abilities (masks, text) are Protocols of their own. docs/backbones.md shows how to write one.
 """
 
-# B images, n boxes of an image, C token width, T map tokens, D map width, P prompts, E width of the text space
+# B images, n boxes of an image, C token width, T map tokens, D map width, P prompts, E width of the joint space
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from torch import Tensor
 
 from regionspot.pipeline.images.preprocess import Preprocess
 
-FIRST, ALL = TOKENS = ("first", "all")  # which outputs of a mask decoder are kept
+FIRST, ALL = TOKENS = ("first", "all")  # which outputs of a mask decoder are stored
 
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """What somebody wants of a backbone; the one argument of whatever builds it.
+    """The only argument of a backbone's builder.
 
-    name        the name it was asked for by; use `registry.stored_name(name)` as the model's own
-    weights     a source that `weights.load_weights` knows; None: the official ones
-    device      as torch names it
+    name        as requested; the model's own name should be `registry.stored_name(name)`
+    weights     a source for `weights.load_weights`; None: the official weights
+    device      torch's name of the device
     dtype       of the image encoder: float32, bfloat16 or float16
-    preprocess  the preset's rule from images to inputs
+    preprocess  the preprocessing preset
     tokens      "first", or "all": a localizer's other mask tokens and predicted IoUs as well
     """
 
@@ -44,12 +44,11 @@ class BackboneConfig:
 
 
 class Backbone(Protocol):
-    """What localizers and encoders have in common.
+    """The common members of localizers and encoders.
 
     name        of the feature set: letters, digits, `_`, `-` and `.`
-    provenance  JSON-able, all that decides the numbers: "model", "weights_sha256", "input_pixels", "resize",
-                "preprocess", "dtype"; under "versions" what is told and never compared
-    device      where it computes
+    provenance  JSON-serialisable, everything that determines the values: "model", "weights_sha256", "input_pixels",
+                "resize", "preprocess", "dtype"; "versions" is recorded but not compared
     """
 
     name: str
@@ -58,11 +57,11 @@ class Backbone(Protocol):
 
     @property
     def batch_size(self) -> int:
-        """Images to encode at a time, where nobody says otherwise."""
+        """Default batch size; on a GPU it is measured instead (batch_size.py)."""
         ...
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """One image's input, on the CPU. Called from several threads at once."""
+        """One image's input, on the CPU. Must be thread-safe."""
         ...
 
     def encode(self, images: Any, /) -> Tensor:
@@ -72,9 +71,9 @@ class Backbone(Protocol):
 
 @runtime_checkable
 class Localizer(Backbone, Protocol):
-    """Boxes to location tokens.
+    """Computes location tokens of boxes.
 
-    pixels     side of the square that the image encoder takes
+    pixels     side of the image encoder's square input
     token_dim  C
     """
 
@@ -83,64 +82,64 @@ class Localizer(Backbone, Protocol):
 
     @property
     def outputs(self) -> dict[str, tuple[int, ...]]:
-        """What a region gets, by feature set: its shape. The first is `name`, the location token, (C,)."""
+        """Shape per region of each feature set. The first is `name`, the location token, (C,)."""
         ...
 
     def encode(self, images: Sequence[Tensor]) -> Tensor:
-        """(B, ...): the embeddings of images as `preprocess` gives them, one or several."""
+        """(B, ...): the embeddings of preprocessed images."""
         ...
 
     def tokens_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """B tensors float32 (n, C): the location tokens of each image's boxes, in order.
+        """B tensors float32 (n, C): the location tokens of each image's boxes.
 
-        embeddings      (B, ...)       as `encode` gives them
-        boxes_xyxy      float32 (n, 4) each, in pixels of the original; n may be 0
-        original_sizes  (height, width) each
+        embeddings      (B, ...) from `encode`
+        boxes_xyxy      B arrays float32 (n, 4), in pixels of the original image; n may be 0
+        original_sizes  B times (height, width)
         """
         ...
 
     def outputs_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """The same with all that `outputs` names: of each image, float32 (n, *shape) by feature set."""
+        """All `outputs` of each image's boxes: float32 (n, *shape) by feature set."""
         ...
 
 
 @runtime_checkable
 class MaskingLocalizer(Localizer, Protocol):
-    """A localizer that can also draw what it found."""
+    """A localizer that also computes masks."""
 
     def tokens_and_masks(
         self, embedding: Tensor, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]
     ) -> tuple[Tensor, NDArray[np.bool_]]:
-        """float32 (n, C) and bool (n, h, w): tokens and masks at the original size, of one image's boxes."""
+        """float32 (n, C) and bool (n, h, w): tokens of one image's boxes, and masks at the original size."""
         ...
 
 
 @runtime_checkable
 class SemanticEncoder(Backbone, Protocol):
-    """An image to its feature map.
+    """Computes an image's feature map.
 
-    map_shape   (T, D); T is the class token, where there is one, and a square of patches row by row. One without says
-                `"class_token": False` in its provenance
+    map_shape   (T, D); T is the class token, if there is one, and a square of patches in row-major order. Without a
+                class token the provenance contains `"class_token": False`
     """
 
     map_shape: tuple[int, int]
 
     def encode(self, batch: Tensor) -> Tensor:
-        """float32 (B, T, D): the maps of preprocessed images, stacked."""
+        """float32 (B, T, D): the maps of stacked preprocessed images."""
         ...
 
 
 @runtime_checkable
 class TextEncoder(SemanticEncoder, Protocol):
-    """An encoder whose images and prompts meet in one space, as training and evaluation need.
+    """An encoder with a joint space for images and prompts, which training and evaluation need.
 
-    weights_sha256  of the file that holds both towers
+    weights_sha256  of the file with both towers
     text_dim        E
-    logit_scale     what cosines are multiplied by
+    logit_scale     factor of cosine similarities
     """
 
     weights_sha256: str
@@ -152,24 +151,24 @@ class TextEncoder(SemanticEncoder, Protocol):
         ...
 
     def embed_prompts(self, prompts: Sequence[str], /) -> Tensor:
-        """float32 (P, E): the prompts, in order, not normalised. Raises InputError for one that it cannot read."""
+        """float32 (P, E): the prompts, not normalised. Raises InputError for a prompt that it cannot read."""
         ...
 
 
 @runtime_checkable
 class LimitedTextEncoder(TextEncoder, Protocol):
-    """An encoder that reads some words only, such as the toy one; `known_words` is empty where it reads any."""
+    """An encoder with a limited vocabulary, such as the toy one; `known_words` is empty if it reads all words."""
 
     known_words: tuple[str, ...]
 
     def unknown_words(self, text: str) -> list[str]:
-        """The words of a text that it cannot read, in their order."""
+        """The words of a text that it cannot read, in order."""
         ...
 
 
 @runtime_checkable
 class ProjectingEncoder(TextEncoder, Protocol):
-    """An encoder that takes each token of its map into the text's space, not whole images alone."""
+    """An encoder that can project each token of its map into the joint space."""
 
     def project(self, feature_map: Tensor) -> Tensor:
         """float32 (..., D) -> (..., E), token by token."""
@@ -177,6 +176,6 @@ class ProjectingEncoder(TextEncoder, Protocol):
 
 
 def missing_members(model: object, protocol: type) -> str:
-    """The names that `protocol` has and `model` lacks, for people."""
-    wanted = {name for each in protocol.__mro__ for name in (*vars(each).get("__annotations__", {}), *vars(each))}
-    return ", ".join(sorted(name for name in wanted if not name.startswith("_") and not hasattr(model, name)))
+    """Names of the members of `protocol` that `model` lacks, separated by commas."""
+    members = {name for base in protocol.__mro__ for name in (*vars(base).get("__annotations__", {}), *vars(base))}
+    return ", ".join(sorted(name for name in members if not name.startswith("_") and not hasattr(model, name)))

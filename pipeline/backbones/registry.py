@@ -1,9 +1,9 @@
-"""Localizers and encoders by name: ours, those of installed packages, those that a program registers.
+"""Localizers and encoders by name: ours, those of installed packages, and those that a program registers.
 
-A backbone is built by a class or function that takes a `protocols.BackboneConfig` and returns the model.
-Ours are named by text and imported when they are asked for, so a name costs no import of the library behind it.
-Other packages add theirs by an entry point in the group `regionspot.localizers` or `regionspot.encoders`, a program by
-`register_localizer` and `register_encoder`, and what is only tried out goes by where it is, `package.module:Class`.
+A backbone is built by a class or function that takes a `protocols.BackboneConfig` and returns the model. Ours are
+imported when they are built, so that looking up a name does not import their library. Other packages add theirs by an
+entry point in the group `regionspot.localizers` or `regionspot.encoders`; a program calls `register_localizer` or
+`register_encoder`; any importable class can be used as `package.module:Class`.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from regionspot.cache.errors import InputError, unknown_name
 from regionspot.pipeline.backbones.protocols import BackboneConfig
 
 Builder = Callable[[BackboneConfig], Any]
-PLACE = re.compile(r"([\w.]+):(\w+)")  # package.module:Class
+IMPORT_PATH = re.compile(r"([\w.]+):(\w+)")  # package.module:Class
 
 
 @dataclass(frozen=True)
 class BackboneEntry:
-    """One backbone, or a family of them that share a beginning.
+    """One backbone, or a family of backbones whose names have the same prefix.
 
-    builder   a Builder, or where one is
-    needs     the package that it does not work without, if regionspot does not bring it
-    extra     of regionspot, which brings that package
+    builder   a Builder or its import path
+    needs     an optional package that it requires
+    extra     the extra of regionspot that installs this package
     """
 
     builder: Builder | str
@@ -43,7 +43,7 @@ class BackboneEntry:
 
 @dataclass(frozen=True)
 class Registry:
-    """Names to entries. `families` maps a beginning, such as "open_clip", to the entry of all names that have it."""
+    """Entries by name. `families`: entries by prefix of the name, such as "open_clip"."""
 
     kind: str
     group: str
@@ -51,23 +51,23 @@ class Registry:
     families: Mapping[str, BackboneEntry] = field(default_factory=dict)
 
     def names(self) -> tuple[str, ...]:
-        """All names that can be asked for, whether or not their packages are there."""
+        """All known names, whether or not their packages are installed."""
         return tuple(dict.fromkeys([*self.entries, *self._of_packages()]))
 
     def register(self, name: str, builder: Builder) -> None:
-        """Raises InputError for a name that is taken, or that no feature set can have."""
+        """Raises InputError for a name that exists already or that a feature set cannot have."""
         if name in self.names():
-            raise InputError(f"{self.kind} {name!r}: there is one of this name; take another")
+            raise InputError(f"{self.kind} {name!r}: is registered already; choose another name")
         if name != stored_name(name) or not name:
-            raise InputError(f"{self.kind} {name!r}: a name is letters, digits, '_', '-' and '.'")
+            raise InputError(f"{self.kind} {name!r}: a name consists of letters, digits, '_', '-' and '.'")
         self.entries[name] = BackboneEntry(builder)
 
     def build(self, config: BackboneConfig) -> Any:
-        """The model that was asked for. Raises InputError for a name that is unknown or whose package is missing."""
+        """Build the model. Raises InputError for an unknown name or a missing package."""
         return self.builder(config.name)(config)
 
     def builder(self, name: str) -> Builder:
-        """What builds the model `name`. Raises InputError as `build` does."""
+        """The builder of the model `name`. Raises InputError as `build` does."""
         entry = self.entries.get(name) or self.families.get(re.split("[:.]", name)[0])
         if entry is not None:
             if entry.missing:
@@ -75,34 +75,37 @@ class Registry:
                     f"{self.kind} {name!r}: needs the package {entry.needs}, which is not installed; "
                     f"pip install 'regionspot[{entry.extra}]'"
                 )
-            return _imported(entry.builder, self.kind, name) if isinstance(entry.builder, str) else entry.builder
+            return _import(entry.builder, self.kind, name) if isinstance(entry.builder, str) else entry.builder
         if name in (others := self._of_packages()):
-            return _imported(others[name].value, self.kind, name)
-        if PLACE.fullmatch(name):
-            return _imported(name, self.kind, name)
-        raise unknown_name(self.kind, name, self._choice())
+            return _import(others[name].value, self.kind, name)
+        if IMPORT_PATH.fullmatch(name):
+            return _import(name, self.kind, name)
+        raise unknown_name(self.kind, name, self._choices())
 
     def _of_packages(self) -> dict[str, EntryPoint]:
         return {point.name: point for point in entry_points(group=self.group)}
 
-    def _choice(self) -> list[str]:
-        known = [f"{name} (needs regionspot[{e.extra}])" if e.missing else name for name, e in self.entries.items()]
-        families = [f"{beginning}:MODEL[:TAG]" for beginning in self.families]
-        return [*known, *self._of_packages(), *families, "package.module:Class"]
+    def _choices(self) -> list[str]:
+        own = [
+            f"{name} (needs regionspot[{entry.extra}])" if entry.missing else name
+            for name, entry in self.entries.items()
+        ]
+        families = [f"{prefix}:MODEL[:TAG]" for prefix in self.families]
+        return [*own, *self._of_packages(), *families, "package.module:Class"]
 
 
 def stored_name(name: str) -> str:
-    """The name under which features are stored: one path component, so what divides a name becomes a dot."""
+    """The name of the feature set: one path component, so all separators become dots."""
     return re.sub(r"[^A-Za-z0-9_.-]", ".", name)
 
 
-def _imported(place: str, kind: str, name: str) -> Builder:
-    module, _, attribute = place.partition(":")
+def _import(path: str, kind: str, name: str) -> Builder:
+    module, _, attribute = path.partition(":")
     try:
         builder: Builder = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError) as error:
         raise InputError(
-            f"{kind} {name!r}: {place} cannot be imported ({error}); install it or mend the name"
+            f"{kind} {name!r}: {path} cannot be imported ({error}); install it or correct the name"
         ) from None
     return builder
 
@@ -130,10 +133,10 @@ ENCODERS = Registry(
 
 
 def register_localizer(name: str, builder: Builder) -> None:
-    """Make `builder` what `load_localizer(name)` calls, in this process. Raises InputError for a name that is taken."""
+    """Register a localizer's builder in this process. Raises InputError for a name that exists already."""
     LOCALIZERS.register(name, builder)
 
 
 def register_encoder(name: str, builder: Builder) -> None:
-    """Make `builder` what `load_encoder(name)` calls, in this process. Raises InputError for a name that is taken."""
+    """Register an encoder's builder in this process. Raises InputError for a name that exists already."""
     ENCODERS.register(name, builder)

@@ -1,7 +1,7 @@
-"""SAM as a localizer: its image encoder (sam_encoder.py), and of its mask decoder what is kept (region_tokens.py).
+"""The SAM localizer: its image encoder (sam_image_encoder.py) and location tokens (sam_token_decoder.py).
 
-Masks are upscaled only where somebody asks for them. MobileSAM is a SAM with another image encoder (tiny_vit.py), SAM 2
-a class of its own (sam2_localizer.py); all are loaded by name here.
+Masks are computed only on request. MobileSAM is a SAM with another image encoder (mobile_sam.py); SAM 2 has its own
+class (sam2.py). `load_localizer` loads all of them by name.
 """
 
 # B images, n boxes, C token width (256), g side of the embedding (64), h, w pixels
@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.machine import compute_device
-from regionspot.pipeline.backbones.builders import base_provenance, build_sam, sam_unpacker
+from regionspot.pipeline.backbones.builders import base_provenance, build_sam, sam_converter
 from regionspot.pipeline.backbones.dtypes import autocast, resolve_dtype
 from regionspot.pipeline.backbones.protocols import ALL, FIRST, BackboneConfig, Localizer, missing_members
 from regionspot.pipeline.backbones.registry import LOCALIZERS
@@ -30,24 +30,24 @@ from regionspot.pipeline.backbones.sam_token_decoder import FIRST_MASK_TOKEN, TO
 from regionspot.pipeline.backbones.weights import load_weights
 from regionspot.pipeline.images.preprocess import get_preprocess
 
-# Of ImageNet, in 0..255 (segment_anything/build_sam.py).
+# ImageNet's, for values in 0..255 (segment_anything/build_sam.py).
 SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
-MASK_CHUNK = 8  # masks are interpolated in float32 at the original size: 48 MB each for a 12-megapixel image
+MASK_CHUNK = 8  # masks are interpolated in float32 at the original size: 48 MB per mask of a 12-megapixel image
 
 
 class SamLocalizer:
-    """A frozen SAM or MobileSAM. Made by `load_localizer`; a `models.MaskingLocalizer`.
+    """A frozen SAM or MobileSAM, a `MaskingLocalizer`. Use `load_localizer`.
 
-    name        registry name, which is also that of the feature set in a cache
-    pixels      the longer side of an image on entry
+    name        of the registry entry and of the feature set
+    pixels      the longer side of an input image
     token_dim   width of a location token
-    provenance  what decides the tokens' values, JSON-able
+    provenance  JSON-serialisable, everything that determines the values of the tokens
     """
 
     def __init__(self, config: BackboneConfig) -> None:
         sam = build_sam(config.name)
-        loaded = load_weights(config.name, config.weights, sam.state_dict(), unpack=sam_unpacker(config.name))
+        loaded = load_weights(config.name, config.weights, sam.state_dict(), convert=sam_converter(config.name))
         sam.load_state_dict(loaded.state_dict)
         self.name = config.name
         self.device = torch.device(config.device)
@@ -81,71 +81,66 @@ class SamLocalizer:
 
     @property
     def batch_size(self) -> int:
-        """Images to encode at a time. On a CPU more than one large one gains nothing."""
+        """Images to encode at a time. A CPU gains nothing from batches of large images."""
         return 8 if self.device.type == "cuda" or self.pixels <= 512 else 1
 
     def preprocess(self, image: Image.Image) -> Tensor:
-        """uint8 (3, h, w), the longer side `pixels` long; normalising and padding are left to the device."""
+        """uint8 (3, h, w), the longer side `pixels` long; `encode` normalises and pads it on the device."""
         return self._preprocess.sam_input(image, self.pixels)
 
     @torch.no_grad()
     def encode(self, images: Sequence[Tensor]) -> Tensor:
-        """float32 (B, C, g, g): the image embeddings of images as `preprocess` gives them."""
+        """float32 (B, C, g, g): the embeddings of preprocessed images."""
         return self._encoder(torch.stack([self._normalised(image) for image in images]))
 
     def _normalised(self, image: Tensor) -> Tensor:
         values = (self._on_device(image).float() - self._mean) / self._std
-        # After normalising: the padding is 0, the mean colour, as in SAM's own preprocess.
+        # Padded with 0 after normalisation, as in SAM's own preprocess.
         return F.pad(values, (0, self.pixels - values.shape[2], 0, self.pixels - values.shape[1]))
 
     def tokens_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """B tensors float32 (n, C): the location tokens of several images' boxes, decoded together, in order.
-
-        embeddings      (B, C, g, g)    as `encode` gives them
-        boxes_xyxy      float32 (n, 4)  each, in pixels of the original; n may be 0
-        original_sizes  (height, width) each
-        """
-        return self._tokens.first(embeddings, self._all_scaled(boxes_xyxy, original_sizes))
+        """B tensors float32 (n, C): the location tokens of each image's boxes, decoded together."""
+        return self._tokens.first(embeddings, self._scale_all(boxes_xyxy, original_sizes))
 
     def outputs_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """The same with all that `outputs` names: of each image, tensors (n, *shape) by feature set."""
-        return self._tokens.kept(embeddings, self._all_scaled(boxes_xyxy, original_sizes))
+        """All `outputs` of each image's boxes: float32 (n, *shape) by feature set."""
+        return self._tokens.all_outputs(embeddings, self._scale_all(boxes_xyxy, original_sizes))
 
     @torch.no_grad()
     def tokens_and_masks(
         self, embedding: Tensor, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]
     ) -> tuple[Tensor, NDArray[np.bool_]]:
-        """float32 (n, C): the location tokens of one image's boxes; bool (n, h, w): their masks at its own size."""
+        """float32 (n, C) and bool (n, h, w): tokens of one image's boxes, and masks at the original size."""
         tokens, masks = [torch.zeros(0, self.token_dim, device=self.device)], [np.zeros((0, *original_size), np.bool_)]
-        boxes, entered = self._scaled(boxes_xyxy, original_size), self._preprocess.sam_size(original_size, self.pixels)
-        embeddings, wanted = embedding[None].to(self.device).float(), [FIRST_MASK_TOKEN + TOKEN_SLOT]
-        for part in self._tokens.decoder.decode(embeddings, boxes, [0] * len(boxes), wanted, MASK_CHUNK):
+        boxes, size = self._scale(boxes_xyxy, original_size), self._preprocess.sam_size(original_size, self.pixels)
+        embeddings, queries = embedding[None].to(self.device).float(), [FIRST_MASK_TOKEN + TOKEN_SLOT]
+        for part in self._tokens.decoder.decode(embeddings, boxes, [0] * len(boxes), queries, MASK_CHUNK):
             tokens.append(part.queries[:, 0])
             logits = self._mask_logits(tokens[-1], part.cells)
-            full = self._sam.postprocess_masks(logits, entered, original_size)
+            full = self._sam.postprocess_masks(logits, size, original_size)
             masks.append((full[:, 0] > self._sam.mask_threshold).cpu().numpy())
         return torch.cat(tokens), np.concatenate(masks)
 
-    def _all_scaled(
+    def _scale_all(
         self, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        return [self._scaled(boxes, size) for boxes, size in zip(boxes_xyxy, original_sizes, strict=True)]
+        return [self._scale(boxes, size) for boxes, size in zip(boxes_xyxy, original_sizes, strict=True)]
 
-    def _scaled(self, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]) -> Tensor:
-        """Boxes in pixels of the encoder's input. float32 always: in bfloat16 their Fourier features lose a pixel."""
+    def _scale(self, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]) -> Tensor:
+        """Boxes in pixels of the encoder's input, always float32: bfloat16 Fourier features are a pixel off."""
         scaled = self._preprocess.scale_boxes(boxes_xyxy, original_size, self.pixels)
         return self._on_device(torch.from_numpy(scaled))
 
     def _on_device(self, values: Tensor) -> Tensor:
-        # On CUDA alone the driver has taken what is not page-locked when it returns; the host need not wait for more.
+        # For CUDA the driver copies pageable memory before it returns, so this is safe and the host need not wait.
         return values.to(self.device, non_blocking=self.device.type == "cuda")
 
     def _mask_logits(self, tokens: Tensor, cells: Tensor) -> Tensor:
-        """float32 (k, 1, 4g, 4g): what MaskDecoder.predict_masks computes, for the one slot."""
+        """float32 (k, 1, 4g, 4g): MaskDecoder.predict_masks, for one slot."""
         decoder = self._sam.mask_decoder
         side = math.isqrt(cells.shape[1])
         grid = cells.transpose(1, 2).reshape(len(cells), -1, side, side)
@@ -163,14 +158,15 @@ def load_localizer(
     preprocess: str = "direct",
     tokens: str = FIRST,
 ) -> Localizer:
-    """A localizer of `registry.LOCALIZERS`, or "package.module:Class", with its weights.
+    """Load a localizer of `registry.LOCALIZERS`, or "package.module:Class".
 
-    `weights` is a source that `load_weights` knows. `dtype` is what the image encoder computes in (float32,
-    bfloat16, float16, or "auto"); the token decoder always computes in float32. `preprocess` is a preset of
-    preprocess.py. `tokens` is "first", or "all" for the other mask tokens and the predicted IoUs as well.
+    weights     a source for `load_weights`
+    dtype       of the image encoder: float32, bfloat16, float16 or "auto"; the token decoder uses float32
+    preprocess  a preset in preprocess.py
+    tokens      "first", or "all": the other mask tokens and the predicted IoUs as well
 
-    Raises InputError for an unknown name, dtype, preset or `tokens`, or a localizer that lacks what one needs;
-    WeightsError for weights that cannot be had or do not fit.
+    Raises InputError for an unknown name, dtype, preset or `tokens`, or a class that is not a Localizer; WeightsError
+    for missing or unfitting weights.
     """
     place, rule = str(compute_device(device)), get_preprocess(preprocess)
     model = LOCALIZERS.build(
@@ -178,8 +174,8 @@ def load_localizer(
     )
     if not isinstance(model, Localizer):
         raise InputError(
-            f"localizer {name!r}: lacks {missing_members(model, Localizer)}, which models.Localizer states"
+            f"localizer {name!r}: lacks {missing_members(model, Localizer)}, which protocols.Localizer requires"
         )
     if tokens == ALL and len(model.outputs) == 1:
-        raise InputError(f"localizer {name!r}: keeps its location token only; leave out --tokens {tokens}")
+        raise InputError(f"localizer {name!r}: has only location tokens; leave out --tokens {tokens}")
     return model

@@ -1,9 +1,8 @@
-"""SAM 2 and 2.1 as localizers, by Meta's package `sam2` (the extra of the same name).
+"""The SAM 2 and 2.1 localizers, from Meta's package `sam2` (the extra of the same name).
 
-Of the model for videos only what looks at one image is used: the image encoder, the prompt encoder and the mask
-decoder. The decoder's transformer is that of SAM, so `TokenDecoder` computes it; it has two more queries that are
-never asked for, an object score and an empty point behind the box's corners. Queries attend to each other as a set, so
-they may stand behind the others here.
+Only the parts for single images are used: the image encoder, the prompt encoder and the mask decoder. The decoder's
+transformer is SAM's, so `TokenDecoder` computes it. It has two more queries, which are not read: an object score and an
+empty point after the box's corners. The order of queries does not matter, so both are appended here.
 """
 
 # B images, n boxes, C token width (256), g side of the embedding (64)
@@ -27,14 +26,14 @@ from regionspot.pipeline.backbones.sam_token_decoder import TOKEN_SLOT, RegionTo
 from regionspot.pipeline.backbones.state_dicts import skip_init
 from regionspot.pipeline.backbones.weights import load_weights
 
-# Of ImageNet, in 0..1 (sam2/utils/transforms.py), where images are squeezed into a square.
+# ImageNet's, for values in 0..1 (sam2/utils/transforms.py, which resizes images to a square).
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 SIZES = {"tiny": "t", "small": "s", "base_plus": "b+", "large": "l"}
 
 
 def build_sam2(name: str, overrides: Sequence[str] = ()) -> Any:
     """sam2's SAM2Base without weights. `overrides` are hydra's, such as "model.image_size=256"."""
-    # Heavy, and only there with the extra; `sam2` itself tells hydra where its configurations are.
+    # Slow to import and optional. Importing `sam2` registers its configurations with hydra.
     import sam2  # noqa: F401
     from hydra import compose
     from hydra.utils import instantiate
@@ -48,10 +47,9 @@ def build_sam2(name: str, overrides: Sequence[str] = ()) -> Any:
 
 
 class Sam2Localizer:
-    """The frozen image part of a SAM 2. Made by `load_localizer`; a `models.Localizer`, without masks.
+    """The frozen image part of a SAM 2, a `Localizer` without masks. Use `load_localizer`.
 
-    name, provenance, token_dim, outputs   as a SamLocalizer's
-    pixels   side of the square that an image is squeezed into
+    pixels   side of the square input
     """
 
     def __init__(self, config: BackboneConfig) -> None:
@@ -65,7 +63,7 @@ class Sam2Localizer:
         self.pixels: int = self._model.image_size
         self.provenance: dict[str, Any] = {
             **base_provenance(config, loaded, self.pixels, "sam2"),
-            **config.preprocess.clip_provenance(self.pixels),  # the same square
+            **config.preprocess.clip_provenance(self.pixels),  # the same square input
             "token_slot": TOKEN_SLOT,
         }
         self._tokens = RegionTokens(self.name, _as_sam(self._model), config.tokens)
@@ -73,7 +71,7 @@ class Sam2Localizer:
 
     @property
     def batch_size(self) -> int:
-        """Images to encode at a time. On a CPU more than one gains nothing."""
+        """Images to encode at a time. A CPU gains nothing from batches."""
         return 8 if self.device.type == "cuda" else 1
 
     def preprocess(self, image: Image.Image) -> Tensor:
@@ -82,55 +80,55 @@ class Sam2Localizer:
 
     @torch.no_grad()
     def encode(self, images: Sequence[Tensor]) -> Tensor:
-        """float32 (B, C, g, g): the image embeddings of images as `preprocess` gives them."""
+        """float32 (B, C, g, g): the embeddings of preprocessed images."""
         with autocast(self.device, self._dtype):
-            found = self._model.image_encoder(torch.stack(list(images)).to(self.device))
-        embeddings: Tensor = found["vision_features"].float()
+            outputs = self._model.image_encoder(torch.stack(list(images)).to(self.device))
+        embeddings: Tensor = outputs["vision_features"].float()
         if self._model.directly_add_no_mem_embed:
-            # What a video's first frame gets in place of memories (SAM2ImagePredictor.set_image).
+            # Added to a video's first frame, which has no memories (SAM2ImagePredictor.set_image).
             embeddings = embeddings + self._model.no_mem_embed.view(1, -1, 1, 1)
         return embeddings
 
     def tokens_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
-        """B tensors float32 (n, C), as `models.Localizer` says."""
-        return self._tokens.first(embeddings, self._scaled(boxes_xyxy, original_sizes))
+        """B tensors float32 (n, C): the location tokens of each image's boxes, decoded together."""
+        return self._tokens.first(embeddings, self._scale_all(boxes_xyxy, original_sizes))
 
     def outputs_of_images(
         self, embeddings: Tensor, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[dict[str, Tensor]]:
-        """Of each image, float32 (n, *shape) by feature set, as `models.Localizer` says."""
-        return self._tokens.kept(embeddings, self._scaled(boxes_xyxy, original_sizes))
+        """All `outputs` of each image's boxes: float32 (n, *shape) by feature set."""
+        return self._tokens.all_outputs(embeddings, self._scale_all(boxes_xyxy, original_sizes))
 
-    def _scaled(
+    def _scale_all(
         self, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
     ) -> list[Tensor]:
         """Boxes in pixels of the square."""
         scaled = []
         for boxes, (height, width) in zip(boxes_xyxy, original_sizes, strict=True):
             ratio = np.tile([self.pixels / width, self.pixels / height], 2)
-            values = (np.asarray(boxes, np.float64).reshape(-1, 4) * ratio).astype(np.float32)
-            scaled.append(torch.from_numpy(values).to(self.device))
+            pixels = (np.asarray(boxes, np.float64).reshape(-1, 4) * ratio).astype(np.float32)
+            scaled.append(torch.from_numpy(pixels).to(self.device))
         return scaled
 
 
 def _as_sam(model: Any) -> SimpleNamespace:
-    """The parts that `RegionTokens` takes of a Sam."""
+    """The parts of a Sam that `RegionTokens` uses."""
     decoder, prompts = model.sam_mask_decoder, model.sam_prompt_encoder
-    others = [prompts.not_a_point_embed.weight]  # since a box counts as two points, which end with an empty one
+    additional = [prompts.not_a_point_embed.weight]  # the two corners are points, which end with an empty one
     if decoder.pred_obj_scores:
-        others.append(decoder.obj_score_token.weight)
-    return SimpleNamespace(mask_decoder=decoder, prompt_encoder=_Prompts(prompts, torch.cat(others).detach()))
+        additional.append(decoder.obj_score_token.weight)
+    return SimpleNamespace(mask_decoder=decoder, prompt_encoder=_PromptEncoder(prompts, torch.cat(additional).detach()))
 
 
-class _Prompts:
-    """A prompt encoder that puts more queries behind a box's corners."""
+class _PromptEncoder:
+    """A prompt encoder that appends queries to a box's corners."""
 
-    def __init__(self, prompts: Any, behind: Tensor) -> None:
-        self._prompts, self._behind = prompts, behind
+    def __init__(self, prompts: Any, additional: Tensor) -> None:
+        self._prompts, self._additional = prompts, additional
         self.get_dense_pe, self.no_mask_embed = prompts.get_dense_pe, prompts.no_mask_embed
 
     def __call__(self, points: None, boxes: Tensor, masks: None) -> tuple[Tensor, Tensor]:
         corners, no_mask = self._prompts(points=points, boxes=boxes, masks=masks)
-        return torch.cat([corners, self._behind.expand(len(boxes), -1, -1)], dim=1), no_mask
+        return torch.cat([corners, self._additional.expand(len(boxes), -1, -1)], dim=1), no_mask

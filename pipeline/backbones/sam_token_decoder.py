@@ -1,19 +1,20 @@
-"""SAM's mask decoder, as far as a location token needs it, for the boxes of many images at once.
+"""SAM's mask decoder up to the location tokens, for the boxes of many images at once.
 
-It equals the official transformer (segment_anything/modeling/transformer.py) to float rounding and does a fraction of
-its work, by algebra alone:
+It equals the official transformer (segment_anything/modeling/transformer.py) to float rounding, with a fraction of the
+operations:
 
-- The first layer sees the same image whatever the box, so what it makes of the image is made once an image.
-- Later layers see an image of each box's own. There, attention is taken in the width of the image's cells: a query
-  `q` meets keys `W x + b` as `(W^T q) . x`, for `q . b` is the same everywhere and cancels in the softmax; values
-  `W x + b` are projected after the weighted sum, for the weights sum to one. No cell is ever projected.
+- The input image of the first layer is the same for all boxes, so its projections are computed once per image.
+- Later layers have an image per box. There, queries are projected into the image's width instead of projecting cells:
+  `q . (W x + b)` is `(W^T q) . x`, because `q . b` is the same for all cells and cancels in the softmax; values
+  `W x + b` are projected after the weighted sum, because the weights sum to one.
 - Where the image attends to the 7 queries, their values go through the output projection, not the 4,096 cells.
-- The last attention is taken for the wanted queries only.
+- The last attention is computed for the requested queries only.
 
-Boxes never see each other, so those of several images stand in one batch without padding.
+Boxes do not attend to each other, so the boxes of several images form one batch without padding.
 """
 
-# n boxes of a chunk, K queries of a box (7: IoU, four masks, two corners), P cells (g * g), C width (256), H heads (8)
+# n boxes of a chunk, K queries of a box (7: IoU, four masks, two corners), P cells (g * g), C width (256), H heads (8),
+# c width of a head
 
 from __future__ import annotations
 
@@ -30,26 +31,26 @@ from regionspot.cache.errors import unknown_name
 from regionspot.pipeline.backbones.batch_size import free_bytes
 from regionspot.pipeline.backbones.protocols import ALL, TOKENS
 
-IOU_TOKEN = 0  # place of each query: the IoU token first, then the four mask tokens (MaskDecoder.predict_masks)
+IOU_TOKEN = 0  # query index: the IoU token first, then the four mask tokens (MaskDecoder.predict_masks)
 FIRST_MASK_TOKEN = 1
 MASK_TOKENS = 4
-QUERIES = 1 + MASK_TOKENS + 2  # the two corners of a box come last
+QUERIES = 1 + MASK_TOKENS + 2  # the two corners of a box are last
 TOKEN_SLOT = 0  # the single-mask output of the mask decoder's four; the paper's choice
-EVERY_QUERY = [IOU_TOKEN, *range(FIRST_MASK_TOKEN, FIRST_MASK_TOKEN + MASK_TOKENS)]
+ALL_OUTPUT_QUERIES = [IOU_TOKEN, *range(FIRST_MASK_TOKEN, FIRST_MASK_TOKEN + MASK_TOKENS)]
 
-# What a chunk of boxes may take; one of SAM ViT-B carries 15 MB of cells and scores. On a CPU 16 together are a tenth
-# faster than 4 and more gain nothing, as long as their memory is not new each time (allocator.py).
+# Memory of a chunk of boxes; one box of SAM ViT-B takes 15 MB for cells and scores. On a CPU a chunk of 16 is a tenth
+# faster than one of 4, and larger ones are not faster, if the allocator reuses their memory (extraction/malloc.py).
 CHUNK_BYTES = {"cpu": 256_000_000, "cuda": 2_000_000_000}
-FREE_SHARE = 0.1  # of a GPU's free memory at most: the next batch of images is under way beside it
+MAX_FREE_SHARE = 0.1  # of a GPU's free memory; the next batch of images is encoded at the same time
 
 
 @dataclass(frozen=True)
 class DecodedBoxes:
-    """What the decoder made of a run of boxes.
+    """The decoder's output for a chunk of boxes.
 
-    boxes    their positions among all the boxes of the call
-    queries  float32 (n, wanted, C)
-    cells    float32 (n, P, C): the image as each box left it, which masks are made from
+    boxes    the chunk's position among all boxes of the call
+    queries  float32 (n, requested queries, C)
+    cells    float32 (n, P, C): the image embedding of each box, from which masks are computed
     """
 
     boxes: slice
@@ -74,90 +75,94 @@ class TokenDecoder:
 
     @torch.no_grad()
     def decode(
-        self, embeddings: Tensor, boxes: Tensor, image: Sequence[int], wanted: Sequence[int], chunk: int | None = None
+        self, embeddings: Tensor, boxes: Tensor, image: Sequence[int], queries: Sequence[int], chunk: int | None = None
     ) -> Iterator[DecodedBoxes]:
-        """The wanted queries of every box, in order, `chunk` boxes at a time; by default as many as memory bears.
+        """Yields the requested queries of all boxes, `chunk` boxes at a time (default: as many as fit into memory).
 
-        embeddings  float32 (B, C, g, g)  of the image encoder
-        boxes       float32 (n, 4)        XYXY in pixels of the encoder's input
-        image     n numbers, rising     which embedding a box belongs to
-        wanted      positions of queries: IOU_TOKEN, FIRST_MASK_TOKEN + 0..3
+        embeddings  float32 (B, C, g, g) of the image encoder
+        boxes       float32 (n, 4), XYXY in pixels of the encoder's input
+        image       n ascending indices into `embeddings`: the image of each box
+        queries     indices of queries: IOU_TOKEN, FIRST_MASK_TOKEN + 0..3
         """
-        chunk = chunk or self._boxes_at_a_time(boxes.device)
-        shared: dict[int, _Shared] = {}
+        chunk = chunk or self._chunk_size(boxes.device)
+        projected: dict[int, _ProjectedImage] = {}
         for start in range(0, len(boxes), chunk):
-            some = slice(start, min(start + chunk, len(boxes)))
-            here = list(image[some])
-            shared = {p: shared.get(p) or self._share(embeddings[p]) for p in dict.fromkeys(here)}
-            yield DecodedBoxes(some, *self._chunk(boxes[some], [shared[p] for p in here], list(wanted)))
+            part = slice(start, min(start + chunk, len(boxes)))
+            images = list(image[part])
+            projected = {i: projected.get(i) or self._project_image(embeddings[i]) for i in dict.fromkeys(images)}
+            yield DecodedBoxes(part, *self._decode_chunk(boxes[part], [projected[i] for i in images], list(queries)))
 
-    def _boxes_at_a_time(self, device: torch.device) -> int:
-        places, width = self._positions.shape
-        # Three images of cells, and three sets of scores of the 7 queries in 8 heads, live at once.
-        box = 4 * places * 3 * (width + self._last.heads * QUERIES)
+    def _chunk_size(self, device: torch.device) -> int:
+        cells, width = self._positions.shape
+        # At the peak, three copies of the cells, and of the scores of the 7 queries in 8 heads.
+        bytes_per_box = 4 * cells * 3 * (width + self._last.heads * QUERIES)
         limit = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cpu"])
         if device.type == "cuda":
-            limit = min(limit, int(FREE_SHARE * free_bytes(device)))
-        # A power of two: with a little more or less memory free, boxes are cut and so rounded alike.
-        return 1 << max(1, limit // box).bit_length() - 1
+            limit = min(limit, int(MAX_FREE_SHARE * free_bytes(device)))
+        # A power of two, so that a little more or less free memory gives the same chunks and the same rounding.
+        return 1 << max(1, limit // bytes_per_box).bit_length() - 1
 
-    def _share(self, embedding: Tensor) -> _Shared:
-        """What all boxes of an image have in common: its cells and the first layer's projections of them."""
+    def _project_image(self, embedding: Tensor) -> _ProjectedImage:
         cells = embedding.flatten(1).T + self._no_mask
-        placed = cells + self._positions
+        with_positions = cells + self._positions
         first = self._first
-        return _Shared(
+        return _ProjectedImage(
             cells,
-            keys=first.to_image.keys_of(placed),
-            values=first.to_image.values_of(cells),
-            queries=first.from_image.queries_of(placed),
+            keys=first.to_image.project_keys(with_positions),
+            values=first.to_image.project_values(cells),
+            queries=first.from_image.project_queries(with_positions),
         )
 
-    def _chunk(self, boxes: Tensor, shared: Sequence[_Shared], wanted: list[int]) -> tuple[Tensor, Tensor]:
+    def _decode_chunk(
+        self, boxes: Tensor, images: Sequence[_ProjectedImage], indices: list[int]
+    ) -> tuple[Tensor, Tensor]:
         corners, _ = self._prompts(points=None, boxes=boxes, masks=None)
-        places = torch.cat([self._outputs.expand(len(boxes), -1, -1), corners], dim=1)  # the queries' own positions
-        queries, cells = self._first_layer(places, _runs(shared))
+        positions = torch.cat([self._outputs.expand(len(boxes), -1, -1), corners], dim=1)  # of the queries
+        queries, cells = self._first_layer(positions, _runs(images))
         for layer in self._later:
-            queries, cells = self._later_layer(layer, queries, cells, places)
-        # Stacked one by one: a list as an index would be copied to the device, and the host wait for it.
-        asked, queries = (torch.stack([each[:, w] for w in wanted], 1) for each in (queries + places, queries))
-        attended = self._last.to_cells(asked, cells, self._positions)
+            queries, cells = self._later_layer(layer, queries, cells, positions)
+        # Selected one by one: a list as an index would be copied to the device, and the host would wait for it.
+        with_positions, queries = (
+            torch.stack([tensor[:, i] for i in indices], 1) for tensor in (queries + positions, queries)
+        )
+        attended = self._last.attend_cells(with_positions, cells, self._positions)
         return self._norm(queries + attended), cells
 
-    def _first_layer(self, places: Tensor, runs: Sequence[tuple[slice, _Shared]]) -> tuple[Tensor, Tensor]:
+    def _first_layer(self, positions: Tensor, runs: Sequence[tuple[slice, _ProjectedImage]]) -> tuple[Tensor, Tensor]:
         layer = self._first
-        queries = layer.norm1(layer.own(places, places, places))
-        asked = queries + places
-        seen = torch.cat([layer.to_image.to_shared(asked[boxes], one) for boxes, one in runs])
-        queries = layer.norm3_of_mlp(layer.norm2(queries + seen))
-        keys, values = queries + places, layer.from_image.folded_values(queries)
-        cells = torch.empty(len(places), len(self._positions), self.width, device=places.device)
-        for boxes, one in runs:
-            weights = layer.from_image.weights_of_shared(keys[boxes], one)
-            torch.baddbmm(one.cells.expand(len(weights), -1, -1), weights.mT, values[boxes], out=cells[boxes])
+        queries = layer.norm1(layer.own(positions, positions, positions))
+        with_positions = queries + positions
+        attended = torch.cat([layer.to_image.attend_image(with_positions[boxes], image) for boxes, image in runs])
+        queries = layer.norm3_of_mlp(layer.norm2(queries + attended))
+        keys, values = queries + positions, layer.from_image.folded_values(queries)
+        cells = torch.empty(len(positions), len(self._positions), self.width, device=positions.device)
+        for boxes, image in runs:
+            weights = layer.from_image.weights_of_image(keys[boxes], image)
+            torch.baddbmm(image.cells.expand(len(weights), -1, -1), weights.mT, values[boxes], out=cells[boxes])
         return queries, layer.norm4(cells)
 
-    def _later_layer(self, layer: _Layer, queries: Tensor, cells: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        asked = queries + places
-        queries = layer.norm1(queries + layer.own(asked, asked, queries))
-        queries = layer.norm2(queries + layer.to_image.to_cells(queries + places, cells, self._positions))
+    def _later_layer(self, layer: _Layer, queries: Tensor, cells: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        with_positions = queries + positions
+        queries = layer.norm1(queries + layer.own(with_positions, with_positions, queries))
+        queries = layer.norm2(queries + layer.to_image.attend_cells(queries + positions, cells, self._positions))
         queries = layer.norm3_of_mlp(queries)
-        weights = layer.from_image.weights_of_cells(queries + places, cells, self._positions)
+        weights = layer.from_image.weights_of_cells(queries + positions, cells, self._positions)
         cells.baddbmm_(weights.mT, layer.from_image.folded_values(queries))
         return queries, layer.norm4(cells)
 
 
 class RegionTokens:
-    """The token decoder of one SAM, and what of it is kept.
+    """The token decoder of one SAM, and the feature sets made of its output.
+
+    The published method stores the first of the four mask tokens, that of the single mask. The other three stand for
+    whole, part and subpart, and the IoU token gives the predicted quality of each mask; one pass computes all of them.
 
     name    of the feature set of location tokens
-    sam     has `prompt_encoder` and `mask_decoder` as segment_anything's Sam has them
-    tokens  one of models.TOKENS
+    sam     has `prompt_encoder` and `mask_decoder` as segment_anything's Sam
+    tokens  one of protocols.TOKENS; raises InputError otherwise
 
-    outputs  feature set to shape: the location token (C,); with "all" also `NAME_slots`, the four mask tokens one
-             after another, (4 * C,), and `NAME_iou`, the IoU predicted of each of the four masks, (4,)
-
-    Raises InputError for other `tokens`.
+    outputs  shape by feature set: the location token (C,); with "all" also `NAME_slots`, the four mask tokens one after
+             another, (4 * C,), and `NAME_iou`, the predicted IoU of each of the four masks, (4,)
     """
 
     def __init__(self, name: str, sam: Any, tokens: str) -> None:
@@ -174,41 +179,41 @@ class RegionTokens:
     def first(self, embeddings: Tensor, boxes: Sequence[Tensor]) -> list[Tensor]:
         """B tensors float32 (n, C): the location tokens.
 
-        embeddings  (B, C, g, g)  of the image encoder
-        boxes       float32 (n, 4) each, in pixels of its input
+        embeddings  (B, C, g, g) of the image encoder
+        boxes       B tensors float32 (n, 4), in pixels of its input
         """
-        queries = self._queries(embeddings, boxes, [FIRST_MASK_TOKEN + TOKEN_SLOT])
-        return list(torch.split(queries[:, 0], [len(each) for each in boxes]))
+        queries = self._decode(embeddings, boxes, [FIRST_MASK_TOKEN + TOKEN_SLOT])
+        return list(torch.split(queries[:, 0], [len(image_boxes) for image_boxes in boxes]))
 
     @torch.no_grad()
-    def kept(self, embeddings: Tensor, boxes: Sequence[Tensor]) -> list[dict[str, Tensor]]:
-        """All that `outputs` names: of each image, float32 (n, *shape) by feature set."""
+    def all_outputs(self, embeddings: Tensor, boxes: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+        """All `outputs` of each image: float32 (n, *shape) by feature set."""
         if len(self.outputs) == 1:
             return [{self._name: tokens} for tokens in self.first(embeddings, boxes)]
-        queries = self._queries(embeddings, boxes, EVERY_QUERY)
+        queries = self._decode(embeddings, boxes, ALL_OUTPUT_QUERIES)
         slots = queries[:, FIRST_MASK_TOKEN:]
-        found = (slots[:, TOKEN_SLOT], slots.flatten(1), self._iou_head(queries[:, IOU_TOKEN]))
-        counts = [len(each) for each in boxes]
-        images = zip(*(torch.split(values, counts) for values in found), strict=True)
+        outputs = (slots[:, TOKEN_SLOT], slots.flatten(1), self._iou_head(queries[:, IOU_TOKEN]))
+        counts = [len(image_boxes) for image_boxes in boxes]
+        images = zip(*(torch.split(values, counts) for values in outputs), strict=True)
         return [dict(zip(self.outputs, image, strict=True)) for image in images]
 
-    def _queries(self, embeddings: Tensor, boxes: Sequence[Tensor], wanted: Sequence[int]) -> Tensor:
-        """float32 (N, wanted, C). The boxes of all images go through the decoder together."""
-        together = torch.cat(list(boxes))
-        image = [row for row, each in enumerate(boxes) for _ in range(len(each))]
-        decoded = self.decoder.decode(embeddings.to(together.device).float(), together, image, wanted)
-        none = torch.zeros(0, len(wanted), self.width, device=together.device)
-        return torch.cat([none, *(part.queries for part in decoded)])
+    def _decode(self, embeddings: Tensor, boxes: Sequence[Tensor], queries: Sequence[int]) -> Tensor:
+        """float32 (boxes of all images, queries, C): decode the boxes of all images together."""
+        all_boxes = torch.cat(list(boxes))
+        image = [row for row, image_boxes in enumerate(boxes) for _ in range(len(image_boxes))]
+        decoded = self.decoder.decode(embeddings.to(all_boxes.device).float(), all_boxes, image, queries)
+        empty = torch.zeros(0, len(queries), self.width, device=all_boxes.device)
+        return torch.cat([empty, *(part.queries for part in decoded)])
 
 
-def _met(asked: Tensor, cells: Tensor, positions: Tensor) -> Tensor:
-    """(n, Q, P): (n, Q, C) by cells (n, P, C) plus positions (P, C), a sum that is never written out."""
-    return (asked @ positions.mT).baddbmm_(asked, cells.mT)
+def _scores(queries: Tensor, cells: Tensor, positions: Tensor) -> Tensor:
+    """(n, Q, P): queries (n, Q, C) times cells (n, P, C) plus positions (P, C), without computing that sum."""
+    return (queries @ positions.mT).baddbmm_(queries, cells.mT)
 
 
 @dataclass(frozen=True)
-class _Shared:
-    """Of one image: cells (P, C), and the first layer's keys, values and queries of them, (H, P, c) each."""
+class _ProjectedImage:
+    """Cells (P, C) of one image, and the first layer's keys, values and queries of them, (H, P, c) each."""
 
     cells: Tensor
     keys: Tensor
@@ -216,14 +221,14 @@ class _Shared:
     queries: Tensor
 
 
-def _runs(shared: Sequence[_Shared]) -> list[tuple[slice, _Shared]]:
-    """Neighbouring boxes of the same image as slices."""
-    starts = [at for at, one in enumerate(shared) if not at or one is not shared[at - 1]]
-    return [(slice(a, b), shared[a]) for a, b in zip(starts, [*starts[1:], len(shared)], strict=True)]
+def _runs(images: Sequence[_ProjectedImage]) -> list[tuple[slice, _ProjectedImage]]:
+    """Slices of consecutive boxes of the same image."""
+    starts = [box for box, image in enumerate(images) if not box or image is not images[box - 1]]
+    return [(slice(a, b), images[a]) for a, b in zip(starts, [*starts[1:], len(images)], strict=True)]
 
 
 class _Layer:
-    """One TwoWayAttentionBlock, taken apart."""
+    """The parts of one TwoWayAttentionBlock."""
 
     def __init__(self, block: Any) -> None:
         self.norm1, self.norm2, self.norm3, self.norm4 = block.norm1, block.norm2, block.norm3, block.norm4
@@ -232,12 +237,12 @@ class _Layer:
         self.from_image = _Attention(block.cross_attn_image_to_token)
 
     def norm3_of_mlp(self, queries: Tensor) -> Tensor:
-        normed: Tensor = self.norm3(queries + self._mlp(queries))
-        return normed
+        normalised: Tensor = self.norm3(queries + self._mlp(queries))
+        return normalised
 
 
 class _Attention:
-    """The weights of one Attention by head: (H, c, C) of queries, keys and values, (H, C, c) of the output."""
+    """One Attention, with its query, key and value weights by head: (H, c, C)."""
 
     def __init__(self, attention: Any) -> None:
         self.heads: int = attention.num_heads
@@ -252,53 +257,53 @@ class _Attention:
         weight, bias = linear.weight.detach(), linear.bias.detach()
         return weight.view(self.heads, -1, weight.shape[1]), bias.view(self.heads, -1, 1)
 
-    def keys_of(self, cells: Tensor) -> Tensor:
-        return cells @ self._k.mT  # without the bias: it adds the same to all cells' scores
+    def project_keys(self, cells: Tensor) -> Tensor:
+        return cells @ self._k.mT  # without the bias, which adds the same to all cells' scores
 
-    def values_of(self, cells: Tensor) -> Tensor:
+    def project_values(self, cells: Tensor) -> Tensor:
         return cells @ self._v.mT + self._v_bias.mT
 
-    def queries_of(self, cells: Tensor) -> Tensor:
+    def project_queries(self, cells: Tensor) -> Tensor:
         return cells @ self._q.mT + self._q_bias.mT
 
-    def to_shared(self, queries: Tensor, shared: _Shared) -> Tensor:
-        """(n, K, C): queries (n, K, C) attending to an image that all of them share."""
+    def attend_image(self, queries: Tensor, image: _ProjectedImage) -> Tensor:
+        """(n, K, C): attention of queries (n, K, C) to the same image."""
         n, count, _ = queries.shape
-        asked = self._scaled_queries(queries.flatten(0, 1))  # (H, n * K, c)
-        weights = (asked @ shared.keys.mT).softmax(-1)
-        return self._combined(weights @ shared.values).view(n, count, -1)
+        projected = self._scaled_queries(queries.flatten(0, 1))  # (H, n * K, c)
+        weights = (projected @ image.keys.mT).softmax(-1)
+        return self._project_output(weights @ image.values).view(n, count, -1)
 
-    def to_cells(self, queries: Tensor, cells: Tensor, positions: Tensor) -> Tensor:
-        """(n, K, C): queries (n, K, C) attending to cells (n, P, C) of their own, which lie at `positions` (P, C)."""
+    def attend_cells(self, queries: Tensor, cells: Tensor, positions: Tensor) -> Tensor:
+        """(n, K, C): attention of queries (n, K, C) to each box's cells (n, P, C) with `positions` (P, C)."""
         n, count, _ = queries.shape
-        asked = self._scaled_queries(queries.flatten(0, 1)) @ self._k  # (H, n * K, C)
-        asked = asked.view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)  # (n, H * K, C)
-        seen = _met(asked, cells, positions).softmax(-1) @ cells
-        seen = seen.view(n, self.heads, count, -1).transpose(0, 1).flatten(1, 2)  # (H, n * K, C)
-        return self._combined(seen @ self._v.mT + self._v_bias.mT).view(n, count, -1)
+        folded = self._scaled_queries(queries.flatten(0, 1)) @ self._k  # (H, n * K, C)
+        folded = folded.view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)  # (n, H * K, C)
+        attended = _scores(folded, cells, positions).softmax(-1) @ cells
+        attended = attended.view(n, self.heads, count, -1).transpose(0, 1).flatten(1, 2)  # (H, n * K, C)
+        return self._project_output(attended @ self._v.mT + self._v_bias.mT).view(n, count, -1)
 
-    def weights_of_shared(self, keys: Tensor, shared: _Shared) -> Tensor:
-        """(n, H * K, P): how much every cell of a shared image takes from each key (n, K, C), by head."""
+    def weights_of_image(self, keys: Tensor, image: _ProjectedImage) -> Tensor:
+        """(n, H * K, P): attention weights of the same image's cells on keys (n, K, C), by head."""
         n, count, _ = keys.shape
-        met = self._scaled_keys(keys.flatten(0, 1)) @ shared.queries.mT  # (H, n * K, P)
-        return met.view(self.heads, n, count, -1).transpose(0, 1).softmax(2).flatten(1, 2)
+        scores = self._scaled_keys(keys.flatten(0, 1)) @ image.queries.mT  # (H, n * K, P)
+        return scores.view(self.heads, n, count, -1).transpose(0, 1).softmax(2).flatten(1, 2)
 
     def weights_of_cells(self, keys: Tensor, cells: Tensor, positions: Tensor) -> Tensor:
-        """The same for cells (n, P, C) of each box's own."""
+        """(n, H * K, P): attention weights of each box's cells (n, P, C) on keys (n, K, C), by head."""
         n, count, _ = keys.shape
-        split = self._scaled_keys(keys.flatten(0, 1))  # (H, n * K, c)
-        folded = (split @ self._q).view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)  # (n, H * K, C)
-        constant = (split @ self._q_bias).view(self.heads, n, count, 1).transpose(0, 1).flatten(1, 2)
-        met = _met(folded, cells, positions).add_(constant)
-        return met.view(n, self.heads, count, -1).softmax(2).flatten(1, 2)
+        projected = self._scaled_keys(keys.flatten(0, 1))  # (H, n * K, c)
+        folded = (projected @ self._q).view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)  # (n, H * K, C)
+        constant = (projected @ self._q_bias).view(self.heads, n, count, 1).transpose(0, 1).flatten(1, 2)
+        scores = _scores(folded, cells, positions).add_(constant)
+        return scores.view(n, self.heads, count, -1).softmax(2).flatten(1, 2)
 
     def folded_values(self, queries: Tensor) -> Tensor:
-        """(n, H * K, C): what a key gives to a cell that takes it whole, output projection and bias included."""
+        """(n, H * K, C): the values of the queries after the output projection and its bias."""
         n, count, _ = queries.shape
         values = queries.flatten(0, 1) @ self._v.mT + self._v_bias.mT  # (H, n * K, c)
-        # Weights sum to one in each head, so the bias is given in shares.
-        given = values @ self._out_by_head() + self._out_bias / self.heads
-        return given.view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)
+        # The weights sum to one in each head, so each head adds a share of the bias.
+        projected = values @ self._out_by_head() + self._out_bias / self.heads
+        return projected.view(self.heads, n, count, -1).transpose(0, 1).flatten(1, 2)
 
     def _out_by_head(self) -> Tensor:
         return self._out.T.reshape(self.heads, -1, self._out.shape[0])
@@ -309,6 +314,6 @@ class _Attention:
     def _scaled_keys(self, keys: Tensor) -> Tensor:
         return (keys @ self._k.mT + self._k_bias.mT) * self._scale
 
-    def _combined(self, heads: Tensor) -> Tensor:
+    def _project_output(self, heads: Tensor) -> Tensor:
         """(m, C): the output projection of (H, m, c)."""
         return F.linear(heads.transpose(0, 1).flatten(1), self._out, self._out_bias)

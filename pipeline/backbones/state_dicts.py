@@ -1,8 +1,8 @@
-"""Reading a file of weights that somebody else made, without running anything in it.
+"""Read weights files without running code in them, and build models without initialising their weights.
 
-A pickle may hold code, so pickles are read with torch's `weights_only` reader, which builds tensors and plain
-containers and refuses all else. A TorchScript archive is a program by nature and has no such reader: it is opened
-only when its SHA-256 is that of a file known beforehand (OpenAI's CLIP comes in no other form).
+A pickle may contain code, so pickles are read with torch's `weights_only` reader, which refuses everything but tensors
+and plain containers. A TorchScript archive is a program: it is opened only if its SHA-256 is that of an official file
+(OpenAI's CLIP has no other format).
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ StateDict = dict[str, Tensor]
 def read_state_dict(path: Path, trusted: Collection[str] = ()) -> tuple[StateDict, str]:
     """The tensors of a weights file by name, and the file's SHA-256 as hex.
 
-    Reads safetensors, torch.save files (a state dict, or a checkpoint that holds one) and, where its SHA-256 is
-    one of `trusted`, a TorchScript archive. Raises WeightsError for anything else.
+    Reads safetensors, torch.save files (a state dict, or a checkpoint that contains one) and TorchScript archives whose
+    SHA-256 is in `trusted`. Raises WeightsError for anything else.
     """
     try:
         with path.open("rb") as file:
-            # One handle for both: a file swapped between hashing and reading cannot slip through.
+            # One handle for both, so that the file cannot be replaced between hashing and reading.
             sha256 = hashlib.file_digest(file, "sha256").hexdigest()
             file.seek(0)
             return _read(path, file, sha256, trusted), sha256
@@ -46,8 +46,8 @@ def _read(path: Path, file: BinaryIO, sha256: str, trusted: Collection[str]) -> 
     if _holds_torchscript(file) and sha256 not in trusted:
         expected = " or ".join(sorted(trusted)) or "that of an official file"
         raise WeightsError(
-            f"{path}: is a TorchScript archive, which holds a program, with SHA-256 {sha256}; "
-            f"only {expected} is opened: fetch the official file again, or save its state dict as safetensors"
+            f"{path}: is a TorchScript archive, which contains a program, with SHA-256 {sha256}; "
+            f"only {expected} is opened: download the official file again, or save its state dict as safetensors"
         )
     try:
         if _holds_safetensors(file):
@@ -55,23 +55,23 @@ def _read(path: Path, file: BinaryIO, sha256: str, trusted: Collection[str]) -> 
         if _holds_torchscript(file):
             return _tensors_of_program(file)
         content = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception:  # both libraries pass on whatever the bytes trip over: pickle, zip, end of file, unicode, ...
+    except Exception:  # both libraries raise any exception on damaged files
         raise WeightsError(
-            f"{path}: is damaged, or holds more than tensors (code in a pickle is never run); "
+            f"{path}: is damaged, or contains more than tensors (code in a pickle is never run); "
             "expected a state dict saved by torch.save or as safetensors"
         ) from None
     return state_dict_of(path, content)
 
 
 def _holds_safetensors(file: BinaryIO) -> bool:
-    """Whether it opens as the format does: a header's length in 8 bytes, then the header, which is a JSON object."""
+    """Whether the file starts as safetensors do: the header's length in 8 bytes, then a JSON object."""
     start = file.read(9)
     file.seek(0)
     return start[8:] == b"{" and int.from_bytes(start[:8], "little") < 2**27
 
 
 def _holds_torchscript(file: BinaryIO) -> bool:
-    """Whether it is a zip with the constants of a compiled program, which torch.save never writes."""
+    """Whether the file is a zip with the constants of a compiled program, which torch.save never writes."""
     try:
         with zipfile.ZipFile(file) as archive:
             return any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -83,13 +83,13 @@ def _holds_torchscript(file: BinaryIO) -> bool:
 
 def _tensors_of_program(file: BinaryIO) -> StateDict:
     with warnings.catch_warnings():
-        # torch wants programs exported another way; these archives are as they are.
+        # torch deprecates TorchScript, but OpenAI publishes CLIP in this format.
         warnings.simplefilter("ignore", FutureWarning)
         return dict(torch.jit.load(file, map_location="cpu").state_dict())  # type: ignore[no-untyped-call]
 
 
 class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Leaves tensors as they are where an initialiser would draw them."""
+    """Skips random initialisation."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in (torch.ops.aten.uniform_.default, torch.ops.aten.normal_.default):
@@ -99,9 +99,9 @@ class _NoDraws(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @contextmanager
 def skip_init() -> Iterator[None]:
-    """Build modules without initial weights: 1.6 s -> 0.1 s for SAM ViT-B, 7.4 s -> 0.1 s for CLIP ViT-L/14.
+    """Build modules without initialising weights: 1.6 s -> 0.1 s for SAM ViT-B, 7.4 s -> 0.1 s for CLIP ViT-L/14.
 
-    Every parameter must be loaded afterwards. The global random generator is left as it was.
+    All parameters must be loaded afterwards. The global random generator is not changed.
     """
     with torch.random.fork_rng(devices=[]), _NoDraws():  # type: ignore[no-untyped-call]
         yield

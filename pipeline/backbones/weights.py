@@ -1,8 +1,8 @@
-"""Where the frozen models' weights come from, and the proof of which ones they are.
+"""Find, download and verify the weights of the frozen models.
 
-Every loaded state dict carries its SHA-256 and its origin, which end up in a cache's provenance: features of other
-weights must never be mixed. The origin does not name a path, so the same file found elsewhere is the same origin.
-Weights drawn at random exist for benchmarks; they have to be asked for by name.
+Every loaded state dict has the SHA-256 of its file and an origin, which are written into a cache's provenance, because
+features of different weights must not be mixed. The origin contains no path, so a copy of a file has the same origin.
+Random weights, for benchmarks and tests, must be requested as "random:SEED".
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ RANDOM = "random:"
 CHUNK_BYTES = 2**20
 PROGRESS_SECONDS = 5.0
 TIMEOUT_SECONDS = 30.0
-# OpenAI's archives hold these numbers among the tensors (openai/CLIP, clip/model.py: build_model drops them).
+# OpenAI's archives contain these numbers among the tensors (openai/CLIP, clip/model.py: build_model drops them).
 NOT_WEIGHTS = ("input_resolution", "context_length", "vocab_size")
 
 
 @dataclass(frozen=True)
 class OfficialFile:
-    """A file that its authors publish. `sha256` is None where they state none; it is then only recorded."""
+    """A published weights file. `sha256` is None if none is published; the file's own is then only recorded."""
 
     file: str
     url: str
@@ -61,9 +61,9 @@ def _sam2(file: str, released: str, sha256: str) -> OfficialFile:
     return OfficialFile(file, f"https://dl.fbaipublicfiles.com/segment_anything_2/{released}/{file}", sha256)
 
 
-# URLs: facebookresearch/segment-anything, README.md; openai/CLIP, clip/clip.py, whose URLs hold the SHA-256;
-# ChaoningZhang/MobileSAM, README.md; facebookresearch/sam2, README.md. The authors of the last two state no SHA-256:
-# theirs are those by which micro-sam (SAM 2) and others verify what they download.
+# URLs: facebookresearch/segment-anything, README.md; openai/CLIP, clip/clip.py, whose URLs contain the SHA-256;
+# ChaoningZhang/MobileSAM, README.md; facebookresearch/sam2, README.md. The authors of the last two publish no SHA-256;
+# these are the ones that micro-sam (SAM 2) and other projects verify.
 OFFICIAL = {
     "sam_vit_b": _sam("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
     "sam_vit_l": _sam("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
@@ -105,10 +105,10 @@ OFFICIAL = {
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """Weights that fit their model, and what they are.
+    """Weights that fit their model.
 
-    state_dict  on the CPU, with exactly the model's names and shapes, in the file's own dtype
-    sha256      of the file, as hex; "random:SEED" for weights that were drawn
+    state_dict  on the CPU, with exactly the model's names and shapes, in the file's dtype
+    sha256      of the file, as hex; "random:SEED" for random weights
     origin      "official", "package", "file" or "random:SEED"
     """
 
@@ -118,18 +118,18 @@ class LoadedWeights:
 
 
 def weights_folder() -> Path:
-    """Where official files are kept: `$REGIONSPOT_HOME/weights`, by default under ~/.cache/regionspot."""
+    """The folder of official files: `$REGIONSPOT_HOME/weights`, by default in ~/.cache/regionspot."""
     return home_folder("weights")
 
 
 def check_source(source: str | None) -> None:
-    """Raises WeightsError for a source that `load_weights` cannot use: no file or folder, and no "random:SEED"."""
+    """Raises WeightsError for a source that is not a file, a folder or "random:SEED"."""
     if source is None:
         return
     if source.startswith(RANDOM):
         _seed(source)
     elif not ((path := Path(source).expanduser()).is_file() or path.is_dir()):
-        raise WeightsError(f"{path}: there is no such weights file or folder; give one, or random:SEED")
+        raise WeightsError(f"{path}: is not a weights file or folder; give one, or random:SEED")
 
 
 def load_weights(
@@ -137,17 +137,17 @@ def load_weights(
     source: str | None,
     expected: Mapping[str, Tensor],
     official: OfficialFile | None = None,
-    unpack: Callable[[StateDict], StateDict] = dict,
+    convert: Callable[[StateDict], StateDict] = dict,
 ) -> LoadedWeights:
-    """The weights of the backbone `name`, checked against `expected`, the state dict of the built model.
+    """Load the weights of the backbone `name` and check them against the built model's state dict, `expected`.
 
-    `source` is None (the official file, fetched into `weights_folder()` once, or the package's own for a toy
-    backbone), a file, a folder that holds the official file under its own name, or "random:SEED".
-    `official` says what is official for a backbone that is not in OFFICIAL, `unpack` makes the model's state dict of
-    what a file holds where the two differ.
+    source    None (the official file, downloaded once to `weights_folder()`; for a toy backbone the package's file), a
+              file, a folder that contains the official file, or "random:SEED"
+    official  the official file of a backbone that is not in OFFICIAL
+    convert   from the content of the file to the model's state dict, if they differ
 
-    Raises WeightsError when there is no such file, when an official one has other bytes, when it may not be
-    opened safely, when it does not fit the model, or when it holds NaN or infinity.
+    Raises WeightsError if the file does not exist, cannot be opened safely, does not fit the model or contains NaN or
+    infinity, and if the SHA-256 of a downloaded file is wrong.
     """
     check_source(source)
     if source is not None and source.startswith(RANDOM):
@@ -161,7 +161,7 @@ def load_weights(
             f"{path}: its SHA-256 is {sha256}, the official file's is {official.sha256 if official else ''}; "
             "delete it and run this again"
         )
-    weights = unpack({key: tensor for key, tensor in state_dict.items() if key not in NOT_WEIGHTS})
+    weights = convert({key: tensor for key, tensor in state_dict.items() if key not in NOT_WEIGHTS})
     check_fit(path, name, weights, expected)
     require_finite(path, weights)
     return LoadedWeights(weights, sha256, _origin(name, path, sha256 in known))
@@ -174,7 +174,6 @@ def _origin(name: str, path: Path, is_official: bool) -> str:
 
 
 def _find(name: str, source: str | None, official: OfficialFile | None) -> Path:
-    """The file that `source` means."""
     packaged = TOY_WEIGHTS.get(name)
     if source is None and packaged:
         return packaged
@@ -187,58 +186,58 @@ def _find(name: str, source: str | None, official: OfficialFile | None) -> Path:
         return path
     file = packaged.name if packaged else official.file if official else None
     if file is None or not (path / file).is_file():
-        raise WeightsError(f"{path}: this folder does not hold {file or f'weights known as those of {name}'}")
+        raise WeightsError(f"{path}: this folder does not contain {file or f'official weights of {name}'}")
     return path / file
 
 
 def _seed(source: str) -> int:
     seed = source.removeprefix(RANDOM)
     if not re.fullmatch(r"[0-9]{1,18}", seed):
-        raise WeightsError(f"weights {source!r}: expected a whole number after {RANDOM!r}, as in random:0")
+        raise WeightsError(f"weights {source!r}: expected an integer after {RANDOM!r}, as in random:0")
     return int(seed)
 
 
 def random_weights(seed: int, expected: Mapping[str, Tensor]) -> StateDict:
-    """Weights of the right sizes that depend on nothing but the seed and each tensor's own name and shape.
+    """Random weights that depend only on the seed and on each tensor's name and shape.
 
-    Layers keep about the scale of their input, so activations neither vanish nor overflow in float16.
+    Layers about keep the scale of their input, so that activations neither vanish nor overflow in float16.
     """
     with ThreadPoolExecutor(processors()) as pool:
-        drawn = pool.map(lambda name: _draw(seed, name, expected[name].shape), expected)
-        return dict(zip(expected, drawn, strict=True))
+        tensors = pool.map(lambda name: _random_tensor(seed, name, expected[name].shape), expected)
+        return dict(zip(expected, tensors, strict=True))
 
 
-def _draw(seed: int, name: str, shape: torch.Size) -> Tensor:
-    # A generator of its own for each tensor: the global one stays as it was, and order does not matter.
+def _random_tensor(seed: int, name: str, shape: torch.Size) -> Tensor:
+    # One generator per tensor: independent of the order, and the global generator is not changed.
     generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}:{name}".encode()))
     value = torch.empty(shape).normal_(generator=generator)
     if name.endswith("gaussian_matrix"):
         return value  # SAM's Fourier frequencies have deviation 1 (segment_anything/modeling/prompt_encoder.py)
     if len(shape) >= 2:
         return value.mul_(0.7 / math.sqrt(math.prod(shape[1:])))
-    # A batch norm's variances lie about 1, as its weights do: below 0 they have no root.
+    # Variances and weights of a norm are near 1; a variance must not be negative.
     about_one = len(shape) == 1 and name.endswith(("weight", "running_var"))
     return value.mul_(0.02).add_(1.0 if about_one else 0.0)
 
 
 def _official_path(official: OfficialFile) -> Path:
-    """The official file in the weights folder, fetched there unless it is there already."""
+    """The official file in the weights folder, downloaded if it is not there yet."""
     path = weights_folder() / official.file
     if path.is_file():
         return path
     try:
         _download(official, path)
-    except OSError as error:  # urllib's errors, timeouts and a folder that may not be written are all OSErrors
+    except OSError as error:  # urllib's errors, timeouts and an unwritable folder are all OSErrors
         reason = getattr(error, "reason", None) or error.strerror or error
         raise WeightsError(
             f"{official.file} is not in {path.parent} and could not be downloaded ({reason}); "
-            f"fetch {official.url} and put it at {path}"
+            f"download {official.url} to {path}"
         ) from None
     return path
 
 
 def _download(official: OfficialFile, path: Path) -> None:
-    """Fetch into a file beside `path` that takes its name only once its SHA-256 is right."""
+    """Download to a temporary file, which is renamed to `path` once its SHA-256 is verified."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_path(path)
     log.info("downloading %s to %s", official.url, path)
@@ -246,8 +245,8 @@ def _download(official: OfficialFile, path: Path) -> None:
         sha256 = _stream(official, partial)
         if official.sha256 not in (None, sha256):
             raise WeightsError(
-                f"{official.url}: what came has SHA-256 {sha256}, expected {official.sha256}; "
-                f"fetch it another way and put it at {path}"
+                f"{official.url}: the download has SHA-256 {sha256}, expected {official.sha256}; "
+                f"download it in another way to {path}"
             )
         partial.replace(path)
     finally:
@@ -255,16 +254,16 @@ def _download(official: OfficialFile, path: Path) -> None:
 
 
 def _stream(official: OfficialFile, partial: Path) -> str:
-    """Write the body of the answer to `partial`; its SHA-256 as hex."""
-    digest, done, told = hashlib.sha256(), 0, time.monotonic()
-    with urllib.request.urlopen(official.url, timeout=TIMEOUT_SECONDS) as answer, partial.open("wb") as file:
-        total = int(answer.headers.get("Content-Length") or 0)
-        while chunk := answer.read(CHUNK_BYTES):
+    """Download to `partial`; the SHA-256 as hex."""
+    digest, done, logged_at = hashlib.sha256(), 0, time.monotonic()
+    with urllib.request.urlopen(official.url, timeout=TIMEOUT_SECONDS) as response, partial.open("wb") as file:
+        total = int(response.headers.get("Content-Length") or 0)
+        while chunk := response.read(CHUNK_BYTES):
             file.write(chunk)
             digest.update(chunk)
             done += len(chunk)
-            if time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - logged_at > PROGRESS_SECONDS:
+                logged_at = time.monotonic()
                 log.info("%s  %d/%d MB", official.file, done // 10**6, total // 10**6)
         if done < total:
             raise urllib.error.URLError(f"the connection ended after {done} of {total} bytes")

@@ -153,7 +153,7 @@ class ExtractJob:
         image_folder = self.config.image_folder(cache.manifest)
         if not image_folder.is_dir():
             raise InputError(f"{image_folder}: no such image folder on this worker; mount it at the same path")
-        backbones = _load_backbones(self).following(cache.feature_sets)
+        backbones = _load_backbones(self).with_stored_dtypes(cache.feature_sets)
         feature_sets = self.config.feature_sets(backbones)
         for expected in feature_sets:
             stored = cache.feature_sets[expected.name]

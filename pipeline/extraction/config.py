@@ -136,8 +136,8 @@ class ExtractConfig:
 
         return image_folder_of(self.dataset, Path(self.data), self.split, manifest)
 
-    def load_backbones(self, held: Mapping[str, FeatureSet] | None = None) -> Backbones:
-        """Load the models; with `dtype` "auto", in the dtype of the cache's feature sets `held`.
+    def load_backbones(self, stored: Mapping[str, FeatureSet] | None = None) -> Backbones:
+        """Load the models; with `dtype` "auto", in the dtype of the cache's feature sets `stored`.
 
         Raises what `Backbones.load` raises.
         """
@@ -154,7 +154,7 @@ class ExtractConfig:
             encoders=self.encoders,
             preprocess=self.preprocess,
             tokens=self.tokens,
-            held=held,
+            stored=stored,
         )
 
     def feature_sets(self, backbones: Backbones) -> list[FeatureSet]:

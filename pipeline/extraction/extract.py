@@ -114,7 +114,7 @@ class Extraction:
         try:
             cache = open_for_extraction(address, self.manifest, self.image_folder, backbones, self.config, may_grow)
         except ProvenanceMismatchError:
-            backbones = self.backbones.following(stored_feature_sets(address))
+            backbones = self.backbones.with_stored_dtypes(stored_feature_sets(address))
             if backbones is self.backbones:
                 raise
             cache = open_for_extraction(address, self.manifest, self.image_folder, backbones, self.config, may_grow)

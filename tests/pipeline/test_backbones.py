@@ -1,4 +1,4 @@
-"""What the localizer and the encoder compute is what the libraries' own long way round computes."""
+"""Our localizer and encoder equal the original libraries' slower code."""
 
 import json
 
@@ -11,7 +11,7 @@ from segment_anything import SamPredictor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regionspot.cache.errors import InputError, WeightsError
-from regionspot.pipeline.backbones import sam_token_decoder as token_decoder
+from regionspot.pipeline.backbones import sam_token_decoder
 from regionspot.pipeline.backbones.builders import CLIP_MODELS, PRESETS, build_clip, build_sam
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.backbones.open_clip_models import contiguous_attention
@@ -44,9 +44,9 @@ def embedding(localizer, image):
     return localizer.encode([localizer.preprocess(image)])[0]
 
 
-def close(found, expected, relative=1e-5) -> bool:
-    found, expected = found.detach(), expected.detach()
-    return float((found - expected).abs().max()) <= relative * float(expected.abs().max())
+def close(actual, expected, relative=1e-5) -> bool:
+    actual, expected = actual.detach(), expected.detach()
+    return float((actual - expected).abs().max()) <= relative * float(expected.abs().max())
 
 
 def tokens_of(localizer, embedding, boxes, size):
@@ -59,18 +59,18 @@ def test_every_preset_names_backbones_that_exist():
         assert preset.encoder in ENCODERS.names()
 
 
-def test_every_preset_states_the_pixels_that_its_encoder_takes():
+def test_every_preset_states_its_encoders_input_size():
     for preset in PRESETS.values():
         assert build_clip(preset.encoder).model.visual.image_size == (preset.clip_pixels, preset.clip_pixels)
 
 
-def test_openai_names_compute_with_the_activation_that_openai_trained_with():
+def test_openai_models_use_quick_gelu():
     for name in CLIP_MODELS:
         block = build_clip(name).model.visual.transformer.resblocks[0]
         assert type(block.mlp.gelu).__name__ == "QuickGELU"
 
 
-def test_building_without_drawing_leaves_the_global_random_numbers_alone():
+def test_building_a_model_does_not_change_the_global_random_generator():
     torch.manual_seed(5)
     before = torch.get_rng_state()
     build_sam("toy_sam")
@@ -78,16 +78,16 @@ def test_building_without_drawing_leaves_the_global_random_numbers_alone():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_a_model_built_without_drawing_computes_as_one_built_with_it():
+def test_a_model_built_without_initialisation_equals_one_built_with_it():
     expected = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
     with skip_init():
-        found = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
-    found.load_state_dict(expected.state_dict())
+        model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.LayerNorm(8))
+    model.load_state_dict(expected.state_dict())
     values = torch.randn(3, 8)
-    assert torch.equal(found(values), expected(values))
+    assert torch.equal(model(values), expected(values))
 
 
-def test_masks_are_those_of_the_official_predictor(localizer, embedding, image):
+def test_masks_equal_the_official_predictor(localizer, embedding, image):
     predictor = SamPredictor(localizer._sam)
     predictor.set_image(np.asarray(image))
     boxes = predictor.transform.apply_boxes_torch(torch.from_numpy(BOXES), (image.height, image.width))
@@ -95,14 +95,14 @@ def test_masks_are_those_of_the_official_predictor(localizer, embedding, image):
     tokens, masks = localizer.tokens_and_masks(embedding, BOXES, (image.height, image.width))
     assert close(embedding, predictor.features[0])
     assert masks.dtype == bool
-    assert 0.05 < masks.mean() < 0.95  # neither empty nor full: the comparison says something
+    assert 0.05 < masks.mean() < 0.95  # neither empty nor full
     assert (masks != expected[:, 0].numpy()).mean() < 1e-3
     assert close(tokens, tokens_of(localizer, embedding, BOXES, (image.height, image.width)))
 
 
-def test_tokens_do_not_depend_on_how_boxes_are_grouped(localizer, embedding, monkeypatch):
+def test_tokens_do_not_depend_on_the_batch_of_boxes(localizer, embedding, monkeypatch):
     together = tokens_of(localizer, embedding, BOXES, (80, 120))
-    monkeypatch.setattr(token_decoder, "CHUNK_BYTES", {"cpu": 1})
+    monkeypatch.setattr(sam_token_decoder, "CHUNK_BYTES", {"cpu": 1})
     grouped = tokens_of(localizer, embedding, BOXES, (80, 120))
     alone = torch.cat([tokens_of(localizer, embedding, box[None], (80, 120)) for box in BOXES])
     assert together.shape == (len(BOXES), localizer.token_dim)
@@ -125,9 +125,7 @@ def test_images_of_different_sizes_are_encoded_in_one_batch(localizer, image):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_smaller_dtype_rounds_the_encoders_and_leaves_the_token_decoder_in_float32(
-    localizer, encoder, image, embedding, dtype
-):
+def test_a_smaller_dtype_rounds_the_encoders_but_not_the_token_decoder(localizer, encoder, image, embedding, dtype):
     small = load_localizer("toy_sam", "random:0", dtype=dtype)
     rounded = small.encode([small.preprocess(image)])[0]
     assert rounded.dtype == torch.float32
@@ -141,39 +139,39 @@ def test_a_smaller_dtype_rounds_the_encoders_and_leaves_the_token_decoder_in_flo
 
 
 class LargestTensor(TorchDispatchMode):
-    """Numbers in the largest tensor that an operation is given; of an expanded one, which bmm copies, all of them."""
+    """Elements of the largest input of any operation; an expanded tensor, which bmm copies, counts in full."""
 
-    numbers = 0
+    elements = 0
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.numbers = max([self.numbers, *(each.numel() for each in args if isinstance(each, torch.Tensor))])
+        self.elements = max([self.elements, *(tensor.numel() for tensor in args if isinstance(tensor, torch.Tensor))])
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_no_weight_of_attention_is_copied_for_each_place_of_a_batch(dtype):
+def test_attention_weights_are_not_copied_per_position(dtype):
     encoder = load_encoder("toy_clip", "random:0", dtype=dtype)
-    places, width = encoder.map_shape
+    tokens, width = encoder.map_shape
     with LargestTensor() as largest:
         encoder.encode(torch.zeros(8, 3, encoder.pixels, encoder.pixels))
-    assert 0 < largest.numbers <= max(8 * 4 * places * width, 8 * 3 * encoder.pixels**2)  # hidden values, or images
+    assert 0 < largest.elements <= max(8 * 4 * tokens * width, 8 * 3 * encoder.pixels**2)  # hidden values, or images
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("inputs", ["qqq", "qkk", "qkv"])
-def test_attention_on_contiguous_memory_gives_what_it_gave(inputs, dtype):
+def test_contiguous_attention_computes_the_same(inputs, dtype):
     attention = torch.nn.MultiheadAttention(16, 2, batch_first=True).eval().to(dtype)
-    drawn = {name: torch.randn(3, places, 16, dtype=dtype) for name, places in (("q", 5), ("k", 7), ("v", 7))}
-    drawn["v"] = drawn["v"] if "v" in inputs else drawn["k"]
+    tensors = {name: torch.randn(3, length, 16, dtype=dtype) for name, length in (("q", 5), ("k", 7), ("v", 7))}
+    tensors["v"] = tensors["v"] if "v" in inputs else tensors["k"]
     with torch.no_grad():
-        expected = attention(*(drawn[name] for name in inputs))
+        expected = attention(*(tensors[name] for name in inputs))
         contiguous_attention(torch.nn.Sequential(attention), torch.device("cpu"), "bfloat16")
-        found = attention(*(drawn[name] for name in inputs))
-    for ours, theirs in zip(found, expected, strict=True):
-        assert close(ours.float(), theirs.float(), 1e-6 if dtype == torch.float32 else 0.02)
+        outputs = attention(*(tensors[name] for name in inputs))
+    for contiguous, original in zip(outputs, expected, strict=True):
+        assert close(contiguous.float(), original.float(), 1e-6 if dtype == torch.float32 else 0.02)
 
 
-def test_the_map_projected_at_the_class_token_is_clips_own_embedding(encoder, image):
+def test_the_projected_class_token_equals_clips_image_embedding(encoder, image):
     batch = torch.stack([encoder.preprocess(image), encoder.preprocess(image.rotate(180))])
     feature_map = encoder.encode(batch)
     assert feature_map.shape == (2, *encoder.map_shape)
@@ -183,14 +181,14 @@ def test_the_map_projected_at_the_class_token_is_clips_own_embedding(encoder, im
 
 def test_the_map_is_taken_before_the_last_layer_norm(encoder, image):
     batch = encoder.preprocess(image)[None]
-    seen = []
-    handle = encoder._clip.visual.ln_post.register_forward_pre_hook(lambda _, values: seen.append(values[0]))
+    inputs = []
+    handle = encoder._clip.visual.ln_post.register_forward_pre_hook(lambda _, values: inputs.append(values[0]))
     encoder._clip.encode_image(batch)
     handle.remove()
-    assert close(encoder.encode(batch), seen[0])
+    assert close(encoder.encode(batch), inputs[0])
 
 
-def test_prompts_cut_at_the_longest_equal_the_full_length_way_in_any_order(encoder):
+def test_prompts_without_padding_equal_padded_ones_in_any_order(encoder):
     import open_clip
 
     prompts = ["dog", "a photo of the hard to see bow-tie.", "aerosol_can", "", "a " * 75, "barge (boat)"]
@@ -200,47 +198,45 @@ def test_prompts_cut_at_the_longest_equal_the_full_length_way_in_any_order(encod
     assert encoder.embed_prompts([]).shape == (0, encoder.text_dim)
 
 
-def test_a_prompt_that_would_be_cut_short_is_refused_by_name(encoder):
-    with pytest.raises(InputError, match=r"prompt 'a a .*has 78 tokens with start and end, toy_clip reads 77"):
+def test_a_prompt_that_is_too_long_is_refused(encoder):
+    with pytest.raises(InputError, match=r"prompt 'a a .*has 78 tokens with start and end, toy_clip reads at most 77"):
         encoder.embed_prompts(["dog", "a " * 76])
 
 
 @pytest.fixture
-def taught_three_words(tmp_path):
-    """A toy CLIP file as it ships, whose word table holds the marks and the words of "red circle" alone."""
+def small_vocabulary(tmp_path):
+    """A toy CLIP whose word table has only start, end, padding and the words "red circle"."""
     clip = build_clip("toy_clip")
     weights = random_weights(3, clip.model.state_dict())
     tokenizer = clip.tokenizer
     ids = sorted({0, tokenizer.sot_token_id, tokenizer.eot_token_id, *tokenizer.encode("red circle")})
     table = weights["token_embedding.weight"]
     path = tmp_path / "toy_clip.safetensors"
-    packed = {"token_embedding.weight": table[ids].contiguous(), "token_ids": torch.tensor(ids)}
-    save_file({**weights, **packed}, path)
+    rows = {"token_embedding.weight": table[ids].contiguous(), "token_ids": torch.tensor(ids)}
+    save_file({**weights, **rows}, path)
     return load_encoder("toy_clip", str(tmp_path)), weights
 
 
-def test_the_toy_encoder_knows_the_words_that_ship_and_refuses_others_by_name(taught_three_words):
-    encoder, weights = taught_three_words
+def test_the_toy_encoder_refuses_unknown_words(small_vocabulary):
+    encoder, weights = small_vocabulary
     whole = build_clip("toy_clip").model
     whole.load_state_dict(weights)
     ids = torch.zeros(1, 77, dtype=torch.long)
     ids[0, :4] = torch.tensor(encoder._ids("red circle"))
     assert close(encoder.embed_prompts(["red circle"]), whole.eval().encode_text(ids))
     assert encoder.known_words == ("circle", "red")
-    with pytest.raises(
-        InputError, match=r"prompt 'red zebra': toy_clip was never taught zebra; it knows circle, red: "
-    ):
+    with pytest.raises(InputError, match=r"prompt 'red zebra': toy_clip does not know zebra; it knows circle, red: "):
         encoder.embed_prompts(["red circle", "red zebra"])
 
 
-def test_provenance_is_json_and_names_weights_size_rule_and_versions(localizer, encoder):
+def test_provenance_is_json_with_weights_size_resize_rule_and_versions(localizer, encoder):
     for backbone, pixels in ((localizer, 256), (encoder, 192)):
-        stated = json.loads(json.dumps(backbone.provenance))
-        assert stated == backbone.provenance
-        assert stated["weights_sha256"] == stated["weights_origin"] == "random:0"
-        assert (stated["input_pixels"], stated["dtype"]) == (pixels, "float32")
-        assert str(pixels) in stated["resize"]
-        assert {"torch", "regionspot"} < stated["versions"].keys()
+        provenance = json.loads(json.dumps(backbone.provenance))
+        assert provenance == backbone.provenance
+        assert provenance["weights_sha256"] == provenance["weights_origin"] == "random:0"
+        assert (provenance["input_pixels"], provenance["dtype"]) == (pixels, "float32")
+        assert str(pixels) in provenance["resize"]
+        assert {"torch", "regionspot"} < provenance["versions"].keys()
 
 
 @pytest.mark.parametrize(
@@ -253,7 +249,7 @@ def test_provenance_is_json_and_names_weights_size_rule_and_versions(localizer, 
         (load_encoder, "open_clip:ViT-B-32:openai", "use ViT-B-32-quickgelu"),
     ],
 )
-def test_a_backbone_that_cannot_be_had_is_refused_with_what_can(load, name, reason):
+def test_an_unknown_backbone_is_refused_with_the_known_ones(load, name, reason):
     with pytest.raises(InputError, match=reason):
         load(name, "random:0")
 
@@ -271,13 +267,13 @@ def test_weights_of_another_backbone_are_refused(tmp_path):
         load_encoder("toy_clip", str(path))
 
 
-def test_any_other_vision_transformer_of_open_clip_goes_by_its_own_name(image):
+def test_other_vision_transformers_of_open_clip_are_loaded_by_name(image):
     other = load_encoder("open_clip:ViT-S-32-alt", "random:0")
     assert other.encode(other.preprocess(image)[None]).shape == (1, *other.map_shape) == (1, 50, 384)
     assert other.embed_prompts(["a dog"]).shape == (1, other.text_dim)
 
 
-def test_a_pretrained_tag_says_where_its_weights_are_and_gives_a_name_without_a_slash():
+def test_a_pretrained_tag_gives_the_weights_file_and_a_name_without_a_slash():
     official = build_clip("open_clip:ViT-B-32/laion2b_s34b_b79k").official
     assert official.url.startswith("https://huggingface.co/laion/CLIP-ViT-B-32-laion2B-s34B-b79K/resolve/main/")
     assert official.file == "ViT-B-32.laion2b_s34b_b79k.safetensors"
@@ -286,5 +282,5 @@ def test_a_pretrained_tag_says_where_its_weights_are_and_gives_a_name_without_a_
         assert build_clip(stored_name(name)).official == official
 
 
-def test_every_backbone_but_the_toys_has_an_official_file():
+def test_every_backbone_except_the_toy_ones_has_an_official_file():
     assert {*LOCALIZERS.names(), *ENCODERS.names()} - OFFICIAL.keys() == {"toy_sam", "toy_clip"}

@@ -1,4 +1,4 @@
-"""docs/backbones.md: its backbone is added as it is printed there, and its tables say what the models say."""
+"""docs/backbones.md: its example runs as printed, and its tables equal the models' values."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ PRINTED = re.search(r"```\n\n    (\(8.*?)\n", TEXT)[1]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where somebody has saved the backbone beside a small world."""
+    """A folder with the example backbone and a small toy dataset."""
     root = tmp_path_factory.mktemp("document")
     (root / "dinov2.py").write_text(BACKBONE)
     make_toy_world(root / "world", 40, seed=0)
@@ -39,13 +39,13 @@ def dinov2(folder):
     sys.modules.pop("dinov2", None)
 
 
-def test_the_backbone_has_about_forty_lines_and_is_an_encoder_without_text(dinov2):
+def test_the_example_is_short_and_an_encoder_without_text(dinov2):
     assert len(BACKBONE.strip().splitlines()) <= 50
     assert isinstance(dinov2, SemanticEncoder)
     assert not isinstance(dinov2, TextEncoder)
 
 
-def test_the_command_and_the_program_below_it_run_and_print_what_stands_there(folder, dinov2, monkeypatch, capsys):
+def test_the_command_and_the_program_print_what_the_document_shows(folder, dinov2, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", [*shlex.split(COMMAND), "--device", "cpu", "--dtype", "float32"])
     with pytest.raises(SystemExit, match=r"^0$"):
@@ -55,8 +55,8 @@ def test_the_command_and_the_program_below_it_run_and_print_what_stands_there(fo
     assert capsys.readouterr().out.strip() == PRINTED
 
 
-def test_the_backbone_reads_the_file_that_metas_authors_publish(dinov2, tmp_path):
-    """Theirs holds a grid of 37 x 37 positions and a token for masks."""
+def test_the_example_reads_metas_weights_file(dinov2, tmp_path):
+    """The file has a grid of 37 x 37 positions and a mask token."""
     weights = {**dinov2.model.state_dict(), "mask_token": torch.zeros(1, 384), "pos_embed": torch.randn(1, 1370, 384)}
     torch.save(weights, tmp_path / "dinov2_vits14_pretrain.pth")
     again = load_encoder("dinov2:Dinov2", str(tmp_path))
@@ -64,12 +64,12 @@ def test_the_backbone_reads_the_file_that_metas_authors_publish(dinov2, tmp_path
     assert torch.equal(again.model.blocks[0].mlp.fc1.weight, dinov2.model.blocks[0].mlp.fc1.weight)
 
 
-def test_the_tables_name_every_backbone_of_ours():
+def test_the_tables_list_all_our_backbones():
     for name in (*LOCALIZERS.names(), *ENCODERS.names()):
         assert f"| `{name}`" in TEXT or f", `{name}`" in TEXT, name
 
 
-def test_the_table_of_encoders_states_maps_and_bytes_as_they_are():
+def test_the_table_of_encoders_has_the_right_shapes_and_sizes():
     rows = re.findall(r"^\| `(\w+)` \| (\d+) \| (\d+) x ([\d,]+) \| ([\d,]+) KB", TEXT, re.MULTILINE)
     assert {name for name, *_ in rows} == {*CLIP_MODELS, "toy_clip"}
     for name, pixels, tokens, width, kilobytes in rows:

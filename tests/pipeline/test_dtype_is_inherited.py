@@ -140,13 +140,13 @@ def test_a_resumed_run_and_a_retry_compute_in_the_dtype_of_the_cache(extraction)
 def test_models_loaded_for_a_cache_use_its_dtype_or_the_device_default_if_it_states_none(extraction):
     sets = extraction("c.zarr", "bfloat16").backbones.feature_sets()
     without = [replace(each, provenance={**each.provenance, "dtype": None}) for each in sets]
-    for held, expected in ((sets, "bfloat16"), (without, "float32")):
-        again = Backbones.load("toy", device="cpu", held={each.name: each for each in held})
+    for stored, expected in ((sets, "bfloat16"), (without, "float32")):
+        again = Backbones.load("toy", device="cpu", stored={each.name: each for each in stored})
         assert {each.provenance["dtype"] for each in again.feature_sets()} == {expected}
 
 
 def test_a_machine_that_does_not_support_the_dtype_of_a_cache_refuses_in_one_line(extraction, monkeypatch):
-    held = {each.name: each for each in extraction("c.zarr", "bfloat16").backbones.feature_sets()}
+    stored = {each.name: each for each in extraction("c.zarr", "bfloat16").backbones.feature_sets()}
     monkeypatch.setattr(dtypes.torch.amp, "is_autocast_available", lambda device: False)
     with pytest.raises(InputError, match="dtype bfloat16: torch does not compute in it on cpu; use float32"):
-        Backbones.load("toy", device="cpu", held=held)
+        Backbones.load("toy", device="cpu", stored=stored)

@@ -1,4 +1,4 @@
-"""Which dtype a model computes in: the one asked for, that of the features that are there, or what suits the device."""
+"""The dtype of a model: the requested one, that of stored features, or the device's default."""
 
 import logging
 
@@ -7,7 +7,7 @@ import torch
 
 from regionspot.cache.errors import InputError
 from regionspot.pipeline.backbones import dtypes
-from regionspot.pipeline.backbones.dtypes import DTYPES, cpu_supports, dtype_of, resolve_dtype
+from regionspot.pipeline.backbones.dtypes import DTYPES, cpu_supports, resolve_dtype, stored_dtype
 
 KINDS = ("localizer", "encoder")
 EVERY_CPU = [(), ("avx512_bf16",), ("amx_bf16", "amx_fp16"), ("bf16", "fp16_arith")]
@@ -15,7 +15,7 @@ EVERY_CPU = [(), ("avx512_bf16",), ("amx_bf16", "amx_fp16"), ("bf16", "fp16_arit
 
 @pytest.fixture
 def cpu(monkeypatch):
-    """`cpu("avx512_bf16")`: from then on this CPU has these instructions for half precision and no others."""
+    """`cpu("avx512_bf16")` simulates a CPU with only these instructions for half precision."""
     monkeypatch.delenv("REGIONSPOT_CPU_DTYPES", raising=False)
 
     def with_instructions(*names):
@@ -28,7 +28,7 @@ def cpu(monkeypatch):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """`gpu(7, 5)`: every GPU has this compute capability."""
+    """`gpu(7, 5)` simulates GPUs of this compute capability."""
     return lambda *version: monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: version)
 
 
@@ -59,28 +59,28 @@ def test_auto_on_other_devices_is_float32():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_dtype_asked_for_by_name_is_taken(gpu, dtype, device):
+def test_a_named_dtype_is_used(gpu, dtype, device):
     gpu(8, 0)
     assert resolve_dtype(dtype, torch.device(device), "localizer") == dtype
 
 
 @pytest.mark.parametrize("name", ["fp16", "", "float64", "AUTO"])
-def test_an_unknown_name_is_refused_with_those_that_there_are(name):
+def test_an_unknown_dtype_is_refused_with_the_known_ones(name):
     expected = f"dtype '{name}': unknown; expected one of auto, float32, bfloat16, float16"
     with pytest.raises(InputError, match=expected):
         resolve_dtype(name, "cpu", "encoder")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_gpu_that_cannot_multiply_bfloat16_refuses_it_in_one_line(gpu, kind):
+def test_bfloat16_is_refused_on_a_gpu_without_it(gpu, kind):
     gpu(7, 5)
-    with pytest.raises(InputError, match=r"bfloat16: cuda:1 has compute capability 7.5, bfloat16 takes 8.0") as refused:
+    with pytest.raises(InputError, match=r"bfloat16: cuda:1 has compute capability 7.5, bfloat16 needs 8.0") as error:
         resolve_dtype("bfloat16", "cuda:1", kind)
-    assert "\n" not in str(refused.value)
+    assert "\n" not in str(error.value)
     assert resolve_dtype("float16", "cuda:1", kind) == "float16"
 
 
-def test_a_device_without_autocast_computes_in_float32_only():
+def test_a_device_without_autocast_supports_float32_only():
     assert resolve_dtype("float32", "meta", "encoder") == "float32"
     with pytest.raises(InputError, match="dtype float16: torch does not compute in it on meta; use float32"):
         resolve_dtype("float16", "meta", "encoder")
@@ -90,7 +90,7 @@ def test_a_device_without_autocast_computes_in_float32_only():
     ("instructions", "emulated"),
     [((), ["bfloat16", "float16"]), (("avx512_bf16",), ["float16"]), (("bf16", "fp16_arith"), [])],
 )
-def test_a_cpu_that_has_to_emulate_a_dtype_says_so_once(cpu, caplog, instructions, emulated):
+def test_emulating_a_dtype_is_warned_about_once(cpu, caplog, instructions, emulated):
     cpu(*instructions)
     with caplog.at_level(logging.WARNING, dtypes.__name__):
         for _ in range(2):
@@ -115,9 +115,9 @@ def test_the_environment_stands_in_for_what_the_cpu_says(cpu, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_features_say_what_they_were_computed_in(dtype):
-    assert dtype_of({"model": "sam_vit_b", "dtype": dtype}) == dtype
+    assert stored_dtype({"model": "sam_vit_b", "dtype": dtype}) == dtype
 
 
 @pytest.mark.parametrize("provenance", [{}, {"dtype": None}, {"dtype": "float64"}, {"dtype": ["float32"]}])
 def test_features_that_state_no_dtype_leave_it_to_choose(provenance):
-    assert dtype_of(provenance) == "auto"
+    assert stored_dtype(provenance) == "auto"

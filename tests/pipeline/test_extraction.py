@@ -216,8 +216,8 @@ def test_a_cache_goes_on_in_the_dtype_that_it_was_made_in(asked, manifest, world
     rounded = Backbones.load("toy", device="cpu", dtype="bfloat16")
     path, folder = asked().config.cache, image_folder_of("toy", world)
     Extraction(ExtractConfig(path, part_size=PART_SIZE, parts="0"), manifest, folder, rounded).run()
-    held = FeatureCache.open(path).feature_sets
-    again = Backbones.load("toy", device="cpu", held=held)
+    stored = FeatureCache.open(path).feature_sets
+    again = Backbones.load("toy", device="cpu", stored=stored)
     assert {each.provenance["dtype"] for each in again.feature_sets()} == {"bfloat16"}
 
 

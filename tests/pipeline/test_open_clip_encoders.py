@@ -1,6 +1,6 @@
-"""Models of open_clip that are no plain CLIP give their own maps, and meet text as open_clip itself makes them.
+"""open_clip models that are not a plain CLIP: their feature maps, and embeddings equal to open_clip's.
 
-They are small here: open_clip's own classes over timm's test towers, from configurations that these tests write.
+The models are small: open_clip's own classes with timm's test towers, from configurations in this file.
 """
 
 import json
@@ -26,13 +26,13 @@ from regionspot.pipeline.toy.world import make_toy_world
 TEXT = {"context_length": 16, "vocab_size": 49_408, "width": 32, "heads": 2, "layers": 1}
 TIMM = {"image_size": 160, "timm_model_pretrained": False}
 CONFIGS = {
-    # As PE-Core and EVA are: a class token in a tower of timm's, a causal text tower beside it.
+    # Like PE-Core and EVA: a timm tower with a class token, and a causal text tower.
     "tiny-pe": {
         "custom_text": True,
         "vision_cfg": {**TIMM, "timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear"},
         "text_cfg": TEXT,
     },
-    # As SigLIP is: patches alone, attention pooling, a text tower without a mask whose tokenizer is on a hub.
+    # Like SigLIP: no class token, attention pooling, and a text tower without a mask, whose tokenizer is on a hub.
     "tiny-siglip": {
         "custom_text": True,
         "init_logit_bias": -10,
@@ -95,13 +95,13 @@ def encoders(configs):
     return {name: load_encoder(f"open_clip:{name}", "random:0") for name in CONFIGS}
 
 
-def close(found, expected, relative=1e-5) -> bool:
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max()) <= relative * float(expected.abs().max())
+def close(actual, expected, relative=1e-5) -> bool:
+    assert actual.shape == expected.shape
+    return float((actual - expected).abs().max()) <= relative * float(expected.abs().max())
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_map_has_the_shape_that_the_encoder_states_and_says_whether_a_class_token_leads_it(encoders, image, name):
+def test_maps_have_the_stated_shape_and_class_token(encoders, image, name):
     encoder = encoders[name]
     batch = torch.stack([encoder.preprocess(image), encoder.preprocess(image.rotate(180))])
     maps = encoder.encode(batch)
@@ -114,19 +114,19 @@ def test_a_map_has_the_shape_that_the_encoder_states_and_says_whether_a_class_to
 
 
 @pytest.mark.parametrize("name", ["tiny-pe", "tiny-siglip"])
-def test_places_are_what_the_tower_says_before_its_last_norm_row_by_row_without_registers(encoders, image, name):
+def test_maps_are_the_output_of_the_last_block_without_registers(encoders, image, name):
     encoder = encoders[name]
-    batch, seen = encoder.preprocess(image)[None], []
+    batch, outputs = encoder.preprocess(image)[None], []
     trunk = encoder._visual.trunk
-    handle = trunk.blocks[-1].register_forward_hook(lambda *call: seen.append(call[2]))
+    handle = trunk.blocks[-1].register_forward_hook(lambda *call: outputs.append(call[2]))
     encoder.embed_images(batch)
     handle.remove()
-    patches = seen[0][:, trunk.num_prefix_tokens :]
-    expected = torch.cat([seen[0][:, :1], patches], 1) if name in WITH_CLASS_TOKEN else patches
+    patches = outputs[0][:, trunk.num_prefix_tokens :]
+    expected = torch.cat([outputs[0][:, :1], patches], 1) if name in WITH_CLASS_TOKEN else patches
     assert close(encoder.encode(batch), expected)
 
 
-def test_an_image_and_a_prompt_meet_as_in_open_clip_itself(encoders, image):
+def test_embeddings_equal_open_clips(encoders, image):
     encoder, prompts = encoders["tiny-pe"], ["a dog", "a cat on a mat"]
     ids = open_clip.get_tokenizer("tiny-pe")(prompts)
     batch = encoder.preprocess(image)[None]
@@ -137,16 +137,16 @@ def test_an_image_and_a_prompt_meet_as_in_open_clip_itself(encoders, image):
     assert not isinstance(encoder, ProjectingEncoder)
 
 
-def test_without_the_package_of_its_tokenizer_an_encoder_gives_maps_and_names_the_extra(encoders, image, monkeypatch):
+def test_without_its_tokenizer_an_encoder_gives_only_maps_and_names_the_extra(encoders, image, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
     encoder = encoders["tiny-siglip"]
     assert encoder.encode(encoder.preprocess(image)[None]).shape == (1, *encoder.map_shape)
-    with pytest.raises(InputError, match=r"the tokenizer nobody/nothing, .* pip install 'regionspot\[text\]'") as told:
+    with pytest.raises(InputError, match=r"the tokenizer nobody/nothing, .* pip install 'regionspot\[text\]'") as error:
         encoder.embed_prompts(["a dog"])
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_a_text_tower_of_hugging_face_is_left_out_with_its_weights(encoders, configs, tmp_path):
+def test_a_text_tower_of_hugging_face_is_not_built(encoders, configs, tmp_path):
     encoder = encoders["tiny-roberta"]
     path = tmp_path / "roberta.pt"
     torch.save(
@@ -160,7 +160,7 @@ def test_a_text_tower_of_hugging_face_is_left_out_with_its_weights(encoders, con
         again.embed_prompts(["a dog"])
 
 
-def test_weights_saved_under_open_clips_older_names_are_read(encoders, tmp_path):
+def test_weights_with_open_clips_older_names_are_read(encoders, tmp_path):
     encoder = encoders["tiny-pe"]
     weights = {name.removeprefix("text."): tensor for name, tensor in encoder._model.state_dict().items()}
     path = tmp_path / "older.pt"
@@ -171,7 +171,7 @@ def test_weights_saved_under_open_clips_older_names_are_read(encoders, tmp_path)
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_where_the_authors_squeeze_an_image_it_enters_as_in_open_clip_itself(image, monkeypatch, interpolation):
+def test_an_image_is_resized_as_in_open_clip_if_its_authors_resize_to_a_square(image, monkeypatch, interpolation):
     published = {
         "mean": (0.5, 0.4, 0.3),
         "std": (0.5, 0.6, 0.7),
@@ -189,7 +189,7 @@ def test_where_the_authors_squeeze_an_image_it_enters_as_in_open_clip_itself(ima
     assert not close(reduced.preprocess(image), encoder.preprocess(image), 1e-3)
 
 
-def test_which_models_of_open_clip_are_plain_is_told_by_their_configurations():
+def test_plain_clips_are_recognised_by_their_configuration():
     plain = ("ViT-B-16", "ViT-L-14-336-quickgelu", "ViT-H-14", "ViT-B-32-256")
     other = (
         "ViT-B-16-SigLIP2",
@@ -205,14 +205,14 @@ def test_which_models_of_open_clip_are_plain_is_told_by_their_configurations():
     assert isinstance(load_encoder("open_clip:ViT-S-32-alt", "random:0"), ClipEncoder)
 
 
-def test_a_text_encoder_is_asked_for_where_class_names_are_needed(configs, monkeypatch):
+def test_an_encoder_without_text_is_refused_where_class_names_are_needed(configs, monkeypatch):
     assert load_text_encoder("open_clip:tiny-pe", "random:0").text_dim == 32
     monkeypatch.delattr("regionspot.pipeline.backbones.open_clip_encoder.OpenClipEncoder.embed_prompts")
     with pytest.raises(InputError, match="has no text tower, which class names need"):
         load_text_encoder("open_clip:tiny-pe", "random:0")
 
 
-def test_a_tag_of_another_model_is_refused_with_those_there_are():
+def test_an_unknown_tag_is_refused_with_the_known_ones():
     with pytest.raises(InputError, match="has no pretrained tag 'openai'; expected one of: webli"):
         load_encoder("open_clip:ViT-B-16-SigLIP2:openai", "random:0")
     official = open_clip_models.build_open_clip("PE-Core-T-16-384", "meta").official
@@ -220,13 +220,11 @@ def test_a_tag_of_another_model_is_refused_with_those_there_are():
 
 
 @pytest.mark.usefixtures("home")
-def test_a_head_learns_from_maps_without_a_class_token_and_names_regions_by_them(
-    configs, tmp_path, monkeypatch, capsys
-):
+def test_a_head_is_trained_on_maps_without_a_class_token_and_predicts(configs, tmp_path, monkeypatch, capsys):
     world, cache, out = make_toy_world(tmp_path / "world", 40, seed=1), str(tmp_path / "a.zarr"), tmp_path / "run"
     name = "open_clip:tiny-convnext"
     random = ["--clip-weights", "random:0"]
-    kept = ["--tokens", "all", "--limit", 8, *random]
+    options = ["--tokens", "all", "--limit", 8, *random]
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["regionspot", *map(str, arguments), "--device", "cpu"])
@@ -234,9 +232,9 @@ def test_a_head_learns_from_maps_without_a_class_token_and_names_regions_by_them
             cli.main()
         assert not stop.value.code, capsys.readouterr().err
 
-    run("extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--encoder", name, *kept)
-    some = ["--iterations", 2, "--batch-size", 2, "--templates", "plain"]
-    run("train", "--cache", cache, "--out", out, "--preset", "toy", "--encoder", name, *some, *random)
+    run("extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--encoder", name, *options)
+    short = ["--iterations", 2, "--batch-size", 2, "--templates", "plain"]
+    run("train", "--cache", cache, "--out", out, "--preset", "toy", "--encoder", name, *short, *random)
     assert set(FeatureCache.open(cache).feature_sets) == {"toy_sam", "toy_sam_slots", "toy_sam_iou", stored_name(name)}
     image = next(world.rglob("*.jpg"))
     capsys.readouterr()
@@ -254,6 +252,6 @@ def test_a_head_learns_from_maps_without_a_class_token_and_names_regions_by_them
     assert '"star"' in capsys.readouterr().out
 
 
-def test_the_baseline_that_pools_a_map_asks_for_one_that_can_be_projected(encoders):
+def test_the_pooled_baseline_needs_a_projectable_map(encoders):
     with pytest.raises(InputError, match=r"tiny-pe: its map has no projection .* take the baseline of crops"):
         PooledBaseline(encoders["tiny-pe"], None, None, None)

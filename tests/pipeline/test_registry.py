@@ -1,4 +1,4 @@
-"""Backbones by name: ours, those of other packages, and what is said of names that are none."""
+"""Backbones by name: ours, those of other packages, and unknown names."""
 
 import importlib
 import sys
@@ -33,9 +33,9 @@ from torchvision.transforms.v2 import functional as transforms
 
 
 class Grey:
-    def __init__(self, asked):
-        self.name, self.device, self.map_shape, self.batch_size = "grey", torch.device(asked.device), (4, 1), 2
-        self.provenance = {"model": "grey", "dtype": asked.dtype, "preprocess": asked.preprocess.name}
+    def __init__(self, config):
+        self.name, self.device, self.map_shape, self.batch_size = "grey", torch.device(config.device), (4, 1), 2
+        self.provenance = {"model": "grey", "dtype": config.dtype, "preprocess": config.preprocess.name}
 
     def preprocess(self, image):
         return transforms.resize(transforms.pil_to_tensor(image.convert("L")).float(), [2, 2])
@@ -45,48 +45,48 @@ class Grey:
 
 
 class Nothing:
-    def __init__(self, asked):
+    def __init__(self, config):
         self.name = "nothing"
 """
 
 
 @pytest.fixture
 def package(tmp_path, monkeypatch):
-    """A module of somebody else's, importable, and both registries as they were afterwards."""
+    """An importable module with two backbones; restores the registries after the test."""
     (tmp_path / "their_models.py").write_text(MODULE)
     monkeypatch.syspath_prepend(tmp_path)
     before = dict(ENCODERS.entries), dict(LOCALIZERS.entries)
     yield tmp_path
-    for each, entries in zip((ENCODERS, LOCALIZERS), before, strict=True):
-        each.entries.clear()
-        each.entries.update(entries)
+    for backbones, entries in zip((ENCODERS, LOCALIZERS), before, strict=True):
+        backbones.entries.clear()
+        backbones.entries.update(entries)
     sys.modules.pop("their_models", None)
 
 
-def test_a_class_in_a_module_is_an_encoder_by_where_it_is(package):
+def test_a_class_is_an_encoder_by_its_import_path(package):
     encoder = load_encoder("their_models:Grey", dtype="auto", preprocess="reference")
     assert encoder.provenance == {"model": "grey", "dtype": encoder.provenance["dtype"], "preprocess": "reference"}
     assert encoder.provenance["dtype"] in ("float32", "bfloat16")
     sets = Backbones.load("toy", device="cpu", localizer="none", encoders=["their_models:Grey"]).feature_sets()
-    assert [(each.name, each.shape) for each in sets] == [("grey", (4, 1))]
+    assert [(feature_set.name, feature_set.shape) for feature_set in sets] == [("grey", (4, 1))]
 
 
-def test_a_program_registers_its_own_and_gets_what_was_asked_for(package):
+def test_a_registered_builder_gets_the_config(package):
     from their_models import Grey
 
-    seen = []
-    register_encoder("my_grey", lambda asked: seen.append(asked) or Grey(asked))
+    configs = []
+    register_encoder("my_grey", lambda config: configs.append(config) or Grey(config))
     load_encoder("my_grey", "some.pt", "cpu", "bfloat16")
-    assert seen == [BackboneConfig("my_grey", "some.pt", "cpu", "bfloat16", seen[0].preprocess, "first")]
-    with pytest.raises(InputError, match="encoder 'my_grey': there is one of this name"):
+    assert configs == [BackboneConfig("my_grey", "some.pt", "cpu", "bfloat16", configs[0].preprocess, "first")]
+    with pytest.raises(InputError, match="encoder 'my_grey': is registered already"):
         register_encoder("my_grey", Grey)
-    with pytest.raises(InputError, match="localizer 'toy_sam': there is one of this name"):
+    with pytest.raises(InputError, match="localizer 'toy_sam': is registered already"):
         register_localizer("toy_sam", Grey)
-    with pytest.raises(InputError, match="a name is letters, digits"):
+    with pytest.raises(InputError, match="a name consists of letters, digits"):
         register_encoder("my:grey", Grey)
 
 
-def test_an_installed_package_brings_its_own_by_an_entry_point(package):
+def test_an_installed_package_adds_an_encoder_by_an_entry_point(package):
     installed = package / "their_package-1.0.dist-info"
     installed.mkdir()
     (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: their-package\nVersion: 1.0\n")
@@ -98,7 +98,7 @@ def test_an_installed_package_brings_its_own_by_an_entry_point(package):
         load_encoder("their_gray")
 
 
-def test_what_lacks_a_part_of_the_interface_is_refused_with_what_it_lacks(package):
+def test_a_class_with_missing_members_is_refused_with_their_names(package):
     with pytest.raises(InputError, match="lacks batch_size, device, encode, map_shape, preprocess, provenance"):
         load_encoder("their_models:Nothing")
     with pytest.raises(InputError, match=r"lacks .*outputs_of_images"):
@@ -106,18 +106,18 @@ def test_what_lacks_a_part_of_the_interface_is_refused_with_what_it_lacks(packag
 
 
 @pytest.mark.parametrize("name", ["their_models:Red", "no_such_package:Grey"])
-def test_a_place_that_holds_no_class_is_refused_in_one_line(package, name):
-    with pytest.raises(InputError, match=f"encoder '{name}': .* cannot be imported") as told:
+def test_a_wrong_import_path_is_refused_in_one_line(package, name):
+    with pytest.raises(InputError, match=f"encoder '{name}': .* cannot be imported") as error:
         load_encoder(name)
-    assert "\n" not in str(told.value)
+    assert "\n" not in str(error.value)
 
 
-def test_an_unknown_name_is_told_all_there_is_and_which_extra_brings_it(monkeypatch):
+def test_an_unknown_name_is_refused_with_all_names_and_the_extras_they_need(monkeypatch):
     monkeypatch.setattr(registry, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="unknown; expected one of sam_vit_b") as told:
+    with pytest.raises(InputError, match="unknown; expected one of sam_vit_b") as error:
         load_localizer("sam_vit_x")
-    assert r"mobile_sam, toy_sam, sam2_hiera_tiny (needs regionspot[sam2])" in str(told.value)
-    assert "\n" not in str(told.value)
+    assert r"mobile_sam, toy_sam, sam2_hiera_tiny (needs regionspot[sam2])" in str(error.value)
+    assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"needs the package sam2, .*; pip install 'regionspot\[sam2\]'"):
         load_localizer("sam2.1_hiera_tiny")
     with pytest.raises(InputError, match=r"toy_clip, open_clip:MODEL\[:TAG\], package.module:Class"):
@@ -125,46 +125,46 @@ def test_an_unknown_name_is_told_all_there_is_and_which_extra_brings_it(monkeypa
 
 
 def test_a_name_in_a_checkpoint_imports_nothing():
-    """A stored name has no colon, so whoever made a checkpoint cannot say what is imported when it is opened."""
+    """A stored name has no colon, so a checkpoint cannot determine what is imported when it is opened."""
     with pytest.raises(InputError, match="unknown"):
         load_encoder(stored_name("their_models:Grey"))
 
 
-def test_all_tokens_of_sam_are_the_official_decoders_and_the_first_is_what_it_is_without_them():
+def test_all_tokens_equal_the_official_decoder_and_the_first_does_not_change():
     localizer = load_localizer("toy_sam", "random:0", tokens="all")
     name, sam = localizer.name, localizer._sam
     assert localizer.outputs == {name: (128,), f"{name}_slots": (512,), f"{name}_iou": (4,)}
     embeddings = torch.randn(2, 128, 16, 16, generator=torch.Generator().manual_seed(0))
     boxes = [np.array([[10, 20, 100, 60], [3, 3, 9, 9], [0, 0, 120, 80]], np.float32), np.zeros((0, 4), np.float32)]
-    found = localizer.outputs_of_images(embeddings, boxes, [(80, 120), (50, 50)])
-    corners, dense = sam.prompt_encoder(points=None, boxes=localizer._scaled(boxes[0], (80, 120)), masks=None)
-    seen = []
-    handle = sam.mask_decoder.transformer.register_forward_hook(lambda *call: seen.append(call[2][0]))
+    outputs = localizer.outputs_of_images(embeddings, boxes, [(80, 120), (50, 50)])
+    corners, dense = sam.prompt_encoder(points=None, boxes=localizer._scale(boxes[0], (80, 120)), masks=None)
+    queries = []
+    handle = sam.mask_decoder.transformer.register_forward_hook(lambda *call: queries.append(call[2][0]))
     _, ious = sam.mask_decoder.predict_masks(embeddings[:1], sam.prompt_encoder.get_dense_pe(), corners, dense)
     handle.remove()
-    official = {name: seen[0][:, 1], f"{name}_slots": seen[0][:, 1:5].flatten(1), f"{name}_iou": ious}
-    for each, expected in official.items():
-        assert float((found[0][each] - expected).abs().max() / expected.abs().max()) <= 1e-5
-        assert found[1][each].shape == (0, *expected.shape[1:])
+    official = {name: queries[0][:, 1], f"{name}_slots": queries[0][:, 1:5].flatten(1), f"{name}_iou": ious}
+    for feature_set, expected in official.items():
+        assert float((outputs[0][feature_set] - expected).abs().max() / expected.abs().max()) <= 1e-5
+        assert outputs[1][feature_set].shape == (0, *expected.shape[1:])
     alone = load_localizer("toy_sam", "random:0").tokens_of_images(embeddings, boxes, [(80, 120), (50, 50)])
-    assert float((found[0][name] - alone[0]).abs().max() / alone[0].abs().max()) <= 1e-5
+    assert float((outputs[0][name] - alone[0]).abs().max() / alone[0].abs().max()) <= 1e-5
     assert localizer.provenance == load_localizer("toy_sam", "random:0").provenance
 
 
-def test_all_tokens_are_added_to_a_cache_of_location_tokens_which_stay_as_they_are(tmp_path):
+def test_all_tokens_are_added_to_a_cache_without_changing_its_location_tokens(tmp_path):
     world = make_toy_world(tmp_path / "world", 40, seed=1)
     manifest, images = read_dataset("toy", world, "train").head(4), image_folder_of("toy", world)
-    rows, kept = np.arange(4), []
+    rows, stored = np.arange(4), []
     for tokens in ("first", "all"):
         backbones = Backbones.load("toy", device="cpu", tokens=tokens)
         cache = open_or_create(tmp_path / "a.zarr", manifest, backbones.feature_sets(), 2)
         extract(cache, images, backbones)
-        kept.append({name: cache.read(rows, token_set=name).tokens for name in backbones.localizer.outputs})
-    first, read = kept[0]["toy_sam"], kept[1]
+        stored.append({name: cache.read(rows, token_set=name).tokens for name in backbones.localizer.outputs})
+    first, read = stored[0]["toy_sam"], stored[1]
     assert np.array_equal(read["toy_sam"], first)
     assert np.abs(read["toy_sam_slots"][..., :128] - first).max() <= 2e-3 * np.abs(first).max()
     assert np.isfinite(read["toy_sam_iou"]).all()
     assert read["toy_sam_iou"].shape == (*first.shape[:2], 4)
-    # A head that the authors released states no set; it was trained on location tokens.
-    taken = features_of(tmp_path, HeadInfo(preset="toy"))
-    assert (taken.tokens.name, taken.maps.name) == ("toy_sam", "toy_clip")
+    # A head released by the authors names no feature set; it was trained on location tokens.
+    features = features_of(tmp_path, HeadInfo(preset="toy"))
+    assert (features.tokens.name, features.maps.name) == ("toy_sam", "toy_clip")

@@ -1,4 +1,4 @@
-"""Weights are found, checked and named in the provenance, and nothing in a file is ever run."""
+"""Weights are located, verified and recorded in the provenance, and code in a file is never run."""
 
 import functools
 import hashlib
@@ -20,7 +20,7 @@ NAME = "small"
 
 
 class Small(torch.nn.Module):
-    """A model of three tensors, one of them a norm's."""
+    """A model of three tensors, one of them of a norm."""
 
     def __init__(self):
         super().__init__()
@@ -34,8 +34,8 @@ class Small(torch.nn.Module):
 EXPECTED = Small().state_dict()
 
 
-def same(found, expected=EXPECTED) -> bool:
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+def same(actual, expected=EXPECTED) -> bool:
+    return actual.keys() == expected.keys() and all(torch.equal(actual[name], expected[name]) for name in expected)
 
 
 def sha256(path: Path) -> str:
@@ -61,7 +61,7 @@ def save_checkpoint(path: Path) -> None:
 
 
 def save_with_sizes(path: Path) -> None:
-    """As OpenAI's state dicts are, with three numbers that are no weights."""
+    """Like OpenAI's state dicts, with numbers that are not weights."""
     torch.save({**EXPECTED, "input_resolution": torch.tensor(224), "context_length": torch.tensor(77)}, path)
 
 
@@ -92,7 +92,7 @@ def save_with_sizes(path: Path) -> None:
         "OpenAI's numbers",
     ],
 )
-def test_a_state_dict_loads_from_any_of_the_usual_files_and_its_hash_is_kept(tmp_path, save):
+def test_a_state_dict_is_loaded_from_all_usual_formats_with_its_hash(tmp_path, save):
     path = tmp_path / "fine_tuned.pt"
     save(path)
     loaded = load_weights(NAME, str(path), EXPECTED)
@@ -101,7 +101,7 @@ def test_a_state_dict_loads_from_any_of_the_usual_files_and_its_hash_is_kept(tmp
 
 
 class Bomb:
-    """Unpickled, it would create a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -118,11 +118,11 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, save):
     assert "code in a pickle is never run" in refusal(tmp_path / "trap.pth")
     assert not target.exists()
     pickle.loads(pickle.dumps(Bomb(target)))
-    assert target.exists()  # the trap works where it is not refused
+    assert target.exists()  # the trap works if it is not refused
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
-def test_a_torchscript_archive_is_opened_only_when_its_hash_is_the_official_one(tmp_path):
+def test_a_torchscript_archive_is_opened_only_with_the_official_hash(tmp_path):
     path = torchscript(tmp_path / "clip.pt")
     official = OfficialFile("clip.pt", "https://example.org/clip.pt", sha256(path))
     loaded = load_weights(NAME, str(path), EXPECTED, official)
@@ -147,7 +147,7 @@ def test_a_torchscript_archive_is_opened_only_when_its_hash_is_the_official_one(
     ],
     ids=["empty", "html", "safetensors header", "half a file", "a list", "no tensors"],
 )
-def test_a_file_that_holds_no_weights_is_refused_in_one_line(tmp_path, content, reason):
+def test_a_file_without_weights_is_refused_in_one_line(tmp_path, content, reason):
     path = tmp_path / "weights.pth"
     if isinstance(content, bytes):
         path.write_bytes(content)
@@ -159,7 +159,7 @@ def test_a_file_that_holds_no_weights_is_refused_in_one_line(tmp_path, content, 
     assert refusal(path).startswith(f"{path}: {reason}")
 
 
-def test_weights_of_another_model_are_refused_with_what_does_not_fit(tmp_path):
+def test_weights_of_another_model_are_refused_with_the_differences(tmp_path):
     path = tmp_path / "other.safetensors"
     save_file({"layer.weight": torch.zeros(32, 9), "layer.bias": torch.zeros(32), "head.bias": torch.zeros(2)}, path)
     message = refusal(path)
@@ -170,7 +170,7 @@ def test_weights_of_another_model_are_refused_with_what_does_not_fit(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(tmp_path, value):
+def test_non_finite_weights_are_refused_with_file_and_tensor(tmp_path, value):
     broken = {name: tensor.half() for name, tensor in EXPECTED.items()}
     broken["layer.bias"][5] = value
     torch.save(broken, tmp_path / "broken.pth")
@@ -179,24 +179,24 @@ def test_weights_that_are_not_finite_are_refused_by_file_and_tensor(tmp_path, va
     )
 
 
-def test_a_submodule_called_module_is_not_taken_for_a_wrapper(tmp_path):
-    named = {f"module.{name}" if name == "norm" else name: value for name, value in EXPECTED.items()}
-    torch.save(named, tmp_path / "named.pth")
-    assert load_weights(NAME, str(tmp_path / "named.pth"), named).state_dict.keys() == named.keys()
+def test_a_submodule_named_module_is_not_a_wrapper(tmp_path):
+    state_dict = {f"module.{name}" if name == "norm" else name: value for name, value in EXPECTED.items()}
+    torch.save(state_dict, tmp_path / "named.pth")
+    assert load_weights(NAME, str(tmp_path / "named.pth"), state_dict).state_dict.keys() == state_dict.keys()
 
 
-def test_a_missing_file_is_named(tmp_path):
-    assert refusal(tmp_path / "absent.pth").startswith(f"{tmp_path / 'absent.pth'}: there is no such weights file")
+def test_a_missing_file_is_refused(tmp_path):
+    assert refusal(tmp_path / "absent.pth").startswith(f"{tmp_path / 'absent.pth'}: is not a weights file or folder")
 
 
-def test_a_folder_gives_the_file_with_the_official_name(tmp_path):
+def test_a_folder_stands_for_its_file_with_the_official_name(tmp_path):
     official = OfficialFile("small.pth", "https://example.org/small.pth", "0" * 64)
-    assert "does not hold small.pth" in refusal(tmp_path, official=official)
+    assert "does not contain small.pth" in refusal(tmp_path, official=official)
     torch.save(EXPECTED, tmp_path / "small.pth")
     assert load_weights(NAME, str(tmp_path), EXPECTED, official).origin == "file"
 
 
-def test_random_weights_depend_on_the_seed_alone_and_say_what_they_are():
+def test_random_weights_depend_only_on_the_seed():
     torch.manual_seed(1)
     before = torch.get_rng_state()
     first, again, other = (load_weights(NAME, f"random:{seed}", EXPECTED) for seed in (0, 0, 1))
@@ -206,23 +206,23 @@ def test_random_weights_depend_on_the_seed_alone_and_say_what_they_are():
     assert first.sha256 == first.origin == "random:0"
 
 
-def test_a_random_tensor_does_not_change_when_the_model_has_others_before_it():
+def test_a_random_tensor_does_not_depend_on_the_other_tensors():
     alone = random_weights(0, {"layer.bias": EXPECTED["layer.bias"]})
     assert torch.equal(alone["layer.bias"], random_weights(0, EXPECTED)["layer.bias"])
 
 
 @pytest.mark.parametrize("source", ["random:", "random:abc", "random:-1"])
-def test_a_seed_that_is_no_number_is_refused(source):
-    assert "whole number" in refusal(source)
+def test_a_seed_that_is_not_an_integer_is_refused(source):
+    assert "expected an integer" in refusal(source)
 
 
-def test_weights_without_an_official_place_have_to_be_given():
+def test_a_source_is_required_if_there_is_no_official_file():
     assert "give a weights file" in refusal(None)
 
 
 @pytest.fixture
 def web(tmp_path):
-    """A web server on this machine; `web.official(content)` publishes a file there."""
+    """A local web server with a weights file; `web.official()` describes it."""
     folder = tmp_path / "web"
     folder.mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=folder)
@@ -236,7 +236,7 @@ def web(tmp_path):
         server.shutdown()
 
 
-def test_the_official_file_is_downloaded_once_and_kept(home, web):
+def test_the_official_file_is_downloaded_once(home, web):
     official = web.official()
     first = load_weights(NAME, None, EXPECTED, official)
     web.shutdown()
@@ -253,28 +253,28 @@ def test_a_download_with_another_hash_is_not_kept(home, web):
     assert list((home / "weights").iterdir()) == []
 
 
-def test_a_kept_official_file_that_was_damaged_is_refused(home, web):
+def test_a_damaged_official_file_is_refused(home, web):
     official = web.official()
     load_weights(NAME, None, EXPECTED, official)
     torch.save({name: value + 1 for name, value in EXPECTED.items()}, home / "weights" / "small.pth")
     assert "delete it and run this again" in refusal(None, official=official)
 
 
-def test_without_a_network_one_line_says_what_to_fetch_and_where_to_put_it(home):
+def test_without_a_network_the_error_names_url_and_path(home):
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{closed.getsockname()[1]}/small.pth"
         message = refusal(None, official=OfficialFile("small.pth", url, "0" * 64))
-    assert f"fetch {url} and put it at {home / 'weights' / 'small.pth'}" in message
+    assert f"download {url} to {home / 'weights' / 'small.pth'}" in message
     assert "refused" in message.lower()
 
 
-def test_a_page_that_is_not_there_is_reported_the_same_way(home, web):
+def test_a_missing_page_is_reported_in_the_same_way(home, web):
     official = OfficialFile("absent.pth", web.official().url.replace("small", "absent"), None)
-    assert f"put it at {home / 'weights' / 'absent.pth'}" in refusal(None, official=official)
+    assert f"to {home / 'weights' / 'absent.pth'}" in refusal(None, official=official)
 
 
-def test_a_download_that_breaks_off_is_not_kept(home):
+def test_an_interrupted_download_is_not_kept(home):
     with socket.create_server(("127.0.0.1", 0)) as server:
 
         def answer():
@@ -289,12 +289,12 @@ def test_a_download_that_breaks_off_is_not_kept(home):
     assert list((home / "weights").iterdir()) == []
 
 
-def test_a_weights_folder_that_cannot_be_made_is_one_line(home, web):
+def test_an_unwritable_weights_folder_is_reported(home, web):
     home.write_text("a file where the folder should be")
     assert "could not be downloaded" in refusal(None, official=web.official())
 
 
-def test_the_openai_files_are_those_that_open_clip_names():
+def test_the_openai_urls_equal_open_clips():
     import open_clip
 
     models = {"clip_vit_b_16": "ViT-B-16", "clip_vit_l_14": "ViT-L-14", "clip_vit_l_14_336": "ViT-L-14-336"}
@@ -302,7 +302,7 @@ def test_the_openai_files_are_those_that_open_clip_names():
         assert OFFICIAL[name].url == open_clip.get_pretrained_url(model, "openai")
 
 
-def test_every_official_file_has_a_hash_and_a_name_of_its_own():
+def test_every_official_file_has_a_hash_and_a_unique_name():
     assert all(len(official.sha256 or "") == 64 for official in OFFICIAL.values())
     assert len({official.file for official in OFFICIAL.values()}) == len(OFFICIAL)
 
