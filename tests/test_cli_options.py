@@ -75,7 +75,7 @@ OTHERS = [
     ("extract", "--localizer", "sam_vit_x", "did you mean 'sam_vit_"),
     ("extract", "--encoder", "clip_vit_l_15", "did you mean 'clip_vit_l_14'?"),
     ("extract", "--weights", "nowhere", "nowhere: is not a weights file or folder"),
-    ("extract", "--weights", "random:x", "expected a whole number after 'random:'"),
+    ("extract", "--weights", "random:x", "expected an integer after 'random:'"),
     ("extract", "--sam-weights", "/dev/zero", "/dev/zero: is not a weights file"),
     ("extract", "--device", "tpu", "--device tpu: torch knows no such device"),
     ("train", "--device", "tpu", "c.zarr: no such cache"),
