@@ -1,4 +1,4 @@
-"""The commands as a user types them: bad input gives one line that says what to mend, and exit code 2."""
+"""The commands as a user types them: bad input gives one line that says how to fix it, and exit code 2."""
 
 import json
 import pickle
@@ -30,47 +30,47 @@ def extract(world, cache, *more) -> tuple:
 
 @pytest.fixture(scope="module")
 def cache(world, tmp_path_factory) -> Path:
-    """Three images of the toy world, extracted."""
+    """A cache of three images of the toy world."""
     path = tmp_path_factory.mktemp("cache") / "toy.zarr"
-    arguments = ["regionspot", *map(str, extract(world, path))]
+    argv = ["regionspot", *map(str, extract(world, path))]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", arguments)
+        patch.setattr(sys, "argv", argv)
         with pytest.raises(SystemExit) as stop:
             cli.main()
     assert not stop.value.code
     return path
 
 
-def test_the_three_stages_and_predict_work_from_the_command_line(regionspot, world, cache, tmp_path):
-    run, out = tmp_path / "run", tmp_path / "eval"
+def test_extract_train_evaluate_and_predict_work_from_the_command_line(regionspot, world, cache, tmp_path):
+    run, results = tmp_path / "run", tmp_path / "eval"
     train = ("train", "--cache", cache, "--preset", "toy", "--schedule", "toy", "--templates", "plain")
-    code, said, err = regionspot(*train, "--iterations", 4, "--out", run)
-    assert (code, said.startswith(f"{run}/head.safetensors: 4 steps")) == (0, True), err
-    evaluate = ("eval-lvis", "--dataset", "toy", "--data", world, "--limit", 2, "--out", out)
-    code, said, err = regionspot(*evaluate, "--checkpoint", run / "head.safetensors")
-    assert (code, "APr" in said) == (0, True), err
-    assert json.loads((out / "results.json").read_text())["pictures"] == 2
-    assert Image.open(out / "sheet.png").width > 600
+    code, out, err = regionspot(*train, "--iterations", 4, "--out", run)
+    assert (code, out.startswith(f"{run}/head.safetensors: 4 steps")) == (0, True), err
+    evaluate = ("eval-lvis", "--dataset", "toy", "--data", world, "--limit", 2, "--out", results)
+    code, out, err = regionspot(*evaluate, "--checkpoint", run / "head.safetensors")
+    assert (code, "APr" in out) == (0, True), err
+    assert json.loads((results / "results.json").read_text())["pictures"] == 2
+    assert Image.open(results / "sheet.png").width > 600
     image = next((world / "photos" / "train").glob("*.jpg"))
     predict = ("predict", image, "--checkpoint", run / "head.safetensors", "--boxes", "10,10,80,90;30,40,100,120")
-    code, said, err = regionspot(*predict, "--names", "red star,blue circle", "-o", tmp_path / "named.png")
+    code, out, err = regionspot(*predict, "--names", "red star,blue circle", "-o", tmp_path / "named.png")
     assert code == 0, err
-    assert [region["box"] for region in json.loads(said)] == [[10, 10, 80, 90], [30, 40, 100, 120]]
-    assert {region["name"] for region in json.loads(said)} <= {"red star", "blue circle"}
+    assert [region["box"] for region in json.loads(out)] == [[10, 10, 80, 90], [30, 40, 100, 120]]
+    assert {region["name"] for region in json.loads(out)} <= {"red star", "blue circle"}
     assert Image.open(tmp_path / "named.png").width >= 640
 
 
-def test_dataset_says_what_was_read_and_what_is_missing(regionspot, world, tmp_path):
+def test_dataset_shows_what_was_read_and_what_is_missing(regionspot, world, tmp_path):
     copy = shutil.copytree(world, tmp_path / "copy")
     next((copy / "photos" / "train").glob("*.jpg")).unlink()
-    code, said, _ = regionspot("dataset", "toy", "--data", copy)
+    code, out, _ = regionspot("dataset", "toy", "--data", copy)
     assert code == 0
-    assert "32 images" in said
-    assert "images: 1 are not in" in said
+    assert "32 images" in out
+    assert "images: 1 are not in" in out
 
 
 def coco_file(folder, boxes, name="a.jpg"):
-    """An annotation file of one image of 64 x 48 pixels, which is there."""
+    """An annotation file of one existing image of 64 x 48 pixels."""
     Image.new("RGB", (64, 48)).save(folder / "a.jpg")
     annotations = [{"id": at, "image_id": 1, "category_id": 1, "bbox": box} for at, box in enumerate(boxes)]
     images = [{"id": 1, "height": 48, "width": 64, "file_name": name, "coco_url": None}]
@@ -79,62 +79,63 @@ def coco_file(folder, boxes, name="a.jpg"):
     return folder / "boxes.json"
 
 
-def test_dataset_tells_what_boxes_of_another_form_look_like_and_extract_does_too(regionspot, tmp_path, caplog):
+def test_dataset_and_extract_warn_of_boxes_in_another_form(regionspot, tmp_path, caplog):
     file = coco_file(tmp_path, [[30, 20, 60, 40], [20, 30, 50, 40], [2, 2, 9, 9]])
-    words = ("coco", "--data", tmp_path, "--annotations", file)
-    code, said, _ = regionspot("dataset", *words)
+    arguments = ("coco", "--data", tmp_path, "--annotations", file)
+    code, out, _ = regionspot("dataset", *arguments)
     assert code == 0
-    assert "clipped: 2\n" in said
-    told = (
+    assert "clipped: 2\n" in out
+    warning = (
         f"{file}: 2 of 3 boxes are clipped and 0 dropped: they do not fit their images; they look like x1, y1, x2, y2"
     )
-    assert told in said
-    code, _, err = regionspot("extract", *words, "--preset", "toy", "--cache", tmp_path / "c.zarr", "--dry-run")
-    assert (code, told in caplog.text) == (0, True), err
-    assert told not in said.replace(told, "", 1)
+    assert warning in out
+    code, _, err = regionspot("extract", *arguments, "--preset", "toy", "--cache", tmp_path / "c.zarr", "--dry-run")
+    assert (code, warning in caplog.text) == (0, True), err
+    assert out.count(warning) == 1
 
 
-def test_nothing_to_extract_is_an_error_but_for_maps_alone(regionspot, refused, tmp_path):
+def test_a_dataset_without_regions_is_refused_unless_only_maps_are_extracted(regionspot, refused, tmp_path):
     file = coco_file(tmp_path, [[0.1, 0.1, 0.5, 0.5]])
-    words = ("coco", "--data", tmp_path, "--annotations", file)
-    code, said, err = regionspot("dataset", *words)
+    arguments = ("coco", "--data", tmp_path, "--annotations", file)
+    code, out, err = regionspot("dataset", *arguments)
     assert code == 2
-    assert "dropped under 1 px: 1" in said
-    assert "look like x, y, width, height from 0 to 1" in said
+    assert "dropped under 1 px: 1" in out
+    assert "look like x, y, width, height from 0 to 1" in out
     assert err.startswith("regionspot: coco train: boxes.json has no usable region (dropped under 1 px: 1)")
-    extract = ("extract", *words, "--preset", "toy", "--cache", tmp_path / "c.zarr")
+    extract = ("extract", *arguments, "--preset", "toy", "--cache", tmp_path / "c.zarr")
     refused("they look like x, y, width, height from 0 to 1", *extract)
     code, _, err = regionspot(*extract, "--localizer", "none")
     assert (code, len(FeatureCache.open(tmp_path / "c.zarr").valid_rows())) == (0, 1), err
 
 
-def test_max_failures_is_for_annotations_too(regionspot, refused, tmp_path):
+def test_max_failures_applies_to_annotations(regionspot, refused, tmp_path):
     file = coco_file(tmp_path, [[2, 2, 9, 9], None, [5, 5, 9, 9]])
-    words = ("dataset", "coco", "--data", tmp_path, "--annotations", file)
+    arguments = ("dataset", "coco", "--data", tmp_path, "--annotations", file)
     refused(
-        "1 of 3 annotations cannot be read, more than --max-failures 20% allows; the first: annotations[1].bbox", *words
+        "1 of 3 annotations cannot be read, more than --max-failures 20% allows; the first: annotations[1].bbox",
+        *arguments,
     )
-    code, said, err = regionspot(*words, "--max-failures", "50%")
-    assert (code, "skipped annotations: 1" in said, "annotations[1].bbox is null" in said) == (0, True, True), err
+    code, out, err = regionspot(*arguments, "--max-failures", "50%")
+    assert (code, "skipped annotations: 1" in out, "annotations[1].bbox is null" in out) == (0, True, True), err
 
 
 def cache_files(path):
     return {file.relative_to(path): file.read_bytes() for file in path.rglob("c.*") if file.is_file()}
 
 
-def test_a_limit_is_a_choice_of_the_run_in_whatever_order_runs_come(regionspot, world, tmp_path):
-    """Images in the cache, and images that this run extracts, for each limit of a row of runs on one cache."""
+def test_runs_with_different_limits_can_follow_in_any_order(regionspot, world, tmp_path):
 
     def run(cache, limit, *more):
+        """Returns the number of images in the cache, and of those that this run extracted."""
         limited = ("--limit", limit) if limit else ()
-        words = ("--data", world, "--cache", tmp_path / cache, "--preset", "toy", "--part-size", 4)
-        code, said, err = regionspot("extract", "toy", *words, *limited, *more)
+        arguments = ("--data", world, "--cache", tmp_path / cache, "--preset", "toy", "--part-size", 4)
+        code, out, err = regionspot("extract", "toy", *arguments, *limited, *more)
         assert code == 0, err
-        made = 0 if "nothing to do" in said else int(re.search(r"zarr: (\d+) images", said)[1])
-        return len(FeatureCache.open(tmp_path / cache)), made
+        extracted = 0 if "nothing to do" in out else int(re.search(r"zarr: (\d+) images", out)[1])
+        return len(FeatureCache.open(tmp_path / cache)), extracted
 
     assert run("a.zarr", 3) == (3, 3)
-    assert run("a.zarr", 10, "--dry-run") == (3, 10)  # the part of three grows, so it is made again
+    assert run("a.zarr", 10, "--dry-run") == (3, 10)  # the part of three images grows, so it is written again
     assert run("a.zarr", 10) == (10, 10)
     assert run("a.zarr", 10) == (10, 0)
     assert run("a.zarr", 3) == (10, 0)
@@ -144,8 +145,8 @@ def test_a_limit_is_a_choice_of_the_run_in_whatever_order_runs_come(regionspot, 
         )[0]
         == 0
     )
-    assert len(FeatureCache.open(tmp_path / "a.zarr")) == 10  # trying failed images again takes no others in
-    assert run("a.zarr", None) == (32, 24)  # two of three parts were full
+    assert len(FeatureCache.open(tmp_path / "a.zarr")) == 10  # a retry does not add images
+    assert run("a.zarr", None) == (32, 24)  # two of three parts were complete
     assert run("a.zarr", 5) == (32, 0)
     assert run("b.zarr", None, "--parts", "7") == (32, 4)
     assert run("b.zarr", 6) == (32, 8)  # whole parts
@@ -153,9 +154,9 @@ def test_a_limit_is_a_choice_of_the_run_in_whatever_order_runs_come(regionspot, 
     assert cache_files(tmp_path / "a.zarr") == cache_files(tmp_path / "b.zarr")
 
 
-def test_a_cache_made_with_a_limit_is_trained_from_and_evaluated(regionspot, world, tmp_path):
-    words = ("extract", "toy", "--split", "val", "--data", world, "--preset", "toy", "--limit", 3)
-    assert regionspot(*words, "--cache", tmp_path / "c.zarr")[0] == 0
+def test_a_cache_with_a_limit_can_be_used_for_training_and_evaluation(regionspot, world, tmp_path):
+    arguments = ("extract", "toy", "--split", "val", "--data", world, "--preset", "toy", "--limit", 3)
+    assert regionspot(*arguments, "--cache", tmp_path / "c.zarr")[0] == 0
     train = ("train", "--cache", tmp_path / "c.zarr", "--preset", "toy", "--schedule", "toy", "--templates", "plain")
     assert regionspot(*train, "--iterations", 1, "--out", tmp_path / "run")[0] == 0
     evaluate = ("eval-lvis", "--dataset", "toy", "--data", world, "--checkpoint", tmp_path / "run" / "head.safetensors")
@@ -165,16 +166,16 @@ def test_a_cache_made_with_a_limit_is_trained_from_and_evaluated(regionspot, wor
 
 
 def test_help_names_every_dataset(regionspot):
-    _, said, _ = regionspot("extract", "--help")
-    assert all(name in said for name in DATASETS)
+    _, out, _ = regionspot("extract", "--help")
+    assert all(name in out for name in DATASETS)
 
 
-def test_a_missing_annotation_file_is_named_with_the_place_it_belongs(refused, tmp_path):
+def test_a_missing_annotation_file_is_named_with_its_expected_path(refused, tmp_path):
     refused(f"{tmp_path}: toy needs toy_train.json here or in annotations/", *extract(tmp_path, tmp_path / "c.zarr"))
 
 
 @pytest.mark.parametrize(
-    ("damage", "words"),
+    ("damage", "message"),
     [
         (lambda text: text[: len(text) // 2], "toy_train.json"),
         (lambda text: text.replace('"bbox"', '"box"'), "bbox"),
@@ -182,20 +183,20 @@ def test_a_missing_annotation_file_is_named_with_the_place_it_belongs(refused, t
     ],
     ids=["truncated", "without a field", "empty"],
 )
-def test_a_damaged_annotation_file_is_named_with_its_field(refused, world, tmp_path, damage, words):
+def test_a_damaged_annotation_file_is_named_with_its_field(refused, world, tmp_path, damage, message):
     (tmp_path / "toy_train.json").write_text(damage((world / "toy_train.json").read_text()))
-    refused(words, *extract(tmp_path, tmp_path / "c.zarr"))
+    refused(message, *extract(tmp_path, tmp_path / "c.zarr"))
     assert not (tmp_path / "c.zarr").exists()
 
 
-def test_a_cache_folder_that_is_something_else_is_left_alone(refused, world, tmp_path):
+def test_a_folder_that_is_not_a_cache_is_left_unchanged(refused, world, tmp_path):
     (tmp_path / "holiday").mkdir()
     (tmp_path / "holiday" / "beach.txt").write_text("sand")
     refused(f"{tmp_path / 'holiday'}: ", *extract(world, tmp_path / "holiday"))
     assert [path.name for path in (tmp_path / "holiday").iterdir()] == ["beach.txt"]
 
 
-def test_a_cache_made_by_other_backbones_says_what_differs(refused, world, cache):
+def test_a_cache_of_other_backbones_is_refused_with_what_differs(refused, world, cache):
     before = sorted(path.stat().st_mtime_ns for path in cache.rglob("*"))
     refused("weights_sha256", *extract(world, cache, "--weights", "random:3"))
     assert sorted(path.stat().st_mtime_ns for path in cache.rglob("*")) == before
@@ -217,7 +218,7 @@ class _Trap:
         return (Path.touch, (self.target,))
 
 
-def test_a_pickle_with_code_in_it_is_refused_and_never_run(refused, world, tmp_path):
+def test_a_pickle_with_code_is_refused_and_not_executed(refused, world, tmp_path):
     (tmp_path / "evil.pth").write_bytes(pickle.dumps(_Trap(tmp_path / "ran"), protocol=2))
     refused("evil.pth", *extract(world, tmp_path / "c.zarr", "--sam-weights", tmp_path / "evil.pth"))
     refused("evil.pth", "eval-lvis", "--data", world, "--dataset", "toy", "--out", tmp_path / "e",
@@ -236,31 +237,31 @@ def test_an_empty_vocabulary_is_refused(refused, tmp_path, world):
     refused("names", "predict", image, "--checkpoint", "x", "--boxes", "1,1,9,9", "--names", " , ")
 
 
-def test_a_place_without_write_permission_is_named(refused, world, tmp_path):
-    # A file where a folder is needed refuses root too, who may write anywhere else.
+def test_a_path_that_cannot_be_written_is_named(refused, world, tmp_path):
+    # A file where a folder is needed also stops root, whom permissions do not.
     (tmp_path / "file").write_text("")
     refused(str(tmp_path / "file"), *extract(world, tmp_path / "file" / "c.zarr"))
 
 
 @pytest.mark.parametrize(
-    ("option", "value", "words"),
+    ("option", "value", "message"),
     [
         ("--preset", "xl", "'--preset': 'xl' is not one of 'bb', 'bl', 'bl336', 'toy'"),
         ("--exif", "maybe", "'--exif': 'maybe' is not one of 'auto', 'apply', 'ignore'"),
         ("--dtype", "int4", "'--dtype': 'int4' is not one of 'auto', 'float32', 'bfloat16', 'float16'"),
     ],
 )
-def test_an_unknown_option_value_is_refused_with_the_ones_there_are(refused, world, tmp_path, option, value, words):
-    refused(words, *extract(world, tmp_path / "c.zarr", option, value))
+def test_an_unknown_choice_is_refused_with_the_known_ones(refused, world, tmp_path, option, value, message):
+    refused(message, *extract(world, tmp_path / "c.zarr", option, value))
     assert not (tmp_path / "c.zarr").exists()
 
 
-def test_a_schedule_that_is_not_there_is_refused(refused, cache, tmp_path):
+def test_an_unknown_schedule_is_refused(refused, cache, tmp_path):
     train = ("train", "--cache", cache, "--preset", "toy", "--out", tmp_path / "run")
     refused("'--schedule': 'long' is not one of 'paper', 'toy'", *train, "--schedule", "long")
 
 
-def test_a_cache_without_the_presets_features_says_which_it_holds(refused, cache, tmp_path):
+def test_training_from_a_cache_without_the_presets_features_is_refused_with_those_it_has(refused, cache, tmp_path):
     refused("toy_sam, toy_clip", "train", "--cache", cache, "--preset", "bb", "--out", tmp_path / "run")
 
 
@@ -273,13 +274,13 @@ def test_a_cache_without_the_presets_features_says_which_it_holds(refused, cache
         (("extract", "toy", "--data", ".", "--cache", "c", "--encoding", "int-8"), "int8"),
     ],
 )
-def test_a_misspelt_name_is_answered_with_the_one_that_was_meant(refused, arguments, meant):
+def test_a_misspelt_name_is_refused_with_a_suggestion(refused, arguments, meant):
     refused(f"did you mean {meant!r}?", *arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize(
-    ("device", "words"),
+    ("device", "message"),
     [
         ("cuda", "--device cuda: this torch sees no CUDA device"),
         ("cuda:1", "--device cuda:1: this torch sees no CUDA device"),
@@ -289,31 +290,29 @@ def test_a_misspelt_name_is_answered_with_the_one_that_was_meant(refused, argume
         ("mps", "--device mps: this torch cannot compute on it here"),
     ],
 )
-def test_a_device_that_there_is_not_is_refused_by_every_command_in_one_line(
-    refused, world, cache, tmp_path, device, words
-):
-    refused(words, *extract(world, tmp_path / "c.zarr", "--device", device))
-    refused(words, "train", "--cache", cache, "--preset", "toy", "--out", tmp_path / "run", "--device", device)
+def test_an_unavailable_device_is_refused_by_every_command(refused, world, cache, tmp_path, device, message):
+    refused(message, *extract(world, tmp_path / "c.zarr", "--device", device))
+    refused(message, "train", "--cache", cache, "--preset", "toy", "--out", tmp_path / "run", "--device", device)
     evaluate = ("eval-lvis", "--dataset", "toy", "--data", world, "--preset", "toy", "--baseline", "pooled")
-    refused(words, *evaluate, "--out", tmp_path / "eval", "--device", device)
+    refused(message, *evaluate, "--out", tmp_path / "eval", "--device", device)
     for load in (load_localizer, load_encoder):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=message):
             load("toy_sam" if load is load_localizer else "toy_clip", device=device)
     assert not list(tmp_path.iterdir())
 
 
-def test_another_part_size_than_the_caches_is_refused_and_its_own_is_taken(refused, regionspot, world, cache):
+def test_another_part_size_than_the_caches_is_refused(refused, regionspot, world, cache):
     refused("has parts of 3 images, not of 2 as --part-size asks", *extract(world, cache, "--part-size", 2))
     for more in ((), ("--part-size", 512)):
-        code, said, err = regionspot(*extract(world, cache, *more))
-        assert (code, "nothing to do" in said) == (0, True), err
+        code, out, err = regionspot(*extract(world, cache, *more))
+        assert (code, "nothing to do" in out) == (0, True), err
 
 
-def test_words_for_workers_stay_words_whatever_files_are_called_like_them(tmp_path, monkeypatch):
+def test_keywords_stay_keywords_if_files_of_these_names_exist(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("gt", "random:0", "boxes.json"):
         (tmp_path / name).touch()
     config = ExtractConfig("c.zarr", "toy", "data", weights="random:0")
-    sent = config.with_absolute_paths()
-    assert (sent.boxes, sent.weights, sent.data) == ("gt", "random:0", str(tmp_path / "data"))
+    absolute = config.with_absolute_paths()
+    assert (absolute.boxes, absolute.weights, absolute.data) == ("gt", "random:0", str(tmp_path / "data"))
     assert replace(config, boxes="boxes.json").with_absolute_paths().boxes == str(tmp_path / "boxes.json")

@@ -1,5 +1,6 @@
-"""Every option with values that cannot be: one line that names it, exit code 2, before anything is read or written."""
+"""Invalid option values: one line that names the option, exit code 2, before anything is read or written."""
 
+import inspect
 import os
 from typing import get_args
 
@@ -7,8 +8,9 @@ import pytest
 
 from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.commands import options as cli_options
+from regionspot.commands.train import train
 from regionspot.evaluation.evaluate import Baseline
-from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig
+from regionspot.fusion.config import CHECKPOINT_STEPS, TRAIN_PRESETS, TrainConfig
 from regionspot.fusion.templates import TEMPLATES
 from regionspot.pipeline.backbones.builders import PRESETS
 from regionspot.pipeline.backbones.dtypes import AUTO, DTYPES
@@ -17,7 +19,7 @@ from regionspot.pipeline.images.decode import Exif
 from regionspot.pipeline.images.preprocess import PREPROCESS
 from regionspot.pipeline.toy.world import FEWEST_IMAGES
 
-# Each command with all that it needs. None of these files is there: a wrong option is refused before they are opened.
+# Each command with its required arguments. None of these files exists: an invalid option is refused before.
 COMMANDS = {
     "dataset": ("coco", "--data", "data"),
     "extract": ("coco", "--data", "data", "--cache", "c.zarr"),
@@ -52,7 +54,7 @@ WHOLE_NUMBERS = {
     "cache subset": ("every", "first", "part-size"),
 }
 FROM_ZERO = {"train": ("seed",), "toy-world": ("seed",), "demo": ("seed",), "cache show": ("region",)}
-UNBOUNDED = ("limit", "top", "every", "first", "region")  # more than there is means all that there is
+UNBOUNDED = ("limit", "top", "every", "first", "region")  # a larger number means all
 CHOICES = {
     "extract": ("preset", "preprocess", "tokens", "exif", "dtype"),
     "train": ("preset", "schedule", "templates"),
@@ -99,8 +101,8 @@ def empty_folder(tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
-def told(regionspot, command: str, *more: str) -> str:
-    """The one line that a command is refused with."""
+def refusal(regionspot, command: str, *more: str) -> str:
+    """The line with which a command is refused."""
     code, out, err = regionspot(*command.split(), *COMMANDS[command], *more)
     assert (code, out) == (2, ""), err
     assert err.startswith("regionspot: ")
@@ -108,49 +110,49 @@ def told(regionspot, command: str, *more: str) -> str:
     return err
 
 
-def named(table: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
+def pairs(table: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
     return [(command, option) for command, options in table.items() for option in options]
 
 
-@pytest.mark.parametrize(("command", "option"), named(WHOLE_NUMBERS) + named(FROM_ZERO))
+@pytest.mark.parametrize(("command", "option"), pairs(WHOLE_NUMBERS) + pairs(FROM_ZERO))
 def test_a_number_out_of_its_range_is_refused(regionspot, command, option):
     values = ["-1", "1.5", "nan", "inf", "many"]
-    values += ["0"] * ((command, option) in named(WHOLE_NUMBERS)) + ["9" * 30] * (option not in UNBOUNDED)
+    values += ["0"] * ((command, option) in pairs(WHOLE_NUMBERS)) + ["9" * 30] * (option not in UNBOUNDED)
     for value in values:
-        assert f"--{option}'" in told(regionspot, command, f"--{option}={value}")
+        assert f"--{option}'" in refusal(regionspot, command, f"--{option}={value}")
 
 
-@pytest.mark.parametrize(("command", "option"), named(CHOICES))
-def test_a_choice_that_there_is_not_is_refused_with_those_there_are(regionspot, command, option):
-    assert f"'--{option}': 'other' is not one of '" in told(regionspot, command, f"--{option}", "other")
+@pytest.mark.parametrize(("command", "option"), pairs(CHOICES))
+def test_an_unknown_choice_is_refused_with_the_known_ones(regionspot, command, option):
+    assert f"'--{option}': 'other' is not one of '" in refusal(regionspot, command, f"--{option}", "other")
 
 
-@pytest.mark.parametrize(("command", "option", "value", "words"), OTHERS, ids=lambda value: str(value)[:20])
-def test_any_other_wrong_value_is_refused(regionspot, command, option, value, words):
-    assert words in told(regionspot, command, option, value)
+@pytest.mark.parametrize(("command", "option", "value", "message"), OTHERS, ids=lambda value: str(value)[:20])
+def test_other_invalid_values_are_refused(regionspot, command, option, value, message):
+    assert message in refusal(regionspot, command, option, value)
 
 
 @pytest.mark.parametrize("empty", ["", " ", "\t"])
 def test_an_empty_argument_is_refused_by_every_command(regionspot, empty):
     for command in COMMANDS:
-        assert "empty" in told(regionspot, command, "--data", empty)
-        assert "the argument of --out is empty" in told(regionspot, command, f"--out={empty}")
+        assert "empty" in refusal(regionspot, command, "--data", empty)
+        assert "the argument of --out is empty" in refusal(regionspot, command, f"--out={empty}")
 
 
 @pytest.mark.parametrize(
-    ("more", "words"),
+    ("more", "message"),
     [
         (("--exact", "--dtype", "bfloat16"), "--exact means --dtype float32"),
         (("--dry-run", "--retry-failed"), "--dry-run and --retry-failed"),
         (("--scheduler", "local", "--dry-run"), "need a single process"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(regionspot, more, words):
-    assert words in told(regionspot, "extract", *more)
+def test_contradicting_options_are_refused(regionspot, more, message):
+    assert message in refusal(regionspot, "extract", *more)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (("exract",), "No such command 'exract'. Did you mean 'extract'?"),
         (("extract", "coco", "--date", "d"), "No such option: --date"),
@@ -159,11 +161,11 @@ def test_options_that_contradict_each_other_are_refused(regionspot, more, words)
         (("predict", "x.jpg", "--checkpoint"), "requires an argument"),
     ],
 )
-def test_a_command_line_that_is_none_is_answered_in_one_line(regionspot, arguments, words):
+def test_an_invalid_command_line_is_refused_in_one_line(regionspot, arguments, message):
     code, _, err = regionspot(*arguments)
     assert code == 2
     assert len(err.splitlines()) == 1
-    assert words.lower() in err.lower()
+    assert message.lower() in err.lower()
 
 
 def test_the_choices_are_those_of_the_library():
@@ -176,5 +178,6 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.ExifName) == get_args(Exif)
     assert get_args(cli_options.BaselineName) == get_args(Baseline)
     assert cli_options.WorldSize.__metadata__[0].min == FEWEST_IMAGES
+    assert inspect.signature(train).parameters["checkpoint_every"].default == CHECKPOINT_STEPS
     TrainConfig(seed=cli_options.Seed.__metadata__[0].max, iterations=cli_options.MAX_STEPS)
     assert Encoding.parse("int8+zstd")

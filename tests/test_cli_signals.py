@@ -62,7 +62,7 @@ def stopped(way):
     return stop
 
 
-def test_extract_says_that_the_same_command_resumes(start, stopped, large_world, tmp_path):
+def test_a_stopped_extract_says_that_the_same_command_resumes(start, stopped, large_world, tmp_path):
     path = tmp_path / "c.zarr"
     words = ("extract", "toy", "--data", large_world, "--cache", path, "--preset", "toy", "--part-size", 4)
     command = start(*words, "--device", "cpu", "--localizer", "none")
@@ -72,14 +72,14 @@ def test_extract_says_that_the_same_command_resumes(start, stopped, large_world,
     assert 0 < len(cache.pending_parts()) < cache.n_parts
 
 
-def test_eval_lvis_says_that_the_same_command_resumes(start, stopped, large_world, tmp_path):
+def test_a_stopped_eval_lvis_says_that_the_same_command_resumes(start, stopped, large_world, tmp_path):
     words = ("eval-lvis", "--dataset", "toy", "--data", large_world, "--preset", "toy", "--baseline", "pooled")
     command = start(*words, "--out", tmp_path / "eval", "--templates", "plain", "--device", "cpu")
     command.wait_until(lambda: list(tmp_path.glob("eval/parts/*/identity.json")))
     stopped(command, AGAIN)
 
 
-def test_train_says_that_it_resumes_with_resume(start, stopped, cache, tmp_path):
+def test_a_stopped_train_says_that_resume_resumes(start, stopped, cache, tmp_path):
     words = ("train", "--cache", cache, "--preset", "toy", "--schedule", "toy", "--templates", "plain")
     command = start(*words, "--out", tmp_path / "run", "--iterations", 100_000, "--device", "cpu")
     command.wait_until((tmp_path / "run" / "metrics.jsonl").exists)
@@ -87,7 +87,7 @@ def test_train_says_that_it_resumes_with_resume(start, stopped, cache, tmp_path)
 
 
 @pytest.mark.parametrize("way", ["ctrl-c on pipes"], indirect=True)
-def test_a_stopped_demo_begins_no_further_stage_and_says_that_it_resumes(start, stopped, tmp_path):
+def test_a_stopped_demo_starts_no_further_stage_and_says_that_it_resumes(start, stopped, tmp_path):
     command = start("demo", tmp_path / "demo", "--pictures", 60)
     command.wait_until((tmp_path / "demo" / "train.zarr" / "zarr.json").exists)
     stopped(command, AGAIN)
@@ -95,7 +95,7 @@ def test_a_stopped_demo_begins_no_further_stage_and_says_that_it_resumes(start, 
 
 
 @pytest.mark.parametrize("way", ["ctrl-c on pipes"], indirect=True)
-def test_a_command_that_does_not_resume_does_not_say_so(start, stopped, world, tmp_path):
+def test_a_command_that_cannot_be_resumed_does_not_say_so(start, stopped, world, tmp_path):
     image, names = next((world / "photos" / "val").glob("*.jpg")), tmp_path / "names"
     os.mkfifo(names)
     writers = []

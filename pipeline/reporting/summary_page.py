@@ -1,7 +1,7 @@
-"""summary.md in a cache's root: what is in it, what could not be read, and how fast each run was.
+"""summary.md in the root of a cache: its content, its failures, and the throughput of each run.
 
-Made of the records of the parts, which say what is there however many runs were killed on the way, and of the records
-of the runs, which say how it went. Both are only ever added to, so the page is written again at each run's end.
+It is generated from the part records, which are right also after killed runs, and from the run records. Both only grow,
+so each run generates the page again at its end.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ from regionspot.pipeline.reporting.run_summary import RunRecord, parse_run
 log = logging.getLogger(__name__)
 
 _SHOWN_RUNS = 20  # the latest
-_SHOWN_PARTS = 20  # those with most failures
+_SHOWN_PARTS = 20  # with the most failures
 
-Parts = dict[str, list[PartRecord]]  # the records of all written parts, by feature set
+RecordsBySet = dict[str, list[PartRecord]]  # of all written parts, by feature set
 
 
 def publish(cache: FeatureCache, run: RunRecord) -> None:
-    """Add a run to those that the cache knows of, and write its summary.md anew.
+    """Add a run record to the cache and update summary.md.
 
-    A store that refuses costs the page and not the run, whose features are safe: it is a warning.
+    A write error is only logged as a warning: the features of the run are safe.
     """
     stamp = run.started.translate(str.maketrans("", "", "-:"))[:15]
     try:
@@ -43,10 +43,10 @@ def publish(cache: FeatureCache, run: RunRecord) -> None:
 
 
 def write_page(cache: FeatureCache) -> None:
-    """Write summary.md as the cache is now. Raises OSError and CacheError where the store refuses."""
+    """Write summary.md for the current state of the cache. Raises OSError and CacheError when that fails."""
     written: list[str] | None = None
-    # Looked at again behind the write: of two runs that end together the later one may have put an older page over
-    # the other's, but then it finds the other's record here.
+    # List the runs again after the write: of two runs that end at the same time, the later write may come from the run
+    # that listed first, but then that run finds the other's record here.
     while (names := sorted(cache.storage.list_files(RUNS))) != written:
         page = summary_page(cache, list(_runs(cache, names)))
         cache.storage.write(SUMMARY, page.encode())
@@ -58,122 +58,125 @@ def _runs(cache: FeatureCache, names: Sequence[str]) -> Iterator[RunRecord]:
         try:
             yield parse_run(cache.storage.read(f"{RUNS}/{name}"))
         except (FileNotFoundError, ValueError):
-            continue  # somebody else's file, one being written, or one of a later version: the page tells of the rest
+            continue  # another file, one being written, or one of a later version
 
 
 def summary_page(cache: FeatureCache, runs: Sequence[RunRecord]) -> str:
-    """The page in Markdown; `runs` in the order in which they began."""
-    parts = _parts(cache)
-    sections = [_head(cache, parts), _sets(cache, parts), _failures(parts), *_how_it_went(runs)]
+    """The page in Markdown; `runs` are ordered by their start."""
+    records = _records(cache)
+    sections = [_head(cache, records), _feature_sets(cache, records), _failures(records), *_runs_section(runs)]
     return "\n\n".join(filter(None, sections)) + "\n"
 
 
-def _parts(cache: FeatureCache) -> Parts:
-    found: Parts = {}
-    with ThreadPoolExecutor(cache.storage.readers) as pool:  # each takes an object store 20 ms
+def _records(cache: FeatureCache) -> RecordsBySet:
+    records: RecordsBySet = {}
+    with ThreadPoolExecutor(cache.storage.readers) as pool:  # a request to an object store takes 20 ms
         for name in cache.feature_sets:
             pending = set(cache.pending_parts([name]))
             written = [part for part in range(cache.n_parts) if part not in pending]
-            found[name] = list(pool.map(partial(cache.record, feature_set=name), written))
-    return found
+            records[name] = list(pool.map(partial(cache.record, feature_set=name), written))
+    return records
 
 
-def _head(cache: FeatureCache, parts: Parts) -> str:
-    pending = len(cache.feature_sets) * cache.n_parts - sum(map(len, parts.values()))
-    state = f"{pending:,} parts are still to be written" if pending else "complete"
+def _head(cache: FeatureCache, records: RecordsBySet) -> str:
+    pending = len(cache.feature_sets) * cache.n_parts - sum(map(len, records.values()))
+    state = f"{pending:,} parts are pending" if pending else "complete"
     manifest = cache.manifest
     return "\n\n".join(
         [
             f"# {cache.storage.address.rstrip('/').rpartition('/')[2]}",
             f"Features of {manifest.dataset} {manifest.split}: {len(manifest):,} images with "
             f"{len(manifest.boxes_xyxy):,} regions in {cache.n_parts:,} parts of {cache.part_size:,}; **{state}**. "
-            "Written by `regionspot extract`, anew at the end of each of its runs.",
+            "Generated by `regionspot extract` at the end of each run.",
         ]
     )
 
 
-def _sets(cache: FeatureCache, parts: Parts) -> str:
+def _feature_sets(cache: FeatureCache, records: RecordsBySet) -> str:
     rows = [
         (
             name,
             cache.feature_sets[name].dtype,
-            f"{len(records):,} of {cache.n_parts:,}",
-            f"{sum(record.images for record in records):,}",
-            f"{sum(record.regions for record in records):,}",
-            size_text(sum(sum(record.files.values()) for record in records)),
-            f"{sum(len(record.failures) for record in records):,}",
+            f"{len(of_set):,} of {cache.n_parts:,}",
+            f"{sum(record.images for record in of_set):,}",
+            f"{sum(record.regions for record in of_set):,}",
+            size_text(sum(sum(record.files.values()) for record in of_set)),
+            f"{sum(len(record.failures) for record in of_set):,}",
         )
-        for name, records in parts.items()
+        for name, of_set in records.items()
     ]
     return _table("feature set|type|parts|images|regions|bytes|could not be read", rows)
 
 
-def _failures(parts: Parts) -> str:
+def _failures(records: RecordsBySet) -> str:
     failed = {
-        each.row: (each, record.part) for records in parts.values() for record in records for each in record.failures
+        failure.row: (failure, record.part)
+        for of_set in records.values()
+        for record in of_set
+        for failure in record.failures
     }
     if not failed:
-        return "Every image of the written parts could be read." if any(parts.values()) else ""
-    kinds = FailureCount((each.path, each.reason) for each, _ in failed.values()).kinds()
+        return "Every image of the written parts could be read." if any(records.values()) else ""
+    kinds = FailureCount((failure.path, failure.reason) for failure, _ in failed.values()).kinds()
     by_part = Counter(part for _, part in failed.values())
-    left_out = f"\n\nFurther parts with failures: {len(by_part) - _SHOWN_PARTS:,}." * (len(by_part) > _SHOWN_PARTS)
+    omitted = f"\n\nMore parts with failures: {len(by_part) - _SHOWN_PARTS:,}." * (len(by_part) > _SHOWN_PARTS)
     return "\n\n".join(
         [
             "## Images that could not be read",
-            "Each part's record under `parts/` names its own, with reasons; `extract --retry-failed` tries them again.",
+            "The part records in `parts/` give the reasons; `extract --retry-failed` tries these images again.",
             _table(
-                "what is wrong|images|for example",
-                [(each.kind, f"{each.count:,}", ", ".join(each.examples)) for each in kinds],
+                "failure|images|examples",
+                [(kind.kind, f"{kind.count:,}", ", ".join(kind.examples)) for kind in kinds],
             ),
             _table(
                 "part|could not be read",
                 [(str(part), f"{count:,}") for part, count in by_part.most_common(_SHOWN_PARTS)],
             )
-            + left_out,
+            + omitted,
         ]
     )
 
 
-def _how_it_went(runs: Sequence[RunRecord]) -> Iterator[str]:
+def _runs_section(runs: Sequence[RunRecord]) -> Iterator[str]:
     if not runs:
         return
     yield "## Runs"
     if len(runs) > _SHOWN_RUNS:
-        done = sum(run.summary.images for run in runs)
-        yield f"The latest {_SHOWN_RUNS} of {len(runs):,}, which did {done:,} images together."
+        images = sum(run.summary.images for run in runs)
+        yield f"The latest {_SHOWN_RUNS} of {len(runs):,} runs, which processed {images:,} images in total."
     yield _table(
-        "began (UTC)|worker|images|images/s|regions/s|written|took|could not be read|bottleneck|outcome",
+        "start (UTC)|worker|images|images/s|regions/s|written|duration|could not be read|bottleneck|outcome",
         map(_run_row, reversed(runs[-_SHOWN_RUNS:])),
     )
     yield from _last_run(runs[-1])
 
 
 def _run_row(run: RunRecord) -> tuple[str, ...]:
-    did = run.summary
-    seconds = max(did.seconds, 1e-9)
+    summary = run.summary
+    seconds = max(summary.seconds, 1e-9)
     return (
         run.started[:19].replace("T", " "),
         run.worker,
-        f"{did.images:,}",
-        f"{did.images / seconds:.3g}",
-        f"{did.regions / seconds:.3g}",
-        size_text(did.bytes),
-        duration(did.seconds),
-        f"{did.failed:,}",
-        f"{did.bottleneck.stage} {did.bottleneck.share:.0%}" if did.bottleneck else "",
+        f"{summary.images:,}",
+        f"{summary.images / seconds:.3g}",
+        f"{summary.regions / seconds:.3g}",
+        size_text(summary.bytes),
+        duration(summary.seconds),
+        f"{summary.failed:,}",
+        f"{summary.bottleneck.stage} {summary.bottleneck.share:.0%}" if summary.bottleneck else "",
         run.outcome,
     )
 
 
 def _last_run(run: RunRecord) -> Iterator[str]:
-    did, machine = run.summary, run.machine
+    summary, machine = run.summary, run.machine
     yield "## The latest run"
-    if slow := did.bottleneck:
+    if slow := summary.bottleneck:
         yield f"**Bottleneck: {slow.stage}, {slow.share:.0%} of the time.** {slow.advice[:1].upper()}{slow.advice[1:]}."
-    rest = max(0.0, 1 - sum(did.shares.values()))
-    stages = [*did.shares.items(), ("the rest", rest)]
+    other = max(0.0, 1 - sum(summary.shares.values()))
+    stages = [*summary.shares.items(), ("other", other)]
     yield _table(
-        "stage|seconds|share", [(name, f"{share * did.seconds:.1f}", f"{share:.1%}") for name, share in stages]
+        "stage|seconds|share", [(name, f"{share * summary.seconds:.1f}", f"{share:.1%}") for name, share in stages]
     )
     yield _table(
         "|",
@@ -188,7 +191,7 @@ def _last_run(run: RunRecord) -> Iterator[str]:
 
 
 def _table(head: str, rows: Iterable[Sequence[str]]) -> str:
-    """A Markdown table; `head` holds the columns' names between bars."""
+    """A Markdown table; `head` contains the column names, separated by bars."""
     columns = head.split("|")
     lines = [
         columns,

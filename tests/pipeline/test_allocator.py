@@ -1,4 +1,4 @@
-"""Memory that is freed and taken again costs page faults once, in whichever thread."""
+"""malloc: freed memory is reused without page faults, in every thread."""
 
 import os
 import platform
@@ -9,7 +9,7 @@ import pytest
 
 from regionspot.pipeline.extraction import malloc as allocator
 
-MEGABYTES = 48  # above what glibc ever takes from the heap by itself
+MEGABYTES = 48  # more than glibc takes from the heap by default
 TIMES = 8
 
 SCRIPT = f"""
@@ -42,29 +42,29 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anot
 def run(how, **environment):
     clean = {name: value for name, value in os.environ.items() if name not in allocator.ENVIRONMENT}
     command = [sys.executable, "-c", SCRIPT, how]
-    done = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True)
-    said, counts = done.stdout.splitlines()
-    return said, *(int(count) for count in counts.split())
+    process = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True)
+    applied, counts = process.stdout.splitlines()
+    return applied, *(int(count) for count in counts.split())
 
 
 @needs_glibc
-def test_large_blocks_that_come_again_cost_their_page_faults_once():
-    said, here, elsewhere = run("keep")
+def test_large_blocks_cause_page_faults_only_once():
+    applied, here, in_thread = run("keep")
     _, by_default, _ = run("leave")
-    assert said == "True"
+    assert applied == "True"
     assert by_default > TIMES * PAGES * 0.9
     assert here < 2 * PAGES
-    assert elsewhere < 0.1 * PAGES  # a thread takes what the main one had
+    assert in_thread < 0.1 * PAGES  # a thread reuses memory of the main thread
 
 
 @needs_glibc
-def test_what_the_environment_says_goes_first():
-    said, here, _ = run("keep", MALLOC_TRIM_THRESHOLD_="131072")
-    assert said == "False"
+def test_variables_of_the_environment_have_priority():
+    applied, here, _ = run("keep", MALLOC_TRIM_THRESHOLD_="131072")
+    assert applied == "False"
     assert here > TIMES * PAGES * 0.9
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("looked into it"))
+    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("loaded the C library"))
     assert allocator.keep_memory.__wrapped__() is False

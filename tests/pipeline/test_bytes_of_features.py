@@ -1,7 +1,6 @@
-"""An image's features are the same bytes whatever becomes of its neighbours, in every dtype.
+"""An image's features are the same bytes whether or not its neighbours can be read, in every dtype.
 
-They depend on the shape of the batch that an image is computed in, never on what else is in it: an image that cannot be
-read leaves its place blank.
+They depend on the shape of the image's batch, never on its other images: an unreadable image leaves its slot blank.
 """
 
 import json
@@ -62,136 +61,134 @@ def extraction_of(cache, manifest, images, backbones, **fields) -> Extraction:
 
 @pytest.fixture
 def extraction(tmp_path, manifest, images, backbones):
-    """`extraction(**fields)`: one of the copied images into a cache of this test."""
+    """`extraction(**fields)`: an extraction of the copied images into the cache of this test."""
     return lambda **fields: extraction_of(tmp_path / "c.zarr", manifest, images, backbones, **fields)
 
 
 @pytest.fixture(scope="module")
 def unbroken(world, manifest, backbones, tmp_path_factory) -> FeatureCache:
-    """What a run that meets no trouble makes."""
+    """The cache of a run without failures."""
     path = tmp_path_factory.mktemp("unbroken") / "c.zarr"
     extraction_of(path, manifest, image_folder_of("toy", world), backbones).run()
     return FeatureCache.open(path)
 
 
 @pytest.fixture
-def breaking(images, manifest):
-    """`mend = breaking({3, 5})`: the images of these rows cannot be read until `mend()`."""
+def damage(images, manifest):
+    """`repair = damage({3, 5})`: the images of these rows cannot be read until `repair()`."""
 
-    def damage(rows):
+    def damage_rows(rows):
         kept = {images / str(manifest.paths[row]): b"" for row in rows}
         for path in kept:
             kept[path] = path.read_bytes()
             path.write_bytes(b"")
         return lambda: [path.write_bytes(data) for path, data in kept.items()]
 
-    return damage
+    return damage_rows
 
 
 def contents(path) -> dict[str, bytes]:
-    """Every file of the features, and of each part's records what does not say who wrote it and when."""
-    found = {str(file.relative_to(path)): file.read_bytes() for file in Path(path).glob("features/**/c.*")}
+    """The bytes of every feature file, and the part records without worker and times."""
+    files = {str(file.relative_to(path)): file.read_bytes() for file in Path(path).glob("features/**/c.*")}
     for file in Path(path).glob("parts/**/*.json"):
-        words = json.loads(file.read_bytes())
-        written_by = ("worker", "seconds", "account", "crc32c")
-        found[str(file.relative_to(path))] = json.dumps({k: v for k, v in words.items() if k not in written_by})
-    return found
+        document = json.loads(file.read_bytes())
+        varying = ("worker", "seconds", "account", "crc32c")
+        files[str(file.relative_to(path))] = json.dumps({k: v for k, v in document.items() if k not in varying})
+    return files
 
 
 def assert_same_features(cache: FeatureCache, expected: FeatureCache, rows) -> None:
-    found, right = cache.read(np.array(rows)), expected.read(np.array(rows))
-    np.testing.assert_array_equal(found.feature_map, right.feature_map)
-    np.testing.assert_array_equal(found.tokens, right.tokens)
+    batch, expected_batch = cache.read(np.array(rows)), expected.read(np.array(rows))
+    np.testing.assert_array_equal(batch.feature_map, expected_batch.feature_map)
+    np.testing.assert_array_equal(batch.tokens, expected_batch.tokens)
 
 
 @pytest.mark.parametrize("broken", BROKEN.values(), ids=BROKEN)
-def test_broken_images_change_no_byte_of_the_others_and_get_their_own_by_a_retry(
-    extraction, breaking, unbroken, broken
-):
-    mend = breaking(broken)
+def test_broken_images_change_no_byte_of_the_others_and_are_added_by_a_retry(extraction, damage, unbroken, broken):
+    repair = damage(broken)
     assert extraction().run().failed == len(broken)
     cache = FeatureCache.open(extraction().config.cache)
-    good = [row for row in range(IMAGES) if row not in broken]
-    assert cache.valid_rows().tolist() == good
-    assert_same_features(cache, unbroken, good)
+    readable = [row for row in range(IMAGES) if row not in broken]
+    assert cache.valid_rows().tolist() == readable
+    assert_same_features(cache, unbroken, readable)
     for name in ("toy_clip", "toy_sam"):
         assert [cache.record(part, name).batches for part in range(3)] == BATCHES
-    mend()
+    repair()
     assert extraction(batch_size=None).retry().read == len(broken)
     assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
-def test_a_retry_of_some_gives_each_of_them_its_bytes(extraction, breaking, unbroken):
-    mend_one, mend_others = breaking({4}), breaking({3, 5, 10})
+def test_failed_images_can_be_retried_one_after_the_other(extraction, damage, unbroken):
+    repair_one, repair_others = damage({4}), damage({3, 5, 10})
     extraction().run()
-    mend_one()
+    repair_one()
     assert extraction().retry().read == 1
     assert_same_features(FeatureCache.open(extraction().config.cache), unbroken, [0, 1, 2, 4, 6])
-    mend_others()
-    assert extraction(batch_size=5).retry().read == 3  # a part's own size is what counts
+    repair_others()
+    assert extraction(batch_size=5).retry().read == 3  # the batch size of the part counts
     assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
-def test_feature_sets_that_lack_other_images_get_the_bytes_of_a_run_that_met_no_trouble(
-    extraction, breaking, unbroken, backbones
+def test_feature_sets_that_lack_different_images_get_the_bytes_of_a_run_without_failures(
+    extraction, damage, unbroken, backbones
 ):
     for rows, models in (({1, 8}, Backbones(encoders=backbones.encoders)), ({2, 8}, Backbones(backbones.localizer))):
-        mend = breaking(rows)
+        repair = damage(rows)
         assert replace(extraction(), backbones=models).run().failed == 2
-        mend()
+        repair()
     assert extraction().retry().read == 3
     assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
 @pytest.mark.parametrize("batch_size", [None, BATCH_SIZE])
-def test_a_resumed_run_computes_in_batches_of_the_size_that_is_there(extraction, unbroken, batch_size):
+def test_a_resumed_run_uses_the_batch_size_of_the_existing_parts(extraction, unbroken, batch_size):
     extraction(parts="1").run()
     assert extraction(batch_size=batch_size).run().parts == 2
     assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
-def test_a_feature_set_added_later_has_the_bytes_of_one_made_with_the_others(extraction, unbroken, backbones):
+def test_a_feature_set_added_later_has_the_same_bytes(extraction, unbroken, backbones):
     replace(extraction(), backbones=Backbones(encoders=backbones.encoders)).run()
     extraction().run()
     assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
-def test_a_worker_writes_the_bytes_of_one_process_whatever_is_broken(extraction, breaking, unbroken, images):
+def test_a_worker_writes_the_same_bytes_as_one_process(extraction, damage, unbroken, images):
     cache, backbones = extraction().prepare()
     dtype = backbones.localizer.provenance["dtype"]
     config = ExtractConfig(str(cache.path), "toy", str(images.parent), preset="toy", device="cpu", dtype=dtype)
     job = ExtractJob(replace(config, batch_size=BATCH_SIZE))
     broken = BROKEN["some of each part"]
-    mend = breaking(broken)
+    repair = damage(broken)
     worker = job.open()
     for part in (2, 0, 1):
         worker.make(part)
     worker.close()
     assert_same_features(cache, unbroken, [row for row in range(IMAGES) if row not in broken])
-    mend()
+    repair()
     assert extraction().retry().read == len(broken)
     assert contents(cache.path) == contents(unbroken.path)
 
 
 @pytest.mark.parametrize("encoding", ["int8", "bfloat16+zstd"])
 def test_broken_images_change_no_byte_of_the_others_in_any_encoding(
-    extraction, breaking, tmp_path, manifest, images, backbones, encoding
+    extraction, damage, tmp_path, manifest, images, backbones, encoding
 ):
     encodings = {"encoding": Encoding.parse(encoding), "token_encoding": Encoding.parse(encoding)}
     whole = extraction_of(tmp_path / "whole.zarr", manifest, images, backbones, **encodings)
     whole.run()
-    extraction(**encodings).prepare()  # int8 takes its statistics from a sample of the images that can be read now
-    mend = breaking({0, 4, 8, 9, 10})
+    extraction(**encodings).prepare()  # takes the int8 statistics from images that can be read now
+    repair = damage({0, 4, 8, 9, 10})
     extraction(**encodings).run()
     assert_same_features(
         FeatureCache.open(extraction().config.cache), FeatureCache.open(whole.config.cache), [1, 2, 3, 5, 6, 7, 11]
     )
-    mend()
+    repair()
     extraction(**encodings).retry()
     assert contents(extraction().config.cache) == contents(whole.config.cache)
 
 
-# --- what a part's record states ---
+# --- part records ---
 
 
 def test_the_record_of_a_part_states_the_rows_of_its_batches(unbroken):
@@ -202,59 +199,55 @@ def test_the_record_of_a_part_states_the_rows_of_its_batches(unbroken):
 
 @pytest.fixture
 def small_memory(backbones, monkeypatch):
-    """`small_memory(2)`: the encoder of maps takes so many images at a time and no more."""
+    """`small_memory(2)`: the map encoder runs out of memory with more images per batch."""
     encoder = backbones.encoders[0]
     encode = encoder.encode
 
-    def hold(images):
+    def limit(max_images):
         def limited(batch):
-            if len(batch) > images:
+            if len(batch) > max_images:
                 raise torch.OutOfMemoryError(f"{len(batch)} images")
             return encode(batch)
 
         monkeypatch.setattr(encoder, "encode", limited)
 
-    return hold
+    return limit
 
 
-def test_batches_that_had_to_be_halved_are_recorded_and_retried_as_they_were(
-    extraction, breaking, small_memory, tmp_path, manifest, images, backbones
+def test_halved_batches_are_recorded_and_retried_with_the_same_shapes(
+    extraction, damage, small_memory, tmp_path, manifest, images, backbones
 ):
     whole = extraction_of(tmp_path / "whole.zarr", manifest, images, backbones, batch_size=6)
     small_memory(4)
     whole.run()
     batches = {name: FeatureCache.open(whole.config.cache).record(0, name).batches for name in ("toy_clip", "toy_sam")}
     assert batches == {"toy_clip": ((3, 2), (1, 1)), "toy_sam": ((6, 1), (1, 1))}
-    mend = breaking({0, 4, 5})
+    repair = damage({0, 4, 5})
     extraction(batch_size=6).run()
-    mend()
+    repair()
     small_memory(IMAGES)
     assert extraction().retry().read == 3
     assert contents(extraction().config.cache) == contents(whole.config.cache)
 
 
-def test_a_retry_in_smaller_batches_than_the_parts_own_leaves_the_record_without_a_claim(
-    extraction, breaking, small_memory
-):
-    mend = breaking({1})
+def test_a_retry_with_smaller_batches_removes_the_batches_from_the_record(extraction, damage, small_memory):
+    repair = damage({1})
     extraction().run()
-    mend()
+    repair()
     small_memory(1)
     assert extraction().retry().read == 1
     cache = FeatureCache.open(extraction().config.cache)
     assert (cache.record(0, "toy_clip").batches, cache.record(0, "toy_sam").batches) == ((), ((3, 2), (1, 1)))
 
 
-def test_a_part_whose_record_states_no_batches_is_retried_in_batches_of_what_is_asked_for(
-    extraction, breaking, unbroken
-):
-    mend = breaking({3, 8})
+def test_a_part_whose_record_states_no_batches_is_retried_with_the_batch_size_of_the_run(extraction, damage, unbroken):
+    repair = damage({3, 8})
     extraction().run()
     cache = FeatureCache.open(extraction().config.cache)
     for name in ("toy_clip", "toy_sam"):
         for part in range(3):  # as an earlier version wrote it
             replace(cache.record(part, name), batches=()).save(cache.storage, f"parts/{name}/{part:05d}.json")
-    mend()
+    repair()
     assert extraction().retry().read == 2
     assert_same_features(FeatureCache.open(extraction().config.cache), unbroken, range(IMAGES))
 
@@ -263,7 +256,7 @@ def test_a_part_whose_record_states_no_batches_is_retried_in_batches_of_what_is_
 
 
 @pytest.mark.parametrize("computes", ["float32", "float32,bfloat16,float16"])
-def test_nothing_depends_on_what_the_cpu_has_instructions_for(
+def test_the_bytes_do_not_depend_on_the_instruction_set_of_the_cpu(
     world, manifest, unbroken, tmp_path, monkeypatch, computes, backbones
 ):
     monkeypatch.setenv("REGIONSPOT_CPU_DTYPES", computes)
@@ -275,7 +268,7 @@ def test_nothing_depends_on_what_the_cpu_has_instructions_for(
 
 
 class Overflowing:
-    """An encoder whose map of one image is not finite, as float16's is of rare ones."""
+    """An encoder whose map of one image is not finite, as happens in float16."""
 
     def __init__(self, encoder, at):
         self._encoder, self._at, self._seen = encoder, at, 0
@@ -291,7 +284,7 @@ class Overflowing:
         return maps
 
 
-def test_an_image_whose_features_are_not_finite_fails_alone_and_nothing_of_it_is_stored(
+def test_only_the_image_with_non_finite_features_fails_and_nothing_of_it_is_stored(
     manifest, images, backbones, tmp_path
 ):
     overflowing = replace(backbones, encoders=(Overflowing(backbones.encoders[0], at=4),))

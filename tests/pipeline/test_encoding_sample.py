@@ -1,4 +1,4 @@
-"""The sample behind int8: the same images for everybody, taken once, and only where a cache has none."""
+"""The sample for int8 statistics: the same images in every run, and only if the cache has no statistics yet."""
 
 from dataclasses import replace
 
@@ -39,14 +39,14 @@ def manifest():
 
 @pytest.fixture
 def backbones(manifest):
-    """Features of any images asked for; `asked` keeps what was."""
+    """Yields features of images; `calls` are the requests so far."""
 
     class Backbones:
         def __init__(self):
-            self.asked, self.broken = [], set()
+            self.calls, self.broken = [], set()
 
         def __call__(self, rows, names):
-            self.asked.append((rows, names))
+            self.calls.append((rows, names))
             for row in rows:
                 failed = "truncated JPEG" if row in self.broken else None
                 yield ImageFeatures(row, {} if failed else {name: self.of(row, name) for name in names}, failed)
@@ -67,7 +67,7 @@ def test_the_sample_is_spread_over_the_images_that_have_regions(manifest):
 
 
 @pytest.mark.parametrize(("counts", "rows"), [([0], [0]), ([0, 0, 0], [0, 1, 2]), ([0, 7, 0], [1]), ([1, 1], [0, 1])])
-def test_small_splits_and_those_without_regions_have_a_sample_too(counts, rows):
+def test_the_sample_of_small_splits_and_of_splits_without_regions(counts, rows):
     assert sample_rows(manifest_of(counts)) == rows
 
 
@@ -77,39 +77,39 @@ def test_statistics_are_those_of_the_images_that_can_be_read(tmp_path, manifest,
     maps, tokens = add_int8_statistics(tmp_path / "c.zarr", manifest, [MAPS, TOKENS], backbones)
     assert maps == replace(MAPS, statistics=statistics_of(backbones.of(row, "clip") for row in rows[40:]))
     assert tokens == replace(TOKENS, statistics=statistics_of(backbones.of(row, "sam") for row in rows[40:]))
-    assert backbones.asked == [(rows, ["clip", "sam"])]
+    assert backbones.calls == [(rows, ["clip", "sam"])]
 
 
-def test_a_sample_of_which_nothing_can_be_read_is_refused(tmp_path, manifest, backbones):
+def test_an_unreadable_sample_is_refused(tmp_path, manifest, backbones):
     backbones.broken = set(range(len(manifest)))
     with pytest.raises(InputError, match=r"none of 64 images could be read \(the last: truncated JPEG\); check --data"):
         add_int8_statistics(tmp_path / "c.zarr", manifest, [MAPS], backbones)
 
 
-def test_only_int8_sets_that_a_cache_does_not_hold_are_sampled(tmp_path, manifest, backbones):
+def test_only_new_int8_sets_are_sampled(tmp_path, manifest, backbones):
     path = tmp_path / "c.zarr"
     made = add_int8_statistics(path, manifest, [PLAIN, MAPS], backbones)
     assert made[0] == PLAIN
-    assert [names for _, names in backbones.asked] == [["clip"]]
+    assert [names for _, names in backbones.calls] == [["clip"]]
     FeatureCache.create(path, manifest, made)
 
     again = add_int8_statistics(path, manifest, [MAPS, TOKENS, PLAIN], backbones)
     assert [each.name for each in again] == ["clip", "sam", "other"]
-    assert [names for _, names in backbones.asked] == [["clip"], ["sam"]]
+    assert [names for _, names in backbones.calls] == [["clip"], ["sam"]]
     cache = open_or_create(path, manifest, again)
     assert cache.feature_sets["clip"] == made[1]
     assert cache.feature_sets["sam"].statistics is not None
 
     add_int8_statistics(path, manifest, [MAPS, TOKENS, PLAIN], backbones)
-    assert len(backbones.asked) == 2
+    assert len(backbones.calls) == 2
 
 
-def test_without_int8_no_image_is_touched(tmp_path, manifest, backbones):
+def test_without_int8_no_image_is_read(tmp_path, manifest, backbones):
     assert add_int8_statistics(tmp_path / "c.zarr", manifest, [PLAIN], backbones) == [PLAIN]
-    assert not backbones.asked
+    assert not backbones.calls
 
 
-def test_a_folder_of_something_else_is_refused_before_an_image_is_touched(tmp_path, manifest, backbones):
+def test_a_folder_that_is_not_a_cache_is_refused_before_an_image_is_read(tmp_path, manifest, backbones):
     with pytest.raises(NotACacheError):
         add_int8_statistics(tmp_path, manifest, [MAPS], backbones)
-    assert not backbones.asked
+    assert not backbones.calls

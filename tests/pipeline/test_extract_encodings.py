@@ -1,4 +1,4 @@
-"""`extract --encoding`: from real JPEGs by the toy backbones into int8, whose statistics come before the cache."""
+"""`extract --encoding`: from real JPEGs by the toy backbones into int8, bfloat16 and zstd."""
 
 import json
 from pathlib import Path
@@ -18,34 +18,34 @@ IMAGES = 6
 
 @pytest.fixture(scope="module")
 def extracted(tmp_path_factory):
-    """`extracted(name, options)`: a cache made by the command line from the toy world's first images."""
+    """`extracted(name, options)`: a cache of the toy world's first images, by the command line."""
     folder = tmp_path_factory.mktemp("encodings")
     world = make_toy_world(folder / "world", 40, seed=1)
 
     def extract(name, *options):
         command = ["extract", "toy", "--data", str(world), "--cache", str(folder / name), "--preset", "toy"]
-        done = CliRunner().invoke(app, [*command, "--limit", str(IMAGES), "--part-size", "4", *options])
-        if done.exception is not None:
-            raise done.exception
+        result = CliRunner().invoke(app, [*command, "--limit", str(IMAGES), "--part-size", "4", *options])
+        if result.exception is not None:
+            raise result.exception
         return folder / name
 
     return extract
 
 
 def features_in(path: Path, name: str, array: str):
-    """A feature set as a stranger reads it, decoded."""
+    """A feature set, read with the zarr library and decoded."""
     feature_set = FeatureCache.open(path).feature_sets[name]
     root = zarr.open_group(path, mode="r")
     scales = root[f"features/{name}/scale"][:] if feature_set.has_scales else None
     return decode(root[f"features/{name}/{array}"][:], feature_set, scales)
 
 
-def test_maps_become_int8_and_tokens_stay_float16_unless_asked_for(extracted):
+def test_encoding_int8_is_for_maps_only(extracted):
     plain, encoded = extracted("plain.zarr"), extracted("int8.zarr", "--encoding", "int8")
     sets = FeatureCache.open(encoded).feature_sets
     assert {name: each.dtype for name, each in sets.items()} == {"toy_sam": "float16", "toy_clip": "int8"}
-    given, came_back = (features_in(path, "toy_clip", "feature_map") for path in (plain, encoded))
-    cosine = (given * came_back).sum(-1) / np.linalg.norm(given, axis=-1) / np.linalg.norm(came_back, axis=-1)
+    original, decoded = (features_in(path, "toy_clip", "feature_map") for path in (plain, encoded))
+    cosine = (original * decoded).sum(-1) / np.linalg.norm(original, axis=-1) / np.linalg.norm(decoded, axis=-1)
     assert cosine.min() > 0.999
     np.testing.assert_array_equal(
         features_in(plain, "toy_sam", "token"), features_in(encoded, "toy_sam", "token"), strict=True
@@ -54,7 +54,7 @@ def test_maps_become_int8_and_tokens_stay_float16_unless_asked_for(extracted):
     assert 0.5 < sizes[1] / sizes[0] < 0.53
 
 
-def test_statistics_are_those_of_the_features_and_stay_when_the_run_goes_on(extracted):
+def test_statistics_are_those_of_the_features_and_stay_when_the_run_is_resumed(extracted):
     path = extracted("stays.zarr", "--encoding", "int8", "--token-encoding", "int8+zstd")
     sets = FeatureCache.open(path).feature_sets
     assert sets["toy_sam"].compression == "zstd"
@@ -71,12 +71,12 @@ def test_statistics_are_those_of_the_features_and_stay_when_the_run_goes_on(extr
 
 
 @pytest.mark.parametrize("option", ["--encoding", "--token-encoding"])
-def test_an_encoding_that_there_is_not_is_refused_before_any_work(extracted, option):
+def test_an_unknown_encoding_is_refused(extracted, option):
     with pytest.raises(ValueError, match="encoding 'int4': unknown; expected one of float16, float32, bfloat16, int8"):
         extracted("none.zarr", option, "int4")
 
 
-def test_going_on_in_another_encoding_is_refused(extracted):
+def test_resuming_in_another_encoding_is_refused(extracted):
     path = extracted("refused.zarr")
     with pytest.raises(RuntimeError, match="toy_clip differs from the requested one: dtype is 'float16'"):
         extracted("refused.zarr", "--encoding", "bfloat16")

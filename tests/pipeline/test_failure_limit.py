@@ -1,4 +1,4 @@
-"""How many images may be broken: a share is a share of all images of a run, wherever the broken ones lie."""
+"""--max-failures: a share is a share of all images of a run, wherever the failed ones are."""
 
 import os
 import tempfile
@@ -27,13 +27,13 @@ def test_a_limit_is_a_share_or_a_count(text, limit):
 
 
 @pytest.mark.parametrize("text", ["", "-1", "101%", "2.5", "many", "1e9", "nan", "٣%", "%"])
-def test_other_limits_are_refused(text):
+def test_an_invalid_limit_is_refused(text):
     with pytest.raises(InputError, match="expected a share"):
         FailureLimit.parse(text)
 
 
 @pytest.mark.parametrize("text", ["1%", "20%", "0%", "100%", "2.5%", "200"])
-def test_a_limit_is_written_as_it_is_read(text):
+def test_a_limit_is_printed_as_it_is_parsed(text):
     assert str(FailureLimit.parse(text)) == text
 
 
@@ -41,7 +41,7 @@ def test_a_limit_is_written_as_it_is_read(text):
     ("text", "total", "allowed"),
     [("20%", 10, 2), ("20%", 4, 0), ("29%", 100, 29), ("1%", 99, 0), ("100%", 3, 3), ("200", 3, 200), ("0%", 10**6, 0)],
 )
-def test_a_share_lets_that_many_of_all_be_broken_and_not_one_more(text, total, allowed):
+def test_a_share_is_rounded_down(text, total, allowed):
     limit = FailureLimit.parse(text)
     assert limit.of_all(total) == allowed
     assert limit.allows(allowed, total)
@@ -63,7 +63,7 @@ def backbones() -> Backbones:
 
 @pytest.fixture
 def run(world, manifest, backbones, tmp_path):
-    """`run({1, 5}, "20%")` extracts with these rows' images missing and gives the number of failures."""
+    """`run({1, 5}, "20%")` extracts with the images of these rows missing and returns the number of failures."""
 
     def extract_without(missing, limit: str, part_size: int = 4) -> int:
         folder = Path(tempfile.mkdtemp(dir=tmp_path))
@@ -79,12 +79,12 @@ def run(world, manifest, backbones, tmp_path):
 
 
 @pytest.mark.parametrize("missing", [range(4), range(16, 20), (3, 7, 11, 15)], ids=["first", "last", "spread"])
-def test_a_run_ends_well_when_as_many_images_fail_as_may_wherever_they_are(run, missing):
+def test_a_run_completes_with_as_many_failures_as_allowed(run, missing):
     assert run(set(missing), "20%") == 4
 
 
 @pytest.mark.parametrize("missing", [range(5), range(15, 20)], ids=["first", "last"])
-def test_a_run_stops_when_one_more_image_fails_than_may(run, missing):
+def test_a_run_stops_at_one_failure_more_than_allowed(run, missing):
     with pytest.raises(InputError, match=r"5 of 20 images could not be read, more than --max-failures 20% allows"):
         run(set(missing), "20%")
 
@@ -92,33 +92,33 @@ def test_a_run_stops_when_one_more_image_fails_than_may(run, missing):
 def test_a_run_stops_at_the_first_failure_when_none_is_allowed(run, tmp_path):
     with pytest.raises(InputError, match=r"1 of 20 images could not be read, more than --max-failures 0 allows"):
         run({5}, "0")
-    assert FeatureCache.open(tmp_path / "c.zarr").pending_parts() == [1, 2, 3, 4]  # what was committed stays
+    assert FeatureCache.open(tmp_path / "c.zarr").pending_parts() == [1, 2, 3, 4]  # the written part stays
 
 
-def test_failures_of_earlier_runs_count_as_well(run):
+def test_failures_of_earlier_runs_count(run):
     with pytest.raises(InputError, match="3 of 20"):
         run({0, 1, 6}, "2")
     with pytest.raises(InputError, match="3 of 20"):
         run({6}, "2")
-    assert run({6}, "3") == 1  # of this run; the other two were recorded before
+    assert run({6}, "3") == 1  # in this run; the other two are in the records
 
 
-def test_a_resumed_run_does_not_stop_because_its_few_last_images_are_broken(run):
+def test_a_resumed_run_does_not_stop_because_its_few_images_fail(run):
     with pytest.raises(InputError):
         run({16, 17, 18, 19}, "0")
     assert run({16, 17, 18, 19}, "20%") == 4
 
 
-def test_a_wrong_folder_is_told_by_its_first_ten_images_whatever_the_count(run):
+def test_a_run_stops_when_the_first_ten_images_fail_whatever_the_limit(run):
     with pytest.raises(InputError, match=r"none of the first 10 images could be read .*check --data.*100%"):
         run(set(range(20)), "200", part_size=20)
 
 
-def test_all_images_may_fail_where_that_is_asked_for(run):
+def test_with_100_percent_all_images_may_fail(run):
     assert run(set(range(20)), "100%") == 20
 
 
-def test_the_command_fails_when_most_of_a_small_set_is_missing(regionspot, world, manifest, tmp_path):
+def test_the_command_fails_when_most_images_of_a_small_set_are_missing(regionspot, world, manifest, tmp_path):
     (tmp_path / "toy_train.json").symlink_to(world / "toy_train.json")
     for path in manifest.paths[:2]:
         (tmp_path / "photos" / path).parent.mkdir(parents=True, exist_ok=True)

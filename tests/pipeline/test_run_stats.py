@@ -1,4 +1,4 @@
-"""The accounting of a run: a part's, from what its record keeps, and a run's, from those of its parts."""
+"""RunStats: of a part, from its records, and of a run, merged from those of its parts."""
 
 import threading
 
@@ -10,7 +10,7 @@ from regionspot.pipeline.reporting.run_stats import RunStats
 
 @pytest.fixture
 def written(small, tmp_path):
-    """A cache whose second part, in which an image is broken, `run` "a" has written."""
+    """A cache whose second part, with one failed image, was written by run "a"."""
     cache = small.create(tmp_path / "c.zarr")
     part = RunStats(seconds=10.0, stage_seconds={"decode": 1.0, "encode": 6.0}, ignored_orientations=3)
     images = (small.features(row) for row in cache.part_rows(1))
@@ -18,7 +18,7 @@ def written(small, tmp_path):
     return cache
 
 
-def test_the_record_of_a_part_keeps_what_its_worker_counted(written, small):
+def test_a_part_record_keeps_the_counts_of_its_worker(written, small):
     records = [written.record(1, name) for name in written.feature_sets]
     stats = RunStats.of_part(records, "a")
     assert (stats.parts, stats.parts_of_others, stats.images) == (1, 0, 4)
@@ -29,14 +29,14 @@ def test_the_record_of_a_part_keeps_what_its_worker_counted(written, small):
     assert stats.shares() == {"decode": 0.1, "encode": 0.6, "write": 0.3}
 
 
-def test_a_part_of_another_run_counts_as_such_and_so_does_one_that_keeps_nothing(written, small):
+def test_a_part_of_another_run_or_without_an_account_is_counted_as_of_others(written, small):
     written.write_part(0, (small.features(row) for row in written.part_rows(0)))
     for part in (0, 1):
         stats = RunStats.of_part([written.record(part, name) for name in written.feature_sets], "b")
         assert (stats.parts, stats.parts_of_others, stats.images, stats.bytes) == (0, 1, 0, 0)
 
 
-def test_of_a_part_that_two_runs_have_written_each_counts_its_own_feature_set(small, tmp_path):
+def test_each_run_counts_only_the_feature_sets_that_it_wrote(small, tmp_path):
     cache = small.create(tmp_path / "c.zarr")
     for run, names in (("a", ["clip"]), ("b", ["sam"])):
         images = (small.features(row) for row in cache.part_rows(0))
@@ -58,20 +58,20 @@ def test_a_run_is_the_sum_of_its_parts():
     assert (kind.kind, kind.count, kind.examples) == ("is not there", 3, ["0.jpg", "1.jpg", "2.jpg"])
 
 
-def test_merged_failures_keep_their_first_examples_only():
+def test_merged_failures_keep_only_the_first_examples():
     many = FailureCount((f"{row}.jpg", f"{row}.jpg: is not there") for row in range(10))
     many.merge(FailureCount((f"{row}.jpg", f"{row}.jpg: is not there") for row in range(10, 20)))
     (kind,) = many.kinds()
     assert (kind.count, kind.examples) == (20, [f"{row}.jpg" for row in range(EXAMPLES)])
 
 
-def test_threads_time_the_same_stage_together():
-    stats, together = RunStats(), threading.Barrier(4)
+def test_several_threads_can_time_the_same_stage():
+    stats, barrier = RunStats(), threading.Barrier(4)
 
     def work():
         for _ in range(1000):
             stats._add("encode", 1.0)
-        together.wait(10)
+        barrier.wait(10)
 
     threads = [threading.Thread(target=work) for _ in range(4)]
     for thread in threads:

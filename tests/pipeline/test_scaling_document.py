@@ -1,4 +1,4 @@
-"""The commands of docs/scaling.md, run as they stand there: each fills a cache with what one process writes."""
+"""The commands of docs/scaling.md, run as documented: each fills a cache with the bytes that one process writes."""
 
 import os
 import re
@@ -19,7 +19,7 @@ from regionspot.pipeline.toy.world import make_toy_world
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
-WHO_AND_WHEN = ("parts/", "claims/", "runs/", "summary.md")
+VARYING = ("parts/", "claims/", "runs/", "summary.md")
 
 
 def environment() -> dict[str, str]:
@@ -27,8 +27,9 @@ def environment() -> dict[str, str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    found = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in found.items() if not name.startswith(WHO_AND_WHEN)}
+    """The bytes of every file, except of those that contain times or workers."""
+    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(VARYING)}
 
 
 @pytest.fixture(scope="module")
@@ -45,15 +46,15 @@ def one_process(world, tmp_path_factory) -> dict[str, bytes]:
     return content(path)
 
 
-def must_run(block: str, folder: Path) -> subprocess.CompletedProcess:
-    # -m: jobs of their own, so that `kill %1` works as in a terminal.
+def run_block(block: str, folder: Path) -> subprocess.CompletedProcess:
+    # -m: job control, so that `kill %1` works as in a terminal.
     command = ["bash", "-e", "-m", "-c", block]
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
-    assert done.returncode == 0, done.stderr
-    return done
+    result = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
-def must_equal(path: Path, one_process: dict[str, bytes]) -> None:
+def assert_complete(path: Path, one_process: dict[str, bytes]) -> None:
     report = verify(path)
     assert report.sound, report.text()
     assert not report.pending
@@ -61,23 +62,23 @@ def must_equal(path: Path, one_process: dict[str, bytes]) -> None:
 
 
 def test_the_commands_for_one_machine_write_what_one_process_writes(tmp_path, one_process):
-    done = must_run(BLOCKS[0], tmp_path)
-    must_equal(tmp_path / "toy.zarr", one_process)
-    assert "images" in done.stdout
-    assert "2 workers" in done.stderr
+    result = run_block(BLOCKS[0], tmp_path)
+    assert_complete(tmp_path / "toy.zarr", one_process)
+    assert "images" in result.stdout
+    assert "2 workers" in result.stderr
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", range(1, len(BLOCKS)))
 def test_the_other_local_commands_write_what_one_process_writes(number, world, tmp_path, one_process):
     (tmp_path / "world").symlink_to(world)
-    must_run(BLOCKS[number], tmp_path)
+    run_block(BLOCKS[number], tmp_path)
     (cache,) = tmp_path.glob("*.zarr")
-    must_equal(cache, one_process)
+    assert_complete(cache, one_process)
 
 
 @pytest.mark.slow
-def test_an_interrupt_lets_workers_end_what_they_hold_and_the_same_command_goes_on(world, tmp_path, one_process):
+def test_after_an_interrupt_workers_finish_their_parts_and_the_same_command_resumes(world, tmp_path, one_process):
     command = ["regionspot", "extract", "toy", "--data", str(world), "--cache", "c.zarr", "--preset", "toy"]
     command += ["--part-size", "4", "--scheduler", "local:1"]
     run = subprocess.Popen(
@@ -85,10 +86,10 @@ def test_an_interrupt_lets_workers_end_what_they_hold_and_the_same_command_goes_
     )
     while run.poll() is None and not list(tmp_path.glob("c.zarr/parts/toy_clip/*.json")):
         time.sleep(0.01)
-    os.killpg(run.pid, signal.SIGINT)  # as a terminal does: to the command and to its workers
-    words = run.communicate()[1]
-    assert run.returncode == 130, words
-    assert "Traceback" not in words, words
+    os.killpg(run.pid, signal.SIGINT)  # to the command and its workers, as a terminal does
+    err = run.communicate()[1]
+    assert run.returncode == 130, err
+    assert "Traceback" not in err, err
     assert verify(tmp_path / "c.zarr").sound
     assert subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True).returncode == 0
-    must_equal(tmp_path / "c.zarr", one_process)
+    assert_complete(tmp_path / "c.zarr", one_process)

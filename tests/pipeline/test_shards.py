@@ -1,4 +1,4 @@
-"""A cache's parts in shares, for runs without a scheduler."""
+"""`--shard`: shares of a cache's parts."""
 
 from itertools import chain
 
@@ -16,12 +16,12 @@ def test_every_part_is_in_exactly_one_shard_and_shards_differ_by_one_part_at_mos
     assert max(map(len, shards)) - min(map(len, shards)) <= 1
 
 
-def test_shards_are_counted_from_one_and_interleaved():
+def test_shards_are_numbered_from_one_and_interleaved():
     assert list(select_parts(None, " 3/16 ", 40)) == [2, 18, 34]
 
 
 @pytest.mark.parametrize("text", ["", "3", "3/", "/16", "3/16/2", "-1/4", "1.5/4", "a/b", "0/16", "17/16", "1/0"])
-def test_what_is_no_shard_is_refused_in_one_line_that_shows_one(text):
+def test_an_invalid_shard_is_refused_with_an_example(text):
     with pytest.raises(InputError, match="shard") as error:
         check_selection(None, text)
     assert "\n" not in str(error.value)

@@ -107,7 +107,7 @@ def test_runs_that_end_at_the_same_time_are_all_in_the_summary(cache, world, bac
         thread.join()
     page = (cache.path / "summary.md").read_text()
     assert all(f"| host:{number} |" in page for number in range(12))
-    assert "2 parts are still to be written" in page
+    assert "2 parts are pending" in page
 
 
 def test_unknown_files_among_the_run_records_are_ignored_and_kept(cache, world, backbones):
