@@ -11,26 +11,16 @@ from typing import Annotated
 
 import typer
 
-from regionspot.commands.options import (
-    EXTRACTION_FAILURES,
-    MAX_IMAGES,
-    MAX_THREADS,
-    Annotations,
-    Boxes,
-    Data,
-    DatasetName,
-    Limit,
-    MaxFailures,
-    Split,
-    TakeOver,
-)
+from regionspot.commands import options
 from regionspot.commands.signals import AGAIN, on_stop
 
 cache_app = typer.Typer(help="Inspect, check, extend and copy a cache.", no_args_is_help=True)
 
 CachePath = Annotated[str, typer.Argument(metavar="PATH", help="the cache: a folder, a URL such as s3://..., or .h5")]
 NewCache = Annotated[str, typer.Argument(metavar="OUT", help="the new cache: a folder or a URL")]
-PartSize = Annotated[int | None, typer.Option(min=1, max=MAX_IMAGES, help="images per part; default: as before")]
+PartSize = Annotated[
+    int | None, typer.Option(min=1, max=options.MAX_IMAGES, help="images per part; default: as before")
+]
 
 
 @cache_app.command()
@@ -125,7 +115,7 @@ def verify(
     path: CachePath,
     quick: Annotated[bool, typer.Option("--quick", help="do not read the features themselves")] = False,
     threads: Annotated[
-        int | None, typer.Option(min=1, max=MAX_THREADS, help="parts to check in parallel; default: by storage")
+        int | None, typer.Option(min=1, max=options.MAX_THREADS, help="parts to check in parallel; default: by storage")
     ] = None,
 ) -> None:
     """Check every byte and count of a cache; exit code 1 and a list of problems if there are any."""
@@ -173,17 +163,17 @@ def import_file(
 @cache_app.command()
 def extend(
     path: CachePath,
-    name: DatasetName,
-    data: Data,
-    split: Split = "train",
-    annotations: Annotations = None,
-    boxes: Boxes = "gt",
-    limit: Limit = None,
+    name: options.DatasetName,
+    data: options.Data,
+    split: options.Split = "train",
+    annotations: options.Annotations = None,
+    boxes: options.Boxes = "gt",
+    limit: options.Limit = None,
     part_size: Annotated[
-        int, typer.Option(min=1, max=MAX_IMAGES, help="images per part, if the cache has only one part")
+        int, typer.Option(min=1, max=options.MAX_IMAGES, help="images per part, if the cache has only one part")
     ] = 512,
-    max_failures: MaxFailures = EXTRACTION_FAILURES,
-    take_over: TakeOver = False,
+    max_failures: options.MaxFailures = options.EXTRACTION_FAILURES,
+    take_over: options.TakeOver = False,
 ) -> None:
     """Add new images of grown annotations at the end of a cache, for the next `extract`."""
     from regionspot.cache.tools.extend import extend as run

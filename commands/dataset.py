@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import typer
 
-from regionspot.commands.options import EXTRACTION_FAILURES, Annotations, Boxes, Data, DatasetName, MaxFailures, Split
+from regionspot.commands import options
 
 
 def dataset(
-    name: DatasetName,
-    data: Data,
-    split: Split = "train",
-    annotations: Annotations = None,
-    boxes: Boxes = "gt",
-    max_failures: MaxFailures = EXTRACTION_FAILURES,
+    name: options.DatasetName,
+    data: options.Data,
+    split: options.Split = "train",
+    annotations: options.Annotations = None,
+    boxes: options.Boxes = "gt",
+    max_failures: options.MaxFailures = options.EXTRACTION_FAILURES,
 ) -> None:
     """Show what a dataset split contains, which records were dropped and which images are missing."""
     from dataclasses import replace

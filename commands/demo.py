@@ -8,14 +8,14 @@ from typing import Annotated
 
 import typer
 
-from regionspot.commands.options import WorldSeed, WorldSize
+from regionspot.commands import options
 from regionspot.commands.signals import AGAIN, on_stop, raise_if_stopped
 
 
 def toy_world(
     out: Annotated[Path, typer.Argument(help="folder to write the dataset into")],
-    images: WorldSize = 1000,
-    seed: WorldSeed = 0,
+    images: options.WorldSize = 1000,
+    seed: options.WorldSeed = 0,
 ) -> None:
     """Generate a small dataset of named shapes with LVIS annotations; its rare classes are only in val."""
     from regionspot.pipeline.toy.world import make_toy_world
@@ -26,8 +26,8 @@ def toy_world(
 def demo(
     context: typer.Context,
     out: Annotated[Path, typer.Argument(help="folder for all outputs")],
-    images: WorldSize = 3000,
-    seed: WorldSeed = 0,
+    images: options.WorldSize = 3000,
+    seed: options.WorldSeed = 0,
 ) -> None:
     """Run every stage, by its command, on a toy world; needs no download."""
     from regionspot.evaluation.demo import run_demo

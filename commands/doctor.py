@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from regionspot.commands.options import Annotations, Device, PresetName, Split
+from regionspot.commands import options
 
 
 def doctor(
@@ -17,15 +17,15 @@ def doctor(
     ] = None,
     data: Annotated[Path | None, typer.Option(help="folder of a dataset: annotations and images")] = None,
     dataset: Annotated[str, typer.Option(help="name of the dataset in --data")] = "o365",
-    split: Split = "train",
-    annotations: Annotations = None,
+    split: options.Split = "train",
+    annotations: options.Annotations = None,
     preset: Annotated[
-        PresetName | None, typer.Option(help="check its weights, and send an image through its models")
+        options.PresetName | None, typer.Option(help="check its weights, and send an image through its models")
     ] = None,
     weights: Annotated[
         str | None, typer.Option(help="folder of the official files, or random:SEED; default: the download folder")
     ] = None,
-    device: Device = None,
+    device: options.Device = None,
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="check whether `extract` can serve metrics there")
     ] = None,
@@ -36,9 +36,9 @@ def doctor(
     from regionspot.pipeline.doctor.report import as_json as to_json
     from regionspot.pipeline.doctor.run import examine
 
-    options = DoctorOptions(cache, data, dataset, split, preset, weights, device, metrics_port, annotations)
+    requested = DoctorOptions(cache, data, dataset, split, preset, weights, device, metrics_port, annotations)
     findings = []
-    for finding in examine(options):
+    for finding in examine(requested):
         findings.append(finding)
         if not as_json:
             typer.echo(finding.line())

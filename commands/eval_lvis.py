@@ -7,55 +7,37 @@ from typing import Annotated
 
 import typer
 
-from regionspot.commands.options import (
-    EVALUATION_FAILURES,
-    Annotations,
-    BaselineName,
-    Boxes,
-    ClipWeights,
-    Data,
-    Device,
-    Dtype,
-    Limit,
-    MaxFailures,
-    OptionalExif,
-    OptionalPreset,
-    PreprocessName,
-    SamWeights,
-    Split,
-    Templates,
-    Weights,
-)
+from regionspot.commands import options
 from regionspot.commands.signals import AGAIN, on_stop
 
 
 def eval_lvis(
-    data: Data,
+    data: options.Data,
     out: Annotated[Path, typer.Option(help="folder for the results and for what a later run resumes from")],
     checkpoint: Annotated[Path | None, typer.Option(help="a trained head, ours or one released by the authors")] = None,
-    baseline: Annotated[BaselineName | None, typer.Option(help="instead of a head; needs no training")] = None,
+    baseline: Annotated[options.BaselineName | None, typer.Option(help="instead of a head; needs no training")] = None,
     dataset: Annotated[str, typer.Option(help="lvis, or toy")] = "lvis",
-    split: Split = "val",
-    annotations: Annotations = None,
-    boxes: Boxes = "gt",
+    split: options.Split = "val",
+    annotations: options.Annotations = None,
+    boxes: options.Boxes = "gt",
     cache: Annotated[str | None, typer.Option(help="read features from this cache; no backbones, no masks")] = None,
     masks: Annotated[bool, typer.Option(help="compute and evaluate masks")] = True,
-    limit: Limit = None,
-    preset: OptionalPreset = None,
-    templates: Templates = None,
-    weights: Weights = None,
-    sam_weights: SamWeights = None,
-    clip_weights: ClipWeights = None,
+    limit: options.Limit = None,
+    preset: options.OptionalPreset = None,
+    templates: options.Templates = None,
+    weights: options.Weights = None,
+    sam_weights: options.SamWeights = None,
+    clip_weights: options.ClipWeights = None,
     check_weights: Annotated[
         bool, typer.Option(help="refuse other weights and features than the head was trained on")
     ] = True,
-    exif: OptionalExif = None,
+    exif: options.OptionalExif = None,
     preprocess: Annotated[
-        PreprocessName | None, typer.Option(help="default: as for the features that the head was trained on")
+        options.PreprocessName | None, typer.Option(help="default: as for the features that the head was trained on")
     ] = None,
-    max_failures: MaxFailures = EVALUATION_FAILURES,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    max_failures: options.MaxFailures = options.EVALUATION_FAILURES,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
 ) -> None:
     """LVIS AP of a head or a baseline, end to end from images. A stopped run is resumed by the same command."""
     from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis

@@ -6,33 +6,11 @@ from typing import Annotated
 
 import typer
 
-from regionspot.commands.options import (
-    EXTRACTION_FAILURES,
-    MAX_IMAGES,
-    MAX_THREADS,
-    Annotations,
-    Boxes,
-    ClipWeights,
-    Data,
-    DatasetName,
-    Device,
-    DtypeName,
-    ExifRule,
-    Limit,
-    MaxFailures,
-    MetricsPort,
-    PreprocessName,
-    Preset,
-    SamWeights,
-    Split,
-    TakeOver,
-    TokensName,
-    Weights,
-)
+from regionspot.commands import options
 from regionspot.commands.signals import AGAIN, on_stop
 
 Dtype = Annotated[
-    DtypeName,
+    options.DtypeName,
     typer.Option(
         help="of the image encoders; auto: as in the cache, else float32 on a CPU, and on a GPU bfloat16 for SAM and "
         "float16 for CLIP"
@@ -41,52 +19,59 @@ Dtype = Annotated[
 
 
 def extract(
-    name: DatasetName,
-    data: Data,
+    name: options.DatasetName,
+    data: options.Data,
     cache: Annotated[str, typer.Option(help="the cache to fill: a folder ending in .zarr, or a URL: s3://...")],
-    split: Split = "train",
-    preset: Preset = "bl",
+    split: options.Split = "train",
+    preset: options.Preset = "bl",
     localizer: Annotated[
         str | None, typer.Option(help="this localizer instead of the preset's; none: no tokens")
     ] = None,
     encoder: Annotated[
         list[str] | None, typer.Option(help="instead of the preset's; can be repeated; none: no maps")
     ] = None,
-    boxes: Boxes = "gt",
-    annotations: Annotations = None,
-    limit: Limit = None,
+    boxes: options.Boxes = "gt",
+    annotations: options.Annotations = None,
+    limit: options.Limit = None,
     parts: Annotated[str | None, typer.Option(help='only these parts of the cache: "3,7-9"')] = None,
     shard: Annotated[str | None, typer.Option(help='only this share of the parts: "3/16"')] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="estimate bytes and time, and write nothing")] = False,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="only extract the images that could not be read before")
     ] = False,
-    weights: Weights = None,
-    sam_weights: SamWeights = None,
-    clip_weights: ClipWeights = None,
+    weights: options.Weights = None,
+    sam_weights: options.SamWeights = None,
+    clip_weights: options.ClipWeights = None,
     preprocess: Annotated[
-        PreprocessName, typer.Option(help="reference: through 800 x 1333 pixels first, as the authors do")
+        options.PreprocessName, typer.Option(help="reference: through 800 x 1333 pixels first, as the authors do")
     ] = "direct",
     tokens: Annotated[
-        TokensName, typer.Option(help="first: location tokens; all: also the other mask tokens and predicted IoUs")
+        options.TokensName,
+        typer.Option(help="first: location tokens; all: also the other mask tokens and predicted IoUs"),
     ] = "first",
-    exif: ExifRule = "auto",
+    exif: options.ExifRule = "auto",
     part_size: Annotated[
         int | None,
         typer.Option(
-            min=1, max=MAX_IMAGES, help="images per part, the unit of resuming; default: as in the cache, or 512"
+            min=1,
+            max=options.MAX_IMAGES,
+            help="images per part, the unit of resuming; default: as in the cache, or 512",
         ),
     ] = None,
     batch_size: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_IMAGES, help="images per encoder call; default: as in the cache, else by memory"),
+        typer.Option(
+            min=1, max=options.MAX_IMAGES, help="images per encoder call; default: as in the cache, else by memory"
+        ),
     ] = None,
     decode_threads: Annotated[
         int | None,
-        typer.Option(min=1, max=MAX_THREADS, help="threads that read images; default: one per core, at most 16"),
+        typer.Option(
+            min=1, max=options.MAX_THREADS, help="threads that read images; default: one per core, at most 16"
+        ),
     ] = None,
-    max_failures: MaxFailures = EXTRACTION_FAILURES,
-    device: Device = None,
+    max_failures: options.MaxFailures = options.EXTRACTION_FAILURES,
+    device: options.Device = None,
     dtype: Dtype = "auto",
     exact: Annotated[bool, typer.Option("--exact", help="the same as --dtype float32")] = False,
     encoding: Annotated[str, typer.Option(help="maps: float16, float32, bfloat16, int8 (half the bytes)")] = "float16",
@@ -96,8 +81,8 @@ def extract(
         typer.Option(help="workers: none, local (one per GPU), local:8, or the tcp://host:8786 of a dask cluster"),
     ] = "none",
     room_check: Annotated[bool, typer.Option(help="refuse a disk without enough space for the features")] = True,
-    metrics_port: MetricsPort = None,
-    take_over: TakeOver = False,
+    metrics_port: options.MetricsPort = None,
+    take_over: options.TakeOver = False,
 ) -> None:
     """Run the frozen backbones over a dataset, once, into a cache. A stopped run is resumed by the same command.
 

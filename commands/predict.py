@@ -8,21 +8,12 @@ from typing import Annotated
 
 import typer
 
-from regionspot.commands.options import (
-    Checkpoint,
-    ClipWeights,
-    Device,
-    Dtype,
-    OptionalPreset,
-    SamWeights,
-    Templates,
-    Weights,
-)
+from regionspot.commands import options
 
 
 def predict(
     image: Annotated[Path, typer.Argument(help="the image")],
-    checkpoint: Checkpoint,
+    checkpoint: options.Checkpoint,
     boxes: Annotated[str | None, typer.Option(help='"x1,y1,x2,y2;..." in pixels, or @FILE as --boxes-file')] = None,
     names: Annotated[
         str | None, typer.Option(help='candidate names: "dog,red umbrella", or @FILE as --names-file')
@@ -31,13 +22,13 @@ def predict(
     names_file: Annotated[Path | None, typer.Option(help="text: one name per line")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="image with boxes, masks, names and scores")] = None,
     top: Annotated[int, typer.Option(min=1, help="names per box")] = 5,
-    preset: OptionalPreset = None,
-    templates: Templates = None,
-    weights: Weights = None,
-    sam_weights: SamWeights = None,
-    clip_weights: ClipWeights = None,
-    device: Device = None,
-    dtype: Dtype = "auto",
+    preset: options.OptionalPreset = None,
+    templates: options.Templates = None,
+    weights: options.Weights = None,
+    sam_weights: options.SamWeights = None,
+    clip_weights: options.ClipWeights = None,
+    device: options.Device = None,
+    dtype: options.Dtype = "auto",
 ) -> None:
     """Name the boxes of one image: JSON to stdout, the labelled image to --out."""
     from regionspot.cache.outputs import check_output_file

@@ -7,29 +7,17 @@ from typing import Annotated
 
 import typer
 
-from regionspot.commands.options import (
-    MAX_IMAGES,
-    MAX_STEPS,
-    ClipWeights,
-    Device,
-    LocalCopy,
-    LocalLimit,
-    Preset,
-    ScheduleName,
-    Seed,
-    TemplatesName,
-    Weights,
-)
+from regionspot.commands import options
 from regionspot.commands.signals import on_stop
 
 
 def train(
     cache: Annotated[list[str], typer.Option(help="a cache to train from, a folder or URL; can be repeated")],
     out: Annotated[Path, typer.Option(help="folder for the head, its checkpoints, metrics and curves")],
-    preset: Preset = "bl",
+    preset: options.Preset = "bl",
     localizer: Annotated[str | None, typer.Option(help="train on this localizer's tokens, not the preset's")] = None,
     encoder: Annotated[str | None, typer.Option(help="train on this encoder's feature maps, not the preset's")] = None,
-    schedule: Annotated[ScheduleName, typer.Option(help="learning rates and number of steps")] = "paper",
+    schedule: Annotated[options.ScheduleName, typer.Option(help="learning rates and number of steps")] = "paper",
     ratio: Annotated[
         list[float] | None, typer.Option(min=0, help="share of the batches, one per cache; default: by size")
     ] = None,
@@ -37,23 +25,23 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            max=MAX_STEPS,
+            max=options.MAX_STEPS,
             help="steps; the schedule is scaled to them. More steps with --resume lengthen a run",
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, max=MAX_IMAGES, help="images per step")] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, max=options.MAX_IMAGES, help="images per step")] = None,
     lr: Annotated[float | None, typer.Option(min=0, help="learning rate")] = None,
-    seed: Seed = None,
-    templates: Annotated[TemplatesName, typer.Option(help="prompt templates of the class names")] = "reference",
-    weights: Weights = None,
-    clip_weights: ClipWeights = None,
+    seed: options.Seed = None,
+    templates: Annotated[options.TemplatesName, typer.Option(help="prompt templates of the class names")] = "reference",
+    weights: options.Weights = None,
+    clip_weights: options.ClipWeights = None,
     resume: Annotated[bool, typer.Option("--resume", help="from the last checkpoint in --out, if any")] = False,
     checkpoint_every: Annotated[
-        int, typer.Option(min=1, max=MAX_STEPS, help="steps between checkpoints; also every 10 minutes")
+        int, typer.Option(min=1, max=options.MAX_STEPS, help="steps between checkpoints; also every 10 minutes")
     ] = 2000,
-    local_copy: LocalCopy = None,
-    local_limit: LocalLimit = None,
-    device: Device = None,
+    local_copy: options.LocalCopy = None,
+    local_limit: options.LocalLimit = None,
+    device: options.Device = None,
 ) -> None:
     """Train a fusion head from one or more caches."""
     from regionspot.cache.outputs import check_output_folder

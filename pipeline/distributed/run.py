@@ -15,7 +15,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from regionspot.cache.errors import CacheError, NotACacheError, NotExtractedError, RegionSpotError
@@ -108,7 +108,7 @@ def run_parts(
     immediately. Raises CacheError, in one line, when a part cannot be written or the scheduler is gone.
     """
     with Claims(cache.storage, take_over=take_over) as claims:
-        run = _Run(connection, job, cache, names, parts, monitor, check)
+        run = _Run(connection, job, cache, list(names), set(parts), monitor, check)
         try:
             while run.missing:
                 run.assign_free_parts(claims)
@@ -119,25 +119,20 @@ def run_parts(
             run.cancel()
 
 
+@dataclass
 class _Run:
     """The state of `run_parts`; `missing` are the parts that are not known to be written."""
 
-    def __init__(
-        self,
-        connection: Connection,
-        job: Job,
-        cache: FeatureCache,
-        names: Sequence[str],
-        parts: Iterable[int],
-        monitor: RunMonitor,
-        check: Callable[[int, str | None], None],
-    ) -> None:
-        self._connection, self._job, self._cache, self._names = connection, job, cache, list(names)
-        self._monitor, self._check = monitor, check
-        self._tasks: set[Future[None]] = set()
-        self._failed_on: dict[int, str] = {}  # part to the worker that could not write it
-        self._logged = -math.inf
-        self.missing = set(parts)
+    connection: Connection
+    job: Job
+    cache: FeatureCache
+    names: Sequence[str]
+    missing: set[int]
+    monitor: RunMonitor
+    check: Callable[[int, str | None], None]
+    tasks: set[Future[None]] = field(default_factory=set)
+    failed_on: dict[int, str] = field(default_factory=dict)  # part to the worker that could not write it
+    logged: float = -math.inf
 
     def assign_free_parts(self, claims: Claims) -> None:
         """Assign the parts that no live run has claimed, and wait until these tasks have ended."""
@@ -147,31 +142,31 @@ class _Run:
         else:
             self._log_holders(others.values())
             time.sleep(CLAIMED_SECONDS)
-        self._count(self.missing.difference(self._cache.pending_parts(self._names)))
+        self._count(self.missing.difference(self.cache.pending_parts(self.names)))
 
     def _submit(self, parts: Sequence[int]) -> list[Future[None]]:
         # Unique keys: a worker may still run a cancelled task of an earlier call, and would take an equal key for it.
         name = f"part-{uuid.uuid4().hex}"
-        tasks = self._connection.client.map(
-            make_part, [self._job] * len(parts), parts, key=[(name, part) for part in parts], pure=False
+        tasks = self.connection.client.map(
+            make_part, [self.job] * len(parts), parts, key=[(name, part) for part in parts], pure=False
         )
-        self._tasks.update(tasks)
+        self.tasks.update(tasks)
         return tasks
 
     def _wait_for(self, tasks: list[Future[None]]) -> None:
         """Count parts as their tasks end; returns early when the connection breaks, which loses the tasks."""
         from distributed import as_completed
 
-        completed = as_completed(tasks, loop=self._connection.client.loop)
+        completed = as_completed(tasks, loop=self.connection.client.loop)
         while not completed.is_empty():
-            if self._connection.is_broken:
-                return self._connection.renew()
-            self._connection.poll_workers()
+            if self.connection.is_broken:
+                return self.connection.renew()
+            self.connection.poll_workers()
             batch = completed.next_batch(block=False)
             for task in batch:
                 if task.status == "error":
                     completed.update(self._retry_elsewhere(_part_of(task), task.exception()))
-            self._tasks.difference_update(batch)
+            self.tasks.difference_update(batch)
             self._count([_part_of(task) for task in batch])
             if not batch:
                 time.sleep(0.05)
@@ -185,32 +180,32 @@ class _Run:
         if not isinstance(error, WorkerFailedError):
             # Dask counts a worker's death against all of its parts, so others may reach the limit at the same time.
             time.sleep(0.2)
-            parts = sorted(_part_of(task) for task in self._tasks if task.status == "error")
+            parts = sorted(_part_of(task) for task in self.tasks if task.status == "error")
             raise CacheError(f"part {' or '.join(map(str, parts))}: {explain(error)}") from error
         message = f"worker {error.worker}: {error.message}"
-        if part in self._failed_on:
-            raise CacheError(f"{message} (and worker {self._failed_on[part]} failed, too)")
-        self._failed_on[part] = error.worker
-        if not self._connection.retire(error.worker):
+        if part in self.failed_on:
+            raise CacheError(f"{message} (and worker {self.failed_on[part]} failed, too)")
+        self.failed_on[part] = error.worker
+        if not self.connection.retire(error.worker):
             raise CacheError(message)
         log.warning("worker %s is retired: %s", error.worker, error.message)
         return self._submit([part])
 
     def _count(self, parts: Iterable[int]) -> None:
         """Count those of the parts that are written, by their records."""
-        with ThreadPoolExecutor(self._cache.storage.readers) as pool:  # a request to an object store takes 20 ms
+        with ThreadPoolExecutor(self.cache.storage.readers) as pool:  # a request to an object store takes 20 ms
             for records in pool.map(self._records, self.missing.intersection(parts)):
                 if not records:
                     continue
                 self.missing.discard(records[0].part)
-                self._monitor.add_part(RunStats.of_part(records, self._job.run), records[0].images)
+                self.monitor.add_part(RunStats.of_part(records, self.job.run), records[0].images)
                 failures = {failure.row: failure.reason for record in records for failure in record.failures}
-                for row in self._cache.part_rows(records[0].part):
-                    self._check(row, failures.get(row))
+                for row in self.cache.part_rows(records[0].part):
+                    self.check(row, failures.get(row))
 
     def _records(self, part: int) -> list[PartRecord]:
         try:
-            return [self._cache.record(part, name) for name in self._names]
+            return [self.cache.record(part, name) for name in self.names]
         except NotExtractedError:
             return []
 
@@ -219,19 +214,19 @@ class _Run:
         log.info("stopping: the workers finish the parts in progress; interrupt again to stop immediately")
         self.cancel()
         with suppress(OSError, TimeoutError):
-            self._connection.client.run(wait_until_idle, on_error="ignore")
-        self._count(self.missing.difference(self._cache.pending_parts(self._names)))
+            self.connection.client.run(wait_until_idle, on_error="ignore")
+        self._count(self.missing.difference(self.cache.pending_parts(self.names)))
 
     def cancel(self) -> None:
         """Cancel the tasks that no worker has started."""
         with suppress(OSError, TimeoutError):
-            if not self._connection.is_broken:
-                self._connection.client.cancel(list(self._tasks))
-        self._tasks.clear()
+            if not self.connection.is_broken:
+                self.connection.client.cancel(list(self.tasks))
+        self.tasks.clear()
 
     def _log_holders(self, holders: Iterable[Process]) -> None:
-        if (now := time.monotonic()) - self._logged >= LOG_SECONDS:
-            self._logged = now
+        if (now := time.monotonic()) - self.logged >= LOG_SECONDS:
+            self.logged = now
             names = ", ".join(sorted(set(map(str, holders))))
             log.info("waiting for %d parts claimed by other runs: %s", len(self.missing), names)
 

@@ -1,1 +1,1 @@
-"""`regionspot doctor`: is everything there that an extraction needs?"""
+"""`regionspot doctor`: checks of what an extraction needs."""

@@ -4,8 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from makers import make_manifest
 
-from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, InputError, Manifest, NotACacheError
+from regionspot.cache import FeatureCache, FeatureSet, ImageFeatures, InputError, NotACacheError
 from regionspot.cache.format.encodings import statistics_of
 from regionspot.cache.tools.resume import open_or_create
 from regionspot.pipeline.extraction.int8_statistics import SAMPLE_IMAGES, add_int8_statistics, sample_rows
@@ -15,26 +16,9 @@ TOKENS = FeatureSet("sam", "token", (5,), "int8")
 PLAIN = FeatureSet("other", "map", (3, 4), "float16")
 
 
-def manifest_of(counts):
-    total = sum(counts)
-    return Manifest(
-        dataset="lvis",
-        split="train",
-        image_ids=np.arange(len(counts)),
-        paths=np.array([f"{row}.jpg" for row in range(len(counts))], np.dtypes.StringDType()),
-        heights=np.full(len(counts), 480, np.int32),
-        widths=np.full(len(counts), 640, np.int32),
-        offsets=np.concatenate([[0], np.cumsum(counts)]),
-        boxes_xyxy=np.zeros((total, 4), np.float32),
-        category_index=np.zeros(total, np.int32),
-        annotation_ids=np.arange(total),
-        categories=(Category(1, "dog"),),
-    )
-
-
 @pytest.fixture
 def manifest():
-    return manifest_of([1, 0, 2, 3] * 50)
+    return make_manifest([1, 0, 2, 3] * 50)
 
 
 @pytest.fixture
@@ -68,7 +52,7 @@ def test_the_sample_is_spread_over_the_images_that_have_regions(manifest):
 
 @pytest.mark.parametrize(("counts", "rows"), [([0], [0]), ([0, 0, 0], [0, 1, 2]), ([0, 7, 0], [1]), ([1, 1], [0, 1])])
 def test_the_sample_of_small_splits_and_of_splits_without_regions(counts, rows):
-    assert sample_rows(manifest_of(counts)) == rows
+    assert sample_rows(make_manifest(counts)) == rows
 
 
 def test_statistics_are_those_of_the_images_that_can_be_read(tmp_path, manifest, backbones):

@@ -122,11 +122,6 @@ def test_all_shards_together_fill_the_cache(extraction, undisturbed):
     assert feature_files(Path(extraction().config.cache)) == feature_files(undisturbed.path)
 
 
-def test_parts_together_with_a_shard_are_refused(extraction):
-    with pytest.raises(InputError, match="one of the two"):
-        extraction(parts="0", shard="1/3").run()
-
-
 # --- dry runs and disk space ---
 
 
@@ -206,15 +201,6 @@ def test_an_image_is_decoded_once_for_several_encoders(extraction, tmp_path, mon
 def test_an_encoder_named_twice_is_refused():
     with pytest.raises(InputError, match="named twice"):
         Backbones.load("toy", device="cpu", encoders=["toy_clip", "toy_clip"])
-
-
-def test_a_cache_keeps_its_dtype(extraction, manifest, world):
-    rounded = Backbones.load("toy", device="cpu", dtype="bfloat16")
-    path, folder = extraction().config.cache, image_folder_of("toy", world)
-    Extraction(ExtractConfig(path, part_size=PART_SIZE, parts="0"), manifest, folder, rounded).run()
-    stored = FeatureCache.open(path).feature_sets
-    again = Backbones.load("toy", device="cpu", stored=stored)
-    assert {each.provenance["dtype"] for each in again.feature_sets()} == {"bfloat16"}
 
 
 # --- retries ---

@@ -1,16 +1,14 @@
 """PartQueue: runs share the parts of a cache, and the counts are right whenever threads switch."""
 
-import importlib
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
+from makers import make_features, make_manifest
 
-from regionspot.cache import FeatureCache, ImageFeatures, InputError
+from regionspot.cache import FeatureCache, FeatureSet, InputError
 from regionspot.cache.tools.verify import verify
 from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.extraction.part_queue import PartQueue
@@ -21,12 +19,11 @@ PARTS = 40
 
 
 @pytest.fixture
-def address(small, tmp_path, monkeypatch):
+def address(tmp_path, monkeypatch):
     """An empty cache of 40 parts of one image each; fsync does nothing."""
     monkeypatch.setattr(os, "fsync", lambda fd: None)
-    sys.path.append(str(Path(__file__).resolve().parents[2]))
-    importlib.import_module("benchmarks.simulated").make_cache(tmp_path / "c.zarr", PARTS, 1)
-    return tmp_path / "c.zarr"
+    sets = (FeatureSet("clip", "map", (5, 8)), FeatureSet("sam", "token", (6,)))
+    return FeatureCache.create(tmp_path / "c.zarr", make_manifest([row % 7 for row in range(PARTS)]), sets, 1).path
 
 
 @pytest.fixture
@@ -39,11 +36,7 @@ def _fast_thread_switching():
 
 
 def features(cache, row, names):
-    regions = int(cache.manifest.region_count[row])
-    shapes = {
-        each.name: each.shape if each.kind == "map" else (regions, *each.shape) for each in cache.feature_sets.values()
-    }
-    return ImageFeatures(row, {name: np.full(shapes[name], row, np.float32) for name in names})
+    return make_features(cache.manifest, [cache.feature_sets[name] for name in names], row)
 
 
 def open_queue(address, claims, parts=None):
