@@ -25,7 +25,7 @@ from benchmarks.bench_extract_gpu import FULL_GPU, REHEARSAL, measure_gpu
 from benchmarks.bench_extract_ours import Ours
 from benchmarks.bench_extract_process import DEFAULT_MALLOC, TUNED_MALLOC, Contender
 from benchmarks.goals import SCRATCH, Report, Samples, interleaved, options, ratio, say, versions
-from regionspot.pipeline.backbones.dtypes import cpu_supports
+from regionspot.cache.machine import cpu_supports
 
 PACKAGES = ["torch", "torchvision", "segment-anything", "open_clip_torch", "pillow", "numpy"]
 TABLE = "CPU seconds, one thread"

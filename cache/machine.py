@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from regionspot.cache.errors import InputError
 
@@ -14,6 +14,11 @@ if TYPE_CHECKING:
     import torch
 
 _MEMINFO, _OWN_CGROUPS, _CGROUPS = Path("/proc/meminfo"), Path("/proc/self/cgroup"), Path("/sys/fs/cgroup")
+# Instruction sets that multiply a dtype, by the keys of torch.cpu.get_capabilities; the last of each is ARM's.
+_CPU_INSTRUCTIONS = {
+    "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
+    "float16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
+}
 
 
 def processors() -> int:
@@ -66,6 +71,22 @@ def compute_device(name: str | None = None) -> torch.device:
             f"--device {name}: this torch cannot compute on it here; expected cpu, cuda or cuda:1"
         ) from None
     return device
+
+
+def cpu_supports(dtype: str) -> bool:
+    """Whether this CPU has instructions for matrix products in a dtype ("bfloat16", "float16"); without, it is slower.
+
+    REGIONSPOT_CPU_DTYPES, a list such as "float32,bfloat16", overrides the CPU's capabilities for tests.
+    """
+    if dtype == "float32":
+        return True
+    if (override := os.environ.get("REGIONSPOT_CPU_DTYPES")) is not None:
+        return dtype in override.split(",")
+    import torch
+
+    # Before torch 2.7 capabilities are unknown; a superfluous warning is the smaller harm.
+    capabilities: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return any(capabilities.get(name, False) for name in _CPU_INSTRUCTIONS[dtype])
 
 
 def _cgroup_limits() -> Iterator[int]:

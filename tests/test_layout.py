@@ -21,7 +21,7 @@ PACKAGES = ("cache", "pipeline", "fusion", "evaluation", "commands")
 MAY_IMPORT = {
     "cache.storage": "",
     "pipeline.images": "",
-    "pipeline.toy": "",
+    "pipeline.toy": "cache.storage",
     "cache.format": "cache.storage",
     "cache.reading": "cache.format cache.storage",
     "cache.writing": "cache.format cache.storage",

@@ -7,7 +7,6 @@ written into its provenance. Resuming, retrying, evaluation and prediction read 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterable, Mapping
 from functools import cache
 from typing import Any, Literal
@@ -15,17 +14,12 @@ from typing import Any, Literal
 import torch
 
 from regionspot.cache.errors import InputError, unknown_name
+from regionspot.cache.machine import cpu_supports
 
 log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 AUTO = "auto"
-# One of these instruction sets is enough (keys of torch.cpu.get_capabilities; the last of each is ARM's).
-CPU_INSTRUCTIONS = {
-    "bfloat16": ("avx512_bf16", "amx_bf16", "bf16"),
-    "float16": ("avx512_fp16", "amx_fp16", "fp16_arith"),
-}
-
 Kind = Literal["localizer", "encoder"]
 
 
@@ -79,21 +73,6 @@ def gpu_has_bfloat16(device: torch.device) -> bool:
     Older GPUs can store bfloat16, but cuBLAS and the attention kernels refuse it.
     """
     return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def cpu_supports(dtype: str) -> bool:
-    """Whether this CPU has instructions for products in `dtype`; only speed depends on it.
-
-    REGIONSPOT_CPU_DTYPES, a list such as "float32,bfloat16", overrides the CPU's capabilities, to run the tests as on
-    another machine.
-    """
-    if dtype == "float32":
-        return True
-    if (stated := os.environ.get("REGIONSPOT_CPU_DTYPES")) is not None:
-        return dtype in stated.split(",")
-    # Older versions of torch do not know the CPU's capabilities.
-    has: Mapping[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
-    return any(has.get(name, False) for name in CPU_INSTRUCTIONS[dtype])
 
 
 @cache

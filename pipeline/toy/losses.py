@@ -1,10 +1,11 @@
-"""What the toy backbones are trained to do: masks for SAM, names for CLIP.
+"""Training losses of the toy backbones: masks for SAM, names for CLIP.
 
-The patches of CLIP have a loss of their own. A large CLIP's patches know what they show, and where they are, from
-hundreds of millions of images; ours have minutes, and without it a head finds nothing to read in the map.
+CLIP's feature map has two more losses, on its patches and on its mean over each box. The patches of a large CLIP learn
+what they show from hundreds of millions of images; the toy CLIP is trained for an hour, and without these losses its
+map holds no shapes.
 """
 
-# B images or boxes, S mask slots, P patches, N names
+# B images or boxes, S mask slots, N names
 
 from __future__ import annotations
 
@@ -12,8 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from regionspot.pipeline.toy.rendering import GROUND
-from regionspot.pipeline.toy.samples import GROUPS
+from regionspot.pipeline.toy.samples import GROUPS, NOTHING
 
 
 def mask_loss(logits: Tensor, quality: Tensor, masks: Tensor) -> Tensor:
@@ -37,19 +37,22 @@ def _focal_and_dice(logits: Tensor, truth: Tensor) -> Tensor:
 
 
 def name_loss(logits: Tensor, truth: Tensor) -> Tensor:
-    """Cross-entropy of each group of names, all that are true sharing the probability; whole names count in full."""
+    """Cross-entropy of each group of names against equal shares of all that are present; words have weight 0.5."""
     sizes = [len(group) for group in GROUPS]
     losses = []
-    for said, true in zip(torch.split(logits, sizes, dim=1), torch.split(truth, sizes, dim=1), strict=True):
-        losses.append(F.cross_entropy(said, true / true.sum(dim=1, keepdim=True)))
+    for group, true in zip(torch.split(logits, sizes, dim=1), torch.split(truth, sizes, dim=1), strict=True):
+        losses.append(F.cross_entropy(group, true / true.sum(dim=1, keepdim=True)))
     return losses[0] + 0.5 * torch.stack(losses[1:]).sum()
 
 
-def patch_loss(logits: Tensor, local: Tensor) -> Tensor:
-    """Cross-entropy of the shape, the colour and the texture that each patch shows, ground left out."""
-    groups = torch.split(logits, [len(group) for group in GROUPS], dim=2)[1:]
+def word_loss(logits: Tensor, words: Tensor) -> Tensor:
+    """Sum of the cross-entropies of shape, colour and texture: logits (..., 18), words int64 (..., 3).
+
+    Entries with NOTHING are ignored.
+    """
+    groups = torch.split(logits.flatten(0, -2), [len(group) for group in GROUPS[1:]], dim=1)
     losses = [
-        F.cross_entropy(said.flatten(0, 1), true.flatten(), ignore_index=GROUND)
-        for said, true in zip(groups, local.unbind(2), strict=True)
+        F.cross_entropy(group, word.flatten(), ignore_index=NOTHING)
+        for group, word in zip(groups, words.unbind(-1), strict=True)
     ]
-    return 0.5 * torch.stack(losses).sum()
+    return torch.stack(losses).sum()

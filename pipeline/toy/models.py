@@ -1,16 +1,18 @@
-"""The toy world's own backbones: a small SAM and a small CLIP, made of the libraries' own classes.
+"""The toy backbones: a small SAM and a small CLIP, built from the classes of segment_anything and open_clip.
 
-They have every part of the large ones, so the code that runs the large ones runs these: SAM with window and global
-attention, relative positions and four mask tokens; CLIP with a class token, `ln_pre`, `ln_post` and a projection, and a
-text tower that reads open_clip's tokens. Their weights were trained by `regionspot.pipeline.toy.training` and ship with
-the package in float16. Of the text tower's word table only the rows of words it has learnt are shipped; the prompts
-that need another row are refused by name (`unknown_words`), as an untrained row would answer with noise.
+They have all parts of the large models, so that the same code runs them: SAM with window and global attention, relative
+positions and four mask tokens; CLIP with a class token, `ln_pre`, `ln_post` and a projection, and a text tower for
+open_clip's tokens. One part differs: a stack of small convolutions (`conv_stem`) instead of the single patch
+convolution. Their weights were trained by `regionspot.pipeline.toy.training` and ship with the package in float16. Of
+the text tower's word table only the rows of words it has learnt are shipped; the prompts that need another row are
+refused by name (`unknown_words`), as an untrained row would answer with noise.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import cache, partial
+from itertools import pairwise
 
 from open_clip import CLIP, OPENAI_IMAGENET_TEMPLATES, SimpleTokenizer
 from segment_anything.modeling import ImageEncoderViT, MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
@@ -62,33 +64,48 @@ def build_toy_sam() -> Sam:
     return sam.eval()
 
 
-def build_toy_clip(pixels: int = CLIP_PIXELS, word_table: int = WORD_TABLE) -> CLIP:
-    """An untrained toy CLIP in evaluation mode. Training starts with fewer pixels and a table of known words only."""
+def build_toy_clip(word_table: int = WORD_TABLE) -> CLIP:
+    """An untrained toy CLIP in evaluation mode. Training has a table of known words only."""
     vision = {
-        "image_size": pixels,
+        "image_size": CLIP_PIXELS,
         "patch_size": CLIP_PATCH,
         "width": CLIP_WIDTH,
         "layers": 4,
-        "head_width": 32,
+        "head_width": 48,
     }
     text = {"context_length": CONTEXT, "vocab_size": word_table, "width": 96, "heads": 4, "layers": 2}
-    return CLIP(TEXT_DIM, vision, text).eval()
+    clip = CLIP(TEXT_DIM, vision, text)
+    clip.visual.conv1 = conv_stem(CLIP_WIDTH)
+    return clip.eval()
+
+
+def conv_stem(width: int) -> nn.Sequential:
+    """Images (B, 3, h, w) to patches (B, width, h / 16, w / 16), by convolutions of stride 4, 2 and 2.
+
+    Xiao et al. 2021, "Early convolutions help transformers see better". A single patch convolution learns no shapes in
+    this short training.
+    """
+    channels = (64, 128, width)
+    layers: list[nn.Module] = [nn.Conv2d(3, channels[0], 7, stride=4, padding=3)]
+    for before, after in pairwise(channels):
+        layers += [nn.GroupNorm(8, before), nn.GELU(), nn.Conv2d(before, after, 3, stride=2, padding=1)]
+    return nn.Sequential(*layers, nn.GroupNorm(8, width), nn.GELU(), nn.Conv2d(width, width, 1))
 
 
 @cache
 def toy_tokenizer() -> SimpleTokenizer:
-    """open_clip's own tokenizer; it takes a second to build, hence only once."""
+    """open_clip's tokenizer, built once because that takes a second."""
     return SimpleTokenizer(context_length=CONTEXT)
 
 
 def unknown_words(prompt: str, token_ids: frozenset[int]) -> list[str]:
-    """The words of a prompt that hold a token which the toy CLIP was never taught, in their order."""
+    """The words of a prompt with a token that the toy CLIP was not trained on, in their order."""
     words = prompt.replace(".", " ").replace(",", " ").split()
     return [word for word in words if not token_ids.issuperset(toy_tokenizer().encode(word))]
 
 
 def known_words(token_ids: frozenset[int]) -> tuple[str, ...]:
-    """The words of the toy world's class names that a toy CLIP was taught: textures, colours and shapes."""
+    """The textures, colours and shapes that a toy CLIP was trained on."""
     words = dict.fromkeys(word for entry in toy_classes() for word in entry.look.name.split())
     return tuple(sorted(word for word in words if not unknown_words(word, token_ids)))
 

@@ -1,12 +1,12 @@
 """The toy world: generated images with annotations in LVIS's own form, so that every stage runs with no download.
 
-A class is a texture, a colour and a shape ("striped green star"): 4 x 6 x 8 = 192 of them. 32 are rare: none of them
-is ever in the training split, though each of their words occurs there in other classes, and the validation split holds
-all of them. What recognises a rare class has therefore understood its words. LVIS's groups are defined by counts of
-training images; here they are a property of the class, the same in every world:
+A class is a texture, a colour and a shape ("striped green star"), 4 x 6 x 8 = 192 in all. The 32 rare classes are never
+in the training split, but each of their words occurs there in other classes; the validation split contains all of them.
+A model that recognises rare classes therefore understands the words. LVIS defines its groups by counts of training
+images; here they are fixed for each class:
 
-    rare       32 classes, in no training image; the training annotations do not even list them
-    common     96 classes, in few
+    rare       32 classes, in no training image and not listed in the training annotations
+    common     96 classes, in few training images
     frequent   64 classes, in up to ten times as many
 
     folder/toy_train.json  toy_val.json  photos/train/000000000001.jpg  photos/val/000000000801.jpg
@@ -32,26 +32,26 @@ from regionspot.cache.machine import processors
 from regionspot.cache.outputs import check_output_folder
 from regionspot.pipeline.toy.rendering import COLOURS, SHAPES, TEXTURES, Look, draw_image
 
-OBJECTS = (4, 9)  # objects in an image
-TRAIN_SHARE = 0.8
-FEWEST_IMAGES = 40  # so that validation's 8 images of at least 4 objects can show all 32 rare classes
+OBJECTS = (3, 6)  # objects in an image
+VAL_SHARE, MOST_VAL = 0.2, 400  # share of the images for validation, and its maximum
+FEWEST_IMAGES = 40  # their 8 validation images have room for all 32 rare classes
 JPEG_QUALITY = 92
 RARE, FREQUENT = 32, 64  # number of classes
 
 
 @dataclass(frozen=True)
 class ToyClass:
-    """One class; `id` as in the annotations, counted from 1; `weight` is how often training deals it."""
+    """One class. `id` counts from 1; `weight` is its relative frequency in training."""
 
     id: int
     look: Look
-    frequency: str  # r, c or f, as LVIS writes them
-    weight: float  # 0 where rare
+    frequency: str  # r, c or f, as in LVIS
+    weight: float  # 0 for rare classes
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """What the annotations keep of an image once it is written; its pixels are gone by then."""
+class AnnotatedImage:
+    """What the annotation file needs of an image after it is written."""
 
     image_id: int
     size_hw: tuple[int, ...]
@@ -60,7 +60,7 @@ class Drawn:
 
 @cache
 def toy_classes() -> tuple[ToyClass, ...]:
-    """All 192 classes in alphabetical order, as LVIS orders its own."""
+    """All 192 classes in alphabetical order, as in LVIS."""
     looks = sorted((Look(t, c, s) for t in TEXTURES for c in COLOURS for s in SHAPES), key=lambda look: look.name)
     rare = {look for look in looks if _is_rare(look)}
     ranks = iter(np.random.default_rng(0).permutation(len(looks) - len(rare)).tolist())
@@ -73,26 +73,26 @@ def toy_classes() -> tuple[ToyClass, ...]:
 
 
 def _is_rare(look: Look) -> bool:
-    """One class in six, spread as on a Latin square: every word, and every pair of words, keeps other classes."""
+    """True for one class in six, spread as in a Latin square: every word and pair of words keeps other classes."""
     texture, colour, shape = TEXTURES.index(look.texture), list(COLOURS).index(look.colour), SHAPES.index(look.shape)
     return (colour + shape + 2 * texture) % 6 == 0
 
 
 def make_toy_world(folder: Path | str, images: int = 1000, seed: int = 0) -> Path:
-    """Write a world of `images` images, the first 80 % for training, and return its folder.
+    """Write a world of `images` images, the last fifth (at most 400) for validation, and return its folder.
 
-    The same `images` and `seed` give the same files, which replace those of an earlier world there. Images are
-    192 to 320 pixels a side and hold 4 to 9 objects. Raises InputError for fewer than 40 images, for a folder that
-    holds something else than a toy world, and where it cannot be written.
+    The same `images` and `seed` give the same files, and replace an earlier world in the folder. Images are
+    192 to 320 pixels a side and hold 3 to 6 objects. Raises InputError for fewer than 40 images, for a folder that
+    holds other files, and for one that cannot be written.
     """
     folder = check_output_folder(Path(folder))
     if images < FEWEST_IMAGES:
         raise InputError(
-            f"toy world: {images} images asked for, expected at least {FEWEST_IMAGES}: "
+            f"toy world: {images} images, expected at least {FEWEST_IMAGES}: "
             "fewer cannot show every rare class in validation"
         )
     _require_own(folder)
-    train = round(TRAIN_SHARE * images)
+    train = images - min(round(VAL_SHARE * images), MOST_VAL)
     try:
         _write_split(folder, "train", range(1, train + 1), seed)
         _write_split(folder, "val", range(train + 1, images + 1), seed)
@@ -104,21 +104,25 @@ def make_toy_world(folder: Path | str, images: int = 1000, seed: int = 0) -> Pat
 
 
 def _require_own(folder: Path) -> None:
-    """Raises InputError for a folder of somebody's own images, which those of the world could replace."""
+    """Raise InputError for a folder with other files, which the world could overwrite."""
     own = {"photos": {"train", "val"}, "toy_train.json": set(), "toy_val.json": set()}
     for inside, expected in ((folder, own.keys()), (folder / "photos", own["photos"])):
         others = sorted(path.name for path in inside.glob("*") if path.name not in expected)
         if others:
-            raise InputError(f"{inside}: holds {others[0]}, which is no part of a toy world; name an empty folder")
+            raise InputError(f"{inside}: holds {others[0]}, which is not part of a toy world; give an empty folder")
 
 
-def deal(classes: Sequence[ToyClass], split: str, images: int, rng: np.random.Generator) -> list[list[ToyClass]]:
-    """Which classes each image of a split shows, 4 to 9 of them.
+def assign_classes(
+    classes: Sequence[ToyClass], split: str, images: int, rng: np.random.Generator
+) -> list[list[ToyClass]]:
+    """The 3 to 6 classes that each image of a split shows.
 
-    Training draws by weight. Validation deals round after round of all classes, the rare ones first in the first
-    round, so that none of them is missing however small the split; then all is shuffled.
+    Training draws them by weight. Validation repeats random permutations of all classes, the first with the rare
+    classes in front, so that a small split contains them all; the result is shuffled.
     """
     counts = rng.integers(OBJECTS[0], OBJECTS[1] + 1, images)
+    while split == "val" and counts.sum() < RARE <= OBJECTS[1] * images:
+        counts = rng.integers(OBJECTS[0], OBJECTS[1] + 1, images)
     total = int(counts.sum())
     weights = np.array([entry.weight for entry in classes])
     if split == "train":
@@ -132,22 +136,22 @@ def deal(classes: Sequence[ToyClass], split: str, images: int, rng: np.random.Ge
 
 
 def _write_split(folder: Path, split: str, image_ids: Sequence[int], seed: int) -> None:
-    """Images first, in as many threads as there are cores; the annotation file last."""
+    """Write the images, with a thread per core, then the annotation file."""
     images = folder / "photos" / split
     images.mkdir(parents=True, exist_ok=True)
     is_val = int(split == "val")
-    dealt = deal(toy_classes(), split, len(image_ids), np.random.default_rng([seed, is_val]))
+    assigned = assign_classes(toy_classes(), split, len(image_ids), np.random.default_rng([seed, is_val]))
 
-    def write(job: tuple[int, list[ToyClass]]) -> Drawn:
+    def write(job: tuple[int, list[ToyClass]]) -> AnnotatedImage:
         image_id, shown = job
-        # Seeded by the image, not by its turn: the threads finish in any order.
+        # Seeded per image, because threads finish in any order.
         image = draw_image([entry.look for entry in shown], np.random.default_rng([seed, is_val, image_id]))
         Image.fromarray(image.pixels).save(images / _file_name(image_id), quality=JPEG_QUALITY)
         regions = [_region_entry(entry, image.owner == number) for number, entry in enumerate(shown)]
-        return Drawn(image_id, image.owner.shape, regions)
+        return AnnotatedImage(image_id, image.owner.shape, regions)
 
     with ThreadPoolExecutor(processors()) as threads:
-        annotations = _lvis_form(split, threads.map(write, zip(image_ids, dealt, strict=True)))
+        annotations = _lvis_document(split, threads.map(write, zip(image_ids, assigned, strict=True)))
     (folder / f"toy_{split}.json").write_text(json.dumps(annotations, allow_nan=False))
 
 
@@ -155,7 +159,7 @@ def _file_name(image_id: int) -> str:
     return f"{image_id:012d}.jpg"
 
 
-def _lvis_form(split: str, drawn: Iterable[Drawn]) -> dict[str, Any]:
+def _lvis_document(split: str, drawn: Iterable[AnnotatedImage]) -> dict[str, Any]:
     """The content of lvis_v1_{split}.json (https://www.lvisdataset.org/dataset)."""
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -174,8 +178,8 @@ def _lvis_form(split: str, drawn: Iterable[Drawn]) -> dict[str, Any]:
     }
 
 
-def _image_entry(split: str, image: Drawn, absent: list[int]) -> dict[str, Any]:
-    """An LVIS image; every class that it does not show is known to be absent, for nothing is left unannotated."""
+def _image_entry(split: str, image: AnnotatedImage, absent: list[int]) -> dict[str, Any]:
+    """An LVIS image. Every class that it does not show is listed as absent: the annotations are exhaustive."""
     return {
         "id": image.image_id,
         "width": image.size_hw[1],
@@ -187,7 +191,7 @@ def _image_entry(split: str, image: Drawn, absent: list[int]) -> dict[str, Any]:
 
 
 def _region_entry(entry: ToyClass, mask: NDArray[np.bool_]) -> dict[str, Any]:
-    """What is visible of one object: box XYWH in pixels, area, and its mask as COCO's compressed run lengths."""
+    """The visible part of one object: box XYWH in pixels, area, mask as COCO's compressed RLE."""
     code = rle.encode(np.asfortranarray(mask, np.uint8))
     return {
         "category_id": entry.id,
@@ -198,7 +202,7 @@ def _region_entry(entry: ToyClass, mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def _category_entry(entry: ToyClass, annotations: list[dict[str, Any]]) -> dict[str, Any]:
-    """An LVIS category with the counts of this very file."""
+    """An LVIS category, with the counts of this file."""
     found = [region["image_id"] for region in annotations if region["category_id"] == entry.id]
     return {
         "id": entry.id,

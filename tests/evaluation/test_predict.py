@@ -168,9 +168,9 @@ def test_a_name_given_twice_is_taken_once_and_said(spot, pixels, caplog):
 def test_names_must_be_there_and_be_a_list(spot, pixels):
     with pytest.raises(InputError, match="there are no names"):
         spot.predict(pixels, BOXES, [])
-    with pytest.raises(InputError, match="name 2 of 2 is '', expected a word or more"):
+    with pytest.raises(InputError, match="name 2 of 2 is '', expected at least one word"):
         spot.predict(pixels, BOXES, ["red star", " \t"])
-    with pytest.raises(InputError, match="name 1 of 1 is 7, expected a word or more"):
+    with pytest.raises(InputError, match="name 1 of 1 is 7, expected at least one word"):
         spot.predict(pixels, BOXES, [7])
     with pytest.raises(InputError, match="expected a list of names such as"):
         spot.predict(pixels, BOXES, "dog,cat")

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from regionspot.cache.errors import InputError
+from regionspot.cache.machine import cpu_supports
 from regionspot.pipeline.backbones import dtypes
-from regionspot.pipeline.backbones.dtypes import DTYPES, cpu_supports, resolve_dtype, stored_dtype
+from regionspot.pipeline.backbones.dtypes import DTYPES, resolve_dtype, stored_dtype
 
 KINDS = ("localizer", "encoder")
 EVERY_CPU = [(), ("avx512_bf16",), ("amx_bf16", "amx_fp16"), ("bf16", "fp16_arith")]

@@ -1,4 +1,4 @@
-"""The shipped toy weights do what they were trained for, on images that no training saw."""
+"""The shipped toy weights, on images that they were not trained on."""
 
 from dataclasses import dataclass
 
@@ -12,20 +12,21 @@ from torch.nn import functional as F
 from regionspot.pipeline.backbones.clip import ClipEncoder, load_encoder
 from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.toy import TOY_WEIGHTS
-from regionspot.pipeline.toy.models import build_toy_sam, known_token_ids, unknown_words
+from regionspot.pipeline.toy import training as toy_training
+from regionspot.pipeline.toy.models import build_toy_clip, build_toy_sam, known_token_ids, unknown_words
 from regionspot.pipeline.toy.rendering import COLOURS, SHAPES, TEXTURES, Scene, draw_image
 from regionspot.pipeline.toy.samples import BASE, GROUPS, draw_samples, mask_batch, named_batch
-from regionspot.pipeline.toy.training import ToyRecipe, sam_logits, train_toy_clip, train_toy_sam
-from regionspot.pipeline.toy.world import ToyClass, deal, toy_classes
+from regionspot.pipeline.toy.training import ToyRecipe, encode_map, sam_logits, train_toy_clip, train_toy_sam
+from regionspot.pipeline.toy.world import ToyClass, assign_classes, toy_classes
 
 IMAGES = 24  # some 150 objects, rare classes among them
-# Under what the shipped weights reach here: 0.71 / 0.77 / 0.81 / 0.83 (shape, the hardest word).
-SAM_IOU, CLIP_ALL, CLIP_RARE, CLIP_WORD = 0.65, 0.65, 0.6, 0.7
+# Below what the shipped weights reach on these images: 0.87, 0.99, 0.99 and 0.99.
+SAM_IOU, CLIP_ALL, CLIP_RARE, CLIP_WORD = 0.83, 0.95, 0.95, 0.97
 
 
 @dataclass(frozen=True)
-class Shown:
-    """One image, what it shows, and the visible boxes XYXY float32 (n, 4) and masks bool (n, h, w) of that."""
+class LabelledImage:
+    """One image with its classes, boxes XYXY float32 (n, 4) and masks bool (n, h, w) of the visible parts."""
 
     image: Image.Image
     classes: list[ToyClass]
@@ -33,19 +34,19 @@ class Shown:
     masks: np.ndarray
 
 
-def _shown(image: Scene, classes: list[ToyClass]) -> Shown:
+def _labelled(image: Scene, classes: list[ToyClass]) -> LabelledImage:
     masks = image.owner == np.arange(len(classes))[:, None, None]
     edges = [(np.flatnonzero(m.any(axis=0)), np.flatnonzero(m.any(axis=1))) for m in masks]
     boxes = [(x[0], y[0], x[-1] + 1, y[-1] + 1) for x, y in edges]
-    return Shown(Image.fromarray(image.pixels), classes, np.array(boxes, np.float32), masks)
+    return LabelledImage(Image.fromarray(image.pixels), classes, np.array(boxes, np.float32), masks)
 
 
 @pytest.fixture(scope="module")
-def held_out() -> list[Shown]:
-    dealt = deal(toy_classes(), "val", IMAGES, np.random.default_rng(77))
+def held_out() -> list[LabelledImage]:
+    assigned = assign_classes(toy_classes(), "val", IMAGES, np.random.default_rng(77))
     return [
-        _shown(draw_image([entry.look for entry in classes], np.random.default_rng([77, number])), classes)
-        for number, classes in enumerate(dealt)
+        _labelled(draw_image([entry.look for entry in classes], np.random.default_rng([77, number])), classes)
+        for number, classes in enumerate(assigned)
     ]
 
 
@@ -56,18 +57,18 @@ def encoder() -> ClipEncoder:
 
 @pytest.fixture(scope="module")
 def answers(held_out, encoder) -> tuple[list[ToyClass], list[ToyClass]]:
-    """What each object is, and what the toy CLIP says to its crop."""
+    """The true class of each object, and the one that the toy CLIP gives its crop."""
     prompts = [f"a photo of a {entry.look.name}." for entry in toy_classes()]
-    names, said = F.normalize(encoder.embed_prompts(prompts), dim=1), []
+    names, predicted = F.normalize(encoder.embed_prompts(prompts), dim=1), []
     for shown in held_out:
         boxes = shown.boxes.astype(int).tolist()
         crops = torch.stack([encoder.preprocess(shown.image.crop(tuple(box))) for box in boxes])
-        said += [toy_classes()[k] for k in (encoder.embed_images(crops) @ names.T).argmax(dim=1).tolist()]
-    return [entry for shown in held_out for entry in shown.classes], said
+        predicted += [toy_classes()[k] for k in (encoder.embed_images(crops) @ names.T).argmax(dim=1).tolist()]
+    return [entry for shown in held_out for entry in shown.classes], predicted
 
 
 def test_the_shipped_weights_are_small():
-    assert sum(path.stat().st_size for path in TOY_WEIGHTS.values()) < 8_000_000
+    assert sum(path.stat().st_size for path in TOY_WEIGHTS.values()) < 10_000_000
 
 
 def test_toy_sam_draws_the_masks_of_held_out_objects(held_out):
@@ -81,27 +82,29 @@ def test_toy_sam_draws_the_masks_of_held_out_objects(held_out):
 
 
 def test_toy_clip_names_held_out_objects_rare_classes_included(answers):
-    right = np.array([true is said for true, said in zip(*answers, strict=True)])
+    right = np.array([true is predicted for true, predicted in zip(*answers, strict=True)])
     rare = np.array([true.frequency == "r" for true in answers[0]])
     assert rare.sum() >= 32
     assert right.mean() > CLIP_ALL
     assert right[rare].mean() > CLIP_RARE  # chance is one in 192, and no rare class was ever shown to it
 
 
-def test_toy_clip_hears_every_word_of_a_name(answers):
+def test_toy_clip_recognises_every_word_of_a_name(answers):
     for word in ("texture", "colour", "shape"):
-        right = [getattr(true.look, word) == getattr(said.look, word) for true, said in zip(*answers, strict=True)]
+        right = [
+            getattr(true.look, word) == getattr(predicted.look, word) for true, predicted in zip(*answers, strict=True)
+        ]
         assert np.mean(right) > CLIP_WORD, word
 
 
 def test_the_word_table_covers_every_name_and_every_template(encoder):
-    """The encoder refuses a prompt with a word that was not shipped; of these it refuses none."""
+    """The encoder refuses prompts with unknown words, and accepts all of these."""
     names = [entry.look.name for entry in toy_classes()] + [*SHAPES, *COLOURS, *TEXTURES]
     prompts = names + [template("plain red star") for template in OPENAI_IMAGENET_TEMPLATES]
     assert encoder.embed_prompts(prompts).norm(dim=1).min() > 0
 
 
-def test_words_that_were_never_taught_are_named_in_their_order():
+def test_unknown_words_are_listed_in_their_order():
     known = frozenset(known_token_ids())
     assert unknown_words("a photo of a striped giraffe, or a zebra.", known) == ["giraffe", "or", "zebra"]
 
@@ -112,18 +115,29 @@ def test_no_training_sample_shows_a_rare_class():
     assert all(set(sample.looks) <= set(BASE) for sample in draw_samples(20, seed=1))
 
 
-def test_samples_state_what_they_show():
-    """A window that shows one plain object: its middle patch says so, and so do the names that are true of it."""
+def test_crops_have_the_labels_of_their_object():
+    """A crop of one object: most of its patches and all of its names are those of the object."""
     samples = list(draw_samples(60, seed=2))
-    images, truth, local = named_batch(samples, 96, 6, 0.0, np.random.default_rng(0))
-    assert images.shape == (60, 3, 96, 96)
-    assert local.shape == (60, 36, 3)
-    names, shapes, *_ = truth.split([len(group) for group in GROUPS], dim=1)
+    batch = named_batch(samples, 96, 6, 0.0, np.random.default_rng(0))
+    assert batch.images.shape == (60, 3, 96, 96)
+    assert batch.patch_words.shape == (60, 36, 3)
+    names, shapes, *_ = batch.truth.split([len(group) for group in GROUPS], dim=1)
     assert (names.sum(dim=1) == 1).all()
     assert all(GROUPS[0][n].endswith(SHAPES[s]) for n, s in zip(names.argmax(1), shapes.argmax(1), strict=True))
-    # Most patches of a tight crop show the object that it is of.
-    agree = (local[..., 0] == shapes.argmax(1)[:, None]).sum(1) / (local[..., 0] >= 0).sum(1).clamp(min=1)
+    seen = batch.patch_words[..., 0]
+    agree = (seen == shapes.argmax(1)[:, None]).sum(1) / (seen >= 0).sum(1).clamp(min=1)
     assert agree.mean() > 0.7
+
+
+def test_a_regions_weights_lie_on_the_patches_of_its_object():
+    """Most of the mean over an object's box comes from patches that show the object."""
+    batch = named_batch(list(draw_samples(30, seed=3)), 192, 12, 1.0, np.random.default_rng(0))
+    shown = batch.region_words[..., 0] >= 0
+    assert torch.equal(shown, batch.region_share.sum(dim=2) > 0)
+    torch.testing.assert_close(batch.region_share.sum(dim=2)[shown], torch.ones(int(shown.sum())))
+    same = (batch.patch_words[:, None] == batch.region_words[:, :, None]).all(dim=-1)
+    on_object = (batch.region_share * same).sum(dim=2)[shown]
+    assert on_object.mean() > 0.5
 
 
 def test_a_mask_sample_fits_its_box():
@@ -134,7 +148,7 @@ def test_a_mask_sample_fits_its_box():
         assert (found - box).abs().max() < 4 + 0.15 * (box[2:] - box[:2]).max()
 
 
-def test_training_masks_are_those_of_the_libraries_own_decoder():
+def test_training_computes_the_masks_of_segment_anything():
     sam = build_toy_sam()
     with torch.no_grad():
         embedding = sam.image_encoder(torch.randn(1, 3, 256, 256))
@@ -147,12 +161,42 @@ def test_training_masks_are_those_of_the_libraries_own_decoder():
     torch.testing.assert_close(ours[1], quality)
 
 
-def test_training_depends_on_its_seed_alone():
-    recipe = ToyRecipe(images=12, sam_steps=2, sam_batch=2, crop_steps=2, scene_steps=1, clip_batch=4)
-    samples = list(draw_samples(recipe.images, recipe.seed))
-    for train in (train_toy_sam, train_toy_clip):
-        states = []
-        for _ in range(2):
-            torch.manual_seed(recipe.seed)
-            states.append(train(samples, recipe).state_dict())
-        assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+TINY = ToyRecipe(images=12, sam_steps=2, sam_batch=2, clip_steps=2, clip_batch=4, clip_scenes=0.5)
+
+
+@pytest.mark.parametrize("train", [train_toy_sam, train_toy_clip])
+def test_training_depends_only_on_its_seed(train):
+    samples = list(draw_samples(TINY.images, TINY.seed))
+    one, other = (train(samples, TINY).state_dict() for _ in range(2))
+    assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize(("train", "stage"), [(train_toy_sam, "toy_sam"), (train_toy_clip, "toy_clip")])
+def test_a_stopped_training_resumes_to_the_same_weights(train, stage, tmp_path, monkeypatch):
+    samples = list(draw_samples(TINY.images, TINY.seed))
+    whole = train(samples, TINY).state_dict()
+    monkeypatch.setattr(toy_training, "CHECKPOINT_SECONDS", 0.0)
+    save = toy_training._save_checkpoint
+
+    def save_and_stop(work, name, model, optimizer, steps):
+        save(work, name, model, optimizer, steps)
+        if (name, steps) == (stage, 1):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(toy_training, "_save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(samples, TINY, tmp_path)
+    resumed = train(samples, TINY, tmp_path).state_dict()
+    assert all(torch.equal(value, resumed[name]) for name, value in whole.items())
+
+
+def test_training_and_extraction_compute_the_same_map():
+    """Training computes its own attention; extraction uses open_clip's. Both give the same map."""
+    visual = (clip := build_toy_clip(word_table=1)).visual
+    images = torch.randn(2, 3, 192, 192)
+    with torch.no_grad():
+        stored = visual.forward_intermediates(images, indices=1, output_fmt="NLC", output_extra_tokens=True)
+        ours = encode_map(clip, images)
+    torch.testing.assert_close(ours[:, :1], stored["image_intermediates_prefix"][0])
+    torch.testing.assert_close(ours[:, 1:], stored["image_intermediates"][0])

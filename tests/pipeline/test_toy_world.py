@@ -1,4 +1,4 @@
-"""The toy world keeps its promises: what the annotations say is what the images show."""
+"""The toy world: its annotations agree with its images."""
 
 import json
 from collections import Counter
@@ -10,9 +10,9 @@ from PIL import Image
 from pycocotools import mask as rle
 
 from regionspot.cache.errors import InputError
-from regionspot.pipeline.toy import rendering as toy_images
-from regionspot.pipeline.toy.rendering import COLOURS, GROUND, SHAPES, TEXTURES, VISIBLE, draw_image
-from regionspot.pipeline.toy.world import deal, make_toy_world, toy_classes
+from regionspot.pipeline.toy import rendering
+from regionspot.pipeline.toy.rendering import COLOURS, GROUND, HALF, SHAPES, TEXTURES, VISIBLE, draw_image
+from regionspot.pipeline.toy.world import assign_classes, make_toy_world, toy_classes
 
 
 @pytest.fixture(scope="module")
@@ -52,15 +52,17 @@ def test_rare_classes_are_never_trained_on_and_all_validated(annotations):
 
 def test_the_smallest_world_still_validates_every_rare_class():
     rng = np.random.default_rng(0)
-    dealt = [entry for image in deal(toy_classes(), "val", 8, rng) for entry in image]
-    assert {entry.id for entry in dealt} >= {entry.id for entry in toy_classes() if entry.frequency == "r"}
+    assigned = [entry for image in assign_classes(toy_classes(), "val", 8, rng) for entry in image]
+    assert {entry.id for entry in assigned} >= {entry.id for entry in toy_classes() if entry.frequency == "r"}
 
 
 def test_frequent_classes_are_trained_on_more_than_common_ones():
-    dealt = [entry for image in deal(toy_classes(), "train", 800, np.random.default_rng(0)) for entry in image]
-    count = Counter(entry.frequency for entry in dealt)
+    assigned = [
+        entry for image in assign_classes(toy_classes(), "train", 800, np.random.default_rng(0)) for entry in image
+    ]
+    count = Counter(entry.frequency for entry in assigned)
     assert count["f"] / 64 > 2 * count["c"] / 96
-    assert len({entry.id for entry in dealt}) == 160
+    assert len({entry.id for entry in assigned}) == 160
 
 
 def test_every_image_exists_with_the_stated_size(world, annotations):
@@ -109,14 +111,14 @@ def test_absent_classes_are_stated_as_absent(annotations):
 
 
 def test_every_object_shows_at_least_the_stated_part_of_itself(monkeypatch):
-    whole, place = [], toy_images._place
+    whole, place = [], rendering._place
 
     def recording(*arguments):
         cover, window = place(*arguments)
-        whole.append(np.count_nonzero(cover > 0.5))
+        whole.append(np.count_nonzero(cover > HALF))
         return cover, window
 
-    monkeypatch.setattr(toy_images, "_place", recording)
+    monkeypatch.setattr(rendering, "_place", recording)
     looks = [entry.look for entry in toy_classes()[:72:8]]
     for seed in range(20):
         whole.clear()
