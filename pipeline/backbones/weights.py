@@ -57,10 +57,21 @@ def _clip(file: str, sha256: str) -> OfficialFile:
     return OfficialFile(file, f"https://openaipublic.azureedge.net/clip/models/{sha256}/{file}", sha256)
 
 
-def _sam2(file: str, released: str, sha256: str) -> OfficialFile:
-    return OfficialFile(file, f"https://dl.fbaipublicfiles.com/segment_anything_2/{released}/{file}", sha256)
+def _sam2(name: str, sha256: str) -> OfficialFile:
+    released = "092824" if name.startswith("sam2.1") else "072824"
+    return OfficialFile(f"{name}.pt", f"https://dl.fbaipublicfiles.com/segment_anything_2/{released}/{name}.pt", sha256)
 
 
+_SAM2_SHA256 = {
+    "sam2_hiera_tiny": "65b50056e05bcb13694174f51bb6da89c894b57b75ccdf0ba6352c597c5d1125",
+    "sam2_hiera_small": "95949964d4e548409021d47b22712d5f1abf2564cc0c3c765ba599a24ac7dce3",
+    "sam2_hiera_base_plus": "d0bb7f236400a49669ffdd1be617959a8b1d1065081789d7bbff88eded3a8071",
+    "sam2_hiera_large": "7442e4e9b732a508f80e141e7c2913437a3610ee0c77381a66658c3a445df87b",
+    "sam2.1_hiera_tiny": "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69",
+    "sam2.1_hiera_small": "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38",
+    "sam2.1_hiera_base_plus": "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5",
+    "sam2.1_hiera_large": "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318",
+}
 # URLs: facebookresearch/segment-anything, README.md; openai/CLIP, clip/clip.py, whose URLs contain the SHA-256;
 # ChaoningZhang/MobileSAM, README.md; facebookresearch/sam2, README.md. The authors of the last two publish no SHA-256;
 # these are the ones that micro-sam (SAM 2) and other projects verify.
@@ -73,30 +84,7 @@ OFFICIAL = {
         "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
         "6dbb90523a35330fedd7f1d3dfc66f995213d81b29a5ca8108dbcdd4e37d6c2f",
     ),
-    "sam2_hiera_tiny": _sam2(
-        "sam2_hiera_tiny.pt", "072824", "65b50056e05bcb13694174f51bb6da89c894b57b75ccdf0ba6352c597c5d1125"
-    ),
-    "sam2_hiera_small": _sam2(
-        "sam2_hiera_small.pt", "072824", "95949964d4e548409021d47b22712d5f1abf2564cc0c3c765ba599a24ac7dce3"
-    ),
-    "sam2_hiera_base_plus": _sam2(
-        "sam2_hiera_base_plus.pt", "072824", "d0bb7f236400a49669ffdd1be617959a8b1d1065081789d7bbff88eded3a8071"
-    ),
-    "sam2_hiera_large": _sam2(
-        "sam2_hiera_large.pt", "072824", "7442e4e9b732a508f80e141e7c2913437a3610ee0c77381a66658c3a445df87b"
-    ),
-    "sam2.1_hiera_tiny": _sam2(
-        "sam2.1_hiera_tiny.pt", "092824", "7402e0d864fa82708a20fbd15bc84245c2f26dff0eb43a4b5b93452deb34be69"
-    ),
-    "sam2.1_hiera_small": _sam2(
-        "sam2.1_hiera_small.pt", "092824", "6d1aa6f30de5c92224f8172114de081d104bbd23dd9dc5c58996f0cad5dc4d38"
-    ),
-    "sam2.1_hiera_base_plus": _sam2(
-        "sam2.1_hiera_base_plus.pt", "092824", "a2345aede8715ab1d5d31b4a509fb160c5a4af1970f199d9054ccfb746c004c5"
-    ),
-    "sam2.1_hiera_large": _sam2(
-        "sam2.1_hiera_large.pt", "092824", "2647878d5dfa5098f2f8649825738a9345572bae2d4350a2468587ece47dd318"
-    ),
+    **{name: _sam2(name, sha256) for name, sha256 in _SAM2_SHA256.items()},
     "clip_vit_b_16": _clip("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
     "clip_vit_l_14": _clip("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
     "clip_vit_l_14_336": _clip("ViT-L-14-336px.pt", "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),

@@ -66,44 +66,63 @@ class Preprocess:
         return _rounded(edges[0]), _rounded(edges[1])
 
     def sam_size(self, original_size: Size, long_side: int) -> Size:
-        """(height, width) of `sam_input`'s result."""
-        return sam_size(self.first_size(original_size), long_side)
+        """(height, width) with the longer side at `long_side` pixels, rounded half up as in SAM."""
+        first = self.first_size(original_size)
+        scale = long_side / max(first)
+        return _rounded(first[0] * scale), _rounded(first[1] * scale)
 
     def sam_input(self, image: Image.Image, long_side: int) -> Tensor:
         """uint8 (3, h, w): the image with its longer side at `long_side` pixels, neither normalised nor padded."""
-        return sam_input(self._first(image), long_side)
+        height, width = self.sam_size((image.height, image.width), long_side)
+        resized = self._first_resize(image).resize((width, height), Image.Resampling.BILINEAR)
+        return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
 
     def scale_boxes(self, boxes_xyxy: NDArray[np.float32], original_size: Size, long_side: int) -> NDArray[np.float32]:
         """Scale boxes, float32 (n, 4), from pixels of the original to pixels of `sam_input`'s result.
 
-        Rounded to float32 after each resize, as in the authors' code.
+        Each resize multiplies in float64 and rounds to float32, as the authors' code and segment_anything's
+        ResizeLongestSide.apply_boxes do.
         """
         first = self.first_size(original_size)
         if first != original_size:
             boxes_xyxy = _scaled(boxes_xyxy, original_size, first)
-        return scale_boxes(boxes_xyxy, first, long_side)
+        return _scaled(boxes_xyxy, first, self.sam_size(original_size, long_side))
 
     def clip_input(self, image: Image.Image, pixels: int, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
         """float32 (3, p, p): the whole image resized to a square, normalised per channel."""
-        return clip_input(self._first(image), pixels, mean, std, self.antialiased)
+        image = self._first_resize(image)
+        rows = max(STRIP_PIXELS // image.width, 1)
+        if rows >= image.height:
+            values = _floats(image)
+        else:
+            strips = (
+                image.crop((0, top, image.width, min(top + rows, image.height))) for top in range(0, image.height, rows)
+            )
+            # Bit-identical to resizing in one piece: the filter is separable, horizontal first.
+            values = torch.cat([self._resize(_floats(strip), strip.height, pixels) for strip in strips], dim=1)
+        square = self._resize(values, pixels, pixels)
+        return square.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
+
+    def _resize(self, values: Tensor, height: int, width: int) -> Tensor:
+        resized: Tensor = transforms.resize(values, [height, width], antialias=self.antialiased)
+        return resized
 
     def sam_provenance(self, long_side: int) -> dict[str, Any]:
         """The input fields of a localizer's provenance."""
-        return {"preprocess": self.name, "resize": self._first_resize() + SAM_RESIZE.format(pixels=long_side)}
+        return {"preprocess": self.name, "resize": self._first_rule() + SAM_RESIZE.format(pixels=long_side)}
 
     def clip_provenance(self, pixels: int) -> dict[str, Any]:
         """The input fields of an encoder's provenance."""
         antialiased = "antialiased" if self.antialiased else "not antialiased"
-        resize = self._first_resize() + CLIP_RESIZE.format(filter=antialiased, pixels=pixels)
+        resize = self._first_rule() + CLIP_RESIZE.format(filter=antialiased, pixels=pixels)
         return {"preprocess": self.name, "resize": resize}
 
-    def _first(self, image: Image.Image) -> Image.Image:
-        if self.first_edges is None:
-            return image
+    def _first_resize(self, image: Image.Image) -> Image.Image:
+        image = image if image.mode == "RGB" else image.convert("RGB")  # `convert` would copy an RGB image
         height, width = self.first_size((image.height, image.width))
-        return _rgb(image).resize((width, height), Image.Resampling.BILINEAR)
+        return image if self.first_edges is None else image.resize((width, height), Image.Resampling.BILINEAR)
 
-    def _first_resize(self) -> str:
+    def _first_rule(self) -> str:
         if self.first_edges is None:
             return ""
         return FIRST_RESIZE.format(shorter=self.first_edges[0], longer=self.first_edges[1])
@@ -124,52 +143,8 @@ def get_preprocess(name: str) -> Preprocess:
     return PREPROCESS[name]
 
 
-def sam_size(original_size: Size, long_side: int) -> Size:
-    """(height, width) after resizing the longer side to `long_side` pixels, rounded half up as in SAM."""
-    scale = long_side / max(original_size)
-    return _rounded(original_size[0] * scale), _rounded(original_size[1] * scale)
-
-
-def sam_input(image: Image.Image, long_side: int) -> Tensor:
-    """uint8 (3, h, w): the image with its longer side at `long_side` pixels, neither normalised nor padded."""
-    height, width = sam_size((image.height, image.width), long_side)
-    resized = _rgb(image).resize((width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).contiguous()
-
-
-def scale_boxes(boxes_xyxy: NDArray[np.float32], original_size: Size, long_side: int) -> NDArray[np.float32]:
-    """Scale boxes, float32 (n, 4), from pixels of the original to pixels of `sam_input`'s result.
-
-    Multiplied in float64 and then rounded, as in segment_anything's ResizeLongestSide.apply_boxes.
-    """
-    return _scaled(boxes_xyxy, original_size, sam_size(original_size, long_side))
-
-
-def clip_input(
-    image: Image.Image, pixels: int, mean: tuple[float, ...], std: tuple[float, ...], antialiased: bool = True
-) -> Tensor:
-    """float32 (3, p, p): the whole image resized to a square, normalised per channel."""
-    rows = max(STRIP_PIXELS // image.width, 1)
-    if rows >= image.height:
-        values = _floats(image)
-    else:
-        strips = (
-            image.crop((0, top, image.width, min(top + rows, image.height))) for top in range(0, image.height, rows)
-        )
-        # Bit-identical to resizing in one piece: the filter is separable, horizontal first.
-        narrow = [transforms.resize(_floats(strip), [strip.height, pixels], antialias=antialiased) for strip in strips]
-        values = torch.cat(narrow, dim=1)
-    square: Tensor = transforms.resize(values, [pixels, pixels], antialias=antialiased)
-    return square.sub_(torch.tensor(mean).view(3, 1, 1)).div_(torch.tensor(std).view(3, 1, 1))
-
-
 def _floats(image: Image.Image) -> Tensor:
-    return torch.from_numpy(np.array(_rgb(image))).permute(2, 0, 1).float().div_(255)
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """The image in RGB, without a copy if it is RGB already."""
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
 
 
 def _rounded(edge: float) -> int:

@@ -1,11 +1,10 @@
 """Images of more than 8 bits, or of floats, keep their brightness in 8 bits, or are refused."""
 
-import io
 import struct
-import zlib
 
 import numpy as np
 import pytest
+from image_files import encode, png
 from PIL import Image
 
 from regionspot.cache.errors import ImageError
@@ -46,14 +45,8 @@ def tiff(samples: np.ndarray, sample_format=UNSIGNED, bits=None, photometric=BLA
     return start + samples.tobytes() + table + bytes(4) + outside
 
 
-def saved(image: Image.Image, format="PNG") -> bytes:
-    file = io.BytesIO()
-    image.save(file, format)
-    return file.getvalue()
-
-
-def png(samples: np.ndarray) -> bytes:
-    return saved(Image.fromarray(samples))
+def png_of(samples: np.ndarray) -> bytes:
+    return encode(Image.fromarray(samples))
 
 
 def ramp(white: float, dtype, black: float = 0) -> np.ndarray:
@@ -61,15 +54,9 @@ def ramp(white: float, dtype, black: float = 0) -> np.ndarray:
 
 
 def colour_png(white: float) -> bytes:
-    """16 bits a channel, which Pillow does not write."""
+    """16 bits per channel, which Pillow cannot write."""
     rows = ramp(white, np.uint16)[..., None].repeat(3, 2).astype(">u2")
-
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = chunk(b"IHDR", struct.pack(">IIBBBBB", WIDTH, HEIGHT, 16, 2, 0, 0, 0))
-    pixels = chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows)))
-    return b"\x89PNG\r\n\x1a\n" + header + pixels + chunk(b"IEND", b"")
+    return png(WIDTH, HEIGHT, 16, 2, b"".join(b"\0" + row.tobytes() for row in rows))
 
 
 def packed_12_bits() -> np.ndarray:
@@ -85,12 +72,12 @@ def with_hot_pixel(samples: np.ndarray, value: float) -> np.ndarray:
 
 # The file states white, or it is the usual value.
 STATED = {
-    "16 bits": png(ramp(65535, np.uint16)),
+    "16 bits": png_of(ramp(65535, np.uint16)),
     "16 bits, TIFF": tiff(ramp(65535, np.uint16)),
     "16 bits, TIFF, other byte order": tiff(ramp(65535, ">u2")),
     "12 bits, packed": tiff(packed_12_bits(), bits=12),
     "12 bits in 16, stated": tiff(ramp(4095, np.uint16), tags=[(281, "H", (4095,))]),
-    "8 bits in 16": png(ramp(255, np.uint16)),
+    "8 bits in 16": png_of(ramp(255, np.uint16)),
     "8 bits in 32": tiff(ramp(255, np.int32), SIGNED),
     "16 bits, signed": tiff(ramp(32767, np.int16), SIGNED),
     "16 bits in 32": tiff(ramp(65535, np.int32), SIGNED),
@@ -111,14 +98,14 @@ STATED = {
 }
 # White is guessed from the values.
 GUESSED = {
-    **{f"{bits} bits in 16": png(ramp(2**bits - 1, np.uint16)) for bits in (9, 12, 14)},
+    **{f"{bits} bits in 16": png_of(ramp(2**bits - 1, np.uint16)) for bits in (9, 12, 14)},
     "12 bits in 16, TIFF": tiff(ramp(4095, np.uint16)),
     "12 bits in 16, 16 stated": tiff(ramp(4095, np.uint16), tags=[(281, "H", (65535,))]),
-    "12 bits in 16 with a hot pixel": png(with_hot_pixel(ramp(4095, np.uint16), 65535)),
+    "12 bits in 16 with a hot pixel": png_of(with_hot_pixel(ramp(4095, np.uint16), 65535)),
     "12 bits in 16, white is 0": tiff(ramp(0, np.uint16, 4095), photometric=0),
-    "6 bits in 16": png(ramp(63, np.uint16)),
+    "6 bits in 16": png_of(ramp(63, np.uint16)),
     "24 bits in 32": tiff(ramp(2**24 - 1, np.int32), SIGNED),
-    "far from 0": png(ramp(8000, np.uint16, 7000)),
+    "far from 0": png_of(ramp(8000, np.uint16, 7000)),
     "signed": tiff(ramp(2000, np.int16, -2000), SIGNED),
     "signed, 8 bits": tiff(ramp(127, np.int8, -128), SIGNED),
     "float, -1 to 1": tiff(ramp(1, np.float32, -1), FLOAT),
@@ -161,12 +148,12 @@ def test_each_kind_of_image_is_warned_about_once(caplog, tmp_path):
 
 def test_12_bits_keep_their_upper_8():
     dim = (ramp(4095, np.uint16) * 0.7).astype(np.uint16)
-    assert np.array_equal(np.asarray(read_image(png(dim)))[..., 0], dim >> 4)
+    assert np.array_equal(np.asarray(read_image(png_of(dim)))[..., 0], dim >> 4)
 
 
 @pytest.mark.parametrize("value", [0, 65535])
 def test_a_16_bit_image_may_be_all_black_or_all_white(value, caplog):
-    image = read_image(png(np.full((HEIGHT, WIDTH), value, np.uint16)))
+    image = read_image(png_of(np.full((HEIGHT, WIDTH), value, np.uint16)))
     assert np.asarray(image).max() == np.asarray(image).min() == value >> 8
     assert not caplog.records
 
@@ -174,7 +161,7 @@ def test_a_16_bit_image_may_be_all_black_or_all_white(value, caplog):
 def test_a_few_bright_pixels_on_black_stay_visible():
     sky = np.zeros((100, 100), np.uint16)
     sky[50, 50] = 3000
-    assert read_image(png(sky)).getpixel((50, 50)) == (255, 255, 255)
+    assert read_image(png_of(sky)).getpixel((50, 50)) == (255, 255, 255)
 
 
 def test_non_finite_values_become_black_or_white_with_a_warning(caplog):

@@ -2,19 +2,20 @@
 
 import os
 import struct
-import zlib
 
 import numpy as np
 import pytest
+from image_files import png
 from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 
 from regionspot.cache.errors import ImageError
 from regionspot.pipeline.images import decode
 from regionspot.pipeline.images.decode import decode_image, read_image
-from regionspot.pipeline.images.preprocess import clip_input, sam_input, sam_size, scale_boxes
+from regionspot.pipeline.images.preprocess import get_preprocess
 
 HEIGHT, WIDTH = 20, 30
+DIRECT = get_preprocess("direct")
 QUARTER_TURN = 6  # EXIF: rotated 90 degrees clockwise for display
 
 
@@ -92,14 +93,6 @@ def test_a_square_image_is_not_rotated_because_its_size_cannot_tell(tmp_path):
     assert decode_image(tmp_path / "square.jpg", (HEIGHT, HEIGHT)).orientation == "ignored"
 
 
-def png_with_stated_size(width: int, height: int) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
-
-
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -108,7 +101,7 @@ def png_with_stated_size(width: int, height: int) -> bytes:
         (b"<html>404 Not Found</html>", "is HTML or XML, not an image"),
         ("half a jpeg", "is broken or cut off"),
         ("half a png", "is broken or cut off"),
-        (png_with_stated_size(50_000, 50_000), "has too many pixels"),
+        (png(50_000, 50_000, 8, 2, b""), "has too many pixels"),
     ],
     ids=["missing", "empty", "html", "half a jpeg", "half a png", "bomb"],
 )
@@ -162,22 +155,24 @@ def test_sam_sizes_and_boxes_equal_the_official_transform():
     rng = np.random.default_rng(0)
     for size in [(426, 640), (640, 426), (333, 1000), (1024, 1024), (7, 2001)]:
         boxes = rng.uniform(0, min(size), (9, 4)).astype(np.float32)
-        assert sam_size(size, 1024) == official.get_preprocess_shape(*size, 1024)
-        assert np.array_equal(scale_boxes(boxes, size, 1024), official.apply_boxes(boxes, size).astype(np.float32))
+        assert DIRECT.sam_size(size, 1024) == official.get_preprocess_shape(*size, 1024)
+        assert np.array_equal(
+            DIRECT.scale_boxes(boxes, size, 1024), official.apply_boxes(boxes, size).astype(np.float32)
+        )
 
 
 def test_the_sam_input_equals_the_official_transform():
     pixels = np.random.default_rng(0).integers(0, 255, (50, 90, 3), np.uint8)
     expected = ResizeLongestSide(64).apply_image(pixels)
-    assert np.array_equal(sam_input(Image.fromarray(pixels), 64).permute(1, 2, 0).numpy(), expected)
+    assert np.array_equal(DIRECT.sam_input(Image.fromarray(pixels), 64).permute(1, 2, 0).numpy(), expected)
 
 
 def test_a_very_narrow_image_keeps_one_pixel():
-    assert sam_input(Image.new("RGB", (5000, 1)), 256).shape == (3, 1, 256)
+    assert DIRECT.sam_input(Image.new("RGB", (5000, 1)), 256).shape == (3, 1, 256)
 
 
 def test_the_clip_input_is_a_normalised_square():
     image = Image.new("RGB", (90, 30), (255, 0, 51))
-    square = clip_input(image, 16, (0.5, 0.5, 0.2), (0.5, 0.25, 1.0))
+    square = DIRECT.clip_input(image, 16, (0.5, 0.5, 0.2), (0.5, 0.25, 1.0))
     assert square.shape == (3, 16, 16)
     assert np.allclose(square.mean((1, 2)).numpy(), [1.0, -2.0, 0.0], atol=1e-5)

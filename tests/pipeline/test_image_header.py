@@ -1,6 +1,5 @@
 """Unreadable files are identified by their content, plugins are used if installed, and PNG texts are skipped."""
 
-import io
 import subprocess
 import sys
 import tracemalloc
@@ -8,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+from image_files import encode, insert_chunks, png_chunk
 from PIL import Image
 
 from regionspot.cache.errors import ImageError
@@ -18,20 +18,11 @@ MEGABYTE = 2**20
 
 
 def saved(format: str) -> bytes:
-    file = io.BytesIO()
-    NOISE.save(file, format)
-    return file.getvalue()
-
-
-def chunk(kind: bytes, body: bytes, checksum: int | None = None) -> bytes:
-    checksum = zlib.crc32(kind + body) if checksum is None else checksum
-    return len(body).to_bytes(4, "big") + kind + body + checksum.to_bytes(4, "big")
+    return encode(NOISE, format)
 
 
 def png_with(chunks: bytes, before: bytes) -> bytes:
-    png = saved("PNG")
-    start = png.index(before) - 4
-    return png[:start] + chunks + png[start:]
+    return insert_chunks(saved("PNG"), chunks, before)
 
 
 def box(brand: bytes) -> bytes:
@@ -39,18 +30,18 @@ def box(brand: bytes) -> bytes:
 
 
 TEXTS = {
-    "a profile of 3 MB": chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 * MEGABYTE))),
-    "a compressed text of 3 MB": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 3 * MEGABYTE)),
-    "an international one": chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(b"a" * 3 * MEGABYTE)),
-    "XMP of 3 MB": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"a" * 3 * MEGABYTE)),
-    "80 texts of 1 MB": b"".join(chunk(b"tEXt", b"%d\0" % k + b"a" * MEGABYTE) for k in range(80)),
-    "a damaged text": chunk(b"tEXt", b"Comment\0text", checksum=1),
-    "a damaged profile": chunk(b"iCCP", b"profile\0\0 not compressed"),
-    "a profile compressed in an unknown way": chunk(b"iCCP", b"profile\0\7" + zlib.compress(b"a")),
-    "damaged XMP": chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0 not compressed"),
-    "damaged EXIF": chunk(b"eXIf", b"MM", checksum=1),
-    "a damaged density": chunk(b"pHYs", bytes(9), checksum=1),
-    "a gamma": chunk(b"gAMA", (100_000).to_bytes(4, "big")),
+    "a profile of 3 MB": png_chunk(b"iCCP", b"profile\0\0" + zlib.compress(bytes(3 * MEGABYTE))),
+    "a compressed text of 3 MB": png_chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"a" * 3 * MEGABYTE)),
+    "an international one": png_chunk(b"iTXt", b"Comment\0\1\0\0\0" + zlib.compress(b"a" * 3 * MEGABYTE)),
+    "XMP of 3 MB": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"a" * 3 * MEGABYTE)),
+    "80 texts of 1 MB": b"".join(png_chunk(b"tEXt", b"%d\0" % k + b"a" * MEGABYTE) for k in range(80)),
+    "a damaged text": png_chunk(b"tEXt", b"Comment\0text", checksum=1),
+    "a damaged profile": png_chunk(b"iCCP", b"profile\0\0 not compressed"),
+    "a profile compressed in an unknown way": png_chunk(b"iCCP", b"profile\0\7" + zlib.compress(b"a")),
+    "damaged XMP": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0 not compressed"),
+    "damaged EXIF": png_chunk(b"eXIf", b"MM", checksum=1),
+    "a damaged density": png_chunk(b"pHYs", bytes(9), checksum=1),
+    "a gamma": png_chunk(b"gAMA", (100_000).to_bytes(4, "big")),
 }
 
 
@@ -62,7 +53,7 @@ def test_unused_chunks_of_a_png_are_ignored(name, before):
 
 def test_a_compression_bomb_in_a_text_is_not_decompressed():
     compressed = zlib.compress(bytes(64 * MEGABYTE))
-    png = png_with(chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + compressed), b"IDAT")
+    png = png_with(png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + compressed), b"IDAT")
     tracemalloc.start()
     try:
         read_image(png)
@@ -183,9 +174,8 @@ def test_heic_is_upright_under_every_exif_rule(orientation):
     stored = Image.fromarray(colours.repeat(32, 0).repeat(64, 1))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    file = io.BytesIO()
-    stored.save(file, "HEIF", quality=95, exif=exif.tobytes())
-    with_rule = [np.asarray(read_image(file.getvalue(), exif=rule)) for rule in ("auto", "apply", "ignore")]
+    content = encode(stored, "HEIF", quality=95, exif=exif.tobytes())
+    with_rule = [np.asarray(read_image(content, exif=rule)) for rule in ("auto", "apply", "ignore")]
     assert all(np.array_equal(one, with_rule[0]) for one in with_rule)
     expected = stored.transpose(TURNS[orientation]) if orientation > 1 else stored
     upright = Image.fromarray(with_rule[0])

@@ -6,6 +6,7 @@ import random
 import numpy as np
 import pytest
 import simplejpeg
+from image_files import encode
 from PIL import Image
 
 from regionspot.cache.errors import ImageError
@@ -26,9 +27,7 @@ def fresh_comparison():
 
 
 def jpeg_bytes(image: Image.Image = NOISE, **options) -> bytes:
-    file = io.BytesIO()
-    image.save(file, "JPEG", **options)
-    return file.getvalue()
+    return encode(image, "JPEG", **options)
 
 
 def pillows(data: bytes) -> np.ndarray:
@@ -127,9 +126,7 @@ def test_a_progressive_jpeg_cut_between_two_scans_is_refused(read, kind, decoder
 
 @WITH_AND_WITHOUT_SIMPLEJPEG
 def test_the_first_of_two_images_in_a_file_is_decoded(read, decoder):
-    file = io.BytesIO()
-    NOISE.save(file, "MPO", quality=90, save_all=True, append_images=[NOISE.rotate(180)])
-    whole = file.getvalue()
+    whole = encode(NOISE, "MPO", quality=90, save_all=True, append_images=[NOISE.rotate(180)])
     assert np.array_equal(read(whole, decoder), pillows(whole))
     second = whole.rindex(b"\xff\xd8\xff")
     assert np.array_equal(read(whole[: second + 900], decoder), pillows(whole))

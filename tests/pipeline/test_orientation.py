@@ -5,6 +5,7 @@ import zlib
 
 import numpy as np
 import pytest
+from image_files import encode, insert_chunks, png_chunk
 from PIL import Image, ImageOps, features
 
 from regionspot.cache.errors import ImageError
@@ -43,9 +44,7 @@ def xmp_of(orientation: int) -> bytes:
 
 
 def saved(format: str, **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(STORED).save(file, format, **options)
-    return file.getvalue()
+    return encode(Image.fromarray(STORED), format, **options)
 
 
 def in_exif(format: str, **options):
@@ -57,11 +56,8 @@ def jpeg_with_xmp(orientation: int) -> bytes:
     return jpeg[:2] + b"\xff\xe1" + (len(body) + 2).to_bytes(2, "big") + body + jpeg[2:]
 
 
-def png_with(kind: bytes, body: bytes, after_pixels: bool = False) -> bytes:
-    png = saved("PNG")
-    chunk = len(body).to_bytes(4, "big") + kind + body + zlib.crc32(kind + body).to_bytes(4, "big")
-    at = png.index(b"IEND" if after_pixels else b"IDAT") - 4
-    return png[:at] + chunk + png[at:]
+def png_with(kind: bytes, body: bytes, before: bytes = b"IDAT") -> bytes:
+    return insert_chunks(saved("PNG"), png_chunk(kind, body), before)
 
 
 def png_with_xmp(orientation: int) -> bytes:
@@ -80,7 +76,7 @@ def png_with_profile(orientation: int) -> bytes:  # as ImageMagick writes EXIF
 
 
 def png_with_late_exif(orientation: int) -> bytes:
-    return png_with(b"eXIf", exif_of(orientation).tobytes()[6:], after_pixels=True)
+    return png_with(b"eXIf", exif_of(orientation).tobytes()[6:], before=b"IEND")
 
 
 def tiff_with_xmp(orientation: int) -> bytes:

@@ -21,7 +21,7 @@ from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.datasets.region_table import manifest_of_images
 from regionspot.pipeline.extraction.extract import Backbones
 from regionspot.pipeline.images import preprocess
-from regionspot.pipeline.images.preprocess import PREPROCESS, clip_input, get_preprocess
+from regionspot.pipeline.images.preprocess import PREPROCESS, get_preprocess
 
 REFERENCE = PREPROCESS["reference"]
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -98,9 +98,9 @@ def test_sam_gives_the_same_tokens_by_reference_and_directly_on_the_reduced_imag
 
 
 def test_resizing_in_strips_is_bit_identical_to_resizing_at_once(image, monkeypatch):
-    whole = clip_input(image, 64, MEAN, STD)
+    whole = get_preprocess("direct").clip_input(image, 64, MEAN, STD)
     monkeypatch.setattr(preprocess, "STRIP_PIXELS", 7 * image.width)
-    assert torch.equal(clip_input(image, 64, MEAN, STD), whole)
+    assert torch.equal(get_preprocess("direct").clip_input(image, 64, MEAN, STD), whole)
 
 
 @pytest.mark.parametrize("load", [load_localizer, load_encoder], ids=["localizer", "encoder"])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from image_files import encode, insert_chunks, png, png_chunk
 from PIL import Image, ImageCms, ImageOps
 
 from regionspot.cache.errors import ImageError
@@ -74,9 +75,8 @@ def with_content(content: bytes) -> Make:
 
 
 def half(format: str) -> Make:
-    file = io.BytesIO()
-    COLOUR.save(file, format, quality=100)
-    return with_content(file.getvalue()[: len(file.getvalue()) // 2])
+    content = encode(COLOUR, format, quality=100)
+    return with_content(content[: len(content) // 2])
 
 
 def damaged_in_the_middle(path: Path) -> None:
@@ -101,21 +101,9 @@ def without_permission(path: Path) -> None:
     path.chmod(0)
 
 
-def png_of(width: int, height: int, depth: int = 1, colour: int = 0, rows: bytes = bytes(1000)) -> bytes:
-    def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    start = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header)
-    return start + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-
-
 def jpeg_of(width: int, height: int) -> bytes:
     """A small JPEG whose frame header states another size."""
-    file = io.BytesIO()
-    COLOUR.save(file, "JPEG")
-    stated = struct.pack(">HH", HEIGHT, WIDTH)
-    return file.getvalue().replace(stated, struct.pack(">HH", height, width), 1)
+    return encode(COLOUR, "JPEG").replace(struct.pack(">HH", HEIGHT, WIDTH), struct.pack(">HH", height, width), 1)
 
 
 def sixteen_bits(path: Path) -> Image.Image:
@@ -167,10 +155,9 @@ def as_jpeg(change: Callable[[bytes], bytes], image: Image.Image = COLOUR) -> Ma
     """A JPEG with changed bytes; the pixels of the unchanged file are expected."""
 
     def make(path: Path) -> Image.Image:
-        file = io.BytesIO()
-        image.save(file, "JPEG")
-        path.write_bytes(change(file.getvalue()))
-        with Image.open(file) as whole:
+        content = encode(image, "JPEG")
+        path.write_bytes(change(content))
+        with Image.open(io.BytesIO(content)) as whole:
             return whole.convert("RGB")
 
     return make
@@ -178,12 +165,7 @@ def as_jpeg(change: Callable[[bytes], bytes], image: Image.Image = COLOUR) -> Ma
 
 def png_with(kind: bytes, body: bytes, checksum: int | None = None) -> Make:
     def make(path: Path) -> Image.Image:
-        file = io.BytesIO()
-        COLOUR.save(file, "PNG")
-        png, crc = file.getvalue(), zlib.crc32(kind + body) if checksum is None else checksum
-        chunk = struct.pack(">I", len(body)) + kind + body + struct.pack(">I", crc)
-        start = png.index(b"IDAT") - 4
-        path.write_bytes(png[:start] + chunk + png[start:])
+        path.write_bytes(insert_chunks(encode(COLOUR), png_chunk(kind, body, checksum)))
         return COLOUR
 
     return make
@@ -192,12 +174,12 @@ def png_with(kind: bytes, body: bytes, checksum: int | None = None) -> Make:
 def dim_colours(path: Path) -> None:
     """A PNG with 16 bits per channel that uses 12 of them; Pillow cannot write one."""
     rows = (np.asarray(COLOUR).astype(np.uint16) * 16).astype(">u2")
-    path.write_bytes(png_of(WIDTH, HEIGHT, depth=16, colour=2, rows=b"".join(b"\0" + row.tobytes() for row in rows)))
+    path.write_bytes(png(WIDTH, HEIGHT, 16, 2, b"".join(b"\0" + row.tobytes() for row in rows)))
 
 
 def with_grey_alpha(path: Path) -> Image.Image:
     rows = np.stack([GREY.astype(np.uint16) * 257, np.full(GREY.shape, 9)], 2).astype(">u2")
-    path.write_bytes(png_of(WIDTH, HEIGHT, depth=16, colour=4, rows=b"".join(b"\0" + row.tobytes() for row in rows)))
+    path.write_bytes(png(WIDTH, HEIGHT, 16, 4, b"".join(b"\0" + row.tobytes() for row in rows)))
     return Image.fromarray(GREY).convert("RGB")
 
 
@@ -273,7 +255,7 @@ MAKE: dict[str, Make] = {
     "cut_while_read.jpg": saved(),
     "other_size.jpg": saved(),
     "bomb.jpg": with_content(jpeg_of(65_000, 65_000)),
-    "bomb.png": with_content(png_of(65_000, 65_000)),
+    "bomb.png": with_content(png(65_000, 65_000, 1, 0, bytes(1000))),
     "drawing.eps": saved(),
     "folder.jpg": lambda path: path.mkdir(),
     "pipe.jpg": lambda path: os.mkfifo(path),
