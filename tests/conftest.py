@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from makers import make_features, make_manifest
+from makers import cache_content, make_features, make_manifest
 
 from regionspot import cli
 from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Ragged
@@ -216,17 +216,7 @@ class SmallCache:
                 for part, jobs in groupby(parts.jobs(), lambda job: job[0] // self.part_size):
                     parts.write(part, (features(row) for row, _ in jobs))
 
-    def content(self, folder: Path) -> dict[str, bytes]:
-        """The bytes of every file; part records without worker and time."""
-        found = {}
-        for path in folder.rglob("*"):
-            if path.is_file():
-                name, data = path.relative_to(folder).as_posix(), path.read_bytes()
-                if name.startswith("parts/"):
-                    written_by = ("worker", "seconds", "crc32c")
-                    data = json.dumps({k: v for k, v in json.loads(data).items() if k not in written_by}).encode()
-                found[name] = data
-        return found
+    content = staticmethod(cache_content)
 
 
 @pytest.fixture(scope="session")

@@ -1,8 +1,13 @@
-"""Manifests and features for tests: made here only, so that a test states just the columns that it is about."""
+"""Makers of manifests, features and child processes for tests, so that a test states only what it is about."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import faulthandler
+import json
+import os
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,3 +58,39 @@ def fill(
         )
         cache.write_part(part, images, names)
     return cache
+
+
+def files_under(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file by its path in the folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def cache_content(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file of a cache; part records without worker and time."""
+    files = files_under(folder)
+    for name in [name for name in files if name.startswith("parts/")]:
+        record = {k: v for k, v in json.loads(files[name]).items() if k not in ("worker", "seconds", "crc32c")}
+        files[name] = json.dumps(record).encode()
+    return files
+
+
+def fork(function: Callable[[], object]) -> int:
+    """Run `function` in a forked child, which exits with 0, or 1 after an error; its pid. Do not nest."""
+    pid, code = os.fork(), 1
+    if not pid:
+        try:
+            faulthandler.dump_traceback_later(100, exit=True)  # a child that hangs must not block the tests
+            function()
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def was_killed(pid: int) -> bool:
+    """Wait for a child; whether it was killed. Otherwise it must have succeeded."""
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed"
+    return os.WIFSIGNALED(status)

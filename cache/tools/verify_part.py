@@ -93,11 +93,11 @@ class PartChecker:
         checksums = self._checksums(feature_set, record)
         filled = self._filled_slots(feature_set, record)
         record_bytes = None if feature_set.compression else feature_set.record_bytes
-        data = self._shard(shard_file(feature_set, part), record, checksums, filled, record_bytes)
+        data = self._check_index(shard_file(feature_set, part), record, checksums, filled, record_bytes)
         scales = None
         if feature_set.has_scales:
             scale_bytes = 2 * math.prod(feature_set.scale_shape)  # float16
-            scales = self._shard(scale_file(feature_set, part), record, checksums, filled, scale_bytes)
+            scales = self._check_index(scale_file(feature_set, part), record, checksums, filled, scale_bytes)
         if not self._quick:
             self._check_records(feature_set, record, checksums, data, scales)
 
@@ -133,7 +133,7 @@ class PartChecker:
             filled[[failure.row - record.first_row for failure in record.failures]] = False
         return filled
 
-    def _shard(
+    def _check_index(
         self,
         name: str,
         record: PartRecord,
@@ -170,9 +170,9 @@ class PartChecker:
         data: _Shard,
         scales: _Shard | None,
     ) -> None:
-        scale_of = {} if scales is None else {slot: record_bytes.copy() for slot, record_bytes in self._records(scales)}
+        scale_of = {} if scales is None else {slot: scale.copy() for slot, scale in self._read_records(scales)}
         wrong, last = [], np.empty(0, np.uint8)
-        for slot, record_bytes in self._records(data):
+        for slot, record_bytes in self._read_records(data):
             crc = google_crc32c.value(record_bytes)
             if scales is not None:
                 crc = google_crc32c.extend(crc, scale_of[slot])
@@ -207,7 +207,7 @@ class PartChecker:
         if tokens[used:].any():
             raise _Damage(name, f"has tokens after its {record.regions} regions, expected zeros")
 
-    def _records(self, shard: _Shard) -> Iterator[tuple[int, NDArray[np.uint8]]]:
+    def _read_records(self, shard: _Shard) -> Iterator[tuple[int, NDArray[np.uint8]]]:
         """Each slot and its record's bytes, in a buffer that the next one reuses."""
         ends, first = shard.ends, 0
         while first < len(ends):

@@ -1,7 +1,6 @@
 """A part has one owner at a time, also when runs are killed or suspended or clocks are wrong."""
 
 import errno
-import faulthandler
 import json
 import os
 import signal
@@ -15,6 +14,7 @@ from itertools import chain
 from types import SimpleNamespace
 
 import pytest
+from makers import fork
 
 from regionspot.cache import CacheError
 from regionspot.cache.process import this_process
@@ -59,14 +59,7 @@ def files(storage):
 def child(function):
     """Run `function(say)` in a child process; yields its pid and a function that reads its next byte."""
     read_end, write_end = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            faulthandler.dump_traceback_later(60, exit=True)  # a child that hangs must not block the suite
-            function(lambda byte: os.write(write_end, byte))
-            os._exit(0)
-        finally:
-            os._exit(1)
+    pid = fork(lambda: function(lambda byte: os.write(write_end, byte)))
     os.close(write_end)
     try:
         yield pid, lambda: os.read(read_end, 1)

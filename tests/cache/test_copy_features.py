@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from makers import make_features, make_manifest
+from makers import cache_content, fork, make_features, make_manifest, was_killed
 
 from regionspot.cache import (
     CacheError,
@@ -84,22 +84,10 @@ def caches(tmp_path_factory):
 
 
 def content(folder: Path):
-    """Content of all files, without the worker and duration of parts and the origin of the cache."""
-    files = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if not path.is_file():
-            continue
-        if name.startswith("parts/"):
-            record = json.loads(path.read_bytes())
-            files[name] = {key: value for key, value in record.items() if key not in ("seconds", "crc32c", "worker")}
-        elif name == "zarr.json":
-            header = json.loads(path.read_bytes())["attributes"]["regionspot"]
-            header["manifest"]["source"].pop("made_from", None)
-            files[name] = {key: value for key, value in header.items() if key != "crc32c"}
-        else:
-            files[name] = path.read_bytes()
-    return files
+    """`cache_content` without the origin of the cache."""
+    header = json.loads((folder / "zarr.json").read_bytes())["attributes"]["regionspot"]
+    header["manifest"]["source"].pop("made_from", None)
+    return {**cache_content(folder), "zarr.json": {key: value for key, value in header.items() if key != "crc32c"}}
 
 
 def differing(folder, other):
@@ -421,22 +409,16 @@ def test_runs_killed_at_random_moments_resume_to_the_same_bytes(caches, tmp_path
     FeatureCache.create(tmp_path / "killed", whole, SETS, part_size=3)
     rng, kills = random.Random(0), 0
     while kills < 6:
-        call = rng.randrange(1, 80)
-        pid = os.fork()
-        if not pid:
-            try:
-                left = [call]
-                for name in ("link", "replace", "rename", "fsync", "write", "unlink"):
-                    setattr(os, name, dying(getattr(os, name), left))
-                merge([caches / "ten", caches / "five"], tmp_path / "killed", part_size=3)
-                os._exit(0)
-            finally:
-                os._exit(1)
-        _, status = os.waitpid(pid, 0)
-        assert os.WIFSIGNALED(status) or not os.WEXITSTATUS(status), "the child failed by itself"
-        kills += os.WIFSIGNALED(status)
-        if not os.WIFSIGNALED(status):
+        left = [rng.randrange(1, 80)]
+
+        def run(left=left):
+            for name in ("link", "replace", "rename", "fsync", "write", "unlink"):
+                setattr(os, name, dying(getattr(os, name), left))
+            merge([caches / "ten", caches / "five"], tmp_path / "killed", part_size=3)
+
+        if not was_killed(fork(run)):
             break
+        kills += 1
     assert kills > 2
     merge([caches / "ten", caches / "five"], tmp_path / "killed", part_size=3)
     FeatureCache.open(tmp_path / "killed", "a")  # removes partial files of the killed runs

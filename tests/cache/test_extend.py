@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from makers import make_features, make_manifest
+from makers import cache_content, fork, make_features, make_manifest, was_killed
 
 from regionspot.cache import (
     CacheError,
@@ -76,21 +76,8 @@ def caches(tmp_path_factory, larger):
     return folder
 
 
-def content(folder: Path):
-    """Content of all files, without the worker and duration of parts."""
-    files = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if name.startswith("parts/"):
-            record = json.loads(path.read_bytes()) if path.is_file() else {}
-            files[name] = {key: value for key, value in record.items() if key not in ("seconds", "crc32c", "worker")}
-        elif path.is_file():
-            files[name] = path.read_bytes()
-    return files
-
-
 def differing(folder, other):
-    one, two = content(folder), content(other)
+    one, two = cache_content(folder), cache_content(other)
     return {name for name in one.keys() | two.keys() if one.get(name) != two.get(name)}
 
 
@@ -231,7 +218,9 @@ def test_a_cache_that_another_run_is_working_on_is_refused(caches, larger, tmp_p
         assert other.claim(1)
         with pytest.raises(CacheError, match="is working on"):
             extend(path, larger)
-        assert differing(path, caches / "before") <= {name for name in content(path) if name.startswith("claims/")}
+        assert differing(path, caches / "before") <= {
+            name for name in cache_content(path) if name.startswith("claims/")
+        }
         extend(path, larger, take_over=True)
         with pytest.raises(CacheError, match="was taken over"):
             other.require_owned(1)
@@ -262,20 +251,6 @@ def test_a_run_that_opened_the_old_cache_writes_nothing_into_the_new_one(caches,
 WATCHED = ("link", "replace", "rename", "fsync", "unlink", "rmdir", "mkdir")
 
 
-def in_child(function):
-    """Run `function` in a child process; True if it was killed, else it must succeed."""
-    pid = os.fork()
-    if not pid:
-        try:
-            function()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed by itself"
-    return os.WIFSIGNALED(status)
-
-
 def watch(before_call):
     """Call `before_call(name)` before every function that changes a folder."""
 
@@ -299,7 +274,7 @@ def calls_of(function, file):
             watch(lambda name: print(name, file=trace, flush=True))
             function()
 
-    assert not in_child(traced)
+    assert not was_killed(fork(traced))
     names = file.read_text().split()
     return [(name, names[:place].count(name)) for place, name in enumerate(names)]
 
@@ -318,7 +293,7 @@ def killed_at(function, call):
         watch(die)
         function()
 
-    return in_child(dying)
+    return was_killed(fork(dying))
 
 
 @pytest.mark.parametrize("in_one_step", [True, False])
@@ -327,7 +302,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_cache(caches, larger, tm
         monkeypatch.setattr(exchange, "_exchange", lambda new, old: False)
     path, extended = tmp_path / "c.zarr", shutil.copytree(caches / "before", tmp_path / "extended")
     calls = calls_of(lambda: extend(extended, larger), tmp_path / "trace")
-    before, after, at = content(caches / "before"), content(extended), calls.index(("exchange", 0))
+    before, after, at = cache_content(caches / "before"), cache_content(extended), calls.index(("exchange", 0))
     moments = [*random.Random(0).sample(range(at), 5 if in_one_step else 0), at, at + 1, at + 2, at + 3, at + 9]
     outcomes = []
     for moment in moments:
@@ -339,13 +314,13 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_cache(caches, larger, tm
                 FeatureCache.open(path)
             open_or_create(path, larger.head(BEFORE), SETS, PART_SIZE)
             outcomes.append("recovered")
-        now = {name: value for name, value in content(path).items() if not name.startswith("claims/")}
+        now = {name: value for name, value in cache_content(path).items() if not name.startswith("claims/")}
         assert now in (before, after), calls[moment]
         outcomes.append(len(FeatureCache.open(path)))
     assert ("recovered" in outcomes) != in_one_step
     assert {BEFORE, len(larger)} <= set(outcomes)
     extend(path, larger)
-    assert content(path) == after
+    assert cache_content(path) == after
     FeatureCache.create(tmp_path / "c.zarr.other", larger, SETS)
     extend(path, replace(larger, categories=(*CATEGORIES, Category(3, "sun"))))
     assert {left.name for left in tmp_path.iterdir()} == {"c.zarr", "c.zarr.other", "extended", "trace"}
@@ -373,10 +348,10 @@ def test_a_limited_cache_is_extended_and_keeps_its_full_parts(larger, tmp_path):
 
 def test_a_run_with_a_limit_joins_a_cache_of_more_images(larger, tmp_path):
     extract(tmp_path / "c.zarr", larger)
-    before = content(tmp_path / "c.zarr")
+    before = cache_content(tmp_path / "c.zarr")
     cache = open_or_create(tmp_path / "c.zarr", larger.head(5), SETS, PART_SIZE)
     assert len(cache) == len(larger)
-    assert content(tmp_path / "c.zarr") == before
+    assert cache_content(tmp_path / "c.zarr") == before
 
 
 def test_a_cache_that_may_not_grow_is_opened_unchanged(larger, tmp_path):
@@ -396,19 +371,19 @@ def test_a_cache_that_may_not_grow_is_opened_unchanged(larger, tmp_path):
 )
 def test_annotations_that_differ_by_more_than_a_limit_are_refused(larger, tmp_path, change):
     extract(tmp_path / "c.zarr", larger.head(5))
-    before = content(tmp_path / "c.zarr")
+    before = cache_content(tmp_path / "c.zarr")
     with pytest.raises(ProvenanceMismatchError):
         open_or_create(tmp_path / "c.zarr", change(larger), SETS, PART_SIZE)
-    assert content(tmp_path / "c.zarr") == before
+    assert cache_content(tmp_path / "c.zarr") == before
 
 
 def test_other_features_are_refused_before_the_cache_is_extended(larger, tmp_path):
     extract(tmp_path / "c.zarr", larger.head(5))
-    before = content(tmp_path / "c.zarr")
+    before = cache_content(tmp_path / "c.zarr")
     other = replace(SETS[0], provenance={**SETS[0].provenance, "dtype": "other"})
     with pytest.raises(ProvenanceMismatchError, match="differs from the requested"):
         open_or_create(tmp_path / "c.zarr", larger, [other, *SETS[1:]], PART_SIZE)
-    assert content(tmp_path / "c.zarr") == before
+    assert cache_content(tmp_path / "c.zarr") == before
 
 
 def test_a_subset_is_not_extended_to_its_full_annotations(larger, tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from makers import make_manifest
+from makers import files_under, fork, make_manifest, was_killed
 
 from regionspot.cache import (
     NO_CATEGORY,
@@ -94,10 +94,6 @@ def zarr(caches) -> FeatureCache:
 @pytest.fixture
 def h5(caches) -> FeatureCache:
     return FeatureCache.open(caches / "a.h5")
-
-
-def files_under(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def require_same(one, other, rows, **sets):
@@ -320,10 +316,7 @@ def export_until_killed(source, out, parts):
 
 @pytest.mark.parametrize("parts", [0, 5])
 def test_a_killed_export_leaves_no_file_and_the_next_one_cleans_up(caches, tmp_path, parts):
-    child = get_context("fork").Process(target=export_until_killed, args=(caches / "a.zarr", tmp_path / "b.h5", parts))
-    child.start()
-    child.join()
-    assert child.exitcode == -signal.SIGKILL
+    assert was_killed(fork(lambda: export_until_killed(caches / "a.zarr", tmp_path / "b.h5", parts)))
     assert not (tmp_path / "b.h5").exists()
     assert len(list(tmp_path.glob("b.h5.*.partial"))) == 1
     export_hdf5(FeatureCache.open(caches / "a.zarr"), tmp_path / "b.h5")

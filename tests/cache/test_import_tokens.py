@@ -4,13 +4,12 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from makers import make_manifest
+from makers import files_under, fork, make_manifest, was_killed
 
 from regionspot.cache import (
     NO_CATEGORY,
@@ -72,10 +71,6 @@ def address(made, tmp_path) -> Path:
     return shutil.copytree(made / "c.zarr", tmp_path / "c.zarr")
 
 
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 class Trap:
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -86,10 +81,10 @@ class Trap:
 
 def refused(files, address, caplog, *, allow_missing=False) -> tuple[str, list[str]]:
     """The import's error message and the errors logged before; checks that the cache is unchanged."""
-    before = content(address)
+    before = files_under(address)
     with pytest.raises(InputError) as error:
         import_tokens(files, address, allow_missing)
-    assert content(address) == before
+    assert files_under(address) == before
     assert "\n" not in str(error.value)
     return str(error.value), [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
 
@@ -127,10 +122,7 @@ def import_until_part_1(files, address):
 
 
 def test_a_killed_import_is_resumed(files, address):
-    child = get_context("fork").Process(target=import_until_part_1, args=(files, address))
-    child.start()
-    child.join()
-    assert child.exitcode == -9
+    assert was_killed(fork(lambda: import_until_part_1(files, address)))
     (files / "10.pth").unlink()  # its part is done, so it is not read again
     summary = import_tokens(files, address)
     assert (summary.parts, summary.parts_before, summary.images) == (2, 1, 4)

@@ -4,15 +4,14 @@ Each writer dies at a random system call, in the middle of it if it is a write, 
 finishes what the others left. They start without a cache, so creation is covered, too.
 """
 
-import faulthandler
 import os
 import random
 import signal
 import time
-import traceback
 from collections import Counter
 
 import pytest
+from makers import fork
 
 from regionspot.cache.tools.verify import verify
 
@@ -20,21 +19,6 @@ WRITERS = 3
 SYSTEM_CALLS = ("open", "write", "fsync", "replace", "rename", "link", "unlink")
 LAST_CALL = 700  # system calls of one writer that writes all of the cache
 LAST_SECOND = 0.4
-
-
-def forked(function):
-    """Start `function` in a child process that never returns into pytest."""
-    pid = os.fork()
-    if not pid:
-        try:
-            faulthandler.dump_traceback_later(100, exit=True)  # a child that hangs must not block the tests
-            function()
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(1)
-    return pid
 
 
 def die_at(call):
@@ -70,7 +54,7 @@ def writer(small, path, call, pause):
 def one_round(small, path, rng):
     """Run writers concurrently on a cache; how many were killed, and whether one finished it."""
     plans = [(rng.choice(("call", "time", "time", "lives")), rng.randrange(1, LAST_CALL)) for _ in range(WRITERS)]
-    pids = [forked(writer(small, path, call if how == "call" else 0, rng.choice((0, 0, 0.003)))) for how, call in plans]
+    pids = [fork(writer(small, path, call if how == "call" else 0, rng.choice((0, 0, 0.003)))) for how, call in plans]
     begun = time.monotonic()
     moments = sorted(
         (rng.uniform(0, LAST_SECOND), pid) for pid, (how, _) in zip(pids, plans, strict=True) if how == "time"

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from makers import make_manifest
+from makers import fork, make_manifest, was_killed
 
 from regionspot.cache import (
     CacheError,
@@ -242,27 +242,13 @@ def test_threads_and_forked_processes_download_a_shard_once(bucket, tmp_path, mo
 
     def read_all():
         with ThreadPoolExecutor(3) as pool:
-            return all(data == expected for data in pool.map(copy.read, [SHARD.format(2)] * 3))
+            assert list(pool.map(copy.read, [SHARD.format(2)] * 3)) == [expected] * 3
 
-    children = [_fork(read_all) for _ in range(2)]
-    assert read_all()
-    assert [_exit_code(child) for child in children] == [0, 0]
+    children = [fork(read_all) for _ in range(2)]
+    read_all()
+    assert [was_killed(child) for child in children] == [False, False]
     assert log.read_text().splitlines() == [SHARD.format(2)]
     assert list((tmp_path / "copy").rglob("*.partial")) == []
-
-
-def _fork(work):
-    child = os.fork()
-    if not child:
-        try:
-            os._exit(0 if work() else 1)
-        finally:
-            os._exit(1)  # on any error
-    return child
-
-
-def _exit_code(child):
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def test_a_killed_download_is_repeated(bucket, tmp_path, monkeypatch):
@@ -274,8 +260,8 @@ def test_a_killed_download_is_repeated(bucket, tmp_path, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(RemoteStorage, "download", die)
-        killed = [_fork(lambda number=number: copy.read(SHARD.format(number))) for number in (0, 1)]
-        assert [_exit_code(child) for child in killed] == [-signal.SIGKILL] * 2
+        children = [fork(lambda number=number: copy.read(SHARD.format(number))) for number in (0, 1)]
+        assert [was_killed(child) for child in children] == [True, True]
     assert len(list(tmp_path.rglob("*.partial"))) == 2
     assert copy.read(SHARD.format(0)) == bytes(1000)  # replaces the partial file
     assert copy.read(SHARD.format(3)) == bytes([3]) * 1000  # the other partial file is evicted
@@ -292,15 +278,18 @@ def test_a_fork_during_a_download_blocks_neither_child_nor_parent(bucket, tmp_pa
             go_on.wait()
         download(self, name, version, fd)
 
+    def read_two():
+        assert copy.read(SHARD.format(0)) + copy.read(SHARD.format(1)) == bytes(1000) + b"\1" * 1000
+
     monkeypatch.setattr(RemoteStorage, "download", slow)
     with ThreadPoolExecutor(1) as pool:
         fetching = pool.submit(copy.read, SHARD.format(0))
         begun.wait()
-        child = _fork(lambda: copy.read(SHARD.format(0)) + copy.read(SHARD.format(1)) == bytes(1000) + b"\1" * 1000)
+        child = fork(read_two)
         time.sleep(0.5)  # the child waits for the file or is still connecting
         go_on.set()
         assert fetching.result() == bytes(1000)
-    assert _exit_code(child) == 0
+    assert not was_killed(child)
 
 
 def test_a_full_disk_warns_once_and_the_rest_is_read_from_the_store(address, tmp_path, caplog):

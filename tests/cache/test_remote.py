@@ -14,12 +14,13 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import get_context
 
 import makers
 import numpy as np
 import pytest
 import zarr
-from makers import make_features, make_manifest
+from makers import fork, make_features, make_manifest, was_killed
 
 from regionspot.cache import CacheError, FeatureCache, FeatureSet, ImageFeatures, InputError
 from regionspot.cache.errors import CacheExistsError, NotACacheError
@@ -166,7 +167,11 @@ sys.stdout.buffer.write(pickle.dumps([read.feature_map.tobytes(), read.tokens.to
 def test_forked_and_spawned_workers_read_a_cache_opened_by_the_parent(s3, local):
     cache = FeatureCache.open(fill(created(f"{s3}/toy.zarr")).path)
     expected = digest(cache.read(VALID))  # so that this process has connections and threads
-    assert _exit_code_of_fork(lambda: digest(cache.read(VALID)) != expected) == 0
+
+    def read():
+        assert digest(cache.read(VALID)) == expected
+
+    assert not was_killed(fork(read))
     spawned = subprocess.run(
         [sys.executable, "-c", SPAWNED], input=pickle.dumps(cache), capture_output=True, check=True
     )
@@ -178,20 +183,17 @@ def test_a_grandchild_by_fork_reads(s3):
     storage = open_remote(s3)
     storage.write("a", b"1")
 
-    def is_wrong():
-        return storage.read("a") != b"1"
+    def read():
+        assert storage.read("a") == b"1"
 
-    assert _exit_code_of_fork(lambda: is_wrong() or _exit_code_of_fork(is_wrong)) == 0
+    def read_and_fork():
+        read()
+        grandchild = get_context("fork").Process(target=read)
+        grandchild.start()
+        grandchild.join()
+        assert grandchild.exitcode == 0
 
-
-def _exit_code_of_fork(work):
-    child = os.fork()
-    if not child:
-        try:
-            os._exit(int(work()))
-        finally:
-            os._exit(1)  # on any error
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert not was_killed(fork(read_and_fork))
 
 
 def test_a_writer_killed_inside_a_part_leaves_nothing_and_the_next_run_resumes(s3, local):
@@ -204,16 +206,11 @@ def test_a_writer_killed_inside_a_part_leaves_nothing_and_the_next_run_resumes(s
         os.write(tell, b"at it")
         signal.pause()
 
-    writer = os.fork()
-    if not writer:
-        try:
-            FeatureCache.open(cache.path, "a").write_part(1, images())
-        finally:
-            os._exit(1)
+    writer = fork(lambda: FeatureCache.open(cache.path, "a").write_part(1, images()))
     os.close(tell)
     assert os.read(at_it, 5) == b"at it"
     os.kill(writer, signal.SIGKILL)
-    os.waitpid(writer, 0)
+    assert was_killed(writer)
     again = FeatureCache.open(cache.path, "a")
     assert again.pending_parts() == [1, 2]
     assert sorted(again.storage.list_files("features/clip/feature_map")) == ["c.0.0.0", "zarr.json"]

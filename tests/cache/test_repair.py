@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from makers import fork, was_killed
 
 from regionspot import cli
 from regionspot.cache import CacheError, FeatureCache, NotExtractedError
@@ -152,14 +153,12 @@ def test_a_killed_repair_is_finished_by_the_next(full, small, small_folder):
     for at_removal in range(1, 9):
         path = shutil.copytree(full, full.parent / f"{at_removal}.zarr")
         report = verify(path)
-        pid = os.fork()
-        if not pid:
+
+        def run(at_removal=at_removal, report=report, path=path):
             die_at_removal(at_removal)
-            try:
-                repair(path, report)
-            finally:
-                os._exit(1)
-        assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+            repair(path, report)
+
+        assert was_killed(fork(run))
         left = {(problem.feature_set, problem.part) for problem in verify(path).problems}
         assert left <= {("clip", 1), ("sam-int8", 2)}
         repair(path, verify(path))
