@@ -1,9 +1,8 @@
-"""The main job on a toy world, every stage by its public command: what a newcomer runs first.
+"""The demo: extract, train and evaluate on a toy dataset, each stage by its public command.
 
-The stages run one after the other in this process, as importing torch for each would cost more than some of them do;
-each is printed as the command that a user would type, and is given to the command line as just that. A stopped demo
-resumes because the stages do. What it adds is the table that sets the head beside two ways to use the same frozen CLIP
-without any training.
+All stages run in this process, because importing torch takes longer than some of them; each is logged as the command
+that a user would type. A stopped demo resumes, because its stages do. The result compares the head with two baselines
+of the same frozen CLIP.
 """
 
 from __future__ import annotations
@@ -27,7 +26,7 @@ HEAD, CROP, POOLED = "head (trained)", "CLIP on every crop", "CLIP map, mean in 
 
 
 def commands(out: Path, images: int, seed: int) -> list[list[str]]:
-    """The arguments of each `regionspot` command, in order; everything they write lies in `out`."""
+    """The arguments of each `regionspot` command, in order; they write into `out` only."""
     world, cache, run = str(out / "world"), str(out / "train.zarr"), str(out / "run")
     evaluate = ["eval-lvis", "--dataset", "toy", "--data", world, "--preset", "toy"]
     return [
@@ -41,9 +40,9 @@ def commands(out: Path, images: int, seed: int) -> list[list[str]]:
 
 
 def run_demo(run: Callable[[Sequence[str]], object], out: Path, images: int = 3000, seed: int = 0) -> str:
-    """Give `run` the arguments of every command, write `report.md` and return the table with where everything lies.
+    """Call `run` with the arguments of every command, write `report.md`, and return the table and the paths of files.
 
-    Raises RegionSpotError, naming the command, when one fails; run again, the demo resumes with that one.
+    Raises RegionSpotError with the command that failed; the demo resumes with that command when it is run again.
     """
     begin = time.perf_counter()
     for arguments in commands(out, images, seed):
@@ -52,13 +51,14 @@ def run_demo(run: Callable[[Sequence[str]], object], out: Path, images: int = 30
         try:
             run(arguments)
         except RegionSpotError as error:
-            raise RegionSpotError(f"demo: `{command}` failed: {error}; run the demo again to resume with it") from error
+            raise RegionSpotError(f"demo: `{command}` failed: {error}; run the demo again to resume") from error
         log.info("(%s)", duration(time.perf_counter() - started))
-    found = {name: _results(out / folder) for name, folder in ((HEAD, "head"), (CROP, "crop"), (POOLED, "pooled"))}
-    rows = [row_of(results, "bbox", name) for name, results in found.items()]
-    masks = [row_of(found[HEAD], "segm", f"{HEAD}, masks")]
+    results = {name: _results(out / folder) for name, folder in ((HEAD, "head"), (CROP, "crop"), (POOLED, "pooled"))}
+    rows = [row_of(method_results, "bbox", name) for name, method_results in results.items()]
+    masks = [row_of(results[HEAD], "segm", f"{HEAD}, masks")]
     write_file(out / "report.md", f"{ap_markdown([*rows, *masks])}\n\n{LEGEND}\n".encode())
-    title = f"toy world, {found[HEAD]['pictures']} validation images, ground-truth boxes; rare classes never trained on"
+    images = results[HEAD]["pictures"]
+    title = f"toy world, {images} validation images, ground-truth boxes; rare classes never trained on"
     return "\n".join(
         [
             "",

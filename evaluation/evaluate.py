@@ -1,6 +1,6 @@
-"""An evaluation as it is asked for on the command line: which files, boxes, head or baseline make the method.
+"""LVIS evaluation as on the command line: find the files, load the head or baseline, check that they fit together.
 
-The numbers themselves are made in `results`; here is only what has to be found, loaded and fit together first.
+`report.results` then computes and writes the results.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.machine import compute_device
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline
-from regionspot.evaluation.inference.head_features import features_of
+from regionspot.evaluation.inference.head_features import head_features
 from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnImages
 from regionspot.evaluation.inference.region_spot import RegionSpot
-from regionspot.evaluation.inference.resumable import Method
+from regionspot.evaluation.inference.resumable import ScoringMethod
 from regionspot.evaluation.inference.vocabularies import cache_vocabulary
 from regionspot.evaluation.metrics.ground_truth import read_ground_truth
-from regionspot.evaluation.results import check_out, evaluate_method
+from regionspot.evaluation.report.results import check_results_folder, evaluate_method
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
@@ -43,19 +43,19 @@ Baseline = Literal["crop", "pooled"]
 
 @dataclass(frozen=True, kw_only=True)
 class LvisEvaluation:
-    """One evaluation, as it is asked for on the command line.
+    """The options of an LVIS evaluation.
 
-    data, dataset, split, annotations   as for `read_dataset`; the dataset must be in LVIS's form
-    out          folder of results.json, detections.json and the parts that a later run goes on with
-    checkpoint   the head; may be left out for a baseline, then `preset` names the encoder
+    data, dataset, split, annotations   as for `read_dataset`; the dataset must be in LVIS's format
+    out          folder of results.json, detections.json and the parts for resuming
+    checkpoint   the head; may be None for a baseline, then `preset` names the encoder
     baseline     "crop" or "pooled" instead of the head
-    cache        read features from here instead of running the backbones; then there are no masks
+    cache        read features from this cache instead of running the backbones; without masks then
     boxes        "gt", or a detector's proposals file
-    limit        only the first images; AP is then that of these images alone
+    limit        evaluate only the first images, against their own ground truth
     templates    a template set; None: those that the head was trained with
-    exif, preprocess, dtype   of images; by default (None, None, "auto") those of the features that the head was trained
-                 on, which are always those of `cache`; a baseline: "auto", "direct", what suits the device
-    check_weights  refuse weights and features other than those that the head was trained on; else that is only said
+    exif, preprocess, dtype   of images; by default (None, None, "auto") those of the head's training features, which
+                 are always those of `cache`; for a baseline: "auto", "direct", the default of the device
+    check_weights  refuse other weights and features than the head was trained on; False: only log the difference
     """
 
     data: Path
@@ -82,144 +82,145 @@ class LvisEvaluation:
     max_failures: FailureLimit = EVALUATION_LIMIT
 
 
-def evaluate_lvis(asked: LvisEvaluation) -> dict[str, Any]:
-    """Evaluate as asked; `evaluate_method` says what is written, returned and raised.
+def evaluate_lvis(options: LvisEvaluation) -> dict[str, Any]:
+    """Evaluate, write the files of results and return their content, as `evaluate_method` does.
 
-    Raises InputError, one line, for whatever of the files or options does not fit.
+    Raises InputError and its subclasses, with a message of one line, for files and options that do not fit together.
     """
-    _check_options(asked)
-    check_out(asked.out, (asked.annotations, asked.boxes, asked.checkpoint, asked.cache))
-    manifest = _manifest(asked)
-    annotations = asked.annotations or _annotation_file(asked.data, manifest)
-    images = image_folder_of(asked.dataset, asked.data, asked.split, manifest)
-    truth = read_ground_truth(annotations)  # before models are loaded, let alone run for hours
-    if asked.masks and asked.cache is None and asked.baseline is None:
-        truth.require_masks()
-    method, vocabulary = _method(asked, manifest, images)
+    _check_options(options)
+    check_results_folder(options.out, (options.annotations, options.boxes, options.checkpoint, options.cache))
+    manifest = read_split(
+        options.dataset,
+        options.data,
+        options.split,
+        options.annotations,
+        options.boxes,
+        max_failures=options.max_failures,
+    )
+    annotations = options.annotations or _annotation_file(options.data, manifest)
+    image_folder = image_folder_of(options.dataset, options.data, options.split, manifest)
+    ground_truth = read_ground_truth(annotations)  # before models are loaded and run for hours
+    if options.masks and options.cache is None and options.baseline is None:
+        ground_truth.require_masks()
+    method, vocabulary = _method(options, manifest, image_folder)
     return evaluate_method(
         method,
-        truth,
-        asked.out,
-        boxes="ground truth" if asked.boxes == GROUND_TRUTH else f"detector proposals, {Path(asked.boxes).name}",
+        ground_truth,
+        options.out,
+        boxes="ground truth" if options.boxes == GROUND_TRUTH else f"detector proposals, {Path(options.boxes).name}",
         templates=vocabulary.templates,
-        max_failures=asked.max_failures,
-        images=None if asked.cache else images,
+        max_failures=options.max_failures,
+        image_folder=None if options.cache else image_folder,
     )
 
 
-def _check_options(asked: LvisEvaluation) -> None:
-    if asked.baseline is not None and asked.baseline not in get_args(Baseline):
-        raise unknown_name("baseline", asked.baseline, get_args(Baseline))
-    if asked.cache is not None and asked.baseline is not None:
-        raise InputError(f"baseline {asked.baseline}: runs from images, not from a cache; leave --cache away")
-
-
-def _manifest(asked: LvisEvaluation) -> Manifest:
-    """The split with the boxes asked for, whole; `limit` cuts it later."""
-    return read_split(
-        asked.dataset, asked.data, asked.split, asked.annotations, asked.boxes, max_failures=asked.max_failures
-    )
+def _check_options(options: LvisEvaluation) -> None:
+    if options.baseline is not None and options.baseline not in get_args(Baseline):
+        raise unknown_name("baseline", options.baseline, get_args(Baseline))
+    if options.cache is not None and options.baseline is not None:
+        raise InputError(f"baseline {options.baseline}: runs from images, not from a cache; leave --cache out")
 
 
 def _annotation_file(data: Path, manifest: Manifest) -> Path:
-    """The file that `read_dataset` found: the first of the manifest's sources."""
+    """The annotation file that the manifest was read from: the first of its sources."""
     name: str = next(iter(manifest.source["files"]))
     for folder in (data, data / "annotations"):
         if (folder / name).is_file():
             return folder / name
-    raise AnnotationError(f"{data}: {name} is not here any more; name it with --annotations")
+    raise AnnotationError(f"{data}: {name} no longer exists; name it with --annotations")
 
 
-def _method(asked: LvisEvaluation, manifest: Manifest, images: Path) -> tuple[Method, Vocabulary]:
-    device = str(compute_device(asked.device))
-    if asked.cache is not None:
-        return _from_cache(asked, asked.cache, manifest, device)
-    if asked.baseline is not None:
-        return _baseline(asked, asked.baseline, manifest.head(asked.limit), images, device)
-    return _from_images(asked, manifest.head(asked.limit), images, device)
+def _method(options: LvisEvaluation, manifest: Manifest, image_folder: Path) -> tuple[ScoringMethod, Vocabulary]:
+    device = str(compute_device(options.device))
+    if options.cache is not None:
+        return _from_cache(options, options.cache, manifest, device)
+    if options.baseline is not None:
+        return _baseline(options, options.baseline, manifest.head(options.limit), image_folder, device)
+    return _from_images(options, manifest.head(options.limit), image_folder, device)
 
 
 def _from_images(
-    asked: LvisEvaluation, manifest: Manifest, images: Path, device: str
+    options: LvisEvaluation, manifest: Manifest, image_folder: Path, device: str
 ) -> tuple[HeadOnImages, Vocabulary]:
     spot = RegionSpot.load(
-        _checkpoint(asked),
-        asked.weights,
+        _checkpoint(options),
+        options.weights,
         device,
-        preset=asked.preset,
-        sam_weights=asked.sam_weights,
-        clip_weights=asked.clip_weights,
-        dtype=asked.dtype,
-        preprocess=asked.preprocess,
-        check_weights=asked.check_weights,
+        preset=options.preset,
+        sam_weights=options.sam_weights,
+        clip_weights=options.clip_weights,
+        dtype=options.dtype,
+        preprocess=options.preprocess,
+        check_weights=options.check_weights,
     )
-    exif = asked.exif or parse_exif(spot.exif or "auto")
+    exif = options.exif or parse_exif(spot.exif or "auto")
     if spot.exif not in (None, exif):
         log.warning(
-            "%s: was trained on images turned by --exif %s; evaluated with %s, as asked for",
-            asked.checkpoint,
+            "%s: was trained on images with --exif %s; evaluated with --exif %s",
+            options.checkpoint,
             spot.exif,
             exif,
         )
-    vocabulary = spot.vocabulary(_names(manifest), asked.templates)
-    return HeadOnImages(spot, manifest, images, vocabulary, masks=asked.masks, exif=exif), vocabulary
+    vocabulary = spot.vocabulary(_names(manifest), options.templates)
+    return HeadOnImages(spot, manifest, image_folder, vocabulary, masks=options.masks, exif=exif), vocabulary
 
 
 def _baseline(
-    asked: LvisEvaluation, baseline: str, manifest: Manifest, images: Path, device: str
+    options: LvisEvaluation, baseline: str, manifest: Manifest, image_folder: Path, device: str
 ) -> tuple[CropBaseline | PooledBaseline, Vocabulary]:
-    dtype = asked.dtype
-    if asked.checkpoint is not None:
-        info = load_checkpoint(asked.checkpoint, asked.preset).info
-        maps = features_of(asked.checkpoint, info).maps
-        name, dtype = maps.name, maps.dtype if asked.dtype == AUTO else asked.dtype
+    dtype = options.dtype
+    if options.checkpoint is not None:
+        info = load_checkpoint(options.checkpoint, options.preset).info
+        maps = head_features(options.checkpoint, info).maps
+        name, dtype = maps.name, maps.dtype if options.dtype == AUTO else options.dtype
     else:
-        info = HeadInfo(preset=asked.preset)
-        if asked.preset is None:
-            raise InputError("a baseline without a checkpoint needs its encoder; give --preset")
-        name = get_preset(asked.preset).encoder
-    source, rule = asked.clip_weights or asked.weights, asked.preprocess or "direct"
+        info = HeadInfo(preset=options.preset)
+        if options.preset is None:
+            raise InputError("a baseline without a checkpoint needs an encoder; give --preset")
+        name = get_preset(options.preset).encoder
+    source, rule = options.clip_weights or options.weights, options.preprocess or "direct"
     encoder = load_text_encoder(name, source, device, dtype, preprocess=rule)
-    vocabulary = build_vocabulary(_names(manifest), _templates(asked, info), encoder)
+    vocabulary = build_vocabulary(_names(manifest), _templates(options, info), encoder)
     kind = CropBaseline if baseline == "crop" else PooledBaseline
-    return kind(encoder, manifest, images, vocabulary, exif=asked.exif or "auto"), vocabulary
+    return kind(encoder, manifest, image_folder, vocabulary, exif=options.exif or "auto"), vocabulary
 
 
 def _from_cache(
-    asked: LvisEvaluation, path: str | Path, manifest: Manifest, device: str
+    options: LvisEvaluation, path: str | Path, manifest: Manifest, device: str
 ) -> tuple[HeadOnCache, Vocabulary]:
-    checkpoint, cache = load_checkpoint(_checkpoint(asked), asked.preset), FeatureCache.open(path)
-    _require_same_boxes(asked, cache, manifest)
-    trained = features_of(_checkpoint(asked), checkpoint.info)
-    trained.require_cache(cache, strict=asked.check_weights)
-    sets = trained.tokens.name, trained.maps.name
-    _require_as_extracted(asked, cache, sets)
-    source = asked.clip_weights or asked.weights
-    vocabulary = cache_vocabulary(cache, sets[1], _templates(asked, checkpoint.info), source, device)
-    method = HeadOnCache(checkpoint.head, cache, vocabulary, sets, limit=asked.limit, device=device)
+    checkpoint, cache = load_checkpoint(_checkpoint(options), options.preset), FeatureCache.open(path)
+    _require_same_boxes(options, cache, manifest)
+    features = head_features(_checkpoint(options), checkpoint.info)
+    features.require_cache(cache, strict=options.check_weights)
+    token_set, map_set = features.tokens.name, features.maps.name
+    _check_extraction_options(options, cache, (token_set, map_set))
+    source = options.clip_weights or options.weights
+    vocabulary = cache_vocabulary(cache, map_set, _templates(options, checkpoint.info), source, device)
+    method = HeadOnCache(checkpoint.head, cache, vocabulary, token_set, map_set, limit=options.limit, device=device)
     return method, vocabulary
 
 
-def _require_as_extracted(asked: LvisEvaluation, cache: FeatureCache, sets: Sequence[str]) -> None:
-    """An option that says how images become features has no say over those that were extracted already."""
-    given = {"exif": asked.exif, "preprocess": asked.preprocess, "dtype": None if asked.dtype == AUTO else asked.dtype}
-    for name in sets:
-        stated = cache.feature_sets[name].provenance
+def _check_extraction_options(options: LvisEvaluation, cache: FeatureCache, feature_sets: Sequence[str]) -> None:
+    """Raises ProvenanceMismatchError if an extraction option contradicts the features of the cache."""
+    dtype = None if options.dtype == AUTO else options.dtype
+    given = {"exif": options.exif, "preprocess": options.preprocess, "dtype": dtype}
+    for name in feature_sets:
+        provenance = cache.feature_sets[name].provenance
         for option, value in given.items():
-            if value is not None and stated.get(option, value) != value:
+            if value is not None and provenance.get(option, value) != value:
                 raise ProvenanceMismatchError(
-                    f"{cache.path}: its {name} features were extracted with --{option} {stated[option]}, asked for is "
+                    f"{cache.path}: its {name} features were extracted with --{option} {provenance[option]}, not "
                     f"{value}; leave --{option} out, or evaluate from images without --cache"
                 )
 
 
-def _require_same_boxes(asked: LvisEvaluation, cache: FeatureCache, manifest: Manifest) -> None:
-    """The cache may hold a part of the split, but of its images the very boxes that are asked for."""
+def _require_same_boxes(options: LvisEvaluation, cache: FeatureCache, manifest: Manifest) -> None:
+    """Raises ProvenanceMismatchError unless the cache holds the given boxes; it may hold a subset of the images."""
     rows = np.flatnonzero(np.isin(manifest.image_ids, cache.manifest.image_ids))
     if manifest.select(rows).digest() != cache.manifest.digest():
         raise ProvenanceMismatchError(
-            f"{cache.path}: was extracted from other images, boxes or classes than {asked.dataset} {asked.split} "
-            f"with boxes {asked.boxes}; extract with these, or evaluate from images without --cache"
+            f"{cache.path}: was extracted from other images, boxes or classes than {options.dataset} {options.split} "
+            f"with boxes {options.boxes}; extract with these, or evaluate from images without --cache"
         )
 
 
@@ -227,13 +228,13 @@ def _names(manifest: Manifest) -> list[str]:
     return [category.name for category in manifest.categories]
 
 
-def _templates(asked: LvisEvaluation, info: HeadInfo) -> Sequence[str]:
-    if asked.templates:
-        return template_set(asked.templates)
+def _templates(options: LvisEvaluation, info: HeadInfo) -> Sequence[str]:
+    if options.templates:
+        return template_set(options.templates)
     return info.templates or template_set("reference")
 
 
-def _checkpoint(asked: LvisEvaluation) -> Path:
-    if asked.checkpoint is None:
+def _checkpoint(options: LvisEvaluation) -> Path:
+    if options.checkpoint is None:
         raise InputError("evaluation needs a checkpoint, or a baseline and a preset; give --checkpoint")
-    return asked.checkpoint
+    return options.checkpoint

@@ -48,14 +48,12 @@ MAY_IMPORT = {
         "pipeline.datasets pipeline.extraction pipeline.images"
     ),
     "evaluation.report": (
-        "cache.format cache.reading cache.storage cache.store evaluation.inference evaluation.metrics pipeline.images"
-    ),
-    "evaluation.results": (
-        "cache.storage evaluation.inference evaluation.metrics evaluation.report pipeline.datasets pipeline.images"
+        "cache.format cache.reading cache.storage cache.store evaluation.inference evaluation.metrics "
+        "pipeline.datasets pipeline.images"
     ),
     "evaluation.demo": "cache.storage evaluation.report",
     "evaluation.evaluate": (
-        "cache.format cache.store evaluation.inference evaluation.metrics evaluation.results fusion "
+        "cache.format cache.store evaluation.inference evaluation.metrics evaluation.report fusion "
         "pipeline.backbones pipeline.datasets pipeline.images"
     ),
     "commands": (

@@ -1,10 +1,10 @@
-"""Two ways to name regions with the same frozen CLIP and no training, which the head has to beat.
+"""Two baselines that classify regions with the same frozen CLIP, without training.
 
-    crop    cut every box out, run CLIP on it: accurate, and one pass of the image tower for every box
-    pooled  average CLIP's map of the whole image over each box, project: nearly free, once the map is there
+    crop    encode the crop of every box with CLIP: accurate, but one pass of the image tower per box
+    pooled  average CLIP's map of the whole image over each box and project it: nearly free once the map is computed
 
-They use CLIP alone; neither makes masks. Both get the softmax that suits them best: the encoder's own logit scale,
-which on the toy world gives crops 3 to 4 points of AP more than the head's 100. OpenAI's models have 100 themselves.
+They use CLIP alone and make no masks. Both use the encoder's own logit scale: on the toy dataset it gives crops 3 to 4
+points of AP more than the head's 100. The scale of OpenAI's models is 100.
 """
 
 # n boxes, T map tokens (class token first), g patches a side, D width, p pixels of CLIP's square
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,32 +24,36 @@ from torch import Tensor
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.manifest import Manifest
-from regionspot.evaluation.inference.methods import ImageReader
-from regionspot.evaluation.inference.resumable import Unreadable
-from regionspot.evaluation.inference.scoring import RegionScores, Timed, class_probabilities
+from regionspot.evaluation.inference.scoring import (
+    FailedImage,
+    RegionScores,
+    StageTimer,
+    class_probabilities,
+    score_in_batches,
+)
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
+from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.backbones.protocols import ProjectingEncoder, TextEncoder
+from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder
 from regionspot.pipeline.images.decode import Exif
 
-CROPS_AT_ONCE = 64
-# Of a box's width and height, added on every side. On 514 boxes of the toy world, AP at 0, 0.05, 0.1: 41.0, 39.7,
-# 39.4 with the encoder's scale; from 0.2 on it falls steeply.
+CROP_BATCH = 64
+# Fraction of the box's width and height, added on every side. AP at 0, 0.05 and 0.1 on 514 boxes of the toy dataset:
+# 41.0, 39.7, 39.4; from 0.2 on it falls steeply.
 CROP_MARGIN = 0.0
-BATCH = 8  # images the encoder takes at a time
+IMAGE_BATCH = 8
 
 
-@dataclass(frozen=True)
-class _CroppedImage:
-    """An image and its boxes float32 (n, 4); `clip` is CLIP's input where the whole image is wanted."""
+class _PixelDecoder(Decoder):
+    """Decodes images without resizing them for a model: "pixels" is uint8 (h, w, 3)."""
 
-    image: Image.Image
-    boxes_xyxy: NDArray[np.float32]
-    clip: Tensor | None = None
+    def model_inputs(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
+        return {"pixels": torch.from_numpy(np.array(image))}
 
 
 class CropBaseline:
-    """CLIP on every box, cut out with a margin and squeezed into its square as a whole image would be."""
+    """CLIP on every box: the crop with a margin, resized to CLIP's square like a whole image."""
 
     name = "CLIP on each crop"
 
@@ -58,7 +61,7 @@ class CropBaseline:
         self,
         encoder: TextEncoder,
         manifest: Manifest,
-        images: Path,
+        image_folder: Path,
         vocabulary: Vocabulary,
         *,
         margin: float = CROP_MARGIN,
@@ -67,34 +70,35 @@ class CropBaseline:
         self.manifest, self.device = manifest, torch.device(encoder.device)
         self._encoder, self._margin = encoder, margin
         self._text = vocabulary.embeddings.to(self.device)
-        self._pieces = Halving()
-        self._reader = ImageReader(manifest, images, self._prepare, exif)
+        self._batches = Halving()
+        self._decoder = _PixelDecoder(manifest, image_folder, Backbones(), exif)
         self.identity = {**_identity(encoder, vocabulary, exif), "margin": margin}
         self.features = {encoder.name: {**encoder.provenance, "exif": exif}}
 
-    def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:
-        """One answer a row; stages "photo", "cut crops", "clip on crops"."""
-        for batch in self._reader.batches(rows, 1, timed):
-            for image in batch:
-                yield image if isinstance(image, Unreadable) else self._score(image, timed)
+    def score(self, rows: Sequence[int], timer: StageTimer) -> Iterator[RegionScores | FailedImage]:
+        """One result per row; stages "photo", "cut crops", "clip on crops"."""
 
-    def _prepare(self, image: Image.Image, row: int) -> _CroppedImage:
-        return _CroppedImage(image, self.manifest.boxes_xyxy[self.manifest.regions(row)])
+        def score_image(images: list[DecodedImage]) -> list[RegionScores]:
+            (image,) = images
+            pixels = Image.fromarray(image.inputs["pixels"].numpy())
+            return [self._score(pixels, self.manifest.boxes_xyxy[self.manifest.regions(image.row)], timer)]
 
-    def _score(self, image: _CroppedImage, timed: Timed) -> RegionScores:
-        found = [np.zeros((0, len(self._text)), np.float32)]
-        for start in range(0, len(image.boxes_xyxy), CROPS_AT_ONCE):
-            boxes = image.boxes_xyxy[start : start + CROPS_AT_ONCE]
-            with timed("cut crops"):
-                crops = [self._encoder.preprocess(crop(image.image, box, self._margin)) for box in boxes]
-            with timed("clip on crops"):
-                embedded = self._pieces(lambda piece: self._encoder.embed_images(torch.stack(list(piece))), crops)
-                found.append(class_probabilities(embedded, self._text, self._encoder.logit_scale))
-        return RegionScores(np.concatenate(found))
+        return score_in_batches(self._decoder, (), rows, 1, score_image, timer)
+
+    def _score(self, image: Image.Image, boxes_xyxy: NDArray[np.float32], timer: StageTimer) -> RegionScores:
+        probabilities = [np.zeros((0, len(self._text)), np.float32)]
+        for start in range(0, len(boxes_xyxy), CROP_BATCH):
+            with timer("cut crops"):
+                boxes = boxes_xyxy[start : start + CROP_BATCH]
+                crops = [self._encoder.preprocess(crop(image, box, self._margin)) for box in boxes]
+            with timer("clip on crops"):
+                embedded = self._batches(lambda batch: self._encoder.embed_images(torch.stack(list(batch))), crops)
+                probabilities.append(class_probabilities(embedded, self._text, self._encoder.logit_scale))
+        return RegionScores(np.concatenate(probabilities))
 
 
 class PooledBaseline:
-    """The mean of CLIP's map inside each box, by layer norm and projection taken into the text's space."""
+    """The mean of CLIP's map inside each box, taken into the text space by layer norm and projection."""
 
     name = "CLIP map pooled in the box"
 
@@ -102,70 +106,65 @@ class PooledBaseline:
         self,
         encoder: TextEncoder,
         manifest: Manifest,
-        images: Path,
+        image_folder: Path,
         vocabulary: Vocabulary,
         *,
         exif: Exif = "auto",
     ) -> None:
         if not isinstance(encoder, ProjectingEncoder):
             raise InputError(
-                f"encoder {encoder.name}: its map has no projection into the text's space, which pooling needs; "
-                "take the baseline of crops"
+                f"encoder {encoder.name}: has no projection of its map into the text space, which pooling needs; "
+                "use --baseline crop"
             )
         self.manifest, self.device = manifest, torch.device(encoder.device)
         self._encoder = encoder
         self._text = vocabulary.embeddings.to(self.device)
-        self._pieces = Halving()
-        self._reader = ImageReader(manifest, images, self._prepare, exif)
+        self._batches = Halving()
+        self._decoder = Decoder(manifest, image_folder, Backbones(None, (encoder,)), exif)
         self.identity = _identity(encoder, vocabulary, exif)
         self.features = {encoder.name: {**encoder.provenance, "exif": exif}}
 
-    def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:
-        """One answer a row; stages "photo", "clip", "pool"."""
-        for batch in self._reader.batches(rows, BATCH, timed):
-            readable = [image for image in batch if not isinstance(image, Unreadable)]
-            scored = iter(self._score(readable, timed) if readable else ())
-            for image in batch:
-                yield image if isinstance(image, Unreadable) else next(scored)
+    def score(self, rows: Sequence[int], timer: StageTimer) -> Iterator[RegionScores | FailedImage]:
+        """One result per row; stages "photo", "clip", "pool"."""
 
-    def _prepare(self, image: Image.Image, row: int) -> _CroppedImage:
-        boxes = self.manifest.boxes_xyxy[self.manifest.regions(row)]
-        return _CroppedImage(image, boxes, self._encoder.preprocess(image))
+        def score_batch(images: list[DecodedImage]) -> list[RegionScores]:
+            with timer("clip"):
+                inputs = [image.inputs[self._encoder.name] for image in images]
+                maps = self._batches(lambda batch: self._encoder.encode(torch.stack(list(batch))), inputs)
+            with timer("pool"):
+                return [self._pool(image, feature_map) for image, feature_map in zip(images, maps, strict=True)]
 
-    def _score(self, images: Sequence[_CroppedImage], timed: Timed) -> list[RegionScores]:
-        with timed("clip"):
-            inputs = [image.clip for image in images if image.clip is not None]
-            maps = self._pieces(lambda piece: self._encoder.encode(torch.stack(list(piece))), inputs)
-        with timed("pool"):
-            return [self._pool(image, each) for image, each in zip(images, maps, strict=True)]
+        return score_in_batches(self._decoder, (self._encoder.name,), rows, IMAGE_BATCH, score_batch, timer)
 
-    def _pool(self, image: _CroppedImage, feature_map: Tensor) -> RegionScores:
-        weights = pooling_weights(image.boxes_xyxy, image.image.size, math.isqrt(len(feature_map) - 1))
+    def _pool(self, image: DecodedImage, feature_map: Tensor) -> RegionScores:
+        manifest, row = self.manifest, image.row
+        size = (int(manifest.heights[row]), int(manifest.widths[row]))
+        weights = pooling_weights(manifest.boxes_xyxy[manifest.regions(row)], size, math.isqrt(len(feature_map) - 1))
         pooled = torch.from_numpy(weights).to(feature_map.device) @ feature_map[1:]
         return RegionScores(class_probabilities(self._encoder.project(pooled), self._text, self._encoder.logit_scale))
 
 
 def crop(image: Image.Image, box_xyxy: NDArray[np.float32], margin: float) -> Image.Image:
-    """The box with its margin cut out of the image, whole pixels, at least one, never past the image's edge."""
+    """The crop of a box with its margin: whole pixels, at least one, clipped to the image."""
     x1, y1, x2, y2 = (float(value) for value in box_xyxy)
-    aside, above = margin * (x2 - x1), margin * (y2 - y1)
-    left, top = max(0, math.floor(x1 - aside)), max(0, math.floor(y1 - above))
-    right, bottom = min(image.width, math.ceil(x2 + aside)), min(image.height, math.ceil(y2 + above))
+    margin_x, margin_y = margin * (x2 - x1), margin * (y2 - y1)
+    left, top = max(0, math.floor(x1 - margin_x)), max(0, math.floor(y1 - margin_y))
+    right, bottom = min(image.width, math.ceil(x2 + margin_x)), min(image.height, math.ceil(y2 + margin_y))
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
 
 
 def pooling_weights(boxes_xyxy: NDArray[np.float32], size: tuple[int, int], grid: int) -> NDArray[np.float32]:
-    """float32 (n, g * g), rows adding up to 1: how much of each box lies in each patch.
+    """float32 (n, g * g), rows adding up to 1: the share of each box in each patch.
 
-    `size` is (width, height) of the image, which CLIP squeezes into a square of `grid` x `grid` patches. A box
-    smaller than a patch takes the patches that it lies in.
+    `size` is (height, width) of the image, which CLIP resizes to a square of `grid` x `grid` patches.
     """
     edges = np.arange(grid + 1) / grid
-    shares = []
+    overlaps = []
     for axis in (0, 1):
-        low, high = boxes_xyxy[:, axis, None] / size[axis], boxes_xyxy[:, axis + 2, None] / size[axis]
-        shares.append((np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1])).clip(min=0))
-    overlap = (shares[1][:, :, None] * shares[0][:, None, :]).reshape(len(boxes_xyxy), grid * grid)
+        length = size[1 - axis]
+        low, high = boxes_xyxy[:, axis, None] / length, boxes_xyxy[:, axis + 2, None] / length
+        overlaps.append((np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1])).clip(min=0))
+    overlap = (overlaps[1][:, :, None] * overlaps[0][:, None, :]).reshape(len(boxes_xyxy), grid * grid)
     weights: NDArray[np.float32] = (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
     return weights
 

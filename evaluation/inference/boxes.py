@@ -1,12 +1,12 @@
-"""Boxes and names as a person gives them: as a list on the command line, or in a file.
+"""Parse the boxes and names of `regionspot predict`, from the command line or a file.
 
 "10,20,110,220"                  x1,y1,x2,y2 in pixels of the image
-"10,20,110,220; 5,5,60,80"       several
+"10,20,110,220; 5,5,60,80"       several boxes
 @boxes.json                      [[x1, y1, x2, y2], ...] or {"boxes": [[x1, y1, x2, y2], ...]}
 "dog,red umbrella"               names
-@names.txt                       a text file with one name a line, for names that hold commas
+@names.txt                       a text file with one name per line, for names that contain commas
 
-A list is never taken for a file's name, whatever files there are: a file is asked for by its option or by "@".
+Only the file option or "@" selects a file; a list is never read as a file name.
 """
 
 from __future__ import annotations
@@ -26,87 +26,86 @@ from regionspot.cache.errors import AnnotationError, InputError
 log = logging.getLogger(__name__)
 
 FORM = '"x1,y1,x2,y2;..." or a JSON file with [[x1, y1, x2, y2], ...]'
-_SHOWN = 60  # characters of a list in an error
+_MAX_QUOTED = 60  # characters of the input in an error message
 
 
 def boxes_from(text: str | None, file: Path | None) -> NDArray[np.float32]:
-    """float32 (n, 4) from `--boxes` or `--boxes-file`, of which one is given.
+    """float32 (n, 4) from either `--boxes` or `--boxes-file`. `check_boxes` then compares them with the image.
 
-    Raises InputError or AnnotationError where it holds no boxes; `check_boxes` says whether they fit an image.
+    Raises InputError or AnnotationError for anything that is not boxes.
     """
-    path = _file_asked_for("boxes", text, file)
+    path = _input_file("boxes", text, file)
     return read_boxes(path) if path else parse_boxes(text or "")
 
 
 def names_from(text: str | None, file: Path | None) -> list[str]:
-    """Names from `--names` or `--names-file`, of which one is given. Raises InputError where it holds no name."""
-    path = _file_asked_for("names", text, file)
+    """Names from either `--names` or `--names-file`. Raises InputError if there is no name."""
+    path = _input_file("names", text, file)
     return read_names(path) if path else parse_names(text or "")
 
 
 def parse_boxes(text: str) -> NDArray[np.float32]:
-    """float32 (n, 4) from numbers. Raises InputError for anything else."""
-    pieces = [piece for piece in text.split(";") if piece.strip()]
+    """float32 (n, 4) from text. Raises InputError for anything but numbers."""
     try:
-        rows = [[float(number) for number in piece.split(",")] for piece in pieces]
+        rows = [[float(number) for number in box.split(",")] for box in text.split(";") if box.strip()]
     except ValueError:
         raise InputError(
-            f"boxes {_short(text)}: are not numbers; expected {FORM} by --boxes-file FILE or --boxes @FILE"
+            f"boxes {_short(text)}: are not numbers; expected {FORM} with --boxes-file FILE or --boxes @FILE"
         ) from None
     return _table(rows, f"boxes {_short(text)}")
 
 
 def parse_names(text: str) -> list[str]:
-    """The names of a list with commas or line breaks. Raises InputError where there is none."""
+    """The names of a list separated by commas or line breaks. Raises InputError if there is none."""
     if re.fullmatch(r"[^,\n]+\.(txt|csv|tsv|json|names)", text.strip(), re.IGNORECASE):
-        raise InputError(f"names {_short(text)}: is one name and looks like a file's; give it by --names-file or @")
+        raise InputError(f"names {_short(text)}: looks like a file name; give a file with --names-file or @")
     return _checked_names(re.split("[,\n]", text), f"names {_short(text)}")
 
 
 def read_boxes(path: Path) -> NDArray[np.float32]:
-    """float32 (n, 4) from a JSON file. Raises AnnotationError or InputError for a file that holds something else."""
+    """float32 (n, 4) from a JSON file. Raises AnnotationError or InputError for an invalid file."""
     return _table(_read(path), str(path))
 
 
 def read_names(path: Path) -> list[str]:
-    """The names of a text file with one a line. Raises InputError for a file that holds none or cannot be read."""
+    """The names of a text file with one per line. Raises InputError if there is none or the file cannot be read."""
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(f"{path}: the names cannot be read ({error.strerror})") from None
     except UnicodeDecodeError:
-        raise InputError(f"{path}: is no UTF-8 text; expected one name a line") from None
+        raise InputError(f"{path}: is not UTF-8 text; expected one name per line") from None
     return _checked_names(text.split("\n"), str(path))
 
 
-def _file_asked_for(kind: str, text: str | None, file: Path | None) -> Path | None:
-    """The file; None where a list is given. Raises InputError unless one of the two is given."""
+def _input_file(kind: str, text: str | None, file: Path | None) -> Path | None:
+    """The file; None if a list is given. Raises InputError unless exactly one of the two is given."""
     if (text is None) == (file is None):
-        raise InputError(f"--{kind} and --{kind}-file: give one of the two")
+        raise InputError(f"--{kind} and --{kind}-file: give exactly one of the two")
     if text is not None and text.startswith("@"):
         return Path(text[1:]).expanduser()
     return file
 
 
-def _checked_names(pieces: Sequence[str], source: str) -> list[str]:
-    given = [piece.strip() for piece in pieces if piece.strip()]
-    if not given:
-        raise InputError(f'{source}: holds no name; expected "dog,red umbrella", or a file with one name a line')
-    names = list(dict.fromkeys(given))
-    if len(names) < len(given):
-        # Twice the same name would share its score.
-        log.warning("%s: %d names are given more than once, and used once", source, len(given) - len(names))
-    return names
+def _checked_names(texts: Sequence[str], source: str) -> list[str]:
+    names = [text.strip() for text in texts if text.strip()]
+    if not names:
+        raise InputError(f'{source}: holds no name; expected "dog,red umbrella", or a file with one name per line')
+    unique = list(dict.fromkeys(names))
+    if len(unique) < len(names):
+        # A repeated name would split its probability.
+        log.warning("%s: %d names are repeated and count once", source, len(names) - len(unique))
+    return unique
 
 
 def _short(text: str) -> str:
-    return repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 3]}...")
+    return repr(text if len(text) <= _MAX_QUOTED else f"{text[: _MAX_QUOTED - 3]}...")
 
 
 def check_boxes(boxes: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
-    """float32 (n, 4): the boxes cut to an image of `size` (height, width).
+    """float32 (n, 4): the boxes clipped to an image of `size` (height, width).
 
-    Raises InputError, naming the first box that is not x1 < x2, y1 < y2, or has less than a pixel in the image.
+    Raises InputError for the first box that is not x1 < x2, y1 < y2, or has less than a pixel in the image.
     """
     checked = _table(boxes, "boxes")
     height, width = size
@@ -116,7 +115,7 @@ def check_boxes(boxes: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
             raise InputError(f"box {number} of {len(checked)} is {box}, expected x1 < x2 and y1 < y2")
         if min(x2, width) - max(x1, 0) < 1 or min(y2, height) - max(y1, 0) < 1:
             raise InputError(
-                f"box {number} of {len(checked)} is {box}: less than a pixel of it is in the image, which is "
+                f"box {number} of {len(checked)} is {box}: less than a pixel of it is inside the image, which is "
                 f"{width} wide and {height} high; boxes are x1, y1, x2, y2 in pixels"
             )
     edges = np.array([width, height, width, height], np.float32)
@@ -129,14 +128,14 @@ def _table(rows: Any, source: str) -> NDArray[np.float32]:
             if isinstance(row, Sequence) and len(row) != 4:
                 raise InputError(f"{source}: box {number} has {len(row)} numbers, expected 4: x1, y1, x2, y2")
     try:
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, which is refused below
+        with np.errstate(over="ignore"):  # numbers that are too large become infinite, an error below
             table = np.asarray(rows, np.float32)
     except (TypeError, ValueError):
-        raise InputError(f"{source}: holds something else than numbers; expected {FORM}") from None
+        raise InputError(f"{source}: is not a list of numbers; expected {FORM}") from None
     if table.size == 0:
         return np.zeros((0, 4), np.float32)
     if table.ndim != 2 or table.shape[1] != 4:
-        raise InputError(f"{source}: has the shape {table.shape}, expected (n, 4): x1, y1, x2, y2 a box")
+        raise InputError(f"{source}: has the shape {table.shape}, expected (n, 4): x1, y1, x2, y2 of each box")
     if not np.isfinite(table).all():
         raise InputError(f"{source}: box {int((~np.isfinite(table)).any(axis=1).argmax()) + 1} is not finite")
     return table

@@ -1,7 +1,7 @@
-"""The features that a head takes: what its checkpoint states of those that it was trained on, or implies.
+"""The features that a head was trained on, as its checkpoint states or implies them.
 
-A head makes sense only of features made as those, so both ways to evaluate one compare first: with the features of a
-cache, and with the backbones that are loaded to run on images.
+A head needs features of the same models and options, so evaluation first compares them: with the features of a cache,
+or with the backbones that are loaded to run on images.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from regionspot.pipeline.backbones.weights import OFFICIAL
 
 log = logging.getLogger(__name__)
 
-# By which preprocessing a head's features were made where its checkpoint does not state it: a released one was trained
-# by the authors' own code; one of ours without that record is older than the choice.
+# Preprocessing of the training features if the checkpoint does not state it: the authors' for a released file, and the
+# only one that older versions had for our files.
 RELEASED_PREPROCESS, OLDER_PREPROCESS = "reference", "direct"
 
 
 @dataclass(frozen=True)
-class TrainedOn:
-    """One of the two feature sets of a head.
+class HeadFeatureSet:
+    """One of the two feature sets that a head was trained on.
 
-    name        of the set, which is that of its backbone
-    fields      what is known of how it was made, as `compatibility.description` gives it
+    name        of the feature set and its backbone
+    fields      its known provenance, in the form of `compatibility.description`
     preprocess  preset of pipeline/images/preprocess.py, stated or implied
-    implied     fields of which another value is said but not refused: the checkpoint implies and does not state them
+    implied     fields that the checkpoint implies but does not state: a difference logs a warning instead of an error
     """
 
     name: str
@@ -45,94 +45,93 @@ class TrainedOn:
 
     @property
     def dtype(self) -> str:
-        """What its backbone computed in; "auto" where that is not known."""
+        """The compute dtype of its backbone; "auto" if unknown."""
         return str(stored_dtype(self.fields))
 
-    def refused(self, compared: Comparison, allowed: Collection[str] = ()) -> bool:
-        return any(each.field not in (*self.implied, *allowed) for each in compared.differences)
+    def is_incompatible(self, comparison: Comparison, allowed: Collection[str] = ()) -> bool:
+        """Whether a field differs that is neither implied nor `allowed` to differ."""
+        return any(difference.field not in (*self.implied, *allowed) for difference in comparison.differences)
 
 
 @dataclass(frozen=True)
 class HeadFeatures:
-    """Both feature sets of a head; `checkpoint` is where the head is, for messages."""
+    """Both feature sets of a head; `checkpoint` is its path, for messages."""
 
     checkpoint: Path
-    tokens: TrainedOn
-    maps: TrainedOn
+    tokens: HeadFeatureSet
+    maps: HeadFeatureSet
 
     @property
     def exif(self) -> str | None:
-        """The rule by which images were turned; None where that is not known."""
+        """The EXIF rule of the images; None if unknown."""
         rule = self.maps.fields.get("exif", self.tokens.fields.get("exif"))
         return None if rule is None else str(rule)
 
     def require_cache(self, cache: FeatureCache, strict: bool = True) -> None:
-        """See that the features of `cache` were made as those that the head was trained on.
+        """Check that the features of `cache` are compatible with those that the head was trained on.
 
-        strict   refuse what was made otherwise; else it is only said. A feature set that is missing is always refused
+        strict   False: differences are only logged, but a missing feature set is still an error
 
-        Raises ProvenanceMismatchError, naming both sides, the fields and what to do; InputError where tokens and maps
-        of the cache saw the images turned differently.
+        Raises ProvenanceMismatchError, and InputError if tokens and maps were extracted with different EXIF rules.
         """
         for trained in (self.tokens, self.maps):
             if trained.name not in cache.feature_sets:
-                held = ", ".join(cache.feature_sets) or "none"
+                names = ", ".join(cache.feature_sets) or "none"
                 raise ProvenanceMismatchError(
-                    f"{cache.path}: holds the feature sets {held}; {self.checkpoint} was trained on {trained.name}: "
-                    "extract it into this cache first, or take a head of this cache's preset"
+                    f"{cache.path}: holds the feature sets {names}; {self.checkpoint} was trained on {trained.name}: "
+                    "extract it into this cache first, or use a head of this cache's preset"
                 )
-            compared = compare(trained.fields, description(cache.feature_sets[trained.name]))
+            comparison = compare(trained.fields, description(cache.feature_sets[trained.name]))
             problem = (
-                f"{cache.path}: its {trained.name} features were made otherwise than those that {self.checkpoint} was "
-                f"trained on: {compared.text('{field} is {found}, there {expected}')}"
+                f"{cache.path}: its {trained.name} features differ from those that {self.checkpoint} was trained on: "
+                f"{comparison.text('{field} is {found}, there {expected}')}"
             )
-            if strict and trained.refused(compared):
-                options = compared.options() or "the same options"
+            if strict and trained.is_incompatible(comparison):
+                options = comparison.options() or "the same options"
                 raise ProvenanceMismatchError(
                     f"{problem}; extract another cache with {options}, or evaluate from images, without --cache"
                 )
-            self._warn(compared, trained, problem)
-        require_same_orientation(cache, *(cache.feature_sets[each.name] for each in (self.tokens, self.maps)))
+            self._warn(comparison, trained, problem)
+        require_same_orientation(cache, cache.feature_sets[self.tokens.name], cache.feature_sets[self.maps.name])
 
     def require_backbones(
-        self, provenances: Mapping[str, Mapping[str, Any]], asked: Collection[str] = (), strict: bool = True
+        self, provenances: Mapping[str, Mapping[str, Any]], overridden: Collection[str] = (), strict: bool = True
     ) -> None:
-        """See that loaded backbones make features such as the head was trained on.
+        """Check that the features of loaded backbones are compatible with those that the head was trained on.
 
         provenances   of the backbones, by name
-        asked         fields that were set by the user: another value of these is said, and not refused
-        strict        refuse what differs otherwise; else it is only said
+        overridden    fields that the user has set: their differences are only logged
+        strict        False: all differences are only logged
 
-        Raises WeightsError, naming both sides, the fields and what to do.
+        Raises WeightsError.
         """
         for trained in (self.tokens, self.maps):
-            # How an image is turned is no matter of the backbones.
+            # The backbones do not decide the orientation of images.
             fields = {name: value for name, value in trained.fields.items() if name != "exif"}
-            compared = compare(fields, provenances[trained.name])
-            if strict and trained.refused(compared, asked):
+            comparison = compare(fields, provenances[trained.name])
+            if strict and trained.is_incompatible(comparison, overridden):
                 raise WeightsError(
                     f"{self.checkpoint}: was trained on {trained.name} with "
-                    f"{compared.text('{field} {expected}, but {found}')} are loaded; give the weights and options that "
-                    "its cache was extracted with, or ask for no such check (--no-check-weights)"
+                    f"{comparison.text('{field} {expected}, but {found}')} are loaded; give the weights and options "
+                    "that its cache was extracted with, or skip this check with --no-check-weights"
                 )
-            form = "{field} {found}, trained with {expected}"
-            self._warn(compared, trained, f"{self.checkpoint}: runs on {trained.name} with {compared.text(form)}")
+            differences = comparison.text("{field} {found}, trained with {expected}")
+            self._warn(comparison, trained, f"{self.checkpoint}: runs on {trained.name} with {differences}")
 
-    def _warn(self, compared: Comparison, trained: TrainedOn, problem: str) -> None:
-        if compared.differences:
-            log.warning("%s; scores may be worse than those of the head's own features", problem)
-        if compared.missing and not trained.implied:
+    def _warn(self, comparison: Comparison, trained: HeadFeatureSet, problem: str) -> None:
+        if comparison.differences:
+            log.warning("%s; scores may be worse than with the features of the training", problem)
+        if comparison.missing and not trained.implied:
             log.warning(
-                "%s: of the %s features that it was trained on, or of those given, these are not stated and so not "
-                "compared: %s",
+                "%s: these fields of its %s features are unknown, so they are not compared: %s",
                 self.checkpoint,
                 trained.name,
-                ", ".join(compared.missing),
+                ", ".join(comparison.missing),
             )
 
 
-def features_of(checkpoint: Path, info: HeadInfo) -> HeadFeatures:
-    """What a head takes. Raises WeightsError for one that names neither its backbones nor a preset."""
+def head_features(checkpoint: Path, info: HeadInfo) -> HeadFeatures:
+    """The features that a head needs. Raises WeightsError if it names neither its backbones nor a preset."""
     preset = PRESETS.get(info.preset) if info.preset else None
     if not info.localizer and preset:
         return HeadFeatures(checkpoint, *_released(preset))
@@ -140,38 +139,38 @@ def features_of(checkpoint: Path, info: HeadInfo) -> HeadFeatures:
     if not localizer or not encoder:
         raise WeightsError(f"{checkpoint}: names neither its backbones nor a preset; train it again with --preset")
     maps = _stated(checkpoint, info, "map", encoder, OLDER_PREPROCESS)
-    # Imported tokens state no preprocessing: they count as made from the images as the maps were.
+    # Imported tokens state no preprocessing: assume that of the maps.
     tokens = _stated(checkpoint, info, "token", localizer, maps.preprocess)
     return HeadFeatures(checkpoint, tokens, maps)
 
 
-def _released(preset: Preset) -> tuple[TrainedOn, TrainedOn]:
-    """What a file that the authors released was trained on: their preprocessing, their preset's official weights."""
+def _released(preset: Preset) -> tuple[HeadFeatureSet, HeadFeatureSet]:
+    """The features of a released file: the authors' preprocessing, the official weights of the preset."""
 
-    def implied(name: str, **fields: Any) -> TrainedOn:
+    def implied(name: str, **fields: Any) -> HeadFeatureSet:
         if name in OFFICIAL:
             fields["weights_sha256"] = OFFICIAL[name].sha256
         fields |= {"model": name, "preprocess": RELEASED_PREPROCESS}
-        return TrainedOn(name, fields, RELEASED_PREPROCESS, implied=("weights_sha256",))
+        return HeadFeatureSet(name, fields, RELEASED_PREPROCESS, implied=("weights_sha256",))
 
     return implied(preset.localizer), implied(preset.encoder, input_pixels=preset.clip_pixels)
 
 
-def _stated(checkpoint: Path, info: HeadInfo, kind: str, name: str, preprocess: str) -> TrainedOn:
-    """What the head's own records of its caches say; `preprocess` where they do not."""
+def _stated(checkpoint: Path, info: HeadInfo, kind: str, name: str, preprocess: str) -> HeadFeatureSet:
+    """A feature set as the checkpoint's records of its caches state it; `preprocess` is the default."""
     records = [_fields(cache[kind]) for cache in info.caches if kind in cache]
     fields = dict(records[0]) if records else {}
-    for other in records[1:]:  # heads of before training compared its caches
-        if differing := compare(fields, other).text("{field} {expected} and {found}"):
-            log.warning("%s: was trained on %s features made in different ways: %s", checkpoint, name, differing)
+    for other in records[1:]:  # older versions trained on caches with different features
+        if differences := compare(fields, other).text("{field} {expected} and {found}"):
+            log.warning("%s: was trained on different %s features: %s", checkpoint, name, differences)
     if name in info.weights_sha256:
         fields["weights_sha256"] = info.weights_sha256[name]
-    return TrainedOn(name, fields, str(fields.get("preprocess", preprocess)))
+    return HeadFeatureSet(name, fields, str(fields.get("preprocess", preprocess)))
 
 
 def _fields(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The description of a feature set in a head's record of a cache."""
+    """The description of a feature set in the checkpoint's record of a cache."""
     fields = {key: value for key, value in record.items() if key not in ("name", "encoding")}
     if "encoding" not in record and "input_pixels" not in record:
-        fields.pop("dtype", None)  # so older versions recorded the encoding, where a backbone stated no dtype
+        fields.pop("dtype", None)  # older versions recorded the encoding as dtype if the backbone stated none
     return fields

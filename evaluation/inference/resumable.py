@@ -1,8 +1,8 @@
-"""Long inference that survives being killed: images in, detections out, in parts that are written once.
+"""Resumable inference: the detections of all images of a manifest, saved in parts.
 
-A part is the result of 64 consecutive images, one file under a folder named by a digest of everything that decides
-its numbers. A run that was stopped goes on with the parts that are not there; one with another head, other boxes or
-other classes finds a folder of its own and mixes nothing.
+A part is one file with the detections of 64 consecutive images. Its folder is named by a digest of everything that
+decides the detections, so another head, other boxes or other classes use another folder. A stopped run resumes with the
+missing parts.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import json
 import logging
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
@@ -26,7 +26,7 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import remove_abandoned, to_json, write_file
-from regionspot.evaluation.inference.scoring import RegionScores, Timed
+from regionspot.evaluation.inference.scoring import FailedImage, RegionScores, StageTimer
 from regionspot.evaluation.metrics.detections import (
     DETECTIONS_PER_IMAGE,
     Detections,
@@ -39,22 +39,15 @@ from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, Failure
 
 log = logging.getLogger(__name__)
 
-PART_SIZE = 64  # a multiple of every method's batch, so that a resumed run makes the same batches
+PART_SIZE = 64  # a multiple of every method's batch size, so that a resumed run has the same batches
 
 
-@dataclass(frozen=True)
-class Unreadable:
-    """Stands in place of an image's scores; `reason` is one line."""
+class ScoringMethod(Protocol):
+    """Scores the regions of a manifest: a head or a baseline.
 
-    reason: str
-
-
-class Method(Protocol):
-    """One way to score regions: a head or a baseline, over the images and boxes of its manifest.
-
-    name      as it stands in tables
-    identity  what decides its numbers besides the manifest, ready for JSON
-    features  provenance of the features that it scores, by backbone
+    name      shown in tables
+    identity  everything that decides its scores except the manifest; JSON-able
+    features  provenance of the features, by backbone
     """
 
     @property
@@ -72,17 +65,17 @@ class Method(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def score(self, rows: Sequence[int], timed: Timed) -> Iterator[RegionScores | Unreadable]:
-        """One answer a row, in order; classes are the manifest's categories. Enters `timed` by stage."""
+    def score(self, rows: Sequence[int], timer: StageTimer) -> Iterator[RegionScores | FailedImage]:
+        """One result per row, in order; classes are the manifest's categories. `timer` measures the stages."""
         ...
 
 
 @dataclass(frozen=True)
-class Inference:
-    """What a method said about some images.
+class InferenceResult:
+    """The detections of some images.
 
     failures  {image id: reason} of images that could not be read or scored; they have no detections
-    seconds   of each stage, over all parts, also those of an earlier run
+    seconds   of each stage, including the parts of earlier runs
     """
 
     detections: Detections
@@ -92,76 +85,78 @@ class Inference:
 
 
 def infer(
-    method: Method,
+    method: ScoringMethod,
     folder: Path,
     *,
     detections_per_image: int = DETECTIONS_PER_IMAGE,
     max_failures: FailureLimit = EVALUATION_LIMIT,
-) -> Inference:
-    """The best detections of every image of the method's manifest, going on with what `folder` already holds.
+) -> InferenceResult:
+    """The best detections of every image of the method's manifest; resumes from the parts in `folder`.
 
-    Parts with images that could not be read are tried again. Raises InputError as soon as more than
-    `max_failures` of all images are known to be unreadable, or when `folder` cannot be written.
+    Parts with failed images are retried. Raises InputError as soon as more than `max_failures` of all images have
+    failed, and if `folder` cannot be written.
     """
-    parts = _Parts(folder, method, detections_per_image)
-    found = {part: stored for part in range(len(parts)) if (stored := parts.load(part)) is not None}
-    pending = [part for part in range(len(parts)) if part not in found]
+    parts = _PartFiles(folder, method, detections_per_image)
+    results = {part: result for part in range(len(parts)) if (result := parts.load(part)) is not None}
+    pending = [part for part in range(len(parts)) if part not in results]
     rows = [row for part in pending for row in parts.rows(part)]
-    if found:
-        log.info("%s: %d of %d parts are done already", parts.folder, len(found), len(parts))
+    if results:
+        log.info("%s: %d of %d parts are done already", parts.folder, len(results), len(parts))
     progress = Progress(len(rows), "images")
-    scores = method.score(rows, _timed(progress, method.device))
+    scores = method.score(rows, stage_timer(progress, method.device))
     for part in pending:
-        found[part] = _infer_part(method, parts.rows(part), scores, progress, detections_per_image)
-        parts.save(part, found[part])
-        _stop_if_too_many_failed(method.manifest, found.values(), max_failures)
-    return _joined([found[part] for part in sorted(found)])
+        results[part] = _infer_part(method, parts.rows(part), scores, progress, detections_per_image)
+        parts.save(part, results[part])
+        _stop_if_too_many_failed(method.manifest, results.values(), max_failures)
+    return _merged([results[part] for part in sorted(results)])
 
 
 def _infer_part(
-    method: Method, rows: range, scores: Iterator[RegionScores | Unreadable], progress: Progress, limit: int
-) -> Inference:
-    """The next part's detections; its seconds are what the stages took since the part before."""
+    method: ScoringMethod, rows: range, scores: Iterator[RegionScores | FailedImage], progress: Progress, limit: int
+) -> InferenceResult:
+    """The detections of the next part; its seconds are those of the stages since the previous part."""
     manifest = method.manifest
     category_ids = np.array([category.id for category in manifest.categories], np.int64)
     before = dict(progress.stage_seconds)
     detections, failures = [], {}
-    for row, of_image in zip(rows, islice(scores, len(rows)), strict=True):
+    for row, image_scores in zip(rows, islice(scores, len(rows)), strict=True):
         image_id, regions = int(manifest.image_ids[row]), manifest.regions(row)
-        if isinstance(of_image, Unreadable):
-            failures[image_id] = of_image.reason
-        elif problem := of_image.not_finite():
+        if isinstance(image_scores, FailedImage):
+            failures[image_id] = image_scores.reason
+        elif problem := image_scores.not_finite():
             failures[image_id] = f"{manifest.paths[row]}: {problem}"
         else:
             detections.append(
                 detections_of_image(
                     image_id,
                     manifest.boxes_xyxy[regions],
-                    of_image.probabilities,
+                    image_scores.probabilities,
                     category_ids,
                     None if manifest.scores is None else manifest.scores[regions],
-                    of_image.masks,
+                    image_scores.masks,
                     limit,
                 )
             )
         progress.step()
     seconds = {stage: total - before.get(stage, 0.0) for stage, total in progress.stage_seconds.items()}
-    return Inference(concatenate(detections), failures, seconds, len(rows))
+    return InferenceResult(concatenate(detections), failures, seconds, len(rows))
 
 
-def _timed(progress: Progress, device: torch.device) -> Timed:
+def stage_timer(progress: Progress, device: torch.device) -> StageTimer:
+    """Adds the time of each stage to `progress`, including the time until the device is done."""
+
     @contextmanager
-    def stage(name: str) -> Iterator[None]:
-        with progress.timed(name):
+    def timer(stage: str) -> Iterator[None]:
+        with progress.timed(stage):
             yield
             if device.type == "cuda":
-                torch.cuda.synchronize(device)  # a GPU answers before it is done
+                torch.cuda.synchronize(device)  # CUDA calls return before the GPU is done
 
-    return stage
+    return timer
 
 
-def _stop_if_too_many_failed(manifest: Manifest, parts: Any, limit: FailureLimit) -> None:
-    reasons = [reason for part in parts for reason in part.failures.values()]
+def _stop_if_too_many_failed(manifest: Manifest, results: Iterable[InferenceResult], limit: FailureLimit) -> None:
+    reasons = [reason for result in results for reason in result.failures.values()]
     if not limit.allows(len(reasons), len(manifest)):
         raise InputError(
             f"{len(reasons)} of {len(manifest)} images could not be read, more than --max-failures {limit} allows "
@@ -169,20 +164,20 @@ def _stop_if_too_many_failed(manifest: Manifest, parts: Any, limit: FailureLimit
         )
 
 
-def _joined(parts: Sequence[Inference]) -> Inference:
+def _merged(results: Sequence[InferenceResult]) -> InferenceResult:
     seconds: dict[str, float] = {}
-    for part in parts:
-        for stage, spent in part.seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + spent
-    failures = {image_id: reason for part in parts for image_id, reason in part.failures.items()}
-    images = sum(part.images for part in parts)
-    return Inference(concatenate([part.detections for part in parts]), failures, seconds, images)
+    for result in results:
+        for stage, stage_seconds in result.seconds.items():
+            seconds[stage] = seconds.get(stage, 0.0) + stage_seconds
+    failures = {image_id: reason for result in results for image_id, reason in result.failures.items()}
+    images = sum(result.images for result in results)
+    return InferenceResult(concatenate([result.detections for result in results]), failures, seconds, images)
 
 
-class _Parts:
-    """The files of one evaluation: `folder/<digest>/00000.npz`, each of PART_SIZE images."""
+class _PartFiles:
+    """The files of one inference: `folder/<digest>/00000.npz`, each with PART_SIZE images."""
 
-    def __init__(self, folder: Path, method: Method, limit: int) -> None:
+    def __init__(self, folder: Path, method: ScoringMethod, limit: int) -> None:
         self._images = len(method.manifest)
         identity = {
             "method": method.name,
@@ -207,16 +202,16 @@ class _Parts:
     def rows(self, part: int) -> range:
         return range(part * PART_SIZE, min(self._images, (part + 1) * PART_SIZE))
 
-    def save(self, part: int, inference: Inference) -> None:
-        notes = {"failures": inference.failures, "seconds": inference.seconds, "pictures": inference.images}
+    def save(self, part: int, result: InferenceResult) -> None:
+        notes = {"failures": result.failures, "seconds": result.seconds, "pictures": result.images}
         text = json.dumps(notes, allow_nan=False)
-        columns: dict[str, Any] = {"notes": np.array(text), **to_columns(inference.detections)}
+        columns: dict[str, Any] = {"notes": np.array(text), **to_columns(result.detections)}
         buffer = io.BytesIO()
         np.savez(buffer, **columns)
         write_file(self._path(part), buffer.getvalue())
 
-    def load(self, part: int) -> Inference | None:
-        """A part of an earlier run; None where it is not there, is damaged, or had images that failed."""
+    def load(self, part: int) -> InferenceResult | None:
+        """A part of an earlier run; None if it is missing, damaged, or has failed images."""
         try:
             with np.load(self._path(part)) as columns:
                 notes = json.loads(str(columns["notes"]))
@@ -224,9 +219,9 @@ class _Parts:
         except FileNotFoundError:
             return None
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError):
-            log.warning("%s: is damaged and is made again", self._path(part))
+            log.warning("%s: is damaged and is computed again", self._path(part))
             return None
-        return None if notes["failures"] else Inference(detections, {}, notes["seconds"], notes["pictures"])
+        return None if notes["failures"] else InferenceResult(detections, {}, notes["seconds"], notes["pictures"])
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:05d}.npz"

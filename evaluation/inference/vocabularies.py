@@ -1,4 +1,4 @@
-"""The vocabulary of a cache: its own categories, through the text tower of the encoder that made its maps."""
+"""The vocabulary of a cache: its categories, encoded by the text tower of the encoder that made its maps."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from regionspot.pipeline.backbones.protocols import TextEncoder
 
 @dataclass(frozen=True)
 class EncoderOnDemand:
-    """The text tower of a cache's semantic encoder, loaded only if a vocabulary has to be computed.
+    """The text tower of a cache's semantic encoder, loaded only if a vocabulary must be computed.
 
-    weights_sha256  of the weights that made the maps; other weights are refused, their text would not fit
-    source          where the weights are, as `load_weights` knows it
+    weights_sha256  of the weights that made the maps; other weights are an error
+    source          of the weights, as for `load_weights`
     """
 
     name: str
@@ -39,7 +39,7 @@ class EncoderOnDemand:
         if encoder.weights_sha256 != self.weights_sha256:
             raise ProvenanceMismatchError(
                 f"{self.name}: the cache was made with weights {self.weights_sha256[:16]}, but "
-                f"{encoder.weights_sha256[:16]} are loaded; give the same ones with --weights"
+                f"{encoder.weights_sha256[:16]} are loaded; give the weights of the cache with --weights"
             )
         return encoder
 
@@ -51,16 +51,17 @@ def cache_vocabulary(
     source: str | None = None,
     device: str | None = None,
 ) -> Vocabulary:
-    """One embedding a category of `cache`, in its order, from the encoder of its feature set `map_set`.
+    """One embedding per category of `cache`, in its order, from the encoder of its feature set `map_set`.
 
-    Raises ProvenanceMismatchError when the cache lacks that set, or `source` holds other weights than made it.
+    Raises ProvenanceMismatchError if the cache has no such set, or if `source` holds other weights.
     """
     if map_set not in cache.feature_sets:
-        held = ", ".join(cache.feature_sets) or "none"
+        names = ", ".join(cache.feature_sets) or "none"
         raise ProvenanceMismatchError(
-            f"{cache.path}: holds the feature sets {held}, not {map_set}; name their preset, or extract {map_set} too"
+            f"{cache.path}: holds the feature sets {names}, not {map_set}; name their preset, or extract {map_set} too"
         )
     weights = cache.feature_sets[map_set].provenance["weights_sha256"]
     encoder = EncoderOnDemand(map_set, weights, source, device)
-    sentences = template_set(templates) if isinstance(templates, str) else templates
-    return build_vocabulary([category.name for category in cache.categories], sentences, encoder)
+    if isinstance(templates, str):
+        templates = template_set(templates)
+    return build_vocabulary([category.name for category in cache.categories], templates, encoder)

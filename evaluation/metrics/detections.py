@@ -1,7 +1,7 @@
-"""Detections as columns, from the scores of an image's regions to LVIS's results file.
+"""Detections as columns: from the scores of an image's regions to LVIS's results file.
 
-LVIS val has 19,809 images with 300 detections each: six million dicts would fill the memory of most machines, six
-million rows of five columns are 300 MB. The mask of a region is encoded once, however many of its classes are kept.
+LVIS val has 19,809 images with 300 detections each: six million dicts do not fit into the memory of most machines, six
+million rows of five columns are 300 MB. The mask of a region is stored once for all its classes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ DETECTIONS_PER_IMAGE = 300  # LVIS's own limit (lvis/results.py, LVISResults.__i
 
 @dataclass(frozen=True)
 class Masks:
-    """Masks of regions as COCO's compressed run lengths, end to end in one buffer.
+    """Masks of regions in COCO's compressed run-length encoding, concatenated in one buffer.
 
     sizes    int32 (n, 2)   height, width
     offsets  int64 (n + 1,) mask i is counts[offsets[i]:offsets[i + 1]]
@@ -59,14 +59,14 @@ class Masks:
 
 @dataclass(frozen=True)
 class Detections:
-    """K detections, those of an image in a row and its best first.
+    """K detections, grouped by image, best first.
 
     image_ids     int64   (K,)
     category_ids  int64   (K,)    the dataset's ids
     boxes_xywh    float64 (K, 4)  x, y, width, height in pixels of the original image
     scores        float32 (K,)
-    regions       int64   (K,)    which region was named; an index into `masks` where there are any
-    masks         of the regions, or None where no masks were made
+    regions       int64   (K,)    number of the region; the index into `masks`
+    masks         of the regions, or None
     """
 
     image_ids: NDArray[np.int64]
@@ -80,7 +80,7 @@ class Detections:
         return len(self.image_ids)
 
     def take(self, rows: NDArray[Any]) -> Detections:
-        """The detections at `rows` (indices or a bool mask), in that order; all masks stay."""
+        """The detections at `rows` (indices or a bool mask), in that order; all masks are kept."""
         return Detections(
             self.image_ids[rows],
             self.category_ids[rows],
@@ -91,7 +91,7 @@ class Detections:
         )
 
     def as_dicts(self, with_box: bool = True, with_mask: bool = True) -> Iterator[dict[str, Any]]:
-        """One dict a detection in the form of LVIS's results; equal regions share one mask object."""
+        """One dict per detection in LVIS's results format; detections of one region share one mask object."""
         encoded: dict[int, dict[str, Any]] = {}
         columns = (self.image_ids, self.category_ids, self.boxes_xywh, self.scores, self.regions)
         for image_id, category_id, box, score, region in zip(*(column.tolist() for column in columns), strict=True):
@@ -112,12 +112,12 @@ def best_pairs(
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
     """The `limit` best (region, class) pairs of one image: regions, classes and scores, best first.
 
-    probabilities float32 (R, C) softmax over the classes; box_scores float32 (R,) multiply them where boxes have one.
+    probabilities float32 (R, C) are the softmax over the classes, multiplied by box_scores float32 (R,) if given.
     """
     scores = probabilities if box_scores is None else probabilities * box_scores[:, None]
     flat = scores.reshape(-1)
     best = np.argpartition(-flat, limit)[:limit] if flat.size > limit else np.arange(flat.size)
-    best = best[np.lexsort((best, -flat[best]))]  # equal scores in the order of regions, then classes
+    best = best[np.lexsort((best, -flat[best]))]  # equal scores are ordered by region, then class
     regions, classes = np.divmod(best, max(1, scores.shape[1]))
     return regions, classes, flat[best]
 
@@ -131,7 +131,7 @@ def detections_of_image(
     masks: Masks | None = None,
     limit: int = DETECTIONS_PER_IMAGE,
 ) -> Detections:
-    """The `limit` best pairs of one image, each with the box and mask of its region.
+    """The `limit` best detections of one image, each with the box and mask of its region.
 
     boxes_xyxy (R, 4) in original pixels, probabilities (R, C), category_ids (C,) the dataset's ids of the classes.
     """
@@ -149,7 +149,7 @@ def detections_of_image(
 
 
 def concatenate(parts: Sequence[Detections]) -> Detections:
-    """All detections in one; they keep their masks only if every part that holds something has them."""
+    """All detections in one object; masks are kept only if every non-empty part has them."""
     parts = [part for part in parts if len(part) or part.masks is not None]
     if not parts:
         empty = np.empty(0, np.int64)
@@ -179,7 +179,7 @@ def concatenate_masks(masks: Sequence[Masks]) -> Masks:
 
 
 def to_columns(detections: Detections) -> dict[str, NDArray[Any]]:
-    """Named arrays that `numpy.savez` keeps and `from_columns` takes back."""
+    """Named arrays for `numpy.savez`; the inverse of `from_columns`."""
     columns: dict[str, NDArray[Any]] = {
         "image_ids": detections.image_ids,
         "category_ids": detections.category_ids,
@@ -195,7 +195,7 @@ def to_columns(detections: Detections) -> dict[str, NDArray[Any]]:
 
 
 def from_columns(columns: Any) -> Detections:
-    """Take back what `to_columns` gave; other names are left alone."""
+    """The inverse of `to_columns`; other arrays are ignored."""
     masks = None
     if "mask_sizes" in columns:
         masks = Masks(columns["mask_sizes"], columns["mask_offsets"], columns["mask_counts"])
@@ -210,9 +210,9 @@ def from_columns(columns: Any) -> Detections:
 
 
 def write_results_json(path: Path, detections: Detections, image_names: Mapping[int, str] | None = None) -> None:
-    """Write LVIS's results form: a JSON list with image_id, category_id, bbox (XYWH), score and, with masks, RLE.
+    """Write LVIS's results format: a JSON list with image_id, category_id, bbox (XYWH), score and, with masks, RLE.
 
-    `image_names`: the name of each image whose id is one in the annotations, by the number that stands for it.
+    `image_names`: ids that are strings in the annotations, by the integer that replaces them.
     """
     partial = partial_path(path)
     with partial.open("w", encoding="utf-8") as file:

@@ -1,8 +1,8 @@
-"""LVIS annotations as the `lvis` package wants them, read once, checked whole, and cut to images and classes.
+"""LVIS annotations for the `lvis` package: read once, fully checked, and restricted to images and classes.
 
-The package looks fields up as it goes: one that is missing or of another type ends in a traceback after the whole
-inference, and an annotation id that is 0 or comes twice in a wrong number. So every field that it will touch is checked
-before the first image, and annotations are numbered anew: AP needs no more of an id than that it is its own.
+The package fails with a traceback after the whole inference if a field is missing or has another type, and returns
+wrong AP for annotation ids that are 0 or repeated. So every field that it uses is checked before the first image, and
+annotations are renumbered: AP only needs unique ids.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from regionspot.pipeline.datasets.region_table import Lookup
 
 log = logging.getLogger(__name__)
 
-FREQUENCIES = ("r", "c", "f")  # rare, common, frequent: in under 10, under 100, 100 and more training images
+FREQUENCIES = ("r", "c", "f")  # rare, common, frequent: in up to 10, up to 100, more than 100 training images
 _LISTS = ("images", "categories", "annotations")
 _FEDERATED = ("neg_category_ids", "not_exhaustive_category_ids")
 _POLYGONS = "polygons of at least 3 points, [[x1, y1, x2, y2, x3, y3, ...], ...], or run lengths"
@@ -35,9 +35,9 @@ _POLYGONS = "polygons of at least 3 points, [[x1, y1, x2, y2, x3, y3, ...], ...]
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The three lists of an LVIS file. Their dicts are shared between cuts of the same file, never copied.
+    """The three lists of an LVIS file. Restricted copies share the dicts of the original.
 
-    image_names   ids of images that are names in the file, by the number that stands for each
+    image_names   image ids that are strings in the file, by the integer that replaces them
     """
 
     path: Path
@@ -59,98 +59,100 @@ class GroundTruth:
         return _column(self.annotations, "image_id"), _column(self.annotations, "category_id")
 
     @cached_property
-    def _judged(self) -> NDArray[np.int64]:
-        """int64 (n,): the (image, class) pairs on which a detection is right or wrong; elsewhere it is unknown."""
+    def _evaluated_pairs(self) -> NDArray[np.int64]:
+        """int64 (n,): the (image, class) pairs that are annotated or listed as absent; others are unknown."""
         absent = [(image["id"], category) for image in self.images for category in image["neg_category_ids"]]
-        images, categories = np.asarray(absent, np.int64).reshape(-1, 2).T
-        annotated, shown = self._annotated
-        return np.unique(self._pairs(np.concatenate([annotated, images]), np.concatenate([shown, categories])))
+        absent_images, absent_categories = np.asarray(absent, np.int64).reshape(-1, 2).T
+        images, categories = self._annotated
+        return np.unique(
+            self._pairs(np.concatenate([images, absent_images]), np.concatenate([categories, absent_categories]))
+        )
 
     def _pairs(self, image_ids: NDArray[np.int64], category_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """A number for each (image, class), made of their places: ids may be negative, or too large to multiply."""
+        """An integer for each (image, class), from their indices: ids may be negative, or too large to multiply."""
         images, categories = Lookup(self.image_ids).find(image_ids), Lookup(self.category_ids).find(category_ids)
         return images * len(self.categories) + categories
 
-    def counts(self, image_ids: NDArray[np.int64], category_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """bool (K,): whether lvis would count a detection of this class in this image at all."""
-        return np.isin(self._pairs(image_ids, category_ids), self._judged)
+    def is_evaluated(self, image_ids: NDArray[np.int64], category_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """bool (K,): False where lvis ignores detections of this class in this image."""
+        return np.isin(self._pairs(image_ids, category_ids), self._evaluated_pairs)
 
     def restrict(self, image_ids: NDArray[np.int64] | None) -> GroundTruth:
-        """The ground truth of `image_ids` only; all classes stay. Raises InputError for an id that is not here."""
+        """The ground truth of `image_ids` only, with all classes. Raises InputError for an unknown id."""
         if image_ids is None:
             return self
         unknown = np.setdiff1d(image_ids, self.image_ids)
         if len(unknown):
-            raise InputError(f"{self.path}: holds no image with id {unknown[0]}, on which AP was asked for")
-        wanted = set(image_ids.tolist())
+            raise InputError(f"{self.path}: holds no image with id {unknown[0]}, which is to be evaluated")
+        selected = set(image_ids.tolist())
         return GroundTruth(
             self.path,
-            [image for image in self.images if image["id"] in wanted],
+            [image for image in self.images if image["id"] in selected],
             self.categories,
-            [annotation for annotation in self.annotations if annotation["image_id"] in wanted],
+            [annotation for annotation in self.annotations if annotation["image_id"] in selected],
             self.image_names,
         )
 
     def block(self, category_ids: NDArray[np.int64], detected_in: NDArray[np.int64]) -> dict[str, Any]:
-        """A dataset of these classes alone, with the images that show or are said to show one of them."""
+        """The dataset of these classes only, with the images where one of them is annotated or detected."""
         images, categories = self._annotated
-        chosen = np.flatnonzero(np.isin(categories, category_ids))
-        image_ids = set(np.union1d(images[chosen], detected_in).tolist())
+        selected = np.flatnonzero(np.isin(categories, category_ids))
+        image_ids = set(np.union1d(images[selected], detected_in).tolist())
         classes = set(category_ids.tolist())
         return {
             "images": [image for image in self.images if image["id"] in image_ids],
             "categories": [category for category in self.categories if category["id"] in classes],
-            "annotations": [self.annotations[index] for index in chosen.tolist()],
+            "annotations": [self.annotations[index] for index in selected.tolist()],
         }
 
     def require_masks(self) -> None:
-        """Raise AnnotationError unless every annotation has a mask that fits its image."""
-        return self._masks_are_there
+        """Raise AnnotationError unless every annotation has a valid mask of the size of its image."""
+        return self._check_masks
 
     @cached_property
-    def _masks_are_there(self) -> None:
-        _each(self.path, "images", self.images, _check_size)
+    def _check_masks(self) -> None:  # cached: it takes a while
+        _check_all(self.path, "images", self.images, _check_size)
         sizes = {image["id"]: (image["height"], image["width"]) for image in self.images}
 
         def check(annotation: dict[str, Any]) -> None:
             _check_mask(parse.required(annotation, "segmentation"), sizes[annotation["image_id"]])
 
-        _each(self.path, "annotations", self.annotations, check, "; --no-masks evaluates boxes alone")
+        _check_all(self.path, "annotations", self.annotations, check, "; use --no-masks to evaluate boxes only")
 
 
 def read_ground_truth(path: Path) -> GroundTruth:
-    """Read an LVIS annotation file. Raises AnnotationError where `lvis` would later fail or silently miscount."""
+    """Read an LVIS annotation file. Raises AnnotationError if `lvis` would fail or return wrong numbers."""
     file = AnnotationFile(Path(path))
     dataset: Any = file.decode(object)
     lists: list[Any] = [dataset.get(name) if isinstance(dataset, dict) else None for name in _LISTS]
-    for name, listed in zip(_LISTS, lists, strict=True):
-        if not isinstance(listed, list):
+    for name, entries in zip(_LISTS, lists, strict=True):
+        if not isinstance(entries, list):
             raise file.error(f'has no list "{name}"; expected LVIS annotations such as lvis_v1_val.json')
     images, categories, annotations = lists
     if not categories:
         raise file.error("categories is empty; expected at least one class")
     names: dict[int, str] = {}
-    _each(path, "categories", categories, _check_category)
+    _check_all(path, "categories", categories, _check_category)
     class_ids = _unique_ids(file, "categories", categories)
-    _each(path, "images", images, lambda image: _check_image(image, class_ids, names))
+    _check_all(path, "images", images, lambda image: _check_image(image, class_ids, names))
     image_ids = _unique_ids(file, "images", images)
-    _each(path, "annotations", annotations, lambda annotation: _check_annotation(annotation, image_ids, class_ids))
+    _check_all(path, "annotations", annotations, lambda annotation: _check_annotation(annotation, image_ids, class_ids))
     _number(path, annotations)
     return GroundTruth(path, images, categories, annotations, names)
 
 
-def _each(path: Path, name: str, entries: list[Any], check: Callable[[Any], None], mend: str = "") -> None:
-    """Raises AnnotationError where `check` raises FieldError: how many entries, and the first of them."""
-    wrong = []
-    for place, entry in enumerate(entries):
+def _check_all(path: Path, name: str, entries: list[Any], check: Callable[[Any], None], hint: str = "") -> None:
+    """Raises AnnotationError with the number of entries for which `check` raises FieldError, and the first of them."""
+    errors = []
+    for index, entry in enumerate(entries):
         try:
             parse.json_object(entry)
             check(entry)
         except FieldError as error:
-            wrong.append(f"{name}[{place}]{error}")
-    if wrong:
-        count = f"{len(wrong):,} of {len(entries):,} {name}"
-        raise AnnotationError(f"{path}: {count} cannot be evaluated, the first: {wrong[0]}{mend}")
+            errors.append(f"{name}[{index}]{error}")
+    if errors:
+        count = f"{len(errors):,} of {len(entries):,} {name}"
+        raise AnnotationError(f"{path}: {count} cannot be evaluated, the first: {errors[0]}{hint}")
 
 
 def _check_category(category: dict[str, Any]) -> None:
@@ -160,16 +162,16 @@ def _check_category(category: dict[str, Any]) -> None:
 
 
 def _check_image(image: dict[str, Any], class_ids: Mapping[int, int], names: dict[int, str]) -> None:
-    stated = parse.required(image, "id")
-    image["id"] = parse.image_id("id", stated)
-    if parse.integer_or_none(stated) is None:
-        names[image["id"]] = str(stated)
+    original_id = parse.required(image, "id")
+    image["id"] = parse.image_id("id", original_id)
+    if parse.integer_or_none(original_id) is None:
+        names[image["id"]] = str(original_id)
     for name in _FEDERATED:
-        listed = parse.required(image, name)
-        if not isinstance(listed, list):
-            raise parse.wrong_value(name, listed, "a list of category ids")
-        image[name] = [parse.integer(name, each) for each in listed]
-        if unknown := [each for each in image[name] if each not in class_ids]:
+        ids = parse.required(image, name)
+        if not isinstance(ids, list):
+            raise parse.wrong_value(name, ids, "a list of category ids")
+        image[name] = [parse.integer(name, category_id) for category_id in ids]
+        if unknown := [category_id for category_id in image[name] if category_id not in class_ids]:
             raise FieldError(f".{name} names category {unknown[0]}, which the file does not define")
 
 
@@ -179,48 +181,48 @@ def _check_annotation(annotation: dict[str, Any], image_ids: Mapping[int, int], 
     for name, known in (("image_id", image_ids), ("category_id", class_ids)):
         if annotation[name] not in known:
             raise FieldError(f".{name} is {annotation[name]}, which the file does not define")
-    stated = parse.required(annotation, "bbox")
-    box = parse.box("bbox", stated, XYWH)
+    original_box = parse.required(annotation, "bbox")
+    box = parse.box("bbox", original_box, XYWH)
     if not all(map(math.isfinite, box)) or min(box[2:]) < 0:
-        raise parse.wrong_value("bbox", stated, f"{XYWH}, none of them infinite or a negative size")
+        raise parse.wrong_value("bbox", original_box, f"{XYWH}, finite and without a negative size")
     area = parse.number("area", parse.required(annotation, "area"))
     if not math.isfinite(area) or area < 0:
-        raise parse.wrong_value("area", annotation["area"], "a number from 0")
+        raise parse.wrong_value("area", annotation["area"], "a number of at least 0")
     annotation["bbox"], annotation["area"] = list(box), area
 
 
 def _check_size(image: dict[str, Any]) -> None:
     for name in ("height", "width"):
-        image[name] = parse.integer(name, parse.required(image, name), 1, 2**31 - 1, "pixels, a whole number from 1")
+        image[name] = parse.integer(name, parse.required(image, name), 1, 2**31 - 1, "pixels, an integer of at least 1")
 
 
 def _check_mask(mask: Any, size: tuple[int, int]) -> None:
-    """Raises FieldError for what pycocotools would stumble over or take for another mask; `size`: height, width."""
+    """Raises FieldError for a mask that pycocotools cannot read or reads differently; `size`: height, width."""
     if isinstance(mask, dict):
         if list(parse.required(mask, "size")) != list(size):
             raise parse.wrong_value("segmentation.size", mask["size"], f"that of its image, {list(size)}")
         counts = parse.required(mask, "counts")
-        if _covered(counts) != math.prod(size):
+        if _run_length_pixels(counts) != math.prod(size):
             raise parse.wrong_value("segmentation.counts", counts, f"runs of {math.prod(size)} pixels in all")
         return
     if not isinstance(mask, list) or not mask:
         raise parse.wrong_value("segmentation", mask, _POLYGONS)
     for polygon in mask:
-        numbers = isinstance(polygon, list) and all(type(each) in (int, float) for each in polygon)
-        if not numbers or len(polygon) < 6 or len(polygon) % 2:
+        is_numeric = isinstance(polygon, list) and all(type(value) in (int, float) for value in polygon)
+        if not is_numeric or len(polygon) < 6 or len(polygon) % 2:
             raise parse.wrong_value("segmentation", mask, _POLYGONS)
 
 
-def _covered(counts: Any) -> int | None:
-    """Pixels that run lengths cover, as a list or as COCO's text (rleFrString in pycocotools); None for neither."""
+def _run_length_pixels(counts: Any) -> int | None:
+    """Sum of run lengths, a list or COCO's string (rleFrString in pycocotools); None if invalid."""
     if isinstance(counts, list):
-        return sum(counts) if all(type(each) is int and each >= 0 for each in counts) else None
+        return sum(counts) if all(type(count) is int and count >= 0 for count in counts) else None
     if not isinstance(counts, str):
         return None
     runs: list[int] = []
     run = shift = 0
     for character in counts:
-        bits = ord(character) - 48  # five bits of a number each, and one that says whether more follow
+        bits = ord(character) - 48  # five bits of a number, and one bit that is set if more follow
         if not 0 <= bits < 64:
             return None
         run |= (bits & 31) << shift
@@ -237,27 +239,27 @@ def _covered(counts: Any) -> int | None:
 
 
 def _unique_ids(file: AnnotationFile, name: str, entries: list[dict[str, Any]]) -> dict[int, int]:
-    """Places by id. Raises AnnotationError where two have the same."""
-    places: dict[int, int] = {}
-    for place, entry in enumerate(entries):
-        if entry["id"] in places:
+    """Index of each entry by its id. Raises AnnotationError for a repeated id."""
+    indices: dict[int, int] = {}
+    for index, entry in enumerate(entries):
+        if entry["id"] in indices:
             raise file.error(
-                f"{name}[{places[entry['id']]}] and {name}[{place}] have the same id {entry['id']}; give each its own"
+                f"{name}[{indices[entry['id']]}] and {name}[{index}] have the same id {entry['id']}; make ids unique"
             )
-        places[entry["id"]] = place
-    return places
+        indices[entry["id"]] = index
+    return indices
 
 
 def _number(path: Path, annotations: list[dict[str, Any]]) -> None:
-    """Number the annotations from 1; lvis takes id 0 for no match, and of two with one id it sees the last alone."""
+    """Renumber the annotations from 1: for lvis, id 0 means no match, and a repeated id hides an annotation."""
     ids = [parse.integer_or_none(annotation.get("id")) for annotation in annotations]
-    proper = {number for number in ids if number is not None and number > 0}
-    if odd := len(ids) - len(proper):
-        log.warning("%s: %d annotation ids are missing, repeated, 0 or less; they are numbered anew for AP", path, odd)
+    valid = {number for number in ids if number is not None and number > 0}
+    if invalid := len(ids) - len(valid):
+        log.warning("%s: %d annotation ids are missing, repeated, 0 or less; renumbered for AP", path, invalid)
     for number, annotation in enumerate(annotations, start=1):
         annotation["id"] = number
     if empty := sum(annotation["area"] == 0 for annotation in annotations):
-        log.warning("%s: %d annotations have area 0, and lvis leaves those out of AP", path, empty)
+        log.warning("%s: %d annotations have area 0; lvis ignores them", path, empty)
 
 
 def _column(entries: list[dict[str, Any]], name: str) -> NDArray[np.int64]:

@@ -1,8 +1,7 @@
-"""An image with its regions on it: boxes, translucent masks, names and scores that can be read.
+"""Draw regions on an image with Pillow: boxes, translucent masks, and readable labels.
 
-Two things make such images useless and are avoided here: labels in a fixed font size, unreadable on a large image and
-covering a small one, and labels on top of each other or of an object. Sizes follow the image, and every label takes the
-free place nearest to its box, with a line to it where that is not beside it. Pillow draws it all, with its own font.
+The font size follows the size of the image. Labels do not overlap each other or the boxes: every label is placed at the
+free position nearest to its box, with a line to the box if they are apart.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ if TYPE_CHECKING:
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
 
-LEAST_SIDE = 640  # an image whose long side is shorter is enlarged, or its labels would cover it
+MIN_SIDE = 640  # an image with a shorter long side is enlarged, or labels would cover it
 MASK_OPACITY = 0.32
-# One golden angle a name round the colour circle keeps any number of hues as far apart as they can be.
+# Hues that are multiples of the golden angle stay far apart for any number of names.
 GOLDEN_ANGLE = (3 - math.sqrt(5)) / 2
 
 
 @dataclass(frozen=True)
-class Drawn:
-    """One region to draw: box in pixels of the image, its label, a mask bool (h, w) or None, a colour or None."""
+class LabelledRegion:
+    """One region to draw: box in pixels of the image, label, mask bool (h, w), colour."""
 
     box_xyxy: NDArray[np.float32]
     label: str
@@ -45,8 +44,8 @@ class Drawn:
 
 
 @dataclass(frozen=True)
-class Placed:
-    """A region on the canvas: its box in canvas pixels, its mask in pixels of the image."""
+class CanvasRegion:
+    """A region with its box in pixels of the canvas; its mask is in pixels of the image."""
 
     box: Rectangle
     label: str
@@ -55,24 +54,24 @@ class Placed:
 
 
 def colours_of(names: Sequence[str]) -> dict[str, Colour]:
-    """A colour a name, in the order in which names first appear; as different as their number allows."""
-    return {name: _colour(place) for place, name in enumerate(dict.fromkeys(names))}
+    """A distinct colour for each name, by the order of their first occurrence."""
+    return {name: _colour(index) for index, name in enumerate(dict.fromkeys(names))}
 
 
 def draw_regions(
-    image: Image.Image, regions: Sequence[Drawn], least_side: int = LEAST_SIDE, opacity: float = MASK_OPACITY
+    image: Image.Image, regions: Sequence[LabelledRegion], min_side: int = MIN_SIDE, opacity: float = MASK_OPACITY
 ) -> Image.Image:
-    """A copy of `image` (RGB) with the regions on it, enlarged by a whole factor to a long side of `least_side`.
+    """A copy of `image` (RGB) with the regions on it, enlarged by an integer factor to a long side of `min_side`.
 
-    Large regions are drawn first, so that small ones inside them stay visible. Regions without a colour get one by
-    their label. Masks are tinted with `opacity`, 0 to 1; their rims are drawn in any case.
+    Large regions are drawn first, so that small ones stay visible. A region without a colour gets one by its label.
+    Masks are tinted with `opacity`, 0 to 1; their outlines are always drawn.
     """
-    factor = max(1, math.ceil(least_side / max(image.size)))
+    factor = max(1, math.ceil(min_side / max(image.size)))
     canvas = image.convert("RGB").resize((image.width * factor, image.height * factor), Image.Resampling.BICUBIC)
     palette = colours_of([region.label for region in regions])
     width = max(2, round(max(canvas.size) / 300))
-    placed = [
-        Placed(
+    on_canvas = [
+        CanvasRegion(
             _scaled(region.box_xyxy, factor, canvas.size),
             region.label,
             region.mask,
@@ -80,40 +79,40 @@ def draw_regions(
         )
         for region in sorted(regions, key=lambda region: -_area(region.box_xyxy))
     ]
-    for region in placed:
+    for region in on_canvas:
         if region.mask is not None:
             _paint_mask(canvas, region.mask, region.colour, opacity)
     pen = ImageDraw.Draw(canvas)
-    for region in placed:
+    for region in on_canvas:
         _frame(pen, region.box, region.colour, width)
-    _write_labels(pen, canvas.size, placed, width)
+    _write_labels(pen, canvas.size, on_canvas, width)
     return canvas
 
 
 def labelled(image: Image.Image, regions: Sequence[Region]) -> Image.Image:
-    """A copy of `image` with what `RegionSpot.predict` found in it."""
+    """A copy of `image` with the regions of `RegionSpot.predict`."""
     return draw_regions(
         image,
         [
-            Drawn(np.asarray(found.box_xyxy, np.float32), f"{found.name} {found.score:.2f}", found.mask)
-            for found in regions
+            LabelledRegion(np.asarray(region.box_xyxy, np.float32), f"{region.name} {region.score:.2f}", region.mask)
+            for region in regions
         ],
     )
 
 
 def check_image_name(path: Path) -> Path:
-    """The path itself. Raises InputError for an ending in whose format no image can be written."""
+    """Return the path. Raises InputError if Pillow cannot write images with its suffix."""
     try:
         _encoded(Image.new("RGB", (32, 32)), path)
     except (KeyError, OSError, ValueError):
         raise InputError(
-            f"{path}: no image can be written with the ending {path.suffix!r}; expected .png or .jpg"
+            f"{path}: cannot write an image with the suffix {path.suffix!r}; expected .png or .jpg"
         ) from None
     return path
 
 
 def save_image(image: Image.Image, path: Path) -> None:
-    """Write an image in the format of the path's ending, whole or not at all, in the place of what is there.
+    """Write an image atomically, in the format of the path's suffix.
 
     Raises InputError for an image that is too large for the format.
     """
@@ -121,7 +120,7 @@ def save_image(image: Image.Image, path: Path) -> None:
         content = _encoded(image, path)
     except (OSError, ValueError) as error:
         raise InputError(
-            f"{path}: {image.width} x {image.height} pixels cannot be written in this format ({error}); take .png"
+            f"{path}: {image.width} x {image.height} pixels cannot be written in this format ({error}); use .png"
         ) from None
     write_file(path, content)
 
@@ -133,13 +132,13 @@ def _encoded(image: Image.Image, path: Path) -> bytes:
 
 
 def font_for(size: tuple[int, int]) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """The built-in font at a height that can be read when an image of `size` fills a screen."""
+    """Pillow's font, readable when an image of `size` fills the screen."""
     return ImageFont.load_default(max(13, round(max(size) / 42)))
 
 
-def _colour(place: int) -> Colour:
-    hue = (0.02 + place * GOLDEN_ANGLE) % 1
-    lightness = (0.60, 0.48, 0.72)[place % 3]
+def _colour(index: int) -> Colour:
+    hue = (0.02 + index * GOLDEN_ANGLE) % 1
+    lightness = (0.60, 0.48, 0.72)[index % 3]
     red, green, blue = colorsys.hls_to_rgb(hue, lightness, 0.85)
     return round(red * 255), round(green * 255), round(blue * 255)
 
@@ -149,21 +148,21 @@ def _area(box: NDArray[np.float32]) -> float:
 
 
 def _scaled(box: NDArray[np.float32], factor: int, size: tuple[int, int]) -> Rectangle:
-    """The box in canvas pixels, at least two pixels wide and high, inside the canvas."""
+    """The box in pixels of the canvas: clipped, and at least two pixels wide and high."""
     left, top = (float(min(max(0, box[axis] * factor), size[axis] - 3)) for axis in (0, 1))
     right, bottom = (float(min(box[2 + axis] * factor, size[axis] - 1)) for axis in (0, 1))
     return left, top, max(right, left + 2), max(bottom, top + 2)
 
 
 def _paint_mask(canvas: Image.Image, mask: NDArray[np.bool_], colour: Colour, opacity: float) -> None:
-    """Tint the mask and draw its rim, in place."""
+    """Tint the mask and draw its outline, in place."""
     stencil = Image.fromarray(_enlarged(mask, canvas.size).astype(np.uint8) * 255)
     tint = Image.new("RGB", canvas.size, colour)
     canvas.paste(tint, mask=stencil.point([round(level * opacity) for level in range(256)]))
-    rim_width = 2 * max(1, round(max(canvas.size) / 900)) + 1  # an odd window, as the filter wants it
-    inside = np.asarray(stencil.filter(ImageFilter.MinFilter(rim_width)))
-    rim = Image.fromarray(np.where(inside > 0, 0, np.asarray(stencil)).astype(np.uint8))
-    canvas.paste(tint, mask=rim)
+    window = 2 * max(1, round(max(canvas.size) / 900)) + 1  # MinFilter needs an odd size
+    inside = np.asarray(stencil.filter(ImageFilter.MinFilter(window)))
+    outline = Image.fromarray(np.where(inside > 0, 0, np.asarray(stencil)).astype(np.uint8))
+    canvas.paste(tint, mask=outline)
 
 
 def _enlarged(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool_]:
@@ -171,7 +170,7 @@ def _enlarged(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.bool
 
 
 def _frame(pen: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width: int) -> None:
-    # A dark line on either side keeps a light colour visible on a light ground.
+    # Dark lines on both sides keep a light colour visible on a light background.
     left, top, right, bottom = box
     pen.rectangle((left - 1, top - 1, right + 1, bottom + 1), outline=(20, 20, 20), width=width + 2)
     pen.rectangle(box, outline=colour, width=width)
@@ -180,15 +179,15 @@ def _frame(pen: ImageDraw.ImageDraw, box: Rectangle, colour: Colour, width: int)
 def _write_labels(
     pen: ImageDraw.ImageDraw,
     size: tuple[int, int],
-    regions: Sequence[Placed],
+    regions: Sequence[CanvasRegion],
     width: int,
 ) -> None:
-    """Write small regions' labels first: they have the fewest places near their box."""
+    """Place the labels of small regions first: they have the fewest free positions near their box."""
     font = font_for(size)
     ascent = pen.textbbox((0, 0), "Ág", font=font)
     pad = max(2, round((ascent[3] - ascent[1]) / 5))
     obstacles = _obstacles(size, regions)
-    written: list[tuple[Placed, str, Rectangle]] = []
+    written: list[tuple[CanvasRegion, str, Rectangle]] = []
     for region in reversed(regions):
         text = _shortened(pen, region.label, font, size[0] - 2 * pad)
         extent = (math.ceil(pen.textlength(text, font=font)) + 2 * pad, math.ceil(ascent[3] - ascent[1]) + 2 * pad)
@@ -198,14 +197,14 @@ def _write_labels(
         if _gaps(np.array(place), region.box).max() > extent[1] / 2:
             _leader(pen, place, region, width)
         written.append((region, text, place))
-    for region, text, place in written:  # after all lines: these may pass below a label
+    for region, text, place in written:  # after all lines, so that a line never covers a label
         pen.rectangle(place, fill=region.colour, outline=(20, 20, 20))
         ink = (0, 0, 0) if _luminance(region.colour) > 0.36 else (255, 255, 255)
         pen.text((place[0] + pad, place[1] + pad - ascent[1]), text, fill=ink, font=font)
 
 
-def _leader(pen: ImageDraw.ImageDraw, place: Rectangle, region: Placed, width: int) -> None:
-    """A line from a label to its box, where the two do not touch."""
+def _leader(pen: ImageDraw.ImageDraw, place: Rectangle, region: CanvasRegion, width: int) -> None:
+    """Draw a line from a label to its box."""
     ends = []
     for axis in (0, 1):
         low, high = max(place[axis], region.box[axis]), min(place[axis + 2], region.box[axis + 2])
@@ -234,18 +233,17 @@ def _luminance(colour: Colour) -> float:
 
 @dataclass(frozen=True)
 class Obstacles:
-    """What a label should not hide, by pixels of the canvas (h, w).
+    """Pixels of the canvas (h, w) that a label should not cover.
 
-    solid   bool     masks and labels: a label lies there only where there is no other place at all
-    shares  float64  of the boxes without a mask, the share of a box that is one pixel: a label hides a cup, but nothing
-                     of the table that it stands on
+    solid   bool     masks and labels: covered only as the last resort
+    shares  float64  for boxes without a mask, 1 / pixels of the box: covering a small box costs more than a large one
     """
 
     solid: NDArray[np.bool_]
     shares: NDArray[np.float64]
 
 
-def _obstacles(size: tuple[int, int], regions: Sequence[Placed]) -> Obstacles:
+def _obstacles(size: tuple[int, int], regions: Sequence[CanvasRegion]) -> Obstacles:
     obstacles = Obstacles(np.zeros(size[::-1], bool), np.zeros(size[::-1]))
     for region in regions:
         if region.mask is not None and region.mask.any():
@@ -257,33 +255,34 @@ def _obstacles(size: tuple[int, int], regions: Sequence[Placed]) -> Obstacles:
 
 
 def _free_place(box: Rectangle, extent: tuple[int, int], obstacles: Obstacles, width: int) -> Rectangle:
-    """The place nearest to the box where a label of this extent (wide, high) hides nothing; where all places hide
-    something, the one that hides least. Above the box comes before below and beside it.
+    """The position of a label of size `extent` (width, height): the one that covers least, then the nearest to the box.
+
+    Positions above the box are preferred to those below and beside it.
     """
     wide, high = extent
     rows, columns = obstacles.solid.shape
     last_x, last_y = max(0, columns - 1 - wide), max(0, rows - 1 - high)
-    # Edge to edge with the box, and every few pixels of the canvas.
+    # Candidates: aligned with the edges of the box, and every 5 pixels of the canvas.
     x = np.unique(np.clip([*range(0, last_x + 1, 5), box[0] - width / 2, box[0] + width, box[2] - wide], 0, last_x))
     y = np.unique(np.clip([*range(0, last_y + 1, 5), box[1] - high, box[1] + width, box[3]], 0, last_y))
     left, top = (values.ravel() for values in np.meshgrid(x.astype(int), y.astype(int)))
     places = np.stack([left, top, left + wide, top + high], axis=1)
     gap = np.hypot(*_gaps(places, box).T) / high
     order = 0.1 * (top > box[1] - high) + 0.02 * np.abs(left - box[0]) / wide
-    hidden = 1000 * _sums(obstacles.solid, places) / (wide * high) + 10 * _sums(obstacles.shares, places)
-    place = places[(hidden + gap + order).argmin()].tolist()
+    covered = 1000 * _sums(obstacles.solid, places) / (wide * high) + 10 * _sums(obstacles.shares, places)
+    place = places[(covered + gap + order).argmin()].tolist()
     return place[0], place[1], place[2], place[3]
 
 
 def _gaps(places: NDArray[Any], box: Rectangle) -> NDArray[np.float64]:
-    """(..., 2): how far each rectangle XYXY lies from the box, along x and along y; 0 where they meet."""
+    """(..., 2): distance of each rectangle XYXY from the box along x and y; 0 if they overlap."""
     low, high = np.array(box[:2]) - places[..., 2:], places[..., :2] - np.array(box[2:])
     gaps: NDArray[np.float64] = np.maximum(low, high).clip(min=0)
     return gaps
 
 
 def _sums(values: NDArray[Any], places: NDArray[Any]) -> NDArray[np.float64]:
-    """The sum of values (h, w) over each rectangle XYXY, its edges included."""
+    """The sum of values (h, w) over each rectangle XYXY, including its edges."""
     table = np.zeros((values.shape[0] + 1, values.shape[1] + 1))
     table[1:, 1:] = values.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
     left, top = places[:, 0], places[:, 1]

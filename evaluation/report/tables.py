@@ -1,4 +1,4 @@
-"""Tables of AP: methods down, metrics across, and what an image costs, for a terminal and for a document."""
+"""Tables of AP, one row per method, with the seconds per image: as plain text and as markdown."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from regionspot.evaluation.metrics.lvis_ap import METRICS, IouType
 
 COSTS = ("s/image", "s on maps")
 LEGEND = (
-    "AP in %, by lvis: AP50 and AP75 at that overlap; s, m, l by size; r, c, f by how frequent a class is. "
-    "s/image from the file on disk; s on maps: what comes on top of image maps that are there already."
+    "AP in %, by lvis: AP50 and AP75 at that IoU; s, m, l by size; r, c, f by the frequency of the class. "
+    "s/image: from the file on disk; s on maps: without the time to compute the image maps."
 )
 
 
 @dataclass(frozen=True)
-class Row:
-    """One line: AP from 0 to 1 by metric, None where there is no truth, and seconds an image in all and on maps."""
+class ApRow:
+    """One method: AP from 0 to 1 by metric, None without ground truth; seconds per image in all and on maps."""
 
     method: str
     ap: dict[str, float | None]
@@ -25,10 +25,10 @@ class Row:
     seconds_on_maps: float | None = None
 
 
-def row_of(results: dict[str, Any], iou_type: IouType = "bbox", method: str | None = None) -> Row:
-    """The line of an evaluation's results; AP is empty where that kind of overlap was not evaluated."""
+def row_of(results: dict[str, Any], iou_type: IouType = "bbox", method: str | None = None) -> ApRow:
+    """The row of an evaluation's results; AP is empty if `iou_type` was not evaluated."""
     seconds = results["seconds_per_picture"]
-    return Row(
+    return ApRow(
         method or results["method"],
         results[iou_type] or dict.fromkeys(METRICS),
         seconds["in_all"],
@@ -36,8 +36,8 @@ def row_of(results: dict[str, Any], iou_type: IouType = "bbox", method: str | No
     )
 
 
-def ap_table(rows: Sequence[Row], title: str = "", mark_best: bool = True) -> str:
-    """A fixed-width table, AP in %; the best of every column is marked with *."""
+def ap_table(rows: Sequence[ApRow], title: str = "", mark_best: bool = True) -> str:
+    """A plain text table, AP in %; the best of every column is marked with *."""
     cells = [("method", *METRICS, *COSTS), *_cells(rows, "*" if mark_best else "")]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(_padded(line, widths)).rstrip() for line in cells]
@@ -45,15 +45,15 @@ def ap_table(rows: Sequence[Row], title: str = "", mark_best: bool = True) -> st
     return "\n".join([*([title] if title else []), lines[0], rule, *lines[1:]])
 
 
-def ap_markdown(rows: Sequence[Row]) -> str:
-    """The same table in markdown, the best of every column in bold."""
+def ap_markdown(rows: Sequence[ApRow]) -> str:
+    """The table in markdown, with the best of every column in bold."""
     header = ("method", *METRICS, *COSTS)
     lines = [header, ("---", *("---:" for _ in header[1:])), *_cells(rows, "**")]
     return "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines)
 
 
 def results_text(results: dict[str, Any]) -> str:
-    """One evaluation for a terminal: box and mask AP, then how they were measured."""
+    """The results of one evaluation as plain text: box and mask AP, and the protocol."""
     rows = [row_of(results, "bbox", f"{results['method']}, boxes")]
     if results["segm"] is not None:
         rows.append(row_of(results, "segm", f"{results['method']}, masks"))
@@ -61,13 +61,13 @@ def results_text(results: dict[str, Any]) -> str:
 
 
 def protocol_text(results: dict[str, Any]) -> str:
-    """How the numbers were measured, a line a fact."""
+    """The protocol of the evaluation, one line per field."""
     protocol = results["protocol"]
     width = max(map(len, protocol))
     return "\n".join(f"{name.replace('_', ' '):<{width}}  {value}" for name, value in protocol.items())
 
 
-def _cells(rows: Sequence[Row], mark: str) -> list[tuple[str, ...]]:
+def _cells(rows: Sequence[ApRow], mark: str) -> list[tuple[str, ...]]:
     best = {metric: max((row.ap[metric] or 0.0 for row in rows), default=0.0) for metric in METRICS}
     return [
         (

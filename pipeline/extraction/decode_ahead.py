@@ -51,12 +51,13 @@ class Decoder:
             return DecodedImage(row, failure=str(error))
         return DecodedImage(
             row,
-            inputs=self._inputs(decoded.image, names),
+            inputs=self.model_inputs(decoded.image, names),
             size=(decoded.image.height, decoded.image.width),
             orientation_ignored=decoded.orientation == "ignored",
         )
 
-    def _inputs(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
+    def model_inputs(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
+        """The inputs for the feature sets `names`, by model."""
         localizer, inputs = self.backbones.localizer, {}
         if localizer is not None and not localizer.outputs.keys().isdisjoint(names):
             inputs[localizer.name] = localizer.preprocess(image)

@@ -5,7 +5,7 @@ from PIL import Image
 
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
 from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline, crop, pooling_weights
-from regionspot.evaluation.inference.resumable import Progress, _timed
+from regionspot.evaluation.inference.resumable import Progress, stage_timer
 from regionspot.evaluation.inference.scoring import class_probabilities
 from regionspot.fusion.vocabulary import build_vocabulary
 from regionspot.pipeline.backbones.clip import load_encoder
@@ -45,33 +45,33 @@ def boxes(*rows):
 
 
 @pytest.mark.parametrize(("kind", "method"), [(CropBaseline, "embed_images"), (PooledBaseline, "encode")])
-def test_what_the_memory_of_a_gpu_does_not_hold_is_scored_in_halves(
+def test_a_batch_that_does_not_fit_into_gpu_memory_is_split(
     encoder, vocabulary, manifest, world, monkeypatch, kind, method
 ):
     rows = range(8)
-    timed = _timed(Progress(8, "images"), torch.device("cpu"))
+    timer = stage_timer(Progress(8, "images"), torch.device("cpu"))
     baseline = kind(encoder, manifest, image_folder_of("toy", world, "val", manifest), vocabulary)
-    expected = [scores.probabilities for scores in baseline.score(rows, timed)]
-    compute, tried = getattr(encoder, method), []
+    expected = [scores.probabilities for scores in baseline.score(rows, timer)]
+    compute, sizes = getattr(encoder, method), []
 
     def limited(batch):
-        tried.append(len(batch))
+        sizes.append(len(batch))
         if len(batch) > 3:
             raise torch.OutOfMemoryError(f"{len(batch)} images")
         return compute(batch)
 
     monkeypatch.setattr(encoder, method, limited)
-    for one, other in zip(baseline.score(rows, timed), expected, strict=True):
+    for one, other in zip(baseline.score(rows, timer), expected, strict=True):
         np.testing.assert_allclose(one.probabilities, other, atol=1e-5)
-    assert max(tried) > 3
-    assert max(tried[tried.index(max(tried)) + 2 :]) <= 3
+    assert max(sizes) > 3
+    assert max(sizes[sizes.index(max(sizes)) + 2 :]) <= 3
 
 
-def test_a_box_over_the_whole_image_weighs_every_patch_the_same():
-    assert pooling_weights(boxes([0, 0, 300, 100]), (300, 100), 4) == pytest.approx(np.full((1, 16), 1 / 16))
+def test_a_box_over_the_whole_image_has_equal_weights():
+    assert pooling_weights(boxes([0, 0, 300, 100]), (100, 300), 4) == pytest.approx(np.full((1, 16), 1 / 16))
 
 
-def test_patches_weigh_as_much_as_the_box_covers_of_them():
+def test_patches_are_weighted_by_their_overlap_with_the_box():
     # An image of 40 x 40 in 4 x 4 patches of 10: one whole patch, half of its right, a quarter of the lower ones.
     weights = pooling_weights(boxes([10, 0, 25, 15]), (40, 40), 4).reshape(4, 4)
     assert weights[0, 1:3] == pytest.approx(np.array([100, 50]) / 225)
@@ -79,17 +79,17 @@ def test_patches_weigh_as_much_as_the_box_covers_of_them():
     assert weights.sum() == pytest.approx(1)
 
 
-def test_a_tiny_box_takes_the_patch_that_it_lies_in():
+def test_a_tiny_box_selects_its_patch():
     weights = pooling_weights(boxes([35.2, 12.1, 35.9, 12.6]), (40, 40), 4).reshape(4, 4)
     assert weights[1, 3] == pytest.approx(1)
 
 
-def test_the_grid_follows_an_image_that_is_squeezed_into_a_square():
-    weights = pooling_weights(boxes([50, 0, 100, 10]), (100, 10), 2).reshape(2, 2)
+def test_the_patches_of_an_image_that_is_not_square_are_not_square():
+    weights = pooling_weights(boxes([50, 0, 100, 10]), (10, 100), 2).reshape(2, 2)
     assert weights == pytest.approx(np.array([[0, 0.5], [0, 0.5]]))
 
 
-def test_a_crop_holds_its_margin_and_ends_at_the_edge():
+def test_a_crop_includes_its_margin_and_is_clipped():
     image = Image.new("RGB", (100, 80))
     assert crop(image, np.float32([20, 20, 60, 40]), 0.1).size == (48, 24)
     assert crop(image, np.float32([0, 0, 100, 80]), 0.5).size == (100, 80)
@@ -97,34 +97,34 @@ def test_a_crop_holds_its_margin_and_ends_at_the_edge():
 
 
 def scores(method, rows):
-    return list(method.score(rows, _timed(Progress(len(rows), "images"), torch.device("cpu"))))
+    return list(method.score(rows, stage_timer(Progress(len(rows), "images"), torch.device("cpu"))))
 
 
-def test_the_crop_of_a_whole_image_scores_as_clip_scores_the_image(world, manifest, encoder, vocabulary):
-    images = image_folder_of("toy", world, "val", manifest)
+def test_the_crop_of_a_whole_image_has_the_scores_of_the_image(world, manifest, encoder, vocabulary):
+    image_folder = image_folder_of("toy", world, "val", manifest)
     whole = manifest.select(np.arange(1))
     region = whole.boxes_xyxy[:1].copy()
     region[:] = [0, 0, whole.widths[0], whole.heights[0]]
     whole.boxes_xyxy[:] = region
-    found = scores(CropBaseline(encoder, whole, images, vocabulary), [0])[0].probabilities
-    image = encoder.preprocess(Image.open(images / str(whole.paths[0])))
+    probabilities = scores(CropBaseline(encoder, whole, image_folder, vocabulary), [0])[0].probabilities
+    image = encoder.preprocess(Image.open(image_folder / str(whole.paths[0])))
     expected = class_probabilities(encoder.embed_images(image[None]), vocabulary.embeddings, encoder.logit_scale)
-    assert found[0] == pytest.approx(expected[0], abs=1e-5)
+    assert probabilities[0] == pytest.approx(expected[0], abs=1e-5)
 
 
 def test_the_pooled_baseline_projects_the_mean_of_the_patches(world, manifest, encoder, vocabulary):
-    images = image_folder_of("toy", world, "val", manifest)
-    found = scores(PooledBaseline(encoder, manifest, images, vocabulary), [2])[0].probabilities
-    image = encoder.preprocess(Image.open(images / str(manifest.paths[2])))
+    image_folder = image_folder_of("toy", world, "val", manifest)
+    probabilities = scores(PooledBaseline(encoder, manifest, image_folder, vocabulary), [2])[0].probabilities
+    image = encoder.preprocess(Image.open(image_folder / str(manifest.paths[2])))
     patches = encoder.encode(image[None])[0, 1:]
     regions = manifest.boxes_xyxy[manifest.regions(2)]
-    weights = pooling_weights(regions, (int(manifest.widths[2]), int(manifest.heights[2])), 12)
+    weights = pooling_weights(regions, (int(manifest.heights[2]), int(manifest.widths[2])), 12)
     pooled = encoder.project(torch.from_numpy(weights) @ patches)
     expected = class_probabilities(pooled, vocabulary.embeddings, encoder.logit_scale)
-    assert found == pytest.approx(expected, abs=1e-5)
+    assert probabilities == pytest.approx(expected, abs=1e-5)
 
 
-def test_crops_name_the_toy_world_far_better_than_pooling_and_cost_more(world, tmp_path):
+def test_crops_are_more_accurate_than_pooling_and_slower(world, tmp_path):
     results = {
         name: evaluate_lvis(
             LvisEvaluation(
@@ -139,9 +139,9 @@ def test_crops_name_the_toy_world_far_better_than_pooling_and_cost_more(world, t
         )
         for name in ("crop", "pooled")
     }
-    # One class of 192 guessed for each box would be an AP of about 0.01.
+    # Guessing one of 192 classes gives an AP of about 0.01.
     assert results["crop"]["bbox"]["AP"] > 0.3
-    # Nothing taught the toy CLIP to put names into its patches, so pooling them is only a floor.
+    # The toy CLIP is not trained to align its patches with names.
     assert 0 <= results["pooled"]["bbox"]["AP"] < results["crop"]["bbox"]["AP"]
-    seconds = {name: found["seconds_per_picture"]["on_shared_maps"] for name, found in results.items()}
+    seconds = {name: result["seconds_per_picture"]["on_shared_maps"] for name, result in results.items()}
     assert seconds["crop"] > 3 * seconds["pooled"]

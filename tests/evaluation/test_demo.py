@@ -1,4 +1,4 @@
-"""The demo is its public commands, one after the other, and a table of what they found."""
+"""The demo: its commands, results and errors."""
 
 import shlex
 
@@ -10,11 +10,11 @@ from regionspot.evaluation.demo import commands, run_demo
 
 
 def run_briefly(arguments):
-    """The real command line; training ends after two steps."""
+    """Run the real command line, with two training steps only."""
     app([*arguments, *(["--iterations", "2"] if arguments[0] == "train" else [])], standalone_mode=False)
 
 
-def test_the_demo_prints_every_command_that_it_runs_and_what_came_out(tmp_path, caplog):
+def test_the_demo_logs_every_command_and_returns_a_table(tmp_path, caplog):
     caplog.set_level("INFO", "regionspot")
     table = run_demo(run_briefly, tmp_path, images=40)
     printed = [line[2:] for line in caplog.text.splitlines() if line.startswith("$ regionspot ")]
@@ -25,14 +25,14 @@ def test_the_demo_prints_every_command_that_it_runs_and_what_came_out(tmp_path, 
         assert (tmp_path / file).stat().st_size
 
 
-def test_a_failed_stage_is_named_and_ends_the_demo(tmp_path):
-    ran = []
+def test_the_error_of_a_failed_stage_names_its_command(tmp_path):
+    names = []
 
     def run(arguments):
-        ran.append(arguments[0])
+        names.append(arguments[0])
         if arguments[0] == "extract":
-            raise InputError("no room left")
+            raise InputError("disk full")
 
-    with pytest.raises(RegionSpotError, match=r"`regionspot extract toy .*` failed: no room left; run the demo again"):
+    with pytest.raises(RegionSpotError, match=r"`regionspot extract toy .*` failed: disk full; run the demo again"):
         run_demo(run, tmp_path)
-    assert ran == ["toy-world", "extract"]
+    assert names == ["toy-world", "extract"]

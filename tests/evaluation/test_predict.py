@@ -13,6 +13,7 @@ from regionspot.evaluation.inference.boxes import boxes_from, check_boxes, names
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.pipeline.extraction.decode_ahead import DecodedImage
 
 WEIGHTS = "random:0"
 NAMES = ["red star", "blue ring", "green cross"]
@@ -27,7 +28,7 @@ INFO = HeadInfo(
 
 @pytest.fixture(autouse=True)
 def _home(home):
-    """No vocabulary of the machine is seen."""
+    """No test uses the stored vocabularies of the machine."""
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def spot(checkpoint):
 
 @pytest.fixture(scope="module")
 def pixels():
-    """An image of 200 x 120 with something on it everywhere."""
+    """A random image of 200 x 120 pixels."""
     coarse = np.random.default_rng(0).integers(0, 255, (12, 20, 3), np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((200, 120), Image.Resampling.BICUBIC))
 
@@ -54,10 +55,15 @@ def pixels():
 BOXES = [[10, 10, 60, 50], [100.5, 20, 199, 119]]
 
 
-def test_every_box_gets_the_likeliest_of_the_names_and_a_mask_of_the_image(spot, pixels):
-    found = spot.predict(pixels, BOXES, NAMES)
-    assert [region.box_xyxy for region in found] == [tuple(map(float, box)) for box in BOXES]
-    for region in found:
+def decoded(spot, pixels):
+    inputs = {model.name: model.preprocess(Image.fromarray(pixels)) for model in (spot.localizer, spot.encoder)}
+    return DecodedImage(0, inputs, pixels.shape[:2])
+
+
+def test_every_box_gets_the_most_probable_name_and_a_mask(spot, pixels):
+    regions = spot.predict(pixels, BOXES, NAMES)
+    assert [region.box_xyxy for region in regions] == [tuple(map(float, box)) for box in BOXES]
+    for region in regions:
         scores = [score for _, score in region.scores]
         assert scores == sorted(scores, reverse=True)
         assert sum(scores) == pytest.approx(1, abs=1e-5)
@@ -67,34 +73,33 @@ def test_every_box_gets_the_likeliest_of_the_names_and_a_mask_of_the_image(spot,
         assert json.loads(json.dumps(region.as_json()))["name"] == region.name
 
 
-def test_a_localizer_that_draws_no_masks_names_boxes_and_refuses_to_make_masks(spot, pixels):
+def test_a_localizer_without_masks_predicts_names_and_refuses_masks(spot, pixels):
     names = ("device", "preprocess", "encode", "tokens_of_images", "name", "provenance")
-    bare = SimpleNamespace(**{name: getattr(spot.localizer, name) for name in names})
-    other = RegionSpot(spot.head, bare, spot.encoder, spot.templates)
-    found = other.predict(pixels, BOXES, NAMES)
-    assert [region.name for region in found] == [region.name for region in spot.predict(pixels, BOXES, NAMES)]
-    assert all(region.mask is None for region in found)
-    prepared = other.prepare(Image.fromarray(pixels), np.array(BOXES, np.float32))
-    with pytest.raises(InputError, match=r"localizer toy_sam: draws no masks; .*--no-masks"):
-        other.score([prepared], other.text(other.vocabulary(NAMES)), masks=True)
+    without_masks = SimpleNamespace(**{name: getattr(spot.localizer, name) for name in names})
+    other = RegionSpot(spot.head, without_masks, spot.encoder, spot.templates)
+    regions = other.predict(pixels, BOXES, NAMES)
+    assert [region.name for region in regions] == [region.name for region in spot.predict(pixels, BOXES, NAMES)]
+    assert all(region.mask is None for region in regions)
+    with pytest.raises(InputError, match=r"localizer toy_sam: cannot make masks; use --no-masks"):
+        other.score([decoded(spot, pixels)], [np.array(BOXES, np.float32)], spot.vocabulary(NAMES).embeddings, True)
 
 
-def test_an_image_is_the_same_from_a_file_pil_or_numpy(spot, pixels, tmp_path):
+def test_files_pil_images_and_arrays_give_the_same_result(spot, pixels, tmp_path):
     path = tmp_path / "image.png"
     Image.fromarray(pixels).save(path)
-    answers = [
+    results = [
         spot.predict(image, BOXES, NAMES, masks=False) for image in (pixels, Image.fromarray(pixels), path, str(path))
     ]
-    assert all(answer == answers[0] for answer in answers)
-    assert answers[0][0].mask is None
+    assert all(result == results[0] for result in results)
+    assert results[0][0].mask is None
 
 
 @pytest.mark.parametrize("format", ["PNG", "TIFF"])
-def test_an_image_is_turned_upright_before_boxes_are_laid_on_it_however_it_is_given(
+def test_boxes_are_those_of_the_upright_image_for_every_kind_of_input(
     spot, pixels, tmp_path, regionspot, checkpoint, format
 ):
     exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side: turn by a quarter to see it
+    exif[0x0112] = 6  # rotate by 90 degrees to show it upright
     path = tmp_path / "turned"
     stored = np.rot90(pixels).copy()
     Image.fromarray(stored).save(path, format, exif=exif)
@@ -102,24 +107,23 @@ def test_an_image_is_turned_upright_before_boxes_are_laid_on_it_however_it_is_gi
     for image in (path, str(path), path.read_bytes(), Image.open(path)):
         assert spot.predict(image, BOXES, NAMES, masks=False) == expected
     boxes, names = ";".join(",".join(map(str, box)) for box in BOXES), ",".join(NAMES)
-    given = ("--checkpoint", checkpoint, "--boxes", boxes, "--names", names, "--weights", WEIGHTS)
-    code, out, err = regionspot("predict", path, *given)
+    options = ("--checkpoint", checkpoint, "--boxes", boxes, "--names", names, "--weights", WEIGHTS)
+    code, out, err = regionspot("predict", path, *options)
     assert code == 0, err
     assert json.loads(out) == [region.as_json() for region in expected]
-    on_its_side = spot.predict(stored, [[5, 5, 60, 90]], NAMES, masks=False)
-    assert spot.predict(path, [[5, 5, 60, 90]], NAMES, masks=False, exif="ignore") == on_its_side
+    not_rotated = spot.predict(stored, [[5, 5, 60, 90]], NAMES, masks=False)
+    assert spot.predict(path, [[5, 5, 60, 90]], NAMES, masks=False, exif="ignore") == not_rotated
 
 
-def test_one_box_scores_the_same_whatever_boxes_stand_around_it_in_another_call(spot, pixels):
-    """Only regions of one image see each other; the padding of a batch must not."""
-    alone = spot.prepare(Image.fromarray(pixels), np.array(BOXES[:1], np.float32))
-    both = spot.prepare(Image.fromarray(pixels), np.array(BOXES, np.float32))
-    text = spot.text(spot.vocabulary(NAMES))
-    single = spot.score([alone], text)[0].probabilities
-    assert spot.score([both, alone], text)[1].probabilities == pytest.approx(single, abs=1e-5)
+def test_the_padding_of_a_batch_does_not_change_the_scores(spot, pixels):
+    image, boxes = decoded(spot, pixels), np.array(BOXES, np.float32)
+    text = spot.vocabulary(NAMES).embeddings
+    expected = spot.score([image], [boxes[:1]], text)[0].probabilities
+    padded = spot.score([image, image], [boxes, boxes[:1]], text)[1].probabilities
+    assert padded == pytest.approx(expected, abs=1e-5)
 
 
-def test_masks_made_a_few_at_a_time_are_those_made_at_once(spot, pixels, monkeypatch):
+def test_masks_in_chunks_equal_masks_at_once(spot, pixels, monkeypatch):
     boxes = [[k, k, 60 + 3 * k, 50 + k] for k in range(5)]
     whole = spot.predict(pixels, boxes, NAMES)
     monkeypatch.setattr("regionspot.evaluation.inference.region_spot.MASK_PIXELS", 2 * 200 * 120)
@@ -128,16 +132,16 @@ def test_masks_made_a_few_at_a_time_are_those_made_at_once(spot, pixels, monkeyp
         assert one.score == pytest.approx(other.score, abs=1e-5)
 
 
-def test_without_boxes_there_is_nothing_to_name(spot, pixels):
+def test_without_boxes_there_are_no_regions(spot, pixels):
     assert spot.predict(pixels, [], NAMES) == []
     assert spot.predict(pixels, np.zeros((0, 4), np.float32), NAMES) == []
 
 
-def test_a_box_over_the_edge_is_cut_to_the_image(spot, pixels):
+def test_a_box_is_clipped_to_the_image(spot, pixels):
     assert spot.predict(pixels, [[-20, 5, 400, 90]], NAMES)[0].box_xyxy == (0, 5, 200, 90)
 
 
-def test_templates_are_those_of_the_checkpoint_unless_others_are_named(spot):
+def test_the_default_templates_are_those_of_the_checkpoint(spot):
     assert spot.vocabulary(NAMES).templates == ("a {}.",)
     assert spot.vocabulary(NAMES, "plain").templates == ("{}.",)
     assert spot.vocabulary(NAMES, ["the {}"]).templates == ("the {}",)
@@ -151,21 +155,21 @@ def test_templates_are_those_of_the_checkpoint_unless_others_are_named(spot):
         ([[10, 10, 20]], "3 numbers, expected 4"),
         ([[10, 10, 20, float("nan")]], "box 1 is not finite"),
         ([10, 10, 20, 20], r"expected \(n, 4\)"),
-        ("some boxes", "something else than numbers"),
+        ("some boxes", "is not a list of numbers"),
     ],
 )
-def test_a_box_that_cannot_be_is_named(spot, pixels, boxes, message):
+def test_an_invalid_box_is_refused(spot, pixels, boxes, message):
     with pytest.raises(InputError, match=message):
         spot.predict(pixels, boxes, NAMES)
 
 
-def test_a_name_given_twice_is_taken_once_and_said(spot, pixels, caplog):
+def test_a_repeated_name_counts_once_and_logs_a_warning(spot, pixels, caplog):
     once = spot.predict(pixels, BOXES, NAMES, masks=False)
     assert spot.predict(pixels, BOXES, [*NAMES, " red  star"], masks=False) == once
-    assert "1 of 4 names are given twice and taken once" in caplog.text
+    assert "1 of 4 names are repeated and count once" in caplog.text
 
 
-def test_names_must_be_there_and_be_a_list(spot, pixels):
+def test_invalid_names_are_refused(spot, pixels):
     with pytest.raises(InputError, match="there are no names"):
         spot.predict(pixels, BOXES, [])
     with pytest.raises(InputError, match="name 2 of 2 is '', expected at least one word"):
@@ -178,7 +182,7 @@ def test_names_must_be_there_and_be_a_list(spot, pixels):
         spot.predict(pixels, BOXES, NAMES, templates="none such")
 
 
-def test_scores_that_are_not_finite_are_refused_by_the_images_name(spot, pixels, tmp_path):
+def test_scores_that_are_not_finite_are_refused_with_the_file_name(spot, pixels, tmp_path):
     Image.fromarray(pixels).save(tmp_path / "image.png")
     overflowing = SimpleNamespace(
         **{
@@ -193,7 +197,7 @@ def test_scores_that_are_not_finite_are_refused_by_the_images_name(spot, pixels,
         other.predict(tmp_path / "image.png", BOXES, NAMES)
 
 
-def test_what_is_no_image_is_refused(spot, pixels, tmp_path):
+def test_an_invalid_image_is_refused(spot, pixels, tmp_path):
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"\xff\xd8\xff nothing more")
     with pytest.raises(ImageError, match=r"broken\.jpg"):
@@ -216,7 +220,7 @@ def test_what_is_no_image_is_refused(spot, pixels, tmp_path):
         ("half", "is broken or cut off"),
     ],
 )
-def test_the_command_line_refuses_what_is_no_image_in_one_line(refused, pixels, tmp_path, kind, reason):
+def test_the_command_line_refuses_an_invalid_image_in_one_line(refused, pixels, tmp_path, kind, reason):
     path = tmp_path / "image.jpg"
     {
         "nothing": lambda: None,
@@ -230,14 +234,14 @@ def test_the_command_line_refuses_what_is_no_image_in_one_line(refused, pixels, 
     refused(f"{path}: {reason}", "predict", path, "--checkpoint", "x", "--boxes", "1,1,9,9", "--names", "dog")
 
 
-def test_a_checkpoint_is_loaded_only_with_the_backbones_that_it_was_trained_on(checkpoint):
+def test_a_checkpoint_needs_the_backbones_of_its_training(checkpoint):
     with pytest.raises(WeightsError, match="random:1 are loaded"):
         RegionSpot.load(checkpoint, clip_weights="random:1", sam_weights=WEIGHTS, device="cpu")
     other = RegionSpot.load(checkpoint, "random:1", "cpu", check_weights=False)
     assert other.identity()["encoder"]["weights_sha256"] == "random:1"
 
 
-def test_a_checkpoint_that_names_no_backbones_is_refused(tmp_path):
+def test_a_checkpoint_without_backbone_names_is_refused(tmp_path):
     head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
     save_checkpoint(tmp_path / "head.safetensors", head, replace(INFO, preset=None, localizer=None))
     with pytest.raises(WeightsError, match="names neither its backbones nor a preset"):
@@ -247,7 +251,7 @@ def test_a_checkpoint_that_names_no_backbones_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("text", "expected"),
     [
         ("1,2,3,4", [[1, 2, 3, 4]]),
         (" 1, 2.5, 3, 4 ; 5,6,7,8; ", [[1, 2.5, 3, 4], [5, 6, 7, 8]]),
@@ -255,12 +259,12 @@ def test_a_checkpoint_that_names_no_backbones_is_refused(tmp_path):
         (";".join(["1,2,3,4"] * 100), [[1, 2, 3, 4]] * 100),
     ],
 )
-def test_boxes_are_read_from_the_command_line(given, expected):
-    assert boxes_from(given, None).tolist() == expected
+def test_boxes_are_read_from_the_command_line(text, expected):
+    assert boxes_from(text, None).tolist() == expected
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("text", "expected"),
     [
         ("dog, red umbrella ,", ["dog", "red umbrella"]),
         ("dog\ncat\n", ["dog", "cat"]),
@@ -268,11 +272,11 @@ def test_boxes_are_read_from_the_command_line(given, expected):
         (",".join(f"name {number}" for number in range(1203)), [f"name {number}" for number in range(1203)]),
     ],
 )
-def test_names_are_read_from_the_command_line(given, expected):
-    assert names_from(given, None) == expected
+def test_names_are_read_from_the_command_line(text, expected):
+    assert names_from(text, None) == expected
 
 
-def test_a_list_is_a_list_whatever_files_there_are(tmp_path, monkeypatch):
+def test_a_list_is_never_read_as_a_file_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("red star", "1,2,3,4", "dog"):
         (tmp_path / name).write_text("[[5, 6, 7, 8]]")
@@ -286,17 +290,17 @@ def test_a_list_is_a_list_whatever_files_there_are(tmp_path, monkeypatch):
 def test_boxes_are_read_from_a_file(tmp_path, content, by_option):
     path = tmp_path / "boxes"
     path.write_text(content)
-    found = boxes_from(None, path) if by_option else boxes_from(f"@{path}", None)
-    assert found.tolist() == [[1, 2, 3, 4]]
+    boxes = boxes_from(None, path) if by_option else boxes_from(f"@{path}", None)
+    assert boxes.tolist() == [[1, 2, 3, 4]]
 
 
 @pytest.mark.parametrize("by_option", [True, False], ids=["by option", "by @"])
 @pytest.mark.parametrize("content", [b"dog, brown\ncat\n", b"\xef\xbb\xbfdog, brown\r\n\r\n cat"])
-def test_names_are_read_from_a_file_one_a_line(tmp_path, content, by_option):
+def test_names_are_read_from_a_file_with_one_per_line(tmp_path, content, by_option):
     path = tmp_path / "names"
     path.write_bytes(content)
-    found = names_from(None, path) if by_option else names_from(f"@{path}", None)
-    assert found == ["dog, brown", "cat"]
+    names = names_from(None, path) if by_option else names_from(f"@{path}", None)
+    assert names == ["dog, brown", "cat"]
 
 
 @pytest.mark.parametrize(
@@ -305,11 +309,11 @@ def test_names_are_read_from_a_file_one_a_line(tmp_path, content, by_option):
         (None, AnnotationError, "cannot be read"),
         ("[[1, 2", AnnotationError, "is not JSON"),
         ('{"box": []}', AnnotationError, 'has no "boxes"'),
-        ('[[1, 2, 3, "x"]]', InputError, "something else than numbers"),
+        ('[[1, 2, 3, "x"]]', InputError, "is not a list of numbers"),
         ("[[1, 2, 3, 1e300]]", InputError, "box 1 is not finite"),
     ],
 )
-def test_a_boxes_file_that_is_none_is_named(tmp_path, content, error, message):
+def test_the_error_for_an_invalid_boxes_file_names_it(tmp_path, content, error, message):
     path = tmp_path / "boxes.json"
     if content is not None:
         path.write_text(content)
@@ -322,7 +326,7 @@ def test_a_boxes_file_that_is_none_is_named(tmp_path, content, error, message):
     ("content", "message"),
     [(None, "No such file"), (b"", "holds no name"), (b" \n ", "holds no name"), (b"\xff\xfed\x00o\x00", "UTF-8")],
 )
-def test_a_names_file_that_is_none_is_named(tmp_path, content, message):
+def test_the_error_for_an_invalid_names_file_names_it(tmp_path, content, message):
     path = tmp_path / "names.txt"
     if content is not None:
         path.write_bytes(content)
@@ -331,25 +335,25 @@ def test_a_names_file_that_is_none_is_named(tmp_path, content, message):
     assert str(path) in str(caught.value)
 
 
-def test_boxes_that_are_no_numbers_are_refused_with_how_a_file_is_given():
+def test_the_error_for_boxes_that_are_not_numbers_suggests_a_file():
     with pytest.raises(InputError, match=r"are not numbers; expected .*--boxes-file"):
         parse_boxes("boxes.json")
     with pytest.raises(InputError, match="box 1 has 3 numbers"):
         parse_boxes("1,2,3")
 
 
-def test_a_name_that_looks_like_a_file_is_refused_with_how_a_file_is_given():
-    with pytest.raises(InputError, match="one name and looks like a file's; give it by --names-file"):
+def test_the_error_for_a_name_like_a_file_name_suggests_a_file():
+    with pytest.raises(InputError, match="looks like a file name; give a file with --names-file"):
         names_from("coco_names.txt", None)
 
 
-def test_one_of_a_list_and_a_file_is_needed(tmp_path):
+def test_exactly_one_of_a_list_and_a_file_is_required(tmp_path):
     for text, file in ((None, None), ("dog", tmp_path / "names.txt")):
-        with pytest.raises(InputError, match="--names and --names-file: give one of the two"):
+        with pytest.raises(InputError, match="--names and --names-file: give exactly one of the two"):
             names_from(text, file)
 
 
-def test_checked_boxes_are_float32_and_leave_what_was_given_alone():
-    given = np.array([[-5.0, 0, 50, 20]])
-    assert check_boxes(given, (20, 40)).dtype == np.float32
-    assert given[0, 0] == -5
+def test_checked_boxes_are_a_float32_copy():
+    boxes = np.array([[-5.0, 0, 50, 20]])
+    assert check_boxes(boxes, (20, 40)).dtype == np.float32
+    assert boxes[0, 0] == -5

@@ -253,5 +253,5 @@ def test_a_head_is_trained_on_maps_without_a_class_token_and_predicts(configs, t
 
 
 def test_the_pooled_baseline_needs_a_projectable_map(encoders):
-    with pytest.raises(InputError, match=r"tiny-pe: its map has no projection .* take the baseline of crops"):
+    with pytest.raises(InputError, match=r"tiny-pe: has no projection of its map .* use --baseline crop"):
         PooledBaseline(encoders["tiny-pe"], None, None, None)

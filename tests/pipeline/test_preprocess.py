@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.tools.resume import open_or_create
-from regionspot.evaluation.inference.head_features import features_of
+from regionspot.evaluation.inference.head_features import head_features
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.head import FusionHead, HeadConfig
@@ -131,7 +131,7 @@ def test_a_head_is_evaluated_with_the_preset_of_its_training_features(tmp_path):
     )
     released, unstated = HeadInfo(preset="bl"), replace(info, caches=())
     for trained, expected in ((info, "reference"), (unstated, "direct"), (released, "reference")):
-        features = features_of(tmp_path, trained)
+        features = head_features(tmp_path, trained)
         assert (features.tokens.preprocess, features.maps.preprocess) == (expected, expected)
     head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
     save_checkpoint(tmp_path / "head.safetensors", head, info)

@@ -9,7 +9,7 @@ import torch
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.tools.resume import open_or_create
-from regionspot.evaluation.inference.head_features import features_of
+from regionspot.evaluation.inference.head_features import head_features
 from regionspot.fusion.checkpoint import HeadInfo
 from regionspot.pipeline.backbones import registry
 from regionspot.pipeline.backbones.bundle import Backbones
@@ -166,5 +166,5 @@ def test_all_tokens_are_added_to_a_cache_without_changing_its_location_tokens(tm
     assert np.isfinite(read["toy_sam_iou"]).all()
     assert read["toy_sam_iou"].shape == (*first.shape[:2], 4)
     # A head released by the authors names no feature set; it was trained on location tokens.
-    features = features_of(tmp_path, HeadInfo(preset="toy"))
+    features = head_features(tmp_path, HeadInfo(preset="toy"))
     assert (features.tokens.name, features.maps.name) == ("toy_sam", "toy_clip")
