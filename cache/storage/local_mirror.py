@@ -112,7 +112,7 @@ class LocalMirror(Storage):
         return list(versions)
 
     def create(self, name: str) -> NewFile:
-        return _Upload(self._remote.create(name), self._versions, name)
+        return _MirroredFile(self._remote.create(name), self._versions, name)
 
     def write(self, name: str, data: bytes) -> None:
         self._remote.write(name, data)
@@ -199,7 +199,7 @@ class LocalMirror(Storage):
         return f"{self._subfolder}/{name}@{_hash(f'{version.size} {version.etag}')}{again}"
 
 
-class _Upload:
+class _MirroredFile:
     """A file being written to the store; publishing it drops its cached version."""
 
     def __init__(self, file: NewFile, versions: dict[str, Any], name: str) -> None:

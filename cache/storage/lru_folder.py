@@ -27,7 +27,7 @@ from regionspot.cache.errors import CacheError, InputError
 
 log = logging.getLogger(__name__)
 
-_PARTIAL, _ROOM = ".partial", ".room"
+_PARTIAL, _TOTAL = ".partial", ".room"
 _COPY_NAME = re.compile(r"@[0-9a-f]{16}~?(\.partial)?$")
 _POLL_SECONDS = 0.1  # while running downloads take all of the space
 
@@ -52,7 +52,7 @@ class _Copy:
 
 
 class LruFolder:
-    """Copies are named `<cache>/<path in the cache>@<16 hex digits>`; the content of a name never changes.
+    """A size-limited folder of copies named `<cache>/<path in the cache>@<16 hex digits>`; a copy never changes.
 
     Other files in the folder are neither counted nor touched.
     """
@@ -62,7 +62,7 @@ class LruFolder:
         self.folder, self.limit = folder.resolve(), limit
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with self._locked_room():
+            with self._locked_total():
                 pass
         except OSError as error:
             raise InputError(f"{folder}: cannot hold a local copy: {error.strerror}; give a writable folder") from None
@@ -106,7 +106,7 @@ class LruFolder:
                 write(fd)
                 if is_part:
                     os.fsync(fd)
-                with self._locked_room():  # else a concurrent count could miss it under both names
+                with self._locked_total():  # else a concurrent count could miss it under both names
                     os.replace(partial, final)
             except BaseException:
                 partial.unlink(missing_ok=True)
@@ -116,13 +116,13 @@ class LruFolder:
     def _reserve(self, fd: int, size: int, is_part: bool) -> None:
         os.ftruncate(fd, 0)  # drop what a killed writer left
         while True:
-            with self._locked_room() as room:
-                total = _read_total(room)
+            with self._locked_total() as total_fd:
+                total = _read_total(total_fd)
                 if is_part and total + size > self.limit:
                     total = self._evict(size)
                 if not is_part or total + size <= self.limit:
                     os.ftruncate(fd, size)
-                    _write_total(room, total + size)
+                    _write_total(total_fd, total + size)
                     return
             time.sleep(_POLL_SECONDS)  # running downloads take all of the space
 
@@ -144,8 +144,8 @@ class LruFolder:
         return path.relative_to(self.folder).parts[1:2] == ("features",)
 
     @contextlib.contextmanager
-    def _locked_room(self) -> Iterator[int]:
-        with _locked_file(self.folder / _ROOM) as (fd, _):
+    def _locked_total(self) -> Iterator[int]:
+        with _locked_file(self.folder / _TOTAL) as (fd, _):
             yield fd
 
 

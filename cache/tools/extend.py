@@ -147,7 +147,7 @@ def extend_to(path: str | Path, larger: Manifest, part_size: int) -> None:
             extend(path, larger, part_size=part_size)
             return
         except CacheError:
-            if Claims(storage).holder(_CLAIM) is None and load_header(storage).digest != digest:
+            if Claims(storage).owner(_CLAIM) is None and load_header(storage).digest != digest:
                 raise  # the reason is not another run of `extend`
             time.sleep(_POLL_SECONDS)
 

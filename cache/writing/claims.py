@@ -127,16 +127,16 @@ class Claims:
     def wait_for(self, key: ClaimKey) -> None:
         """Claim a key, waiting until it is free."""
         while not self.claim(key):
-            holder = self.holder(key) or "another run"
-            log.info("%s: waiting for %s to release %s", self._storage.address, holder, _describe(key))
+            owner = self.owner(key) or "another run"
+            log.info("%s: waiting for %s to release %s", self._storage.address, owner, _describe(key))
             time.sleep(self.heartbeat_seconds / 5)
 
     def require_owned(self, key: ClaimKey) -> None:
         """Raises CacheError if another run has taken over this run's claim."""
         if not self.is_owned(key):
-            holder = self.holder(key) or "another run"
+            owner = self.owner(key) or "another run"
             raise CacheError(
-                f"{self._storage.address}: {_describe(key)} was taken over by {holder} while this run was suspended; "
+                f"{self._storage.address}: {_describe(key)} was taken over by {owner} while this run was suspended; "
                 "that run finishes it"
             )
 
@@ -146,7 +146,7 @@ class Claims:
             claim = self._own.get(key)
             return claim is not None and self._is_last(claim)
 
-    def holder(self, key: ClaimKey) -> Process | None:
+    def owner(self, key: ClaimKey) -> Process | None:
         """The process that owns a key; None if it is free."""
         with self._storage_errors():
             chain = read_chain(self._storage, key)
@@ -156,8 +156,8 @@ class Claims:
         """Claimed keys of other runs and their owners, including runs that died on other machines."""
         with self._storage_errors():
             files, _ = list_claims(self._storage)
-        holders = {key: self.holder(key) for key in files}
-        return {key: process for key, process in holders.items() if process and key not in self._own}
+        owners = {key: self.owner(key) for key in files}
+        return {key: process for key, process in owners.items() if process and key not in self._own}
 
     def release(self, key: ClaimKey) -> None:
         """Release a key, if this run owns it.

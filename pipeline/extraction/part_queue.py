@@ -142,7 +142,7 @@ class PartQueue:
     def _log_holders(self) -> None:
         with self._lock:
             open_parts = set(self._open)
-        for holder, count in Counter(self._claims.holder(part) for part in open_parts).items():
+        for holder, count in Counter(self._claims.owner(part) for part in open_parts).items():
             if holder is not None:  # None: released since
                 log.info(
                     "waiting for %d parts of %s; this run takes them over when its heartbeat stops for %.0f seconds "

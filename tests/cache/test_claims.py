@@ -114,7 +114,7 @@ def test_a_claimed_part_is_refused_to_other_runs_until_its_release(storage):
         assert one.claim(3)
         assert not other.claim(3)
         assert other.claim(4)
-        assert other.holder(3) == this_process()
+        assert other.owner(3) == this_process()
         one.release(3)
         assert other.claim(3)
         assert other.is_owned(3)

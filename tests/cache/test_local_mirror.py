@@ -176,7 +176,7 @@ def test_many_threads_never_exceed_the_limit(bucket, tmp_path):
     def watch():
         while not done.wait(0.002):
             sizes = {}  # by file, which may be renamed meanwhile
-            with copy._copies._locked_room():  # no evictions meanwhile
+            with copy._copies._locked_total():  # no evictions meanwhile
                 for path in tmp_path.rglob("*@*"):
                     with contextlib.suppress(FileNotFoundError):
                         sizes[path.stat().st_ino] = path.stat().st_size
