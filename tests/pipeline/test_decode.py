@@ -5,7 +5,6 @@ import struct
 
 import numpy as np
 import pytest
-from image_files import png
 from PIL import Image
 from segment_anything.utils.transforms import ResizeLongestSide
 
@@ -17,21 +16,6 @@ from regionspot.pipeline.images.preprocess import get_preprocess
 HEIGHT, WIDTH = 20, 30
 DIRECT = get_preprocess("direct")
 QUARTER_TURN = 6  # EXIF: rotated 90 degrees clockwise for display
-
-
-def stored_image(path, orientation=None):
-    """A JPEG stored 20 high and 30 wide whose left half is red and right half blue."""
-    pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
-    pixels[:, :15, 0] = pixels[:, 15:, 2] = 255
-    exif = Image.Exif()
-    if orientation is not None:
-        exif[0x0112] = orientation
-    Image.fromarray(pixels).save(path, quality=100, subsampling=0, exif=exif)
-    return path
-
-
-def is_red(pixel) -> bool:
-    return pixel[0] > 200 and pixel[2] < 60
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I", "I;16", "F"])
@@ -46,12 +30,6 @@ def test_every_mode_is_converted_to_rgb(tmp_path, mode):
     assert (upright.mode, upright.size) == ("RGB", (WIDTH, HEIGHT))
     assert max(upright.getpixel((2, 2))) < 10
     assert min(upright.getpixel((27, 2))) > 245
-
-
-def test_16_bit_grey_keeps_its_shades(tmp_path):
-    shades = np.linspace(0, 65535, WIDTH).astype(np.uint16)[None].repeat(HEIGHT, 0)
-    Image.fromarray(shades).save(tmp_path / "x-ray.png")
-    assert np.array_equal(np.asarray(read_image(tmp_path / "x-ray.png"))[:, :, 0], shades >> 8)
 
 
 @pytest.mark.filterwarnings("error")
@@ -76,14 +54,10 @@ def test_a_tiff_palette_may_have_8_bits_per_value_instead_of_16(tmp_path, bits):
 
 
 def test_an_image_of_another_size_is_refused_with_both_sizes(tmp_path):
-    path = stored_image(tmp_path / "small_copy.jpg", QUARTER_TURN)
+    path = tmp_path / "small_copy.jpg"
+    Image.new("RGB", (WIDTH, HEIGHT)).save(path)
     with pytest.raises(ImageError, match=r"small_copy.jpg: is 30 x 20 pixels .*states 300 x 200"):
         read_image(path, (200, 300))
-
-
-def test_an_image_with_damaged_exif_is_decoded(tmp_path):
-    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "image.png", exif=b"Exif\0\0 not what EXIF looks like")
-    assert read_image(tmp_path / "image.png").size == (WIDTH, HEIGHT)
 
 
 def test_a_square_image_is_not_rotated_because_its_size_cannot_tell(tmp_path):
@@ -91,37 +65,6 @@ def test_a_square_image_is_not_rotated_because_its_size_cannot_tell(tmp_path):
     exif[0x0112] = QUARTER_TURN
     Image.new("RGB", (HEIGHT, HEIGHT)).save(tmp_path / "square.jpg", exif=exif)
     assert decode_image(tmp_path / "square.jpg", (HEIGHT, HEIGHT)).orientation == "ignored"
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, "does not exist"),
-        (b"", "is empty"),
-        (b"<html>404 Not Found</html>", "is HTML or XML, not an image"),
-        ("half a jpeg", "is broken or cut off"),
-        ("half a png", "is broken or cut off"),
-        (png(50_000, 50_000, 8, 2, b""), "has too many pixels"),
-    ],
-    ids=["missing", "empty", "html", "half a jpeg", "half a png", "bomb"],
-)
-def test_an_unreadable_image_is_refused_in_one_line_with_its_path(tmp_path, content, reason):
-    path = tmp_path / "image.jpg"
-    if isinstance(content, str):
-        noise = np.random.default_rng(0).integers(0, 255, (200, 300, 3), np.uint8)
-        Image.fromarray(noise).save(path, format=content.split()[-1])
-        content = path.read_bytes()[: path.stat().st_size // 2]
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(ImageError) as caught:
-        read_image(path)
-    assert str(caught.value).startswith(f"{path}: {reason}")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_folder_is_refused(tmp_path):
-    with pytest.raises(ImageError, match="cannot be read"):
-        read_image(tmp_path)
 
 
 def test_an_image_that_does_not_fit_into_memory_is_refused(tmp_path, monkeypatch):
@@ -139,7 +82,7 @@ def test_unreadable_images_leave_no_file_open(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     (tmp_path / "empty.jpg").touch()
     (tmp_path / "text.jpg").write_text("no image")
-    stored_image(tmp_path / "cut.jpg")
+    Image.effect_noise((WIDTH, HEIGHT), 50).save(tmp_path / "cut.jpg", quality=100)
     os.truncate(tmp_path / "cut.jpg", 650)
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "cut.png")
     os.truncate(tmp_path / "cut.png", 50)

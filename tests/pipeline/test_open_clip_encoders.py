@@ -238,17 +238,8 @@ def test_a_head_is_trained_on_maps_without_a_class_token_and_predicts(configs, t
     assert set(FeatureCache.open(cache).feature_sets) == {"toy_sam", "toy_sam_slots", "toy_sam_iou", stored_name(name)}
     image = next(world.rglob("*.jpg"))
     capsys.readouterr()
-    run(
-        "predict",
-        image,
-        "--checkpoint",
-        out / "head.safetensors",
-        "--boxes",
-        "0,0,50,50",
-        "--names",
-        "star,moon",
-        *random,
-    )
+    boxes_and_names = ["--boxes", "0,0,50,50", "--names", "star,moon"]
+    run("predict", image, "--checkpoint", out / "head.safetensors", *boxes_and_names, *random)
     assert '"star"' in capsys.readouterr().out
 
 
