@@ -29,7 +29,7 @@ from regionspot.cache.format.schema import record_file
 from regionspot.cache.reading.dask_arrays import read_decoded
 from regionspot.cache.tools.merge_subset_convert import convert
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
-from regionspot.evaluation.inference.vocabularies import cache_vocabulary
+from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
 from regionspot.fusion.config import train_config
 from regionspot.fusion.train import train as train_head
 from regionspot.pipeline.backbones.bundle import Backbones

@@ -46,7 +46,7 @@ def train(
     """Train a fusion head from one or more caches."""
     from regionspot.cache.outputs import check_output_folder
     from regionspot.cache.store import FeatureCache
-    from regionspot.evaluation.inference.vocabularies import cache_vocabulary
+    from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
     from regionspot.fusion.config import train_config
     from regionspot.fusion.train import train as run
     from regionspot.pipeline.backbones.builders import get_preset

@@ -18,11 +18,11 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.machine import compute_device
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline
+from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
 from regionspot.evaluation.inference.head_features import head_features
 from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnImages
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.evaluation.inference.resumable import ScoringMethod
-from regionspot.evaluation.inference.vocabularies import cache_vocabulary
 from regionspot.evaluation.metrics.ground_truth import read_ground_truth
 from regionspot.evaluation.report.results import check_results_folder, evaluate_method
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint

@@ -191,26 +191,26 @@ def _write_labels(
     for region in reversed(regions):
         text = _shortened(pen, region.label, font, size[0] - 2 * pad)
         extent = (math.ceil(pen.textlength(text, font=font)) + 2 * pad, math.ceil(ascent[3] - ascent[1]) + 2 * pad)
-        place = _free_place(region.box, extent, obstacles, width)
-        left, top, right, bottom = (round(edge) for edge in place)
+        position = _label_position(region.box, extent, obstacles, width)
+        left, top, right, bottom = (round(edge) for edge in position)
         obstacles.solid[top : bottom + 1, left : right + 1] = True
-        if _gaps(np.array(place), region.box).max() > extent[1] / 2:
-            _leader(pen, place, region, width)
-        written.append((region, text, place))
-    for region, text, place in written:  # after all lines, so that a line never covers a label
-        pen.rectangle(place, fill=region.colour, outline=(20, 20, 20))
+        if _gaps(np.array(position), region.box).max() > extent[1] / 2:
+            _leader(pen, position, region, width)
+        written.append((region, text, position))
+    for region, text, position in written:  # after all lines, so that a line never covers a label
+        pen.rectangle(position, fill=region.colour, outline=(20, 20, 20))
         ink = (0, 0, 0) if _luminance(region.colour) > 0.36 else (255, 255, 255)
-        pen.text((place[0] + pad, place[1] + pad - ascent[1]), text, fill=ink, font=font)
+        pen.text((position[0] + pad, position[1] + pad - ascent[1]), text, fill=ink, font=font)
 
 
-def _leader(pen: ImageDraw.ImageDraw, place: Rectangle, region: CanvasRegion, width: int) -> None:
+def _leader(pen: ImageDraw.ImageDraw, position: Rectangle, region: CanvasRegion, width: int) -> None:
     """Draw a line from a label to its box."""
     ends = []
     for axis in (0, 1):
-        low, high = max(place[axis], region.box[axis]), min(place[axis + 2], region.box[axis + 2])
+        low, high = max(position[axis], region.box[axis]), min(position[axis + 2], region.box[axis + 2])
         middle = (low + high) / 2
-        between = (middle, middle) if low <= high else (place[axis + 2], region.box[axis])
-        ends.append(between if low <= high or place[axis + 2] < region.box[axis] else (place[axis], high))
+        between = (middle, middle) if low <= high else (position[axis + 2], region.box[axis])
+        ends.append(between if low <= high or position[axis + 2] < region.box[axis] else (position[axis], high))
     line = list(zip(*ends, strict=True))
     pen.line(line, fill=(20, 20, 20), width=width + 2)
     pen.line(line, fill=region.colour, width=width)
@@ -254,38 +254,40 @@ def _obstacles(size: tuple[int, int], regions: Sequence[CanvasRegion]) -> Obstac
     return obstacles
 
 
-def _free_place(box: Rectangle, extent: tuple[int, int], obstacles: Obstacles, width: int) -> Rectangle:
+def _label_position(box: Rectangle, extent: tuple[int, int], obstacles: Obstacles, line_width: int) -> Rectangle:
     """The position of a label of size `extent` (width, height): the one that covers least, then the nearest to the box.
 
     Positions above the box are preferred to those below and beside it.
     """
-    wide, high = extent
+    width, height = extent
     rows, columns = obstacles.solid.shape
-    last_x, last_y = max(0, columns - 1 - wide), max(0, rows - 1 - high)
+    last_x, last_y = max(0, columns - 1 - width), max(0, rows - 1 - height)
     # Candidates: aligned with the edges of the box, and every 5 pixels of the canvas.
-    x = np.unique(np.clip([*range(0, last_x + 1, 5), box[0] - width / 2, box[0] + width, box[2] - wide], 0, last_x))
-    y = np.unique(np.clip([*range(0, last_y + 1, 5), box[1] - high, box[1] + width, box[3]], 0, last_y))
+    x = np.unique(
+        np.clip([*range(0, last_x + 1, 5), box[0] - line_width / 2, box[0] + line_width, box[2] - width], 0, last_x)
+    )
+    y = np.unique(np.clip([*range(0, last_y + 1, 5), box[1] - height, box[1] + line_width, box[3]], 0, last_y))
     left, top = (values.ravel() for values in np.meshgrid(x.astype(int), y.astype(int)))
-    places = np.stack([left, top, left + wide, top + high], axis=1)
-    gap = np.hypot(*_gaps(places, box).T) / high
-    order = 0.1 * (top > box[1] - high) + 0.02 * np.abs(left - box[0]) / wide
-    covered = 1000 * _sums(obstacles.solid, places) / (wide * high) + 10 * _sums(obstacles.shares, places)
-    place = places[(covered + gap + order).argmin()].tolist()
-    return place[0], place[1], place[2], place[3]
+    positions = np.stack([left, top, left + width, top + height], axis=1)
+    gap = np.hypot(*_gaps(positions, box).T) / height
+    order = 0.1 * (top > box[1] - height) + 0.02 * np.abs(left - box[0]) / width
+    covered = 1000 * _sums(obstacles.solid, positions) / (width * height) + 10 * _sums(obstacles.shares, positions)
+    position = positions[(covered + gap + order).argmin()].tolist()
+    return position[0], position[1], position[2], position[3]
 
 
-def _gaps(places: NDArray[Any], box: Rectangle) -> NDArray[np.float64]:
+def _gaps(positions: NDArray[Any], box: Rectangle) -> NDArray[np.float64]:
     """(..., 2): distance of each rectangle XYXY from the box along x and y; 0 if they overlap."""
-    low, high = np.array(box[:2]) - places[..., 2:], places[..., :2] - np.array(box[2:])
+    low, high = np.array(box[:2]) - positions[..., 2:], positions[..., :2] - np.array(box[2:])
     gaps: NDArray[np.float64] = np.maximum(low, high).clip(min=0)
     return gaps
 
 
-def _sums(values: NDArray[Any], places: NDArray[Any]) -> NDArray[np.float64]:
+def _sums(values: NDArray[Any], positions: NDArray[Any]) -> NDArray[np.float64]:
     """The sum of values (h, w) over each rectangle XYXY, including its edges."""
     table = np.zeros((values.shape[0] + 1, values.shape[1] + 1))
     table[1:, 1:] = values.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
-    left, top = places[:, 0], places[:, 1]
-    right, bottom = (np.minimum(places[:, 2 + k] + 1, values.shape[1 - k]) for k in (0, 1))
+    left, top = positions[:, 0], positions[:, 1]
+    right, bottom = (np.minimum(positions[:, 2 + k] + 1, values.shape[1 - k]) for k in (0, 1))
     sums: NDArray[np.float64] = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
     return sums

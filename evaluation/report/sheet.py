@@ -37,8 +37,8 @@ def contact_sheet(images: Sequence[CaptionedImage], columns: int = 3, cell: int 
     rows = [cells[start : start + columns] for start in range(0, len(cells), columns)]
     heights = [max(image.height for image, _ in row) + CAPTION + GAP for row in rows]
     top = GAP + (28 + 2 * GAP if title else 0)
-    wide = GAP + min(columns, max(1, len(cells))) * (cell + GAP)
-    sheet = Image.new("RGB", (wide, top + sum(heights)), BACKGROUND)
+    width = GAP + min(columns, max(1, len(cells))) * (cell + GAP)
+    sheet = Image.new("RGB", (width, top + sum(heights)), BACKGROUND)
     pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), title, fill=TEXT, font=title_font)
     for row, height in zip(rows, heights, strict=True):

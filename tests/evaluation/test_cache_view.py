@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from makers import make_manifest
 from PIL import Image
 
 from regionspot.cache import (
@@ -15,7 +16,6 @@ from regionspot.cache import (
     FeatureSet,
     ImageFeatures,
     InputError,
-    Manifest,
     NotExtractedError,
 )
 from regionspot.cache.format.encodings import statistics_of
@@ -38,17 +38,16 @@ def patches_in_halves() -> np.ndarray:
 def folder(tmp_path_factory) -> Path:
     """The folder of a cache: image 10 is extracted and has two regions, 11 failed, 12 is pending."""
     folder = tmp_path_factory.mktemp("view")
-    manifest = Manifest(
+    manifest = make_manifest(
+        [2, 1, 0],
         dataset="coco",
         split="val",
         image_ids=np.array([10, 11, 12]),
-        paths=np.array(["a.jpg", "b.jpg", "c.jpg"], dtype=np.dtypes.StringDType()),
+        paths=["a.jpg", "b.jpg", "c.jpg"],
         heights=np.full(3, 120, np.int32),
         widths=np.full(3, 160, np.int32),
-        offsets=np.array([0, 2, 3, 3]),
         boxes_xyxy=np.array([[0, 0, 60, 110], [100, 20, 150, 90], [0, 0, 9, 9]], np.float32),
         category_index=np.array([0, NO_CATEGORY, 0], np.int32),
-        annotation_ids=np.arange(3),
         categories=(Category(1, "chaise longue"),),
     )
     cache = FeatureCache.create(folder / "a.zarr", manifest, [MAPS], part_size=2)

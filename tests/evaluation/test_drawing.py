@@ -18,15 +18,15 @@ def box(*corners):
 @pytest.fixture
 def labels(monkeypatch):
     """Positions of the labels, in pixels of the canvas, in drawing order."""
-    places = []
-    original = drawing._free_place
+    positions = []
+    original = drawing._label_position
 
     def record(*arguments):
-        places.append(original(*arguments))
-        return places[-1]
+        positions.append(original(*arguments))
+        return positions[-1]
 
-    monkeypatch.setattr(drawing, "_free_place", record)
-    return places
+    monkeypatch.setattr(drawing, "_label_position", record)
+    return positions
 
 
 def overlap(one, other):
@@ -88,7 +88,7 @@ def test_a_label_does_not_cover_a_small_box_next_to_it(labels):
 def test_the_font_grows_with_the_image(labels):
     draw_regions(grey(640, 480), [LabelledRegion(box(10, 60, 60, 90), "dog")])
     draw_regions(grey(2560, 1920), [LabelledRegion(box(10, 60, 60, 90), "dog")])
-    small, large = (place[3] - place[1] for place in labels)
+    small, large = (position[3] - position[1] for position in labels)
     assert large > 3 * small
 
 

@@ -11,9 +11,9 @@ from regionspot.cache.format.compatibility import compare, description
 from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
 from regionspot.evaluation.inference.head_features import head_features
 from regionspot.evaluation.inference.region_spot import RegionSpot
-from regionspot.evaluation.inference.vocabularies import cache_vocabulary
 from regionspot.evaluation.report.tables import results_text
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.config import train_config
@@ -241,13 +241,8 @@ FEATURES = FeatureSet(
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("model", "other"),
         ("weights_sha256", "b" * 64),
         ("input_pixels", 336),
-        ("preprocess", "reference"),
-        ("resize", "another"),
-        ("exif", "ignore"),
-        ("dtype", "bfloat16"),
         ("mean", [0.2]),
     ],
 )

@@ -298,7 +298,7 @@ def test_ids_of_images_and_classes_may_be_0_negative_huge_or_strings(tmp_path, c
         def change(dataset, image_of=image_of, class_of=class_of):
             for image in dataset["images"]:
                 image["id"] = image_of[image["id"]]
-                image["neg_category_ids"] = [class_of[each] for each in image["neg_category_ids"]]
+                image["neg_category_ids"] = [class_of[category] for category in image["neg_category_ids"]]
             for category in dataset["categories"]:
                 category["id"] = class_of[category["id"]]
             for entry in dataset["annotations"]:

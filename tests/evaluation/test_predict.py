@@ -212,24 +212,16 @@ def test_an_invalid_image_is_refused(spot, pixels, tmp_path):
     ("kind", "reason"),
     [
         ("nothing", "does not exist"),
-        ("folder", "cannot be read (Is a directory)"),
-        ("empty", "is empty (0 bytes)"),
         ("pipe", "cannot be read (it is a named pipe or a device, not a file"),
-        ("device", "cannot be read (it is a named pipe or a device, not a file"),
         ("text", "is HTML or XML, not an image"),
-        ("half", "is broken or cut off"),
     ],
 )
-def test_the_command_line_refuses_an_invalid_image_in_one_line(refused, pixels, tmp_path, kind, reason):
+def test_the_command_line_refuses_an_invalid_image_in_one_line(refused, tmp_path, kind, reason):
     path = tmp_path / "image.jpg"
     {
         "nothing": lambda: None,
-        "folder": path.mkdir,
-        "empty": path.touch,
         "pipe": lambda: os.mkfifo(path),
-        "device": lambda: path.symlink_to("/dev/zero"),
         "text": lambda: path.write_text("<html>"),
-        "half": lambda: (Image.fromarray(pixels).save(path), os.truncate(path, path.stat().st_size // 2)),
     }[kind]()
     refused(f"{path}: {reason}", "predict", path, "--checkpoint", "x", "--boxes", "1,1,9,9", "--names", "dog")
 
