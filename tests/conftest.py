@@ -213,8 +213,8 @@ class SmallCache:
         with Claims(cache.storage, heartbeat_seconds=0.02) as claims:
             parts = PartQueue(cache, self.names, claims)
             while parts.wait():
-                for part, jobs in groupby(parts.jobs(), lambda job: job[0] // self.part_size):
-                    parts.write(part, (features(row) for row, _ in jobs))
+                for part, requests in groupby(parts.requests(), lambda request: request[0] // self.part_size):
+                    parts.write(part, (features(row) for row, _ in requests))
 
     content = staticmethod(cache_content)
 

@@ -31,8 +31,8 @@ def large_world(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def cache(world, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("cache") / "c.zarr"
-    words = ["extract", "toy", "--data", world, "--cache", path, "--preset", "toy", "--limit", "8"]
-    assert ForkedCommand(*words).end()[0] == 0
+    arguments = ["extract", "toy", "--data", world, "--cache", path, "--preset", "toy", "--limit", "8"]
+    assert ForkedCommand(*arguments).end()[0] == 0
     return path
 
 
@@ -44,7 +44,7 @@ def way(request):
 @pytest.fixture
 def start(way, home):
     """`start("extract", ...)` starts a command."""
-    return lambda *words: ForkedCommand(*words, terminal=way[0], environment={"REGIONSPOT_HOME": str(home)})
+    return lambda *arguments: ForkedCommand(*arguments, terminal=way[0], environment={"REGIONSPOT_HOME": str(home)})
 
 
 @pytest.fixture
@@ -64,8 +64,8 @@ def stopped(way):
 
 def test_a_stopped_extract_says_that_the_same_command_resumes(start, stopped, large_world, tmp_path):
     path = tmp_path / "c.zarr"
-    words = ("extract", "toy", "--data", large_world, "--cache", path, "--preset", "toy", "--part-size", 4)
-    command = start(*words, "--device", "cpu", "--localizer", "none")
+    arguments = ("extract", "toy", "--data", large_world, "--cache", path, "--preset", "toy", "--part-size", 4)
+    command = start(*arguments, "--device", "cpu", "--localizer", "none")
     command.wait_until(lambda: list(path.glob("parts/toy_clip/*.json")))
     stopped(command, AGAIN)
     cache = FeatureCache.open(path)
@@ -73,15 +73,15 @@ def test_a_stopped_extract_says_that_the_same_command_resumes(start, stopped, la
 
 
 def test_a_stopped_eval_lvis_says_that_the_same_command_resumes(start, stopped, large_world, tmp_path):
-    words = ("eval-lvis", "--dataset", "toy", "--data", large_world, "--preset", "toy", "--baseline", "pooled")
-    command = start(*words, "--out", tmp_path / "eval", "--templates", "plain", "--device", "cpu")
+    arguments = ("eval-lvis", "--dataset", "toy", "--data", large_world, "--preset", "toy", "--baseline", "pooled")
+    command = start(*arguments, "--out", tmp_path / "eval", "--templates", "plain", "--device", "cpu")
     command.wait_until(lambda: list(tmp_path.glob("eval/parts/*/identity.json")))
     stopped(command, AGAIN)
 
 
 def test_a_stopped_train_says_that_resume_resumes(start, stopped, cache, tmp_path):
-    words = ("train", "--cache", cache, "--preset", "toy", "--schedule", "toy", "--templates", "plain")
-    command = start(*words, "--out", tmp_path / "run", "--iterations", 100_000, "--device", "cpu")
+    arguments = ("train", "--cache", cache, "--preset", "toy", "--schedule", "toy", "--templates", "plain")
+    command = start(*arguments, "--out", tmp_path / "run", "--iterations", 100_000, "--device", "cpu")
     command.wait_until((tmp_path / "run" / "metrics.jsonl").exists)
     stopped(command, WITH_RESUME)
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager, nullcontext, suppress
 
 from regionspot.cache.errors import CacheError, InputError
 from regionspot.cache.machine import processors
-from regionspot.pipeline.distributed.worker import PARTS_AT_ONCE, gpus
+from regionspot.pipeline.distributed.worker import PARTS_AT_ONCE, visible_gpus
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ def local_workers(scheduler: str) -> int | None:
     match = re.fullmatch(r"local(?::([1-9]\d*))?", scheduler)
     if match is None:
         return None
-    return int(match[1]) if match[1] else max(len(gpus()), 1)
+    return int(match[1]) if match[1] else max(len(visible_gpus()), 1)
 
 
 class Connection:

@@ -4,6 +4,9 @@ A task is a part. Dask assigns it to a worker with a free thread, and to another
 `worker-ttl`, sends no heartbeat. The part records in the cache are the only state: they say which parts are written,
 and hold the counts of the run. So most faults need no handling: after a broken connection, a part claimed by another
 run, or a worker that is cut off, the parts without a record that no live run has claimed are assigned again.
+
+Three means of dask are not enough, so there is code for them here and in cluster.py: its `retries` choose the failed
+worker again, its client loses tasks or hangs when it reconnects, and its cancel does not wait for running tasks.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.distributed.cluster import LOG_SECONDS, Connection, connected, local_workers
 from regionspot.pipeline.distributed.worker import (
     ExtractJob,
-    Job,
+    PartJob,
     Preparation,
     WorkerFailedError,
     last_line,
@@ -90,7 +93,7 @@ def _open_prepared(address: str) -> FeatureCache:
 
 def run_parts(
     connection: Connection,
-    job: Job,
+    job: PartJob,
     cache: FeatureCache,
     names: Sequence[str],
     parts: Iterable[int],
@@ -124,7 +127,7 @@ class _Run:
     """The state of `run_parts`; `missing` are the parts that are not known to be written."""
 
     connection: Connection
-    job: Job
+    job: PartJob
     cache: FeatureCache
     names: Sequence[str]
     missing: set[int]

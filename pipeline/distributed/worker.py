@@ -54,7 +54,7 @@ _DASK_TRIM_THRESHOLD = "65536"
 EncodePart = Callable[[range, Sequence[str], RunStats], Iterator[ImageFeatures]]
 
 
-class Job(Protocol):
+class PartJob(Protocol):
     """A picklable and hashable description of a run; `run` is its random id."""
 
     @property
@@ -189,9 +189,9 @@ class _PartEncoder:
         from regionspot.pipeline.extraction.batch_encoder import BatchEncoder, encode_images  # imports torch
 
         encode = BatchEncoder(self._cache.manifest, self._backbones, stats, self._device_lock)
-        jobs = ((row, names) for row in rows)
+        requests = ((row, names) for row in rows)
         part_size = self._cache.part_size
-        for image in encode_images(jobs, self._decoder, encode, self._batch_size, part_size, self._threads):
+        for image in encode_images(requests, self._decoder, encode, self._batch_size, part_size, self._threads):
             self._any_read |= image.failure is None
             if not self._any_read and image.row + 1 - rows.start >= min(FIRST_IMAGES, len(rows)):
                 raise InputError(
@@ -224,7 +224,7 @@ class WorkerFailedError(Exception):
         self.worker, self.message = worker, message
 
 
-def make_part(job: Job, part: int) -> None:
+def make_part(job: PartJob, part: int) -> None:
     """The task of a worker. Raises WorkerFailedError."""
     from distributed import get_worker  # takes half a second to import, but a worker has imported it
 
@@ -247,11 +247,11 @@ async def wait_until_idle() -> None:
         await asyncio.sleep(0.05)
 
 
-_makers: dict[Job, PartMaker] = {}
+_makers: dict[PartJob, PartMaker] = {}
 _opening = threading.Lock()
 
 
-def open_job(job: Job) -> PartMaker:
+def open_job(job: PartJob) -> PartMaker:
     """The job's PartMaker, opened by the first thread that asks; closes those of earlier jobs that are idle."""
     with _opening:
         if job not in _makers:
@@ -260,7 +260,7 @@ def open_job(job: Job) -> PartMaker:
         return _makers[job]
 
 
-def _close(jobs: Sequence[Job]) -> None:
+def _close(jobs: Sequence[PartJob]) -> None:
     for job in jobs:
         try:
             _makers.pop(job).close()
@@ -274,12 +274,12 @@ atexit.register(lambda: _close(list(_makers)))
 
 def dask_setup(worker: Worker) -> None:
     """Called by dask in each local worker at start; their names are 0, 1, 2, ..."""
-    if devices := gpus():
+    if devices := visible_gpus():
         os.environ["CUDA_VISIBLE_DEVICES"] = devices[int(worker.name) % len(devices)]
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the command, which stops the workers
 
 
-def gpus() -> list[str]:
+def visible_gpus() -> list[str]:
     """Values of CUDA_VISIBLE_DEVICES, one per GPU; from the driver, because importing torch takes seconds."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:

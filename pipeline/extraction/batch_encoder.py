@@ -28,18 +28,18 @@ from regionspot.cache.store import FeatureCache
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.backbones.protocols import Backbone, Localizer, SemanticEncoder
-from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, Jobs, decode_ahead
+from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, Requests, decode_ahead
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 
 def encode_images(
-    jobs: Jobs, decoder: Decoder, encode: BatchEncoder, batch_size: int, part_size: int, threads: int
+    requests: Requests, decoder: Decoder, encode: BatchEncoder, batch_size: int, part_size: int, threads: int
 ) -> Generator[ImageFeatures, None, None]:
-    """Decode the images of `jobs` in threads, encode them in batches, and yield their features in order.
+    """Decode the images of `requests` in threads, encode them in batches, and yield their features in order.
 
     Runs in one process and workers share this function, so that they write the same bytes.
     """
-    with closing(decode_ahead(decoder, jobs, threads)) as decoded:
+    with closing(decode_ahead(decoder, requests, threads)) as decoded:
         yield from encode(batches_of(decoded, batch_size, part_size, encode.stats))
 
 

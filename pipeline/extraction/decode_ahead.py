@@ -69,7 +69,7 @@ class Decoder:
         return inputs
 
 
-Jobs = Generator[tuple[int, Sequence[str]], None, None]  # rows, with the names of the requested feature sets
+Requests = Generator[tuple[int, Sequence[str]], None, None]  # rows, with the names of the requested feature sets
 
 
 def default_threads() -> int:
@@ -77,12 +77,12 @@ def default_threads() -> int:
     return min(16, processors())
 
 
-def decode_ahead(decoder: Decoder, jobs: Jobs, threads: int) -> Generator[DecodedImage, None, None]:
-    """The images of `jobs` in order, decoded ahead by threads. Closing the generator closes `jobs`."""
+def decode_ahead(decoder: Decoder, requests: Requests, threads: int) -> Generator[DecodedImage, None, None]:
+    """The images of `requests` in order, decoded ahead by threads. Closing the generator closes `requests`."""
     pending: deque[Future[DecodedImage]] = deque()
-    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(jobs):
+    with ThreadPoolExecutor(threads, thread_name_prefix="decode") as pool, closing(requests):
         try:
-            for row, names in jobs:
+            for row, names in requests:
                 pending.append(pool.submit(decoder, row, names))
                 if len(pending) > 4 * threads:
                     yield pending.popleft().result()

@@ -140,8 +140,8 @@ def open_for_extraction(
     def encode_sample(rows: list[int], names: list[str]) -> Iterator[ImageFeatures]:
         decoder = Decoder(manifest, image_folder, backbones, config.exif)
         progress = Progress(len(rows), "images of the sample")
-        encode, jobs = BatchEncoder(manifest, backbones, RunStats()), ((row, names) for row in rows)
-        for image in encode_images(jobs, decoder, encode, 1, 1, config.decode_threads or default_threads()):
+        encode, requests = BatchEncoder(manifest, backbones, RunStats()), ((row, names) for row in rows)
+        for image in encode_images(requests, decoder, encode, 1, 1, config.decode_threads or default_threads()):
             yield image
             progress.step()
 
@@ -178,7 +178,7 @@ def extract(
                     with (
                         WriterThread(cache, queue, stats) as writer,
                         closing(
-                            encode_images(queue.jobs(), decoder, encode, batch_size, cache.part_size, threads)
+                            encode_images(queue.requests(), decoder, encode, batch_size, cache.part_size, threads)
                         ) as images,
                     ):
                         for image in images:

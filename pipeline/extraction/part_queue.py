@@ -26,7 +26,7 @@ from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 if TYPE_CHECKING:
-    from regionspot.pipeline.extraction.decode_ahead import Jobs  # imports torch
+    from regionspot.pipeline.extraction.decode_ahead import Requests  # imports torch
 
 log = logging.getLogger(__name__)
 
@@ -43,8 +43,8 @@ class PartQueue:
     stats          parts and bytes written, and parts written by others
 
     Three threads use it: the main thread, which calls `wait`, the one that claims ahead of the decoders (it runs
-    `jobs`), and the writer. One lock protects the sets of open and claimed parts and the counts; no file is accessed
-    under it.
+    `requests`), and the writer. One lock protects the sets of open and claimed parts and the counts; it is not held
+    during file access.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class PartQueue:
         self._round = free if first is None else chain([first], free)
         return first is not None
 
-    def jobs(self) -> Jobs:
+    def requests(self) -> Requests:
         """Rows of the free parts in order, with the feature sets that they lack; claims one part ahead."""
         for part in _one_ahead(self._round):
             names = self._claimed[part]

@@ -136,8 +136,8 @@ def _extract_group(
 ) -> list[ImageFeatures]:
     """The images of the group, each computed in its own slot, or with the reason why it still fails."""
     failed_rows = set(group.rows)
-    jobs = ((row, group.names) for row in group.rows)
-    with closing(decode_ahead(decoder, jobs, decode_threads)) as decoded:
+    requests = ((row, group.names) for row in group.rows)
+    with closing(decode_ahead(decoder, requests, decode_threads)) as decoded:
         batches = (
             [next(decoded) if row in failed_rows else DecodedImage(row) for row in rows]
             for rows in group.batches

@@ -66,13 +66,13 @@ def machine() -> dict[str, str | int]:
         "cpu": _cpu_model(),
         "cores": processors(),
         "memory_gb": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9),
-        "gpu": gpus() or "none",
+        "gpu": gpu_names() or "none",
         "system": f"{platform.system()} {platform.release()}",
         "python": platform.python_version(),
     }
 
 
-def gpus() -> str:
+def gpu_names() -> str:
     """The GPUs that torch can use, such as "2 x NVIDIA H200"; "" without a GPU."""
     import torch  # takes a second, and callers that need only versions do not pay it
 

@@ -48,21 +48,21 @@ def backbones(request) -> Backbones:
 
 
 @pytest.fixture
-def images(world, tmp_path) -> Path:
+def image_folder(world, tmp_path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(image_folder_of("toy", world), tmp_path / "photos"))
 
 
-def extraction_of(cache, manifest, images, backbones, **fields) -> Extraction:
+def extraction_of(cache, manifest, image_folder, backbones, **fields) -> Extraction:
     usual = {"encoding": EXACT, "token_encoding": EXACT, "part_size": PART_SIZE, "batch_size": BATCH_SIZE}
     config = ExtractConfig(str(cache), **{**usual, "max_failures": FailureLimit(count=IMAGES), **fields})
-    return Extraction(config, manifest, images, backbones)
+    return Extraction(config, manifest, image_folder, backbones)
 
 
 @pytest.fixture
-def extraction(tmp_path, manifest, images, backbones):
+def extraction(tmp_path, manifest, image_folder, backbones):
     """`extraction(**fields)`: an extraction of the copied images into the cache of this test."""
-    return lambda **fields: extraction_of(tmp_path / "c.zarr", manifest, images, backbones, **fields)
+    return lambda **fields: extraction_of(tmp_path / "c.zarr", manifest, image_folder, backbones, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -74,11 +74,11 @@ def unbroken(world, manifest, backbones, tmp_path_factory) -> FeatureCache:
 
 
 @pytest.fixture
-def damage(images, manifest):
+def damage(image_folder, manifest):
     """`repair = damage({3, 5})`: the images of these rows cannot be read until `repair()`."""
 
     def damage_rows(rows):
-        kept = {images / str(manifest.paths[row]): b"" for row in rows}
+        kept = {image_folder / str(manifest.paths[row]): b"" for row in rows}
         for path in kept:
             kept[path] = path.read_bytes()
             path.write_bytes(b"")
@@ -153,10 +153,10 @@ def test_a_feature_set_added_later_has_the_same_bytes(extraction, unbroken, back
     assert contents(extraction().config.cache) == contents(unbroken.path)
 
 
-def test_a_worker_writes_the_same_bytes_as_one_process(extraction, damage, unbroken, images):
+def test_a_worker_writes_the_same_bytes_as_one_process(extraction, damage, unbroken, image_folder):
     cache, backbones = extraction().prepare()
     dtype = backbones.localizer.provenance["dtype"]
-    config = ExtractConfig(str(cache.path), "toy", str(images.parent), preset="toy", device="cpu", dtype=dtype)
+    config = ExtractConfig(str(cache.path), "toy", str(image_folder.parent), preset="toy", device="cpu", dtype=dtype)
     job = ExtractJob(replace(config, batch_size=BATCH_SIZE))
     broken = BROKEN["some of each part"]
     repair = damage(broken)
@@ -172,10 +172,10 @@ def test_a_worker_writes_the_same_bytes_as_one_process(extraction, damage, unbro
 
 @pytest.mark.parametrize("encoding", ["int8", "bfloat16+zstd"])
 def test_broken_images_change_no_byte_of_the_others_in_any_encoding(
-    extraction, damage, tmp_path, manifest, images, backbones, encoding
+    extraction, damage, tmp_path, manifest, image_folder, backbones, encoding
 ):
     encodings = {"encoding": Encoding.parse(encoding), "token_encoding": Encoding.parse(encoding)}
-    whole = extraction_of(tmp_path / "whole.zarr", manifest, images, backbones, **encodings)
+    whole = extraction_of(tmp_path / "whole.zarr", manifest, image_folder, backbones, **encodings)
     whole.run()
     extraction(**encodings).prepare()  # takes the int8 statistics from images that can be read now
     repair = damage({0, 4, 8, 9, 10})
@@ -215,9 +215,9 @@ def small_memory(backbones, monkeypatch):
 
 
 def test_halved_batches_are_recorded_and_retried_with_the_same_shapes(
-    extraction, damage, small_memory, tmp_path, manifest, images, backbones
+    extraction, damage, small_memory, tmp_path, manifest, image_folder, backbones
 ):
-    whole = extraction_of(tmp_path / "whole.zarr", manifest, images, backbones, batch_size=6)
+    whole = extraction_of(tmp_path / "whole.zarr", manifest, image_folder, backbones, batch_size=6)
     small_memory(4)
     whole.run()
     batches = {name: FeatureCache.open(whole.config.cache).record(0, name).batches for name in ("toy_clip", "toy_sam")}
@@ -268,7 +268,7 @@ def test_the_bytes_do_not_depend_on_the_instruction_set_of_the_cpu(
 
 
 def test_only_the_image_with_non_finite_features_fails_and_nothing_of_it_is_stored(
-    manifest, images, backbones, tmp_path, monkeypatch
+    manifest, image_folder, backbones, tmp_path, monkeypatch
 ):
     encode, rows = backbones.encoders[0].encode, iter(range(IMAGES))
 
@@ -281,12 +281,12 @@ def test_only_the_image_with_non_finite_features_fails_and_nothing_of_it_is_stor
 
     with monkeypatch.context() as patch:
         patch.setattr(backbones.encoders[0], "encode", overflow_at_row_4)
-        summary = extraction_of(tmp_path / "a.zarr", manifest, images, backbones).run()
+        summary = extraction_of(tmp_path / "a.zarr", manifest, image_folder, backbones).run()
     assert summary.failed == 1
     cache = FeatureCache.open(tmp_path / "a.zarr")
     (failure,) = cache.failures()
     assert failure.row == 4
     assert failure.reason.startswith(f"{manifest.paths[4]}: its toy_clip features are not finite; ")
     assert cache.valid_rows().tolist() == [row for row in range(IMAGES) if row != 4]
-    extraction_of(tmp_path / "a.zarr", manifest, images, backbones).retry()
+    extraction_of(tmp_path / "a.zarr", manifest, image_folder, backbones).retry()
     assert len(FeatureCache.open(tmp_path / "a.zarr").valid_rows()) == IMAGES

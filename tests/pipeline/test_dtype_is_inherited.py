@@ -40,7 +40,9 @@ extract.open_or_create = open_together
 
 
 def dtypes_of(cache) -> dict[str, str]:
-    return {name: each.provenance["dtype"] for name, each in FeatureCache.open(cache).feature_sets.items()}
+    return {
+        name: feature_set.provenance["dtype"] for name, feature_set in FeatureCache.open(cache).feature_sets.items()
+    }
 
 
 def features_of(cache, name="*") -> dict[str, bytes]:
@@ -68,10 +70,10 @@ def test_two_machines_with_different_default_dtypes_fill_one_cache_in_one_dtype(
     if "toy_clip" not in created_together:
         extraction(cache.name, "float32", localizer="none").run()
     folder.mkdir()
-    words = ["extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--device", "cpu"]
-    words += ["--limit", IMAGES, "--part-size", 1]
+    arguments = ["extract", "toy", "--data", world, "--cache", cache, "--preset", "toy", "--device", "cpu"]
+    arguments += ["--limit", IMAGES, "--part-size", 1]
     runs = [
-        ForkedCommand(*words, code=f"dtype, other, folder = {dtype!r}, {other!r}, {str(folder)!r}\n{RUN}")
+        ForkedCommand(*arguments, code=f"dtype, other, folder = {dtype!r}, {other!r}, {str(folder)!r}\n{RUN}")
         for dtype, other in (("float32", "bfloat16"), ("bfloat16", "float32"))
     ]
     ends = [run.end() for run in runs]
@@ -139,14 +141,14 @@ def test_a_resumed_run_and_a_retry_compute_in_the_dtype_of_the_cache(extraction)
 
 def test_models_loaded_for_a_cache_use_its_dtype_or_the_device_default_if_it_states_none(extraction):
     sets = extraction("c.zarr", "bfloat16").backbones.feature_sets()
-    without = [replace(each, provenance={**each.provenance, "dtype": None}) for each in sets]
+    without = [replace(item, provenance={**item.provenance, "dtype": None}) for item in sets]
     for stored, expected in ((sets, "bfloat16"), (without, "float32")):
-        again = Backbones.load("toy", device="cpu", stored={each.name: each for each in stored})
-        assert {each.provenance["dtype"] for each in again.feature_sets()} == {expected}
+        again = Backbones.load("toy", device="cpu", stored={item.name: item for item in stored})
+        assert {item.provenance["dtype"] for item in again.feature_sets()} == {expected}
 
 
 def test_a_machine_that_does_not_support_the_dtype_of_a_cache_refuses_in_one_line(extraction, monkeypatch):
-    stored = {each.name: each for each in extraction("c.zarr", "bfloat16").backbones.feature_sets()}
+    stored = {item.name: item for item in extraction("c.zarr", "bfloat16").backbones.feature_sets()}
     monkeypatch.setattr(dtypes.torch.amp, "is_autocast_available", lambda device: False)
     with pytest.raises(InputError, match="dtype bfloat16: torch does not compute in it on cpu; use float32"):
         Backbones.load("toy", device="cpu", stored=stored)

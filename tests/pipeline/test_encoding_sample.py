@@ -78,7 +78,7 @@ def test_only_new_int8_sets_are_sampled(tmp_path, manifest, backbones):
     FeatureCache.create(path, manifest, made)
 
     again = add_int8_statistics(path, manifest, [MAPS, TOKENS, PLAIN], backbones)
-    assert [each.name for each in again] == ["clip", "sam", "other"]
+    assert [feature_set.name for feature_set in again] == ["clip", "sam", "other"]
     assert [names for _, names in backbones.calls] == [["clip"], ["sam"]]
     cache = open_or_create(path, manifest, again)
     assert cache.feature_sets["clip"] == made[1]

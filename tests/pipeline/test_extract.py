@@ -35,7 +35,7 @@ def backbones() -> Backbones:
 
 
 @pytest.fixture
-def images(world, tmp_path) -> Path:
+def image_folder(world, tmp_path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(image_folder_of("toy", world), tmp_path / "photos"))
 
@@ -83,27 +83,27 @@ def test_a_killed_run_is_resumed_to_the_bytes_of_an_uninterrupted_one(world, tmp
     backbones = Backbones.load("toy", device="cpu", dtype=dtype)
     whole = open_or_create(tmp_path / "whole.zarr", manifest, backbones.feature_sets(), part_size=3)
     extract(whole, image_folder_of("toy", world), backbones, ExtractConfig(batch_size=2))
-    words = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy"]
-    words += ["--part-size", "3", "--batch-size", "2", "--device", "cpu", "--dtype", dtype]
-    command = ForkedCommand(*words)
+    arguments = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy"]
+    arguments += ["--part-size", "3", "--batch-size", "2", "--device", "cpu", "--dtype", dtype]
+    command = ForkedCommand(*arguments)
     command.wait_until(lambda: list(path.glob("parts/toy_clip/*.json")))
     command.stop(signal.SIGKILL)
     committed = len(list(path.glob("parts/toy_clip/*.json")))
     assert 1 <= committed < whole.n_parts
-    done = CliRunner().invoke(app, words)
-    assert done.exit_code == 0, done.output
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
     assert files_of(path) == files_of(whole.path)
-    assert f"{committed} parts were complete before" in done.output
+    assert f"{committed} parts were complete before" in result.output
 
 
 def test_a_broken_and_a_missing_image_are_recorded_and_the_others_are_unchanged(
-    images, manifest, backbones, undisturbed, tmp_path
+    image_folder, manifest, backbones, undisturbed, tmp_path
 ):
-    broken, missing = images / str(manifest.paths[2]), images / str(manifest.paths[7])
+    broken, missing = image_folder / str(manifest.paths[2]), image_folder / str(manifest.paths[7])
     broken.write_bytes(broken.read_bytes()[:700])
     missing.unlink()
     cache = new_cache(tmp_path / "c.zarr", manifest, backbones)
-    summary = extract(cache, images, backbones)
+    summary = extract(cache, image_folder, backbones)
     assert summary.failed == 2
     assert {failure.row: Path(failure.path).name for failure in cache.failures()} == {2: broken.name, 7: missing.name}
     readable = np.array([0, 1, 3, 4, 5, 6, 8, 9])
@@ -112,11 +112,11 @@ def test_a_broken_and_a_missing_image_are_recorded_and_the_others_are_unchanged(
     assert np.array_equal(cache.read(readable).tokens, undisturbed.read(readable).tokens)
 
 
-def test_an_image_of_another_size_than_its_annotations_state_is_not_used(images, manifest, backbones, tmp_path):
-    path = images / str(manifest.paths[0])
+def test_an_image_of_another_size_than_its_annotations_state_is_not_used(image_folder, manifest, backbones, tmp_path):
+    path = image_folder / str(manifest.paths[0])
     Image.open(path).resize((50, 40)).save(path)
     cache = new_cache(tmp_path / "c.zarr", manifest, backbones)
-    extract(cache, images, backbones)
+    extract(cache, image_folder, backbones)
     assert [failure.row for failure in cache.failures()] == [0]
     assert "40" in cache.failures()[0].reason
 

@@ -43,7 +43,7 @@ def features_in(path: Path, name: str, array: str):
 def test_encoding_int8_is_for_maps_only(extracted):
     plain, encoded = extracted("plain.zarr"), extracted("int8.zarr", "--encoding", "int8")
     sets = FeatureCache.open(encoded).feature_sets
-    assert {name: each.dtype for name, each in sets.items()} == {"toy_sam": "float16", "toy_clip": "int8"}
+    assert {name: feature_set.dtype for name, feature_set in sets.items()} == {"toy_sam": "float16", "toy_clip": "int8"}
     original, decoded = (features_in(path, "toy_clip", "feature_map") for path in (plain, encoded))
     cosine = (original * decoded).sum(-1) / np.linalg.norm(original, axis=-1) / np.linalg.norm(decoded, axis=-1)
     assert cosine.min() > 0.999

@@ -42,7 +42,7 @@ def backbones() -> Backbones:
 
 
 @pytest.fixture
-def images(world, tmp_path) -> Path:
+def image_folder(world, tmp_path) -> Path:
     """A copy that a test may damage."""
     return Path(shutil.copytree(image_folder_of("toy", world), tmp_path / "photos"))
 
@@ -78,17 +78,17 @@ def test_class_names_that_the_toy_encoder_does_not_know_are_logged_before_the_ex
 ):
     names = ("person", "red circle", "traffic light", "striped zebra", "dog")
     categories = tuple(Category(number + 1, name) for number, name in enumerate(names))
-    images, path = image_folder_of("toy", world), str(tmp_path / "c.zarr")
+    image_folder, path = image_folder_of("toy", world), str(tmp_path / "c.zarr")
     index = manifest.category_index % len(names)
     other = replace(manifest, categories=categories, category_index=index)
-    Extraction(ExtractConfig(path), other, images, backbones).prepare()
+    Extraction(ExtractConfig(path), other, image_folder, backbones).prepare()
     (message,) = [record.getMessage() for record in caplog.records if "cannot read" in record.getMessage()]
     assert message.startswith(
         "toy_clip cannot read 4 of the 5 class names of this dataset (person, traffic light, striped"
     )
     assert "it knows the words blue, checkered, circle" in message
     caplog.clear()
-    Extraction(ExtractConfig(str(tmp_path / "toy.zarr")), manifest, images, backbones).prepare()
+    Extraction(ExtractConfig(str(tmp_path / "toy.zarr")), manifest, image_folder, backbones).prepare()
     assert not caplog.text
 
 
@@ -207,14 +207,14 @@ def test_an_encoder_named_twice_is_refused():
 
 
 @pytest.fixture
-def with_failures(extraction, images, manifest):
+def with_failures(extraction, image_folder, manifest):
     """An extraction whose images 2, 7 and 8 have failed, and a function that repairs one of these files."""
-    kept = {row: (images / str(manifest.paths[row])).read_bytes() for row in (2, 7, 8)}
+    kept = {row: (image_folder / str(manifest.paths[row])).read_bytes() for row in (2, 7, 8)}
     for row in kept:
-        (images / str(manifest.paths[row])).write_bytes(b"")
-    one = extraction(image_folder=images, max_failures=FailureLimit(count=3))
+        (image_folder / str(manifest.paths[row])).write_bytes(b"")
+    one = extraction(image_folder=image_folder, max_failures=FailureLimit(count=3))
     assert one.run().failed == 3
-    return one, lambda row: (images / str(manifest.paths[row])).write_bytes(kept[row])
+    return one, lambda row: (image_folder / str(manifest.paths[row])).write_bytes(kept[row])
 
 
 def test_a_retry_adds_the_failed_images_that_can_be_read_now(with_failures, undisturbed):
@@ -284,15 +284,15 @@ def test_a_retry_killed_between_two_files_is_repaired_by_the_next_extract(with_f
 
 def test_the_command_has_these_options(world, tmp_path):
     path = tmp_path / "c.zarr"
-    words = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy", "--device", "cpu"]
-    words += ["--limit", "10", "--part-size", "4"]
-    planned = CliRunner().invoke(app, [*words, "--dry-run"])
+    arguments = ["extract", "toy", "--data", str(world), "--cache", str(path), "--preset", "toy", "--device", "cpu"]
+    arguments += ["--limit", "10", "--part-size", "4"]
+    planned = CliRunner().invoke(app, [*arguments, "--dry-run"])
     assert "10 images" in planned.stdout, planned.output
     assert not path.exists()
-    some = CliRunner().invoke(app, [*words, "--parts", "0,2", "--localizer", "none", "--exact"])
+    some = CliRunner().invoke(app, [*arguments, "--parts", "0,2", "--localizer", "none", "--exact"])
     assert "6 images with 40 regions in 2 parts" in some.stdout, some.output
     assert list(FeatureCache.open(path).feature_sets) == ["toy_clip"]
-    rest = CliRunner().invoke(app, [*words, "--max-failures", "0"])
+    rest = CliRunner().invoke(app, [*arguments, "--max-failures", "0"])
     assert "10 images" in rest.stdout, rest.output
-    again = CliRunner().invoke(app, [*words, "--retry-failed"])
+    again = CliRunner().invoke(app, [*arguments, "--retry-failed"])
     assert "nothing to retry" in again.stdout, again.output

@@ -123,8 +123,8 @@ def test_the_command_fails_when_most_images_of_a_small_set_are_missing(regionspo
     for path in manifest.paths[:2]:
         (tmp_path / "photos" / path).parent.mkdir(parents=True, exist_ok=True)
         os.link(image_folder_of("toy", world) / path, tmp_path / "photos" / path)
-    words = ("extract", "toy", "--data", tmp_path, "--cache", tmp_path / "c.zarr", "--preset", "toy", "--limit", 10)
-    code, _, err = regionspot(*words, "--device", "cpu")
+    arguments = ("extract", "toy", "--data", tmp_path, "--cache", tmp_path / "c.zarr", "--preset", "toy", "--limit", 10)
+    code, _, err = regionspot(*arguments, "--device", "cpu")
     assert code == 2
     assert "3 of 10 images could not be read, more than --max-failures 20% allows" in err.splitlines()[-1]
     assert Path(tmp_path / "c.zarr").exists()

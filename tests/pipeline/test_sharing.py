@@ -47,7 +47,7 @@ def open_queue(address, claims, parts=None):
 def run(cache, queue):
     while queue.wait():
         with WriterThread(cache, queue, RunStats()) as writer:
-            for row, names in queue.jobs():
+            for row, names in queue.requests():
                 writer.put(features(cache, row, names))
 
 
@@ -57,7 +57,7 @@ def test_concurrent_runs_write_every_part_once_and_count_all_of_them(address):
     with Claims(storage, heartbeat_seconds=0.05) as one, Claims(storage, heartbeat_seconds=0.05) as other:
         runs = [open_queue(address, one), open_queue(address, other)]
         with ThreadPoolExecutor(2) as pool:
-            for future in [pool.submit(run, *each) for each in runs]:
+            for future in [pool.submit(run, *one) for one in runs]:
                 future.result()
     ours, theirs = (queue for _, queue in runs)
     assert ours.stats.parts + theirs.stats.parts == PARTS
@@ -99,7 +99,7 @@ def test_concurrent_claims_and_writes_lose_no_part_from_the_counts():
     queue = PartQueue(instant, ["clip"], instant)
     with ThreadPoolExecutor(4) as pool:
         assert queue.wait()
-        for future in [pool.submit(queue.write, row, iter(())) for row, _ in queue.jobs()]:
+        for future in [pool.submit(queue.write, row, iter(())) for row, _ in queue.requests()]:
             future.result()
     assert not queue.wait()
     half, stats = instant.n_parts // 2, queue.stats
@@ -111,7 +111,7 @@ def test_a_part_that_was_taken_over_is_written_when_it_is_free_again(address, mo
     with Claims(storage, heartbeat_seconds=0.01) as one, Claims(storage, heartbeat_seconds=0.01) as other:
         cache, queue = open_queue(address, one, parts=[0, 1])
         assert queue.wait()
-        for row, names in queue.jobs():
+        for row, names in queue.requests():
             if row == 0:
                 # As if this run had been suspended and the other one considered it dead.
                 monkeypatch.setattr(Claims, "_is_dead", lambda *_: True)
@@ -133,7 +133,7 @@ def test_a_part_with_too_few_images_is_an_error_and_the_run_does_not_hang(small,
 
         def one_image_of_four():
             with writer:
-                assert next(queue.jobs())[0] == 0
+                assert next(queue.requests())[0] == 0
                 writer.put(small.features(0))
 
         with pytest.raises(InputError, match="part 0 has 4 images, got only 1"):

@@ -100,7 +100,7 @@ def test_runs_that_end_at_the_same_time_are_all_in_the_summary(cache, world, bac
     run(cache, world, backbones, parts="0")
     record = parse_run(next((cache.path / "runs").iterdir()).read_bytes())
     runs = [replace(record, worker=f"host:{number}") for number in range(12)]
-    threads = [threading.Thread(target=summary_page.publish, args=(cache, each)) for each in runs]
+    threads = [threading.Thread(target=summary_page.publish, args=(cache, record)) for record in runs]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -232,7 +232,7 @@ def test_failures_of_one_kind_are_counted_together_whatever_numbers_they_contain
     size = "is {} x 7 pixels (width x height), its annotation states 8 x 9; boxes would not fit"
     reasons = [(f"val/{row}.jpg", f"/data/val/{row}.jpg: {size.format(row)}") for row in range(5)]
     kinds = FailureCount([*reasons, ("b.jpg", "/data/b.jpg: is not there")]).kinds()
-    assert [(each.kind, each.count) for each in kinds] == [
+    assert [(kind.kind, kind.count) for kind in kinds] == [
         ("is N x N pixels, its annotation states N x N", 5),
         ("is not there", 1),
     ]

@@ -473,7 +473,7 @@ def host():
     """A network namespace that acts as another machine: `ip netns exec NAME ...`, with a link that can be cut."""
     name = f"rs{os.getpid()}"
     try:
-        for words in (
+        for arguments in (
             f"netns add {name}",
             f"link add {name}a type veth peer name {name}b netns {name}",
             f"addr add 10.231.7.1/30 dev {name}a",
@@ -482,7 +482,7 @@ def host():
             f"-n {name} link set {name}b up",
             f"-n {name} link set lo up",
         ):
-            subprocess.run(["ip", *words.split()], check=True, capture_output=True)
+            subprocess.run(["ip", *arguments.split()], check=True, capture_output=True)
     except (OSError, subprocess.CalledProcessError) as error:
         pytest.skip(f"this machine does not allow network namespaces: {getattr(error, 'stderr', error)}")
     yield name
