@@ -29,7 +29,7 @@ Data = Annotated[Path, typer.Option(help="folder of the dataset: annotation file
 Split = Annotated[str, typer.Option(help="train, val, ...")]
 Annotations = Annotated[Path | None, typer.Option(help="this annotation file instead of the dataset's")]
 Boxes = Annotated[str, typer.Option(help="gt, or a detector's proposals file")]
-Limit = Annotated[int | None, typer.Option(min=1, help="only the first images, in this run")]
+Limit = Annotated[int | None, typer.Option(min=1, help="only the first N images, in this run")]
 TakeOver = Annotated[
     bool,
     typer.Option(
@@ -40,9 +40,9 @@ TakeOver = Annotated[
 ]
 EXTRACTION_FAILURES, EVALUATION_FAILURES = str(EXTRACTION_LIMIT), str(EVALUATION_LIMIT)
 
-Preset = Annotated[PresetName, typer.Option(help="which backbones")]
+Preset = Annotated[PresetName, typer.Option(help="the pair of backbones")]
 OptionalPreset = Annotated[
-    PresetName | None, typer.Option(help="which backbones, if the checkpoint does not state them")
+    PresetName | None, typer.Option(help="the pair of backbones, if the checkpoint does not state it")
 ]
 Checkpoint = Annotated[Path, typer.Option(help="a trained head, ours or one released by the authors")]
 Templates = Annotated[
@@ -52,8 +52,8 @@ Weights = Annotated[
     str | None,
     typer.Option(help="folder of the official files, or random:SEED for benchmarks; default: downloaded once"),
 ]
-SamWeights = Annotated[str | None, typer.Option(help="this SAM file instead")]
-ClipWeights = Annotated[str | None, typer.Option(help="this CLIP file instead")]
+SamWeights = Annotated[str | None, typer.Option(help="this file of SAM weights instead")]
+ClipWeights = Annotated[str | None, typer.Option(help="this file of CLIP weights instead")]
 ExifRule = Annotated[
     ExifName, typer.Option(help="EXIF orientation; auto: applied if the size in the annotations requires it")
 ]
@@ -69,7 +69,7 @@ LocalLimit = Annotated[
     str | None, typer.Option(help="size of --local-copy: 500GB; the least recently used is deleted first")
 ]
 MaxFailures = Annotated[
-    str, typer.Option(help='stop when more images, or annotations, than this are broken: "1%" of all, or "200"')
+    str, typer.Option(help='stop when more images, or annotations, than this are unreadable: "1%" of all, or "200"')
 ]
 MetricsPort = Annotated[
     int | None, typer.Option(min=1, max=65535, help="serve Prometheus metrics at this port during the run: 9400")

@@ -86,7 +86,7 @@ OTHERS = [
     ("train", "--lr", "inf", "lr is inf, expected more than 0 and finite"),
     ("train", "--ratio", "-1", "'--ratio'"),
     ("eval-lvis", "--max-failures", "many", "max failures 'many'"),
-    ("predict", "-o", "x.psd", "no image can be written with the ending '.psd'"),
+    ("predict", "-o", "x.psd", "cannot write an image with the suffix '.psd'"),
     ("predict", "-o", "nodir/x.png", "nodir/x.png: there is no folder nodir"),
     ("cache show", "--photos", "nowhere", "'--photos'"),
     ("cache convert", "--to", "maps=int9", "did you mean 'int8'?"),

@@ -24,7 +24,6 @@ from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction import decode_ahead as decoding
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import Extraction, extract
-from regionspot.pipeline.extraction.part_selection import select_parts
 from regionspot.pipeline.extraction.plan import plan_extraction
 from regionspot.pipeline.extraction.retry import retry
 
@@ -91,20 +90,6 @@ def test_class_names_that_the_toy_encoder_does_not_know_are_logged_before_the_ex
     caplog.clear()
     Extraction(ExtractConfig(str(tmp_path / "toy.zarr")), manifest, image_folder, backbones).prepare()
     assert not caplog.text
-
-
-def test_parts_are_numbers_and_spans():
-    assert select_parts("3,7-9", None, 10) == [3, 7, 8, 9]
-    assert select_parts(" 2 - 3 , 2,0", None, 10) == [0, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("", "not a part"), ("3-", "not a part"), ("a", "'a' is not a part"), ("9-7", "7-9"), ("3,10", "0 to 9")],
-)
-def test_invalid_parts_are_refused(text, message):
-    with pytest.raises(InputError, match=message):
-        select_parts(text, None, 10)
 
 
 def test_only_the_selected_parts_are_written(extraction, undisturbed):

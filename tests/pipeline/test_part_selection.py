@@ -1,4 +1,4 @@
-"""`--shard`: shares of a cache's parts."""
+"""`--parts` and `--shard`: the parts of a cache that a run is restricted to."""
 
 from itertools import chain
 
@@ -26,3 +26,17 @@ def test_an_invalid_shard_is_refused_with_an_example(text):
         check_selection(None, text)
     assert "\n" not in str(error.value)
     assert repr(text) in str(error.value)
+
+
+def test_parts_are_numbers_and_spans():
+    assert select_parts("3,7-9", None, 10) == [3, 7, 8, 9]
+    assert select_parts(" 2 - 3 , 2,0", None, 10) == [0, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "not a part"), ("3-", "not a part"), ("a", "'a' is not a part"), ("9-7", "7-9"), ("3,10", "0 to 9")],
+)
+def test_invalid_parts_are_refused(text, message):
+    with pytest.raises(InputError, match=message):
+        select_parts(text, None, 10)

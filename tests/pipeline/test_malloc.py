@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from regionspot.pipeline.extraction import malloc as allocator
+from regionspot.pipeline.extraction import malloc
 
 MEGABYTES = 48  # more than glibc takes from the heap by default
 TIMES = 8
@@ -40,7 +40,7 @@ needs_glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="anot
 
 
 def run(how, **environment):
-    clean = {name: value for name, value in os.environ.items() if name not in allocator.ENVIRONMENT}
+    clean = {name: value for name, value in os.environ.items() if name not in malloc.ENVIRONMENT}
     command = [sys.executable, "-c", SCRIPT, how]
     process = subprocess.run(command, env={**clean, **environment}, capture_output=True, text=True, check=True)
     applied, counts = process.stdout.splitlines()
@@ -66,5 +66,5 @@ def test_variables_of_the_environment_have_priority():
 
 def test_another_c_library_is_left_alone(monkeypatch):
     monkeypatch.setattr(platform, "libc_ver", lambda: ("", ""))
-    monkeypatch.setattr(allocator.ctypes, "CDLL", lambda name: pytest.fail("loaded the C library"))
-    assert allocator.keep_memory.__wrapped__() is False
+    monkeypatch.setattr(malloc.ctypes, "CDLL", lambda name: pytest.fail("loaded the C library"))
+    assert malloc.keep_memory.__wrapped__() is False
