@@ -112,10 +112,8 @@ def test_a_subset_is_byte_identical_to_extracting_its_images(caches, tmp_path):
 
 def test_unchanged_parts_are_hard_links(caches, tmp_path):
     subset(caches / "ten", tmp_path / "some", np.arange(4, 10))
-    for name, shared in {"features/clip/feature_map/c.{}.0.0": 1, "features/sam/scale/c.{}.0": 1}.items():
-        for part in range(2):
-            one, other = (caches / "ten" / name.format(part + 1)), (tmp_path / "some" / name.format(part))
-            assert one.stat().st_ino == other.stat().st_ino, shared
+    for name in ("features/clip/feature_map/c.{}.0.0", "features/sam/scale/c.{}.0"):
+        assert inode(caches / "ten", name.format(1)) == inode(tmp_path / "some", name.format(0))
     extract(tmp_path / "extracted", FeatureCache.open(caches / "ten").manifest.select(np.arange(4, 10)))
     assert differing(tmp_path / "some", tmp_path / "extracted") == set()
 
@@ -303,8 +301,15 @@ def test_the_block_size_does_not_change_the_copy(caches, tmp_path, monkeypatch):
         assert differing(tmp_path / str(block), caches / "ten") == set()
 
 
-@pytest.mark.parametrize("name", ["clip/feature_map/c.1.0.0", "dino/feature_map/c.1.0.0", "sam/scale/c.1.0"])
-@pytest.mark.parametrize("how", ["flipped", "cut", "missing"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        ("clip/feature_map/c.1.0.0", "flipped"),
+        ("dino/feature_map/c.1.0.0", "cut"),
+        ("sam/scale/c.1.0", "flipped"),
+        ("sam/scale/c.1.0", "missing"),
+    ],
+)
 def test_a_damaged_part_is_reported_and_stays_pending(caches, tmp_path, name, how):
     damaged = shutil.copytree(caches / "ten", tmp_path / "damaged") / "features" / name
     if how == "flipped":
@@ -348,13 +353,8 @@ def test_sources_with_other_images_are_refused(caches, tmp_path):
         (lambda caches, out: subset(caches / "ten", out, [1, 1]), r"image \d+ \(row 1\) is given more than once"),
         (lambda caches, out: subset(caches / "ten", out, []), "holds no image"),
         (lambda caches, out: subset(caches / "ten", out, [1], part_size=0), "part_size is 0, expected 1 to 65536"),
-        (lambda caches, out: merge([caches / "ten"], out, part_size=0), "part_size is 0, expected 1 to 65536"),
         (lambda caches, out: convert(caches / "ten", out, {"sma": Encoding("int8")}), "there is no feature set 'sma'"),
         (lambda caches, out: convert(caches / "ten", out, {"sam": Encoding("int4")}), "dtype is 'int4'"),
-        (
-            lambda caches, out: convert(caches / "ten", out, {"sam": Encoding.parse("int8+gzip")}),
-            "one of them with [+]zstd",
-        ),
     ],
 )
 def test_bad_arguments_are_refused_in_one_line_before_anything_is_written(caches, tmp_path, call, message):

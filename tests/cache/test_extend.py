@@ -175,26 +175,13 @@ def test_a_symbolic_link_to_a_cache_is_kept(caches, larger, tmp_path):
     assert len(FeatureCache.open(link)) == len(larger)
 
 
-def changed(manifest, column, place, value):
-    values = getattr(manifest, column).copy()
-    values[place] = value
-    return replace(manifest, **{column: values})
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda larger: larger.select(np.arange(1, len(larger))), "1 of its images are not there, the first"),
-        (lambda larger: changed(larger, "boxes_xyxy", (7, 2), 3), "(row 3, 3.jpg), region 4: box is ["),
-        (lambda larger: changed(larger, "widths", 9, 3), "(row 9, 9.jpg): width is"),
-        (lambda larger: changed(larger, "paths", 0, "a.jpg"), "(row 0, 0.jpg): path is '0.jpg', not 'a.jpg'"),
-        (lambda larger: changed(larger, "annotation_ids", 0, 77), "(row 0, 0.jpg), region 0: annotation id is 0"),
+        (lambda larger: replace(larger, boxes_xyxy=larger.boxes_xyxy + 1), "(row 0, 0.jpg), region 0: box is ["),
         (lambda larger: replace(larger, split="val"), "it holds toy/train"),
         (lambda larger: replace(larger, categories=CATEGORIES[::-1]), "add new categories at the end only"),
-        (
-            lambda larger: replace(larger, scores=np.ones(len(larger.boxes_xyxy), np.float32)),
-            "only one of them has scores",
-        ),
     ],
 )
 def test_other_annotations_are_refused_with_the_first_difference(caches, larger, tmp_path, change, message):

@@ -34,7 +34,7 @@ def tokens_of(row: int) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def template(tmp_path_factory) -> Path:
     """`c.zarr`: seven images in three parts, no features; `tokens/`: a file of each image with regions."""
     folder = tmp_path_factory.mktemp("tokens")
     manifest = make_manifest(
@@ -62,13 +62,13 @@ def save(path: Path, tokens, classes) -> None:
 
 
 @pytest.fixture
-def files(made, tmp_path) -> Path:
-    return shutil.copytree(made / "tokens", tmp_path / "tokens")
+def files(template, tmp_path) -> Path:
+    return shutil.copytree(template / "tokens", tmp_path / "tokens")
 
 
 @pytest.fixture
-def address(made, tmp_path) -> Path:
-    return shutil.copytree(made / "c.zarr", tmp_path / "c.zarr")
+def address(template, tmp_path) -> Path:
+    return shutil.copytree(template / "c.zarr", tmp_path / "c.zarr")
 
 
 class Trap:
@@ -213,8 +213,8 @@ def test_a_region_without_a_class_matches_any_token(files, address):
     import_tokens(files, address)
 
 
-def test_of_many_bad_files_the_first_are_named_and_the_rest_counted(tmp_path, made, caplog):
-    manifest = FeatureCache.open(made / "c.zarr").manifest.select(np.zeros(14, np.int64))
+def test_of_many_bad_files_the_first_are_named_and_the_rest_counted(tmp_path, template, caplog):
+    manifest = FeatureCache.open(template / "c.zarr").manifest.select(np.zeros(14, np.int64))
     FeatureCache.create(tmp_path / "c.zarr", manifest, [], part_size=5)
     (tmp_path / "none").mkdir()
     line, named = refused(tmp_path / "none", tmp_path / "c.zarr", caplog)

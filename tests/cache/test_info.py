@@ -32,7 +32,7 @@ REGIONS = [2, 0, 3, 1, 4, 1, 2]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory) -> Path:
+def template(tmp_path_factory) -> Path:
     """Seven images in three parts: maps are written in two parts, with two failures; tokens in none."""
     manifest = make_manifest(
         REGIONS,
@@ -43,15 +43,15 @@ def made(tmp_path_factory) -> Path:
         source={"files": {"lvis_v1_val.json": "c0ffee" * 10}},
         report={"boxes_without_area": 3, "crowd": 0},
     )
-    made = FeatureCache.create(tmp_path_factory.mktemp("made") / "a.zarr", manifest, [MAPS, TOKENS], part_size=3)
+    cache = FeatureCache.create(tmp_path_factory.mktemp("info") / "a.zarr", manifest, [MAPS, TOKENS], part_size=3)
     for part in (0, 1):
-        made.write_part(part, (image(row) for row in made.part_rows(part)), ["clip"], worker="gpu1:7")
-    return made.path
+        cache.write_part(part, (image(row) for row in cache.part_rows(part)), ["clip"], worker="gpu1:7")
+    return cache.path
 
 
 @pytest.fixture
-def cache(made, tmp_path) -> FeatureCache:
-    return FeatureCache.open(shutil.copytree(made, tmp_path / "a.zarr"), "a")
+def cache(template, tmp_path) -> FeatureCache:
+    return FeatureCache.open(shutil.copytree(template, tmp_path / "a.zarr"), "a")
 
 
 def image(row: int) -> ImageFeatures:

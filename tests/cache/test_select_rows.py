@@ -5,10 +5,10 @@ import sys
 
 import numpy as np
 import pytest
-from makers import make_manifest
+from makers import fill, make_manifest
 
 from regionspot import cli
-from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, InputError
+from regionspot.cache import Category, FeatureCache, FeatureSet, InputError
 from regionspot.cache.tools.select_rows import read_ids, select_rows
 from regionspot.pipeline.datasets.registry import read_dataset
 
@@ -96,18 +96,7 @@ def regionspot(monkeypatch, capsys):
 
 @pytest.fixture
 def cache(tmp_path, manifest):
-    made = FeatureCache.create(tmp_path / "c.zarr", manifest, [MAPS, TOKENS], part_size=2)
-    for part in range(3):
-        made.write_part(
-            part,
-            (
-                ImageFeatures(
-                    row, {"clip": np.full((2, 4), row + 0.1), "sam": np.zeros((manifest.region_count[row], 3))}
-                )
-                for row in made.part_rows(part)
-            ),
-        )
-    return made
+    return fill(FeatureCache.create(tmp_path / "c.zarr", manifest, [MAPS, TOKENS], part_size=2))
 
 
 def test_the_commands_derive_caches(cache, manifest, tmp_path, regionspot):

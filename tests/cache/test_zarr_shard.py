@@ -32,7 +32,7 @@ def records():
 @pytest.fixture
 def array(tmp_path):
     """An empty Zarr array of one shard, and the path of that shard."""
-    made = zarr.create_array(
+    zarr_array = zarr.create_array(
         tmp_path / "array.zarr",
         shape=(SLOTS, *SHAPE),
         chunks=(1, *SHAPE),
@@ -43,7 +43,7 @@ def array(tmp_path):
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},
     )
-    return made, tmp_path / "array.zarr" / "c.0.0.0"
+    return zarr_array, tmp_path / "array.zarr" / "c.0.0.0"
 
 
 def write(path, records, slots):
@@ -61,14 +61,14 @@ def offsets_of(path, record_bytes=RECORD_BYTES):
 
 
 def test_zarr_reads_our_shards(array, records):
-    made, path = array
+    zarr_array, path = array
     write(path, records, range(SLOTS))
-    np.testing.assert_array_equal(made[:], records)
+    np.testing.assert_array_equal(zarr_array[:], records)
 
 
 def test_our_shard_equals_the_one_that_zarr_writes(array, records, tmp_path):
-    made, path = array
-    made[:] = records
+    zarr_array, path = array
+    zarr_array[:] = records
     write(tmp_path / "ours", records, range(SLOTS))
     theirs, ours = path.read_bytes(), (tmp_path / "ours").read_bytes()
     assert len(ours) == len(theirs)
@@ -76,17 +76,17 @@ def test_our_shard_equals_the_one_that_zarr_writes(array, records, tmp_path):
 
 
 def test_an_empty_slot_takes_no_bytes_and_reads_as_zeros(array, records):
-    made, path = array
+    zarr_array, path = array
     write(path, records, [5, 1])
     expected = np.zeros_like(records)
     expected[[1, 5]] = records[[1, 5]]
-    np.testing.assert_array_equal(made[:], expected)
+    np.testing.assert_array_equal(zarr_array[:], expected)
     assert path.stat().st_size == 2 * RECORD_BYTES + index_bytes(SLOTS)
 
 
 def test_our_reader_finds_the_records_of_a_shard_by_zarr(array, records):
-    made, path = array
-    made[2:5] = records[2:5]
+    zarr_array, path = array
+    zarr_array[2:5] = records[2:5]
     data, offsets = path.read_bytes(), offsets_of(path)
     assert [slot for slot in range(SLOTS) if offsets[slot] >= 0] == [2, 3, 4]
     for slot in (2, 3, 4):
@@ -195,7 +195,7 @@ def test_write_back_starts_before_the_flush_once_per_byte(tmp_path, monkeypatch)
 @pytest.fixture
 def compressed_array(tmp_path):
     """An empty Zarr array of one shard with compressed inner chunks, and the path of that shard."""
-    made = zarr.create_array(
+    zarr_array = zarr.create_array(
         tmp_path / "zstd.zarr",
         shape=(SLOTS, *SHAPE),
         chunks=(1, *SHAPE),
@@ -206,17 +206,17 @@ def compressed_array(tmp_path):
         fill_value=0,
         chunk_key_encoding={"name": "default", "separator": "."},
     )
-    return made, tmp_path / "zstd.zarr" / "c.0.0.0"
+    return zarr_array, tmp_path / "zstd.zarr" / "c.0.0.0"
 
 
 def test_compressed_records_are_exchanged_with_zarr(compressed_array, records):
-    made, path = compressed_array
-    made[1:] = records[1:]
+    zarr_array, path = compressed_array
+    zarr_array[1:] = records[1:]
     theirs = path.read_bytes()
     write(path, [compress(record) for record in records], [6, 2, 3])
     expected = np.zeros_like(records)
     expected[[2, 3, 6]] = records[[2, 3, 6]]
-    np.testing.assert_array_equal(made[:], expected)
+    np.testing.assert_array_equal(zarr_array[:], expected)
     offsets, sizes = parse_index(theirs[-index_bytes(SLOTS) :], len(theirs) - index_bytes(SLOTS), None)
     assert (offsets[0], sizes[0]) == (-1, 0)
     for slot in range(1, SLOTS):
