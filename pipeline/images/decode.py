@@ -80,8 +80,8 @@ def read_image(source: ImageSource, stated_size: tuple[int, int] | None = None, 
     """Read an image as RGB; transparency is dropped.
 
     stated_size  (height, width) in the image's annotation
-    exif         whether to apply the orientation in EXIF or XMP. "auto": only if the image then has `stated_size`,
-                 and never without a `stated_size`
+    exif         whether to apply the orientation in EXIF or XMP. "auto": only if the image has `stated_size` after the
+                 rotation but not before it
 
     Raises ImageError if the image does not exist, is damaged, is too large, or does not have `stated_size`.
     """

@@ -100,12 +100,12 @@ def test_emulating_a_dtype_is_warned_about_once(cpu, caplog, instructions, emula
     assert [record.args for record in caplog.records] == [(dtype,) for dtype in emulated]
 
 
-def test_a_torch_that_does_not_know_its_cpu_counts_as_one_without(cpu, monkeypatch):
+def test_a_torch_without_cpu_capabilities_supports_float32_only(cpu, monkeypatch):
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
     assert [cpu_supports(dtype) for dtype in DTYPES] == [True, False, False]
 
 
-def test_the_environment_stands_in_for_what_the_cpu_says(cpu, monkeypatch):
+def test_the_environment_overrides_the_cpus_capabilities(cpu, monkeypatch):
     for instructions in EVERY_CPU:
         cpu(*instructions)
         monkeypatch.setenv("REGIONSPOT_CPU_DTYPES", "float32,bfloat16")
@@ -115,10 +115,10 @@ def test_the_environment_stands_in_for_what_the_cpu_says(cpu, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_features_say_what_they_were_computed_in(dtype):
+def test_the_dtype_of_features_is_in_their_provenance(dtype):
     assert stored_dtype({"model": "sam_vit_b", "dtype": dtype}) == dtype
 
 
 @pytest.mark.parametrize("provenance", [{}, {"dtype": None}, {"dtype": "float64"}, {"dtype": ["float32"]}])
-def test_features_that_state_no_dtype_leave_it_to_choose(provenance):
+def test_features_without_a_dtype_give_auto(provenance):
     assert stored_dtype(provenance) == "auto"

@@ -28,10 +28,10 @@ class World:
 
     def __init__(self, folder):
         self.folder = folder
-        self.images = folder / "train"
-        self.images.mkdir()
+        self.image_folder = folder / "train"
+        self.image_folder.mkdir()
         for image, size in ((ONE, (200, 100)), (TWO, (200, 100)), (LAST, (64, 32))):
-            Image.new("RGB", size).save(self.images / f"{image}.jpg")
+            Image.new("RGB", size).save(self.image_folder / f"{image}.jpg")
         (folder / "class-descriptions-boxable.csv").write_text(f'{DOG},Dog\n{CAT},"Cat, tame"\n')
 
     def read(self, *rows, header=HEADER, **options):
@@ -79,8 +79,8 @@ def test_group_boxes_are_dropped_unless_kept_and_unknown_flags_are_not_groups(wo
 
 
 def test_missing_and_unreadable_images_are_counted_and_left_out_with_their_boxes(world):
-    (world.images / f"{ONE}.jpg").unlink()
-    (world.images / f"{TWO}.jpg").write_bytes(b"no JPEG")
+    (world.image_folder / f"{ONE}.jpg").unlink()
+    (world.image_folder / f"{TWO}.jpg").write_bytes(b"no JPEG")
     manifest = world.read(row(ONE), row(ONE), row(TWO), row(LAST))
     assert manifest.paths.tolist() == [f"{LAST}.jpg"]
     assert manifest.report == {"missing_photos": 1, "unreadable_photos": 1, "dropped_photo_missing": 3}
@@ -122,35 +122,35 @@ def headers_read(monkeypatch):
 
 def test_sizes_are_read_once_and_again_only_for_changed_images(world, headers_read):
     names = [f"{ONE}.jpg", f"{TWO}.jpg"]
-    image_sizes(world.images, names)
+    image_sizes(world.image_folder, names)
     assert sorted(headers_read) == names
     headers_read.clear()
-    Image.new("RGB", (30, 50)).save(world.images / f"{TWO}.jpg")
-    assert image_sizes(world.images, names).tolist() == [[100, 200], [50, 30]]
+    Image.new("RGB", (30, 50)).save(world.image_folder / f"{TWO}.jpg")
+    assert image_sizes(world.image_folder, names).tolist() == [[100, 200], [50, 30]]
     assert headers_read == [f"{TWO}.jpg"]
 
 
 def test_sizes_are_cached_elsewhere_if_the_image_folder_is_not_writable(world, headers_read, home, monkeypatch):
     monkeypatch.setattr(sizes_module, "SIZES_NAME", "no/such/folder")
-    (world.images / "no").touch()  # a file instead of a folder: nothing can be written under it
-    image_sizes(world.images, [f"{ONE}.jpg"])
+    (world.image_folder / "no").touch()  # a file instead of a folder: nothing can be written under it
+    image_sizes(world.image_folder, [f"{ONE}.jpg"])
     assert len(list((home / "sizes").iterdir())) == 1
     headers_read.clear()
-    assert image_sizes(world.images, [f"{ONE}.jpg"]).tolist() == [[100, 200]]
+    assert image_sizes(world.image_folder, [f"{ONE}.jpg"]).tolist() == [[100, 200]]
     assert not headers_read
 
 
 def test_a_broken_size_cache_is_replaced(world, headers_read):
-    (world.images / SIZES_NAME).write_bytes(b"PAR1 broken")
-    assert image_sizes(world.images, [f"{ONE}.jpg"]).tolist() == [[100, 200]]
+    (world.image_folder / SIZES_NAME).write_bytes(b"PAR1 broken")
+    assert image_sizes(world.image_folder, [f"{ONE}.jpg"]).tolist() == [[100, 200]]
     headers_read.clear()
-    image_sizes(world.images, [f"{ONE}.jpg"])
+    image_sizes(world.image_folder, [f"{ONE}.jpg"])
     assert not headers_read
 
 
 def test_no_temporary_file_is_left_beside_the_size_cache(world):
-    image_sizes(world.images, [f"{ONE}.jpg"])
-    assert sorted(os.listdir(world.images)) == sorted([SIZES_NAME, *(f"{name}.jpg" for name in (ONE, TWO, LAST))])
+    image_sizes(world.image_folder, [f"{ONE}.jpg"])
+    assert sorted(os.listdir(world.image_folder)) == sorted([SIZES_NAME, *(f"{name}.jpg" for name in (ONE, TWO, LAST))])
 
 
 # Refused files
@@ -243,9 +243,9 @@ def test_pixels_other_corner_orders_and_repeated_rows_are_reported(world):
     ("name", "expected"), [("train_0/", "contains train_0/"), ("{}.JPG", "contains {}.JPG"), ("", "is empty")]
 )
 def test_if_no_image_is_found_the_error_lists_the_folder(world, name, expected):
-    for image in world.images.iterdir():
+    for image in world.image_folder.iterdir():
         image.unlink()
-    path = world.images / name.format(ONE)
+    path = world.image_folder / name.format(ONE)
     path.mkdir(exist_ok=True) if name.endswith("/") or not name else path.touch()
     with pytest.raises(AnnotationError, match=expected.format(ONE)):
         world.read(row(ONE))

@@ -153,12 +153,12 @@ def test_all_tokens_equal_the_official_decoder_and_the_first_does_not_change():
 
 def test_all_tokens_are_added_to_a_cache_without_changing_its_location_tokens(tmp_path):
     world = make_toy_world(tmp_path / "world", 40, seed=1)
-    manifest, images = read_dataset("toy", world, "train").head(4), image_folder_of("toy", world)
+    manifest, image_folder = read_dataset("toy", world, "train").head(4), image_folder_of("toy", world)
     rows, stored = np.arange(4), []
     for tokens in ("first", "all"):
         backbones = Backbones.load("toy", device="cpu", tokens=tokens)
         cache = open_or_create(tmp_path / "a.zarr", manifest, backbones.feature_sets(), 2)
-        extract(cache, images, backbones)
+        extract(cache, image_folder, backbones)
         stored.append({name: cache.read(rows, token_set=name).tokens for name in backbones.localizer.outputs})
     first, read = stored[0]["toy_sam"], stored[1]
     assert np.array_equal(read["toy_sam"], first)
