@@ -1,6 +1,6 @@
 """Inference end to end from an image and boxes, LVIS AP, labelled images.
 
-Importing it loads neither torch nor a backbone, so that LVIS AP alone can be had in a moment; naming RegionSpot does.
+RegionSpot is imported on first access, so that importing this package for LVIS AP alone does not load torch.
 """
 
 from __future__ import annotations

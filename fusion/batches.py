@@ -65,16 +65,16 @@ def read_batches(
     batch_size: int,
     seed: int,
     first_step: int,
-    last_step: int,
+    end_step: int,
     pin_memory: bool = False,
 ) -> Generator[TrainingBatch]:
-    """The batches of steps `first_step` to `last_step` - 1, read ahead by threads.
+    """The batches of steps `first_step` to `end_step` - 1, read ahead by threads.
 
     pin_memory   page-locked buffers, for copies to a GPU
 
     Raises the error of a failed read at the step whose batch it concerns.
     """
-    set_indices = set_of_steps(shares, last_step)
+    set_indices = set_of_steps(shares, end_step)
     steps_done = np.bincount(set_indices[:first_step], minlength=len(shares))
     with ExitStack() as stack:
         streams = []

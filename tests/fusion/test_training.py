@@ -108,9 +108,9 @@ def numbers(metrics_path) -> list[dict]:
 # Batches
 
 
-def rows_of_steps(training_sets, first_step, last_step, **options):
+def rows_of_steps(training_sets, first_step, end_step, **options):
     """(index of the training set, rows of the batch) of each step."""
-    batches = read_batches(training_sets, batch_shares(training_sets), 4, 1, first_step, last_step, **options)
+    batches = read_batches(training_sets, batch_shares(training_sets), 4, 1, first_step, end_step, **options)
     return [(batch.set_index, batch.batch.rows.tolist()) for batch in batches]
 
 
