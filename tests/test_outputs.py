@@ -211,7 +211,7 @@ def test_a_toy_world_is_not_created_in_a_folder_of_other_images(tmp_path):
         folder = tmp_path / own.replace("/", "-")
         (folder / own).parent.mkdir(parents=True)
         (folder / own).write_bytes(b"mine")
-        with pytest.raises(InputError, match="which is no part of a toy world; name an empty folder"):
+        with pytest.raises(InputError, match="which is not part of a toy world; give an empty folder"):
             make_toy_world(folder, 40)
         assert [path for path in folder.rglob("*") if path.is_file()] == [folder / own]
 
