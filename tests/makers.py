@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -60,18 +61,25 @@ def fill(
     return cache
 
 
-def files_under(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file by its path in the folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+def files_under(folder: Path, skip: str = r"$.") -> dict[str, bytes]:
+    """The bytes of every file by its path in the folder, without paths that match the pattern `skip`."""
+    names = {path.relative_to(folder).as_posix(): path for path in Path(folder).rglob("*")}
+    return {name: path.read_bytes() for name, path in names.items() if not re.search(skip, name) and path.is_file()}
 
 
-def cache_content(folder: Path) -> dict[str, bytes]:
+def cache_content(folder: Path, skip: str = r"$.") -> dict[str, bytes]:
     """The bytes of every file of a cache; part records without worker and time."""
-    files = files_under(folder)
+    files = files_under(folder, skip)
     for name in [name for name in files if name.startswith("parts/")]:
-        record = {k: v for k, v in json.loads(files[name]).items() if k not in ("worker", "seconds", "crc32c")}
+        varying = ("worker", "seconds", "account", "crc32c")
+        record = {key: value for key, value in json.loads(files[name]).items() if key not in varying}
         files[name] = json.dumps(record).encode()
     return files
+
+
+def extracted_content(folder: Path) -> dict[str, bytes]:
+    """`cache_content` of what does not depend on the number of runs, nor on processes that are still alive."""
+    return cache_content(folder, r"^(claims|runs)/|^summary\.md|\.partial$")
 
 
 def fork(function: Callable[[], object]) -> int:

@@ -3,7 +3,6 @@
 They depend on the shape of the image's batch, never on its other images: an unreadable image leaves its slot blank.
 """
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from makers import extracted_content
 
 from regionspot.cache import FeatureCache
 from regionspot.cache.format.feature_dtypes import Encoding
@@ -88,13 +88,8 @@ def damage(image_folder, manifest):
 
 
 def contents(path) -> dict[str, bytes]:
-    """The bytes of every feature file, and the part records without worker and times."""
-    files = {str(file.relative_to(path)): file.read_bytes() for file in Path(path).glob("features/**/c.*")}
-    for file in Path(path).glob("parts/**/*.json"):
-        document = json.loads(file.read_bytes())
-        varying = ("worker", "seconds", "account", "crc32c")
-        files[str(file.relative_to(path))] = json.dumps({k: v for k, v in document.items() if k not in varying})
-    return files
+    """The features and the part records."""
+    return {name: data for name, data in extracted_content(path).items() if name.startswith(("features/", "parts/"))}
 
 
 def assert_same_features(cache: FeatureCache, expected: FeatureCache, rows) -> None:

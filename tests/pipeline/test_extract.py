@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from forked import ForkedCommand
+from makers import extracted_content
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -42,12 +43,6 @@ def image_folder(world, tmp_path) -> Path:
 
 def new_cache(path, manifest, backbones) -> FeatureCache:
     return open_or_create(path, manifest, backbones.feature_sets(), PART_SIZE)
-
-
-def files_of(cache: Path) -> dict[str, bytes]:
-    """Every file except those that contain times and the worker's name: part records, run records and the summary."""
-    files = {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
-    return {name: data for name, data in files.items() if not name.startswith(("parts/", "runs/", "summary.md"))}
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +87,7 @@ def test_a_killed_run_is_resumed_to_the_bytes_of_an_uninterrupted_one(world, tmp
     assert 1 <= committed < whole.n_parts
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    assert files_of(path) == files_of(whole.path)
+    assert extracted_content(path) == extracted_content(whole.path)
     assert f"{committed} parts were complete before" in result.output
 
 

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from makers import extracted_content
 
 from regionspot.cache.tools.resume import open_or_create
 from regionspot.cache.tools.verify import verify
@@ -19,17 +20,10 @@ from regionspot.pipeline.toy.world import make_toy_world
 
 DOCUMENT = (Path(__file__).resolve().parents[2] / "docs" / "scaling.md").read_text()
 BLOCKS = re.findall(r"^```bash\n(.*?)^```", DOCUMENT, re.MULTILINE | re.DOTALL)
-VARYING = ("parts/", "claims/", "runs/", "summary.md")
 
 
 def environment() -> dict[str, str]:
     return {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}", "OMP_NUM_THREADS": "1"}
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file, except of those that contain times or workers."""
-    files = {path.relative_to(folder).as_posix(): path for path in folder.rglob("*") if path.is_file()}
-    return {name: path.read_bytes() for name, path in files.items() if not name.startswith(VARYING)}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +37,7 @@ def one_process(world, tmp_path_factory) -> dict[str, bytes]:
     backbones = Backbones.load("toy", device="cpu")
     cache = open_or_create(path, read_dataset("toy", world, "train"), backbones.feature_sets(), 4)
     extract(cache, image_folder_of("toy", world), backbones)
-    return content(path)
+    return extracted_content(path)
 
 
 def run_block(block: str, folder: Path) -> subprocess.CompletedProcess:
@@ -58,7 +52,7 @@ def assert_complete(path: Path, one_process: dict[str, bytes]) -> None:
     report = verify(path)
     assert report.sound, report.text()
     assert not report.pending
-    assert content(path) == one_process
+    assert extracted_content(path) == one_process
 
 
 def test_the_commands_for_one_machine_write_what_one_process_writes(tmp_path, one_process):

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import pytest
 from distributed.nanny import WorkerProcess
+from makers import extracted_content
 
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import CacheError, InputError
@@ -66,25 +67,7 @@ def undisturbed(tmp_path_factory) -> dict[str, bytes]:
     for part in PARTS:
         maker.make(part)
     maker.close()
-    return content(path)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    """The bytes of every file, without worker and times in the part records.
-
-    Claims and partial files are left out: a frozen worker keeps them until it is woken.
-    """
-    files = {}
-    for path in folder.rglob("*"):
-        name = path.relative_to(folder).as_posix()
-        if path.is_file() and not name.startswith("claims/") and not name.endswith(".partial"):
-            data = path.read_bytes()
-            if name.startswith("parts/"):
-                data = json.dumps(
-                    {k: v for k, v in json.loads(data).items() if k not in ("worker", "seconds", "account", "crc32c")}
-                ).encode()
-            files[name] = data
-    return files
+    return extracted_content(path)
 
 
 class Run:
@@ -125,7 +108,7 @@ def assert_complete(cache, undisturbed) -> None:
     report = verify(cache.path)
     assert report.sound, report.text()
     assert not report.pending
-    assert content(cache.path) == undisturbed
+    assert extracted_content(cache.path) == undisturbed
 
 
 def test_workers_share_the_parts_and_write_what_one_process_writes(connection, cache, undisturbed):
