@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import uuid
@@ -31,6 +32,8 @@ SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 # Tests run in parallel processes, so one thread each is fastest.
 torch.set_num_threads(1)
+# In the background of a script (`make test &`) SIGINT is ignored, and the processes that tests interrupt inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers() -> int:
