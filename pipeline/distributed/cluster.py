@@ -187,6 +187,10 @@ def _local_cluster(count: int) -> Iterator[str]:
 
 
 def thread_counts(workers: int) -> dict[str, str]:
-    """Environment variables that limit each local worker to its share of the cores, unless the user has set them."""
-    threads = str(max(processors() // workers, 1))
-    return {name: os.environ.get(name, threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
+    """Environment variables that limit each local worker to its share of the cores, unless the user has set them.
+
+    MKL follows OMP_NUM_THREADS by itself, so it must not get more threads than the user has set there: features round
+    differently with another number of threads.
+    """
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(processors() // workers, 1)))
+    return {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": os.environ.get("MKL_NUM_THREADS", threads)}

@@ -306,11 +306,27 @@ def test_each_local_worker_gets_a_gpu_and_its_share_of_the_cores(monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
     assert cluster_module.local_workers("local") == 2
-    assert thread_counts(3) == {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
     with connected("local:3") as connection:
         connection.client.wait_for_workers(3)
         by_worker = connection.client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
     assert sorted(by_worker.values()) == ["4", "4", "GPU-5"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "omp", "mkl"),
+    [
+        ({}, "2", "2"),
+        ({"OMP_NUM_THREADS": "1"}, "1", "1"),  # MKL follows it, or features would be rounded differently
+        ({"OMP_NUM_THREADS": "3", "MKL_NUM_THREADS": "4"}, "3", "4"),
+    ],
+)
+def test_local_workers_share_the_cores_unless_the_user_sets_threads(monkeypatch, environment, omp, mkl):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert thread_counts(3) == {"OMP_NUM_THREADS": omp, "MKL_NUM_THREADS": mkl}
 
 
 class Cluster:
