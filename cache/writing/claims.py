@@ -190,18 +190,24 @@ class Claims:
 
     def _write_claim(self, key: ClaimKey, by_force: bool) -> bool:
         chain = read_chain(self._storage, key)
-        if chain and not (by_force or self._is_dead(chain[-1])):
+        # A claim of this run that it does not hold: releasing it failed.
+        if chain and not (by_force or chain[-1].run == self.run or self._is_dead(chain[-1])):
             return False
         mine = Claim(uuid.uuid4().hex, self.run, self.process)
         ids = tuple(claim.id for claim in (*chain, mine))
         files = tuple(claim_file(key, after) for after in (None, *ids[:-1]))
         claim = self._own[key] = _OwnClaim(ids, files, claim_file(key, mine.id))
-        self._storage.write_new(files[-1], mine.to_json())
-        # Checked whatever write_new returned: its response may have been lost and the request repeated.
-        if not self._is_last(claim):
-            self.release(key)
+        written = False
+        try:
+            self._storage.write_new(files[-1], mine.to_json())
+            # Checked whatever write_new returned: its response may have been lost and the request repeated.
+            written = self._is_last(claim)
+        finally:  # also when the storage failed: a key that stays in `_own` is refused to this run until it ends
+            if not written:
+                self.release(key)
+        if not written:
             return False
-        if chain:
+        if chain and chain[-1].run != self.run:
             log.warning("%s: took over %s from %s", self._storage.address, _describe(key), chain[-1].process)
         return True
 

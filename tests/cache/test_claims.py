@@ -354,3 +354,35 @@ def test_a_storage_error_is_reported_in_one_line(tmp_path):
     (tmp_path / "claims").write_text("a file")
     with pytest.raises(CacheError, match=r"claims/ cannot be used: .*fix the disk"), claims_of(LocalStorage(tmp_path)):
         pass
+
+
+@pytest.mark.parametrize("written", [False, True])
+@pytest.mark.parametrize("released", [False, True])
+def test_a_claim_that_failed_with_the_storage_can_be_claimed_again_by_the_same_run(
+    storage, monkeypatch, written, released
+):
+    """It may be on disk or not, and its release may fail as well; a run that waited for itself would never end."""
+    write_new, remove = storage.write_new, storage.remove
+
+    def failing_write(name, data):
+        if written:
+            write_new(name, data)
+        raise OSError(errno.ENOENT, "No such file or directory")
+
+    def failing_remove(name):
+        raise OSError(errno.EIO, "Input/output error")
+
+    with claims_of(storage) as ours, claims_of(storage) as other:
+        monkeypatch.setattr(storage, "write_new", failing_write)
+        if not released:
+            monkeypatch.setattr(storage, "remove", failing_remove)
+        with pytest.raises(CacheError, match="No such file or directory"):
+            ours.claim(3)
+        monkeypatch.setattr(storage, "write_new", write_new)
+        monkeypatch.setattr(storage, "remove", remove)
+        assert ours.claim(3)
+        assert ours.is_owned(3)
+        assert not other.claim(3)
+        ours.release(3)
+        assert other.claim(3)
+    assert files(storage) == []
