@@ -1,6 +1,6 @@
 """RegionSpot: recognise any region of an image by name.
 
-`regionspot.pipeline` runs frozen backbones over images once, `regionspot.cache` keeps what they said,
+`regionspot.pipeline` runs frozen backbones over images once, `regionspot.cache` keeps their outputs,
 `regionspot.fusion` trains the small head on it, `regionspot.evaluation` puts it all together again.
 """
 

@@ -1,6 +1,6 @@
 """Whole epochs from the disk: what the page cache held of the files is dropped before each.
 
-Whether that worked is told by the kernel's own count of what came from disk during the epoch, in the table beside the
+The kernel counts what came from disk during the epoch, in the table beside the
 rate. A file that somebody maps cannot be dropped: worker processes are started anew each time, and the cache is read by
 positioned reads, as it is by itself where it does not fit into memory.
 """

@@ -42,7 +42,7 @@ class Reader(ABC):
 
 
 class RowReader(Reader):
-    """A reader that is told which rows to put into a batch."""
+    """A reader whose caller chooses the rows of a batch."""
 
     def __init__(self, path: Path, features: Features) -> None:
         self.path, self.features = path, features

@@ -16,7 +16,7 @@ _advice = ""
 
 
 def on_stop(advice: str) -> None:
-    """Set what the user is told when a signal stops the command from here on, such as how to resume it."""
+    """Set the message for a signal that stops the command from here on, such as how to resume it."""
     global _advice
     _advice = advice
 

@@ -163,15 +163,15 @@ def test_the_installed_wheel_starts_every_command(wheel, tmp_path):
     # Not this checkout, which is installed too: what is in PYTHONPATH comes first.
     start = f"import regionspot.cli; assert regionspot.__file__.startswith({str(tmp_path)!r}); regionspot.cli.main()"
     for words, expected in (((), "eval-lvis"), (("extract",), "--part-size"), (("cache", "verify"), "--threads")):
-        said = subprocess.run(
+        result = subprocess.run(
             [sys.executable, "-c", start, *words, "--help"],
             capture_output=True,
             text=True,
             cwd=tmp_path,
             env={**os.environ, "PYTHONPATH": str(tmp_path), "COLUMNS": "200"},
         )
-        assert said.returncode == 0, said.stderr
-        assert expected in said.stdout
+        assert result.returncode == 0, result.stderr
+        assert expected in result.stdout
 
 
 def test_only_one_place_asks_how_many_processors_there_are():
