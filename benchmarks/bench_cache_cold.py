@@ -1,8 +1,8 @@
 """Whole epochs from the disk: what the page cache held of the files is dropped before each.
 
-The kernel counts what came from disk during the epoch, in the table beside the
-rate. A file that somebody maps cannot be dropped: worker processes are started anew each time, and the cache is read by
-positioned reads, as it is by itself where it does not fit into memory.
+The table shows the kernel's count of bytes read from disk during the epoch beside the rate. A file that somebody maps
+cannot be dropped: worker processes are started anew each time, and the cache is read by positioned reads, as it is by
+itself where it does not fit into memory.
 """
 
 from __future__ import annotations
