@@ -3,6 +3,7 @@
 from regionspot.fusion.checkpoint import Checkpoint, HeadInfo, load_checkpoint, save_checkpoint
 from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig
 from regionspot.fusion.head import HEADS, FusionHead, HeadConfig, similarity_logits
+from regionspot.fusion.heads import HEAD_TYPES, HeadSpec
 from regionspot.fusion.losses import focal_loss, region_loss
 from regionspot.fusion.templates import TEMPLATES, template_set
 from regionspot.fusion.train import TrainResult, train
@@ -10,12 +11,14 @@ from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 
 __all__ = [
     "HEADS",
+    "HEAD_TYPES",
     "TEMPLATES",
     "TRAIN_PRESETS",
     "Checkpoint",
     "FusionHead",
     "HeadConfig",
     "HeadInfo",
+    "HeadSpec",
     "TrainConfig",
     "TrainResult",
     "Vocabulary",

@@ -14,16 +14,18 @@ import pickle
 import zipfile
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.state_dicts import WRAPPERS, check_fit, require_finite, state_dict_of, unwrapped
-from regionspot.fusion.head import HEADS, FusionHead, HeadConfig
+from regionspot.fusion.head import HEADS
+from regionspot.fusion.heads.spec import HeadSpec
 from regionspot.fusion.tensor_file import read_tensor_file, write_tensor_file
 
 log = logging.getLogger(__name__)
@@ -62,25 +64,28 @@ class HeadInfo:
 class Checkpoint:
     """A head in evaluation mode on the CPU. `ignored` counts the other tensors of a released file by their module."""
 
-    head: FusionHead
+    head: nn.Module
+    spec: HeadSpec
     info: HeadInfo
     ignored: dict[str, int] = field(default_factory=dict)
 
 
-def save_checkpoint(path: Path, head: FusionHead, info: HeadInfo) -> None:
-    """Write the head atomically. Raises OSError if the file cannot be written."""
-    document = {"kind": KIND, "format": FORMAT, "head": asdict(head.config), "info": asdict(info)}
+def save_checkpoint(path: Path, spec: HeadSpec, head: nn.Module, info: HeadInfo) -> None:
+    """Write the head, which was built from `spec`, atomically. Raises OSError if the file cannot be written."""
+    document = {"kind": KIND, "format": FORMAT, "head": spec.as_json(), "info": asdict(info)}
     write_tensor_file(path, head.state_dict(), document)
 
 
-def load_checkpoint(path: Path, preset: str | None = None) -> Checkpoint:
+def load_checkpoint(path: Path, preset: str | None = None, own_class: str | None = None) -> Checkpoint:
     """Load a head from our checkpoint or from one that the authors released.
 
-    `preset` ("bb", "bl", "bl336") names the model of a released file; it is needed if the shapes fit two of them. For a
-    file that states its preset, the two must agree.
+    preset     "bb", "bl", "bl336": the model of a released file; needed if the shapes fit two of them. For a file that
+               states its preset, the two must agree
+    own_class  `file.py:Class` or `package.module:Class`, for a head of the user's own class. The checkpoint names it,
+               but its code is only imported when the caller names it too: a file must not decide what code runs
 
     Raises WeightsError for a file that is missing, is no checkpoint, cannot be opened safely, has other shapes or holds
-    NaN or infinity; InputError for a preset that is unknown or missing.
+    NaN or infinity; InputError for a preset or a class that is unknown, missing or another one.
     """
     if preset is not None and preset not in HEADS:
         raise InputError(f"preset {preset!r}: expected one of {', '.join(HEADS)}")
@@ -90,7 +95,7 @@ def load_checkpoint(path: Path, preset: str | None = None) -> Checkpoint:
         return _load_released(path, state_dict_of(path, _unpickle(path)), preset)
     tensors, document = read_tensor_file(path)
     if document is not None and document.get("kind") == KIND:
-        return _load_ours(path, tensors, document, preset)
+        return _load_ours(path, tensors, document, preset, own_class)
     state = unwrapped(tensors)
     if any(_own_name(name) for name in state):
         return _load_released(path, state, preset)
@@ -110,13 +115,15 @@ def _is_pickle(path: Path) -> bool:
     return start.startswith((b"PK", b"\x80")) and start[8:] != b"{"
 
 
-def _load_ours(path: Path, tensors: dict[str, Tensor], document: dict[str, Any], preset: str | None) -> Checkpoint:
+def _load_ours(
+    path: Path, tensors: dict[str, Tensor], document: dict[str, Any], preset: str | None, own_class: str | None
+) -> Checkpoint:
     if document.get("format") != FORMAT:
         raise WeightsError(
             f"{path}: has format {document.get('format')}, this version reads {FORMAT}; use the version that wrote it"
         )
     try:
-        config = HeadConfig(**document["head"])
+        spec = HeadSpec.from_json(document["head"])
         fields: dict[str, Any] = {
             name: tuple(value) if isinstance(value, list) else value for name, value in document["info"].items()
         }
@@ -125,7 +132,22 @@ def _load_ours(path: Path, tensors: dict[str, Tensor], document: dict[str, Any],
         raise WeightsError(f"{path}: its header is incomplete ({error})") from None
     if preset is not None and info.preset not in (None, preset):
         raise InputError(f"{path}: was trained as preset {info.preset}, not {preset}; leave --preset out")
-    return Checkpoint(_build(path, config, tensors), info)
+    spec = _with_own_class(path, spec, own_class)
+    return Checkpoint(_build(path, spec, tensors), spec, info)
+
+
+def _with_own_class(path: Path, spec: HeadSpec, own_class: str | None) -> HeadSpec:
+    """The spec with the class that the caller named, which must have the name that the checkpoint states."""
+    if own_class is None and spec.own_class:
+        raise InputError(
+            f"{path}: its head is the class {spec.type}, and a checkpoint never decides what code is run; "
+            f"if you trust that code, name it with --head {spec.type}"
+        )
+    if own_class is None:
+        return spec
+    if not spec.own_class or spec.type.rpartition(":")[2] != own_class.rpartition(":")[2]:
+        raise InputError(f"{path}: its head is {spec.type}, not {own_class}; correct --head, or leave it out")
+    return replace(spec, type=own_class)
 
 
 def _load_released(path: Path, tensors: Mapping[str, Tensor], preset: str | None) -> Checkpoint:
@@ -143,7 +165,8 @@ def _load_released(path: Path, tensors: Mapping[str, Tensor], preset: str | None
     if ignored:
         log.info("%s: ignored: %s", path, ", ".join(f"{n} tensors of {m}" for m, n in ignored.items()))
     name = preset or matching[0]
-    return Checkpoint(_build(path, HEADS[name], state), HeadInfo(preset=name), ignored)
+    spec = HeadSpec.from_json(asdict(HEADS[name]))
+    return Checkpoint(_build(path, spec, state), spec, HeadInfo(preset=name), ignored)
 
 
 def _unpickle(path: Path) -> Any:
@@ -200,10 +223,12 @@ def _shapes_of(path: Path, state: Mapping[str, Tensor]) -> dict[str, int]:
         raise WeightsError(f"{path}: its fusion head is incomplete ({error})") from None
 
 
-def _build(path: Path, config: HeadConfig, state: Mapping[str, Tensor]) -> FusionHead:
-    with torch.device("meta"):  # no memory and no random numbers for weights that are replaced below
-        head = FusionHead(config)
-    check_fit(path, "the fusion head", state, head.state_dict())
+def _build(path: Path, spec: HeadSpec, state: Mapping[str, Tensor]) -> nn.Module:
+    # On the meta device: no memory and no random numbers for weights that are replaced below. A class of the user may
+    # compute in its constructor, which needs real tensors.
+    with nullcontext() if spec.own_class else torch.device("meta"):
+        head = spec.build()
+    check_fit(path, f"the {spec.type} head", state, head.state_dict())
     require_finite(path, state)
     head.load_state_dict(dict(state), assign=True)
     return head.requires_grad_(True).eval()

@@ -9,7 +9,8 @@ equal those of a run that had the longer length from the start.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from regionspot.cache.errors import InputError, unknown_name
@@ -32,7 +33,9 @@ class TrainConfig:
     milestones     fractions of the run after which the learning rate is multiplied by `decay`
     warmup         steps over which the learning rate rises linearly from `warmup_factor` of itself; at most a tenth of
                    the run
-    layers .. dropout  of the head; its other shapes follow from the features and the vocabulary
+    head           a type of fusion/heads, or the user's own `file.py:Class` or `package.module:Class`
+    head_options   arguments of its class
+    layers .. dropout  of the fusion head; its other shapes follow from the features and the vocabulary
     precision      of the head's forward pass: "auto" is bfloat16 on a GPU and float32 elsewhere; weights, logits and
                    loss are always float32
 
@@ -48,6 +51,8 @@ class TrainConfig:
     decay: float = 0.1
     warmup: int = 1000
     warmup_factor: float = 0.01
+    head: str = "fusion"
+    head_options: Mapping[str, Any] = field(default_factory=dict)
     layers: int = 3
     heads: int = 8
     ffn: int = 2048

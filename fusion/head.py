@@ -59,13 +59,16 @@ class FusionHead(nn.Module):
         self.decoder = nn.TransformerDecoder(layer, config.layers, norm=nn.LayerNorm(config.width))
         self.projector = nn.Linear(config.width, config.text_dim)
 
-    def forward(self, tokens: Tensor, region_mask: Tensor | None, feature_map: Tensor) -> Tensor:
+    def forward(
+        self, tokens: Tensor, region_mask: Tensor | None, feature_map: Tensor, boxes: Tensor | None = None
+    ) -> Tensor:
         """Semantic vectors (B, R, E), not normalised.
 
         tokens       (B, R, C)  location tokens, any float dtype
         region_mask  (B, R)     bool, False for padding; None: no padding. The vectors of padding are meaningless, but
                                 finite
         feature_map  (B, T, D)  any float dtype
+        boxes        not used: a token knows its box
         """
         dtype = self.to_clip.weight.dtype
         queries = self.to_clip(tokens.to(dtype))

@@ -15,15 +15,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from torch.optim import Optimizer
 
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.state_dicts import require_finite
 from regionspot.cache.storage.atomic_files import to_json, write_file
-from regionspot.fusion.head import FusionHead
+from regionspot.fusion.config import TrainConfig
 from regionspot.fusion.metrics import Metrics
 from regionspot.fusion.tensor_file import read_document, read_tensor_file, write_tensor_file
 
@@ -110,14 +112,14 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}); name another folder") from None
 
-    def save(self, step: int, head: FusionHead, optimizer: Optimizer, interval: Metrics) -> None:
+    def save(self, step: int, head: nn.Module, optimizer: Optimizer, interval: Metrics) -> None:
         """Write the state after `step` steps atomically; `interval` is the open interval of the meter."""
         tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         for index, entries in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
         write_tensor_file(self.state, tensors, {"kind": KIND, "step": step, "interval": interval, "sampler": SAMPLER})
 
-    def restore(self, head: FusionHead, optimizer: Optimizer) -> tuple[int, Metrics | None]:
+    def restore(self, head: nn.Module, optimizer: Optimizer) -> tuple[int, Metrics | None]:
         """Load the last state into `head` and `optimizer`. Returns its step and interval, or 0 and None without one.
 
         Raises WeightsError for a damaged state file.
@@ -148,8 +150,12 @@ class RunFolder:
 
 
 def _comparable(record: dict[str, Any]) -> dict[str, Any]:
-    """The fields of a run record that must not change: all except its length."""
-    config = {name: value for name, value in record["config"].items() if name != "iterations"}
+    """The fields of a run record that must not change: all except its length.
+
+    Earlier versions wrote fewer fields of the configuration; they trained as the defaults of the others do.
+    """
+    config = {**asdict(TrainConfig()), **record["config"]}
+    del config["iterations"]
     return {**{name: value for name, value in record.items() if name != "lengthened"}, "config": config}
 
 

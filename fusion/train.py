@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW
 
 from regionspot.cache.errors import InputError, WeightsError
@@ -28,12 +28,13 @@ from regionspot.cache.store import FeatureCache
 from regionspot.fusion.batches import TrainingBatch, batch_shares, decode_on_device, read_batches
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.config import CHECKPOINT_SECONDS, CHECKPOINT_STEPS, FIRST_CHECKPOINT_SECONDS, TrainConfig
-from regionspot.fusion.head import FusionHead
+from regionspot.fusion.heads.pooling import relative_boxes
+from regionspot.fusion.heads.spec import HeadSpec
 from regionspot.fusion.losses import region_loss
 from regionspot.fusion.metrics import Meter, draw_curves, read_metrics
 from regionspot.fusion.run_folder import RunFolder
 from regionspot.fusion.stop_signals import Stopped, StopSignals
-from regionspot.fusion.training_sets import TrainingSet, head_config_for, head_info, open_training_set, run_identity
+from regionspot.fusion.training_sets import TrainingSet, head_info, head_spec_for, open_training_set, run_identity
 from regionspot.fusion.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ def train(
     if not checkpoint_seconds > 0:
         raise InputError(f"training: checkpoint_seconds is {checkpoint_seconds}, expected more than 0")
     training_sets = [open_training_set(cache, map_set, token_set) for cache in caches]
-    head_config = head_config_for(training_sets, vocabularies, config)
+    spec = head_spec_for(training_sets, vocabularies, config)
     shares = batch_shares(training_sets, ratios)
     identity = run_identity(training_sets, vocabularies, shares, config, preset)
     folder = RunFolder(out_dir)
@@ -100,8 +101,8 @@ def train(
     # Forked because every step sets the seed: the caller's random state must not change.
     with torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []):
         torch.manual_seed(config.seed)
-        head = FusionHead(head_config).to(torch_device).train()
-        trainer = _Trainer(folder, training_sets, shares, config, head, info, torch_device)
+        head = spec.build().to(torch_device).train()
+        trainer = _Trainer(folder, training_sets, shares, config, spec, head, info, torch_device)
         with StopSignals() as signals:
             return trainer.run(vocabularies, checkpoint_every, checkpoint_seconds, log_every, signals)
 
@@ -115,12 +116,13 @@ class _Trainer:
         training_sets: Sequence[TrainingSet],
         shares: NDArray[np.float64],
         config: TrainConfig,
-        head: FusionHead,
+        spec: HeadSpec,
+        head: nn.Module,
         info: HeadInfo,
         device: torch.device,
     ) -> None:
         self.folder, self.training_sets, self.shares, self.config = folder, training_sets, shares, config
-        self.head, self.info, self.device = head, info, device
+        self.spec, self.head, self.info, self.device = spec, head, info, device
         self.optimizer = AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
         self.first_step, interval = folder.restore(head, self.optimizer)
         self.meter = Meter(folder.metrics, self.first_step, config.iterations, interval)
@@ -190,12 +192,14 @@ class _Trainer:
         training_set = self.training_sets[training_batch.set_index]
         tokens = decode_on_device(batch.tokens, batch.token_scale, training_set.tokens, self.device)
         feature_map = decode_on_device(batch.feature_map, batch.map_scale, training_set.maps, self.device)
-        mask, categories = (
+        manifest = training_set.cache.manifest
+        boxes = relative_boxes(batch.boxes_xyxy, manifest.heights[batch.rows], manifest.widths[batch.rows])
+        mask, categories, box_tensor = (
             torch.from_numpy(array).to(self.device, non_blocking=True)
-            for array in (batch.region_mask, batch.categories)
+            for array in (batch.region_mask, batch.categories, boxes)
         )
         with self.autocast:
-            semantic = self.head(tokens, mask, feature_map)
+            semantic = self.head(tokens, mask, feature_map, box_tensor)
         loss = region_loss(semantic, text, categories)
         self.optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
@@ -223,7 +227,7 @@ class _Trainer:
             ) from None
         try:
             # The state is last: it marks the step as done, and the head of this step must exist by then.
-            save_checkpoint(self.folder.head, self.head, replace(self.info, step=step))
+            save_checkpoint(self.folder.head, self.spec, self.head, replace(self.info, step=step))
             self.folder.save(step, self.head, self.optimizer, self.meter.open_interval())
         except OSError as error:
             raise InputError(

@@ -20,7 +20,7 @@ from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.checkpoint import HeadInfo
 from regionspot.fusion.config import TrainConfig
-from regionspot.fusion.head import HeadConfig
+from regionspot.fusion.heads.spec import HeadSpec, without_folder
 from regionspot.fusion.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -78,10 +78,10 @@ def require_same_orientation(cache: FeatureCache, tokens: FeatureSet, maps: Feat
         )
 
 
-def head_config_for(
+def head_spec_for(
     training_sets: Sequence[TrainingSet], vocabularies: Sequence[Vocabulary], config: TrainConfig
-) -> HeadConfig:
-    """The head configuration for these features and vocabularies. Raises InputError if they do not fit together."""
+) -> HeadSpec:
+    """The head for these features and vocabularies. Raises InputError if they do not fit together."""
     if not training_sets:
         raise InputError("training: no cache is given; give at least one with --cache")
     if len(vocabularies) != len(training_sets):
@@ -92,14 +92,13 @@ def head_config_for(
     for training_set, vocabulary in zip(training_sets, vocabularies, strict=True):
         _require_same_backbones(training_set, first)
         _require_matching_vocabulary(training_set, vocabulary, text_dim)
-    return HeadConfig(
+    fusion = {"layers": config.layers, "heads": config.heads, "ffn": config.ffn, "dropout": config.dropout}
+    return HeadSpec(
+        type=config.head,
         token_dim=first.tokens.shape[-1],
         width=first.maps.shape[-1],
         text_dim=text_dim,
-        layers=config.layers,
-        heads=config.heads,
-        ffn=config.ffn,
-        dropout=config.dropout,
+        options=(fusion if config.head == "fusion" else {}) | dict(config.head_options),
     )
 
 
@@ -171,7 +170,7 @@ def run_identity(
         }
         for training_set, vocabulary, share in zip(training_sets, vocabularies, shares, strict=True)
     ]
-    return {"preset": preset, "config": asdict(config), "caches": caches}
+    return {"preset": preset, "config": {**asdict(config), "head": without_folder(config.head)}, "caches": caches}
 
 
 def _record(feature_set: FeatureSet) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.store import FeatureCache
@@ -25,7 +26,6 @@ from regionspot.evaluation.inference.scoring import (
     score_in_batches,
 )
 from regionspot.fusion.batches import decode_on_device
-from regionspot.fusion.head import FusionHead
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones
@@ -74,7 +74,7 @@ class HeadOnCache:
 
     def __init__(
         self,
-        head: FusionHead,
+        head: nn.Module,
         cache: FeatureCache,
         vocabulary: Vocabulary,
         token_set: str,

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.machine import compute_device
@@ -29,7 +29,6 @@ from regionspot.evaluation.inference.head_features import HeadFeatureSet, head_f
 from regionspot.evaluation.inference.scoring import RegionScores, StageTimer, head_digest, head_probabilities
 from regionspot.evaluation.metrics.detections import Masks, concatenate_masks
 from regionspot.fusion.checkpoint import load_checkpoint
-from regionspot.fusion.head import FusionHead
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
@@ -74,7 +73,7 @@ class RegionSpot:
 
     def __init__(
         self,
-        head: FusionHead,
+        head: nn.Module,
         localizer: Localizer,
         encoder: TextEncoder,
         templates: Sequence[str],

@@ -13,10 +13,10 @@ from itertools import islice
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from regionspot.evaluation.metrics.detections import Masks
-from regionspot.fusion.head import LOGIT_SCALE, FusionHead, similarity_logits
+from regionspot.fusion.head import LOGIT_SCALE, similarity_logits
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, decode_ahead, default_threads
 
@@ -75,7 +75,7 @@ def score_in_batches(
 
 @torch.inference_mode()
 def head_probabilities(
-    head: FusionHead, tokens: Sequence[Tensor], feature_maps: Tensor, text: Tensor, batches: Halving
+    head: nn.Module, tokens: Sequence[Tensor], feature_maps: Tensor, text: Tensor, batches: Halving
 ) -> list[NDArray[np.float32]]:
     """Softmax over the classes, float32 (n, V) for each image, from its tokens (n, C) and the maps (B, T, D).
 
@@ -105,7 +105,7 @@ def class_probabilities(embedded: Tensor, text: Tensor, scale: float = LOGIT_SCA
     return probabilities
 
 
-def head_digest(head: FusionHead) -> str:
+def head_digest(head: nn.Module) -> str:
     """SHA-256 over the names and values of a head's weights, as hex."""
     digest = hashlib.sha256()
     for name, value in head.state_dict().items():

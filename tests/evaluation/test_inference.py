@@ -22,7 +22,7 @@ from regionspot.evaluation.metrics import lvis_ap
 from regionspot.evaluation.report.sheet import detections_sheet
 from regionspot.evaluation.report.tables import ap_markdown, ap_table, row_of
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
-from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.fusion.heads import HeadSpec
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
@@ -41,7 +41,7 @@ def _home(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=2, ffn=128))
+    spec = HeadSpec(token_dim=128, width=192, text_dim=128, options={"layers": 2, "ffn": 128})
     info = HeadInfo(
         preset="toy",
         localizer="toy_sam",
@@ -50,7 +50,7 @@ def checkpoint(tmp_path_factory):
         templates=("{}.",),
     )
     path = tmp_path_factory.mktemp("head") / "head.safetensors"
-    save_checkpoint(path, head, info)
+    save_checkpoint(path, spec, spec.build(), info)
     return path
 
 

@@ -12,7 +12,7 @@ from regionspot.cache.errors import AnnotationError, ImageError, InputError, Wei
 from regionspot.evaluation.inference.boxes import boxes_from, check_boxes, names_from, parse_boxes
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
-from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.fusion.heads import HeadSpec
 from regionspot.pipeline.extraction.decode_ahead import DecodedImage
 
 WEIGHTS = "random:0"
@@ -34,9 +34,9 @@ def _home(home):
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     torch.manual_seed(0)
-    head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
+    spec = HeadSpec(token_dim=128, width=192, text_dim=128, options={"layers": 1, "ffn": 64})
     path = tmp_path_factory.mktemp("head") / "head.safetensors"
-    save_checkpoint(path, head, INFO)
+    save_checkpoint(path, spec, spec.build(), INFO)
     return path
 
 
@@ -234,8 +234,8 @@ def test_a_checkpoint_needs_the_backbones_of_its_training(checkpoint):
 
 
 def test_a_checkpoint_without_backbone_names_is_refused(tmp_path):
-    head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
-    save_checkpoint(tmp_path / "head.safetensors", head, replace(INFO, preset=None, localizer=None))
+    spec = HeadSpec(token_dim=128, width=192, text_dim=128, options={"layers": 1, "ffn": 64})
+    save_checkpoint(tmp_path / "head.safetensors", spec, spec.build(), replace(INFO, preset=None, localizer=None))
     with pytest.raises(WeightsError, match="names neither its backbones nor a preset"):
         RegionSpot.load(tmp_path / "head.safetensors", WEIGHTS, "cpu")
     with pytest.raises(WeightsError, match="no such checkpoint"):

@@ -10,9 +10,10 @@ from safetensors.torch import save_file
 
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint, save_checkpoint
-from regionspot.fusion.head import HEADS, FusionHead, HeadConfig
+from regionspot.fusion.head import HEADS, FusionHead
+from regionspot.fusion.heads import HeadSpec
 
-SMALL = HeadConfig(token_dim=12, width=16, text_dim=8, layers=2, heads=4, ffn=24)
+SMALL = HeadSpec(token_dim=12, width=16, text_dim=8, options={"layers": 2, "heads": 4, "ffn": 24})
 INFO = HeadInfo(
     preset="toy",
     localizer="toy_sam",
@@ -27,7 +28,7 @@ INFO = HeadInfo(
 
 @pytest.fixture
 def head():
-    return FusionHead(SMALL).eval()
+    return SMALL.build().eval()
 
 
 def released(preset: str, extra: dict | None = None) -> dict:
@@ -46,10 +47,10 @@ def one_line(error) -> str:
 
 
 def test_save_and_load_keep_the_weights_and_the_training_info(tmp_path, head):
-    save_checkpoint(tmp_path / "head.safetensors", head, INFO)
+    save_checkpoint(tmp_path / "head.safetensors", SMALL, head, INFO)
     loaded = load_checkpoint(tmp_path / "head.safetensors")
     assert loaded.info == INFO
-    assert loaded.head.config == SMALL
+    assert loaded.spec == SMALL
     assert not loaded.head.training
     inputs = torch.randn(1, 3, 12), None, torch.randn(1, 5, 16)
     assert torch.equal(loaded.head(*inputs), head(*inputs))
@@ -60,7 +61,7 @@ def test_a_header_length_that_looks_like_a_pickle_is_recognised(tmp_path, head):
     first_bytes = set()
     for length in range(0, 256, 8):  # the header is padded to 8 bytes
         path = tmp_path / f"{length}.safetensors"
-        save_checkpoint(path, head, replace(INFO, templates=("{}" + "a" * length,)))
+        save_checkpoint(path, SMALL, head, replace(INFO, templates=("{}" + "a" * length,)))
         first_bytes.add(path.read_bytes()[0])
         assert load_checkpoint(path).info.preset == "toy"
     assert 0x80 in first_bytes
@@ -68,7 +69,7 @@ def test_a_header_length_that_looks_like_a_pickle_is_recognised(tmp_path, head):
 
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, head, monkeypatch):
     path = tmp_path / "head.safetensors"
-    save_checkpoint(path, head, INFO)
+    save_checkpoint(path, SMALL, head, INFO)
     before = path.read_bytes()
 
     def no_space(*_):
@@ -76,7 +77,7 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, head, monkeypatch):
 
     monkeypatch.setattr(os, "write", no_space)
     with pytest.raises(OSError, match="No space"):
-        save_checkpoint(path, head, HeadInfo())
+        save_checkpoint(path, SMALL, head, HeadInfo())
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["head.safetensors"]
 
@@ -129,7 +130,7 @@ def test_a_released_head_converted_to_safetensors_loads(tmp_path):
 def test_a_head_with_nan_or_infinity_is_refused_with_file_and_tensor(tmp_path, head, value):
     with torch.no_grad():
         head.decoder.norm.bias[3] = value
-    save_checkpoint(tmp_path / "ours.safetensors", head, INFO)
+    save_checkpoint(tmp_path / "ours.safetensors", SMALL, head, INFO)
     broken = head_only()
     broken["decoder.norm.bias"][3] = value
     torch.save({"model": prefixed("model.", broken)}, tmp_path / "released.pth")
@@ -208,7 +209,7 @@ def test_a_missing_tensor_is_named(tmp_path):
 
 
 def test_a_preset_that_contradicts_the_file_is_refused(tmp_path, head):
-    save_checkpoint(tmp_path / "head.safetensors", head, INFO)
+    save_checkpoint(tmp_path / "head.safetensors", SMALL, head, INFO)
     with pytest.raises(InputError, match="trained as preset toy, not bl; leave --preset out"):
         load_checkpoint(tmp_path / "head.safetensors", preset="bl")
 

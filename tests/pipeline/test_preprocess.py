@@ -15,7 +15,7 @@ from regionspot.cache.tools.resume import open_or_create
 from regionspot.evaluation.inference.head_features import head_features
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
-from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.fusion.heads import HeadSpec
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.datasets.region_table import manifest_of_images
@@ -133,8 +133,8 @@ def test_a_head_is_evaluated_with_the_preset_of_its_training_features(tmp_path):
     for trained, expected in ((info, "reference"), (unstated, "direct"), (released, "reference")):
         features = head_features(tmp_path, trained)
         assert (features.tokens.preprocess, features.maps.preprocess) == (expected, expected)
-    head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
-    save_checkpoint(tmp_path / "head.safetensors", head, info)
+    spec = HeadSpec(token_dim=128, width=192, text_dim=128, options={"layers": 1, "ffn": 64})
+    save_checkpoint(tmp_path / "head.safetensors", spec, spec.build(), info)
     identities = [
         RegionSpot.load(tmp_path / "head.safetensors", "random:0", "cpu", preprocess=preset).identity()
         for preset in (None, "direct")

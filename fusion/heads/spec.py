@@ -1,0 +1,120 @@
+"""A head's type, shapes and options: what is needed to build it, and what a checkpoint says about it."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from regionspot.cache.errors import InputError, unknown_name
+from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.fusion.heads.pooled import LinearHead, MlpHead, RoiPoolHead
+
+
+def _fusion(token_dim: int, width: int, text_dim: int, **options: Any) -> FusionHead:
+    return FusionHead(HeadConfig(token_dim=token_dim, width=width, text_dim=text_dim, **options))
+
+
+HEAD_TYPES: Mapping[str, Callable[..., nn.Module]] = {
+    "fusion": _fusion,
+    "linear": LinearHead,
+    "mlp": MlpHead,
+    "roi_pool": RoiPoolHead,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeadSpec:
+    """What a head is built from.
+
+    type       one of HEAD_TYPES, or the user's own class: `file.py:Class` or `package.module:Class`
+    token_dim  of the location tokens
+    width      of the feature map
+    text_dim   of the text embeddings
+    options    other arguments of the class; JSON values
+    """
+
+    type: str = "fusion"
+    token_dim: int
+    width: int
+    text_dim: int
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def own_class(self) -> bool:
+        """Whether the head is the user's own class, whose code is imported."""
+        return ":" in self.type
+
+    def build(self) -> nn.Module:
+        """The head with random weights. Imports the code of the user's own class.
+
+        Raises InputError for an unknown type, code that cannot be imported, and options that the class refuses.
+        """
+        builder = _own_class(self.type) if self.own_class else HEAD_TYPES.get(self.type)
+        if builder is None:
+            raise unknown_name("head", self.type, [*HEAD_TYPES, "file.py:Class", "package.module:Class"])
+        try:
+            head: Any = builder(
+                token_dim=self.token_dim, width=self.width, text_dim=self.text_dim, **dict(self.options)
+            )
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(
+                f"head {self.type}: cannot be built with token_dim={self.token_dim}, width={self.width}, "
+                f"text_dim={self.text_dim} and the options {dict(self.options)} ({error}); correct --head-option, "
+                f"or the class: {_parameters(builder)}"
+            ) from error
+        if not isinstance(head, nn.Module):
+            raise InputError(f"head {self.type}: is a {type(head).__name__}, expected a class of torch modules")
+        return head
+
+    def as_json(self) -> dict[str, Any]:
+        """Flat, as the files of earlier versions, whose heads all are of type "fusion"; so that is left out."""
+        shapes = {"token_dim": self.token_dim, "width": self.width, "text_dim": self.text_dim}
+        kind = {} if self.type == "fusion" else {"type": without_folder(self.type)}
+        return {**kind, **shapes, **self.options}
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> HeadSpec:
+        """Raises KeyError or TypeError for a document without the shapes."""
+        options = dict(document)
+        kind = str(options.pop("type", "fusion"))
+        shapes = {name: int(options.pop(name)) for name in ("token_dim", "width", "text_dim")}
+        return cls(type=kind, **shapes, options=options)
+
+
+def without_folder(own_class: str) -> str:
+    """`my_head.py:MyHead` for `folder/my_head.py:MyHead`: a file may be moved."""
+    source, separator, name = own_class.rpartition(":")
+    return f"{Path(source).name}{separator}{name}"
+
+
+def _own_class(path: str) -> Callable[..., Any]:
+    """The class `file.py:Class` or `package.module:Class`. Raises InputError if it cannot be imported."""
+    source, _, name = path.rpartition(":")
+    try:
+        if source.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(Path(source).stem, source)
+            if spec is None or spec.loader is None:
+                raise ImportError(source)
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(source)
+        own_class: Callable[..., Any] = getattr(module, name)
+    except Exception as error:  # the code is the user's: it may raise anything
+        raise InputError(
+            f"head {path}: cannot be imported ({type(error).__name__}: {error}); expected file.py:Class or "
+            "package.module:Class"
+        ) from error
+    return own_class
+
+
+def _parameters(builder: Callable[..., Any]) -> str:
+    names = inspect.signature(HeadConfig if builder is _fusion else builder).parameters
+    return f"its arguments are {', '.join(names)}"
