@@ -1,18 +1,39 @@
 """The focal loss of RegionSpot, over the regions whose class is known.
 
 Scaled like the authors' loss: the sum over images and classes of the mean over the regions of an image. The authors
-repeat regions until all images of a batch have the same number; here the mean runs over the known regions of the image.
-The result is the same for equal counts, and otherwise every image has the same weight.
+repeat the regions of an image until all images of a batch have the same number, and their mean runs over the repeated
+ones. Here padding has no weight, so that every region of an image has the same. The two are equal for images with the
+same number of regions; `repeat_regions` before the head gives the authors' loss and gradients for all others too.
 
-Legend: B images, R regions (padded), E text embedding, V classes, K known regions of the batch.
+Legend: B images, R regions (padded), E text embedding, V classes, K of them that count in this step.
 """
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from regionspot.fusion.head import LOGIT_SCALE, similarity_logits
+
+
+def repeat_regions(region_mask: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+    """The padded `values` (B, R, ...) with regions in place of padding, as in the authors' batches.
+
+    region_mask  (B, R)  bool, regions first. R must be the largest count of the batch, to which the authors repeat
+
+    Each of an image's n regions is repeated R // n times in a row, and its last R % n regions once more
+    (`prepare_prompt_train` in util/preprocessing.py of Surrey-UP-Lab/RegionSpot). All R are real inputs: give the head
+    no mask. Equal to the authors' in loss and gradient; dropout is drawn for each repetition, as theirs is. An image
+    without regions keeps R copies of its padding, whose categories are negative.
+    """
+    slots = torch.arange(region_mask.shape[1], device=region_mask.device)
+    count = region_mask.sum(dim=1, keepdim=True).clamp(min=1)
+    repeats, more = len(slots) // count, len(slots) % count
+    first = (count - more) * repeats  # slots of the regions without an additional repetition
+    later = count - more + (slots - first) // (repeats + 1)
+    region = torch.where(slots < first, slots // repeats, later)
+    return tuple(value[torch.arange(len(value), device=value.device)[:, None], region] for value in values)
 
 
 def region_loss(
@@ -20,31 +41,53 @@ def region_loss(
     text: Tensor,
     categories: Tensor,
     *,
+    class_ids: Tensor | None = None,
+    ignored: Tensor | None = None,
     scale: float = LOGIT_SCALE,
     alpha: float = 0.25,
     gamma: float = 2.0,
 ) -> Tensor:
     """Loss of a batch, a float32 scalar; 0 for a batch without any known region.
 
-    semantic    (B, R, E)  the head's output
+    semantic    (B, R, E)  the head's output; may be anything, also NaN, where the category is negative
     text        (V, E)     L2-normalised
     categories  (B, R)     integer class index; negative (padding or unknown class) is ignored
+    class_ids   (K,)       int64, the classes that count: all of the batch and some negatives (negatives.py); default:
+                           all V
+    ignored     (B, K)     bool, True where the class, in the order of `class_ids`, is no negative for the regions of
+                           that image; a region of the class itself counts
+
+    Shapes do not depend on values, so a GPU is not waited for.
     """
     known = categories >= 0
-    # clamp(min=1) only changes images without a known region, none of whose rows are selected.
-    weights = (1.0 / known.sum(dim=1, keepdim=True).clamp(min=1)).expand(known.shape)[known]
-    logits = similarity_logits(semantic[known], text, scale)
-    return (focal_loss(logits, categories[known].long(), alpha, gamma) * weights).sum()
+    # clamp(min=1) only changes images without a known region, all of whose weights are 0.
+    weights = known / known.sum(dim=1, keepdim=True).clamp(min=1)
+    classes = categories.clamp(min=0).long()
+    if class_ids is not None:
+        text, position = text[class_ids], torch.full((len(text),), len(class_ids), device=text.device)
+        position[class_ids] = torch.arange(len(class_ids), device=text.device)
+        # A class that is missing from `class_ids` is out of range, which `gather` reports.
+        classes = torch.where(known, position[classes], 0)
+    # A weight of 0 does not remove NaN, which a head may give for a padding box without any area.
+    semantic = semantic.masked_fill(~known[..., None], 0)
+    logits = similarity_logits(semantic, text, scale)
+    return (focal_loss(logits, classes, alpha, gamma, ignored=ignored) * weights).sum()
 
 
-def focal_loss(logits: Tensor, categories: Tensor, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
-    """Sigmoid focal loss (Lin et al. 2017, eq. 5) of each region, summed over classes: (K, V), int64 (K,) -> (K,).
+def focal_loss(
+    logits: Tensor, categories: Tensor, alpha: float = 0.25, gamma: float = 2.0, *, ignored: Tensor | None = None
+) -> Tensor:
+    """Sigmoid focal loss (Lin et al. 2017, eq. 5) of each region, summed over classes: (..., V), int64 (...) -> (...).
+
+    ignored  (B, V)  bool, for logits (B, R, V): classes that are no negatives for the regions of an image
 
     Stable for any logit: softplus and sigmoid of +-x avoid log(0) and 1 - 1. All classes are first counted as negative,
-    then the positive one is corrected: this avoids a one-hot tensor of K x 13,204.
+    then the positive one is corrected: this avoids a one-hot tensor of B x R x 13,204.
     """
-    positive = logits.gather(1, categories[:, None]).squeeze(1)
-    all_as_negative = (1 - alpha) * logits.sigmoid() ** gamma * F.softplus(logits)
+    index = categories.unsqueeze(-1)
+    as_negative = (1 - alpha) * logits.sigmoid() ** gamma * F.softplus(logits)
+    if ignored is not None:
+        as_negative = as_negative.masked_fill(ignored.unsqueeze(1), 0)
+    positive = logits.gather(-1, index).squeeze(-1)
     positive_loss = alpha * (-positive).sigmoid() ** gamma * F.softplus(-positive)
-    positive_as_negative = (1 - alpha) * positive.sigmoid() ** gamma * F.softplus(positive)
-    return all_as_negative.sum(dim=1) + positive_loss - positive_as_negative
+    return as_negative.sum(dim=-1) + positive_loss - as_negative.gather(-1, index).squeeze(-1)
