@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,12 @@ class Meter:
     step               steps done since the start of the run, including the steps before a resume
     loss, grad_norm    means over the interval; the norm is the one before clipping
     lr                 of the interval's last step
-    pictures_per_second, data_wait   over the interval; data_wait is the share of time spent waiting for batches
+    pictures_per_second, mb_per_second   over the interval: images, and megabytes (10^6 bytes) read from the caches
+    data_wait          share of the interval spent waiting for batches
     seconds            of training so far, including the time before a resume
+    validation         {score: value}, only in the line of a step after which the head was validated
+
+    The meter itself never reads a tensor: the sums of loss and norm may stay on the device until a line is written.
     """
 
     def __init__(self, path: Path, first_step: int, iterations: int, interval: Metrics | None = None) -> None:
@@ -61,29 +66,31 @@ class Meter:
         self._earlier_seconds = kept[-1]["seconds"] if kept else 0.0
         self._start = self._last_progress = time.perf_counter()
         self.last: Metrics | None = kept[-1] if kept else None
+        self.resumed_sums = 0.0, 0.0  # loss and norm of the open interval's steps before a resume
         self._start_interval()
         if interval:
-            self._steps, self._images = interval["steps"], interval["pictures"]
-            self._loss, self._grad_norm, self._wait_seconds = (
-                interval["loss"],
-                interval["grad_norm"],
-                interval["waited"],
-            )
+            self.resumed_sums = interval["loss"], interval["grad_norm"]
+            self._steps, self._images, self._bytes = interval["steps"], interval["pictures"], interval.get("bytes", 0)
+            self._wait_seconds = interval["waited"]
             self._interval_start -= interval["span"]
             self._earlier_seconds = interval["seconds"]
 
     def _start_interval(self) -> None:
         self._interval_start = time.perf_counter()
-        self._steps = self._images = 0
-        self._loss = self._grad_norm = self._wait_seconds = 0.0
+        self._steps = self._images = self._bytes = 0
+        self._wait_seconds = 0.0
 
-    def open_interval(self) -> Metrics:
-        """Sums over the steps since the last line. A checkpoint between two lines saves them for a resumed run."""
+    def open_interval(self, loss_sum: float, grad_norm_sum: float) -> Metrics:
+        """The open interval, which goes on. A checkpoint between two lines saves it for a resumed run.
+
+        loss_sum, grad_norm_sum   over all steps since the last line, as for `write`
+        """
         return {
             "steps": self._steps,
             "pictures": self._images,
-            "loss": self._loss,
-            "grad_norm": self._grad_norm,
+            "bytes": self._bytes,
+            "loss": loss_sum,
+            "grad_norm": grad_norm_sum,
             "waited": self._wait_seconds,
             "span": time.perf_counter() - self._interval_start,
             "seconds": self.seconds,
@@ -94,40 +101,63 @@ class Meter:
         """Seconds of training, including the time before a resume."""
         return self._earlier_seconds + time.perf_counter() - self._start
 
-    def add(self, loss: float, grad_norm: float, images: int, wait_seconds: float) -> None:
-        """Count one step; `wait_seconds` is the time that it waited for its batch."""
+    def add(self, images: int, bytes: int, wait_seconds: float) -> None:
+        """Count one step: the images of its batch, their bytes in the cache, and the time that it waited for them."""
         self._steps += 1
         self._images += images
-        self._loss += loss
-        self._grad_norm += grad_norm
+        self._bytes += bytes
         self._wait_seconds += wait_seconds
 
-    def write(self, step: int, lr: float) -> None:
-        """End the interval and write its line; `step` steps are done."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time inside does not count for the rates of the interval: for validation."""
+        begin = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._interval_start += time.perf_counter() - begin
+
+    def write(
+        self,
+        step: int,
+        lr: float,
+        loss_sum: float,
+        grad_norm_sum: float,
+        validation: Mapping[str, float] | None = None,
+    ) -> None:
+        """End the interval and write its line; `step` steps are done.
+
+        loss_sum, grad_norm_sum   over all steps since the last line; a resumed run starts them at `resumed_sums`
+        validation                scores of the head after this step, if it was validated
+        """
         seconds = max(time.perf_counter() - self._interval_start, 1e-9)
         self.last = {
             "step": step,
-            "loss": self._loss / self._steps,
+            "loss": loss_sum / self._steps,
             "lr": lr,
-            "grad_norm": self._grad_norm / self._steps,
+            "grad_norm": grad_norm_sum / self._steps,
             "pictures_per_second": round(self._images / seconds, 2),
+            "mb_per_second": round(self._bytes / 1e6 / seconds, 2),
             "seconds": round(self.seconds, 3),
             "data_wait": round(self._wait_seconds / seconds, 4),
+            **({"validation": dict(validation)} if validation else {}),
         }
         with self._path.open("a") as file:
             file.write(_to_line(self.last))
         self._start_interval()
         now = time.perf_counter()
-        if now - self._last_progress >= PROGRESS_SECONDS or step == self._iterations:
+        if now - self._last_progress >= PROGRESS_SECONDS or step == self._iterations or validation:
             self._last_progress = now
             log.info("%s", self._progress_line(step, self.last))
 
     def _progress_line(self, step: int, last: Metrics) -> str:
         steps_per_second = (step - self._first_step) / max(time.perf_counter() - self._start, 1e-9)
         left = duration((self._iterations - step) / steps_per_second) if steps_per_second else "?"
+        scores = "".join(f"  {name} {value:.4g}" for name, value in last.get("validation", {}).items())
         return (
-            f"{step:,}/{self._iterations:,} steps  loss {last['loss']:.4g}  lr {last['lr']:.3g}  "
-            f"{last['pictures_per_second']:.3g} images/s  {left} left  (waiting for data {last['data_wait']:.0%})"
+            f"{step:,}/{self._iterations:,} steps  loss {last['loss']:.4g}  lr {last['lr']:.3g}{scores}  "
+            f"{last['pictures_per_second']:,.3g} images/s  {last['mb_per_second']:,.3g} MB/s  {left} left  "
+            f"(waiting for data {last['data_wait']:.0%})"
         )
 
 

@@ -23,6 +23,7 @@ from torch.optim import AdamW
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.machine import compute_device
 from regionspot.cache.progress import duration
+from regionspot.cache.reading.batch import Batch
 from regionspot.cache.state_dicts import require_finite
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.batches import TrainingBatch, batch_shares, decode_on_device, read_batches
@@ -142,6 +143,7 @@ class _Trainer:
         if self.first_step:
             log.info("%s: resumed after step %s", self.folder.path, f"{self.first_step:,}")
         done = saved = self.first_step
+        self.loss_sum, self.grad_norm_sum = meter.resumed_sums
         next_checkpoint = time.monotonic() + min(checkpoint_seconds, FIRST_CHECKPOINT_SECONDS)
         batches = read_batches(
             self.training_sets,
@@ -162,12 +164,15 @@ class _Trainer:
                     wait_seconds = time.perf_counter() - begin
                     loss, grad_norm = self._step(batch, texts[batch.set_index])
                     done = batch.step + 1
-                    meter.add(loss, grad_norm, len(batch.batch), wait_seconds)
+                    self.loss_sum += loss
+                    self.grad_norm_sum += grad_norm
+                    meter.add(images=len(batch.batch), bytes=_feature_bytes(batch.batch), wait_seconds=wait_seconds)
                     regular = done % checkpoint_every == 0 or done == iterations
                     # A regular checkpoint ends the metrics interval. A checkpoint by time must not: nobody can predict
                     # its step, and a resumed run would average over other steps.
                     if regular or done % log_every == 0:
-                        meter.write(done, config.learning_rate(batch.step))
+                        meter.write(done, config.learning_rate(batch.step), self.loss_sum, self.grad_norm_sum)
+                        self.loss_sum = self.grad_norm_sum = 0.0
                     if regular or time.monotonic() >= next_checkpoint:
                         self._save(done)
                         saved, next_checkpoint = done, time.monotonic() + checkpoint_seconds
@@ -228,9 +233,15 @@ class _Trainer:
         try:
             # The state is last: it marks the step as done, and the head of this step must exist by then.
             save_checkpoint(self.folder.head, self.spec, self.head, replace(self.info, step=step))
-            self.folder.save(step, self.head, self.optimizer, self.meter.open_interval())
+            interval = self.meter.open_interval(self.loss_sum, self.grad_norm_sum)
+            self.folder.save(step, self.head, self.optimizer, interval)
         except OSError as error:
             raise InputError(
                 f"{self.folder.path}: the checkpoint of step {step} cannot be written ({error.strerror}); "
                 "free some disk space and resume with --resume"
             ) from None
+
+
+def _feature_bytes(batch: Batch) -> int:
+    """Bytes of the features of a batch in their stored form."""
+    return sum(array.nbytes for array in (batch.tokens, batch.token_scale, batch.feature_map, batch.map_scale))
