@@ -246,6 +246,8 @@ class FeatureCache:
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
+        pack: bool = False,
+        share_batches: bool = False,
         threads: int | None = None,
         ahead: int = AHEAD,
         block_parts: int = Sampling.block_parts,
@@ -261,6 +263,8 @@ class FeatureCache:
         rank, world_size   this process's share: over all ranks an epoch gives every row exactly once, in the same
                     number of batches per rank (details in sampling.py)
         drop_last   drop the rows that do not fill a whole batch on every rank
+        pack        batches of images with similar numbers of regions: less padding
+        share_batches   `batch_size` is that of all ranks together, and each rank gets a part of every batch
         threads     that read (default: by the storage); ahead: batches that are prefetched
         tokens_in_memory   read the tokens of all `rows` now and keep them
         pin_memory  page-locked batches, for copies to a GPU (default: if this process already uses one). A copy with
@@ -275,6 +279,8 @@ class FeatureCache:
             rank=rank,
             world_size=world_size,
             drop_last=drop_last,
+            pack=pack,
+            share_batches=share_batches,
             block_parts=block_parts,
         )
         sets = [self._only_set("map", map_set), self._only_set("token", token_set)]

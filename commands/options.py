@@ -19,7 +19,7 @@ PresetName = Literal["bb", "bl", "bl336", "toy"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 PreprocessName = Literal["direct", "reference"]
 TemplatesName = Literal["reference", "imagenet", "plain"]
-ScheduleName = Literal["paper", "toy"]
+ScheduleName = Literal["paper", "stage2", "fast", "toy"]
 TokensName = Literal["first", "all"]
 BaselineName = Literal["crop", "pooled"]
 ExifName = Literal["auto", "apply", "ignore"]
@@ -39,6 +39,14 @@ TakeOver = Annotated[
     ),
 ]
 EXTRACTION_FAILURES, EVALUATION_FAILURES = str(EXTRACTION_LIMIT), str(EVALUATION_LIMIT)
+
+# A pair of backbones, alone or with the schedule that it is trained by; see fusion/config.py.
+TrainPresetName = Literal[
+    "bb", "bl", "bl336", "toy",
+    "stage1-bb", "stage1-bl", "stage1-bl336",
+    "stage2-bb", "stage2-bl", "stage2-bl336",
+    "fast-bb", "fast-bl", "fast-bl336",
+]  # fmt: skip
 
 Preset = Annotated[PresetName, typer.Option(help="the pair of backbones")]
 OptionalPreset = Annotated[

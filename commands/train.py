@@ -10,16 +10,24 @@ import typer
 from regionspot.commands import options
 from regionspot.commands.signals import on_stop
 
+SCHEDULES = {"stage1": "paper"}  # of the presets; the others have the name of their stage
+
 
 def train(
     cache: Annotated[list[str], typer.Option(help="a cache to train from, a folder or URL; can be repeated")],
     out: Annotated[Path, typer.Option(help="folder for the head, its checkpoints, metrics and curves")],
-    preset: options.Preset = "bl",
+    preset: Annotated[
+        options.TrainPresetName,
+        typer.Option(help="the pair of backbones; stage1-, stage2- and fast- before it choose a schedule"),
+    ] = "bl",
     localizer: Annotated[str | None, typer.Option(help="train on this localizer's tokens, not the preset's")] = None,
     encoder: Annotated[str | None, typer.Option(help="train on this encoder's feature maps, not the preset's")] = None,
-    schedule: Annotated[options.ScheduleName, typer.Option(help="learning rates and number of steps")] = "paper",
+    schedule: Annotated[
+        options.ScheduleName | None, typer.Option(help="learning rates and number of steps; default: paper")
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="start from this head: another run's, or a released one")] = None,
     ratio: Annotated[
-        list[float] | None, typer.Option(min=0, help="share of the batches, one per cache; default: by size")
+        list[float] | None, typer.Option(min=0, help="share of the batches, one per cache; default: by the schedule")
     ] = None,
     iterations: Annotated[
         int | None,
@@ -29,7 +37,17 @@ def train(
             help="steps; the schedule is scaled to them. More steps with --resume lengthen a run",
         ),
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(min=1, max=options.MAX_IMAGES, help="images per step")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(min=1, max=options.MAX_IMAGES, help="images per step, of all processes together")
+    ] = None,
+    max_regions: Annotated[
+        int | None,
+        typer.Option(min=0, help="at most so many regions of an image, a random choice in every epoch; 0: all"),
+    ] = None,
+    pack: Annotated[
+        bool | None, typer.Option("--pack/--no-pack", help="batches of images with similar numbers of regions")
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="compile the head by torch.compile")] = False,
     lr: Annotated[float | None, typer.Option(min=0, help="learning rate")] = None,
     seed: options.Seed = None,
     templates: Annotated[options.TemplatesName, typer.Option(help="prompt templates of the class names")] = "reference",
@@ -44,6 +62,7 @@ def train(
     device: options.Device = None,
 ) -> None:
     """Train a fusion head from one or more caches."""
+    from regionspot.cache.errors import InputError
     from regionspot.cache.outputs import check_output_folder
     from regionspot.cache.store import FeatureCache
     from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
@@ -53,11 +72,23 @@ def train(
     from regionspot.pipeline.backbones.registry import stored_name
     from regionspot.pipeline.backbones.weights import check_source
 
-    check_output_folder(out, cache)
+    stage, _, pair = preset.rpartition("-")
+    if stage and schedule:
+        raise InputError(f"--preset {preset}: chooses a schedule already; leave --schedule out")
+    check_output_folder(out, [*cache, init])
     for source in (weights, clip_weights):
         check_source(source)  # also where a stored vocabulary makes them unnecessary
-    config = train_config(schedule, iterations=iterations, batch_size=batch_size, lr=lr, seed=seed)
-    backbones = get_preset(preset)
+    name = schedule or SCHEDULES.get(stage, stage or "paper")
+    config = train_config(
+        name,
+        iterations=iterations,
+        batch_size=batch_size,
+        lr=lr,
+        seed=seed,
+        max_regions=max_regions,
+        pack=pack,
+    )
+    backbones = get_preset(pair)
     tokens, maps = stored_name(localizer or backbones.localizer), stored_name(encoder or backbones.encoder)
     caches = [FeatureCache.open(path, local_copy=local_copy, local_limit=local_limit) for path in cache]
     vocabularies = [cache_vocabulary(one, maps, templates, clip_weights or weights, device) for one in caches]
@@ -67,10 +98,12 @@ def train(
         vocabularies,
         out,
         config,
-        preset=None if localizer or encoder else preset,
+        preset=None if localizer or encoder else pair,
         ratios=ratio,
         map_set=maps,
         token_set=tokens,
+        init=init,
+        compile=compile,
         resume=resume,
         device=device,
         checkpoint_every=checkpoint_every,

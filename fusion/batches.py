@@ -1,14 +1,14 @@
-"""The batch of every training step, read ahead, and decoded on the training device.
+"""The batch of every training step, read ahead, copied to the training device and decoded there.
 
 A batch follows from the seed and the step alone, so a resumed run gets the same batches as a run that was never
 stopped. The batches of one cache are those of its loader, epoch after epoch; several caches alternate.
 """
 
-# B images, R regions (padded), T map tokens, D channels
+# B images, R regions (padded), T map tokens, C location token, D width of the map
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,9 @@ from regionspot.cache.format.encodings import require_statistics
 from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.reading.batch import Batch
 from regionspot.cache.reading.loader import Loader
+from regionspot.fusion.config import TrainConfig
+from regionspot.fusion.distributed import SINGLE, Group
+from regionspot.fusion.heads.pooling import relative_boxes
 from regionspot.fusion.training_sets import TrainingSet
 
 # Fractional part of the golden ratio: its multiples modulo 1 fill every interval of [0, 1) more evenly than random
@@ -30,13 +33,36 @@ from regionspot.fusion.training_sets import TrainingSet
 GOLDEN = 0.6180339887498949
 
 
+HostBatch = tuple[int, int, Batch]  # step, index of the training set, batch
+
+
 @dataclass(frozen=True, eq=False)
 class TrainingBatch:
-    """The batch of one step, from training set number `set_index`. The next step reuses its buffers."""
+    """The images of one step that this process computes, on the device; valid until the next batch is requested.
+
+    set_index    of the training set that the images are from
+    rows         int64 (B,) of its manifest, on the host
+    stored_bytes of the features in the cache
+    tokens       (B, R, C), region_mask bool (B, R), feature_map (B, T, D)
+    boxes        float32 (B, R, 4), x1, y1, x2, y2 divided by the image's width and height; padding is 0
+    categories   int64 (B, R), -1 for padding and unknown classes
+    known        int64 (K,), indices of the regions with a known class in the flattened (B * R)
+    """
 
     step: int
     set_index: int
-    batch: Batch
+    training_set: TrainingSet
+    rows: NDArray[np.int64]
+    stored_bytes: int
+    tokens: Tensor
+    region_mask: Tensor
+    feature_map: Tensor
+    boxes: Tensor
+    categories: Tensor
+    known: Tensor
+
+    def __len__(self) -> int:
+        return len(self.rows)
 
 
 def batch_shares(training_sets: Sequence[TrainingSet], ratios: Sequence[float] | None = None) -> NDArray[np.float64]:
@@ -62,36 +88,85 @@ def set_of_steps(shares: NDArray[np.float64], steps: int) -> NDArray[np.int64]:
 def read_batches(
     training_sets: Sequence[TrainingSet],
     shares: NDArray[np.float64],
-    batch_size: int,
-    seed: int,
+    config: TrainConfig,
+    device: torch.device,
+    first_step: int = 0,
+    end_step: int | None = None,
+    group: Group = SINGLE,
+) -> Generator[TrainingBatch]:
+    """The batches of steps `first_step` to `end_step` - 1 (default: to the end of the run), read ahead by threads.
+
+    `config.batch_size` images are shared by all processes of `group`. On a GPU, a batch is copied from page-locked
+    memory on a stream of its own while the step before computes. Raises the error of a failed read at the step whose
+    batch it concerns.
+    """
+    decoders = [(DeviceDecoder(one.tokens, device), DeviceDecoder(one.maps, device)) for one in training_sets]
+
+    def to_device(step: int, index: int, batch: Batch) -> TrainingBatch:
+        manifest, (decode_tokens, decode_maps) = training_sets[index].cache.manifest, decoders[index]
+        regions = _regions(batch, config.max_regions, [config.seed, step])
+        categories = regions["categories"].astype(np.int64)
+        boxes = relative_boxes(regions["boxes_xyxy"], manifest.heights[batch.rows], manifest.widths[batch.rows])
+        arrays = (regions["region_mask"], boxes, categories, np.flatnonzero(categories >= 0))
+        mask, boxes_on_device, categories_on_device, known = (
+            torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
+        )
+        return TrainingBatch(
+            step=step,
+            set_index=index,
+            training_set=training_sets[index],
+            rows=batch.rows.copy(),
+            stored_bytes=sum(
+                array.nbytes for array in (batch.tokens, batch.token_scale, batch.feature_map, batch.map_scale)
+            ),
+            tokens=decode_tokens(regions["tokens"], regions["token_scale"]),
+            region_mask=mask,
+            feature_map=decode_maps(batch.feature_map, batch.map_scale),
+            boxes=boxes_on_device,
+            categories=categories_on_device,
+            known=known,
+        )
+
+    end_step = config.iterations if end_step is None else end_step
+    with closing(_host_batches(training_sets, shares, config, first_step, end_step, group, device)) as host_batches:
+        if device.type == "cuda":
+            yield from _copied_ahead(host_batches, to_device, device)
+        else:
+            for host_batch in host_batches:
+                yield to_device(*host_batch)
+
+
+def _host_batches(
+    training_sets: Sequence[TrainingSet],
+    shares: NDArray[np.float64],
+    config: TrainConfig,
     first_step: int,
     end_step: int,
-    pin_memory: bool = False,
-) -> Generator[TrainingBatch]:
-    """The batches of steps `first_step` to `end_step` - 1, read ahead by threads.
-
-    pin_memory   page-locked buffers, for copies to a GPU
-
-    Raises the error of a failed read at the step whose batch it concerns.
-    """
+    group: Group,
+    device: torch.device,
+) -> Generator[HostBatch]:
     set_indices = set_of_steps(shares, end_step)
     steps_done = np.bincount(set_indices[:first_step], minlength=len(shares))
     with ExitStack() as stack:
         streams = []
         for index, (training_set, done) in enumerate(zip(training_sets, steps_done.tolist(), strict=True)):
             loader = training_set.cache.loader(
-                batch_size,
-                seed=seed + index,
+                config.batch_size,
+                seed=config.seed + index,
                 rows=training_set.rows,
                 map_set=training_set.maps.name,
                 token_set=training_set.tokens.name,
-                pin_memory=pin_memory,
+                rank=group.rank,
+                world_size=group.size,
+                share_batches=True,
+                pack=config.pack,
+                pin_memory=device.type == "cuda",
             )
             epoch, batches = divmod(done, len(loader))
             loader.load_state_dict({**loader.state_dict(), "epoch": epoch, "batches": batches})
             streams.append(stack.enter_context(closing(_all_epochs(loader))))
         for step, index in enumerate(set_indices[first_step:].tolist(), start=first_step):
-            yield TrainingBatch(step, index, next(streams[index]))
+            yield step, index, next(streams[index])
 
 
 def _all_epochs(loader: Loader) -> Generator[Batch]:
@@ -99,21 +174,79 @@ def _all_epochs(loader: Loader) -> Generator[Batch]:
         yield from loader
 
 
-def decode_on_device(
-    stored: NDArray[Any], scales: NDArray[np.float16], feature_set: FeatureSet, device: torch.device
-) -> Tensor:
-    """Features (..., D) on `device`, from `stored` (..., D) of a batch and, for int8, its `scales` (...).
+def _copied_ahead(
+    host_batches: Iterator[HostBatch],
+    to_device: Callable[[int, int, Batch], TrainingBatch],
+    device: torch.device,
+) -> Iterator[TrainingBatch]:
+    """Each batch is yielded after the copy of the next one has started, on a stream of its own."""
+    stream, previous = torch.cuda.Stream(device), None
+    for host_batch in host_batches:
+        with torch.cuda.stream(stream):
+            batch = to_device(*host_batch)
+            copied = stream.record_event()
+        if previous is not None:
+            yield _handed_over(*previous)
+        copied.synchronize()  # the next host batch reuses the memory of this one
+        previous = batch, copied
+    if previous is not None:
+        yield _handed_over(*previous)
+
+
+def _handed_over(batch: TrainingBatch, copied: torch.cuda.Event) -> TrainingBatch:
+    """Make the current stream wait for the copy, and keep the memory until that stream has used it."""
+    current = torch.cuda.current_stream(batch.tokens.device)
+    current.wait_event(copied)
+    for value in vars(batch).values():
+        if isinstance(value, Tensor):
+            value.record_stream(current)
+    return batch
+
+
+def _regions(batch: Batch, maximum: int, key: Sequence[int]) -> dict[str, NDArray[Any]]:
+    """The columns of regions of a batch; with a `maximum` > 0, a random choice of so many regions of each image.
+
+    Regions of known class are chosen first. `key` is the seed of the choice.
+    """
+    names = ("tokens", "token_scale", "region_mask", "categories", "boxes_xyxy")
+    columns = {name: getattr(batch, name) for name in names}
+    images, regions = batch.region_mask.shape
+    if not maximum or regions <= maximum:
+        return columns
+    order = np.tile(np.arange(regions) / regions, (images, 1))
+    for image in np.flatnonzero(batch.region_mask.sum(axis=1) > maximum).tolist():
+        # Seeded by the image, so that the choice does not depend on the other images of the batch.
+        order[image] = np.random.default_rng([*key, int(batch.rows[image])]).random(regions)
+    order += (batch.categories < 0) + 2.0 * ~batch.region_mask
+    chosen = np.sort(np.argsort(order, axis=1)[:, :maximum], axis=1)
+    return {
+        name: column[np.arange(images)[:, None], chosen] if column.shape[1] else column
+        for name, column in columns.items()
+    }
+
+
+class DeviceDecoder:
+    """Decodes features of one feature set on a device.
 
     The stored form, which is the smallest, is copied to the device and decoded there. float16 and float32 stay as they
     are; int8 becomes float32: code * scale of the row * deviation of the channel + mean of the channel. A copy from
-    page-locked memory may still be running when this returns. Raises InputError for an int8 set without statistics.
+    page-locked memory may still be running when a call returns. Raises InputError for an int8 set without statistics.
     """
-    values = torch.from_numpy(stored).to(device, non_blocking=True)
-    if feature_set.dtype == "bfloat16":
-        return values.view(torch.bfloat16)
-    if feature_set.dtype != "int8":
-        return values
-    statistics = require_statistics(feature_set)
-    deviation, mean = (torch.tensor(array, device=device) for array in (statistics.deviation, statistics.mean))
-    factors = torch.from_numpy(scales).to(device, non_blocking=True).float().unsqueeze(-1)
-    return values.float().mul_(factors).mul_(deviation).add_(mean)
+
+    def __init__(self, feature_set: FeatureSet, device: torch.device) -> None:
+        self._dtype, self._device = feature_set.dtype, device
+        if self._dtype == "int8":
+            statistics = require_statistics(feature_set)
+            self._deviation, self._mean = (
+                torch.tensor(array, device=device) for array in (statistics.deviation, statistics.mean)
+            )
+
+    def __call__(self, stored: NDArray[Any], scales: NDArray[np.float16]) -> Tensor:
+        """Features (..., D) on the device, from `stored` (..., D) of a batch and, for int8, its `scales` (...)."""
+        values = torch.from_numpy(stored).to(self._device, non_blocking=True)
+        if self._dtype == "bfloat16":
+            return values.view(torch.bfloat16)
+        if self._dtype != "int8":
+            return values
+        factors = torch.from_numpy(scales).to(self._device, non_blocking=True).float().unsqueeze(-1)
+        return values.float().mul_(factors).mul_(self._deviation).add_(self._mean)

@@ -9,6 +9,7 @@ nesting of other training programs (cache/state_dicts.py), is read as a released
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import pickle
 import zipfile
@@ -74,6 +75,15 @@ def save_checkpoint(path: Path, spec: HeadSpec, head: nn.Module, info: HeadInfo)
     """Write the head, which was built from `spec`, atomically. Raises OSError if the file cannot be written."""
     document = {"kind": KIND, "format": FORMAT, "head": spec.as_json(), "info": asdict(info)}
     write_tensor_file(path, head.state_dict(), document)
+
+
+def weights_digest(state: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the names and values of a head's weights, as hex."""
+    digest = hashlib.sha256()
+    for name, value in state.items():
+        digest.update(name.encode())
+        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def load_checkpoint(path: Path, preset: str | None = None, own_class: str | None = None) -> Checkpoint:

@@ -1,6 +1,10 @@
 """The configuration of a training run, the named configurations, and the intervals between checkpoints.
 
-`paper` is the authors' (configs/Base-RegionSpot.yaml and configs/objects365_*.yaml of Surrey-UP-Lab/RegionSpot).
+`paper` (stage 1) and `stage2` are the authors' (configs/Base-RegionSpot.yaml and configs/objects365_*.yaml of
+Surrey-UP-Lab/RegionSpot): both run 450,000 steps of 16 images, stage 2 on several caches at equal ratios, from the head
+of stage 1. `fast` sees the same number of images in batches of 512, with the square root rule for the learning rate of
+Adam (Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms").
+
 Milestones are fractions of the run, not steps, so a run of another length keeps the shape of its schedule. A lengthened
 run uses the learning rates of the longer run from then on; if it was stopped before its first milestone, its numbers
 equal those of a run that had the longer length from the start.
@@ -20,7 +24,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 
 # A checkpoint is saved after this many steps, and after this many seconds since the last one (or since the start). A
 # killed run loses the steps since its last checkpoint.
-CHECKPOINT_STEPS = 2000
+CHECKPOINT_STEPS = VALIDATION_STEPS = 2000
 CHECKPOINT_SECONDS = 600.0
 FIRST_CHECKPOINT_SECONDS = 60.0
 
@@ -30,6 +34,9 @@ class TrainConfig:
     """Everything that decides the numbers of a training run; devices, paths and intervals do not.
 
     clip_norm      maximum norm of all gradients together
+    ratio          share of the batches that each cache gives: "size", by its number of usable images, or "equal"
+    max_regions    at most so many regions of an image, a random choice in every epoch; 0: all
+    pack           batches of images with similar numbers of regions
     milestones     fractions of the run after which the learning rate is multiplied by `decay`
     warmup         steps over which the learning rate rises linearly from `warmup_factor` of itself; at most a tenth of
                    the run
@@ -47,6 +54,9 @@ class TrainConfig:
     clip_norm: float = 1.0
     batch_size: int = 16
     iterations: int = 450_000
+    ratio: Literal["size", "equal"] = "size"
+    max_regions: int = 0
+    pack: bool = False
     milestones: tuple[float, ...] = (7 / 9, 14 / 15)  # 350,000 and 420,000 of 450,000
     decay: float = 0.1
     warmup: int = 1000
@@ -64,7 +74,7 @@ class TrainConfig:
         for name in ("iterations", "batch_size", "layers", "heads", "ffn", "lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"training: {name} is {getattr(self, name)}, expected more than 0 and finite")
-        for name in ("weight_decay", "warmup", "dropout", "seed"):
+        for name in ("weight_decay", "warmup", "dropout", "seed", "max_regions"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"training: {name} is {getattr(self, name)}, expected 0 or more and finite")
         if self.seed >= 2**32:  # the seed of a step is a million times larger and must fit into torch's 64 bits
@@ -94,8 +104,19 @@ class TrainConfig:
         return lr
 
 
+FAST_BATCH = 512
+
 TRAIN_PRESETS = {
     "paper": TrainConfig(),
+    "stage2": TrainConfig(ratio="equal"),
+    "fast": TrainConfig(
+        lr=TrainConfig.lr * math.sqrt(FAST_BATCH / TrainConfig.batch_size),
+        batch_size=FAST_BATCH,
+        iterations=TrainConfig.iterations * TrainConfig.batch_size // FAST_BATCH,
+        ratio="equal",
+        max_regions=100,
+        pack=True,
+    ),
     # One or two minutes on two cores. Halved at each milestone, the learning rate approximates a cosine schedule.
     "toy": TrainConfig(
         lr=1e-3,

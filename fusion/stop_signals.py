@@ -53,8 +53,15 @@ class StopSignals:
             signal.signal(number, handler)
         self._old_handlers = {}
 
-    def interruptible(self, work: Callable[[], T]) -> T:
-        """The result of `work()`. Raises Stopped as soon as a signal arrives, or if one has arrived before."""
+    @property
+    def received(self) -> bool:
+        """Whether a signal has arrived."""
+        return self._received is not None
+
+    def interruptible(self, work: Callable[[], T], enabled: bool = True) -> T:
+        """The result of `work()`. If `enabled`, raises Stopped as soon as a signal arrives, or arrived before."""
+        if not enabled:
+            return work()
         self._interruptible = True
         try:
             if self._received is not None:

@@ -9,33 +9,44 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.optim import AdamW
+from torch import nn
 
 from regionspot.cache.errors import InputError, WeightsError
-from regionspot.cache.machine import compute_device
 from regionspot.cache.progress import duration
-from regionspot.cache.reading.batch import Batch
 from regionspot.cache.state_dicts import require_finite
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.batches import TrainingBatch, batch_shares, decode_on_device, read_batches
-from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
-from regionspot.fusion.config import CHECKPOINT_SECONDS, CHECKPOINT_STEPS, FIRST_CHECKPOINT_SECONDS, TrainConfig
-from regionspot.fusion.heads.pooling import relative_boxes
+from regionspot.fusion.batches import TrainingBatch, batch_shares, read_batches
+from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint, weights_digest
+from regionspot.fusion.config import (
+    CHECKPOINT_SECONDS,
+    CHECKPOINT_STEPS,
+    FIRST_CHECKPOINT_SECONDS,
+    VALIDATION_STEPS,
+    TrainConfig,
+)
+from regionspot.fusion.distributed import Group, process_group
 from regionspot.fusion.heads.spec import HeadSpec
-from regionspot.fusion.losses import region_loss
 from regionspot.fusion.metrics import Meter, draw_curves, read_metrics
 from regionspot.fusion.run_folder import RunFolder
+from regionspot.fusion.step import StepSums, TrainStep
 from regionspot.fusion.stop_signals import Stopped, StopSignals
-from regionspot.fusion.training_sets import TrainingSet, head_info, head_spec_for, open_training_set, run_identity
+from regionspot.fusion.training_sets import (
+    TrainingSet,
+    head_info,
+    head_spec_for,
+    initial_weights,
+    open_training_set,
+    run_identity,
+)
 from regionspot.fusion.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
@@ -55,6 +66,9 @@ class TrainResult:
         return f"{self.step:,} steps in {duration(self.seconds)}, loss {self.loss:.4g}"
 
 
+Validate = Callable[[nn.Module], Mapping[str, float]]
+
+
 def train(
     caches: Sequence[FeatureCache],
     vocabularies: Sequence[Vocabulary],
@@ -65,8 +79,12 @@ def train(
     ratios: Sequence[float] | None = None,
     map_set: str | None = None,
     token_set: str | None = None,
+    init: Path | None = None,
     resume: bool = False,
     device: str | None = None,
+    compile: bool = False,
+    validate: Validate | None = None,
+    validate_every: int = VALIDATION_STEPS,
     checkpoint_every: int = CHECKPOINT_STEPS,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     log_every: int = 20,
@@ -75,107 +93,122 @@ def train(
 
     vocabularies   one for each cache, in the order of its categories
     preset         name of the pair of backbones, saved with the head so that evaluation can load them
-    ratios         share of the batches from each cache, in any unit; default: the number of usable images
+    ratios         share of the batches from each cache, in any unit; default: by `config.ratio`
     map_set, token_set  feature sets to train on, where a cache holds several
+    init           a checkpoint, ours or a released one, whose weights the head starts from
     resume         from the last checkpoint in `out_dir`; start if there is none. With more iterations than before, the
                    run becomes longer (fusion/config.py describes its learning rates)
     device         default: the GPU if there is one
+    compile        the head by torch.compile
+    validate       scores of the head in evaluation mode, the most important first; called every `validate_every` steps
+                   and at the end. The head with the best score is kept
     checkpoint_every, checkpoint_seconds  save a checkpoint after this many steps, and after this many seconds
 
-    On a CPU, a resumed run is bitwise equal for the same number of threads. SIGINT and SIGTERM take effect after the
-    current step is finished and saved. Raises InputError for inputs that do not fit together, for a folder that holds
-    something else, and when the loss is no longer finite; the last checkpoint is intact then.
+    Under torchrun, all processes compute one run (fusion/distributed.py). On a CPU, a resumed run of one process is
+    bitwise equal for the same number of threads. SIGINT and SIGTERM take effect after the current step is finished and
+    saved. Raises InputError for inputs that do not fit together, for a folder that holds something else, and when the
+    loss is no longer finite; the last checkpoint is intact then.
     """
-    for name, value in (("checkpoint_every", checkpoint_every), ("log_every", log_every)):
+    for name, value in (
+        ("checkpoint_every", checkpoint_every),
+        ("log_every", log_every),
+        ("validate_every", validate_every),
+    ):
         if value < 1:
             raise InputError(f"training: {name} is {value}, expected at least 1 step")
     if not checkpoint_seconds > 0:
         raise InputError(f"training: checkpoint_seconds is {checkpoint_seconds}, expected more than 0")
     training_sets = [open_training_set(cache, map_set, token_set) for cache in caches]
     spec = head_spec_for(training_sets, vocabularies, config)
-    shares = batch_shares(training_sets, ratios)
+    shares = batch_shares(training_sets, ratios or ([1.0] * len(caches) if config.ratio == "equal" else None))
     identity = run_identity(training_sets, vocabularies, shares, config, preset)
-    folder = RunFolder(out_dir)
-    folder.claim(identity, resume)
+    start = None
+    if init is not None:
+        start = initial_weights(init, spec, training_sets[0])
+        identity["init"] = weights_digest(start)
     info = head_info(training_sets[0], vocabularies, identity)
-    torch_device = compute_device(device)
-    # Forked because every step sets the seed: the caller's random state must not change.
-    with torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []):
-        torch.manual_seed(config.seed)
-        head = spec.build().to(torch_device).train()
-        trainer = _Trainer(folder, training_sets, shares, config, spec, head, info, torch_device)
-        with StopSignals() as signals:
-            return trainer.run(vocabularies, checkpoint_every, checkpoint_seconds, log_every, signals)
+    folder = RunFolder(out_dir)
+    with process_group(device) as (group, torch_device):
+        if group.is_first:
+            folder.claim(identity, resume)
+        group.wait()
+        # Forked because every step sets the seed: the caller's random state must not change.
+        with torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []):
+            torch.manual_seed(config.seed)
+            head = spec.build()
+            if start is not None:
+                head.load_state_dict(start)
+            texts = [vocabulary.embeddings.to(torch_device) for vocabulary in vocabularies]
+            step = TrainStep(head.to(torch_device).train(), config, texts, torch_device, group, compile)
+            batches = partial(read_batches, training_sets, shares, config, torch_device, group=group)
+            trainer = _Trainer(folder, config, spec, step, info, batches, group, validate)
+            with StopSignals() as signals:
+                return trainer.run(checkpoint_every, checkpoint_seconds, validate_every, log_every, signals)
 
 
 class _Trainer:
-    """Runs a training from its last checkpoint to the end, in one process."""
+    """Runs a training from its last checkpoint to the end. Only the first process of a group writes files."""
 
     def __init__(
         self,
         folder: RunFolder,
-        training_sets: Sequence[TrainingSet],
-        shares: NDArray[np.float64],
         config: TrainConfig,
         spec: HeadSpec,
-        head: nn.Module,
+        step: TrainStep,
         info: HeadInfo,
-        device: torch.device,
+        batches: Callable[..., Generator[TrainingBatch]],
+        group: Group,
+        validate: Validate | None,
     ) -> None:
-        self.folder, self.training_sets, self.shares, self.config = folder, training_sets, shares, config
-        self.spec, self.head, self.info, self.device = spec, head, info, device
-        self.optimizer = AdamW(head.parameters(), lr=config.lr, weight_decay=config.weight_decay, fused=True)
-        self.first_step, interval = folder.restore(head, self.optimizer)
-        self.meter = Meter(folder.metrics, self.first_step, config.iterations, interval)
-        bf16 = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
-        self.autocast = torch.autocast(device.type, torch.bfloat16) if bf16 else nullcontext()
+        self.folder, self.config, self.spec, self.step, self.info = folder, config, spec, step, info
+        self.batches, self.group, self.validate = batches, group, validate
+        self.first_step, interval = folder.restore(step.head, step.optimizer)
+        if interval:
+            step.clear(interval["loss"], interval["grad_norm"])
+        self.meter = Meter(folder.metrics, self.first_step, config.iterations, interval) if group.is_first else None
+        # Of the steps since the last check, to name the images of a step that failed.
+        self.rows = dict[int, tuple[TrainingSet, NDArray[np.int64]]]()
 
     def run(
         self,
-        vocabularies: Sequence[Vocabulary],
         checkpoint_every: int,
         checkpoint_seconds: float,
+        validate_every: int,
         log_every: int,
         signals: StopSignals,
     ) -> TrainResult:
-        config, iterations, meter = self.config, self.config.iterations, self.meter
-        texts = [vocabulary.embeddings.to(self.device) for vocabulary in vocabularies]
+        iterations, group = self.config.iterations, self.group
         if self.first_step:
             log.info("%s: resumed after step %s", self.folder.path, f"{self.first_step:,}")
         done = saved = self.first_step
-        self.loss_sum, self.grad_norm_sum = meter.resumed_sums
         next_checkpoint = time.monotonic() + min(checkpoint_seconds, FIRST_CHECKPOINT_SECONDS)
-        batches = read_batches(
-            self.training_sets,
-            self.shares,
-            config.batch_size,
-            config.seed,
-            self.first_step,
-            iterations,
-            pin_memory=self.device.type == "cuda",
-        )
         try:
-            with closing(batches):
+            with closing(self.batches(self.first_step)) as batches:
                 while True:
                     begin = time.perf_counter()
-                    batch = signals.interruptible(lambda: next(batches, None))
+                    # One process stops at any step. Several stop together, at the end of an interval.
+                    batch = signals.interruptible(lambda: next(batches, None), enabled=group.size == 1)
                     if batch is None:
                         break
                     wait_seconds = time.perf_counter() - begin
-                    loss, grad_norm = self._step(batch, texts[batch.set_index])
+                    self.step(batch)
                     done = batch.step + 1
-                    self.loss_sum += loss
-                    self.grad_norm_sum += grad_norm
-                    meter.add(images=len(batch.batch), bytes=_feature_bytes(batch.batch), wait_seconds=wait_seconds)
+                    self.rows[batch.step] = batch.training_set, batch.rows
+                    if self.meter:
+                        self.meter.add(images=len(batch), bytes=batch.stored_bytes, wait_seconds=wait_seconds)
                     regular = done % checkpoint_every == 0 or done == iterations
                     # A regular checkpoint ends the metrics interval. A checkpoint by time must not: nobody can predict
                     # its step, and a resumed run would average over other steps.
-                    if regular or done % log_every == 0:
-                        meter.write(done, config.learning_rate(batch.step), self.loss_sum, self.grad_norm_sum)
-                        self.loss_sum = self.grad_norm_sum = 0.0
-                    if regular or time.monotonic() >= next_checkpoint:
-                        self._save(done)
-                        saved, next_checkpoint = done, time.monotonic() + checkpoint_seconds
+                    validates = self.validate is not None and (done % validate_every == 0 or done == iterations)
+                    ends_interval = regular or validates or done % log_every == 0
+                    if ends_interval:
+                        self._end_interval(done, self.validate if validates else None)
+                    if group.size == 1 or ends_interval:
+                        if regular or group.any(time.monotonic() >= next_checkpoint):
+                            self._save(done)
+                            saved, next_checkpoint = done, time.monotonic() + checkpoint_seconds
+                        if group.size > 1 and group.any(signals.received):
+                            raise Stopped
         except Stopped:
             if done > saved:
                 self._save(done)
@@ -183,48 +216,48 @@ class _Trainer:
             log.info("%s: %s", self.folder.path, message)
             signals.take_effect()
             raise KeyboardInterrupt from None
+        if self.meter is None:
+            return TrainResult(self.folder.head, iterations, math.nan, math.nan)
         draw_curves(read_metrics(self.folder.metrics), self.folder.curves)
-        loss = float(meter.last["loss"]) if meter.last else math.nan
-        return TrainResult(self.folder.head, iterations, loss, meter.seconds)
+        loss = float(self.meter.last["loss"]) if self.meter.last else math.nan
+        return TrainResult(self.folder.head, iterations, loss, self.meter.seconds)
 
-    def _step(self, training_batch: TrainingBatch, text: Tensor) -> tuple[float, float]:
-        """Update the weights once. Returns the loss and the norm of the gradients before clipping."""
-        config, batch, step = self.config, training_batch.batch, training_batch.step
-        # Dropout depends on the step only, so there is no random state to save.
-        torch.manual_seed(config.seed * 1_000_003 + step)
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate(step)
-        training_set = self.training_sets[training_batch.set_index]
-        tokens = decode_on_device(batch.tokens, batch.token_scale, training_set.tokens, self.device)
-        feature_map = decode_on_device(batch.feature_map, batch.map_scale, training_set.maps, self.device)
-        manifest = training_set.cache.manifest
-        boxes = relative_boxes(batch.boxes_xyxy, manifest.heights[batch.rows], manifest.widths[batch.rows])
-        mask, categories, box_tensor = (
-            torch.from_numpy(array).to(self.device, non_blocking=True)
-            for array in (batch.region_mask, batch.categories, boxes)
-        )
-        with self.autocast:
-            semantic = self.head(tokens, mask, feature_map, box_tensor)
-        loss = region_loss(semantic, text, categories)
-        self.optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(self.head.parameters(), config.clip_norm)
-        # Checked before the update, so that NaN and infinity never reach the weights or a checkpoint. `tolist` also
-        # waits for the device: the copies above are complete before the buffers of the batch are reused.
-        loss_value, norm_value = torch.stack([loss.detach(), norm]).tolist()
-        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
-            ids = ", ".join(str(image_id) for image_id in batch.image_ids.tolist())
+    def _end_interval(self, done: int, validate: Validate | None) -> None:
+        sums = self._checked_sums()
+        if self.meter:
+            scores = self._validate(validate, done, self.meter) if validate else None
+            self.meter.write(done, self.config.learning_rate(done - 1), sums.loss, sums.grad_norm, scores)
+        self.step.clear()
+
+    def _validate(self, validate: Validate, done: int, meter: Meter) -> Mapping[str, float]:
+        head = self.step.head.eval()
+        with meter.paused(), torch.no_grad():
+            scores = validate(head)
+        head.train()
+        return scores
+
+    def _checked_sums(self) -> StepSums:
+        """Loss and gradient norm of the interval. Raises InputError if one of them was not finite."""
+        sums = self.step.read()
+        if sums.bad_step is not None:
+            training_set, rows = self.rows[sums.bad_step]
+            cache = training_set.cache
+            ids = ", ".join(str(image_id) for image_id in cache.manifest.image_ids[rows])
             raise InputError(
-                f"step {step + 1}: the loss is {loss_value} and the norm of its gradients {norm_value} on images {ids} "
-                f"of {training_set.cache.path}; check their features, or train with a lower learning rate than "
-                f"{config.lr}. The last checkpoint in {self.folder.path} is intact"
+                f"step {sums.bad_step + 1}: the loss is {sums.bad_loss} and the norm of its gradients "
+                f"{sums.bad_grad_norm} on images {ids} of {cache.path}; check their features, or train "
+                f"with a lower learning rate than {self.config.lr}. The last checkpoint in {self.folder.path} is intact"
             )
-        self.optimizer.step()
-        return loss_value, norm_value
+        self.rows.clear()
+        return sums
 
     def _save(self, step: int) -> None:
+        sums = self._checked_sums()
+        if self.meter is None:
+            return
+        head = self.step.head
         try:
-            require_finite(self.folder.head, self.head.state_dict())
+            require_finite(self.folder.head, head.state_dict())
         except WeightsError as error:
             raise InputError(
                 f"step {step}: the update left weights that are not finite ({error}); train with a lower learning rate "
@@ -232,16 +265,11 @@ class _Trainer:
             ) from None
         try:
             # The state is last: it marks the step as done, and the head of this step must exist by then.
-            save_checkpoint(self.folder.head, self.spec, self.head, replace(self.info, step=step))
-            interval = self.meter.open_interval(self.loss_sum, self.grad_norm_sum)
-            self.folder.save(step, self.head, self.optimizer, interval)
+            save_checkpoint(self.folder.head, self.spec, head, replace(self.info, step=step))
+            interval = self.meter.open_interval(sums.loss, sums.grad_norm)
+            self.folder.save(step, head, self.step.optimizer, interval)
         except OSError as error:
             raise InputError(
                 f"{self.folder.path}: the checkpoint of step {step} cannot be written ({error.strerror}); "
                 "free some disk space and resume with --resume"
             ) from None
-
-
-def _feature_bytes(batch: Batch) -> int:
-    """Bytes of the features of a batch in their stored form."""
-    return sum(array.nbytes for array in (batch.tokens, batch.token_scale, batch.feature_map, batch.map_scale))

@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.compatibility import compare, description
 from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.checkpoint import HeadInfo
+from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.config import TrainConfig
 from regionspot.fusion.heads.spec import HeadSpec, without_folder
 from regionspot.fusion.vocabulary import Vocabulary
@@ -100,6 +102,35 @@ def head_spec_for(
         text_dim=text_dim,
         options=(fusion if config.head == "fusion" else {}) | dict(config.head_options),
     )
+
+
+def initial_weights(checkpoint: Path, spec: HeadSpec, first: TrainingSet) -> dict[str, Tensor]:
+    """The weights of a trained head, ours or a released one, that the training of a head `spec` starts from.
+
+    Raises WeightsError for a file that cannot be read; InputError for a head of another type or other shapes, or one
+    that was trained on features of other backbones than those of `first`.
+    """
+    loaded = load_checkpoint(checkpoint, own_class=spec.type if spec.own_class else None)
+    dropout = {"dropout": spec.options["dropout"]} if "dropout" in spec.options else {}
+    if replace(loaded.spec, options={**loaded.spec.options, **dropout}) != spec:
+        raise InputError(
+            f"{checkpoint}: is a head with {loaded.spec.as_json()}, these features and options need {spec.as_json()}; "
+            "start from a head of the same preset and options"
+        )
+    for features in (first.maps, first.tokens):
+        trained_on = loaded.info.weights_sha256.get(features.name)
+        named = (loaded.info.localizer, loaded.info.encoder)
+        if named != (None, None) and features.name not in named:
+            raise InputError(
+                f"{checkpoint}: was trained on {' and '.join(filter(None, named))}, not on {features.name} as "
+                f"{first.cache.path} has it; start from a head of the same backbones"
+            )
+        if trained_on and _weights(features) not in (None, trained_on):
+            raise InputError(
+                f"{checkpoint}: was trained on {features.name} with weights {trained_on[:12]}, the features of "
+                f"{first.cache.path} come from {(_weights(features) or '')[:12]}; start from a head of the same weights"
+            )
+    return loaded.head.state_dict()
 
 
 def _require_same_backbones(training_set: TrainingSet, first: TrainingSet) -> None:

@@ -94,7 +94,8 @@ class Loader:
         """
         epoch, first, self._first_batch = self.epoch, self._first_batch, 0
         self._done = first
-        batches = self._own_sampling().batches(self.rows, self.cache.part_size, epoch)
+        counts = np.diff(self.cache.manifest.offsets) if self.sampling.pack else None
+        batches = self._own_sampling().batches(self.rows, self.cache.part_size, epoch, counts)
         reads = ((self._reader, batches[number]) for number in range(first, len(batches)))
         threads = self._threads or self._reader.threads
         ring = self._rings.pop() if self._rings else []
@@ -154,6 +155,9 @@ class Loader:
     def _dependencies(self) -> dict[str, Any]:
         """Everything that the batches depend on, by name."""
         dependencies = {**self._images, **asdict(self._own_sampling())}
+        for option in ("pack", "share_batches"):  # absent from the states of older versions
+            if not dependencies[option]:
+                del dependencies[option]
         if self.sampling.shuffle == "block":
             return {**dependencies, "part_size": self.cache.part_size}
         del dependencies["block_parts"]

@@ -8,6 +8,10 @@ lost or repeated, and ranks that share a cache read different parts of it.
             that many parts are read at a time, each for a short while
     none    the given order
 
+`pack` sorts windows of PACK_BATCHES batches by the number of regions of their images, so that the images of a batch
+have similar numbers and little padding, and shuffles the batches of a window. `share_batches` gives every rank a part
+of each batch, so that the images of a training step do not depend on the number of ranks.
+
 Without `drop_last` every row is given exactly once and every rank has the same number of batches (with torch's
 DistributedDataParallel, a rank with more batches would wait forever), for which the last two batches of a rank may be
 short. Exceptions: with fewer rows than ranks, or batches of one row, some ranks have one batch less. With `drop_last`
@@ -20,7 +24,7 @@ are used by sorting integers; so the batches of a seed never change.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import numpy as np
@@ -30,7 +34,9 @@ from regionspot.cache.errors import InputError
 
 Shuffle = Literal["full", "block", "none"]
 
-_ORDER, _DELAY = 0, 1  # uses of random numbers, each with its own stream
+_ORDER, _DELAY, _PACK = 0, 1, 2  # uses of random numbers, each with its own stream
+
+PACK_BATCHES = 32  # more would leave hardly less padding: see benchmarks/results/train.md
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +50,8 @@ class Sampling:
     world_size: int = 1
     drop_last: bool = False
     block_parts: int = 8
+    pack: bool = False
+    share_batches: bool = False
 
     def __post_init__(self) -> None:
         if self.shuffle not in ("full", "block", "none"):
@@ -54,20 +62,32 @@ class Sampling:
         if not 0 <= self.rank < self.world_size:
             raise InputError(f"loader: rank is {self.rank}, expected 0 to {self.world_size - 1} (world_size - 1)")
 
-    def batches(self, rows: NDArray[np.int64], part_size: int, epoch: int) -> Batches:
+    def batches(
+        self, rows: NDArray[np.int64], part_size: int, epoch: int, counts: NDArray[np.int64] | None = None
+    ) -> Batches:
         """This rank's batches of an epoch over `rows`; a part has `part_size` consecutive rows.
+
+        counts   number of regions of every row of the manifest; only `pack` needs it
 
         Three million rows take a tenth of a second (`block`: three tenths) and at most four times their own memory.
         """
+        if self.share_batches:
+            whole = replace(self, rank=0, world_size=1, share_batches=False)
+            return whole.batches(rows, part_size, epoch, counts).shared(self.rank, self.world_size)
         own = self._slice(self._sequence(rows, part_size, epoch))
         if self.shuffle == "block":
             # Count the changes from part to part: `rows` may hold only some rows of a part.
             parts = 1 + int(np.count_nonzero(np.diff(own // part_size)))
             own = own[_delayed(len(own), len(own) * self.block_parts // parts, [self.seed, epoch, _DELAY])]
-        return Batches(own, self._edges(len(rows), len(own)))
+        if self.pack and counts is not None:
+            own = _packed(own, counts[own], self.batch_size, [self.seed, epoch, _PACK])
+        edges = self._edges(len(rows), len(own))
+        return Batches(own, edges[:-1], edges[1:])
 
     def count(self, rows: int) -> int:
         """This rank's number of batches in an epoch over that many rows."""
+        if self.share_batches:
+            return replace(self, rank=0, world_size=1, share_batches=False).count(rows)
         return len(self._edges(rows, len(self._slice(range(rows))))) - 1
 
     def _sequence(self, rows: NDArray[np.int64], part_size: int, epoch: int) -> NDArray[np.int64]:
@@ -111,16 +131,22 @@ class Sampling:
 class Batches:
     """The rows of each batch, by batch number."""
 
-    def __init__(self, rows: NDArray[np.int64], edges: NDArray[np.int64]) -> None:
-        self.rows, self._edges = rows, edges
+    def __init__(self, rows: NDArray[np.int64], starts: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
+        self.rows, self._starts, self._ends = rows, starts, ends
 
     def __len__(self) -> int:
-        return len(self._edges) - 1
+        return len(self._starts)
 
     def __getitem__(self, number: int) -> NDArray[np.int64]:
         if not 0 <= number < len(self):
             raise IndexError(f"batch {number} does not exist; there are {len(self)}")
-        return self.rows[self._edges[number] : self._edges[number + 1]]
+        return self.rows[self._starts[number] : self._ends[number]]
+
+    def shared(self, rank: int, world_size: int) -> Batches:
+        """The rank's slice of every batch; empty where a batch has fewer rows than there are ranks."""
+        lengths = self._ends - self._starts
+        starts, ends = (self._starts + lengths * number // world_size for number in (rank, rank + 1))
+        return Batches(self.rows, starts, ends)
 
 
 def _permutation(length: int, key: Sequence[int]) -> NDArray[np.int64]:
@@ -140,6 +166,17 @@ def _delayed(length: int, longest: int, key: Sequence[int]) -> NDArray[np.int64]
     position = np.arange(length, dtype=np.uint64) << fraction
     position += _random(length, key) % (np.uint64(max(1, longest)) << fraction)
     return np.argsort(position, kind="stable")
+
+
+def _packed(
+    rows: NDArray[np.int64], counts: NDArray[np.int64], batch_size: int, key: Sequence[int]
+) -> NDArray[np.int64]:
+    """`rows` sorted by `counts` within windows of PACK_BATCHES batches, then the whole batches of a window shuffled."""
+    rows = rows[np.lexsort((counts, np.arange(len(rows)) // (batch_size * PACK_BATCHES)))]
+    whole = len(rows) // batch_size
+    order = np.lexsort((_random(whole, key), np.arange(whole) // PACK_BATCHES))
+    rows[: whole * batch_size] = rows[: whole * batch_size].reshape(whole, batch_size)[order].ravel()
+    return rows
 
 
 def _random(length: int, key: Sequence[int]) -> NDArray[np.uint64]:

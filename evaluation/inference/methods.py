@@ -21,11 +21,11 @@ from regionspot.evaluation.inference.scoring import (
     FailedImage,
     RegionScores,
     StageTimer,
-    head_digest,
     head_probabilities,
     score_in_batches,
 )
-from regionspot.fusion.batches import decode_on_device
+from regionspot.fusion.batches import DeviceDecoder
+from regionspot.fusion.checkpoint import weights_digest
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones
@@ -87,13 +87,14 @@ class HeadOnCache:
         self.device = torch.device(device)
         self.manifest = cache.manifest.head(limit)
         self._cache, self._tokens, self._maps = cache, cache.feature_sets[token_set], cache.feature_sets[map_set]
+        self._decode_tokens, self._decode_maps = (DeviceDecoder(s, self.device) for s in (self._tokens, self._maps))
         self._head = head.to(self.device).eval()
         self._batches = Halving()
         self._text = vocabulary.embeddings.to(self.device)
         self._failures = {failure.row: failure.reason for failure in cache.failures()}
         self.features = {feature_set.name: feature_set.provenance for feature_set in (self._tokens, self._maps)}
         self.identity = {
-            "head_sha256": head_digest(head),
+            "head_sha256": weights_digest(head.state_dict()),
             "vocabulary": vocabulary.digest,
             "features": self.features,
         }
@@ -112,8 +113,8 @@ class HeadOnCache:
         with timer("read"):
             batch = self._cache.read(rows, token_set=self._tokens.name, map_set=self._maps.name)
         with timer("head"):
-            padded = decode_on_device(batch.tokens, batch.token_scale, self._tokens, self.device).float()
-            feature_maps = decode_on_device(batch.feature_map, batch.map_scale, self._maps, self.device).float()
+            padded = self._decode_tokens(batch.tokens, batch.token_scale).float()
+            feature_maps = self._decode_maps(batch.feature_map, batch.map_scale).float()
             counts = batch.region_mask.sum(axis=1).tolist()
             tokens = [image_tokens[:count] for image_tokens, count in zip(padded, counts, strict=True)]
             return head_probabilities(self._head, tokens, feature_maps, self._text, self._batches)

@@ -26,9 +26,9 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.machine import compute_device
 from regionspot.evaluation.inference.boxes import check_boxes
 from regionspot.evaluation.inference.head_features import HeadFeatureSet, head_features
-from regionspot.evaluation.inference.scoring import RegionScores, StageTimer, head_digest, head_probabilities
+from regionspot.evaluation.inference.scoring import RegionScores, StageTimer, head_probabilities
 from regionspot.evaluation.metrics.detections import Masks, concatenate_masks
-from regionspot.fusion.checkpoint import load_checkpoint
+from regionspot.fusion.checkpoint import load_checkpoint, weights_digest
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
@@ -91,7 +91,7 @@ class RegionSpot:
     def identity(self) -> dict[str, Any]:
         """Everything that decides the results except images, boxes and names; JSON-able."""
         backbones = {"localizer": self.localizer.provenance, "encoder": self.encoder.provenance}
-        return {"head_sha256": head_digest(self.head), **backbones}
+        return {"head_sha256": weights_digest(self.head.state_dict()), **backbones}
 
     @classmethod
     def load(

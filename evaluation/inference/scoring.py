@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
@@ -103,12 +102,3 @@ def class_probabilities(embedded: Tensor, text: Tensor, scale: float = LOGIT_SCA
     """Softmax (..., V) over the classes of scaled cosines between region vectors (..., E) and text (V, E)."""
     probabilities: NDArray[np.float32] = similarity_logits(embedded, text, scale).softmax(dim=-1).cpu().numpy()
     return probabilities
-
-
-def head_digest(head: nn.Module) -> str:
-    """SHA-256 over the names and values of a head's weights, as hex."""
-    digest = hashlib.sha256()
-    for name, value in head.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.detach().float().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()

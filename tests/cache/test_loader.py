@@ -153,6 +153,30 @@ def test_with_drop_last_every_batch_is_full_and_less_than_one_per_rank_is_droppe
     assert len({len(rank) for rank in ranks}) == 1
 
 
+@pytest.mark.parametrize("shuffle", ["full", "block"])
+def test_ranks_that_share_batches_get_together_the_batches_of_one_process(shuffle):
+    one = Sampling(batch_size=5, shuffle=shuffle).batches(np.arange(23), 4, epoch=2)
+    ranks = [Sampling(batch_size=5, shuffle=shuffle, rank=rank, world_size=3, share_batches=True) for rank in range(3)]
+    batches = [sampling.batches(np.arange(23), 4, epoch=2) for sampling in ranks]
+    assert [sampling.count(23) for sampling in ranks] == [len(one)] * 3 == [len(rank) for rank in batches]
+    for number in range(len(one)):
+        assert np.concatenate([rank[number] for rank in batches]).tolist() == one[number].tolist()
+
+
+def test_packing_keeps_every_row_and_makes_batches_of_similar_region_counts():
+    counts = np.random.default_rng(0).geometric(0.1, 1000)
+    padded = {}
+    for pack in (False, True):
+        batches = Sampling(batch_size=16, pack=pack).batches(np.arange(1000), 100, 1, counts)
+        rows = [batches[number] for number in range(len(batches))]
+        assert sorted(np.concatenate(rows).tolist()) == list(range(1000))
+        padded[pack] = sum(len(batch) * counts[batch].max() for batch in rows) / counts.sum()
+    assert padded[False] > 2.5
+    assert padded[True] < 1.2
+    sizes = [counts[batch].mean() for batch in rows]
+    assert sizes != sorted(sizes)
+
+
 @settings(deadline=None, max_examples=50)
 @given(options=sampling_options, rows=st.lists(st.integers(0, 50), max_size=40))
 def test_repeated_rows_are_given_repeatedly(options, rows):

@@ -10,19 +10,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
-from makers import make_manifest
 from safetensors.torch import load_file
+from small_training import CLASSES, CONFIG, IMAGES, feature_sets, make_cache, make_vocabulary, small_manifest
 
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.format.encodings import decode
-from regionspot.cache.format.feature_dtypes import Statistics
-from regionspot.cache.format.manifest import Category
-from regionspot.cache.format.schema import FeatureSet, ImageFeatures
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.batches import batch_shares, decode_on_device, read_batches, set_of_steps
+from regionspot.fusion.batches import DeviceDecoder, batch_shares, read_batches, set_of_steps
 from regionspot.fusion.checkpoint import load_checkpoint
-from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig, train_config
+from regionspot.fusion.config import TRAIN_PRESETS, train_config
 from regionspot.fusion.head import HEADS
 from regionspot.fusion.metrics import read_metrics
 from regionspot.fusion.run_folder import RunFolder
@@ -30,56 +26,8 @@ from regionspot.fusion.stop_signals import StopSignals
 from regionspot.fusion.tensor_file import read_document, read_tensor_file, write_tensor_file
 from regionspot.fusion.train import train
 from regionspot.fusion.training_sets import TrainingSet, open_training_set
-from regionspot.fusion.vocabulary import Vocabulary
 
-CLASSES, IMAGES = 6, 21
-CONFIG = TrainConfig(lr=2e-3, iterations=40, warmup=4, batch_size=4, layers=1, heads=4, ffn=32, dropout=0.1)
-
-
-def small_manifest(images: int, seed: int):
-    """Image 3 has no region and image 5 none of known class."""
-    rng = np.random.default_rng(seed)
-    counts = rng.integers(1, 5, images)
-    counts[3] = 0
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    class_index = rng.integers(0, CLASSES, offsets[-1]).astype(np.int32)
-    class_index[offsets[5] : offsets[6]] = -1
-    classes = tuple(Category(index + 1, f"class {index}") for index in range(CLASSES))
-    return make_manifest(counts, dataset=f"small{seed}", category_index=class_index, categories=classes)
-
-
-def feature_sets(width: int = 16, weights: str = "w" * 64, dtype: str = "float16") -> list[FeatureSet]:
-    # Close to the statistics of the features below.
-    statistics = [Statistics(np.zeros(n), np.ones(n)) if dtype == "int8" else None for n in (width, 8)]
-    return [
-        FeatureSet("maps", "map", (5, width), dtype, {"weights_sha256": weights}, statistics=statistics[0]),
-        FeatureSet("tokens", "token", (8,), dtype, {"weights_sha256": "t" * 64}, statistics=statistics[1]),
-    ]
-
-
-def make_cache(path, seed=0, images=IMAGES, **sets) -> FeatureCache:
-    """The token of a region encodes its class. Image 7 is a failed image."""
-    manifest = small_manifest(images, seed)
-    cache = FeatureCache.create(path, manifest, feature_sets(**sets), part_size=8)
-    rng = np.random.default_rng(seed)
-    class_tokens = np.random.default_rng(99).standard_normal((CLASSES + 1, 8))
-
-    def image(row):
-        if row == 7:
-            return ImageFeatures(row, {}, "broken JPEG")
-        tokens = class_tokens[manifest.category_index[manifest.regions(row)]]
-        tokens = tokens + 0.1 * rng.standard_normal(tokens.shape)
-        maps = rng.standard_normal(cache.feature_sets["maps"].shape)
-        return ImageFeatures(row, {"maps": maps, "tokens": tokens})
-
-    for part in range(cache.n_parts):
-        cache.write_part(part, (image(row) for row in cache.part_rows(part)), ["maps", "tokens"])
-    return FeatureCache.open(path)
-
-
-def make_vocabulary(classes: int = CLASSES, encoder_sha256: str = "w" * 64) -> Vocabulary:
-    embeddings = F.normalize(torch.randn(classes, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
-    return Vocabulary(tuple(f"class {i}" for i in range(classes)), ("{}.",), embeddings, "d" * 64, encoder_sha256)
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -110,8 +58,9 @@ def numbers(metrics_path) -> list[dict]:
 
 def rows_of_steps(training_sets, first_step, end_step, **options):
     """(index of the training set, rows of the batch) of each step."""
-    batches = read_batches(training_sets, batch_shares(training_sets), 4, 1, first_step, end_step, **options)
-    return [(batch.set_index, batch.batch.rows.tolist()) for batch in batches]
+    config = replace(CONFIG, batch_size=4, seed=1)
+    batches = read_batches(training_sets, batch_shares(training_sets), config, CPU, first_step, end_step, **options)
+    return [(batch.set_index, batch.rows.tolist()) for batch in batches]
 
 
 def test_an_epoch_holds_every_usable_image_once_and_is_shuffled_again(cache):
@@ -125,6 +74,28 @@ def test_an_epoch_holds_every_usable_image_once_and_is_shuffled_again(cache):
 def test_a_resumed_run_reads_the_batches_of_an_uninterrupted_one(cache, tmp_path):
     training_sets = [open_training_set(cache), open_training_set(make_cache(tmp_path / "b.zarr", seed=1, images=9))]
     assert rows_of_steps(training_sets, 23, 40) == rows_of_steps(training_sets, 0, 40)[23:]
+
+
+def test_at_most_so_many_regions_of_an_image_are_chosen_anew_in_every_epoch(cache):
+    training_set = open_training_set(cache)
+    config = replace(CONFIG, batch_size=18, max_regions=2)
+    chosen = []
+    for batch in read_batches([training_set], np.ones(1), config, CPU, 0, 12):
+        assert batch.region_mask.shape == (18, 2)
+        counts = np.diff(cache.manifest.offsets)[batch.rows]
+        assert batch.region_mask.sum(dim=1).tolist() == counts.clip(max=2).tolist()
+        for row, tokens, boxes, categories in zip(batch.rows, batch.tokens, batch.boxes, batch.categories, strict=True):
+            stored = cache.read([row])
+            sides = np.array([cache.manifest.widths[row], cache.manifest.heights[row]] * 2)
+            for token, box, category in zip(tokens[: counts.max()], boxes, categories, strict=True):
+                if category < 0:
+                    continue
+                (region,) = np.flatnonzero((stored.tokens[0] == token.numpy()).all(axis=1))
+                assert stored.categories[0, region] == category
+                assert stored.boxes_xyxy[0, region] / sides == pytest.approx(box.numpy(), rel=1e-6)
+        most = training_set.rows[np.diff(cache.manifest.offsets)[training_set.rows].argmax()]
+        chosen.append(batch.tokens[batch.rows.tolist().index(most)].numpy().tobytes())
+    assert len(set(chosen)) > 1
 
 
 @pytest.mark.parametrize("ratios", [None, (3, 1), (1, 9)])
@@ -173,8 +144,50 @@ def test_a_shorter_run_keeps_the_shape_of_the_schedule():
 
 def test_overrides_of_none_keep_the_value_of_the_preset():
     assert train_config("toy", lr=0.5, seed=None) == replace(TRAIN_PRESETS["toy"], lr=0.5)
-    with pytest.raises(InputError, match="expected one of paper, toy"):
-        train_config("fast")
+    with pytest.raises(InputError, match="expected one of paper, stage2, fast, toy"):
+        train_config("quick")
+
+
+def test_the_fast_schedule_sees_as_many_images_as_the_paper():
+    paper, fast = TRAIN_PRESETS["paper"], TRAIN_PRESETS["fast"]
+    assert fast.iterations * fast.batch_size == pytest.approx(paper.iterations * paper.batch_size, rel=1e-4)
+    assert fast.lr == pytest.approx(paper.lr * 32**0.5)
+
+
+def test_stage_2_gives_every_cache_the_same_share(cache, tmp_path):
+    smaller = make_cache(tmp_path / "b.zarr", seed=1, images=9)
+    for ratio, share in (("size", 18 / 24), ("equal", 0.5)):
+        config = replace(CONFIG, iterations=1, ratio=ratio)
+        train([cache, smaller], [make_vocabulary()] * 2, tmp_path / ratio, config)
+        saved = json.loads((tmp_path / ratio / "run.json").read_text())
+        assert saved["caches"][0]["share"] == pytest.approx(share)
+    assert TRAIN_PRESETS["stage2"] == replace(TRAIN_PRESETS["paper"], ratio="equal")
+
+
+def test_a_second_stage_starts_from_the_head_of_the_first(cache, uninterrupted, tmp_path):
+    config = replace(CONFIG, iterations=1, lr=1e-9, weight_decay=0.0)
+    train([cache], [make_vocabulary()], tmp_path / "second", config, init=uninterrupted / "head.safetensors")
+    first, second = (load_file(folder / "head.safetensors") for folder in (uninterrupted, tmp_path / "second"))
+    assert all(torch.allclose(second[name], first[name], atol=1e-7) for name in first)
+    with pytest.raises(InputError, match="its init is"):
+        train([cache], [make_vocabulary()], tmp_path / "second", config, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("config", "sets", "message"),
+    [
+        ({"ffn": 64}, {}, "start from a head of the same preset and options"),
+        ({}, {"weights": "v" * 64}, "start from a head of the same weights"),
+    ],
+)
+def test_a_head_that_does_not_fit_cannot_be_started_from(cache, uninterrupted, tmp_path, config, sets, message):
+    other = make_cache(tmp_path / "other.zarr", **sets) if sets else cache
+    vocabulary = make_vocabulary(encoder_sha256=sets.get("weights", "w" * 64))
+    with pytest.raises(InputError, match=message):
+        train(
+            [other], [vocabulary], tmp_path / "run", replace(CONFIG, **config), init=uninterrupted / "head.safetensors"
+        )
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_toy_preset_trains_the_toy_head():
@@ -227,16 +240,18 @@ from pathlib import Path
 sys.path[:0] = map(str, Path(sys.argv[1]).parents[:2])
 import torch
 torch.set_num_threads(1)
-from test_training import CONFIG, FeatureCache, make_vocabulary, train
-module = sys.modules["regionspot.fusion.train"]
+from regionspot.cache.store import FeatureCache
+from regionspot.fusion.train import train
+from small_training import CONFIG, make_vocabulary
+module, step = sys.modules["regionspot.fusion.train"], sys.modules["regionspot.fusion.step"]
 number, while_waiting, seconds = int(sys.argv[4]), sys.argv[5] == "waiting", float(sys.argv[6])
-original_loss, original_batches, calls = module.region_loss, module.read_batches, []
+original_loss, original_batches, calls = step.region_loss, module.read_batches, []
 
-def region_loss(*arguments):
+def region_loss(*arguments, **options):
     calls.append(1)
     if len(calls) == 24 and not while_waiting:
         os.kill(os.getpid(), number)
-    return original_loss(*arguments)
+    return original_loss(*arguments, **options)
 
 def read_batches(*arguments, **options):
     for batch in original_batches(*arguments, **options):
@@ -245,7 +260,7 @@ def read_batches(*arguments, **options):
             time.sleep(100)
         yield batch
 
-module.region_loss, module.read_batches = region_loss, read_batches
+step.region_loss, module.read_batches = region_loss, read_batches
 train([FeatureCache.open(sys.argv[2])], [make_vocabulary()], Path(sys.argv[3]), CONFIG, preset="toy",
       checkpoint_every=10, checkpoint_seconds=seconds, log_every=4)
 """
@@ -391,7 +406,7 @@ def test_decoding_on_a_device_equals_decoding_with_numpy(tmp_path, dtype):
         (batch.feature_map, batch.map_scale, "maps"),
         (batch.tokens, batch.token_scale, "tokens"),
     ):
-        decoded = decode_on_device(stored, scales, sets[name], torch.device("cpu"))
+        decoded = DeviceDecoder(sets[name], CPU)(stored, scales)
         expected = decode(stored, sets[name], scales if dtype == "int8" else None)
         np.testing.assert_allclose(decoded.float().numpy(), expected, rtol=1e-6, atol=1e-6)
 
@@ -409,8 +424,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(cache,
     config = replace(CONFIG, lr=1e30, warmup=0)
     with pytest.raises(InputError) as error:
         train([cache], [make_vocabulary()], tmp_path / "run", config, checkpoint_every=1)
-    (batch,) = read_batches([open_training_set(cache)], np.ones(1), config.batch_size, config.seed, 1, 2)
-    ids = ", ".join(str(image_id) for image_id in batch.batch.image_ids)
+    (batch,) = read_batches([open_training_set(cache)], np.ones(1), config, CPU, 1, 2)
+    ids = ", ".join(str(image_id) for image_id in cache.manifest.image_ids[batch.rows])
     assert "step 2: the loss is nan" in one_line(error)
     assert f"on images {ids} of {cache.path}" in one_line(error)
     state = load_file(tmp_path / "run/last.state.safetensors")
