@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from regionspot.cache.errors import InputError
 NO_CATEGORY = -1  # category index of a region whose class is unknown, e.g. a detector's proposal
 _IMAGE_COLUMNS = ("image_ids", "paths", "heights", "widths")
 _REGION_COLUMNS = ("boxes_xyxy", "category_index", "annotation_ids")  # and the optional scores
+_PATHS_PER_UPDATE = 65_536  # of the digest: millions of paths as Python strings take hundreds of megabytes
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Manifest:
     def __len__(self) -> int:
         return len(self.image_ids)
 
-    @property
+    @cached_property
     def region_count(self) -> NDArray[np.int64]:
         """int64 (N,): number of regions of each image."""
         return np.diff(self.offsets)
@@ -135,7 +137,7 @@ class Manifest:
         )
 
     def head(self, images: int | None) -> Manifest:
-        """The first `images` images, or all for Nmanifest. Raises InputError for less than manifest."""
+        """The first `images` images, or all for None. Raises InputError for less than 1."""
         if images is None or images >= len(self):
             return self
         if images < 1:
@@ -168,14 +170,19 @@ class Manifest:
         )
 
     def digest(self) -> str:
-        """SHA-256 over everything that extraction depends on: images, boxes, classes, in order."""
+        """SHA-256 over everything that extraction depends on: images, boxes, classes, in order. Computed once."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
         digest = hashlib.sha256()
-        for column in (self.image_ids, self.heights, self.widths, self.offsets, self.boxes_xyxy, self.category_index):
-            digest.update(np.ascontiguousarray(column).tobytes())
-        digest.update(np.ascontiguousarray(self.annotation_ids).tobytes())
-        if self.scores is not None:
-            digest.update(np.ascontiguousarray(self.scores).tobytes())
-        digest.update("\0".join(self.paths.tolist()).encode())
+        columns = [self.image_ids, self.heights, self.widths, self.offsets, self.boxes_xyxy, self.category_index]
+        columns += [self.annotation_ids] if self.scores is None else [self.annotation_ids, self.scores]
+        for column in columns:
+            digest.update(np.ascontiguousarray(column).reshape(-1).view(np.uint8).data)
+        for first in range(0, len(self), _PATHS_PER_UPDATE):
+            paths = "\0".join(self.paths[first : first + _PATHS_PER_UPDATE].tolist())
+            digest.update(f"\0{paths}".encode() if first else paths.encode())
         digest.update(repr([(category.id, category.name) for category in self.categories]).encode())
         return digest.hexdigest()
 

@@ -13,7 +13,7 @@ import numpy as np
 from regionspot.cache.format.compatibility import INFORMATIVE
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import Failure, FeatureSet, Geometry, checksum_file, part_files
-from regionspot.cache.storage.atomic_files import IMAGES_KEY, from_json, is_sealed, rename_key, seal, to_json
+from regionspot.cache.storage.atomic_files import IMAGES_KEY, from_json, is_sealed_file, rename_key, seal, to_json
 from regionspot.cache.storage.base import Storage
 
 
@@ -138,13 +138,10 @@ def parse_record(data: bytes) -> PartRecord:
 
     Raises ValueError if it is damaged or lacks a field.
     """
-    try:
-        document = from_json(data)
-    except ValueError:
-        document = None
-    if not is_sealed(document) or to_json(document) != data:
+    if not is_sealed_file(data):
         raise ValueError("does not match its own checksum")
     try:
+        document = from_json(data)
         failures = tuple(Failure(**_known_fields(Failure, failure)) for failure in document["failures"])
         batches = tuple((size, count) for size, count in document.get("batches", ()))
         return PartRecord(**{**_known_fields(PartRecord, document), "failures": failures, "batches": batches})

@@ -1,5 +1,6 @@
 """FeatureCache: writing, reading, damage, resuming, errors of the disk; the files as plain Zarr."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -117,6 +118,15 @@ def cache(caches, tmp_path):
 
 
 # --- the manifest ---
+
+
+def test_the_digest_of_many_images_is_that_of_all_their_columns_and_paths():
+    many = make_manifest(np.ones(70_000, np.int64))
+    columns = (many.image_ids, many.heights, many.widths, many.offsets, many.boxes_xyxy, many.category_index)
+    expected = hashlib.sha256(b"".join(column.tobytes() for column in (*columns, many.annotation_ids)))
+    expected.update("\0".join(many.paths.tolist()).encode())
+    expected.update(b"[(1, 'cat')]")
+    assert many.digest() == expected.hexdigest()
 
 
 def test_a_stored_manifest_equals_the_original(tmp_path, manifest):
