@@ -49,6 +49,7 @@ class HeadInfo:
     vocabularies       digests, one for each cache
     templates          of the vocabularies, so that evaluation uses the same ones
     step               training steps done
+    validation         scores of the head after this step, if it was validated
     """
 
     preset: str | None = None
@@ -59,6 +60,7 @@ class HeadInfo:
     vocabularies: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
     step: int = 0
+    validation: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,12 @@
     metrics.jsonl          one line per interval
     last.state.safetensors head, optimizer and step of the last checkpoint: everything that resuming needs
     head.safetensors       the head at the same step, for evaluation
+    best.safetensors       the head with the best validation score, if the run is validated; its header holds the score
+    checkpoints/           the heads of the last few checkpoints, named by their step: 00002000.safetensors
     curves.png             drawn at the end
+
+Every file appears whole or not at all. `head` and `best` are hard links to the files of their steps where the file
+system has links, and copies elsewhere. Only the last checkpoint keeps the optimizer, which is twice the size of a head.
 
 A folder holds one run: resuming with another configuration or other caches is refused. Only the number of steps may
 grow; `lengthened` in run.json then records at which step.
@@ -14,8 +19,10 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +31,10 @@ from torch.optim import Optimizer
 
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.state_dicts import require_finite
-from regionspot.cache.storage.atomic_files import to_json, write_file
+from regionspot.cache.storage.atomic_files import partial_path, remove_abandoned, sync_folder, to_json, write_file
+from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.config import TrainConfig
+from regionspot.fusion.heads.spec import HeadSpec
 from regionspot.fusion.metrics import Metrics
 from regionspot.fusion.tensor_file import read_document, read_tensor_file, write_tensor_file
 
@@ -35,6 +44,7 @@ KIND = "training state"
 SAMPLER = "cache loader"  # which sampler the batches of the saved steps came from
 # Fields of a feature set in run.json that older versions did not write. Compared if both records have them.
 OPTIONAL = ("shape", "encoding", "dtype")
+KEPT_CHECKPOINTS = 3
 
 Identity = Mapping[str, Any]
 
@@ -42,13 +52,16 @@ Identity = Mapping[str, Any]
 class RunFolder:
     """Paths of a run and its state on disk."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, kept_checkpoints: int = KEPT_CHECKPOINTS) -> None:
+        self.path, self._kept_checkpoints = path, kept_checkpoints
         self.record = path / "run.json"
         self.metrics = path / "metrics.jsonl"
         self.state = path / "last.state.safetensors"
         self.head = path / "head.safetensors"
+        self.best = path / "best.safetensors"
+        self.checkpoints = path / "checkpoints"
         self.curves = path / "curves.png"
+        self._written = -1  # step of the newest file in `checkpoints` that this process wrote
 
     def claim(self, identity: Identity, resume: bool) -> None:
         """Create the folder for this run, or check that it holds this run; a longer run may resume a shorter one.
@@ -88,6 +101,8 @@ class RunFolder:
                 f"{self.path}: holds this run already, at step {done:,} of {old_steps:,}; add --resume to resume it"
                 f"{longer}, or name another folder"
             )
+        for folder in (self.path, self.checkpoints):
+            remove_abandoned(folder)  # what a killed run was writing
         if new_steps > old_steps:
             lengthened = [*saved.get("lengthened", []), {"step": done, "from": old_steps, "to": new_steps}]
             self._write_record({**identity, "lengthened": lengthened})
@@ -112,12 +127,48 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}); name another folder") from None
 
-    def save(self, step: int, head: nn.Module, optimizer: Optimizer, interval: Metrics) -> None:
-        """Write the state after `step` steps atomically; `interval` is the open interval of the meter."""
+    def save(self, spec: HeadSpec, head: nn.Module, info: HeadInfo, optimizer: Optimizer, interval: Metrics) -> None:
+        """Write the checkpoint of `info.step`; `interval` is the open interval of the meter.
+
+        The head's older checkpoints are removed, up to the last few. Raises OSError if a file cannot be written.
+        """
+        _link(self._write_head(spec, head, info), self.head)
         tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         for index, entries in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
-        write_tensor_file(self.state, tensors, {"kind": KIND, "step": step, "interval": interval, "sampler": SAMPLER})
+        # After the head, because it marks the step as done.
+        document = {"kind": KIND, "step": info.step, "interval": interval, "sampler": SAMPLER}
+        write_tensor_file(self.state, tensors, document)
+        self._remove_old_checkpoints(info.step)
+
+    def keep_best(self, spec: HeadSpec, head: nn.Module, info: HeadInfo, scores: Mapping[str, float]) -> None:
+        """Make this head, of `info.step`, the best one if its first score is higher than that of the best so far.
+
+        The best so far may be of an earlier process: its file states its scores. One with another first score is
+        replaced. Raises OSError if the file cannot be written.
+        """
+        name, score = next(iter(scores.items()))
+        best = {}
+        if self.best.exists():
+            best = (read_document(self.best) or {}).get("info", {}).get("validation", {})
+        if score > best.get(name, -math.inf):  # never if it is NaN
+            _link(self._write_head(spec, head, replace(info, validation=dict(scores))), self.best)
+
+    def _write_head(self, spec: HeadSpec, head: nn.Module, info: HeadInfo) -> Path:
+        """The file of the head's step; written once, so that the last and the best head can be one file."""
+        path = self.checkpoints / f"{info.step:08d}.safetensors"
+        if self._written != info.step:
+            self.checkpoints.mkdir(exist_ok=True)
+            save_checkpoint(path, spec, head, info)
+            self._written = info.step
+        return path
+
+    def _remove_old_checkpoints(self, step: int) -> None:
+        by_step = {int(path.stem): path for path in self.checkpoints.glob("*.safetensors") if path.stem.isdecimal()}
+        kept = sorted(done for done in by_step if done <= step)[-self._kept_checkpoints :]
+        for done, path in by_step.items():
+            if done not in kept:  # later ones are of a run that was killed before it saved the state
+                path.unlink(missing_ok=True)
 
     def restore(self, head: nn.Module, optimizer: Optimizer) -> tuple[int, Metrics | None]:
         """Load the last state into `head` and `optimizer`. Returns its step and interval, or 0 and None without one.
@@ -147,6 +198,20 @@ class RunFolder:
         head.load_state_dict(weights)
         optimizer.load_state_dict({"state": entries, "param_groups": optimizer.state_dict()["param_groups"]})
         return int(document["step"]), document.get("interval")
+
+
+def _link(source: Path, target: Path) -> None:
+    """Make `target` another name of the file `source`, or a copy where the file system has no hard links."""
+    partial = partial_path(target)
+    try:
+        os.link(source, partial)
+    except OSError:
+        write_file(target, source.read_bytes())
+        return
+    os.replace(partial, target)
+    # os.replace does nothing if both are names of one file already.
+    partial.unlink(missing_ok=True)
+    sync_folder(target.parent)
 
 
 def _comparable(record: dict[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from regionspot.cache.progress import duration
 from regionspot.cache.state_dicts import require_finite
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.batches import TrainingBatch, batch_shares, read_batches
-from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint, weights_digest
+from regionspot.fusion.checkpoint import HeadInfo, weights_digest
 from regionspot.fusion.config import (
     CHECKPOINT_SECONDS,
     CHECKPOINT_STEPS,
@@ -233,6 +233,8 @@ class _Trainer:
         head = self.step.head.eval()
         with meter.paused(), torch.no_grad():
             scores = validate(head)
+        with self._one_line_if_not_written(done):
+            self.folder.keep_best(self.spec, head, replace(self.info, step=done), scores)
         head.train()
         return scores
 
@@ -263,11 +265,14 @@ class _Trainer:
                 f"step {step}: the update left weights that are not finite ({error}); train with a lower learning rate "
                 f"than {self.config.lr}. The last checkpoint in {self.folder.path} is intact"
             ) from None
-        try:
-            # The state is last: it marks the step as done, and the head of this step must exist by then.
-            save_checkpoint(self.folder.head, self.spec, head, replace(self.info, step=step))
+        with self._one_line_if_not_written(step):
             interval = self.meter.open_interval(sums.loss, sums.grad_norm)
-            self.folder.save(step, head, self.step.optimizer, interval)
+            self.folder.save(self.spec, head, replace(self.info, step=step), self.step.optimizer, interval)
+
+    @contextmanager
+    def _one_line_if_not_written(self, step: int) -> Iterator[None]:
+        try:
+            yield
         except OSError as error:
             raise InputError(
                 f"{self.folder.path}: the checkpoint of step {step} cannot be written ({error.strerror}); "

@@ -10,6 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from makers import files_under
 from safetensors.torch import load_file
 from small_training import CLASSES, CONFIG, IMAGES, feature_sets, make_cache, make_vocabulary, small_manifest
 
@@ -367,10 +368,10 @@ def test_a_lengthened_run_logs_and_uses_the_learning_rates_of_the_longer_one(cac
 
 
 def test_resuming_a_finished_run_changes_nothing(cache, uninterrupted):
-    before = {path.name: path.read_bytes() for path in uninterrupted.iterdir() if path.name != "curves.png"}
+    before = files_under(uninterrupted, "curves.png")
     result = train([cache], [make_vocabulary()], uninterrupted, CONFIG, preset="toy", resume=True)
     assert result.step == CONFIG.iterations
-    assert before == {path.name: path.read_bytes() for path in uninterrupted.iterdir() if path.name != "curves.png"}
+    assert before == files_under(uninterrupted, "curves.png")
 
 
 def test_resume_starts_a_run_without_a_checkpoint(cache, tmp_path):
