@@ -7,10 +7,9 @@ from typing import Annotated
 
 import typer
 
+from regionspot.cache.errors import InputError
 from regionspot.commands import options
 from regionspot.commands.signals import on_stop
-
-SCHEDULES = {"stage1": "paper"}  # of the presets; the others have the name of their stage
 
 
 def train(
@@ -62,7 +61,6 @@ def train(
     device: options.Device = None,
 ) -> None:
     """Train a fusion head from one or more caches."""
-    from regionspot.cache.errors import InputError
     from regionspot.cache.outputs import check_output_folder
     from regionspot.cache.store import FeatureCache
     from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
@@ -72,15 +70,12 @@ def train(
     from regionspot.pipeline.backbones.registry import stored_name
     from regionspot.pipeline.backbones.weights import check_source
 
-    stage, _, pair = preset.rpartition("-")
-    if stage and schedule:
-        raise InputError(f"--preset {preset}: chooses a schedule already; leave --schedule out")
+    pair, schedule_name = pair_and_schedule(preset, schedule)
     check_output_folder(out, [*cache, init])
     for source in (weights, clip_weights):
         check_source(source)  # also where a stored vocabulary makes them unnecessary
-    name = schedule or SCHEDULES.get(stage, stage or "paper")
     config = train_config(
-        name,
+        schedule_name,
         iterations=iterations,
         batch_size=batch_size,
         lr=lr,
@@ -109,3 +104,14 @@ def train(
         checkpoint_every=checkpoint_every,
     )
     typer.echo(f"{result.checkpoint}: {result.text()}")
+
+
+def pair_and_schedule(preset: str, schedule: str | None) -> tuple[str, str]:
+    """The pair of backbones and the schedule of --preset, which may name both: "stage2-bl".
+
+    Raises InputError if --schedule is given, too.
+    """
+    stage, _, pair = preset.rpartition("-")
+    if stage and schedule:
+        raise InputError(f"--preset {preset}: chooses the schedule; leave --schedule {schedule} out")
+    return pair, schedule or {"": "paper", "stage1": "paper"}.get(stage, stage)

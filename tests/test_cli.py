@@ -258,7 +258,7 @@ def test_an_unknown_choice_is_refused_with_the_known_ones(refused, world, tmp_pa
 
 def test_an_unknown_schedule_is_refused(refused, cache, tmp_path):
     train = ("train", "--cache", cache, "--preset", "toy", "--out", tmp_path / "run")
-    refused("'--schedule': 'long' is not one of 'paper', 'toy'", *train, "--schedule", "long")
+    refused("'--schedule': 'long' is not one of 'paper', 'stage2', 'fast', 'toy'", *train, "--schedule", "long")
 
 
 def test_training_from_a_cache_without_the_presets_features_is_refused_with_those_it_has(refused, cache, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 
 from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.commands import options as cli_options
-from regionspot.commands.train import train
+from regionspot.commands.train import pair_and_schedule, train
 from regionspot.evaluation.evaluate import Baseline
 from regionspot.fusion.config import CHECKPOINT_STEPS, TRAIN_PRESETS, TrainConfig
 from regionspot.fusion.templates import TEMPLATES
@@ -168,12 +168,34 @@ def test_an_invalid_command_line_is_refused_in_one_line(regionspot, arguments, m
     assert message.lower() in err.lower()
 
 
+@pytest.mark.parametrize(
+    ("preset", "schedule", "expected"),
+    [
+        ("bl", None, ("bl", "paper")),
+        ("toy", "toy", ("toy", "toy")),
+        ("stage1-bb", None, ("bb", "paper")),
+        ("stage2-bl336", None, ("bl336", "stage2")),
+        ("fast-bl", None, ("bl", "fast")),
+    ],
+)
+def test_a_preset_of_training_may_choose_the_schedule(preset, schedule, expected):
+    assert pair_and_schedule(preset, schedule) == expected
+
+
+def test_a_preset_and_a_schedule_that_both_choose_are_refused(regionspot, tmp_path):
+    arguments = ("train", "--cache", tmp_path, "--out", tmp_path / "run", "--preset", "fast-bl", "--schedule", "toy")
+    assert "--preset fast-bl: chooses the schedule; leave --schedule toy out" in refusal(regionspot, *arguments)
+
+
 def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.PresetName) == tuple(PRESETS)
     assert get_args(cli_options.DtypeName) == (AUTO, *DTYPES)
     assert get_args(cli_options.PreprocessName) == tuple(PREPROCESS)
     assert get_args(cli_options.TemplatesName) == tuple(TEMPLATES)
     assert get_args(cli_options.ScheduleName) == tuple(TRAIN_PRESETS)
+    for preset in get_args(cli_options.TrainPresetName):
+        pair, schedule = pair_and_schedule(preset, None)
+        assert (pair in PRESETS, schedule in TRAIN_PRESETS) == (True, True), preset
     assert get_args(cli_options.TokensName) == tuple(TOKENS)
     assert get_args(cli_options.ExifName) == get_args(Exif)
     assert get_args(cli_options.BaselineName) == get_args(Baseline)

@@ -36,7 +36,9 @@ Shuffle = Literal["full", "block", "none"]
 
 _ORDER, _DELAY, _PACK = 0, 1, 2  # uses of random numbers, each with its own stream
 
-PACK_BATCHES = 32  # more would leave hardly less padding: see benchmarks/results/train.md
+# Rows of a padded batch of 16 for each region, with the numbers of regions of COCO's images: 3.8 without packing; with
+# windows of 8, 32 and 128 batches 1.38, 1.08 and 1.02.
+PACK_BATCHES = 32
 
 
 @dataclass(frozen=True, kw_only=True)
