@@ -6,14 +6,10 @@ figures, and leaves nothing behind.
 
 from __future__ import annotations
 
-import multiprocessing
 import shutil
-from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import ParamSpec, TypeVar
 
 from benchmarks.bench_cache_chart import draw
 from benchmarks.bench_cache_cold import measure_cold
@@ -21,13 +17,10 @@ from benchmarks.bench_cache_data import BATCH, PART, REGIONS, Features
 from benchmarks.bench_cache_reading import measure_reading
 from benchmarks.bench_cache_small import measure_memory, measure_opening, measure_tokens
 from benchmarks.bench_cache_writing import measure_writing
-from benchmarks.goals import SCRATCH, Report, Samples, options, ratio, versions
+from benchmarks.goals import SCRATCH, Report, Samples, alone, options, ratio, versions
 
 PACKAGES = ["numpy", "torch", "zarr", "zarrs", "tensorstore", "h5py", "litdata", "mosaicml-streaming", "google-crc32c"]
 CHART = Path(__file__).resolve().parents[1] / "docs" / "bench_cache.png"
-
-P = ParamSpec("P")
-T = TypeVar("T")
 
 WRITE_RAW = "raw file, fsync"
 RAW, NEVER, ALWAYS = "raw memmap", "cache.loader, check never", "cache.loader, check always"
@@ -96,7 +89,7 @@ def main() -> None:
 
 def _read_all(report: Report, scale: Scale, scratch: Path) -> Samples:
     """Shuffled epochs of every shape; the samples of the first."""
-    found = [(features, *_alone(measure_reading, features, scratch, scale.rounds)) for features in scale.reading]
+    found = [(features, *alone(measure_reading, features, scratch, scale.rounds)) for features in scale.reading]
     for features, how, samples in found:
         _add_rates(report, f"Shuffled batches of {BATCH}, {features.name}, page cache warm", samples, RAW, how)
         for reader, over, least in READ_GOALS:
@@ -105,7 +98,7 @@ def _read_all(report: Report, scale: Scale, scratch: Path) -> Samples:
 
 
 def _read_cold(report: Report, scale: Scale, scratch: Path) -> Samples:
-    samples, from_disk = _alone(measure_cold, scale.cold, scratch, scale.rounds)
+    samples, from_disk = alone(measure_cold, scale.cold, scratch, scale.rounds)
     table = f"A whole epoch from a cold disk, {scale.cold.name}"
     for name in _fastest_first(samples):
         rates = {"GB/s": median(samples[name]), "lowest": min(samples[name]), "highest": max(samples[name])}
@@ -117,7 +110,7 @@ def _read_cold(report: Report, scale: Scale, scratch: Path) -> Samples:
 
 
 def _write(report: Report, scale: Scale, scratch: Path) -> Samples:
-    samples = _alone(measure_writing, scale.part, scratch, 2 * scale.rounds)
+    samples = alone(measure_writing, scale.part, scratch, 2 * scale.rounds)
     _add_rates(report, f"Writing a part of {scale.part.records} records, {scale.part.name}, fsync", samples, WRITE_RAW)
     for over, least in ((WRITE_RAW, 0.8), ("zarr-python, sharded, fsync", 4)):
         report.add_goal(f"cache.write_part / {over}", ratio(samples, "cache.write_part", over), at_least=least)
@@ -125,12 +118,12 @@ def _write(report: Report, scale: Scale, scratch: Path) -> Samples:
 
 
 def _small_things(report: Report, scale: Scale, scratch: Path) -> None:
-    tokens = _alone(measure_tokens, scratch, scale.rounds)
+    tokens = alone(measure_tokens, scratch, scale.rounds)
     for name in tokens:
         report.add_row("Tokens of one image, 16 x 256 float16", reader=name, microseconds=median(tokens[name]))
-    opening = median(_alone(measure_opening, scratch, scale.rounds))
+    opening = median(alone(measure_opening, scratch, scale.rounds))
     report.add_goal(f"milliseconds to open a part of {PART} images", opening, at_most=0.2)
-    memory = _alone(measure_memory, scale.memory, scratch)
+    memory = alone(measure_memory, scale.memory, scratch)
     for gigabytes, megabytes in memory.items():
         row = {"cache, GB": gigabytes, "loader, MB": megabytes}
         report.add_row(f"Memory of a loader at the end of an epoch, batches of {BATCH}, {scale.memory.name}", **row)
@@ -147,12 +140,6 @@ def _add_rates(report: Report, table: str, samples: Samples, limit: str, how: di
 
 def _fastest_first(samples: Samples) -> list[str]:
     return sorted(samples, key=lambda name: -median(samples[name]))
-
-
-def _alone(section: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
-    """What a section returns, from a fresh process."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(section, *arguments, **named).result()
 
 
 def _protocol(scale: Scale) -> str:

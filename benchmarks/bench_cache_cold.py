@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from statistics import median
 
-from benchmarks.bench_cache_data import BATCH, Features, drop, write_cache
+from benchmarks.bench_cache_data import BATCH, Features, bytes_from_disk, drop, write_cache
 from benchmarks.bench_cache_loaders import CacheDataLoader, MemmapDataLoader
 from benchmarks.goals import Samples, interleaved, say, seconds
 from regionspot.cache import FeatureCache
@@ -51,9 +51,9 @@ class _Cold:
 
     def __call__(self) -> float:
         drop(self._path)
-        before = _bytes_from_disk()
+        before = bytes_from_disk()
         taken = seconds(self._read)
-        self.from_disk.append((_bytes_from_disk() - before) / 1e9 / self._features.gigabytes)
+        self.from_disk.append((bytes_from_disk() - before) / 1e9 / self._features.gigabytes)
         return self._features.gigabytes / taken
 
     def _read(self) -> None:
@@ -66,9 +66,3 @@ def _in_order(path: Path) -> Iterator[int]:
     with path.open("rb", buffering=0) as file:
         while read := file.readinto(buffer):
             yield read
-
-
-def _bytes_from_disk() -> int:
-    """What the whole machine has read from its disks: workers count too, and so do other programs."""
-    lines = Path("/proc/vmstat").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("pgpgin "))

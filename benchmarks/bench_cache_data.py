@@ -156,6 +156,12 @@ def drop(path: Path) -> None:
             os.close(fd)
 
 
+def bytes_from_disk() -> int:
+    """What the whole machine has read from its disks: workers count too, and so do other programs."""
+    lines = Path("/proc/vmstat").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("pgpgin "))
+
+
 def require_all(batches: Iterator[NDArray[Any]], features: Features, reader: str) -> None:
     """Raises ValueError unless the batches of an epoch hold every record exactly once, to the bit."""
     seen = sorted(google_crc32c.value(record) for batch in batches for record in np.ascontiguousarray(batch))

@@ -32,9 +32,7 @@ class Authors:
     def __init__(self, job: Job, device: str = "cpu") -> None:
         names, self._job, self._device = get_preset(job.preset), job, torch.device(device)
         self._sam = _drawn(names.localizer, build_sam(names.localizer)).to(device)
-        self._clip = build_clip(names.encoder)
-        self._clip_model = _drawn(names.encoder, self._clip.model).to(device)
-        self._clip_model.visual.output_tokens = True
+        self._clip = AuthorsClip(names.encoder, self._device)
         self._resize = ResizeLongestSide(self._sam.image_encoder.img_size)
         self._queries: list[Tensor] = []
         self._sam.mask_decoder.transformer.register_forward_hook(lambda *call: self._queries.append(call[2][0]))
@@ -61,11 +59,11 @@ class Authors:
 
     def text(self, count: int) -> NDArray[np.float32]:
         """Embeddings of so many prompts."""
-        tokenizer, length = self._clip.tokenizer, self._clip_model.context_length
+        tokenizer, length = self._clip.built.tokenizer, self._clip.model.context_length
         rows = [[tokenizer.sot_token_id, *tokenizer.encode(p), tokenizer.eot_token_id] for p in prompts(count)]
         padded = torch.tensor([[*row, *[0] * (length - len(row))] for row in rows], device=self._device)
         with self._inference():
-            return self._host(self._clip_model.encode_text(padded))
+            return self._host(self._clip.model.encode_text(padded))
 
     def whole(self, images: int) -> None:
         """The stage: so many images read, encoded and stored."""
@@ -86,7 +84,7 @@ class Authors:
             yield
 
     def _read(self, row: int) -> NDArray[np.uint8]:
-        return np.asarray(Image.open(self._job.paths()[row]).convert("RGB"))
+        return read_rgb(self._job.paths()[row])
 
     def _sam_embedding(self, rgb: NDArray[np.uint8]) -> Tensor:
         image = torch.as_tensor(self._resize.apply_image(rgb), device=self._device).permute(2, 0, 1)[None]
@@ -107,17 +105,38 @@ class Authors:
         return self._queries.pop()[:, FIRST_MASK_TOKEN]
 
     def _clip_map(self, rgb: NDArray[np.uint8]) -> Tensor:
-        visual = self._clip_model.visual
-        image = torch.from_numpy(rgb.copy()).to(self._device).permute(2, 0, 1).float().div_(255)[None]
-        square = transforms.resize(image, list(visual.image_size), antialias=False)
-        mean, std = (
-            torch.tensor(each, device=self._device).view(3, 1, 1) for each in (self._clip.mean, self._clip.std)
-        )
-        _, tokens = visual((square - mean) / std)
-        return tokens[0]
+        return self._clip.maps(self._clip.square(rgb))[0]
 
     def _host(self, values: Tensor) -> NDArray[np.float32]:
         return values.float().cpu().numpy()
+
+
+class AuthorsClip:
+    """open_clip's model with random weights, and the authors' preprocessing."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.built, self._device = build_clip(name), device
+        self.model = _drawn(name, self.built.model).to(device)
+        self.model.visual.output_tokens = True
+
+    def square(self, rgb: NDArray[np.uint8]) -> Tensor:
+        """The image (1, 3, S, S) as the image tower takes it."""
+        image = torch.from_numpy(rgb.copy()).to(self._device).permute(2, 0, 1).float().div_(255)[None]
+        square = transforms.resize(image, list(self.model.visual.image_size), antialias=False)
+        of_channels = (self.built.mean, self.built.std)
+        mean, std = (torch.tensor(each, device=self._device).view(3, 1, 1) for each in of_channels)
+        normalised: Tensor = (square - mean) / std
+        return normalised
+
+    def maps(self, squares: Tensor) -> Tensor:
+        """Feature maps (B, T, D) of images (B, 3, S, S)."""
+        tokens: Tensor = self.model.visual(squares)[1]
+        return tokens
+
+
+def read_rgb(path: Path) -> NDArray[np.uint8]:
+    """An image file as (H, W, 3)."""
+    return np.asarray(Image.open(path).convert("RGB"))
 
 
 def _drawn(name: str, model: Any) -> Any:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.bench_extract_authors import Authors
 from benchmarks.bench_extract_data import WEIGHTS, Job, boxes_in
+from benchmarks.device_rates import matrix_rate, rate_of
 from benchmarks.goals import Report, say
 from regionspot.cache.format.schema import ImageFeatures
 from regionspot.cache.machine import processors
@@ -60,7 +61,7 @@ def measure_gpu(report: Report, scale: Scale, device: str, scratch: Path) -> Non
     size = batch_size_of([model for model in (backbones.localizer, *backbones.encoders) if model is not None])
     operations = operations_of(scale.preset)
     say("matrix rate")
-    matrix = matrix_rate(place, scale)
+    matrix = matrix_rate(scale.matrix, place, scale.seconds)
     report.add_row(STEPS, step=f"bfloat16 product of {scale.matrix} x {scale.matrix}", **_rates(None, matrix, matrix))
     for step, (rate, work) in _steps(backbones, job, size, place, scale, operations).items():
         report.add_row(STEPS, step=step, **_rates(rate, rate * work, matrix))
@@ -76,31 +77,6 @@ def measure_gpu(report: Report, scale: Scale, device: str, scratch: Path) -> Non
 
 def _rates(images: float | None, operations: float, matrix: float) -> dict[str, float | None]:
     return {"images/s": images, "TFLOP/s": operations / 1e12, "/ matrix rate": operations / matrix}
-
-
-def matrix_rate(device: torch.device, scale: Scale) -> float:
-    """Operations a second of one large bfloat16 product."""
-    one, other = torch.randn(2, scale.matrix, scale.matrix, device=device, dtype=torch.bfloat16)
-    return rate_of(lambda: one @ other, device, scale.seconds) * 2 * scale.matrix**3
-
-
-def rate_of(work: Callable[[], object], device: torch.device, seconds: float) -> float:
-    """Calls a second, after two that are not counted; none waits for the one before it."""
-    for _ in range(2):
-        work()
-    _wait(device)
-    calls, started = 0, time.perf_counter()
-    while time.perf_counter() - started < seconds:
-        for _ in range(4):  # so that the device, not this loop, sets the pace
-            work()
-        calls += 4
-        _wait(device)
-    return calls / (time.perf_counter() - started)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def operations_of(preset: str) -> dict[str, int]:

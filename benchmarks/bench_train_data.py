@@ -29,9 +29,8 @@ from regionspot.cache.storage.base import Access
 from regionspot.cache.storage.zarr_shard import with_crc
 from regionspot.fusion.batches import TrainingBatch, batch_shares, read_batches
 from regionspot.fusion.config import TrainConfig
-from regionspot.fusion.head import FusionHead
 from regionspot.fusion.step import TrainStep
-from regionspot.fusion.training_sets import TrainingSet, head_config_for, open_training_set
+from regionspot.fusion.training_sets import TrainingSet, head_spec_for, open_training_set
 from regionspot.fusion.vocabulary import Vocabulary
 
 CLASSES = 365  # of Objects365
@@ -211,7 +210,7 @@ class TrainingRun:
         """A step of a new head; `compiled` may wrap the head."""
         vocabulary = self.data.vocabulary()
         torch.manual_seed(self.config.seed)
-        head = FusionHead(head_config_for(self._sets("auto"), [vocabulary], self.config))
+        head = head_spec_for(self._sets("auto"), [vocabulary], self.config).build()
         text = vocabulary.embeddings.to(self.device)
         return TrainStep(compiled(head.to(self.device).train()), self.config, [text], self.device)
 

@@ -12,18 +12,22 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
 import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
+P = ParamSpec("P")
+T = TypeVar("T")
 Samples = dict[str, list[float]]  # one value per case and round
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -60,6 +64,12 @@ def seconds(work: Callable[[], object]) -> float:
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
+
+
+def alone(section: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
+    """What a section returns, from a new process: its threads and memory do not reach into another's figures."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(section, *arguments, **named).result()
 
 
 def say(text: str) -> None:
