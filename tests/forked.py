@@ -1,5 +1,6 @@
-"""Processes that start at once: they are forked from a server that has imported torch and regionspot."""
+"""Processes that start at once: they are forked from this one, which has imported torch and regionspot."""
 
+import importlib
 import multiprocessing
 import os
 import pty
@@ -8,19 +9,26 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 PATIENCE = 120.0
 MAIN = "from regionspot.cli import main; main()"
 
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["torch", "regionspot.cli", "regionspot.pipeline.extraction.extract", "regionspot.evaluation.evaluate"]
-)
+# Torch does not train in a process forked from one that has used a GPU.
+_CONTEXT = multiprocessing.get_context("forkserver" if torch.cuda.is_available() else "fork")
+_MODULES = ["open_clip", "segment_anything", "regionspot.cli"]
+_MODULES += ["regionspot.pipeline.extraction.extract", "regionspot.evaluation.evaluate"]
+_CONTEXT.set_forkserver_preload(_MODULES)
+for _name in _MODULES:
+    importlib.import_module(_name)  # now, because otherwise every process would
 _START = """
-import os, sys
+import logging, os, sys
 if terminal:
     os.setsid()  # the terminal becomes the controlling one when it is opened
 output = os.open(terminal or file, os.O_RDWR)
 os.dup2(output, 1), os.dup2(output, 2)
+sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)
+logging.getLogger().handlers.clear()  # pytest's
 os.environ.update(environment)
 sys.argv = ["regionspot", *arguments]
 import torch
