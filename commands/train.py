@@ -50,6 +50,9 @@ def train(
     lr: Annotated[float | None, typer.Option(min=0, help="learning rate")] = None,
     seed: options.Seed = None,
     templates: Annotated[options.TemplatesName, typer.Option(help="prompt templates of the class names")] = "reference",
+    names_from: Annotated[
+        options.NamesFrom, typer.Option(help="what the prompts contain: the name, all synonyms, or name and definition")
+    ] = "name",
     weights: options.Weights = None,
     clip_weights: options.ClipWeights = None,
     resume: Annotated[bool, typer.Option("--resume", help="from the last checkpoint in --out, if any")] = False,
@@ -86,7 +89,9 @@ def train(
     backbones = get_preset(pair)
     tokens, maps = stored_name(localizer or backbones.localizer), stored_name(encoder or backbones.encoder)
     caches = [FeatureCache.open(path, local_copy=local_copy, local_limit=local_limit) for path in cache]
-    vocabularies = [cache_vocabulary(one, maps, templates, clip_weights or weights, device) for one in caches]
+    vocabularies = [
+        cache_vocabulary(one, maps, templates, clip_weights or weights, device, names_from) for one in caches
+    ]
     on_stop("run the same command with --resume to resume")
     result = run(
         caches,

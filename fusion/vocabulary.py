@@ -3,7 +3,7 @@
 The embedding of a class is the mean of the text encoder's raw outputs over the templates, normalised once at the end,
 as in the authors' code; CLIP's own notebook averages normalised embeddings, which gives other numbers. V3Det with 81
 templates is a million prompts, so a vocabulary is computed once and stored under a digest of everything that decides
-its numbers.
+its numbers. While it is computed, each finished chunk is stored too: a killed run resumes at the first missing one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,7 +54,7 @@ class Vocabulary:
     names           verbatim, with `_` and `(...)`; a name may occur twice, as in V3Det
     templates       each with `{}` as the slot for the name
     embeddings      float32 (V, text_dim), L2-normalised
-    digest          SHA-256 over names, templates and the text encoder's name and weights
+    digest          SHA-256 over names, templates, other texts than the names, and the text encoder's name and weights
     encoder_sha256  of the text encoder's weights; empty if unknown
     """
 
@@ -73,27 +74,48 @@ def vocabulary_folder() -> Path:
 
 
 def build_vocabulary(
-    names: Sequence[str], templates: Sequence[str], encoder: TextEncoder, store: Path | None = None
+    names: Sequence[str],
+    templates: Sequence[str],
+    encoder: TextEncoder,
+    store: Path | None = None,
+    *,
+    texts: Sequence[Sequence[str]] | None = None,
 ) -> Vocabulary:
     """The vocabulary of `names`, loaded from `store` (default `vocabulary_folder()`), or computed and saved there.
+
+    texts   what stands in the prompts of each class instead of its name: synonyms, for example. The embedding is the
+            mean over all of them
 
     If the store cannot be written, a warning is logged. Raises InputError for an empty list, an empty name, and a
     template without `{}` or given twice.
     """
     names, templates = tuple(names), tuple(templates)
+    texts = [[name] for name in names] if texts is None else texts
     _check(names, templates)
-    digest = vocabulary_digest(names, templates, encoder)
+    digest = vocabulary_digest(names, templates, encoder, texts)
     path = (store or vocabulary_folder()) / f"{digest}.safetensors"
     embeddings = _load(path, digest)
     if embeddings is None:
-        embeddings = _embed(names, templates, encoder)
-        _save(path, digest, names, templates, embeddings, encoder)
+        chunks = path.with_suffix(".chunks")
+        embeddings = _embed(texts, templates, encoder, chunks, digest)
+        document = {
+            "names": names,
+            "templates": templates,
+            "encoder": encoder.name,
+            "encoder_sha256": encoder.weights_sha256,
+        }
+        if _save(path, digest, embeddings, document):
+            shutil.rmtree(chunks, ignore_errors=True)
     return Vocabulary(names, templates, embeddings, digest, encoder.weights_sha256)
 
 
-def vocabulary_digest(names: Sequence[str], templates: Sequence[str], encoder: TextEncoder) -> str:
+def vocabulary_digest(
+    names: Sequence[str], templates: Sequence[str], encoder: TextEncoder, texts: Sequence[Sequence[str]]
+) -> str:
     """The name of a stored vocabulary: SHA-256 as hex."""
     document: list[Any] = [list(names), list(templates), encoder.name, encoder.weights_sha256]
+    if any(list(some) != [name] for some, name in zip(texts, names, strict=True)):
+        document.append([list(some) for some in texts])
     return hashlib.sha256(json.dumps(document).encode()).hexdigest()
 
 
@@ -112,23 +134,30 @@ def _check(names: tuple[str, ...], templates: tuple[str, ...]) -> None:
             raise InputError(f"vocabulary: template {template!r} is given twice and would count double")
 
 
-def _embed(names: tuple[str, ...], templates: tuple[str, ...], encoder: TextEncoder) -> Tensor:
-    """float32 (V, text_dim), normalised; a repeated name is encoded once."""
-    unique = list(dict.fromkeys(names))
+def _embed(
+    texts: Sequence[Sequence[str]], templates: tuple[str, ...], encoder: TextEncoder, chunks: Path, digest: str
+) -> Tensor:
+    """float32 (V, text_dim), normalised; a repeated text is encoded once. Finished chunks are kept in `chunks`."""
+    unique = list(dict.fromkeys(text for some in texts for text in some))
     progress = Progress(len(unique) * len(templates), "prompts")
-    means = []
-    names_per_call = max(1, PROMPTS_PER_CALL // len(templates))
-    for start in range(0, len(unique), names_per_call):
-        some_names = unique[start : start + names_per_call]
-        prompts = [template.replace(SLOT, name) for name in some_names for template in templates]
-        embedded = encoder.embed_prompts(prompts).detach().float().cpu()
-        means.append(embedded.view(len(some_names), len(templates), -1).mean(dim=1))
-        progress.step(len(prompts))
-    embeddings = F.normalize(torch.cat(means), dim=-1)
-    if not torch.isfinite(embeddings).all():
-        raise WeightsError(f"{encoder.name}: its text embeddings are not finite; use other weights")
-    position = {name: index for index, name in enumerate(unique)}
-    return embeddings[[position[name] for name in names]]
+    texts_per_call = max(1, PROMPTS_PER_CALL // len(templates))
+    means, stored = [], len(unique) > texts_per_call
+    for start in range(0, len(unique), texts_per_call):
+        some_texts = unique[start : start + texts_per_call]
+        path = chunks / f"{start:06}.safetensors"
+        mean = _load(path, digest) if stored else None
+        if mean is None or len(mean) != len(some_texts):
+            prompts = [template.replace(SLOT, text) for text in some_texts for template in templates]
+            embedded = encoder.embed_prompts(prompts).detach().float().cpu()
+            mean = embedded.view(len(some_texts), len(templates), -1).mean(dim=1)
+            if not torch.isfinite(mean).all():
+                raise WeightsError(f"{encoder.name}: its text embeddings are not finite; use other weights")
+            stored = stored and _save(path, digest, mean, {})
+        means.append(mean)
+        progress.step(len(some_texts) * len(templates))
+    mean, position = torch.cat(means), {text: index for index, text in enumerate(unique)}
+    # All texts have the same number of prompts, so the mean of their means is the mean over all prompts.
+    return F.normalize(torch.stack([mean[[position[text] for text in some]].mean(dim=0) for some in texts]), dim=-1)
 
 
 def _load(path: Path, digest: str) -> Tensor | None:
@@ -147,27 +176,16 @@ def _load(path: Path, digest: str) -> Tensor | None:
     return embeddings
 
 
-def _save(
-    path: Path,
-    digest: str,
-    names: tuple[str, ...],
-    templates: tuple[str, ...],
-    embeddings: Tensor,
-    encoder: TextEncoder,
-) -> None:
-    document = {
-        "digest": digest,
-        "sha256": _sha256(embeddings),
-        "names": names,
-        "templates": templates,
-        "encoder": encoder.name,
-        "encoder_sha256": encoder.weights_sha256,
-    }
+def _save(path: Path, digest: str, embeddings: Tensor, document: dict[str, Any]) -> bool:
+    """Write the file; if that is impossible, log a warning and return False."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        document = {"digest": digest, "sha256": _sha256(embeddings), **document}
         write_tensor_file(path, {"embeddings": embeddings}, document)
     except OSError as error:
         log.warning("%s: cannot be written (%s); this vocabulary will be computed again next time", path, error)
+        return False
+    return True
 
 
 def _sha256(embeddings: Tensor) -> str:

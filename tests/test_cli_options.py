@@ -10,6 +10,7 @@ from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.commands import options as cli_options
 from regionspot.commands.train import pair_and_schedule, train
 from regionspot.evaluation.evaluate import Baseline
+from regionspot.evaluation.inference.cache_vocabulary import NamesFrom
 from regionspot.fusion.config import CHECKPOINT_STEPS, TRAIN_PRESETS, TrainConfig
 from regionspot.fusion.templates import TEMPLATES
 from regionspot.pipeline.backbones.builders import PRESETS
@@ -192,6 +193,7 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.DtypeName) == (AUTO, *DTYPES)
     assert get_args(cli_options.PreprocessName) == tuple(PREPROCESS)
     assert get_args(cli_options.TemplatesName) == tuple(TEMPLATES)
+    assert get_args(cli_options.NamesFrom) == get_args(NamesFrom)
     assert get_args(cli_options.ScheduleName) == tuple(TRAIN_PRESETS)
     for preset in get_args(cli_options.TrainPresetName):
         pair, schedule = pair_and_schedule(preset, None)

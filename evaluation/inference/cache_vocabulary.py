@@ -5,15 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Literal
 
 from torch import Tensor
 
-from regionspot.cache.errors import ProvenanceMismatchError
+from regionspot.cache.errors import InputError, ProvenanceMismatchError
+from regionspot.cache.format.manifest import Category
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones.clip import load_text_encoder
 from regionspot.pipeline.backbones.protocols import TextEncoder
+
+NamesFrom = Literal["name", "synonyms", "definitions"]
+
+# With a template, CLIP's 77 tokens hold about 50 words. The first words of a definition say what kind of thing it is.
+DEFINITION_WORDS = 32
 
 
 @dataclass(frozen=True)
@@ -50,10 +57,15 @@ def cache_vocabulary(
     templates: str | Sequence[str] = "reference",
     source: str | None = None,
     device: str | None = None,
+    names_from: NamesFrom = "name",
 ) -> Vocabulary:
     """One embedding per category of `cache`, in its order, from the encoder of its feature set `map_set`.
 
-    Raises ProvenanceMismatchError if the cache has no such set, or if `source` holds other weights.
+    names_from   what the prompts contain: the name; the name and all synonyms, averaged; or the name, a comma and the
+                 first DEFINITION_WORDS words of the definition. A category without them has its name alone
+
+    Raises ProvenanceMismatchError if the cache has no such set, or if `source` holds other weights; InputError if no
+    category has synonyms or a definition.
     """
     if map_set not in cache.feature_sets:
         names = ", ".join(cache.feature_sets) or "none"
@@ -64,4 +76,16 @@ def cache_vocabulary(
     encoder = EncoderOnDemand(map_set, weights, source, device)
     if isinstance(templates, str):
         templates = template_set(templates)
-    return build_vocabulary([category.name for category in cache.categories], templates, encoder)
+    class_names = [category.name for category in cache.categories]
+    texts = [_texts(category, names_from) for category in cache.categories]
+    if names_from != "name" and texts == [[name] for name in class_names]:
+        raise InputError(f"{cache.path}: its categories have no {names_from}; use --names-from name")
+    return build_vocabulary(class_names, templates, encoder, texts=texts)
+
+
+def _texts(category: Category, names_from: NamesFrom) -> list[str]:
+    if names_from == "synonyms":
+        # LVIS lists the name among its synonyms.
+        return list(dict.fromkeys([category.name, *(synonym for synonym in category.synonyms if synonym.strip())]))
+    words = (category.definition or "").split() if names_from == "definitions" else []
+    return [f"{category.name}, {' '.join(words[:DEFINITION_WORDS])}" if words else category.name]

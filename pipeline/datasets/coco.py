@@ -151,12 +151,17 @@ def _category(record: Mapping[str, Any], variant: CocoVariant) -> Category:
         synset=_text_or_none(record.get("synset")),
         frequency=frequency if frequency in _FREQUENCIES else None,
         synonyms=tuple(item for item in synonyms if isinstance(item, str)) if isinstance(synonyms, list) else (),
-        definition=_text_or_none(record.get("def")) or _text_or_none(record.get("cat_info")),  # cat_info: V3Det
+        definition=_text_or_none(record.get("def")) or _first_text(record.get("cat_info")),  # cat_info: V3Det
     )
 
 
 def _text_or_none(value: Any) -> str | None:
     return value if isinstance(value, str) else None
+
+
+def _first_text(value: Any) -> str | None:
+    """A text, or the first of a list: V3Det's `cat_info` is one or the other."""
+    return _text_or_none(value[0] if isinstance(value, list) and value else value)
 
 
 def _with_regions(

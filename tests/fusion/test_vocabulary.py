@@ -1,12 +1,15 @@
 """Vocabularies: computing, storing, and errors."""
 
 import hashlib
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from makers import fork, was_killed
 
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.fusion.templates import TEMPLATES, template_set
@@ -107,6 +110,55 @@ def test_the_number_of_prompts_per_call_is_limited(tmp_path):
     build_vocabulary([f"name {i}" for i in range(5000)], ["{}.", "a {}.", "the {}."], encoder, tmp_path)
     assert sum(encoder.prompts) == 15_000
     assert max(encoder.prompts) <= PROMPTS_PER_CALL
+
+
+def test_the_embedding_of_synonyms_is_the_mean_over_all_of_their_prompts(tmp_path, encoder):
+    texts = [["sofa", "couch", "lounge"], ["lounge"]]
+    vocabulary = build_vocabulary(["sofa", "lounge"], ["{}.", "a {}."], encoder, tmp_path, texts=texts)
+    raw = [encoder.embed(prompt) for text in texts[0] for prompt in (f"{text}.", f"a {text}.")]
+    torch.testing.assert_close(vocabulary.embeddings[0], F.normalize(torch.stack(raw).mean(dim=0), dim=0))
+    assert len(encoder.prompts) == 6  # "lounge" once
+    assert vocabulary.names == ("sofa", "lounge")
+    assert vocabulary.digest != build_vocabulary(["sofa", "lounge"], ["{}.", "a {}."], encoder, tmp_path).digest
+
+
+class KilledEncoder:
+    """Kills its process at the call with number `killed_at`. Records the number of prompts of each call."""
+
+    name = "killed"
+    weights_sha256 = "0" * 64
+
+    def __init__(self, killed_at=None):
+        self.killed_at, self.calls = killed_at, []
+
+    def embed_prompts(self, prompts):
+        self.calls.append(len(prompts))
+        if len(self.calls) == self.killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return torch.tensor([[len(prompt), prompt.encode()[-2], 1] for prompt in prompts], dtype=torch.float32)
+
+
+def test_a_killed_computation_resumes_at_the_first_missing_chunk(tmp_path):
+    names, templates = [f"name {i}" for i in range(10_000)], ["{}.", "a {}.", "the {}."]
+    pid = fork(lambda: build_vocabulary(names, templates, KilledEncoder(killed_at=3), tmp_path / "killed"))
+    assert was_killed(pid)
+    resumed, whole = KilledEncoder(), KilledEncoder()
+    vocabulary = build_vocabulary(names, templates, resumed, tmp_path / "killed")
+    uninterrupted = build_vocabulary(names, templates, whole, tmp_path / "whole")
+    assert torch.equal(vocabulary.embeddings, uninterrupted.embeddings)
+    assert (len(whole.calls), resumed.calls) == (4, whole.calls[2:])
+    assert [path.name for path in (tmp_path / "killed").iterdir()] == [f"{vocabulary.digest}.safetensors"]
+
+
+def test_a_damaged_chunk_is_computed_again(tmp_path, caplog):
+    names = [f"name {i}" for i in range(10_000)]
+    assert was_killed(fork(lambda: build_vocabulary(names, ["{}."], KilledEncoder(killed_at=2), tmp_path)))
+    (chunk,) = tmp_path.glob("*.chunks/*")
+    chunk.write_bytes(chunk.read_bytes()[:-1] + b"\xff")
+    encoder = KilledEncoder()
+    build_vocabulary(names, ["{}."], encoder, tmp_path)
+    assert len(encoder.calls) == 2
+    assert "damaged" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -105,11 +105,19 @@ def test_categories_are_sorted_by_id_and_their_names_stripped(read):
 
 
 def test_categories_with_the_same_name_are_kept_by_id(read):
-    categories = [{"id": 4, "name": "bass", "cat_info": "a fish"}, {"id": 8, "name": "bass"}]
+    categories = [{"id": 4, "name": "bass"}, {"id": 8, "name": "bass"}]
     manifest = read(coco(annotations=[box(1, 8)], categories=categories), "v3det")
     assert [category.id for category in manifest.categories] == [4, 8]
-    assert manifest.categories[0].definition == "a fish"
     assert manifest.category_index.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("cat_info", "definition"), [("a fish", "a fish"), (["a guitar", "a voice"], "a guitar"), ([], None), (None, None)]
+)
+def test_the_definition_of_a_v3det_category_is_its_text_or_the_first_of_its_list(read, cat_info, definition):
+    categories = [{"id": 4, "name": "bass", "cat_info": cat_info}]
+    manifest = read(coco(annotations=[box(1, 4)], categories=categories), "v3det")
+    assert manifest.categories[0].definition == definition
 
 
 def test_objects365_v2_shortens_paths_and_corrects_known_misspellings(read):
