@@ -54,6 +54,10 @@ OptionalPreset = Annotated[
     PresetName | None, typer.Option(help="the pair of backbones, if the checkpoint does not state it")
 ]
 Checkpoint = Annotated[Path, typer.Option(help="a trained head, ours or one released by the authors")]
+HeadClass = Annotated[
+    str | None,
+    typer.Option(help="file.py:Class of a head of your own class, as it was trained; this code is then run"),
+]
 Templates = Annotated[
     TemplatesName | None, typer.Option(help="prompt templates; default: those that the head was trained with")
 ]

@@ -21,6 +21,7 @@ def predict(
     boxes_file: Annotated[Path | None, typer.Option(help="JSON: [[x1, y1, x2, y2], ...]")] = None,
     names_file: Annotated[Path | None, typer.Option(help="text: one name per line")] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="image with boxes, masks, names and scores")] = None,
+    head: options.HeadClass = None,
     top: Annotated[int, typer.Option(min=1, help="names per box")] = 5,
     preset: options.OptionalPreset = None,
     templates: options.Templates = None,
@@ -43,7 +44,14 @@ def predict(
     parsed_boxes, parsed_names = boxes_from(boxes, boxes_file), names_from(names, names_file)
     pixels = read_image(image, exif="apply")
     model = RegionSpot.load(
-        checkpoint, weights, device, preset=preset, sam_weights=sam_weights, clip_weights=clip_weights, dtype=dtype
+        checkpoint,
+        weights,
+        device,
+        preset=preset,
+        head_class=head,
+        sam_weights=sam_weights,
+        clip_weights=clip_weights,
+        dtype=dtype,
     )
     regions = model.predict(pixels, parsed_boxes, parsed_names, templates, masks=out is not None, top=top)
     typer.echo(json.dumps([region.as_json() for region in regions], indent=1, allow_nan=False))

@@ -28,6 +28,12 @@ def train(
     ratio: Annotated[
         list[float] | None, typer.Option(min=0, help="share of the batches, one per cache; default: by the schedule")
     ] = None,
+    head: Annotated[
+        str, typer.Option(help="fusion, linear, mlp, roi_pool, prototypes, or your own class: file.py:Class")
+    ] = "fusion",
+    head_option: Annotated[
+        list[str] | None, typer.Option(help="an argument of the head's class: hidden=512; can be repeated")
+    ] = None,
     iterations: Annotated[
         int | None,
         typer.Option(
@@ -68,6 +74,7 @@ def train(
     from regionspot.cache.store import FeatureCache
     from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
     from regionspot.fusion.config import train_config
+    from regionspot.fusion.heads.spec import parse_options
     from regionspot.fusion.train import train as run
     from regionspot.pipeline.backbones.builders import get_preset
     from regionspot.pipeline.backbones.registry import stored_name
@@ -79,6 +86,8 @@ def train(
         check_source(source)  # also where a stored vocabulary makes them unnecessary
     config = train_config(
         schedule_name,
+        head=head,
+        head_options=parse_options(head_option or ()),
         iterations=iterations,
         batch_size=batch_size,
         lr=lr,

@@ -48,6 +48,7 @@ class LvisEvaluation:
     data, dataset, split, annotations   as for `read_dataset`; the dataset must be in LVIS's format
     out          folder of results.json, detections.json and the parts for resuming
     checkpoint   the head; may be None for a baseline, then `preset` names the encoder
+    head_class   `file.py:Class` or `package.module:Class` of a head of the user's own class, whose code is then run
     baseline     "crop" or "pooled" instead of the head
     cache        read features from this cache instead of running the backbones; without masks then
     boxes        "gt", or a detector's proposals file
@@ -64,6 +65,7 @@ class LvisEvaluation:
     split: str = "val"
     annotations: Path | None = None
     checkpoint: Path | None = None
+    head_class: str | None = None
     preset: str | None = None
     baseline: Baseline | None = None
     cache: str | Path | None = None
@@ -147,6 +149,7 @@ def _from_images(
         options.weights,
         device,
         preset=options.preset,
+        head_class=options.head_class,
         sam_weights=options.sam_weights,
         clip_weights=options.clip_weights,
         dtype=options.dtype,
@@ -170,7 +173,7 @@ def _baseline(
 ) -> tuple[CropBaseline | PooledBaseline, Vocabulary]:
     dtype = options.dtype
     if options.checkpoint is not None:
-        info = load_checkpoint(options.checkpoint, options.preset).info
+        info = load_checkpoint(options.checkpoint, options.preset, options.head_class).info
         maps = head_features(options.checkpoint, info).maps
         name, dtype = maps.name, maps.dtype if options.dtype == AUTO else options.dtype
     else:
@@ -188,7 +191,8 @@ def _baseline(
 def _from_cache(
     options: LvisEvaluation, path: str | Path, manifest: Manifest, device: str
 ) -> tuple[HeadOnCache, Vocabulary]:
-    checkpoint, cache = load_checkpoint(_checkpoint(options), options.preset), FeatureCache.open(path)
+    checkpoint = load_checkpoint(_checkpoint(options), options.preset, options.head_class)
+    cache = FeatureCache.open(path)
     _require_same_boxes(options, cache, manifest)
     features = head_features(_checkpoint(options), checkpoint.info)
     features.require_cache(cache, strict=options.check_weights)

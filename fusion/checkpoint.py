@@ -88,13 +88,13 @@ def weights_digest(state: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def load_checkpoint(path: Path, preset: str | None = None, own_class: str | None = None) -> Checkpoint:
+def load_checkpoint(path: Path, preset: str | None = None, head_class: str | None = None) -> Checkpoint:
     """Load a head from our checkpoint or from one that the authors released.
 
-    preset     "bb", "bl", "bl336": the model of a released file; needed if the shapes fit two of them. For a file that
-               states its preset, the two must agree
-    own_class  `file.py:Class` or `package.module:Class`, for a head of the user's own class. The checkpoint names it,
-               but its code is only imported when the caller names it too: a file must not decide what code runs
+    preset      "bb", "bl", "bl336": the model of a released file; needed if the shapes fit two of them. For a file that
+                states its preset, the two must agree
+    head_class  `file.py:Class` or `package.module:Class`, for a head of the user's own class. The checkpoint names it,
+                but its code is only imported when the caller names it too: a file must not decide what code runs
 
     Raises WeightsError for a file that is missing, is no checkpoint, cannot be opened safely, has other shapes or holds
     NaN or infinity; InputError for a preset or a class that is unknown, missing or another one.
@@ -107,7 +107,7 @@ def load_checkpoint(path: Path, preset: str | None = None, own_class: str | None
         return _load_released(path, state_dict_of(path, _unpickle(path)), preset)
     tensors, document = read_tensor_file(path)
     if document is not None and document.get("kind") == KIND:
-        return _load_ours(path, tensors, document, preset, own_class)
+        return _load_ours(path, tensors, document, preset, head_class)
     state = unwrapped(tensors)
     if any(_own_name(name) for name in state):
         return _load_released(path, state, preset)
@@ -128,7 +128,7 @@ def _is_pickle(path: Path) -> bool:
 
 
 def _load_ours(
-    path: Path, tensors: dict[str, Tensor], document: dict[str, Any], preset: str | None, own_class: str | None
+    path: Path, tensors: dict[str, Tensor], document: dict[str, Any], preset: str | None, head_class: str | None
 ) -> Checkpoint:
     if document.get("format") != FORMAT:
         raise WeightsError(
@@ -144,22 +144,22 @@ def _load_ours(
         raise WeightsError(f"{path}: its header is incomplete ({error})") from None
     if preset is not None and info.preset not in (None, preset):
         raise InputError(f"{path}: was trained as preset {info.preset}, not {preset}; leave --preset out")
-    spec = _with_own_class(path, spec, own_class)
+    spec = _with_class(path, spec, head_class)
     return Checkpoint(_build(path, spec, tensors), spec, info)
 
 
-def _with_own_class(path: Path, spec: HeadSpec, own_class: str | None) -> HeadSpec:
+def _with_class(path: Path, spec: HeadSpec, head_class: str | None) -> HeadSpec:
     """The spec with the class that the caller named, which must have the name that the checkpoint states."""
-    if own_class is None and spec.own_class:
+    if head_class is None and spec.own_class:
         raise InputError(
             f"{path}: its head is the class {spec.type}, and a checkpoint never decides what code is run; "
             f"if you trust that code, name it with --head {spec.type}"
         )
-    if own_class is None:
+    if head_class in (None, spec.type):
         return spec
-    if not spec.own_class or spec.type.rpartition(":")[2] != own_class.rpartition(":")[2]:
-        raise InputError(f"{path}: its head is {spec.type}, not {own_class}; correct --head, or leave it out")
-    return replace(spec, type=own_class)
+    if not spec.own_class or spec.type.rpartition(":")[2] != head_class.rpartition(":")[2]:
+        raise InputError(f"{path}: its head is {spec.type}, not {head_class}; correct --head, or leave it out")
+    return replace(spec, type=head_class)
 
 
 def _load_released(path: Path, tensors: Mapping[str, Tensor], preset: str | None) -> Checkpoint:

@@ -25,7 +25,7 @@ from regionspot.cache.progress import duration
 from regionspot.cache.state_dicts import require_finite
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.batches import TrainingBatch, batch_shares, read_batches
-from regionspot.fusion.checkpoint import HeadInfo, weights_digest
+from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint, weights_digest
 from regionspot.fusion.config import (
     CHECKPOINT_SECONDS,
     CHECKPOINT_STEPS,
@@ -34,6 +34,7 @@ from regionspot.fusion.config import (
     TrainConfig,
 )
 from regionspot.fusion.distributed import Group, process_group
+from regionspot.fusion.fit import fit_prototypes
 from regionspot.fusion.heads.spec import HeadSpec
 from regionspot.fusion.metrics import Meter, draw_curves, read_metrics
 from regionspot.fusion.run_folder import RunFolder
@@ -63,6 +64,8 @@ class TrainResult:
 
     def text(self) -> str:
         """A one-line summary."""
+        if not self.step:
+            return f"one pass over the cache in {duration(self.seconds)}"
         return f"{self.step:,} steps in {duration(self.seconds)}, loss {self.loss:.4g}"
 
 
@@ -132,6 +135,8 @@ def train(
         if group.is_first:
             folder.claim(identity, resume)
         group.wait()
+        if spec.type == "prototypes":
+            return _fitted(folder, training_sets, vocabularies, spec, info, torch_device, group)
         # Forked because every step sets the seed: the caller's random state must not change.
         with torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []):
             torch.manual_seed(config.seed)
@@ -144,6 +149,25 @@ def train(
             trainer = _Trainer(folder, config, spec, step, info, batches, group, validate)
             with StopSignals() as signals:
                 return trainer.run(checkpoint_every, checkpoint_seconds, validate_every, log_every, signals)
+
+
+def _fitted(
+    folder: RunFolder,
+    training_sets: Sequence[TrainingSet],
+    vocabularies: Sequence[Vocabulary],
+    spec: HeadSpec,
+    info: HeadInfo,
+    device: torch.device,
+    group: Group,
+) -> TrainResult:
+    """A head that needs no training steps: one pass over the caches, by the first process of a group."""
+    begin = time.monotonic()
+    if group.is_first:
+        spec, head = fit_prototypes(training_sets, vocabularies, spec, device)
+        require_finite(folder.head, head.state_dict())
+        save_checkpoint(folder.head, spec, head, info)
+    group.wait()
+    return TrainResult(folder.head, 0, math.nan, time.monotonic() - begin)
 
 
 class _Trainer:

@@ -119,7 +119,7 @@ def initial_weights(checkpoint: Path, spec: HeadSpec, first: TrainingSet) -> dic
     Raises WeightsError for a file that cannot be read; InputError for a head of another type or other shapes, or one
     that was trained on features of other backbones than those of `first`.
     """
-    loaded = load_checkpoint(checkpoint, own_class=spec.type if spec.own_class else None)
+    loaded = load_checkpoint(checkpoint, head_class=spec.type if spec.own_class else None)
     dropout = {"dropout": spec.options["dropout"]} if "dropout" in spec.options else {}
     if replace(loaded.spec, options={**loaded.spec.options, **dropout}) != spec:
         raise InputError(

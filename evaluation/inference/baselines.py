@@ -7,8 +7,6 @@ They use CLIP alone and make no masks. Both use the encoder's own logit scale: o
 points of AP more than the head's 100. The scale of OpenAI's models is 100.
 """
 
-# n boxes, T map tokens (class token first), g patches a side, D width, p pixels of CLIP's square
-
 from __future__ import annotations
 
 import math
@@ -31,6 +29,7 @@ from regionspot.evaluation.inference.scoring import (
     class_probabilities,
     score_in_batches,
 )
+from regionspot.fusion.heads.pooling import pool_boxes, relative_boxes
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones
@@ -138,9 +137,8 @@ class PooledBaseline:
 
     def _pool(self, image: DecodedImage, feature_map: Tensor) -> RegionScores:
         manifest, row = self.manifest, image.row
-        size = (int(manifest.heights[row]), int(manifest.widths[row]))
-        weights = pooling_weights(manifest.boxes_xyxy[manifest.regions(row)], size, math.isqrt(len(feature_map) - 1))
-        pooled = torch.from_numpy(weights).to(feature_map.device) @ feature_map[1:]
+        boxes = relative_boxes(manifest.boxes_xyxy[manifest.regions(row)], manifest.heights[row], manifest.widths[row])
+        pooled = pool_boxes(feature_map[None], torch.from_numpy(boxes[None]).to(feature_map.device))[0, :, 0]
         return RegionScores(class_probabilities(self._encoder.project(pooled), self._text, self._encoder.logit_scale))
 
 
@@ -151,22 +149,6 @@ def crop(image: Image.Image, box_xyxy: NDArray[np.float32], margin: float) -> Im
     left, top = max(0, math.floor(x1 - margin_x)), max(0, math.floor(y1 - margin_y))
     right, bottom = min(image.width, math.ceil(x2 + margin_x)), min(image.height, math.ceil(y2 + margin_y))
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
-
-
-def pooling_weights(boxes_xyxy: NDArray[np.float32], size: tuple[int, int], grid: int) -> NDArray[np.float32]:
-    """float32 (n, g * g), rows adding up to 1: the share of each box in each patch.
-
-    `size` is (height, width) of the image, which CLIP resizes to a square of `grid` x `grid` patches.
-    """
-    edges = np.arange(grid + 1) / grid
-    overlaps = []
-    for axis in (0, 1):
-        length = size[1 - axis]
-        low, high = boxes_xyxy[:, axis, None] / length, boxes_xyxy[:, axis + 2, None] / length
-        overlaps.append((np.minimum(high, edges[1:]) - np.maximum(low, edges[:-1])).clip(min=0))
-    overlap = (overlaps[1][:, :, None] * overlaps[0][:, None, :]).reshape(len(boxes_xyxy), grid * grid)
-    weights: NDArray[np.float32] = (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)
-    return weights
 
 
 def _identity(encoder: TextEncoder, vocabulary: Vocabulary, exif: Exif) -> dict[str, Any]:

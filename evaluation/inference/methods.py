@@ -26,6 +26,7 @@ from regionspot.evaluation.inference.scoring import (
 )
 from regionspot.fusion.batches import DeviceDecoder
 from regionspot.fusion.checkpoint import weights_digest
+from regionspot.fusion.heads.pooling import relative_boxes
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones
@@ -117,4 +118,7 @@ class HeadOnCache:
             feature_maps = self._decode_maps(batch.feature_map, batch.map_scale).float()
             counts = batch.region_mask.sum(axis=1).tolist()
             tokens = [image_tokens[:count] for image_tokens, count in zip(padded, counts, strict=True)]
-            return head_probabilities(self._head, tokens, feature_maps, self._text, self._batches)
+            sizes = self.manifest.heights[batch.rows], self.manifest.widths[batch.rows]
+            relative = relative_boxes(batch.boxes_xyxy, *sizes)
+            boxes = [image_boxes[:count] for image_boxes, count in zip(relative, counts, strict=True)]
+            return head_probabilities(self._head, tokens, boxes, feature_maps, self._text, self._batches)

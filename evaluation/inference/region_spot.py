@@ -29,6 +29,7 @@ from regionspot.evaluation.inference.head_features import HeadFeatureSet, head_f
 from regionspot.evaluation.inference.scoring import RegionScores, StageTimer, head_probabilities
 from regionspot.evaluation.metrics.detections import Masks, concatenate_masks
 from regionspot.fusion.checkpoint import load_checkpoint, weights_digest
+from regionspot.fusion.heads.pooling import relative_boxes
 from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
@@ -101,6 +102,7 @@ class RegionSpot:
         device: str | None = None,
         *,
         preset: str | None = None,
+        head_class: str | None = None,
         sam_weights: str | None = None,
         clip_weights: str | None = None,
         dtype: str = AUTO,
@@ -113,6 +115,7 @@ class RegionSpot:
                        override it. None: the official files
         device         "cpu", "cuda", ...; None: a GPU if there is one
         preset         the model of a file released by the authors, if its shapes are ambiguous
+        head_class     `file.py:Class` or `package.module:Class` of a head of your own class, whose code is then run
         dtype          of the image encoders; "auto": that of the head's training features, or the default of the device
                        if the checkpoint does not state it
         preprocess     a preset of pipeline/images/preprocess.py; None: that of the head's training features
@@ -122,7 +125,7 @@ class RegionSpot:
         that cannot be loaded or do not belong together, InputError for a dtype that the device does not support.
         """
         path = Path(checkpoint)
-        loaded = load_checkpoint(path, preset)
+        loaded = load_checkpoint(path, preset, head_class)
         features = head_features(path, loaded.info)
         device = str(compute_device(device))
 
@@ -214,7 +217,8 @@ class RegionSpot:
                 *(self._locate(*image, masks) for image in zip(embeddings, boxes_xyxy, sizes, strict=True)), strict=True
             )
         with timer("head"):
-            probabilities = head_probabilities(self.head, tokens, feature_maps, text, self._batches["head"])
+            relative = [relative_boxes(boxes, *size) for boxes, size in zip(boxes_xyxy, sizes, strict=True)]
+            probabilities = head_probabilities(self.head, tokens, relative, feature_maps, text, self._batches["head"])
         return [RegionScores(*scores) for scores in zip(probabilities, image_masks, strict=True)]
 
     def _locate(

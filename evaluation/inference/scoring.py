@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from regionspot.evaluation.metrics.detections import Masks
 from regionspot.fusion.head import LOGIT_SCALE, similarity_logits
@@ -74,21 +75,28 @@ def score_in_batches(
 
 @torch.inference_mode()
 def head_probabilities(
-    head: nn.Module, tokens: Sequence[Tensor], feature_maps: Tensor, text: Tensor, batches: Halving
+    head: nn.Module,
+    tokens: Sequence[Tensor],
+    boxes: Sequence[NDArray[np.float32]],
+    feature_maps: Tensor,
+    text: Tensor,
+    batches: Halving,
 ) -> list[NDArray[np.float32]]:
     """Softmax over the classes, float32 (n, V) for each image, from its tokens (n, C) and the maps (B, T, D).
 
-    `batches` splits a batch that does not fit into the memory of the device.
+    `boxes` float32 (n, 4) are relative to the size of the image, as heads take them. `batches` splits a batch that does
+    not fit into the memory of the device.
     """
     counts = [len(image_tokens) for image_tokens in tokens]
     if not any(counts):
         return [np.zeros((0, len(text)), np.float32) for _ in counts]
-    padded = torch.nn.utils.rnn.pad_sequence(list(tokens), batch_first=True)
+    padded = pad_sequence(list(tokens), batch_first=True)
+    padded_boxes = pad_sequence([torch.from_numpy(of_image) for of_image in boxes], batch_first=True).to(padded.device)
     mask = (torch.arange(padded.shape[1]) < torch.tensor(counts)[:, None]).to(padded.device)
 
     def region_vectors(images: Sequence[Tensor]) -> Tensor:
         index = torch.stack(list(images))
-        vectors: Tensor = head(padded[index], mask[index], feature_maps[index])
+        vectors: Tensor = head(padded[index], mask[index], feature_maps[index], padded_boxes[index])
         return vectors
 
     vectors = batches(region_vectors, list(torch.arange(len(counts), device=padded.device)))

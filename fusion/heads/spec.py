@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 from regionspot.cache.errors import InputError, unknown_name
 from regionspot.fusion.head import FusionHead, HeadConfig
 from regionspot.fusion.heads.pooled import LinearHead, MlpHead, RoiPoolHead
+from regionspot.fusion.heads.prototypes import PrototypeHead
 
 
 def _fusion(token_dim: int, width: int, text_dim: int, **options: Any) -> FusionHead:
@@ -26,7 +28,22 @@ HEAD_TYPES: Mapping[str, Callable[..., nn.Module]] = {
     "linear": LinearHead,
     "mlp": MlpHead,
     "roi_pool": RoiPoolHead,
+    "prototypes": PrototypeHead,
 }
+
+
+def parse_options(texts: Iterable[str]) -> dict[str, Any]:
+    """Options from `name=value` texts; a value is a JSON number or boolean, or a text. Raises InputError."""
+    options: dict[str, Any] = {}
+    for text in texts:
+        name, separator, value = text.partition("=")
+        if not separator or not name.isidentifier():
+            raise InputError(f"head option {text!r}: expected name=value, for example hidden=512")
+        try:
+            options[name] = json.loads(value)
+        except ValueError:
+            options[name] = value
+    return options
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,9 +4,10 @@ import torch
 from PIL import Image
 
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
-from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline, crop, pooling_weights
+from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline, crop
 from regionspot.evaluation.inference.resumable import Progress, stage_timer
 from regionspot.evaluation.inference.scoring import class_probabilities
+from regionspot.fusion.heads.pooling import box_weights, relative_boxes
 from regionspot.fusion.vocabulary import build_vocabulary
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
@@ -67,28 +68,6 @@ def test_a_batch_that_does_not_fit_into_gpu_memory_is_split(
     assert max(sizes[sizes.index(max(sizes)) + 2 :]) <= 3
 
 
-def test_a_box_over_the_whole_image_has_equal_weights():
-    assert pooling_weights(boxes([0, 0, 300, 100]), (100, 300), 4) == pytest.approx(np.full((1, 16), 1 / 16))
-
-
-def test_patches_are_weighted_by_their_overlap_with_the_box():
-    # An image of 40 x 40 in 4 x 4 patches of 10: one whole patch, half of its right, a quarter of the lower ones.
-    weights = pooling_weights(boxes([10, 0, 25, 15]), (40, 40), 4).reshape(4, 4)
-    assert weights[0, 1:3] == pytest.approx(np.array([100, 50]) / 225)
-    assert weights[1, 1:3] == pytest.approx(np.array([50, 25]) / 225)
-    assert weights.sum() == pytest.approx(1)
-
-
-def test_a_tiny_box_selects_its_patch():
-    weights = pooling_weights(boxes([35.2, 12.1, 35.9, 12.6]), (40, 40), 4).reshape(4, 4)
-    assert weights[1, 3] == pytest.approx(1)
-
-
-def test_the_patches_of_an_image_that_is_not_square_are_not_square():
-    weights = pooling_weights(boxes([50, 0, 100, 10]), (10, 100), 2).reshape(2, 2)
-    assert weights == pytest.approx(np.array([[0, 0.5], [0, 0.5]]))
-
-
 def test_a_crop_includes_its_margin_and_is_clipped():
     image = Image.new("RGB", (100, 80))
     assert crop(image, np.float32([20, 20, 60, 40]), 0.1).size == (48, 24)
@@ -118,8 +97,8 @@ def test_the_pooled_baseline_projects_the_mean_of_the_patches(world, manifest, e
     image = encoder.preprocess(Image.open(image_folder / str(manifest.paths[2])))
     patches = encoder.encode(image[None])[0, 1:]
     regions = manifest.boxes_xyxy[manifest.regions(2)]
-    weights = pooling_weights(regions, (int(manifest.heights[2]), int(manifest.widths[2])), 12)
-    pooled = encoder.project(torch.from_numpy(weights) @ patches)
+    relative = torch.from_numpy(relative_boxes(regions, manifest.heights[2], manifest.widths[2]))
+    pooled = encoder.project(box_weights(relative, 12)[:, 0] @ patches)
     expected = class_probabilities(pooled, vocabulary.embeddings, encoder.logit_scale)
     assert probabilities == pytest.approx(expected, abs=1e-5)
 

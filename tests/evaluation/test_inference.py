@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 
 from regionspot.cache.errors import AnnotationError, InputError, ProvenanceMismatchError, WeightsError
 from regionspot.cache.store import FeatureCache
@@ -22,7 +23,7 @@ from regionspot.evaluation.metrics import lvis_ap
 from regionspot.evaluation.report.sheet import detections_sheet
 from regionspot.evaluation.report.tables import ap_markdown, ap_table, row_of
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
-from regionspot.fusion.heads import HeadSpec
+from regionspot.fusion.heads import HEAD_TYPES, HeadSpec
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
@@ -112,7 +113,18 @@ def same(one, other):
     )
 
 
-def test_scores_from_images_and_from_a_cache_are_equal_up_to_rounding(world, spot, manifest, cache):
+@pytest.mark.parametrize("kind", [*HEAD_TYPES, "own class"])
+def test_scores_from_images_and_from_a_cache_are_equal_up_to_rounding(world, spot, manifest, cache, tmp_path, kind):
+    if kind == "own class":
+        kind = f"{tmp_path / 'my_head.py'}:MyHead"
+        (tmp_path / "my_head.py").write_text("from regionspot.fusion.heads.pooled import MlpHead as MyHead\n")
+    torch.manual_seed(0)
+    options = {"classes": 30} if kind == "prototypes" else {}
+    head = HeadSpec(type=kind, token_dim=128, width=192, text_dim=128, options=options).build()
+    if kind == "prototypes":
+        head.prototypes.copy_(normalize(torch.randn(30, 192), dim=-1))
+        head.texts.copy_(normalize(torch.randn(30, 128), dim=-1))
+    spot = RegionSpot(head, spot.localizer, spot.encoder, spot.templates)
     vocabulary = spot.vocabulary([category.name for category in manifest.categories])
     image_folder = image_folder_of("toy", world, "val", manifest)
     rows, timer = range(len(manifest)), inference.stage_timer(inference.Progress(8, "images"), torch.device("cpu"))
