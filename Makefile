@@ -84,6 +84,8 @@ stress: $(READY) ## damage, kill and starve caches (25 minutes on 2 cores); coun
 	python -m benchmarks.stress $(if $(QUICK),--quick) $(ARGS)
 
 # As on a CPU without bfloat16 instructions: make test REGIONSPOT_CPU_DTYPES=float32; with: ...=float32,bfloat16
+# Containers often forbid bytecode; then every process that a test starts would compile all sources again.
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(READY) ## the tests, in parallel
 	python -m pytest -n auto --dist worksteal $(ARGS)
 

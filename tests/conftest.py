@@ -1,4 +1,9 @@
-"""Shared fixtures. `../shared` holds golden values and real images; where it is not, the tests that use it skip."""
+"""Shared fixtures. `../shared` holds golden values and real images; where it is not, the tests that use it skip.
+
+It imports torch inside of fixtures only: pytest loads this file before it starts the workers, and they wait for it.
+"""
+
+from __future__ import annotations
 
 import http.client
 import json
@@ -13,10 +18,10 @@ import zlib
 from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
 from makers import cache_content, make_features, make_manifest
 
 from regionspot import cli
@@ -28,10 +33,11 @@ from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.extraction.part_queue import PartQueue
 from regionspot.pipeline.toy.world import make_toy_world
 
+if TYPE_CHECKING:
+    import torch
+
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
-# Tests run in parallel processes, so one thread each is fastest.
-torch.set_num_threads(1)
 # In the background of a script (`make test &`) SIGINT is ignored, and the processes that tests interrupt inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -39,6 +45,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 def pytest_xdist_auto_num_workers() -> int:
     """For `-n auto`: one more than cores, because tests wait for disks, servers and killed processes."""
     return processors() + 1
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tests run in parallel processes, so one thread each is fastest."""
+    import torch
+
+    torch.set_num_threads(1)
 
 
 def _under_shared(name: str) -> Path:
@@ -77,6 +91,8 @@ def _from_formula(
     state_dict: dict[str, torch.Tensor], prefix: str, gain: float, untouched: tuple[str, ...] = ()
 ) -> dict[str, torch.Tensor]:
     """Fill every float tensor from a random generator seeded by its name (../shared/golden/README.md)."""
+    import torch
+
     filled = {}
     for name, tensor in state_dict.items():
         if not tensor.is_floating_point() or name in untouched:
