@@ -120,12 +120,13 @@ def initial_weights(checkpoint: Path, spec: HeadSpec, first: TrainingSet) -> dic
     that was trained on features of other backbones than those of `first`.
     """
     loaded = load_checkpoint(checkpoint, head_class=spec.type if spec.own_class else None)
-    dropout = {"dropout": spec.options["dropout"]} if "dropout" in spec.options else {}
-    if replace(loaded.spec, options={**loaded.spec.options, **dropout}) != spec:
-        raise InputError(
-            f"{checkpoint}: is a head with {loaded.spec.as_json()}, these features and options need {spec.as_json()}; "
-            "start from a head of the same preset and options"
-        )
+    expected, actual = ({"type": one.type, **one.as_json()} for one in (spec, loaded.spec))
+    for name in sorted((expected.keys() | actual.keys()) - {"dropout"}):
+        if expected.get(name) != actual.get(name):
+            raise InputError(
+                f"{checkpoint}: the {name} of its head is {actual.get(name)}, of these features and options "
+                f"{expected.get(name)}; start from a head of the same preset and options"
+            )
     for features in (first.maps, first.tokens):
         trained_on = loaded.info.weights_sha256.get(features.name)
         named = (loaded.info.localizer, loaded.info.encoder)

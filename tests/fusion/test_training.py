@@ -177,7 +177,7 @@ def test_a_second_stage_starts_from_the_head_of_the_first(cache, uninterrupted, 
 @pytest.mark.parametrize(
     ("config", "sets", "message"),
     [
-        ({"ffn": 64}, {}, "start from a head of the same preset and options"),
+        ({"ffn": 64}, {}, "the ffn of its head is 32, of these features and options 64"),
         ({}, {"weights": "v" * 64}, "start from a head of the same weights"),
     ],
 )
