@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from regionspot.cache.progress import duration
-from regionspot.cache.storage.atomic_files import write_file
+from regionspot.cache.storage.atomic_files import rename_key, write_file
+from regionspot.fusion.trackers import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -58,11 +60,24 @@ class Meter:
     The meter itself never reads a tensor: the sums of loss and norm may stay on the device until a line is written.
     """
 
-    def __init__(self, path: Path, first_step: int, iterations: int, interval: Metrics | None = None) -> None:
-        """`interval` is the result of `open_interval` when the checkpoint of `first_step` was saved."""
-        kept = [line for line in read_metrics(path) if line["step"] <= first_step]
+    def __init__(
+        self,
+        path: Path,
+        first_step: int,
+        iterations: int,
+        interval: Metrics | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
+        """`interval` is the result of `open_interval` when the checkpoint of `first_step` was saved.
+
+        The trackers get each line, too. A run that was killed after its last checkpoint computes some steps again:
+        their lines are written again, but the trackers have them already.
+        """
+        lines = read_metrics(path)
+        kept = [line for line in lines if line["step"] <= first_step]
         write_file(path, "".join(_to_line(line) for line in kept).encode())
         self._path, self._first_step, self._iterations = path, first_step, iterations
+        self._trackers, self._tracked_step = list(trackers), lines[-1]["step"] if lines else 0
         self._earlier_seconds = kept[-1]["seconds"] if kept else 0.0
         self._start = self._last_progress = time.perf_counter()
         self.last: Metrics | None = kept[-1] if kept else None
@@ -144,11 +159,29 @@ class Meter:
         }
         with self._path.open("a") as file:
             file.write(_to_line(self.last))
+        if step > self._tracked_step:
+            self._track(step, self.last)
         self._start_interval()
         now = time.perf_counter()
         if now - self._last_progress >= PROGRESS_SECONDS or step == self._iterations or validation:
             self._last_progress = now
             log.info("%s", self._progress_line(step, self.last))
+
+    def _track(self, step: int, line: Metrics) -> None:
+        values = {name: value for name, value in line.items() if name not in ("step", "validation")}
+        values |= {f"validation/{name}": score for name, score in line.get("validation", {}).items()}
+        for tracker in list(self._trackers):
+            try:
+                tracker.log(rename_key(values, "pictures_per_second", "images_per_second"), step=step)
+            except Exception as error:  # a training must not end because a tracker has lost its server
+                log.warning("%s: gets no more metrics (%s)", type(tracker).__name__, error)
+                self._trackers.remove(tracker)
+
+    def close(self) -> None:
+        """Close the trackers."""
+        for tracker in self._trackers:
+            with redirect_stdout(sys.stderr), suppress(Exception):  # trackio prints; stdout is for results
+                tracker.finish()
 
     def _progress_line(self, step: int, last: Metrics) -> str:
         steps_per_second = (step - self._first_step) / max(time.perf_counter() - self._start, 1e-9)
@@ -172,7 +205,7 @@ def smoothed(values: NDArray[np.float64], share: float = 0.05) -> NDArray[np.flo
 
 
 def draw_curves(metrics: Sequence[Metrics], path: Path) -> None:
-    """Plot loss and learning rate into a PNG. Without any metrics, no file is written."""
+    """Plot loss, learning rate and, of a validated run, its scores into a PNG. Without any metrics, no file."""
     if not metrics:
         return
     # Figure instead of pyplot, which would select a window system and keep every figure in memory.
@@ -180,16 +213,23 @@ def draw_curves(metrics: Sequence[Metrics], path: Path) -> None:
 
     steps = np.array([line["step"] for line in metrics])
     loss = np.array([line["loss"] for line in metrics], dtype=np.float64)
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-    upper.plot(steps, loss, color="0.75", linewidth=0.8, label="mean of an interval")
-    upper.plot(steps, smoothed(loss), color="tab:blue", label="smoothed over 5 % of the run")
-    lower.plot(steps, [line["lr"] for line in metrics], color="tab:orange")
-    for axes, name in ((upper, "focal loss"), (lower, "learning rate")):
-        axes.set_ylabel(name)
-        axes.set_ylim(bottom=0)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    upper.legend(frameon=False)
-    lower.set_xlabel("step")
+    validated = [line for line in metrics if "validation" in line]
+    names = ["focal loss", *(["validation"] if validated else []), "learning rate"]
+    figure = Figure(figsize=(8, 5 + 2 * bool(validated)), layout="constrained")
+    rows = figure.subplots(len(names), 1, sharex=True, height_ratios=(3, 2, 1) if validated else (3, 1))
+    axes = dict(zip(names, rows, strict=True))
+    axes["focal loss"].plot(steps, loss, color="0.75", linewidth=0.8, label="mean of an interval")
+    axes["focal loss"].plot(steps, smoothed(loss), color="tab:blue", label="smoothed over 5 % of the run")
+    axes["learning rate"].plot(steps, [line["lr"] for line in metrics], color="tab:orange")
+    for name in dict.fromkeys(name for line in validated for name in line["validation"]):
+        points = [(line["step"], line["validation"][name]) for line in validated if name in line["validation"]]
+        axes["validation"].plot(*zip(*points, strict=True), marker=".", label=name)
+    for name, panel in axes.items():
+        panel.set_ylabel(name)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+        if name != "learning rate":
+            panel.legend(frameon=False)
+    rows[-1].set_xlabel("step")
     figure.savefig(path, dpi=120)

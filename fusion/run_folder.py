@@ -1,6 +1,7 @@
 """The folder of one training run, and resuming it.
 
-    run.json               configuration, caches and vocabularies of the run
+    run.json               configuration, caches and vocabularies of the run, and the id by which trackers know it
+    run.lock               locked while a process trains
     metrics.jsonl          one line per interval
     last.state.safetensors head, optimizer and step of the last checkpoint: everything that resuming needs
     head.safetensors       the head at the same step, for evaluation
@@ -17,14 +18,17 @@ grow; `lengthened` in run.json then records at which step.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import logging
 import math
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from torch import nn
 from torch.optim import Optimizer
@@ -55,26 +59,62 @@ class RunFolder:
     def __init__(self, path: Path, kept_checkpoints: int = KEPT_CHECKPOINTS) -> None:
         self.path, self._kept_checkpoints = path, kept_checkpoints
         self.record = path / "run.json"
+        self.lock = path / "run.lock"
         self.metrics = path / "metrics.jsonl"
         self.state = path / "last.state.safetensors"
         self.head = path / "head.safetensors"
         self.best = path / "best.safetensors"
         self.checkpoints = path / "checkpoints"
         self.curves = path / "curves.png"
+        self.run_id = path.name  # of a run that an earlier version started
+        self._lock: IO[bytes] | None = None
         self._written = -1  # step of the newest file in `checkpoints` that this process wrote
 
     def claim(self, identity: Identity, resume: bool) -> None:
         """Create the folder for this run, or check that it holds this run; a longer run may resume a shorter one.
 
-        Raises InputError if it holds something else or another run, if it holds this run and `resume` is False, and if
-        it cannot be written. The folder is unchanged then.
+        It is locked until `close`. Raises InputError if it holds something else or another run, if it holds this run
+        and `resume` is False, if another process trains in it, and if it cannot be written. It is unchanged then.
         """
         if self.record.exists():
             self._check_same_run(identity, resume)
             return
         if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
             raise InputError(f"{self.path}: exists and holds no training run; name another folder")
+        self.run_id = f"{self.path.absolute().name}-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
         self._write_record(identity)
+
+    def close(self) -> None:
+        """Unlock the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def is_locked(self) -> bool:
+        """Whether some process trains in this folder."""
+        try:
+            with self.lock.open("rb") as file:
+                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # there is no such file, or the file system has no locks
+            return False
+        return False
+
+    def _take_lock(self) -> None:
+        """Two processes in one folder would each remove the other's files. A lock ends with its process."""
+        if self._lock is not None:
+            return
+        self._lock = self.lock.open("ab")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.close()
+            raise InputError(
+                f"{self.path}: another process trains in this folder; wait for it or stop it, or name another folder"
+            ) from None
+        except OSError:  # the file system has no locks
+            log.debug("%s: cannot be locked", self.lock)
 
     def _check_same_run(self, identity: Identity, resume: bool) -> None:
         try:
@@ -101,6 +141,8 @@ class RunFolder:
                 f"{self.path}: holds this run already, at step {done:,} of {old_steps:,}; add --resume to resume it"
                 f"{longer}, or name another folder"
             )
+        self.run_id = saved.get("id", self.run_id)
+        self._take_lock()
         for folder in (self.path, self.checkpoints):
             remove_abandoned(folder)  # what a killed run was writing
         if new_steps > old_steps:
@@ -123,7 +165,8 @@ class RunFolder:
     def _write_record(self, identity: Identity) -> None:
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            write_file(self.record, to_json(dict(identity)))
+            self._take_lock()
+            write_file(self.record, to_json({**identity, "id": self.run_id}))
         except OSError as error:
             raise InputError(f"{self.path}: cannot be written ({error.strerror}); name another folder") from None
 
@@ -221,7 +264,7 @@ def _comparable(record: dict[str, Any]) -> dict[str, Any]:
     """
     config = {**asdict(TrainConfig()), **record["config"]}
     del config["iterations"]
-    return {**{name: value for name, value in record.items() if name != "lengthened"}, "config": config}
+    return {**{name: value for name, value in record.items() if name not in ("lengthened", "id")}, "config": config}
 
 
 def _differences(saved: Any, new: Any, name: str = "") -> Iterator[str]:

@@ -37,9 +37,10 @@ from regionspot.fusion.distributed import Group, process_group
 from regionspot.fusion.fit import fit_prototypes
 from regionspot.fusion.heads.spec import HeadSpec
 from regionspot.fusion.metrics import Meter, draw_curves, read_metrics
-from regionspot.fusion.run_folder import RunFolder
+from regionspot.fusion.run_folder import KEPT_CHECKPOINTS, RunFolder
 from regionspot.fusion.step import StepSums, TrainStep
 from regionspot.fusion.stop_signals import Stopped, StopSignals
+from regionspot.fusion.trackers import Tracker, open_trackers, require_tracker
 from regionspot.fusion.training_sets import (
     TrainingSet,
     head_info,
@@ -90,7 +91,9 @@ def train(
     validate_every: int = VALIDATION_STEPS,
     checkpoint_every: int = CHECKPOINT_STEPS,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
+    kept_checkpoints: int = KEPT_CHECKPOINTS,
     log_every: int = 20,
+    log_to: str | None = None,
 ) -> TrainResult:
     """Train a head on one or more caches and write it to `out_dir`/head.safetensors; run_folder.py lists all files.
 
@@ -106,6 +109,8 @@ def train(
     validate       scores of the head in evaluation mode, the most important first; called every `validate_every` steps
                    and at the end. The head with the best score is kept
     checkpoint_every, checkpoint_seconds  save a checkpoint after this many steps, and after this many seconds
+    kept_checkpoints  the heads of the last checkpoints that are kept
+    log_to         "trackio" or "wandb": a tracker that gets the metrics, too (fusion/trackers.py)
 
     Under torchrun, all processes compute one run (fusion/distributed.py). On a CPU, a resumed run of one process is
     bitwise equal for the same number of threads. SIGINT and SIGTERM take effect after the current step is finished and
@@ -114,11 +119,13 @@ def train(
     """
     for name, value in (
         ("checkpoint_every", checkpoint_every),
+        ("kept_checkpoints", kept_checkpoints),
         ("log_every", log_every),
         ("validate_every", validate_every),
     ):
         if value < 1:
-            raise InputError(f"training: {name} is {value}, expected at least 1 step")
+            raise InputError(f"training: {name} is {value}, expected at least 1")
+    require_tracker(log_to)
     if not checkpoint_seconds > 0:
         raise InputError(f"training: checkpoint_seconds is {checkpoint_seconds}, expected more than 0")
     training_sets = [open_training_set(cache, map_set, token_set) for cache in caches]
@@ -130,8 +137,8 @@ def train(
         start = initial_weights(init, spec, training_sets[0])
         identity["init"] = weights_digest(start)
     info = head_info(training_sets[0], vocabularies, identity)
-    folder = RunFolder(out_dir)
-    with process_group(device) as (group, torch_device):
+    folder = RunFolder(out_dir, kept_checkpoints)
+    with process_group(device) as (group, torch_device), closing(folder):
         if group.is_first:
             folder.claim(identity, resume)
         group.wait()
@@ -146,8 +153,9 @@ def train(
             texts = [vocabulary.embeddings.to(torch_device) for vocabulary in vocabularies]
             step = TrainStep(head.to(torch_device).train(), config, texts, torch_device, group, compile)
             batches = partial(read_batches, training_sets, shares, config, torch_device, group=group)
-            trainer = _Trainer(folder, config, spec, step, info, batches, group, validate)
-            with StopSignals() as signals:
+            trackers = open_trackers(out_dir, log_to, folder.run_id, identity) if group.is_first else []
+            trainer = _Trainer(folder, config, spec, step, info, batches, group, validate, trackers)
+            with StopSignals() as signals, closing(trainer):
                 return trainer.run(checkpoint_every, checkpoint_seconds, validate_every, log_every, signals)
 
 
@@ -183,13 +191,16 @@ class _Trainer:
         batches: Callable[..., Generator[TrainingBatch]],
         group: Group,
         validate: Validate | None,
+        trackers: Sequence[Tracker],
     ) -> None:
         self.folder, self.config, self.spec, self.step, self.info = folder, config, spec, step, info
         self.batches, self.group, self.validate = batches, group, validate
         self.first_step, interval = folder.restore(step.head, step.optimizer)
         if interval:
             step.clear(interval["loss"], interval["grad_norm"])
-        self.meter = Meter(folder.metrics, self.first_step, config.iterations, interval) if group.is_first else None
+        self.meter = None
+        if group.is_first:
+            self.meter = Meter(folder.metrics, self.first_step, config.iterations, interval, trackers)
         # Of the steps since the last check, to name the images of a step that failed.
         self.rows = dict[int, tuple[TrainingSet, NDArray[np.int64]]]()
 
@@ -245,6 +256,11 @@ class _Trainer:
         draw_curves(read_metrics(self.folder.metrics), self.folder.curves)
         loss = float(self.meter.last["loss"]) if self.meter.last else math.nan
         return TrainResult(self.folder.head, iterations, loss, self.meter.seconds)
+
+    def close(self) -> None:
+        """Close the trackers of the metrics."""
+        if self.meter:
+            self.meter.close()
 
     def _end_interval(self, done: int, validate: Validate | None) -> None:
         sums = self._checked_sums()

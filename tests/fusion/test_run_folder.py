@@ -9,6 +9,7 @@ import torch
 from makers import fork, was_killed
 from torch.optim import AdamW
 
+from regionspot.cache.errors import InputError
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.heads.spec import HeadSpec
 from regionspot.fusion.run_folder import RunFolder
@@ -83,11 +84,14 @@ def test_one_file_is_the_last_and_the_best_head(tmp_path):
         "head.safetensors",
         "last.state.safetensors",
         "run.json",
+        "run.lock",
     ]
 
 
 def test_a_resumed_run_knows_the_best_score_so_far(tmp_path):
-    Run(tmp_path / "run").validate(1, ap=0.3)
+    first = Run(tmp_path / "run")
+    first.validate(1, ap=0.3)
+    first.folder.close()
     resumed = Run(tmp_path / "run")
     resumed.validate(2, ap=0.2)
     assert step_of(resumed.folder.best) == 1
@@ -107,6 +111,7 @@ def test_checkpoints_after_the_saved_state_are_removed(tmp_path):
     run = Run(tmp_path / "run")
     run.save(7)
     run.validate(9, ap=0.5)
+    run.folder.close()
     Run(tmp_path / "run").save(8)
     assert kept(run.folder) == [7, 8]
 
@@ -162,3 +167,22 @@ def test_a_killed_run_leaves_whole_files_and_can_be_resumed(tmp_path, number):
     assert step_of(folder.best) == step_of(folder.head) == folder.step_done() == 2
     assert kept(folder) == [2]
     assert not [path for path in folder.path.rglob("*") if path.name.endswith(".partial")]
+
+
+def test_one_process_trains_in_a_folder_at_a_time(tmp_path):
+    first = Run(tmp_path / "run")
+    first.save(1)
+    assert RunFolder(tmp_path / "run").is_locked()
+    with pytest.raises(InputError, match="another process trains in this folder"):
+        Run(tmp_path / "run")
+    first.folder.close()
+    assert not RunFolder(tmp_path / "run").is_locked()
+    Run(tmp_path / "run")
+
+
+def test_a_resumed_run_keeps_its_id(tmp_path):
+    first = Run(tmp_path / "run").folder
+    first.close()
+    assert first.run_id.startswith("run-2")
+    assert Run(tmp_path / "run").folder.run_id == first.run_id
+    assert Run(tmp_path / "other" / "run").folder.run_id != first.run_id

@@ -453,7 +453,9 @@ def test_a_run_without_a_checkpoint_suggests_resume_too(cache, tmp_path):
         RunFolder(tmp_path).claim({"config": {"iterations": 9}}, resume=False)
 
 
-@pytest.mark.parametrize("option", [{"checkpoint_every": 0}, {"checkpoint_seconds": 0}, {"log_every": -1}])
+@pytest.mark.parametrize(
+    "option", [{"checkpoint_every": 0}, {"checkpoint_seconds": 0}, {"kept_checkpoints": 0}, {"log_every": -1}]
+)
 def test_an_interval_of_0_is_refused(cache, tmp_path, option):
     with pytest.raises(InputError, match=f"training: {next(iter(option))} is"):
         train([cache], [make_vocabulary()], tmp_path / "run", CONFIG, **option)
