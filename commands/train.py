@@ -52,6 +52,20 @@ def train(
     pack: Annotated[
         bool | None, typer.Option("--pack/--no-pack", help="batches of images with similar numbers of regions")
     ] = None,
+    padding: Annotated[
+        options.PaddingName | None, typer.Option(help="mask padding, or repeat regions in its place like the authors")
+    ] = None,
+    negatives: Annotated[
+        int | None, typer.Option(min=0, help="draw so many classes as negatives at each step; 0: all classes")
+    ] = None,
+    unverified: Annotated[
+        options.UnverifiedName | None,
+        typer.Option(help="classes that were not verified in an image (LVIS, OpenImages); negative: like the authors"),
+    ] = None,
+    repeat_threshold: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="repeat images with a class on less than this share of images; LVIS: 0.001"),
+    ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="compile the head by torch.compile")] = False,
     lr: Annotated[float | None, typer.Option(min=0, help="learning rate")] = None,
     seed: options.Seed = None,
@@ -94,6 +108,10 @@ def train(
         seed=seed,
         max_regions=max_regions,
         pack=pack,
+        padding=padding,
+        negatives=negatives,
+        unverified=unverified,
+        repeat_threshold=repeat_threshold,
     )
     backbones = get_preset(pair)
     tokens, maps = stored_name(localizer or backbones.localizer), stored_name(encoder or backbones.encoder)

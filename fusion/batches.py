@@ -8,6 +8,7 @@ stopped. The batches of one cache are those of its loader, epoch after epoch; se
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
@@ -26,7 +27,10 @@ from regionspot.cache.reading.loader import Loader
 from regionspot.fusion.config import TrainConfig
 from regionspot.fusion.distributed import SINGLE, Group
 from regionspot.fusion.heads.pooling import relative_boxes
+from regionspot.fusion.negatives import CountedClasses, repeat_factors, repeated_rows
 from regionspot.fusion.training_sets import TrainingSet
+
+log = logging.getLogger(__name__)
 
 # Fractional part of the golden ratio: its multiples modulo 1 fill every interval of [0, 1) more evenly than random
 # numbers do, so the ratios of the caches also hold over short intervals of a run.
@@ -46,7 +50,9 @@ class TrainingBatch:
     tokens       (B, R, C), region_mask bool (B, R), feature_map (B, T, D)
     boxes        float32 (B, R, 4), x1, y1, x2, y2 divided by the image's width and height; padding is 0
     categories   int64 (B, R), -1 for padding and unknown classes
-    known        int64 (K,), indices of the regions with a known class in the flattened (B * R)
+    known        int64 (N,), indices of the regions with a known class in the flattened (B * R)
+    class_ids    int64 (K,), the classes that count in this step; None: all
+    ignored      bool (B, K), True where a class is no negative for the regions of an image; None: nowhere
     """
 
     step: int
@@ -60,6 +66,8 @@ class TrainingBatch:
     boxes: Tensor
     categories: Tensor
     known: Tensor
+    class_ids: Tensor | None = None
+    ignored: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -102,14 +110,34 @@ def read_batches(
     """
     decoders = [(DeviceDecoder(one.tokens, device), DeviceDecoder(one.maps, device)) for one in training_sets]
 
+    counted_classes = [
+        CountedClasses(
+            one.cache.manifest,
+            one.rows,
+            sampled=config.negatives,
+            seed=config.seed + index,
+            unverified=config.unverified,
+        )
+        for index, one in enumerate(training_sets)
+    ]
+    for one, counted in zip(training_sets, counted_classes, strict=True):
+        if counted.verified_only:
+            log.info("%s: only the classes that were verified in an image are its negatives", one.cache.path)
+
     def to_device(step: int, index: int, batch: Batch) -> TrainingBatch:
         manifest, (decode_tokens, decode_maps) = training_sets[index].cache.manifest, decoders[index]
         regions = _regions(batch, config.max_regions, [config.seed, step])
+        if config.padding == "reference":
+            regions = _taken(regions, repeated_regions(regions["region_mask"]))
         categories = regions["categories"].astype(np.int64)
         boxes = relative_boxes(regions["boxes_xyxy"], manifest.heights[batch.rows], manifest.widths[batch.rows])
         arrays = (regions["region_mask"], boxes, categories, np.flatnonzero(categories >= 0))
         mask, boxes_on_device, categories_on_device, known = (
             torch.from_numpy(array).to(device, non_blocking=True) for array in arrays
+        )
+        class_ids, ignored = (
+            None if array is None else torch.from_numpy(array).to(device, non_blocking=True)
+            for array in counted_classes[index].of_step(step, batch.rows, categories)
         )
         return TrainingBatch(
             step=step,
@@ -125,6 +153,8 @@ def read_batches(
             boxes=boxes_on_device,
             categories=categories_on_device,
             known=known,
+            class_ids=class_ids,
+            ignored=ignored,
         )
 
     end_step = config.iterations if end_step is None else end_step
@@ -150,10 +180,11 @@ def _host_batches(
     with ExitStack() as stack:
         streams = []
         for index, (training_set, done) in enumerate(zip(training_sets, steps_done.tolist(), strict=True)):
+            rows_of_epoch = _rows_of_epochs(training_set, config.repeat_threshold, config.seed + index)
             loader = training_set.cache.loader(
                 config.batch_size,
                 seed=config.seed + index,
-                rows=training_set.rows,
+                rows=rows_of_epoch(0),
                 map_set=training_set.maps.name,
                 token_set=training_set.tokens.name,
                 rank=group.rank,
@@ -164,13 +195,22 @@ def _host_batches(
             )
             epoch, batches = divmod(done, len(loader))
             loader.load_state_dict({**loader.state_dict(), "epoch": epoch, "batches": batches})
-            streams.append(stack.enter_context(closing(_all_epochs(loader))))
+            streams.append(stack.enter_context(closing(_all_epochs(loader, rows_of_epoch))))
         for step, index in enumerate(set_indices[first_step:].tolist(), start=first_step):
             yield step, index, next(streams[index])
 
 
-def _all_epochs(loader: Loader) -> Generator[Batch]:
+def _rows_of_epochs(training_set: TrainingSet, threshold: float, seed: int) -> Callable[[int], NDArray[np.int64]]:
+    """The rows of an epoch, as many in every epoch."""
+    if not threshold:
+        return lambda epoch: training_set.rows
+    factors = repeat_factors(training_set.cache.manifest, training_set.rows, threshold)
+    return lambda epoch: repeated_rows(training_set.rows, factors, seed, epoch)
+
+
+def _all_epochs(loader: Loader, rows_of_epoch: Callable[[int], NDArray[np.int64]]) -> Generator[Batch]:
     while True:
+        loader.rows = rows_of_epoch(loader.epoch)
         yield from loader
 
 
@@ -218,11 +258,33 @@ def _regions(batch: Batch, maximum: int, key: Sequence[int]) -> dict[str, NDArra
         # Seeded by the image, so that the choice does not depend on the other images of the batch.
         order[image] = np.random.default_rng([*key, int(batch.rows[image])]).random(regions)
     order += (batch.categories < 0) + 2.0 * ~batch.region_mask
-    chosen = np.sort(np.argsort(order, axis=1)[:, :maximum], axis=1)
-    return {
-        name: column[np.arange(images)[:, None], chosen] if column.shape[1] else column
-        for name, column in columns.items()
-    }
+    return _taken(columns, np.sort(np.argsort(order, axis=1)[:, :maximum], axis=1))
+
+
+def repeated_regions(region_mask: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """int64 (B, R): the region in each slot when regions are repeated in place of padding, as in the authors' batches.
+
+    region_mask   bool (B, R), regions first; R is the largest count of the batch, to which the authors repeat
+
+    Each of an image's n regions is repeated R // n times in a row, and its last R % n regions once more
+    (`prepare_prompt_train` in util/preprocessing.py of Surrey-UP-Lab/RegionSpot). All slots are real inputs of the head
+    then. Equal to the authors' loss and gradients; dropout is drawn for each repetition, as theirs is. Each of several
+    processes repeats to the largest count of its own images, as theirs do. An image without regions keeps its padding.
+    """
+    slots = np.arange(region_mask.shape[1])
+    count = np.maximum(region_mask.sum(axis=1, keepdims=True), 1)
+    repeats, more = len(slots) // count, len(slots) % count
+    first = (count - more) * repeats  # slots of the regions without an additional repetition
+    region: NDArray[np.int64] = np.where(
+        slots < first, slots // repeats, count - more + (slots - first) // (repeats + 1)
+    )
+    return region
+
+
+def _taken(columns: dict[str, NDArray[Any]], regions: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    """The columns (B, R, ...) at the regions (B, S) of each image."""
+    images = np.arange(len(regions))[:, None]
+    return {name: column[images, regions] if column.shape[1] else column for name, column in columns.items()}
 
 
 class DeviceDecoder:

@@ -15,12 +15,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from regionspot.cache.errors import InputError, unknown_name
 from regionspot.fusion.head import HEADS
+from regionspot.fusion.negatives import Unverified
 
 Precision = Literal["auto", "float32", "bfloat16"]
+Padding = Literal["mask", "reference"]
 
 # A checkpoint is saved after this many steps, and after this many seconds since the last one (or since the start). A
 # killed run loses the steps since its last checkpoint.
@@ -37,6 +39,12 @@ class TrainConfig:
     ratio          share of the batches that each cache gives: "size", by its number of usable images, or "equal"
     max_regions    at most so many regions of an image, a random choice in every epoch; 0: all
     pack           batches of images with similar numbers of regions
+    padding        "mask": padding is masked; "reference": regions are repeated in its place, as in the authors' batches
+    negatives      classes drawn at each step to be negatives besides those of the batch; 0: all classes
+    unverified     classes that were not verified in an image, in caches with such lists (LVIS, OpenImages): "ignored"
+                   there, or "negative" like all others, as for the authors
+    repeat_threshold  images with a class on less than this share of all images are repeated in an epoch (negatives.py);
+                   0: none
     milestones     fractions of the run after which the learning rate is multiplied by `decay`
     warmup         steps over which the learning rate rises linearly from `warmup_factor` of itself; at most a tenth of
                    the run
@@ -57,6 +65,10 @@ class TrainConfig:
     ratio: Literal["size", "equal"] = "size"
     max_regions: int = 0
     pack: bool = False
+    padding: Padding = "mask"
+    negatives: int = 0
+    unverified: Unverified = "ignored"
+    repeat_threshold: float = 0.0
     milestones: tuple[float, ...] = (7 / 9, 14 / 15)  # 350,000 and 420,000 of 450,000
     decay: float = 0.1
     warmup: int = 1000
@@ -74,7 +86,7 @@ class TrainConfig:
         for name in ("iterations", "batch_size", "layers", "heads", "ffn", "lr", "clip_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise InputError(f"training: {name} is {getattr(self, name)}, expected more than 0 and finite")
-        for name in ("weight_decay", "warmup", "dropout", "seed", "max_regions"):
+        for name in ("weight_decay", "warmup", "dropout", "seed", "max_regions", "negatives", "repeat_threshold"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise InputError(f"training: {name} is {getattr(self, name)}, expected 0 or more and finite")
         if self.seed >= 2**32:  # the seed of a step is a million times larger and must fit into torch's 64 bits
@@ -84,8 +96,12 @@ class TrainConfig:
         milestones = self.milestones
         if any(not 0 < fraction <= 1 for fraction in milestones) or list(milestones) != sorted(milestones):
             raise InputError(f"training: milestones are {milestones}, expected rising fractions of the run, 0 to 1")
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise InputError(f"training: precision is {self.precision!r}, expected auto, float32 or bfloat16")
+        if not self.repeat_threshold < 1:
+            raise InputError(f"training: repeat_threshold is {self.repeat_threshold}, expected a share less than 1")
+        for name, choices in (("precision", Precision), ("padding", Padding), ("unverified", Unverified)):
+            if getattr(self, name) not in get_args(choices):
+                expected = " or ".join(get_args(choices))
+                raise InputError(f"training: {name} is {getattr(self, name)!r}, expected {expected}")
 
     @property
     def milestone_steps(self) -> tuple[int, ...]:

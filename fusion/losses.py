@@ -3,7 +3,8 @@
 Scaled like the authors' loss: the sum over images and classes of the mean over the regions of an image. The authors
 repeat the regions of an image until all images of a batch have the same number, and their mean runs over the repeated
 ones. Here padding has no weight, so that every region of an image has the same. The two are equal for images with the
-same number of regions; `repeat_regions` before the head gives the authors' loss and gradients for all others too.
+same number of regions; a batch with repeated regions (batches.py, `repeated_regions`) gives the authors' loss and
+gradients for all others too.
 
 Legend: B images, R regions (padded), N of known class, E text embedding, V classes, K of them that count in a step.
 """
@@ -15,25 +16,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from regionspot.fusion.head import LOGIT_SCALE, similarity_logits
-
-
-def repeat_regions(region_mask: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
-    """The padded `values` (B, R, ...) with regions in place of padding, as in the authors' batches.
-
-    region_mask  (B, R)  bool, regions first. R must be the largest count of the batch, to which the authors repeat
-
-    Each of an image's n regions is repeated R // n times in a row, and its last R % n regions once more
-    (`prepare_prompt_train` in util/preprocessing.py of Surrey-UP-Lab/RegionSpot). All R are real inputs: give the head
-    no mask. Equal to the authors' in loss and gradient; dropout is drawn for each repetition, as theirs is. An image
-    without regions keeps R copies of its padding, whose categories are negative.
-    """
-    slots = torch.arange(region_mask.shape[1], device=region_mask.device)
-    count = region_mask.sum(dim=1, keepdim=True).clamp(min=1)
-    repeats, more = len(slots) // count, len(slots) % count
-    first = (count - more) * repeats  # slots of the regions without an additional repetition
-    later = count - more + (slots - first) // (repeats + 1)
-    region = torch.where(slots < first, slots // repeats, later)
-    return tuple(value[torch.arange(len(value), device=value.device)[:, None], region] for value in values)
 
 
 def region_loss(

@@ -68,7 +68,14 @@ class TrainStep:
             settings["lr"] = config.learning_rate(step)
         with self._autocast:
             semantic = self._forward(batch.tokens, batch.region_mask, batch.feature_map, batch.boxes)
-        loss = region_loss(semantic, self._texts[batch.set_index], batch.categories, known=batch.known)
+        loss = region_loss(
+            semantic,
+            self._texts[batch.set_index],
+            batch.categories,
+            known=batch.known,
+            class_ids=batch.class_ids,
+            ignored=batch.ignored,
+        )
         self.optimizer.zero_grad()
         # The loss is a sum over images and DistributedDataParallel averages over processes.
         (loss * group.size).backward()  # type: ignore[no-untyped-call]

@@ -11,7 +11,8 @@ from regionspot.commands import options as cli_options
 from regionspot.commands.train import pair_and_schedule, train
 from regionspot.evaluation.evaluate import Baseline
 from regionspot.evaluation.inference.cache_vocabulary import NamesFrom
-from regionspot.fusion.config import CHECKPOINT_STEPS, TRAIN_PRESETS, TrainConfig
+from regionspot.fusion.config import CHECKPOINT_STEPS, TRAIN_PRESETS, Padding, TrainConfig
+from regionspot.fusion.negatives import Unverified
 from regionspot.fusion.templates import TEMPLATES
 from regionspot.pipeline.backbones.builders import PRESETS
 from regionspot.pipeline.backbones.dtypes import AUTO, DTYPES
@@ -194,6 +195,8 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.PreprocessName) == tuple(PREPROCESS)
     assert get_args(cli_options.TemplatesName) == tuple(TEMPLATES)
     assert get_args(cli_options.NamesFrom) == get_args(NamesFrom)
+    assert get_args(cli_options.PaddingName) == get_args(Padding)
+    assert get_args(cli_options.UnverifiedName) == get_args(Unverified)
     assert get_args(cli_options.ScheduleName) == tuple(TRAIN_PRESETS)
     for preset in get_args(cli_options.TrainPresetName):
         pair, schedule = pair_and_schedule(preset, None)

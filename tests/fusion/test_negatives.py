@@ -5,7 +5,7 @@ import pytest
 from makers import make_manifest
 
 from regionspot.cache.format.manifest import Category, Ragged
-from regionspot.fusion.negatives import CountedClasses, images_per_class
+from regionspot.fusion.negatives import CountedClasses, images_per_class, repeat_factors, repeated_rows
 
 CLASSES = tuple(Category(index + 1, f"class {index}") for index in range(6))
 
@@ -70,10 +70,11 @@ def test_a_class_is_drawn_in_proportion_to_the_square_root_of_its_images():
     for step in range(2000):
         class_ids, _ = counted.of_step(step, np.array([0]), np.array([[-1]], np.int32))
         drawn[class_ids] += 1
-    weights = np.sqrt(images_per_class(manifest, all_rows(manifest)))
-    by_images = [drawn[(np.arange(1000) % 100 == images - 1) & (weights > 0)].mean() for images in (4, 25, 100)]
-    assert by_images[1] / by_images[0] == pytest.approx(2.5, rel=0.15)
-    assert by_images[2] / by_images[1] == pytest.approx(2.0, rel=0.15)
+    images = images_per_class(manifest, all_rows(manifest))
+    groups = [(images >= low) & (images <= low + 9) for low in (1, 21, 91)]
+    shares = np.array([drawn[group].sum() for group in groups]) / drawn.sum()
+    expected = np.array([np.sqrt(images[group]).sum() for group in groups]) / np.sqrt(images).sum()
+    assert shares == pytest.approx(expected, rel=0.05)
     assert drawn[0] == 0  # without an image
 
 
@@ -117,3 +118,29 @@ def test_unverified_classes_count_like_any_other_on_request():
     manifest = manifest_of([0, 2], negatives=ragged([3]), not_exhaustive=ragged([2]))
     counted = CountedClasses(manifest, all_rows(manifest), unverified="negative")
     assert counted.of_step(0, np.array([0]), np.array([[0, 2]], np.int32)) == (None, None)
+
+
+# Repeated images
+
+
+def test_an_image_is_repeated_by_the_factor_of_its_rarest_class():
+    """Class 0 is on all 4 images, class 1 on two, class 2 on one."""
+    manifest = manifest_of([0], [0, 0, 1], [1, 0, 2], [0, -1])
+    assert repeat_factors(manifest, np.arange(4), 0.5).tolist() == pytest.approx([1, 1, 2**0.5, 1])
+    assert repeat_factors(manifest, np.array([2, 1]), 0.9).tolist() == pytest.approx([1.8**0.5, 1])
+
+
+def test_an_epoch_repeats_every_image_by_its_factor_rounded_at_random():
+    rows, factors = np.arange(50) * 3, np.array([1.0, 1.5, 2.25, 1.0, 3.0] * 10)
+    epochs = [repeated_rows(rows, factors, seed=5, epoch=epoch) for epoch in range(400)]
+    counts = np.array([np.bincount(epoch, minlength=150)[rows] for epoch in epochs])
+    assert {len(epoch) for epoch in epochs} == {88}  # 87.5, rounded up
+    assert ((counts == np.floor(factors)) | (counts == np.ceil(factors * 88 / 87.5))).all()
+    assert counts.mean(axis=0) == pytest.approx(factors * 88 / 87.5, abs=0.1)
+    assert np.array_equal(epochs[7], repeated_rows(rows, factors, seed=5, epoch=7))
+    assert len({tuple(epoch) for epoch in epochs}) == 400
+
+
+def test_an_epoch_without_rare_classes_holds_every_image_once():
+    rows = np.arange(1000)
+    assert np.array_equal(np.sort(repeated_rows(rows, np.ones(1000), seed=0, epoch=3)), rows)
