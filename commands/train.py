@@ -135,7 +135,8 @@ def train(
         device=device,
         checkpoint_every=checkpoint_every,
     )
-    typer.echo(f"{result.checkpoint}: {result.text()}")
+    if result:
+        typer.echo(f"{result.checkpoint}: {result.text()}")
 
 
 def pair_and_schedule(preset: str, schedule: str | None) -> tuple[str, str]:

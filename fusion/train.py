@@ -94,8 +94,10 @@ def train(
     kept_checkpoints: int = KEPT_CHECKPOINTS,
     log_every: int = 20,
     log_to: str | None = None,
-) -> TrainResult:
+) -> TrainResult | None:
     """Train a head on one or more caches and write it to `out_dir`/head.safetensors; run_folder.py lists all files.
+
+    None in the processes of a group that write no files: in all but the first.
 
     vocabularies   one for each cache, in the order of its categories
     preset         name of the pair of backbones, saved with the head so that evaluation can load them
@@ -211,7 +213,7 @@ class _Trainer:
         validate_every: int,
         log_every: int,
         signals: StopSignals,
-    ) -> TrainResult:
+    ) -> TrainResult | None:
         iterations, group = self.config.iterations, self.group
         if self.first_step:
             log.info("%s: resumed after step %s", self.folder.path, f"{self.first_step:,}")
@@ -252,7 +254,7 @@ class _Trainer:
             signals.take_effect()
             raise KeyboardInterrupt from None
         if self.meter is None:
-            return TrainResult(self.folder.head, iterations, math.nan, math.nan)
+            return None
         draw_curves(read_metrics(self.folder.metrics), self.folder.curves)
         loss = float(self.meter.last["loss"]) if self.meter.last else math.nan
         return TrainResult(self.folder.head, iterations, loss, self.meter.seconds)

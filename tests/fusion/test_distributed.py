@@ -34,8 +34,9 @@ def region_loss(*arguments, **options):
         os.kill(os.getpid(), signal.SIGTERM)
     return original_loss(*arguments, **options)
 step.region_loss = region_loss
-train([FeatureCache.open(sys.argv[2])], [make_vocabulary()], Path(sys.argv[3]), config, resume=True,
-      checkpoint_every=8, log_every=4)
+result = train([FeatureCache.open(sys.argv[2])], [make_vocabulary()], Path(sys.argv[3]), config, resume=True,
+               checkpoint_every=8, log_every=4)
+assert (result is None) == (os.environ["RANK"] == "1")
 """
 
 
