@@ -105,7 +105,7 @@ def load_manifest(storage: Storage, header: Header) -> Manifest:
     try:
         # Consolidated metadata by other programs may be out of date; each array's own metadata is not.
         group = zarr.open_group(storage.zarr_store(), mode="r", zarr_format=3, use_consolidated=False)
-        manifest = _read_manifest(group, header)
+        manifest = _read_manifest(group, header, storage.readers)
         problem = "" if manifest.digest() == header.digest else "do not match the digest in zarr.json"
     except Exception as error:  # each zarr codec raises its own kind
         problem = f"cannot be read ({' '.join(str(error).split()):.200})"
@@ -145,21 +145,28 @@ def _is_verified_by_digest(name: str) -> bool:
     return name.endswith("/zarr.json") and not name.startswith(("images/negative", "images/not_exhaustive"))
 
 
-def _read_manifest(group: zarr.Group, header: Header) -> Manifest:
+def _read_manifest(group: zarr.Group, header: Header, threads: int) -> Manifest:
     offsets = _offsets(_column(group, "images/region_count"))
+    regions = ["box", "category", "annotation_id", *(["score"] if "regions/score" in group else [])]
+    # In parallel: each is decompressed by one thread, and millions of boxes take two seconds.
+    with ThreadPoolExecutor(threads) as pool:
+        columns = {
+            name: pool.submit(_read_regions, group, f"regions/{name}", offsets, header.geometry) for name in regions
+        }
+        columns |= {name: pool.submit(_column, group, f"images/{name}") for name in ("path", "id", "height", "width")}
     return Manifest(
         dataset=header.dataset,
         split=header.split,
-        image_ids=_column(group, "images/id"),
-        paths=_column(group, "images/path").astype(np.dtypes.StringDType()),
-        heights=_column(group, "images/height"),
-        widths=_column(group, "images/width"),
+        image_ids=columns["id"].result(),
+        paths=columns["path"].result(),
+        heights=columns["height"].result(),
+        widths=columns["width"].result(),
         offsets=offsets,
-        boxes_xyxy=_read_regions(group, "regions/box", offsets, header.geometry),
-        category_index=_read_regions(group, "regions/category", offsets, header.geometry),
-        annotation_ids=_read_regions(group, "regions/annotation_id", offsets, header.geometry),
+        boxes_xyxy=columns["box"].result(),
+        category_index=columns["category"].result(),
+        annotation_ids=columns["annotation_id"].result(),
         categories=header.categories,
-        scores=_read_regions(group, "regions/score", offsets, header.geometry) if "regions/score" in group else None,
+        scores=columns["score"].result() if "score" in columns else None,
         negatives=_read_ragged(group, "negative"),
         not_exhaustive=_read_ragged(group, "not_exhaustive"),
         source=header.source,
