@@ -53,8 +53,8 @@ class Scale:
 
 
 # Whole parts of 512 images.
-FULL = Scale(("bb", "bl", "bl336"), 16, steps=2, rounds=5, images=512, authors=("bl", 3), start=(30_208, 3_000_320))
-SMALL = Scale(("bb",), 4, steps=1, rounds=3, images=64, authors=("bb", 2), start=(5_120, 51_200))
+FULL = Scale(("bb", "bl", "bl336"), 16, steps=2, rounds=7, images=512, authors=("bl", 3), start=(30_208, 3_000_320))
+SMALL = Scale(("bb",), 4, steps=1, rounds=3, images=64, authors=("bb", 1), start=(5_120, 51_200))
 
 
 def main() -> None:
