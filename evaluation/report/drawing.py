@@ -127,7 +127,8 @@ def save_image(image: Image.Image, path: Path) -> None:
 
 def _encoded(image: Image.Image, path: Path) -> bytes:
     content = io.BytesIO()
-    image.save(content, Image.registered_extensions()[path.suffix.lower()])
+    # For PNG, whose default of 6 takes three times as long for a tenth less. Other formats have no such option.
+    image.save(content, Image.registered_extensions()[path.suffix.lower()], compress_level=3)
     return content.getvalue()
 
 
@@ -159,9 +160,9 @@ def _paint_mask(canvas: Image.Image, mask: NDArray[np.bool_], colour: Colour, op
     stencil = Image.fromarray(_enlarged(mask, canvas.size).astype(np.uint8) * 255)
     tint = Image.new("RGB", canvas.size, colour)
     canvas.paste(tint, mask=stencil.point([round(level * opacity) for level in range(256)]))
-    window = 2 * max(1, round(max(canvas.size) / 900)) + 1  # MinFilter needs an odd size
-    inside = np.asarray(stencil.filter(ImageFilter.MinFilter(window)))
-    outline = Image.fromarray(np.where(inside > 0, 0, np.asarray(stencil)).astype(np.uint8))
+    # A mean of 255 is a minimum of 255, and found in a quarter of the time of MinFilter, in a tenth for large images.
+    inside = np.asarray(stencil.filter(ImageFilter.BoxBlur(max(1, round(max(canvas.size) / 900)))))
+    outline = Image.fromarray(np.where(inside == 255, 0, np.asarray(stencil)).astype(np.uint8))
     canvas.paste(tint, mask=outline)
 
 
@@ -233,10 +234,11 @@ def _luminance(colour: Colour) -> float:
 
 @dataclass(frozen=True)
 class Obstacles:
-    """Pixels of the canvas (h, w) that a label should not cover.
+    """What a label should not cover.
 
-    solid   bool     masks and labels: covered only as the last resort
-    shares  float64  for boxes without a mask, 1 / pixels of the box: covering a small box costs more than a large one
+    solid   bool (h, w)             pixels of masks and labels: covered only as the last resort
+    shares  float64 (h + 1, w + 1)  integral image of 1 / pixels of the box, in boxes without a mask: covering a small
+                                    box costs more than a large one
     """
 
     solid: NDArray[np.bool_]
@@ -244,14 +246,14 @@ class Obstacles:
 
 
 def _obstacles(size: tuple[int, int], regions: Sequence[CanvasRegion]) -> Obstacles:
-    obstacles = Obstacles(np.zeros(size[::-1], bool), np.zeros(size[::-1]))
+    solid, shares = np.zeros(size[::-1], bool), np.zeros(size[::-1])
     for region in regions:
         if region.mask is not None and region.mask.any():
-            obstacles.solid[_enlarged(region.mask, size)] = True
+            solid[_enlarged(region.mask, size)] = True
         else:
             left, top, right, bottom = (round(edge) for edge in region.box)
-            obstacles.shares[top : bottom + 1, left : right + 1] += 1 / ((right - left + 1) * (bottom - top + 1))
-    return obstacles
+            shares[top : bottom + 1, left : right + 1] += 1 / ((right - left + 1) * (bottom - top + 1))
+    return Obstacles(solid, _integral(shares))
 
 
 def _label_position(box: Rectangle, extent: tuple[int, int], obstacles: Obstacles, line_width: int) -> Rectangle:
@@ -271,7 +273,8 @@ def _label_position(box: Rectangle, extent: tuple[int, int], obstacles: Obstacle
     positions = np.stack([left, top, left + width, top + height], axis=1)
     gap = np.hypot(*_gaps(positions, box).T) / height
     order = 0.1 * (top > box[1] - height) + 0.02 * np.abs(left - box[0]) / width
-    covered = 1000 * _sums(obstacles.solid, positions) / (width * height) + 10 * _sums(obstacles.shares, positions)
+    solid = _sums(_integral(obstacles.solid), positions)
+    covered = 1000 * solid / (width * height) + 10 * _sums(obstacles.shares, positions)
     position = positions[(covered + gap + order).argmin()].tolist()
     return position[0], position[1], position[2], position[3]
 
@@ -283,11 +286,16 @@ def _gaps(positions: NDArray[Any], box: Rectangle) -> NDArray[np.float64]:
     return gaps
 
 
-def _sums(values: NDArray[Any], positions: NDArray[Any]) -> NDArray[np.float64]:
-    """The sum of values (h, w) over each rectangle XYXY, including its edges."""
+def _integral(values: NDArray[Any]) -> NDArray[np.float64]:
+    """(h + 1, w + 1): at each place the sum of the values (h, w) above and left of it."""
     table = np.zeros((values.shape[0] + 1, values.shape[1] + 1))
     table[1:, 1:] = values.cumsum(axis=0, dtype=np.float64).cumsum(axis=1)
+    return table
+
+
+def _sums(table: NDArray[np.float64], positions: NDArray[Any]) -> NDArray[np.float64]:
+    """The sum of an integral image over each rectangle XYXY, including its edges."""
     left, top = positions[:, 0], positions[:, 1]
-    right, bottom = (np.minimum(positions[:, 2 + k] + 1, values.shape[1 - k]) for k in (0, 1))
+    right, bottom = (np.minimum(positions[:, 2 + k] + 1, table.shape[1 - k] - 1) for k in (0, 1))
     sums: NDArray[np.float64] = table[bottom, right] - table[top, right] - table[bottom, left] + table[top, left]
     return sums

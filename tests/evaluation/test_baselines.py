@@ -11,7 +11,6 @@ from regionspot.fusion.heads.pooling import box_weights, relative_boxes
 from regionspot.fusion.vocabulary import build_vocabulary
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
-from regionspot.pipeline.toy.world import make_toy_world
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -19,11 +18,6 @@ def _home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("REGIONSPOT_HOME", str(tmp_path_factory.mktemp("home")))
         yield
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return make_toy_world(tmp_path_factory.mktemp("world"), 80, seed=2)
 
 
 @pytest.fixture(scope="module")

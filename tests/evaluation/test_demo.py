@@ -8,12 +8,15 @@ from regionspot.cache.errors import InputError, RegionSpotError
 from regionspot.cli import app
 from regionspot.evaluation.demo import commands, run_demo
 
+BRIEFLY = {"train": ["--iterations", "2", "--templates", "plain"], "eval-lvis": ["--templates", "plain"]}
+
 
 def run_briefly(arguments):
-    """Run the real command line, with two training steps only."""
-    app([*arguments, *(["--iterations", "2"] if arguments[0] == "train" else [])], standalone_mode=False)
+    """Run the real command line, with two training steps and one prompt per class only."""
+    app([*arguments, *BRIEFLY.get(arguments[0], [])], standalone_mode=False)
 
 
+@pytest.mark.usefixtures("home")
 def test_the_demo_logs_every_command_and_returns_a_table(tmp_path, caplog):
     caplog.set_level("INFO", "regionspot")
     table = run_demo(run_briefly, tmp_path, images=40)

@@ -1,13 +1,12 @@
 import json
-import pickle
+import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from makers import fork, was_killed
 from PIL import Image
 from torch.nn.functional import normalize
 
@@ -256,9 +255,9 @@ def test_image_ids_that_are_strings_are_kept_in_the_results(options, world, tmp_
             annotation["image_id"] = f"image {annotation['image_id']}"
 
     path = ground_truth_with(world, tmp_path / "named.json", named)
-    expected = evaluate_lvis(replace(options, masks=False))
+    expected = evaluate_lvis(replace(options, masks=False, limit=2))
     numbers = [detection["image_id"] for detection in json.loads((options.out / "detections.json").read_text())]
-    result = evaluate_lvis(replace(options, annotations=path, masks=False, out=tmp_path / "other"))
+    result = evaluate_lvis(replace(options, annotations=path, masks=False, limit=2, out=tmp_path / "other"))
     names = [detection["image_id"] for detection in json.loads((tmp_path / "other" / "detections.json").read_text())]
     assert result["bbox"] == expected["bbox"]
     assert names == [f"image {number}" for number in numbers]
@@ -279,14 +278,14 @@ def test_a_limit_evaluates_the_first_images_only(options, manifest, tmp_path):
 
 
 def test_the_scores_of_a_detector_multiply_those_of_the_classes(options, manifest, tmp_path):
-    image_id, regions = int(manifest.image_ids[2]), manifest.regions(2)
+    image_id, regions = int(manifest.image_ids[0]), manifest.regions(0)
     boxes = manifest.boxes_xyxy[regions].tolist()
     proposals = tmp_path / "proposals.json"
     scores = [0.5] * len(boxes)
     proposals.write_text(json.dumps({str(image_id): {"boxes": boxes, "scores": scores}}))
-    result = evaluate_lvis(replace(options, boxes=str(proposals), masks=False))
+    result = evaluate_lvis(replace(options, boxes=str(proposals), masks=False, limit=1))
     detected = json.loads((options.out / "detections.json").read_text())
-    evaluate_lvis(replace(options, masks=False, out=tmp_path / "truth"))
+    evaluate_lvis(replace(options, masks=False, limit=1, out=tmp_path / "truth"))
     plain = json.loads((tmp_path / "truth/detections.json").read_text())
     best = [max(item["score"] for item in items if item["image_id"] == image_id) for items in (detected, plain)]
     assert best[0] == pytest.approx(0.5 * best[1], rel=1e-4)
@@ -391,34 +390,15 @@ def test_a_missing_image_does_not_change_the_others(world, spot, manifest, tmp_p
     assert result.detections.scores == pytest.approx(expected.scores, abs=1e-5)
 
 
-SCRIPT = """
-import os, pickle, signal, sys
-from pathlib import Path
-import numpy as np, torch
-from regionspot.evaluation.inference import resumable as inference
-from regionspot.evaluation.inference.scoring import RegionScores
-inference.PART_SIZE = 2
-
-class RandomScores:
-    name, device, identity = "random", torch.device("cpu"), {"seed": 0}
-    manifest = pickle.loads(Path(sys.argv[1]).read_bytes())
-
-    def score(self, rows, timer):
-        for row in rows:
-            if row == 5:
-                os.kill(os.getpid(), signal.SIGKILL)
-            count = int(self.manifest.region_count[row])
-            rng = np.random.default_rng(row)
-            yield RegionScores(rng.random((count, len(self.manifest.categories)), np.float32))
-
-inference.infer(RandomScores(), Path(sys.argv[2]))
-"""
-
-
 def test_a_run_killed_inside_a_part_resumes_with_that_part(manifest, tmp_path, parts_of_two):
-    (tmp_path / "manifest").write_bytes(pickle.dumps(manifest))
-    killed = subprocess.run([sys.executable, "-c", SCRIPT, tmp_path / "manifest", tmp_path / "parts"], check=False)
-    assert killed.returncode == -signal.SIGKILL
+    class Killed(RandomScores):
+        def score(self, rows, timer):
+            for row, scores in zip(rows, super().score(rows, timer), strict=True):
+                if row == 5:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                yield scores
+
+    assert was_killed(fork(lambda: infer(Killed(manifest), tmp_path / "parts")))
     resumed = RandomScores(manifest)
     result = infer(resumed, tmp_path / "parts")
     assert resumed.rows == [4, 5, 6, 7]
