@@ -60,7 +60,8 @@ class Manifest:
     annotation_ids  int64   (M,)      the dataset's id of the region, -1 if it has none
     scores          float32 (M,)      a detector's score of its box; None for ground truth
     categories                        ordered; the cache stores indices into this tuple
-    negatives, not_exhaustive         LVIS's federated lists per image, as category indices; None for other datasets
+    negatives, not_exhaustive         LVIS's and OpenImages' federated lists per image, as category indices: classes
+                                      verified to be absent, and shown ones without all of their boxes; else None
     source                            JSON-able: {"files": {annotation file name: its SHA-256}}
     report                            counts of dropped and unusual entries, by reason; not part of the digest
     remarks                           notes on the files for the user, one line each; not stored in a cache

@@ -69,7 +69,7 @@ def read_openimages(
     none of the images.
     """
     boxes_file, classes_file = AnnotationFile(boxes_csv), AnnotationFile(classes_csv)
-    category_of_mid, categories = _categories(classes_file)
+    category_of_mid, categories = read_classes(classes_file)
     skipped = SkippedRecords(boxes_file.path, max_failures)
     boxes, remarks = _read_boxes(boxes_file, category_of_mid, classes_file.path, skipped)
     paths = [f"{hex_id}.jpg" for hex_id in boxes.hex_ids]
@@ -229,7 +229,7 @@ def _unique(names: list[str]) -> tuple[list[str], Ints]:
     return list(index_of), np.array([index_of[name] for name in names], np.int64)
 
 
-def _categories(file: AnnotationFile) -> tuple[dict[str, int], tuple[Category, ...]]:
+def read_classes(file: AnnotationFile) -> tuple[dict[str, int], tuple[Category, ...]]:
     """The index of each machine id (`/m/011k07`), and the categories."""
     try:
         with file.path.open(newline="", encoding="utf-8-sig") as lines:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from regionspot.cache.errors import AnnotationError, InputError, unknown_name
@@ -17,6 +17,7 @@ from regionspot.pipeline.datasets.coco import read_coco, select_listed_images
 from regionspot.pipeline.datasets.coco_image_table import CocoVariant
 from regionspot.pipeline.datasets.failure_limit import EXTRACTION_LIMIT, FailureLimit
 from regionspot.pipeline.datasets.openimages import read_openimages
+from regionspot.pipeline.datasets.openimages_labels import with_verified_labels
 from regionspot.pipeline.datasets.proposals import GROUND_TRUTH, with_boxes
 from regionspot.pipeline.datasets.report import DatasetReport, describe
 
@@ -55,6 +56,25 @@ O365V2_SPELLING = {
 }
 _LVIS = CocoVariant(path_field="coco_url", path_parts=2, federated=True)
 _OPENIMAGES_CLASSES = ("class-descriptions-boxable.csv", "oidv7-class-descriptions-boxable.csv")
+# Verified labels of the images. The `boxable` files hold only the classes that have boxes, which is enough.
+_OPENIMAGES_LABELS = {
+    "train": (
+        "oidv6-train-annotations-human-imagelabels.csv",
+        "oidv7-train-annotations-human-imagelabels.csv",
+        "train-annotations-human-imagelabels-boxable.csv",
+    ),
+    "val": (
+        "validation-annotations-human-imagelabels.csv",
+        "oidv7-val-annotations-human-imagelabels.csv",
+        "validation-annotations-human-imagelabels-boxable.csv",
+    ),
+    "test": (
+        "test-annotations-human-imagelabels.csv",
+        "oidv7-test-annotations-human-imagelabels.csv",
+        "test-annotations-human-imagelabels-boxable.csv",
+    ),
+}
+_OPENIMAGES_HIERARCHY = ("bbox_labels_600_hierarchy.json",)
 _MINIVAL = "lvis_v1_minival_inserted_image_name.json"
 _SPLIT_ALIASES = {"validation": "val"}
 _PATHS_TRIED = 16  # paths of a manifest that are searched in each possible image folder
@@ -189,11 +209,22 @@ def read_dataset(
     path = Path(annotations) if annotations else _annotation_file(name, dataset, data, split)
     if dataset.coco_variant is None:
         classes = _find(name, data, _OPENIMAGES_CLASSES)
-        return read_openimages(path, classes, image_folder_of(name, data, split), split, keep_groups, max_failures)
+        manifest = read_openimages(path, classes, image_folder_of(name, data, split), split, keep_groups, max_failures)
+        return _with_verified_labels(manifest, data, split, classes)
     manifest = read_coco(path, name, split, dataset.coco_variant, max_failures)
     if name == "lvis" and split == "minival" and annotations is None:
         return select_listed_images(manifest, _find(name, data, (_MINIVAL,)), split)
     return manifest
+
+
+def _with_verified_labels(manifest: Manifest, data: Path, split: str, classes: Path) -> Manifest:
+    names = (_OPENIMAGES_LABELS.get(split, ()), _OPENIMAGES_HIERARCHY)
+    labels, hierarchy = (_find_if_present(data, some) for some in names)
+    missing = [some[0] for some, path in zip(names, (labels, hierarchy), strict=True) if some and path is None]
+    if split == "train" and missing:
+        line = f"{data}: has no {' and no '.join(missing)}: in training, classes that an image may show count as absent"
+        manifest = replace(manifest, remarks=(*manifest.remarks, line))
+    return with_verified_labels(manifest, classes, labels, hierarchy)
 
 
 def image_folder_of(name: str, data: Path, split: str = "train", manifest: Manifest | None = None) -> Path:
@@ -229,11 +260,14 @@ def _annotation_file(name: str, dataset: Dataset, data: Path, split: str) -> Pat
 
 def _find(name: str, data: Path, names: tuple[str, ...]) -> Path:
     """The first of these files that exists in the data folder or in its `annotations/`."""
-    for folder in (data, data / "annotations"):
-        for file in names:
-            if (folder / file).exists():
-                return folder / file
+    if path := _find_if_present(data, names):
+        return path
     raise AnnotationError(
         f"{data}: {name} needs {' or '.join(names)} here or in annotations/; "
         "put it there, or give another file by --annotations"
     )
+
+
+def _find_if_present(data: Path, names: tuple[str, ...]) -> Path | None:
+    paths = [folder / file for folder in (data, data / "annotations") for file in names]
+    return next((path for path in paths if path.exists()), None)
