@@ -53,7 +53,7 @@ class Scale:
 
 
 # Whole parts of 512 images.
-FULL = Scale(("bb", "bl", "bl336"), 16, steps=2, rounds=7, images=512, authors=("bl", 3), start=(30_208, 3_000_320))
+FULL = Scale(("bb", "bl", "bl336"), 16, steps=2, rounds=6, images=512, authors=("bl", 3), start=(30_208, 3_000_320))
 SMALL = Scale(("bb",), 4, steps=1, rounds=3, images=64, authors=("bb", 1), start=(5_120, 51_200))
 
 
@@ -98,13 +98,15 @@ def _steps(report: Report, scale: Scale, preset: str, scratch: Path) -> None:
 def _authors(report: Report, scale: Scale, scratch: Path) -> None:
     preset, rounds = scale.authors
     data = TrainingData(preset, scale.images)
-    samples = alone(measure_authors, data, scratch / "authors", scale.batch, scale.steps, rounds)
+    samples, operations = alone(measure_authors, data, scratch / "authors", scale.batch, scale.steps, rounds)
     for theirs, cases in ((AUTHORS, (WARM, AUTHORS)), (AUTHORS_ALONE, (WARM_ALONE, AUTHORS_ALONE))):
         for case in cases:
             over = {"/ the authors'": ratio(samples, case, theirs)}
             report.add_row(
                 f"{preset}: images a second, against the authors", case=case, **_rates(samples[case]), **over
             )
+    for of, count in operations.items():
+        report.add_row(f"{preset}: operations of an image", of=of, GFLOP=count / 1e9)
     report.add_goal(f"{preset}: {WARM} / {AUTHORS}", ratio(samples, WARM, AUTHORS), at_least=20)
 
 
@@ -157,7 +159,8 @@ round.
 - **Feeding alone**: the same batches without a step, all {scale.images} images.
 - **Authors**: {scale.batch} JPEG files of {sizes} (in turn) decoded and resized by Pillow and torchvision, open_clip's
   image tower of the preset with random weights at its real size on the whole batch, one token file an image; then the
-  same step; {scale.authors[1]} rounds. The step itself takes the same time on both sides, so the ratio of the input
+  same step; {scale.authors[1]} rounds. The step itself takes the same time on both sides: where both compute equally
+  well, the ratio of whole steps is at most 1 + operations of CLIP / operations of a step. So the ratio of the input
   alone is given as well.
 - **Start**: caches of {few:,} and {many:,} images with {START_REGIONS:g} regions an image. Manifest, part records,
   indices and checksums are complete; the features are holes in sparse files. A new process opens the cache and calls

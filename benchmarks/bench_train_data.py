@@ -221,7 +221,8 @@ class TrainingRun:
 
     def copies(self, steps: int) -> list[TrainingBatch]:
         """The first batches, in memory of their own on the device."""
-        with closing(self.batches()) as batches:
+        # By `pread`: the copies keep the cache open, and files that are mapped cannot be dropped from the page cache.
+        with closing(self.batches("pread")) as batches:
             return [_copy_of(batch) for batch in itertools.islice(batches, steps)]
 
     def _sets(self, access: Access) -> list[TrainingSet]:

@@ -14,8 +14,10 @@ from pathlib import Path
 from statistics import median
 
 from benchmarks.bench_cache_data import bytes_from_disk, drop, warm
+from benchmarks.bench_extract_gpu import operations_of as operations_of_backbones
 from benchmarks.bench_train_authors import AuthorsInput
 from benchmarks.bench_train_data import TrainingData, TrainingRun, write_cache
+from benchmarks.bench_train_gpu_steps import operations_of as operations_of_steps
 from benchmarks.goals import Samples, interleaved, say, seconds
 from regionspot.cache.reading.prefetch import AHEAD
 from regionspot.fusion.config import TrainConfig
@@ -130,18 +132,26 @@ def measure_steps(data: TrainingData, folder: Path, batch_size: int, steps: int,
     )
 
 
-def measure_authors(data: TrainingData, folder: Path, batch_size: int, steps: int, rounds: int) -> Samples:
-    """Steps fed from the cache and by the authors' input, and the two inputs alone."""
+def measure_authors(
+    data: TrainingData, folder: Path, batch_size: int, steps: int, rounds: int
+) -> tuple[Samples, dict[str, float]]:
+    """Steps fed from the cache and by the authors' input, and the two inputs alone; and the operations of an image.
+
+    Operations are those of CLIP's forward pass and of a step of the head, padding included.
+    """
     say(f"{data.preset}: the authors' input, {rounds} rounds")
     run = _new_run(data, folder, batch_size)
     theirs = FromImages(run, folder / "photos")
     theirs()  # warms up
     theirs.inputs.clear()
-    samples = interleaved(
-        {WARM: Fed(run, steps, cold=False), WARM_ALONE: Feeding(run, cold=False), AUTHORS: theirs}, rounds
-    )
+    ours = {WARM: Fed(run, steps, cold=False), WARM_ALONE: Feeding(run, cold=False)}
+    samples = interleaved({**ours, AUTHORS: theirs}, rounds)
+    operations = {
+        "CLIP": float(operations_of_backbones(data.preset)["CLIP"]),
+        "step of the head": operations_of_steps(run.step, run.copies(1)),
+    }
     shutil.rmtree(folder)
-    return {**samples, AUTHORS_ALONE: theirs.inputs}
+    return {**samples, AUTHORS_ALONE: theirs.inputs}, operations
 
 
 def _new_run(data: TrainingData, folder: Path, batch_size: int) -> TrainingRun:
