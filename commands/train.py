@@ -29,7 +29,7 @@ def train(
         list[float] | None, typer.Option(min=0, help="share of the batches, one per cache; default: by the schedule")
     ] = None,
     head: Annotated[
-        str, typer.Option(help="fusion, linear, mlp, roi_pool, prototypes, or your own class: file.py:Class")
+        str, typer.Option(help="fusion, guided, linear, mlp, roi_pool, prototypes, or your own class: file.py:Class")
     ] = "fusion",
     head_option: Annotated[
         list[str] | None, typer.Option(help="an argument of the head's class: hidden=512; can be repeated")

@@ -50,7 +50,7 @@ class TrainConfig:
                    the run
     head           a type of fusion/heads, or the user's own `file.py:Class` or `package.module:Class`
     head_options   arguments of its class
-    layers .. dropout  of the fusion head; its other shapes follow from the features and the vocabulary
+    layers .. dropout  of the fusion and the guided head; its other shapes follow from the features and the vocabulary
     precision      of the head's forward pass: "auto" is bfloat16 on a GPU and float32 elsewhere; weights, logits and
                    loss are always float32
 

@@ -72,7 +72,7 @@ class FusionHead(nn.Module):
         """
         dtype = self.to_clip.weight.dtype
         queries = self.to_clip(tokens.to(dtype))
-        decoded = self.decoder(queries, feature_map.to(dtype), tgt_key_padding_mask=_padding(region_mask))
+        decoded = self.decoder(queries, feature_map.to(dtype), tgt_key_padding_mask=padding(region_mask))
         semantic: Tensor = self.projector(decoded)
         return semantic
 
@@ -90,7 +90,7 @@ def similarity_logits(semantic: Tensor, text: Tensor, scale: float = LOGIT_SCALE
     return logits
 
 
-def _padding(region_mask: Tensor | None) -> Tensor | None:
+def padding(region_mask: Tensor | None) -> Tensor | None:
     """True where attention is masked out. An image without regions attends to its padding: a softmax over no elements
     is NaN in some attention kernels, and multiplying by a weight of zero does not remove NaN."""
     if region_mask is None:

@@ -103,13 +103,13 @@ def head_spec_for(
     for training_set, vocabulary in zip(training_sets, vocabularies, strict=True):
         _require_same_backbones(training_set, first)
         _require_matching_vocabulary(training_set, vocabulary, text_dim)
-    fusion = {"layers": config.layers, "heads": config.heads, "ffn": config.ffn, "dropout": config.dropout}
+    decoder = {"layers": config.layers, "heads": config.heads, "ffn": config.ffn, "dropout": config.dropout}
     return HeadSpec(
         type=config.head,
         token_dim=first.tokens.shape[-1],
         width=first.maps.shape[-1],
         text_dim=text_dim,
-        options=(fusion if config.head == "fusion" else {}) | dict(config.head_options),
+        options=(decoder if config.head in ("fusion", "guided") else {}) | dict(config.head_options),
     )
 
 

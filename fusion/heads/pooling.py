@@ -51,6 +51,13 @@ def box_weights(boxes: Tensor, side: int, grid: int = 1) -> Tensor:
     return (y[..., :, None, :, None] * x[..., None, :, None, :]).flatten(-4, -3).flatten(-2)
 
 
+def patch_shares(boxes: Tensor, side: int) -> Tensor:
+    """float32 (B, R, S * S): the part of each patch that lies in each box, 0 to 1; of the patches that a box smaller
+    than a patch touches, the largest share is 1."""
+    weights = box_weights(boxes, side).squeeze(2)
+    return weights / weights.amax(dim=-1, keepdim=True)
+
+
 def _axis_weights(low: Tensor, high: Tensor, side: int, grid: int) -> Tensor:
     """(B, R, G, S) along one axis, from the edges (B, R) of the boxes."""
     low = low.clamp(0, 1 - SMALLEST)[..., None]

@@ -15,6 +15,7 @@ from torch import nn
 
 from regionspot.cache.errors import InputError, unknown_name
 from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.fusion.heads.guided import GuidedHead
 from regionspot.fusion.heads.pooled import LinearHead, MlpHead, RoiPoolHead
 from regionspot.fusion.heads.prototypes import PrototypeHead
 
@@ -25,6 +26,7 @@ def _fusion(token_dim: int, width: int, text_dim: int, **options: Any) -> Fusion
 
 HEAD_TYPES: Mapping[str, Callable[..., nn.Module]] = {
     "fusion": _fusion,
+    "guided": GuidedHead,
     "linear": LinearHead,
     "mlp": MlpHead,
     "roi_pool": RoiPoolHead,

@@ -24,12 +24,14 @@ from regionspot.fusion.vocabulary import Vocabulary
 SHAPES = {"token_dim": 12, "width": 16, "text_dim": 8}
 OPTIONS = {
     "fusion": {"layers": 1, "heads": 4, "ffn": 24},
+    "guided": {"layers": 1, "heads": 4, "ffn": 24},
     "linear": {},
     "mlp": {"hidden": 20},
     "roi_pool": {"grid": 2, "channels": 6, "hidden": 20},
     "prototypes": {"classes": 5},
 }
 SPECS = [HeadSpec(type=name, options=OPTIONS[name], **SHAPES) for name in HEAD_TYPES]
+LINEAR = next(spec for spec in SPECS if spec.type == "linear")
 each_head = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: spec.type)
 
 OWN_HEAD = """
@@ -262,7 +264,7 @@ def test_another_class_than_the_checkpoints_is_refused_before_its_code_runs(own,
     source, checkpoint = own
     with pytest.raises(InputError, match=r"is my_head.py:MyHead, not .*my_head.py:Broken"):
         load_checkpoint(checkpoint, head_class=f"{source}:Broken")
-    save_checkpoint(tmp_path / "linear.safetensors", SPECS[1], SPECS[1].build(), HeadInfo())
+    save_checkpoint(tmp_path / "linear.safetensors", LINEAR, LINEAR.build(), HeadInfo())
     with pytest.raises(InputError, match=r"is linear, not .*leave it out"):
         load_checkpoint(tmp_path / "linear.safetensors", head_class=f"{source}:MyHead")
     assert load_checkpoint(tmp_path / "linear.safetensors", head_class="linear").spec.type == "linear"
