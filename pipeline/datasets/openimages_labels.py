@@ -53,15 +53,15 @@ def with_verified_labels(manifest: Manifest, classes: Path, labels: Path | None,
         files |= file.source["files"]
     # A pair of an image and a class is one number: row * number of classes + class.
     row = np.repeat(np.arange(len(manifest)), manifest.region_count)
-    shown = np.unique((row * number + manifest.category_index)[manifest.category_index >= 0])
+    shown = _sorted((row * number + manifest.category_index)[manifest.category_index >= 0])
     negatives = None
     if labels is not None:
         file = AnnotationFile(labels)
         present, absent = _read_labels(file, category_of_mid, manifest.image_ids)
         files |= file.source["files"]
-        shown = np.union1d(shown, present)
-        absent = np.union1d(absent, _related(absent, below))
-        negatives = np.setdiff1d(absent, np.union1d(shown, _related(shown, below.T)), assume_unique=True)
+        shown = _sorted(shown, present)
+        absent = _sorted(absent, _related(absent, below))
+        negatives = np.setdiff1d(absent, _sorted(shown, _related(shown, below.T)), assume_unique=True)
     return replace(
         manifest,
         negatives=None if negatives is None else _lists(negatives, len(manifest), number),
@@ -136,7 +136,13 @@ def _related(pairs: Ints, relation: NDArray[np.bool_]) -> Ints:
     row, category = pairs // number, pairs % number
     repeats = counts[category]
     offset = np.arange(repeats.sum()) - np.repeat(np.cumsum(repeats) - repeats, repeats)
-    return np.unique(np.repeat(row, repeats) * number + targets[np.repeat(starts[category], repeats) + offset])
+    return _sorted(np.repeat(row, repeats) * number + targets[np.repeat(starts[category], repeats) + offset])
+
+
+def _sorted(*pairs: Ints) -> Ints:
+    """All of these pairs once. np.unique, which hashes, took four fifths of the time of this module (numpy 2.4)."""
+    together = np.sort(np.concatenate(pairs))
+    return together[np.diff(together, prepend=-1) > 0]
 
 
 def _lists(pairs: Ints, images: int, classes: int) -> Ragged:
