@@ -28,7 +28,7 @@ CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones bench-cache bench-extract bench-train bench-encodings bench-scaling stress clean
+.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones bench-cache bench-extract bench-train bench-encodings bench-heads bench-scaling stress clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench-train: $(READY) ## training steps from the cache, start of a run; on a GPU
 
 bench-encodings: $(READY) ## bytes, error and AP of each encoding (20 minutes on 2 cores)
 	python -m benchmarks.encodings $(ARGS)
+
+bench-heads: $(READY) ## AP, parameters and seconds to train of every head, toy world (half an hour on 2 cores; QUICK=1: one minute)
+	python -m benchmarks.heads $(if $(QUICK),--quick) $(ARGS)
 
 bench-scaling: $(READY) ## speedup of 1 to 64 workers with a simulated GPU, cost of a part (QUICK=1: one minute)
 	python -m benchmarks.bench_scaling $(if $(QUICK),--quick) $(ARGS)

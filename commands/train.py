@@ -70,7 +70,9 @@ def train(
     lr: Annotated[float | None, typer.Option(min=0, help="learning rate")] = None,
     seed: options.Seed = None,
     templates: Annotated[options.TemplatesName, typer.Option(help="prompt templates of the class names")] = "reference",
-    names_from: options.NamesFrom = "name",
+    names_from: Annotated[
+        options.NamesFrom, typer.Option(help="what the prompts contain: the name, all synonyms, or name and definition")
+    ] = "name",
     weights: options.Weights = None,
     clip_weights: options.ClipWeights = None,
     resume: Annotated[bool, typer.Option("--resume", help="from the last checkpoint in --out, if any")] = False,

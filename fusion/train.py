@@ -35,7 +35,7 @@ from regionspot.fusion.config import (
 )
 from regionspot.fusion.distributed import Group, process_group
 from regionspot.fusion.fit import fit_prototypes
-from regionspot.fusion.heads.spec import HeadSpec
+from regionspot.fusion.heads.spec import HeadSpec, check_head
 from regionspot.fusion.metrics import Meter, draw_curves, read_metrics
 from regionspot.fusion.run_folder import KEPT_CHECKPOINTS, RunFolder
 from regionspot.fusion.step import StepSums, TrainStep
@@ -132,6 +132,7 @@ def train(
         raise InputError(f"training: checkpoint_seconds is {checkpoint_seconds}, expected more than 0")
     training_sets = [open_training_set(cache, map_set, token_set) for cache in caches]
     spec = head_spec_for(training_sets, vocabularies, config)
+    check_head(spec, training_sets[0].maps.shape[0])
     shares = batch_shares(training_sets, ratios or ([1.0] * len(caches) if config.ratio == "equal" else None))
     identity = run_identity(training_sets, vocabularies, shares, config, preset)
     start = None

@@ -118,7 +118,7 @@ def pairs(table: dict[str, tuple[str, ...]]) -> list[tuple[str, str]]:
 
 @pytest.mark.parametrize(("command", "option"), pairs(WHOLE_NUMBERS) + pairs(FROM_ZERO))
 def test_a_number_out_of_its_range_is_refused(regionspot, command, option):
-    values = ["-1", "1.5"]
+    values = ["-1", "1.5", "nan", "inf", "many"]
     values += ["0"] * ((command, option) in pairs(WHOLE_NUMBERS)) + ["9" * 30] * (option not in UNBOUNDED)
     for value in values:
         assert f"--{option}'" in refusal(regionspot, command, f"--{option}={value}")
@@ -194,7 +194,7 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.DtypeName) == (AUTO, *DTYPES)
     assert get_args(cli_options.PreprocessName) == tuple(PREPROCESS)
     assert get_args(cli_options.TemplatesName) == tuple(TEMPLATES)
-    assert get_args(cli_options.NamesFromName) == get_args(NamesFrom)
+    assert get_args(cli_options.NamesFrom) == get_args(NamesFrom)
     assert get_args(cli_options.PaddingName) == get_args(Padding)
     assert get_args(cli_options.UnverifiedName) == get_args(Unverified)
     assert get_args(cli_options.ScheduleName) == tuple(TRAIN_PRESETS)

@@ -24,7 +24,7 @@ NEAREST = 20
 class PrototypeHead(nn.Module):
     """Has no parameters. `PrototypeSums` computes the buffers: `prototypes` (K, D) of length 1, `texts` (K, E).
 
-    classes    K
+    classes    K, set by fusion/fit.py
     sharpness  factor of the cosines before their softmax. On the toy world 5 is best; 20 is as accurate for classes
                with examples, but not for others
     """
@@ -35,7 +35,7 @@ class PrototypeHead(nn.Module):
     texts: Tensor
     sharpness: Tensor
 
-    def __init__(self, token_dim: int, width: int, text_dim: int, classes: int, sharpness: float = 5.0) -> None:
+    def __init__(self, token_dim: int, width: int, text_dim: int, classes: int = 0, sharpness: float = 5.0) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("deviation", torch.ones(width))

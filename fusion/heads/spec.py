@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from regionspot.cache.errors import InputError, unknown_name
@@ -85,8 +86,8 @@ class HeadSpec:
         except (TypeError, ValueError, RuntimeError) as error:
             raise InputError(
                 f"head {self.type}: cannot be built with token_dim={self.token_dim}, width={self.width}, "
-                f"text_dim={self.text_dim} and the options {dict(self.options)} ({error}); correct --head-option, "
-                f"or the class: {_parameters(builder)}"
+                f"text_dim={self.text_dim} and the options {dict(self.options)} ({_first_line(error)}); correct "
+                f"--head-option, or the class: {_parameters(builder)}"
             ) from error
         if not isinstance(head, nn.Module):
             raise InputError(f"head {self.type}: is a {type(head).__name__}, expected a class of torch modules")
@@ -105,6 +106,42 @@ class HeadSpec:
         kind = str(options.pop("type", "fusion"))
         shapes = {name: int(options.pop(name)) for name in ("token_dim", "width", "text_dim")}
         return cls(type=kind, **shapes, options=options)
+
+
+def check_head(spec: HeadSpec, map_tokens: int) -> None:
+    """Build a head, and run one of the user's own class on an image of two regions, before a run writes anything.
+
+    `map_tokens` is T of the feature map. Raises InputError as `build` does, and for a class without weights, one that
+    fails, or one that returns anything but a vector for each region.
+    """
+    if not spec.own_class:
+        with torch.device("meta"):
+            spec.build()
+        return
+    with torch.random.fork_rng(devices=[]):
+        head = spec.build().eval()
+    if not any(parameter.requires_grad for parameter in head.parameters()):
+        raise InputError(f"head {spec.type}: has no weights to train; make them parameters or submodules of the class")
+    tokens, boxes = (
+        torch.zeros(1, 2, spec.token_dim).half(),
+        torch.tensor([[[0.0, 0.0, 1.0, 1.0], [0.2, 0.2, 0.4, 0.4]]]),
+    )
+    feature_map = torch.zeros(1, map_tokens, spec.width).half()
+    try:
+        with torch.no_grad():
+            vectors = head(tokens, torch.ones(1, 2, dtype=torch.bool), feature_map, boxes)
+    except Exception as error:  # the code is the user's: it may raise anything
+        raise InputError(
+            f"head {spec.type}: fails on float16 tokens {tuple(tokens.shape)} and map {tuple(feature_map.shape)} "
+            f"({_first_line(error)}); --debug shows where"
+        ) from error
+    expected, shape = (1, 2, spec.text_dim), tuple(getattr(vectors, "shape", ()))
+    if shape != expected:
+        found = shape or f"a {type(vectors).__name__}"
+        raise InputError(
+            f"head {spec.type}: returns {found} for tokens {tuple(tokens.shape)}, expected {expected}: a vector for "
+            "each region, as wide as the text embeddings"
+        )
 
 
 def without_folder(own_class: str) -> str:
@@ -128,8 +165,7 @@ def _own_class(path: str) -> Callable[..., Any]:
         own_class: Callable[..., Any] = getattr(module, name)
     except Exception as error:  # the code is the user's: it may raise anything
         raise InputError(
-            f"head {path}: cannot be imported ({type(error).__name__}: {error}); expected file.py:Class or "
-            "package.module:Class"
+            f"head {path}: cannot be imported ({_first_line(error)}); expected file.py:Class or package.module:Class"
         ) from error
     return own_class
 
@@ -137,3 +173,7 @@ def _own_class(path: str) -> Callable[..., Any]:
 def _parameters(builder: Callable[..., Any]) -> str:
     names = inspect.signature(HeadConfig if builder is _fusion else builder).parameters
     return f"its arguments are {', '.join(names)}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {[*str(error).splitlines(), ''][0]}"

@@ -318,6 +318,41 @@ def accuracy(head, cache, vocabulary) -> float:
     return float((logits.argmax(dim=-1).numpy() == batch.categories).mean())
 
 
+@pytest.mark.parametrize(
+    ("name", "code", "reason"),
+    [
+        ("no_weights", "return tokens", "no weights to train"),
+        (
+            "one_vector",
+            "return self.projector(tokens.float()).mean(dim=1)",
+            r"returns \(1, 8\) .* expected \(1, 2, 8\)",
+        ),
+        ("logits", "return self.projector(tokens.float())[..., :3]", r"returns \(1, 2, 3\) .* expected \(1, 2, 8\)"),
+        ("nothing", "pass", "returns a NoneType"),
+        ("float32", "return self.projector(tokens)", "fails on float16 tokens .* --debug shows where"),
+        ("mistake", "return self.projecter(tokens)", "'MyHead' object has no attribute 'projecter'.* --debug"),
+    ],
+)
+def test_a_class_that_cannot_be_trained_is_refused_before_its_run(cache, vocabulary, tmp_path, name, code, reason):
+    weights = "" if name == "no_weights" else "self.projector = nn.Linear(token_dim, text_dim)"
+    (tmp_path / "my_head.py").write_text(f"""
+from torch import nn
+
+class MyHead(nn.Module):
+    def __init__(self, token_dim, width, text_dim):
+        super().__init__()
+        {weights}
+
+    def forward(self, tokens, region_mask, feature_map, boxes):
+        {code}
+""")
+    config = TrainConfig(iterations=1, head=f"{tmp_path / 'my_head.py'}:MyHead")
+    with pytest.raises(InputError, match=reason) as error:
+        train([cache], [vocabulary], tmp_path / "run", config)
+    one_line(error)
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("name", ["linear", "mlp", "roi_pool", "prototypes", "own"])
 def test_a_head_learns_the_classes_from_the_map_under_each_box(cache, vocabulary, tmp_path, name):
     source = tmp_path / "my_head.py"
@@ -331,7 +366,7 @@ def test_a_head_learns_the_classes_from_the_map_under_each_box(cache, vocabulary
     assert trained.info.encoder == "maps"
     # The folder of the class may change; a run is resumed with the same class only.
     assert json.loads((tmp_path / "run" / "run.json").read_text())["config"]["head"] == kind.rpartition("/")[2]
-    other = replace(config, head="fusion")
+    other = replace(config, head="fusion", head_options={"layers": 1, "heads": 4})
     with pytest.raises(InputError, match=r"its config\.head is"):
         train([cache], [vocabulary], tmp_path / "run", other, preset="toy", resume=True)
 

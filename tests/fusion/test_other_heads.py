@@ -1,6 +1,9 @@
-"""Run the programs of docs/other_heads.md on a small toy dataset whose classes are colours."""
+"""Run the programs and commands of docs/other_heads.md on a small toy dataset whose classes are colours."""
 
+import json
 import re
+import shlex
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +17,10 @@ from regionspot.pipeline.extraction.extract import extract
 from regionspot.pipeline.toy.world import make_toy_world
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "other_heads.md"
+OWN_HEAD = re.search(r"```python\n(import torch\nfrom torch import nn\n.*?)```", DOCUMENT.read_text(), re.DOTALL)[1]
+COMMANDS = re.findall(r"^    (regionspot .*)$", DOCUMENT.read_text().replace("\\\n", ""), re.MULTILINE)
 # A program and, below it, its output.
-EXAMPLES = re.findall(r"```python\n(.*?)```\n\n    (.*?)\n", DOCUMENT.read_text(), re.DOTALL)
+EXAMPLES = re.findall(r"```python\n((?:(?!```).)*)```\n\n    (.*?)\n", DOCUMENT.read_text(), re.DOTALL)
 IMAGES = 75
 
 
@@ -25,7 +30,9 @@ def by_colours(manifest: Manifest) -> Manifest:
     colours = sorted(set(names))
     index = np.array([colours.index(name) for name in names], np.int32)
     categories = tuple(Category(number, colour) for number, colour in enumerate(colours, start=1))
-    return replace(manifest, category_index=index[manifest.category_index], categories=categories)
+    # Without the lists of verified classes, which are indices of the toy world's names.
+    lists = {"negatives": None, "not_exhaustive": None}
+    return replace(manifest, category_index=index[manifest.category_index], categories=categories, **lists)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +44,7 @@ def folder(tmp_path_factory) -> Path:
     backbones = Backbones.load("toy", device="cpu")
     cache = FeatureCache.create(root / "o365.zarr", manifest, backbones.feature_sets(), part_size=16)
     extract(cache, image_folder_of("toy", world), backbones)
+    shutil.copy(world / "photos" / "val" / "000000000124.jpg", root / "image.jpg")
     return root
 
 
@@ -54,3 +62,25 @@ def test_each_program_prints_its_documented_output_and_beats_chance(folder, monk
     documented = [int(percent) for percent in re.findall(r"(\d+)%", printed)]
     assert documented == pytest.approx([accuracy, chance], abs=4)  # rounding differs between machines
     assert re.sub(r"\d+%", "N%", output) == re.sub(r"\d+%", "N%", printed)
+
+
+def test_the_documented_head_is_trained_and_used_by_the_documented_commands(folder, home, monkeypatch, regionspot):
+    assert OWN_HEAD.count("\n") <= 30
+    monkeypatch.chdir(folder)
+    (folder / "my_head.py").write_text(OWN_HEAD)
+    outputs = []
+    for command in COMMANDS:
+        code, out, err = regionspot(*shlex.split(command)[1:])
+        assert code == 0, err
+        outputs.append(out)
+    assert outputs[0].startswith("runs/mine/head.safetensors: 120 steps")
+    (region,) = json.loads(outputs[1])
+    # The image is not one of the training images.
+    assert (region["name"], region["score"] > 0.5) == ("blue", True)
+
+
+def test_the_documented_checkpoint_is_refused_without_its_class(folder, home, monkeypatch, refused):
+    monkeypatch.chdir(folder)
+    command = shlex.split(COMMANDS[1])[1:]
+    at = command.index("--head")
+    refused("never decides what code is run", *command[:at], *command[at + 2 :])
