@@ -101,7 +101,7 @@ def head_spec_for(
         )
     first, text_dim = training_sets[0], vocabularies[0].embeddings.shape[1]
     for training_set, vocabulary in zip(training_sets, vocabularies, strict=True):
-        _require_same_backbones(training_set, first)
+        require_same_backbones(training_set, first)
         _require_matching_vocabulary(training_set, vocabulary, text_dim)
     decoder = {"layers": config.layers, "heads": config.heads, "ffn": config.ffn, "dropout": config.dropout}
     return HeadSpec(
@@ -143,7 +143,7 @@ def initial_weights(checkpoint: Path, spec: HeadSpec, first: TrainingSet) -> dic
     return loaded.head.state_dict()
 
 
-def _require_same_backbones(training_set: TrainingSet, first: TrainingSet) -> None:
+def require_same_backbones(training_set: TrainingSet, first: TrainingSet) -> None:
     path, first_path = training_set.cache.path, first.cache.path
     for features, expected in ((training_set.maps, first.maps), (training_set.tokens, first.tokens)):
         if features.name != expected.name:

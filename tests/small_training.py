@@ -25,7 +25,10 @@ def small_manifest(images: int, seed: int):
     class_index = rng.integers(0, CLASSES, offsets[-1]).astype(np.int32)
     class_index[offsets[5] : offsets[6]] = -1
     classes = tuple(Category(index + 1, f"class {index}") for index in range(CLASSES))
-    return make_manifest(counts, dataset=f"small{seed}", category_index=class_index, categories=classes)
+    corners = 400 * np.random.default_rng(0).random((offsets[-1], 2, 2), dtype=np.float32)
+    boxes = np.concatenate([corners.min(axis=1), corners.max(axis=1)], axis=1)
+    columns = {"category_index": class_index, "categories": classes, "boxes_xyxy": boxes}
+    return make_manifest(counts, dataset=f"small{seed}", **columns)
 
 
 def feature_sets(width: int = 16, weights: str = "w" * 64, dtype: str = "float16") -> list[FeatureSet]:

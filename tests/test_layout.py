@@ -56,6 +56,7 @@ MAY_IMPORT = {
         "cache.format cache.store evaluation.inference evaluation.metrics evaluation.report fusion "
         "pipeline.backbones pipeline.datasets pipeline.images"
     ),
+    "evaluation.validation": "cache.store evaluation.inference evaluation.metrics fusion",
     "commands": (
         "cache.format cache.store cache.tools cache.writing evaluation.demo evaluation.evaluate "
         "evaluation.inference evaluation.report fusion pipeline.backbones pipeline.datasets "
