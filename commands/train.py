@@ -68,6 +68,7 @@ def train(
     ] = None,
     compile: Annotated[bool, typer.Option("--compile", help="compile the head by torch.compile")] = False,
     lr: Annotated[float | None, typer.Option(min=0, help="learning rate")] = None,
+    clip_norm: Annotated[float | None, typer.Option(min=0, help="maximum norm of all gradients together")] = None,
     seed: options.Seed = None,
     templates: Annotated[options.TemplatesName, typer.Option(help="prompt templates of the class names")] = "reference",
     names_from: Annotated[
@@ -105,6 +106,7 @@ def train(
         iterations=iterations,
         batch_size=batch_size,
         lr=lr,
+        clip_norm=clip_norm,
         seed=seed,
         max_regions=max_regions,
         pack=pack,

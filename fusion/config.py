@@ -35,7 +35,9 @@ FIRST_CHECKPOINT_SECONDS = 60.0
 class TrainConfig:
     """Everything that decides the numbers of a training run; devices, paths and intervals do not.
 
-    clip_norm      maximum norm of all gradients together
+    clip_norm      maximum norm of all gradients together, of the loss summed over the images of a batch. The authors
+                   clip the mean of 8 GPUs at 1, each with the sum over its 2 images (train_net.py, 8 V100 in the
+                   paper); that mean is an eighth of the sum over 16 images
     ratio          share of the batches that each cache gives: "size", by its number of usable images, or "equal"
     max_regions    at most so many regions of an image, a random choice in every epoch; 0: all
     pack           batches of images with similar numbers of regions
@@ -59,7 +61,7 @@ class TrainConfig:
 
     lr: float = 2.5e-5
     weight_decay: float = 1e-4
-    clip_norm: float = 1.0
+    clip_norm: float = 8.0
     batch_size: int = 16
     iterations: int = 450_000
     ratio: Literal["size", "equal"] = "size"
@@ -127,6 +129,7 @@ TRAIN_PRESETS = {
     "stage2": TrainConfig(ratio="equal"),
     "fast": TrainConfig(
         lr=TrainConfig.lr * math.sqrt(FAST_BATCH / TrainConfig.batch_size),
+        clip_norm=TrainConfig.clip_norm * FAST_BATCH / TrainConfig.batch_size,
         batch_size=FAST_BATCH,
         iterations=TrainConfig.iterations * TrainConfig.batch_size // FAST_BATCH,
         ratio="equal",
@@ -136,6 +139,7 @@ TRAIN_PRESETS = {
     # One or two minutes on two cores. Halved at each milestone, the learning rate approximates a cosine schedule.
     "toy": TrainConfig(
         lr=1e-3,
+        clip_norm=1.0,
         iterations=1200,
         batch_size=32,
         milestones=(0.36, 0.59, 0.72, 0.81, 0.87, 0.91),

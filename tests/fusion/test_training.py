@@ -133,6 +133,8 @@ def test_a_damaged_cache_stops_the_run_with_the_error_of_the_cache(cache, tmp_pa
 
 def test_the_learning_rate_of_the_paper_warms_up_and_falls_twice():
     paper = TRAIN_PRESETS["paper"]
+    # The mean over 8 GPUs of the sums over 2 images is clipped at 1.
+    assert paper.clip_norm == paper.batch_size / 2
     assert (paper.iterations, paper.batch_size, paper.milestone_steps) == (450_000, 16, (350_000, 420_000))
     rates = [paper.learning_rate(step) for step in (0, 500, 1000, 349_999, 350_000, 420_000)]
     assert rates == pytest.approx([2.5e-7, 2.5e-5 * 0.505, 2.5e-5, 2.5e-5, 2.5e-6, 2.5e-7])
