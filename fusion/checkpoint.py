@@ -239,7 +239,10 @@ def _build(path: Path, spec: HeadSpec, state: Mapping[str, Tensor]) -> nn.Module
     # On the meta device: no memory and no random numbers for weights that are replaced below. A class of the user may
     # compute in its constructor, which needs real tensors.
     with nullcontext() if spec.own_class else torch.device("meta"):
-        head = spec.build()
+        try:
+            head = spec.build()
+        except InputError as error:
+            raise WeightsError(f"{path}: {error}") from error
     check_fit(path, f"the {spec.type} head", state, head.state_dict())
     require_finite(path, state)
     head.load_state_dict(dict(state), assign=True)

@@ -16,13 +16,11 @@ B images, R regions (padded), C location token, T feature map tokens, D width, E
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from regionspot.fusion.head import padding
-from regionspot.fusion.heads.pooling import patch_shares, pool_boxes
+from regionspot.fusion.heads.pooling import map_side, patch_shares, pool_boxes
 
 STRENGTH = 6.0  # at the start: a patch outside the box has exp(-6) of the weight of one inside
 
@@ -56,7 +54,7 @@ class GuidedHead(nn.Module):
         """Vectors (B, R, E); the arguments are those of every head (fusion/heads/__init__.py)."""
         dtype = self.to_clip.weight.dtype
         feature_map = feature_map.to(dtype)
-        outside = 1 - patch_shares(boxes, math.isqrt(feature_map.shape[1] - 1)).to(dtype)
+        outside = 1 - patch_shares(boxes, map_side(feature_map)).to(dtype)
         regions = self.to_clip(tokens.to(dtype))
         for layer in self.layers:
             regions = layer(regions, padding(region_mask), feature_map, outside)

@@ -8,7 +8,6 @@ B images, R regions (padded), T feature map tokens, D width, G cells on a side o
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import numpy as np
@@ -34,15 +33,19 @@ def pool_boxes(feature_map: Tensor, boxes: Tensor, grid: int = 1) -> Tensor:
     Boxes are relative to the image, as `relative_boxes` returns them. Raises InputError if the map is not square.
     """
     patches = feature_map[:, 1:]  # the first is the class token
-    side = math.isqrt(patches.shape[1])
-    if side * side != patches.shape[1]:
-        raise InputError(
-            f"the feature map has {patches.shape[1]} patches, which is no square; use a head that needs no boxes"
-        )
-    weights = box_weights(boxes, side, grid)
+    weights = box_weights(boxes, map_side(feature_map), grid)
     images, regions, cells, _ = weights.shape
     pooled = weights.reshape(images, regions * cells, -1).to(patches.dtype) @ patches
     return pooled.reshape(images, regions, cells, -1)
+
+
+def map_side(feature_map: Tensor) -> int:
+    """S of a map (B, T, D). Raises InputError if it is not square."""
+    patches = feature_map.shape[1] - 1
+    side: int = round(patches**0.5)  # torch.compile cannot trace math.isqrt
+    if side * side != patches:
+        raise InputError(f"the feature map has {patches} patches, which is no square; use a head that needs no boxes")
+    return side
 
 
 def box_weights(boxes: Tensor, side: int, grid: int = 1) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from makers import make_manifest
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures
-from regionspot.cache.errors import InputError
+from regionspot.cache.errors import InputError, WeightsError
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint, save_checkpoint
 from regionspot.fusion.config import TrainConfig
 from regionspot.fusion.head import HEADS, similarity_logits
@@ -162,6 +162,13 @@ def test_an_image_does_not_depend_on_the_others_of_its_batch(spec):
     torch.testing.assert_close(head(tokens, None, feature_map, boxes)[1:], alone)
 
 
+def test_a_head_with_boxes_is_one_graph_for_torch_compile_whatever_the_size_of_the_batch():
+    head = built(SPECS[list(HEAD_TYPES).index("guided")])  # which uses all of the pooling
+    compiled = torch.compile(head, dynamic=True, fullgraph=True, backend="eager")
+    for images, regions in ((2, 3), (4, 5), (3, 9)):
+        torch.testing.assert_close(compiled(*inputs(images, regions)), head(*inputs(images, regions)))
+
+
 @pytest.mark.parametrize("name", ["linear", "mlp", "roi_pool", "prototypes"])
 def test_a_head_without_attention_depends_on_the_box_of_a_region_and_on_no_other(name):
     head, (tokens, _, feature_map, boxes) = built(SPECS[list(HEAD_TYPES).index(name)]), inputs()
@@ -186,6 +193,15 @@ def test_a_fusion_head_is_written_as_by_earlier_versions(tmp_path):
     save_checkpoint(tmp_path / "head.safetensors", SPECS[0], SPECS[0].build(), HeadInfo())
     header = read_document(tmp_path / "head.safetensors")["head"]
     assert header == {**SHAPES, "layers": 1, "heads": 4, "ffn": 24}
+
+
+def test_a_checkpoint_of_a_type_that_this_version_lacks_is_refused_with_its_path(tmp_path):
+    path, spec = tmp_path / "head.safetensors", SPECS[0]
+    for changed, reason in ((replace(spec, type="newer"), "newer"), (replace(spec, options={"depth": 3}), "depth")):
+        save_checkpoint(path, changed, spec.build(), HeadInfo())
+        with pytest.raises(WeightsError, match=reason) as error:
+            load_checkpoint(path)
+        assert one_line(error).startswith(f"{path}: head ")
 
 
 def test_options_are_read_from_text():
