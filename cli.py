@@ -25,6 +25,7 @@ from regionspot.commands.doctor import doctor
 from regionspot.commands.eval_lvis import eval_lvis
 from regionspot.commands.extract import extract
 from regionspot.commands.predict import predict
+from regionspot.commands.runs import runs
 from regionspot.commands.signals import raise_if_stopped, signals_interrupt, stop_line
 from regionspot.commands.train import train
 
@@ -35,7 +36,7 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (dataset, extract, doctor, train, eval_lvis, predict, toy_world, demo):
+for command in (dataset, extract, doctor, train, runs, eval_lvis, predict, toy_world, demo):
     app.command()(command)
 app.add_typer(cache_app, name="cache")
 

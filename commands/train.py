@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -80,6 +81,20 @@ def train(
     checkpoint_every: Annotated[
         int, typer.Option(min=1, max=options.MAX_STEPS, help="steps between checkpoints; also every 10 minutes")
     ] = 2000,
+    keep_checkpoints: Annotated[int, typer.Option(min=1, help="keep the heads of the last checkpoints")] = 3,
+    val_cache: Annotated[
+        str | None, typer.Option(help="validate on this cache, a folder or URL, and keep the best head")
+    ] = None,
+    val_annotations: Annotated[
+        Path | None, typer.Option(help="LVIS annotations of --val-cache: the best head is that with the best AP")
+    ] = None,
+    val_every: Annotated[int, typer.Option(min=1, max=options.MAX_STEPS, help="steps between validations")] = 2000,
+    val_images: Annotated[
+        int | None, typer.Option(min=1, help="validate on so many images, evenly spaced; default: all")
+    ] = None,
+    log_to: Annotated[
+        options.TrackerName | None, typer.Option(help="send the metrics to this tracker; TensorBoard needs no option")
+    ] = None,
     local_copy: options.LocalCopy = None,
     local_limit: options.LocalLimit = None,
     device: options.Device = None,
@@ -88,15 +103,17 @@ def train(
     from regionspot.cache.outputs import check_output_folder
     from regionspot.cache.store import FeatureCache
     from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
+    from regionspot.evaluation.validation import cache_validator
     from regionspot.fusion.config import train_config
     from regionspot.fusion.heads.spec import parse_options
+    from regionspot.fusion.trackers import require_tracker
     from regionspot.fusion.train import train as run
     from regionspot.pipeline.backbones.builders import get_preset
     from regionspot.pipeline.backbones.registry import stored_name
     from regionspot.pipeline.backbones.weights import check_source
 
     pair, schedule_name = pair_and_schedule(preset, schedule)
-    check_output_folder(out, [*cache, init])
+    check_output_folder(out, [*cache, init, val_cache, val_annotations])
     for source in (weights, clip_weights):
         check_source(source)  # also where a stored vocabulary makes them unnecessary
     config = train_config(
@@ -115,12 +132,33 @@ def train(
         unverified=unverified,
         repeat_threshold=repeat_threshold,
     )
+    require_tracker(log_to)
+    if val_annotations and not val_cache:
+        raise InputError(f"--val-annotations {val_annotations}: needs a cache of these images; give --val-cache, too")
     backbones = get_preset(pair)
     tokens, maps = stored_name(localizer or backbones.localizer), stored_name(encoder or backbones.encoder)
     caches = [FeatureCache.open(path, local_copy=local_copy, local_limit=local_limit) for path in cache]
-    vocabularies = [
-        cache_vocabulary(one, maps, templates, clip_weights or weights, device, names_from) for one in caches
-    ]
+    text = partial(
+        cache_vocabulary,
+        map_set=maps,
+        templates=templates,
+        source=clip_weights or weights,
+        device=device,
+        names_from=names_from,
+    )
+    vocabularies = [text(one) for one in caches]
+    validate = None
+    if val_cache:
+        validated = FeatureCache.open(val_cache)
+        validate = cache_validator(
+            validated,
+            text(validated),
+            tokens,
+            maps,
+            annotations=val_annotations,
+            limit=val_images,
+            trained_on=caches[0],
+        )
     on_stop("run the same command with --resume to resume")
     result = run(
         caches,
@@ -135,7 +173,11 @@ def train(
         compile=compile,
         resume=resume,
         device=device,
+        validate=validate,
+        validate_every=val_every,
         checkpoint_every=checkpoint_every,
+        kept_checkpoints=keep_checkpoints,
+        log_to=log_to,
     )
     if result:
         typer.echo(f"{result.checkpoint}: {result.text()}")

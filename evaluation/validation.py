@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import nn
 
@@ -30,7 +29,6 @@ def cache_validator(
     vocabulary: Vocabulary,
     token_set: str,
     map_set: str,
-    device: torch.device | str = "cpu",
     *,
     annotations: Path | None = None,
     limit: int | None = None,
@@ -57,7 +55,7 @@ def cache_validator(
     if limit is not None and limit < len(rows):
         rows = rows[np.linspace(0, len(rows) - 1, limit).round().astype(np.int64)]
     ground_truth = None if annotations is None else _ground_truth(annotations, cache, rows)
-    return _Validation(cache, vocabulary, token_set, map_set, device, rows, ground_truth)
+    return _Validation(cache, vocabulary, token_set, map_set, rows, ground_truth)
 
 
 def _ground_truth(annotations: Path, cache: FeatureCache, rows: NDArray[np.int64]) -> GroundTruth:
@@ -77,13 +75,13 @@ class _Validation:
     vocabulary: Vocabulary
     token_set: str
     map_set: str
-    device: torch.device | str
     rows: NDArray[np.int64]
     ground_truth: GroundTruth | None
 
     def __call__(self, head: nn.Module) -> dict[str, float]:
         cache, manifest = self.cache, self.cache.manifest
-        method = HeadOnCache(head, cache, self.vocabulary, self.token_set, self.map_set, device=self.device)
+        device = next(head.parameters()).device
+        method = HeadOnCache(head, cache, self.vocabulary, self.token_set, self.map_set, device=device)
         category_ids = np.array([category.id for category in cache.categories], np.int64)
         classes, predicted, detections = [], [], []
         scores_of_images = method.score(self.rows.tolist(), lambda stage: nullcontext())

@@ -16,6 +16,7 @@ from PIL import Image
 from regionspot import cli
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
+from regionspot.fusion.checkpoint import load_checkpoint
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.datasets.registry import DATASETS
@@ -152,6 +153,20 @@ def test_runs_with_different_limits_can_follow_in_any_order(regionspot, world, t
     assert run("b.zarr", 6) == (32, 8)  # whole parts
     assert run("b.zarr", None) == (32, 20)
     assert cache_files(tmp_path / "a.zarr") == cache_files(tmp_path / "b.zarr")
+
+
+def test_training_with_validation_keeps_the_best_head(regionspot, world, cache, tmp_path):
+    run = tmp_path / "run"
+    train = ("train", "--cache", cache, "--preset", "toy", "--schedule", "toy", "--templates", "plain")
+    validation = ("--val-cache", cache, "--val-annotations", world / "toy_train.json", "--val-every", 2)
+    code, _, err = regionspot(*train, *validation, "--iterations", 4, "--out", run, "--keep-checkpoints", 1)
+    assert code == 0, err
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [next(iter(line["validation"])) for line in lines] == ["AP", "AP"]
+    best = load_checkpoint(run / "best.safetensors").info
+    assert best.validation["AP"] == max(line["validation"]["AP"] for line in lines)
+    code, out, _ = regionspot("runs", tmp_path)
+    assert (code, "4/4" in out, "finished" in out) == (0, True, True)
 
 
 def test_a_cache_with_a_limit_can_be_used_for_training_and_evaluation(regionspot, world, tmp_path):

@@ -11,9 +11,11 @@ from regionspot.commands import options as cli_options
 from regionspot.commands.train import pair_and_schedule, train
 from regionspot.evaluation.evaluate import Baseline
 from regionspot.evaluation.inference.cache_vocabulary import NamesFrom
-from regionspot.fusion.config import CHECKPOINT_STEPS, TRAIN_PRESETS, Padding, TrainConfig
+from regionspot.fusion.config import CHECKPOINT_STEPS, TRAIN_PRESETS, VALIDATION_STEPS, Padding, TrainConfig
 from regionspot.fusion.negatives import Unverified
+from regionspot.fusion.run_folder import KEPT_CHECKPOINTS
 from regionspot.fusion.templates import TEMPLATES
+from regionspot.fusion.trackers import TRACKERS
 from regionspot.pipeline.backbones.builders import PRESETS
 from regionspot.pipeline.backbones.dtypes import AUTO, DTYPES
 from regionspot.pipeline.backbones.protocols import TOKENS
@@ -31,6 +33,7 @@ COMMANDS = {
     "doctor": (),
     "toy-world": ("world",),
     "demo": ("demo",),
+    "runs": ("runs",),
     "cache ls": ("c.zarr",),
     "cache show": ("c.zarr", "1", "-o", "x.png"),
     "cache stats": ("c.zarr", "clip"),
@@ -43,7 +46,7 @@ COMMANDS = {
 }
 WHOLE_NUMBERS = {
     "extract": ("limit", "part-size", "batch-size", "decode-threads", "metrics-port"),
-    "train": ("iterations", "batch-size", "checkpoint-every"),
+    "train": ("iterations", "batch-size", "checkpoint-every", "keep-checkpoints", "val-every", "val-images"),
     "eval-lvis": ("limit",),
     "predict": ("top",),
     "doctor": ("metrics-port",),
@@ -56,10 +59,10 @@ WHOLE_NUMBERS = {
     "cache subset": ("every", "first", "part-size"),
 }
 FROM_ZERO = {"train": ("seed",), "toy-world": ("seed",), "demo": ("seed",), "cache show": ("region",)}
-UNBOUNDED = ("limit", "top", "every", "first", "region")  # a larger number means all
+UNBOUNDED = ("limit", "top", "every", "first", "region", "keep-checkpoints", "val-images")  # a larger number means all
 CHOICES = {
     "extract": ("preset", "preprocess", "tokens", "exif", "dtype"),
-    "train": ("preset", "schedule", "templates"),
+    "train": ("preset", "schedule", "templates", "log-to"),
     "eval-lvis": ("preset", "baseline", "templates", "preprocess", "exif", "dtype"),
     "predict": ("preset", "templates", "dtype"),
     "doctor": ("preset",),
@@ -87,6 +90,7 @@ OTHERS = [
     ("train", "--lr", "0", "lr is 0.0, expected more than 0"),
     ("train", "--lr", "inf", "lr is inf, expected more than 0 and finite"),
     ("train", "--ratio", "-1", "'--ratio'"),
+    ("train", "--val-annotations", "lvis.json", "needs a cache of these images; give --val-cache, too"),
     ("eval-lvis", "--max-failures", "many", "max failures 'many'"),
     ("predict", "-o", "x.psd", "cannot write an image with the suffix '.psd'"),
     ("predict", "-o", "nodir/x.png", "nodir/x.png: there is no folder nodir"),
@@ -205,6 +209,9 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.ExifName) == get_args(Exif)
     assert get_args(cli_options.BaselineName) == get_args(Baseline)
     assert cli_options.WorldSize.__metadata__[0].min == FEWEST_IMAGES
-    assert inspect.signature(train).parameters["checkpoint_every"].default == CHECKPOINT_STEPS
+    assert get_args(cli_options.TrackerName) == TRACKERS
+    defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
+    assert (defaults["checkpoint_every"], defaults["val_every"]) == (CHECKPOINT_STEPS, VALIDATION_STEPS)
+    assert defaults["keep_checkpoints"] == KEPT_CHECKPOINTS
     TrainConfig(seed=cli_options.Seed.__metadata__[0].max, iterations=cli_options.MAX_STEPS)
     assert Encoding.parse("int8+zstd")

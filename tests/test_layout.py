@@ -59,7 +59,7 @@ MAY_IMPORT = {
     "evaluation.validation": "cache.store evaluation.inference evaluation.metrics fusion",
     "commands": (
         "cache.format cache.store cache.tools cache.writing evaluation.demo evaluation.evaluate "
-        "evaluation.inference evaluation.report fusion pipeline.backbones pipeline.datasets "
+        "evaluation.inference evaluation.report evaluation.validation fusion pipeline.backbones pipeline.datasets "
         "pipeline.distributed pipeline.doctor pipeline.extraction pipeline.images pipeline.toy"
     ),
     "cli": "commands",
