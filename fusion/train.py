@@ -170,14 +170,14 @@ def _fitted(
     info: HeadInfo,
     device: torch.device,
     group: Group,
-) -> TrainResult:
+) -> TrainResult | None:
     """A head that needs no training steps: one pass over the caches, by the first process of a group."""
+    if not group.is_first:
+        return None
     begin = time.monotonic()
-    if group.is_first:
-        spec, head = fit_prototypes(training_sets, vocabularies, spec, device)
-        require_finite(folder.head, head.state_dict())
-        save_checkpoint(folder.head, spec, head, info)
-    group.wait()
+    spec, head = fit_prototypes(training_sets, vocabularies, spec, device)
+    require_finite(folder.head, head.state_dict())
+    save_checkpoint(folder.head, spec, head, info)
     return TrainResult(folder.head, 0, math.nan, time.monotonic() - begin)
 
 
