@@ -12,6 +12,10 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from makers import fork, was_killed
+
+from regionspot.cache.machine import processors
+from regionspot.pipeline.extraction.decode_ahead import default_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("cache", "pipeline", "fusion", "evaluation", "commands")
@@ -188,14 +192,11 @@ def test_only_one_place_asks_how_many_processors_there_are():
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system has no affinity")
 def test_a_process_that_may_use_one_processor_uses_one():
-    code = """
-import os
-os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-from regionspot.cache.machine import processors
-from regionspot.pipeline.extraction.decode_ahead import default_threads
-print(processors(), default_threads())
-"""
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.split() == ["1", "1"]
+    def restricted():
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        assert (processors(), default_threads()) == (1, 1)
+
+    assert not was_killed(fork(restricted))
 
 
 def test_the_cache_imports_without_torch_or_the_backbones():

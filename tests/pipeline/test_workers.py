@@ -48,9 +48,12 @@ PARTS = range(IMAGES // PART_SIZE)
 
 @pytest.fixture(scope="module")
 def connection():
-    with connected("local:3") as connection:
-        connection.client.wait_for_workers(3)
-        yield connection
+    """Three workers on a machine of two GPUs."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
+        with connected("local:3") as connection:
+            connection.client.wait_for_workers(3)
+            yield connection
 
 
 @pytest.fixture
@@ -300,15 +303,10 @@ def test_a_scheduler_that_does_not_answer_is_named(monkeypatch):
         pass
 
 
-def test_each_local_worker_gets_a_gpu_and_its_share_of_the_cores(monkeypatch):
-    for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-5")
+def test_each_local_worker_gets_a_gpu(connection):
     assert cluster_module.local_workers("local") == 2
-    with connected("local:3") as connection:
-        connection.client.wait_for_workers(3)
-        by_worker = connection.client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
+    pids(connection, 3)
+    by_worker = connection.client.run(lambda: os.environ["CUDA_VISIBLE_DEVICES"])
     assert sorted(by_worker.values()) == ["4", "4", "GPU-5"]
 
 
