@@ -10,7 +10,6 @@ refused by name (`unknown_words`), as an untrained row would answer with noise.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from functools import cache, partial
 from itertools import pairwise
 
@@ -112,13 +111,9 @@ def known_words(token_ids: frozenset[int]) -> tuple[str, ...]:
 
 def known_token_ids() -> list[int]:
     """Sorted ids of every token in a prompt about the toy world: all its class names and words in all 80 templates."""
-    names = {entry.look.name for entry in toy_classes()}
-    words = {word for name in names for word in name.split()}
-    return sorted({token for prompt in _prompts(names | words) for token in toy_tokenizer().encode(prompt)} | _marks())
-
-
-def _prompts(names: Iterable[str]) -> Iterable[str]:
-    return (template(name) for template in (*OPENAI_IMAGENET_TEMPLATES, "{}".format) for name in names)
+    # Words are tokenised one by one, so names and templates can be tokenised apart.
+    prompts = [*(entry.look.name for entry in toy_classes()), *(template("") for template in OPENAI_IMAGENET_TEMPLATES)]
+    return sorted({token for prompt in prompts for token in toy_tokenizer().encode(prompt)} | _marks())
 
 
 def _marks() -> set[int]:

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -151,8 +152,7 @@ def sam_logits(sam: Sam, embeddings: Tensor, boxes: Tensor) -> tuple[Tensor, Ten
 def train_toy_clip(samples: Sequence[Sample], recipe: ToyRecipe, work: Path | None = None) -> CLIP:
     """Train a toy CLIP whose word table has only the known tokens."""
     torch.manual_seed(recipe.seed)
-    token_ids = torch.tensor(known_token_ids())
-    learner = ClipLearner(build_toy_clip(word_table=len(token_ids)), _tokenized(token_ids)).train()
+    learner = ClipLearner(build_toy_clip(word_table=len(known_token_ids())), _tokenized()).train()
     _place_patches(learner.clip)
 
     def cut(rng: np.random.Generator) -> tuple[NamedBatch, int]:
@@ -240,7 +240,8 @@ def into_a_cone(clip: CLIP, prompts: Tensor) -> None:
     clip.logit_scale += 0.5 * math.log(1 + CONE**2)
 
 
-def _tokenized(token_ids: Tensor) -> Tensor:
+@cache
+def _tokenized() -> Tensor:
     """Every name in every template as rows of the reduced word table, int64 (names, templates, longest).
 
     Rows keep the order of token ids, so the end token is still the largest, as open_clip expects.
@@ -248,7 +249,7 @@ def _tokenized(token_ids: Tensor) -> Tensor:
     names = [name for group in GROUPS for name in group]
     ids = torch.stack([toy_tokenizer()([template(name) for template in TEMPLATES]) for name in names])
     longest = int((ids != 0).sum(dim=-1).max())
-    return torch.searchsorted(token_ids, ids[..., :longest].contiguous())
+    return torch.searchsorted(torch.tensor(known_token_ids()), ids[..., :longest].contiguous())
 
 
 def encode_short_text(clip: CLIP, text: Tensor) -> Tensor:
