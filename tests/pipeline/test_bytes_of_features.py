@@ -5,7 +5,6 @@ They depend on the shape of the image's batch, never on its other images: an unr
 
 import shutil
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
-from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of
 from regionspot.pipeline.distributed.worker import ExtractJob
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import Extraction
@@ -35,20 +34,9 @@ BROKEN = {
 in_bfloat16 = pytest.mark.parametrize("backbones", ["bfloat16"], indirect=True)
 
 
-@pytest.fixture(scope="module")
-def manifest(world):
-    return read_dataset("toy", world, "train").head(IMAGES)
-
-
 @pytest.fixture(scope="module", params=["float32", "bfloat16"])
 def backbones(request) -> Backbones:
     return Backbones.load("toy", device="cpu", dtype=request.param)
-
-
-@pytest.fixture
-def image_folder(world, tmp_path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(image_folder_of("toy", world), tmp_path / "photos"))
 
 
 def extraction_of(cache, manifest, image_folder, backbones, **fields) -> Extraction:

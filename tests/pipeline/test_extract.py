@@ -1,6 +1,5 @@
 """Extraction from real JPEGs by the toy backbones: the cache holds their outputs, also after faults."""
 
-import shutil
 import signal
 from pathlib import Path
 
@@ -25,31 +24,8 @@ PART_SIZE = 4
 IMAGES = 10
 
 
-@pytest.fixture(scope="module")
-def manifest(world):
-    return read_dataset("toy", world, "train").head(IMAGES)
-
-
-@pytest.fixture(scope="module")
-def backbones() -> Backbones:
-    return Backbones.load("toy", device="cpu")
-
-
-@pytest.fixture
-def image_folder(world, tmp_path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(image_folder_of("toy", world), tmp_path / "photos"))
-
-
 def new_cache(path, manifest, backbones) -> FeatureCache:
     return open_or_create(path, manifest, backbones.feature_sets(), PART_SIZE)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(world, manifest, backbones, tmp_path_factory) -> FeatureCache:
-    cache = new_cache(tmp_path_factory.mktemp("undisturbed") / "c.zarr", manifest, backbones)
-    extract(cache, image_folder_of("toy", world), backbones, ExtractConfig(batch_size=3))
-    return cache
 
 
 def test_the_cache_holds_the_outputs_of_the_backbones(world, manifest, backbones, undisturbed):
@@ -67,7 +43,7 @@ def test_the_cache_holds_the_outputs_of_the_backbones(world, manifest, backbones
 
 
 def test_a_second_run_has_nothing_to_do(world, backbones, undisturbed):
-    summary = extract(undisturbed, image_folder_of("toy", world), backbones)
+    summary = extract(FeatureCache.open(undisturbed.path, "a"), image_folder_of("toy", world), backbones)
     assert (summary.images, summary.parts, summary.parts_before) == (0, 0, 3)
     assert "nothing to do" in summary.text()
 
@@ -125,10 +101,10 @@ def test_a_wrong_image_folder_stops_the_run_before_a_part_is_written(manifest, b
 def test_the_second_backbone_can_be_added_later(world, manifest, backbones, undisturbed, tmp_path):
     path, folder = tmp_path / "c.zarr", image_folder_of("toy", world)
     clip = Backbones(encoders=backbones.encoders)
-    extract(new_cache(path, manifest, clip), folder, clip, ExtractConfig(batch_size=3))
+    extract(new_cache(path, manifest, clip), folder, clip)
     before = (path / "features/toy_clip/feature_map/c.0.0.0").stat().st_mtime_ns
     cache = new_cache(path, manifest, backbones)
-    assert extract(cache, folder, backbones, ExtractConfig(batch_size=3)).parts == 3
+    assert extract(cache, folder, backbones).parts == 3
     assert (path / "features/toy_clip/feature_map/c.0.0.0").stat().st_mtime_ns == before
     rows = np.arange(IMAGES)
     assert np.array_equal(cache.read(rows).tokens, undisturbed.read(rows).tokens)

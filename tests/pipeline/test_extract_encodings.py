@@ -11,16 +11,14 @@ from typer.testing import CliRunner
 from regionspot.cache import FeatureCache
 from regionspot.cache.format.encodings import decode
 from regionspot.cli import app
-from regionspot.pipeline.toy.world import make_toy_world
 
 IMAGES = 6
 
 
 @pytest.fixture(scope="module")
-def extracted(tmp_path_factory):
+def extracted(world, tmp_path_factory):
     """`extracted(name, options)`: a cache of the toy world's first images, by the command line."""
     folder = tmp_path_factory.mktemp("encodings")
-    world = make_toy_world(folder / "world", 40, seed=1)
 
     def extract(name, *options):
         command = ["extract", "toy", "--data", str(world), "--cache", str(folder / name), "--preset", "toy"]

@@ -20,7 +20,7 @@ from regionspot.cache.tools.verify import verify
 from regionspot.cli import app
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
-from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
+from regionspot.pipeline.datasets.registry import image_folder_of
 from regionspot.pipeline.extraction import decode_ahead as decoding
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import Extraction, extract
@@ -28,30 +28,6 @@ from regionspot.pipeline.extraction.plan import plan_extraction
 from regionspot.pipeline.extraction.retry import retry
 
 PART_SIZE = 4
-IMAGES = 10  # parts of 4, 4 and 2
-
-
-@pytest.fixture(scope="module")
-def manifest(world):
-    return read_dataset("toy", world, "train").head(IMAGES)
-
-
-@pytest.fixture(scope="module")
-def backbones() -> Backbones:
-    return Backbones.load("toy", device="cpu")
-
-
-@pytest.fixture
-def image_folder(world, tmp_path) -> Path:
-    """A copy that a test may damage."""
-    return Path(shutil.copytree(image_folder_of("toy", world), tmp_path / "photos"))
-
-
-@pytest.fixture(scope="module")
-def undisturbed(world, manifest, backbones, tmp_path_factory) -> FeatureCache:
-    path = str(tmp_path_factory.mktemp("undisturbed") / "c.zarr")
-    Extraction(ExtractConfig(path, part_size=PART_SIZE), manifest, image_folder_of("toy", world), backbones).run()
-    return FeatureCache.open(path)
 
 
 @pytest.fixture
@@ -111,9 +87,9 @@ def test_all_shards_together_fill_the_cache(extraction, undisturbed):
 # --- dry runs and disk space ---
 
 
-@pytest.mark.parametrize("encoding", ["float16", "int8", "float32"])
-def test_the_planned_bytes_are_those_that_are_written(extraction, encoding):
-    one = extraction(encoding=Encoding.parse(encoding), token_encoding=Encoding.parse(encoding))
+@pytest.mark.parametrize(("maps", "tokens"), [("int8", "float32"), ("float16", "int8")])
+def test_the_planned_bytes_are_those_that_are_written(extraction, maps, tokens):
+    one = extraction(encoding=Encoding.parse(maps), token_encoding=Encoding.parse(tokens))
     plan = one.dry_run().plan
     assert not Path(one.config.cache).exists()
     one.run()
@@ -166,22 +142,23 @@ def test_the_check_of_the_disk_space_can_be_disabled(extraction, monkeypatch):
 # --- models ---
 
 
-def test_an_image_is_decoded_once_for_several_encoders(extraction, tmp_path, monkeypatch):
+def test_an_image_is_decoded_once_for_several_encoders(extraction, manifest, tmp_path, monkeypatch):
     both = Backbones.load(
         "toy", "random:0", device="cpu", localizer="none", encoders=["toy_clip", "open_clip:ViT-S-32-alt"]
     )
     opened, decode = [], decoding.decode_image
     monkeypatch.setattr(decoding, "decode_image", lambda *args: opened.append(args) or decode(*args))
-    one = replace(extraction(), backbones=both)
+    rows = np.arange(3)
+    one = replace(extraction(), manifest=manifest.head(len(rows)), backbones=both)
     one.run()
     cache = FeatureCache.open(one.config.cache)
     assert set(cache.feature_sets) == {encoder.name for encoder in both.encoders}
-    assert len(opened) == IMAGES
+    assert len(opened) == len(rows)
     for encoder in both.encoders:
-        alone = replace(extraction(cache=str(tmp_path / encoder.name)), backbones=Backbones(encoders=(encoder,)))
-        alone.run()
-        expected = FeatureCache.open(alone.config.cache).read(np.arange(IMAGES), map_set=encoder.name).feature_map
-        np.testing.assert_array_equal(cache.read(np.arange(IMAGES), map_set=encoder.name).feature_map, expected)
+        config = replace(one.config, cache=str(tmp_path / encoder.name))
+        replace(one, config=config, backbones=Backbones(encoders=(encoder,))).run()
+        expected = FeatureCache.open(config.cache).read(rows, map_set=encoder.name).feature_map
+        np.testing.assert_array_equal(cache.read(rows, map_set=encoder.name).feature_map, expected)
 
 
 def test_an_encoder_named_twice_is_refused():

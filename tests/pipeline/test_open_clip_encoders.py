@@ -21,7 +21,6 @@ from regionspot.pipeline.backbones.clip import ClipEncoder, load_encoder, load_t
 from regionspot.pipeline.backbones.open_clip_models import config_of, is_plain
 from regionspot.pipeline.backbones.protocols import ProjectingEncoder, TextEncoder
 from regionspot.pipeline.backbones.registry import stored_name
-from regionspot.pipeline.toy.world import make_toy_world
 
 TEXT = {"context_length": 16, "vocab_size": 49_408, "width": 32, "heads": 2, "layers": 1}
 TIMM = {"image_size": 160, "timm_model_pretrained": False}
@@ -220,11 +219,11 @@ def test_an_unknown_tag_is_refused_with_the_known_ones():
 
 
 @pytest.mark.usefixtures("home")
-def test_a_head_is_trained_on_maps_without_a_class_token_and_predicts(configs, tmp_path, monkeypatch, capsys):
-    world, cache, out = make_toy_world(tmp_path / "world", 40, seed=1), str(tmp_path / "a.zarr"), tmp_path / "run"
+def test_a_head_is_trained_on_maps_without_a_class_token_and_predicts(configs, world, tmp_path, monkeypatch, capsys):
+    cache, out = str(tmp_path / "a.zarr"), tmp_path / "run"
     name = "open_clip:tiny-convnext"
     random = ["--clip-weights", "random:0"]
-    options = ["--tokens", "all", "--limit", 8, *random]
+    options = ["--tokens", "all", "--limit", 4, *random]
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["regionspot", *map(str, arguments), "--device", "cpu"])

@@ -25,7 +25,6 @@ from regionspot.pipeline.backbones.registry import (
 from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.extract import extract
-from regionspot.pipeline.toy.world import make_toy_world
 
 MODULE = """
 import torch
@@ -151,8 +150,7 @@ def test_all_tokens_equal_the_official_decoder_and_the_first_does_not_change():
     assert localizer.provenance == load_localizer("toy_sam", "random:0").provenance
 
 
-def test_all_tokens_are_added_to_a_cache_without_changing_its_location_tokens(tmp_path):
-    world = make_toy_world(tmp_path / "world", 40, seed=1)
+def test_all_tokens_are_added_to_a_cache_without_changing_its_location_tokens(world, tmp_path):
     manifest, image_folder = read_dataset("toy", world, "train").head(4), image_folder_of("toy", world)
     rows, stored = np.arange(4), []
     for tokens in ("first", "all"):

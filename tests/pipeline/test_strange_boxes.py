@@ -10,7 +10,7 @@ from PIL import Image
 
 from regionspot.cache.tools.resume import open_or_create
 from regionspot.pipeline.datasets.registry import read_dataset
-from regionspot.pipeline.extraction.extract import Backbones, extract
+from regionspot.pipeline.extraction.extract import extract
 from regionspot.pipeline.images.decode import read_image
 
 DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "images.md"
@@ -41,7 +41,7 @@ def annotation_file(path: Path, boxes: dict[str, list[list[float | None]]]) -> P
     return path
 
 
-def test_boxes_are_kept_clipped_or_dropped_as_in_the_table_and_kept_ones_get_their_own_token(tmp_path):
+def test_boxes_are_kept_clipped_or_dropped_as_in_the_table_and_kept_ones_get_their_own_token(backbones, tmp_path):
     rng = np.random.default_rng(2)
     many = np.concatenate([rng.uniform(0, 90, (MANY, 2)), rng.uniform(2, 25, (MANY, 2))], axis=1).round(2)
     rows = table()
@@ -64,7 +64,6 @@ def test_boxes_are_kept_clipped_or_dropped_as_in_the_table_and_kept_ones_get_the
     dropped["repeated_boxes"] = len(kept) - len({tuple(box) for box in kept})
     assert manifest.report == dropped
 
-    backbones = Backbones.load("toy", device="cpu", dtype="float32")
     cache = open_or_create(tmp_path / "c.zarr", manifest, backbones.feature_sets(), 2)
     assert extract(cache, tmp_path, backbones).failed == 0
     assert cache.valid_rows().tolist() == [0, 1, 2, 3]

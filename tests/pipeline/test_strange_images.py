@@ -22,7 +22,7 @@ from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.image_sizes import ABSENT, UNREADABLE, image_sizes
 from regionspot.pipeline.datasets.registry import read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig
-from regionspot.pipeline.extraction.extract import Backbones, extract
+from regionspot.pipeline.extraction.extract import extract
 from regionspot.pipeline.images import decode
 from regionspot.pipeline.images.decode import TURNS, decode_image
 
@@ -308,11 +308,6 @@ def annotation_file(path: Path) -> Path:
     content = {"images": images, "annotations": annotations, "categories": [{"id": 1, "name": "thing"}]}
     path.write_text(json.dumps(content))
     return path
-
-
-@pytest.fixture(scope="module")
-def backbones() -> Backbones:
-    return Backbones.load("toy", device="cpu", dtype="float32")
 
 
 @pytest.fixture(scope="module")
