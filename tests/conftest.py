@@ -15,7 +15,7 @@ import subprocess
 import sys
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -85,6 +85,14 @@ def home(tmp_path, monkeypatch) -> Path:
     """An empty REGIONSPOT_HOME, so that tests see no weights or vocabularies of this machine."""
     monkeypatch.setenv("REGIONSPOT_HOME", str(tmp_path / "home"))
     return tmp_path / "home"
+
+
+@pytest.fixture(scope="module")
+def module_home(tmp_path_factory) -> Iterator[None]:
+    """One empty REGIONSPOT_HOME for all tests of a module, so that they share vocabularies."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("REGIONSPOT_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
 
 
 def _from_formula(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import faulthandler
 import json
 import os
+import pickle
 import re
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -102,3 +103,24 @@ def was_killed(pid: int) -> bool:
     _, status = os.waitpid(pid, 0)
     assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed"
     return os.WIFSIGNALED(status)
+
+
+def error_in_fork(function: Callable[[], object]) -> Exception | None:
+    """The error that `function` raises in a forked child, if any."""
+    reader, writer = os.pipe()
+
+    def run() -> None:
+        error = None
+        try:
+            function()
+        except Exception as raised:
+            error = raised
+        os.write(writer, pickle.dumps(error))
+
+    pid = fork(run)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        content = pipe.read()
+    assert not was_killed(pid)
+    error: Exception | None = pickle.loads(content)
+    return error

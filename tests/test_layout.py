@@ -197,9 +197,3 @@ def test_a_process_that_may_use_one_processor_uses_one():
         assert (processors(), default_threads()) == (1, 1)
 
     assert not was_killed(fork(restricted))
-
-
-def test_the_cache_imports_without_torch_or_the_backbones():
-    heavy = {"torch", "torchvision", "segment_anything", "open_clip"}
-    code = f"import sys, regionspot.cache; print({heavy} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "set()"

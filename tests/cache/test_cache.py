@@ -20,7 +20,7 @@ import google_crc32c
 import numpy as np
 import pytest
 import zarr
-from makers import fill, make_features, make_manifest
+from makers import error_in_fork, fill, make_features, make_manifest
 
 from regionspot.cache import (
     NO_CATEGORY,
@@ -712,21 +712,13 @@ def test_other_annotations_are_refused_with_the_difference(cache, other, message
 
 def in_child(tmp_path, function):
     """The error of `function` in a forked process, which may change its user and its limits; "" if none."""
-    reader, writer = os.pipe()
-    pid = os.fork()
-    if not pid:
-        try:
-            os.chdir(tmp_path)  # another user may not be allowed to enter the parent folders
-            function()
-            message = ""
-        except BaseException as error:
-            message = f"{type(error).__name__}: {error}"
-        os.write(writer, message.encode())
-        os._exit(0)
-    os.close(writer)
-    os.waitpid(pid, 0)
-    with os.fdopen(reader) as file:
-        return file.read()
+
+    def run():
+        os.chdir(tmp_path)  # another user may not be allowed to enter the parent folders
+        function()
+
+    error = error_in_fork(run)
+    return f"{type(error).__name__}: {error}" if error else ""
 
 
 def as_nobody():

@@ -1,6 +1,5 @@
 """Writers killed by SIGKILL at any moment: committed parts stay, and resuming gives identical bytes."""
 
-import faulthandler
 import json
 import os
 import random
@@ -13,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from makers import make_features, make_manifest
+from makers import fork, make_features, make_manifest, was_killed
 
 from regionspot.cache import FeatureCache, FeatureSet, ImageFeatures
 from regionspot.cache.storage.atomic_files import partial_path
@@ -61,26 +60,6 @@ def uninterrupted(tmp_path_factory, manifest):
     return folder
 
 
-def forked(function):
-    """Run `function` in a forked process that never returns into pytest; its process id."""
-    pid = os.fork()
-    if not pid:
-        try:
-            faulthandler.dump_traceback_later(60, exit=True)  # a hanging child must not block the suite
-            function()
-            os._exit(0)
-        finally:
-            os._exit(1)
-    return pid
-
-
-def was_killed(pid):
-    """Wait for a process; whether it was killed. Otherwise it must have succeeded."""
-    _, status = os.waitpid(pid, 0)
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0, "the child failed"
-    return os.WIFSIGNALED(status)
-
-
 def killed_at_call(function, call):
     """Run `function` in a process that is killed at its n-th system call; False if it finished before."""
 
@@ -88,13 +67,13 @@ def killed_at_call(function, call):
         _die_at(call)
         function()
 
-    return was_killed(forked(run))
+    return was_killed(fork(run))
 
 
 def killed_after_images(function, images, seconds):
     """Run `function(at_image)` in a process that is killed `seconds` after its n-th image; False if it finished."""
     reader, writer = os.pipe()
-    pid = forked(lambda: function(lambda: os.write(writer, b".")))
+    pid = fork(lambda: function(lambda: os.write(writer, b".")))
     os.close(writer)
     for _ in range(images):
         os.read(reader, 1)
@@ -198,7 +177,7 @@ def test_a_cache_whose_writers_were_killed_at_random_moments_can_be_finished(uni
     for _ in range(3):
         pids = []
         for part in cache.pending_parts():
-            pids.append(forked(lambda part=part: write(part)))
+            pids.append(fork(lambda part=part: write(part)))
         time.sleep(rng.uniform(0, 0.06))
         for pid in pids:
             os.kill(pid, signal.SIGKILL)
@@ -251,7 +230,7 @@ def require_sets_as_before(path, before):
 
 def test_only_files_of_dead_writers_are_removed(uninterrupted, tmp_path, monkeypatch):
     path = shutil.copytree(uninterrupted / "full", tmp_path / "c.zarr")
-    dead = forked(lambda: None)
+    dead = fork(lambda: None)
     assert not was_killed(dead)
     folder, me = path / MAPS.array, os.getpid()
     own = partial_path(folder / "c.1.0.0").name
@@ -303,14 +282,14 @@ def test_two_threads_that_write_the_same_part_leave_a_complete_one(uninterrupted
 def test_feature_sets_added_by_concurrent_runs_are_all_in_the_cache(uninterrupted, manifest, tmp_path):
     path = shutil.copytree(uninterrupted / "full", tmp_path / "c.zarr")
     sets = [FeatureSet(f"more{number}", "map", (2, 2)) for number in range(4)]
-    runs = [forked(lambda added=added: open_or_create(path, manifest, [added])) for added in sets]
+    runs = [fork(lambda added=added: open_or_create(path, manifest, [added])) for added in sets]
     assert [was_killed(run) for run in runs] == [False] * 4
     assert FeatureCache.open(path).feature_sets.keys() == {"clip", "sam", *(added.name for added in sets)}
 
 
 def test_concurrent_runs_create_one_cache_and_share_it(uninterrupted, manifest, tmp_path):
     path = tmp_path / "c.zarr"
-    runs = [forked(lambda: open_or_create(path, manifest, [MAPS, TOKENS], PART_SIZE)) for _ in range(4)]
+    runs = [fork(lambda: open_or_create(path, manifest, [MAPS, TOKENS], PART_SIZE)) for _ in range(4)]
     assert [was_killed(run) for run in runs] == [False] * 4
     assert content(path) == content(uninterrupted / "empty")
     assert [file.name for file in tmp_path.iterdir()] == ["c.zarr"]

@@ -13,11 +13,11 @@ import random
 import shutil
 import subprocess
 import time
-import traceback
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from makers import error_in_fork
 
 from regionspot.cache import CacheError
 from regionspot.cache.storage.local import LocalStorage
@@ -156,26 +156,9 @@ GOES_THROUGH = {"short writes", "clock going back", "partial files of another ho
 
 def error_of(run):
     """The error message of a run in another process; "" if it succeeded."""
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if not pid:
-        code = 1
-        try:
-            run()
-            code = 0
-        except CacheError as error:
-            os.write(write_end, str(error).encode())
-            code = 2
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    os.close(write_end)
-    with os.fdopen(read_end) as pipe:
-        message = pipe.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    assert code in (0, 2), "the run ended with something else than one clear line"
-    return message
+    error = error_in_fork(run)
+    assert error is None or isinstance(error, CacheError), "the run ended with something else than one clear line"
+    return str(error or "")
 
 
 def require_safe(small, small_folder, path, message):

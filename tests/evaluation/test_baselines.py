@@ -12,12 +12,7 @@ from regionspot.fusion.vocabulary import build_vocabulary
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REGIONSPOT_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
+pytestmark = pytest.mark.usefixtures("module_home")
 
 
 @pytest.fixture(scope="module")

@@ -24,14 +24,9 @@ from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig
 from regionspot.pipeline.extraction.extract import extract
 
+pytestmark = pytest.mark.usefixtures("module_home")
+
 STEPS = train_config("toy", iterations=2, batch_size=2)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REGIONSPOT_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -28,14 +28,9 @@ from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.extract import extract
 
+pytestmark = pytest.mark.usefixtures("module_home")
+
 WEIGHTS = "random:0"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _home(tmp_path_factory):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("REGIONSPOT_HOME", str(tmp_path_factory.mktemp("home")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from makers import fork, was_killed
 from typer.testing import CliRunner
 
 from regionspot.cache import Category, FeatureCache
@@ -230,12 +231,9 @@ def test_a_retry_killed_between_two_files_is_repaired_by_the_next_extract(with_f
             os.kill(os.getpid(), signal.SIGKILL)
 
     cache = FeatureCache.open(extraction.config.cache, "a")
-    pid = os.fork()
-    if not pid:
-        monkeypatch.setattr(LocalStorage, "remove", remove_and_die)
-        retry(cache, extraction.image_folder, extraction.backbones, extraction.config)
-        os._exit(0)
-    assert os.WIFSIGNALED(os.waitpid(pid, 0)[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStorage, "remove", remove_and_die)
+        assert was_killed(fork(lambda: retry(cache, extraction.image_folder, extraction.backbones, extraction.config)))
     assert FeatureCache.open(extraction.config.cache).pending_parts() == [0]
     extract(FeatureCache.open(extraction.config.cache, "a"), extraction.image_folder, extraction.backbones)
     assert extraction.retry().read == 3  # the killed retry had replaced one feature set of one part
