@@ -19,7 +19,7 @@ PresetName = Literal["bb", "bl", "bl336", "toy"]
 DtypeName = Literal["auto", "float32", "bfloat16", "float16"]
 PreprocessName = Literal["direct", "reference"]
 TemplatesName = Literal["reference", "imagenet", "plain"]
-NamesFrom = Literal["name", "synonyms", "definitions"]
+NamesFromName = Literal["name", "synonyms", "definitions"]
 PaddingName = Literal["mask", "reference"]
 UnverifiedName = Literal["ignored", "negative"]
 ScheduleName = Literal["paper", "stage2", "fast", "toy"]
@@ -63,6 +63,9 @@ HeadClass = Annotated[
 ]
 Templates = Annotated[
     TemplatesName | None, typer.Option(help="prompt templates; default: those that the head was trained with")
+]
+NamesFrom = Annotated[
+    NamesFromName, typer.Option(help="what the prompts contain: the name, all synonyms, or name and definition")
 ]
 Weights = Annotated[
     str | None,

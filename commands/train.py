@@ -72,9 +72,7 @@ def train(
     clip_norm: Annotated[float | None, typer.Option(min=0, help="maximum norm of all gradients together")] = None,
     seed: options.Seed = None,
     templates: Annotated[options.TemplatesName, typer.Option(help="prompt templates of the class names")] = "reference",
-    names_from: Annotated[
-        options.NamesFrom, typer.Option(help="what the prompts contain: the name, all synonyms, or name and definition")
-    ] = "name",
+    names_from: options.NamesFrom = "name",
     weights: options.Weights = None,
     clip_weights: options.ClipWeights = None,
     resume: Annotated[bool, typer.Option("--resume", help="from the last checkpoint in --out, if any")] = False,

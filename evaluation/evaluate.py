@@ -18,7 +18,7 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.machine import compute_device
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline
-from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
+from regionspot.evaluation.inference.cache_vocabulary import NamesFrom, cache_vocabulary, category_vocabulary
 from regionspot.evaluation.inference.head_features import head_features
 from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnImages
 from regionspot.evaluation.inference.region_spot import RegionSpot
@@ -27,7 +27,7 @@ from regionspot.evaluation.metrics.ground_truth import read_ground_truth
 from regionspot.evaluation.report.results import check_results_folder, evaluate_method
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.templates import template_set
-from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
+from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.builders import get_preset
 from regionspot.pipeline.backbones.clip import load_text_encoder
 from regionspot.pipeline.backbones.dtypes import AUTO
@@ -54,6 +54,7 @@ class LvisEvaluation:
     boxes        "gt", or a detector's proposals file
     limit        evaluate only the first images, against their own ground truth
     templates    a template set; None: those that the head was trained with
+    names_from   "name", "synonyms" or "definitions": what the prompts contain
     exif, preprocess, dtype   of images; by default (None, None, "auto") those of the head's training features, which
                  are always those of `cache`; for a baseline: "auto", "direct", the default of the device
     check_weights  refuse other weights and features than the head was trained on; False: only log the difference
@@ -73,6 +74,7 @@ class LvisEvaluation:
     limit: int | None = None
     masks: bool = True
     templates: str | None = None
+    names_from: NamesFrom = "name"
     exif: Exif | None = None
     weights: str | None = None
     sam_weights: str | None = None
@@ -111,6 +113,7 @@ def evaluate_lvis(options: LvisEvaluation) -> dict[str, Any]:
         options.out,
         boxes="ground truth" if options.boxes == GROUND_TRUTH else f"detector proposals, {Path(options.boxes).name}",
         templates=vocabulary.templates,
+        names_from=options.names_from,
         max_failures=options.max_failures,
         image_folder=None if options.cache else image_folder,
     )
@@ -164,7 +167,8 @@ def _from_images(
             spot.exif,
             exif,
         )
-    vocabulary = spot.vocabulary(_names(manifest), options.templates)
+    templates = template_set(options.templates) if options.templates else spot.templates
+    vocabulary = category_vocabulary(manifest.categories, templates, spot.encoder, options.names_from)
     return HeadOnImages(spot, manifest, image_folder, vocabulary, masks=options.masks, exif=exif), vocabulary
 
 
@@ -183,7 +187,7 @@ def _baseline(
         name = get_preset(options.preset).encoder
     source, rule = options.clip_weights or options.weights, options.preprocess or "direct"
     encoder = load_text_encoder(name, source, device, dtype, preprocess=rule)
-    vocabulary = build_vocabulary(_names(manifest), _templates(options, info), encoder)
+    vocabulary = category_vocabulary(manifest.categories, _templates(options, info), encoder, options.names_from)
     kind = CropBaseline if baseline == "crop" else PooledBaseline
     return kind(encoder, manifest, image_folder, vocabulary, exif=options.exif or "auto"), vocabulary
 
@@ -199,7 +203,8 @@ def _from_cache(
     token_set, map_set = features.tokens.name, features.maps.name
     _check_extraction_options(options, cache, (token_set, map_set))
     source = options.clip_weights or options.weights
-    vocabulary = cache_vocabulary(cache, map_set, _templates(options, checkpoint.info), source, device)
+    templates = _templates(options, checkpoint.info)
+    vocabulary = cache_vocabulary(cache, map_set, templates, source, device, options.names_from)
     method = HeadOnCache(checkpoint.head, cache, vocabulary, token_set, map_set, limit=options.limit, device=device)
     return method, vocabulary
 
@@ -226,10 +231,6 @@ def _require_same_boxes(options: LvisEvaluation, cache: FeatureCache, manifest: 
             f"{cache.path}: was extracted from other images, boxes or classes than {options.dataset} {options.split} "
             f"with boxes {options.boxes}; extract with these, or evaluate from images without --cache"
         )
-
-
-def _names(manifest: Manifest) -> list[str]:
-    return [category.name for category in manifest.categories]
 
 
 def _templates(options: LvisEvaluation, info: HeadInfo) -> Sequence[str]:

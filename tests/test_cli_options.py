@@ -198,7 +198,7 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.DtypeName) == (AUTO, *DTYPES)
     assert get_args(cli_options.PreprocessName) == tuple(PREPROCESS)
     assert get_args(cli_options.TemplatesName) == tuple(TEMPLATES)
-    assert get_args(cli_options.NamesFrom) == get_args(NamesFrom)
+    assert get_args(cli_options.NamesFromName) == get_args(NamesFrom)
     assert get_args(cli_options.PaddingName) == get_args(Padding)
     assert get_args(cli_options.UnverifiedName) == get_args(Unverified)
     assert get_args(cli_options.ScheduleName) == tuple(TRAIN_PRESETS)

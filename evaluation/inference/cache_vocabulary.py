@@ -1,4 +1,4 @@
-"""The vocabulary of a cache: its categories, encoded by the text tower of the encoder that made its maps."""
+"""The vocabulary of a dataset's categories; of a cache, by the text tower of the encoder that made its maps."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.cache.format.manifest import Category
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.templates import template_set
+from regionspot.fusion.vocabulary import TextEncoder as PromptEncoder
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones.clip import load_text_encoder
 from regionspot.pipeline.backbones.protocols import TextEncoder
@@ -61,11 +62,8 @@ def cache_vocabulary(
 ) -> Vocabulary:
     """One embedding per category of `cache`, in its order, from the encoder of its feature set `map_set`.
 
-    names_from   what the prompts contain: the name; the name and all synonyms, averaged; or the name, a comma and the
-                 first DEFINITION_WORDS words of the definition. A category without them has its name alone
-
-    Raises ProvenanceMismatchError if the cache has no such set, or if `source` holds other weights; InputError if no
-    category has synonyms or a definition.
+    Raises ProvenanceMismatchError if the cache has no such set, or if `source` holds other weights, and the error of
+    `category_vocabulary`.
     """
     if map_set not in cache.feature_sets:
         names = ", ".join(cache.feature_sets) or "none"
@@ -76,11 +74,24 @@ def cache_vocabulary(
     encoder = EncoderOnDemand(map_set, weights, source, device)
     if isinstance(templates, str):
         templates = template_set(templates)
-    class_names = [category.name for category in cache.categories]
-    texts = [_texts(category, names_from) for category in cache.categories]
-    if names_from != "name" and texts == [[name] for name in class_names]:
-        raise InputError(f"{cache.path}: its categories have no {names_from}; use --names-from name")
-    return build_vocabulary(class_names, templates, encoder, texts=texts)
+    return category_vocabulary(cache.categories, templates, encoder, names_from)
+
+
+def category_vocabulary(
+    categories: Sequence[Category], templates: Sequence[str], encoder: PromptEncoder, names_from: NamesFrom = "name"
+) -> Vocabulary:
+    """One embedding per category.
+
+    names_from   what the prompts contain: the name; the name and all synonyms, averaged; or the name, a comma and the
+                 first DEFINITION_WORDS words of the definition. A category without them has its name alone
+
+    Raises InputError if no category has synonyms or a definition.
+    """
+    names = [category.name for category in categories]
+    texts = [_texts(category, names_from) for category in categories]
+    if names_from != "name" and texts == [[name] for name in names]:
+        raise InputError(f"--names-from {names_from}: the categories have none; use --names-from name")
+    return build_vocabulary(names, templates, encoder, texts=texts)
 
 
 def _texts(category: Category, names_from: NamesFrom) -> list[str]:

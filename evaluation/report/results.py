@@ -45,13 +45,14 @@ def evaluate_method(
     *,
     boxes: str = "ground truth",
     templates: tuple[str, ...] = (),
+    names_from: str = "name",
     max_failures: FailureLimit = EVALUATION_LIMIT,
     image_folder: Path | None = None,
 ) -> dict[str, Any]:
     """Evaluate, write `results.json` and `detections.json` into `out`, and return the content of results.json.
 
-    Resumes an earlier run of the same evaluation. `boxes` and `templates` are only recorded. With `image_folder`, the
-    first images with the best class of each region are drawn into `sheet.png`.
+    Resumes an earlier run of the same evaluation. `boxes`, `templates` and `names_from` are only recorded. With
+    `image_folder`, the first images with the best class of each region are drawn into `sheet.png`.
 
     Raises AnnotationError for invalid ground truth, InputError if too many images are unreadable or `out` cannot be
     written.
@@ -68,7 +69,7 @@ def evaluate_method(
     results = {
         "method": method.name,
         **ap,
-        "protocol": _protocol(method, ground_truth.path, boxes, templates),
+        "protocol": _protocol(method, ground_truth.path, boxes, templates, names_from),
         "pictures": len(manifest),
         "unreadable": {str(names.get(image_id, image_id)): reason for image_id, reason in result.failures.items()},
         "regions": len(manifest.boxes_xyxy),
@@ -86,7 +87,9 @@ def evaluate_method(
     return results
 
 
-def _protocol(method: ScoringMethod, annotations: Path, boxes: str, templates: tuple[str, ...]) -> dict[str, Any]:
+def _protocol(
+    method: ScoringMethod, annotations: Path, boxes: str, templates: tuple[str, ...], names_from: str
+) -> dict[str, Any]:
     """Everything a reader must know to compare the AP with another one."""
     manifest = method.manifest
     score = "softmax over all classes of the scaled cosine between region and class name"
@@ -106,6 +109,7 @@ def _protocol(method: ScoringMethod, annotations: Path, boxes: str, templates: t
         **_provenance(method.features),
         "unreadable_pictures": "count as images without detections",
         "templates": len(templates),
+        "prompts_from": names_from,
     }
 
 

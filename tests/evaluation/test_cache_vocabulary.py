@@ -67,5 +67,5 @@ def test_the_prompts_hold_names_synonyms_or_definitions(tmp_path, encoder, names
 @pytest.mark.parametrize("names_from", ["synonyms", "definitions"])
 def test_a_cache_without_synonyms_or_definitions_is_refused(tmp_path, encoder, names_from):
     cache = make_cache(tmp_path / "a.zarr", (Category(1, "sofa"),))
-    with pytest.raises(InputError, match=f"have no {names_from}; use --names-from name"):
+    with pytest.raises(InputError, match=f"--names-from {names_from}: the categories have none"):
         cache_vocabulary(cache, "maps", "plain", names_from=names_from)

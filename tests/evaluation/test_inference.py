@@ -193,6 +193,7 @@ def test_an_evaluation_states_its_protocol_and_other_tools_read_its_results(opti
     result = evaluate_lvis(options)
     assert result == json.loads((options.out / "results.json").read_text())
     assert result["protocol"]["boxes"] == "ground truth"
+    assert result["protocol"]["prompts_from"] == "name"
     assert result["protocol"]["candidates_per_box"] == "all 192 classes"
     assert result["protocol"]["detections_per_picture"] == 300
     assert (result["pictures"], result["detections"]) == (8, 8 * 300)
@@ -322,6 +323,7 @@ def test_other_backbones_than_in_training_need_no_check_weights(options, cache):
         ({"baseline": "best"}, "expected one of crop, pooled"),
         ({"limit": 0}, "expected at least 1"),
         ({"templates": "none such"}, "expected one of"),
+        ({"names_from": "synonyms"}, "the categories have none"),
         ({"split": "test"}, "toy split 'test'"),
     ],
 )
