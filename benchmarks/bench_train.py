@@ -151,7 +151,7 @@ round.
 
 - **Steps**: {scale.steps} steps of {scale.batch} images in each of {scale.rounds} rounds, the same batches in every
   case. *In memory*: copies made before. *Page cache*: the files are read through before. *Disk*: as where the cache is
-  larger than the memory. This machine gives no control group to limit the memory of a process, so the files are
+  larger than the memory. Instead of a limit on memory, the files are
   flushed and dropped from the page cache (`POSIX_FADV_DONTNEED`) before, and read by `pread`, as they are by default
   where they do not fit into memory; the last column shows that everything came from disk. The cache is opened anew each
   time, so that every record is compared with its checksum. The clock starts when the first batch is there, and batches
