@@ -212,21 +212,25 @@ def draw_curves(metrics: Sequence[Metrics], path: Path) -> None:
     from matplotlib.figure import Figure
 
     steps = np.array([line["step"] for line in metrics])
-    loss = np.array([line["loss"] for line in metrics], dtype=np.float64)
+    # On a logarithmic axis, because a loss falls by a factor of a thousand; smoothed as it is seen there.
+    loss = np.array([line["loss"] for line in metrics], dtype=np.float64).clip(min=1e-9)
     validated = [line for line in metrics if "validation" in line]
     names = ["focal loss", *(["validation"] if validated else []), "learning rate"]
     figure = Figure(figsize=(8, 5 + 2 * bool(validated)), layout="constrained")
     rows = figure.subplots(len(names), 1, sharex=True, height_ratios=(3, 2, 1) if validated else (3, 1))
     axes = dict(zip(names, rows, strict=True))
     axes["focal loss"].plot(steps, loss, color="0.75", linewidth=0.8, label="mean of an interval")
-    axes["focal loss"].plot(steps, smoothed(loss), color="tab:blue", label="smoothed over 5 % of the run")
+    axes["focal loss"].plot(steps, np.exp(smoothed(np.log(loss))), color="tab:blue", label="smoothed over 5 % of the run")
     axes["learning rate"].plot(steps, [line["lr"] for line in metrics], color="tab:orange")
     for name in dict.fromkeys(name for line in validated for name in line["validation"]):
         points = [(line["step"], line["validation"][name]) for line in validated if name in line["validation"]]
         axes["validation"].plot(*zip(*points, strict=True), marker=".", label=name)
     for name, panel in axes.items():
         panel.set_ylabel(name)
-        panel.set_ylim(bottom=0)
+        if name == "focal loss":
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(bottom=0)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
         if name != "learning rate":
