@@ -9,8 +9,8 @@
     checkpoints/           the heads of the last few checkpoints, named by their step: 00002000.safetensors
     curves.png             drawn at the end
 
-Every file appears whole or not at all. `head` and `best` are hard links to the files of their steps where the file
-system has links, and copies elsewhere. Only the last checkpoint keeps the optimizer, which is twice the size of a head.
+Every file appears whole or not at all. The head of a step is one file with several hard links where the file system has
+links, and several copies elsewhere. Only the last checkpoint keeps the optimizer, which is twice the size of a head.
 
 A folder holds one run: resuming with another configuration or other caches is refused. Only the number of steps may
 grow; `lengthened` in run.json then records at which step.
@@ -68,7 +68,7 @@ class RunFolder:
         self.curves = path / "curves.png"
         self.run_id = path.name  # of a run that an earlier version started
         self._lock: IO[bytes] | None = None
-        self._written = -1  # step of the newest file in `checkpoints` that this process wrote
+        self._best_step = -1  # that this process wrote
 
     def claim(self, identity: Identity, resume: bool) -> None:
         """Create the folder for this run, or check that it holds this run; a longer run may resume a shorter one.
@@ -175,7 +175,13 @@ class RunFolder:
 
         The head's older checkpoints are removed, up to the last few. Raises OSError if a file cannot be written.
         """
-        _link(self._write_head(spec, head, info), self.head)
+        self.checkpoints.mkdir(exist_ok=True)
+        path = self.checkpoints / f"{info.step:08d}.safetensors"
+        if self._best_step == info.step:
+            _link(self.best, path)
+        else:
+            save_checkpoint(path, spec, head, info)
+        _link(path, self.head)
         tensors = {f"head.{name}": tensor for name, tensor in head.state_dict().items()}
         for index, entries in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in entries.items()}
@@ -195,16 +201,8 @@ class RunFolder:
         if self.best.exists():
             best = (read_document(self.best) or {}).get("info", {}).get("validation", {})
         if score > best.get(name, -math.inf):  # never if it is NaN
-            _link(self._write_head(spec, head, replace(info, validation=dict(scores))), self.best)
-
-    def _write_head(self, spec: HeadSpec, head: nn.Module, info: HeadInfo) -> Path:
-        """The file of the head's step; written once, so that the last and the best head can be one file."""
-        path = self.checkpoints / f"{info.step:08d}.safetensors"
-        if self._written != info.step:
-            self.checkpoints.mkdir(exist_ok=True)
-            save_checkpoint(path, spec, head, info)
-            self._written = info.step
-        return path
+            save_checkpoint(self.best, spec, head, replace(info, validation=dict(scores)))
+            self._best_step = info.step
 
     def _remove_old_checkpoints(self, step: int) -> None:
         by_step = {int(path.stem): path for path in self.checkpoints.glob("*.safetensors") if path.stem.isdecimal()}
