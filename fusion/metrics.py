@@ -220,7 +220,8 @@ def draw_curves(metrics: Sequence[Metrics], path: Path) -> None:
     rows = figure.subplots(len(names), 1, sharex=True, height_ratios=(3, 2, 1) if validated else (3, 1))
     axes = dict(zip(names, rows, strict=True))
     axes["focal loss"].plot(steps, loss, color="0.75", linewidth=0.8, label="mean of an interval")
-    axes["focal loss"].plot(steps, np.exp(smoothed(np.log(loss))), color="tab:blue", label="smoothed over 5 % of the run")
+    smooth = np.exp(smoothed(np.log(loss)))
+    axes["focal loss"].plot(steps, smooth, color="tab:blue", label="smoothed over 5 % of the run")
     axes["learning rate"].plot(steps, [line["lr"] for line in metrics], color="tab:orange")
     for name in dict.fromkeys(name for line in validated for name in line["validation"]):
         points = [(line["step"], line["validation"][name]) for line in validated if name in line["validation"]]
