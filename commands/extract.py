@@ -49,6 +49,10 @@ def extract(
         options.TokensName,
         typer.Option(help="first: location tokens; all: also the other mask tokens and predicted IoUs"),
     ] = "first",
+    views: Annotated[
+        options.ViewsName | None,
+        typer.Option(help="flip: extract the mirrored images, beside the features of a run without this option"),
+    ] = None,
     exif: options.ExifRule = "auto",
     part_size: Annotated[
         int | None,
@@ -123,6 +127,7 @@ def extract(
         dtype="float32" if exact else dtype,
         preprocess=preprocess,
         tokens=tokens,
+        views=views,
         exif=exif,
         encoding=Encoding.parse(encoding),
         token_encoding=Encoding.parse(token_encoding),

@@ -25,6 +25,7 @@ UnverifiedName = Literal["ignored", "negative"]
 ScheduleName = Literal["paper", "stage2", "fast", "toy"]
 TrackerName = Literal["trackio", "wandb"]
 TokensName = Literal["first", "all"]
+ViewsName = Literal["flip"]
 BaselineName = Literal["crop", "pooled"]
 ExifName = Literal["auto", "apply", "ignore"]
 

@@ -50,6 +50,10 @@ def train(
         int | None,
         typer.Option(min=0, help="at most so many regions of an image, a random choice in every epoch; 0: all"),
     ] = None,
+    views: Annotated[
+        options.ViewsName | None,
+        typer.Option(help="flip: half of the batches are of mirrored images, which `extract --views flip` has added"),
+    ] = None,
     pack: Annotated[
         bool | None, typer.Option("--pack/--no-pack", help="batches of images with similar numbers of regions")
     ] = None,
@@ -124,6 +128,7 @@ def train(
         clip_norm=clip_norm,
         seed=seed,
         max_regions=max_regions,
+        views=views,
         pack=pack,
         padding=padding,
         negatives=negatives,

@@ -26,7 +26,6 @@ from regionspot.cache.reading.batch import Batch
 from regionspot.cache.reading.loader import Loader
 from regionspot.fusion.config import TrainConfig
 from regionspot.fusion.distributed import SINGLE, Group
-from regionspot.fusion.heads.pooling import relative_boxes
 from regionspot.fusion.negatives import CountedClasses, repeat_factors, repeated_rows
 from regionspot.fusion.training_sets import TrainingSet
 
@@ -125,12 +124,12 @@ def read_batches(
             log.info("%s: only the classes that were verified in an image are its negatives", one.cache.path)
 
     def to_device(step: int, index: int, batch: Batch) -> TrainingBatch:
-        manifest, (decode_tokens, decode_maps) = training_sets[index].cache.manifest, decoders[index]
+        decode_tokens, decode_maps = decoders[index]
         regions = _regions(batch, config.max_regions, [config.seed, step])
         if config.padding == "reference":
             regions = _taken(regions, repeated_regions(regions["region_mask"]))
         categories = regions["categories"].astype(np.int64)
-        boxes = relative_boxes(regions["boxes_xyxy"], manifest.heights[batch.rows], manifest.widths[batch.rows])
+        boxes = training_sets[index].relative_boxes(batch.rows, regions["boxes_xyxy"], regions["region_mask"])
         arrays = (regions["region_mask"], boxes, categories, np.flatnonzero(categories >= 0))
         mask, boxes_on_device, categories_on_device, known = (
             torch.from_numpy(array).to(device, non_blocking=True) for array in arrays

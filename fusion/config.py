@@ -40,6 +40,7 @@ class TrainConfig:
                    paper); that mean is an eighth of the sum over 16 images
     ratio          share of the batches that each cache gives: "size", by its number of usable images, or "equal"
     max_regions    at most so many regions of an image, a random choice in every epoch; 0: all
+    views          "flip": half of the batches are of mirrored images, which `extract --views flip` adds to a cache
     pack           batches of images with similar numbers of regions
     padding        "mask": padding is masked; "reference": regions are repeated in its place, as in the authors' batches
     negatives      classes drawn at each step to be negatives besides those of the batch; 0: all classes
@@ -66,6 +67,7 @@ class TrainConfig:
     iterations: int = 450_000
     ratio: Literal["size", "equal"] = "size"
     max_regions: int = 0
+    views: Literal["flip"] | None = None
     pack: bool = False
     padding: Padding = "mask"
     negatives: int = 0

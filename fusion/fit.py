@@ -12,7 +12,6 @@ import torch
 
 from regionspot.cache.progress import Progress
 from regionspot.fusion.batches import DeviceDecoder
-from regionspot.fusion.heads.pooling import relative_boxes
 from regionspot.fusion.heads.prototypes import PrototypeHead, PrototypeSums
 from regionspot.fusion.heads.spec import HeadSpec
 from regionspot.fusion.training_sets import TrainingSet
@@ -33,9 +32,9 @@ def fit_prototypes(
     progress = Progress(sum(len(training_set.rows) for training_set in training_sets), "images")
     first_class = 0
     for training_set, vocabulary in zip(training_sets, vocabularies, strict=True):
-        cache, maps = training_set.cache, training_set.maps
+        maps = training_set.maps
         decode = DeviceDecoder(maps, device)
-        loader = cache.loader(
+        loader = training_set.cache.loader(
             BATCH,
             rows=training_set.rows,
             shuffle="none",
@@ -44,11 +43,10 @@ def fit_prototypes(
             pin_memory=False,
         )
         for batch in loader:
-            heights, widths = cache.manifest.heights[batch.rows], cache.manifest.widths[batch.rows]
-            boxes = torch.from_numpy(relative_boxes(batch.boxes_xyxy, heights, widths)).to(device)
+            boxes = training_set.relative_boxes(batch.rows, batch.boxes_xyxy, batch.region_mask)
             categories = torch.from_numpy(batch.categories).to(device)
             categories = torch.where(categories >= 0, categories + first_class, categories)
-            sums.add(decode(batch.feature_map, batch.map_scale), boxes, categories)
+            sums.add(decode(batch.feature_map, batch.map_scale), torch.from_numpy(boxes).to(device), categories)
             progress.step(len(batch))
         first_class += len(vocabulary)
     spec = replace(spec, options={**spec.options, "classes": int((sums.counts > 0).sum())})

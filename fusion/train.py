@@ -46,6 +46,7 @@ from regionspot.fusion.training_sets import (
     head_info,
     head_spec_for,
     initial_weights,
+    open_flipped,
     open_training_set,
     run_identity,
 )
@@ -134,6 +135,12 @@ def train(
     spec = head_spec_for(training_sets, vocabularies, config)
     check_head(spec, training_sets[0].maps.shape[0])
     shares = batch_shares(training_sets, ratios or ([1.0] * len(caches) if config.ratio == "equal" else None))
+    if config.views == "flip":
+        # The second view of each cache is a training set of its own, which gives half of the cache's batches.
+        training_sets = [view for one in training_sets for view in (one, open_flipped(one))]
+        vocabularies = [vocabulary for vocabulary in vocabularies for _ in range(2)]
+        shares = np.repeat(shares / 2, 2)
+        head_spec_for(training_sets, vocabularies, config)  # the views must fit together
     identity = run_identity(training_sets, vocabularies, shares, config, preset)
     start = None
     if init is not None:

@@ -19,10 +19,11 @@ from torch import Tensor
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.compatibility import compare, description
 from regionspot.cache.format.manifest import Manifest
-from regionspot.cache.format.schema import FeatureSet
+from regionspot.cache.format.schema import FLIP, FeatureSet
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.config import TrainConfig
+from regionspot.fusion.heads.pooling import relative_boxes
 from regionspot.fusion.heads.spec import HeadSpec, without_folder
 from regionspot.fusion.vocabulary import Vocabulary
 
@@ -41,6 +42,20 @@ class TrainingSet:
     tokens: FeatureSet
     rows: NDArray[np.int64]
 
+    def relative_boxes(
+        self, rows: NDArray[np.int64], boxes_xyxy: NDArray[np.float32], region_mask: NDArray[np.bool_]
+    ) -> NDArray[np.float32]:
+        """float32 (B, R, 4): boxes of the images at `rows` on their maps, relative to the image; padding is 0.
+
+        The boxes of a cache are those of the original images; here they are mirrored where the maps are.
+        """
+        boxes = relative_boxes(boxes_xyxy, self.cache.manifest.heights[rows], self.cache.manifest.widths[rows])
+        if self.maps.name.endswith(FLIP):
+            boxes = boxes[..., [2, 1, 0, 3]]
+            boxes[..., ::2] = 1 - boxes[..., ::2]
+            boxes[~region_mask] = 0
+        return boxes
+
 
 def open_training_set(cache: FeatureCache, map_set: str | None = None, token_set: str | None = None) -> TrainingSet:
     """Select the feature sets (default: the only one of each kind) and the usable rows of a cache.
@@ -58,6 +73,17 @@ def open_training_set(cache: FeatureCache, map_set: str | None = None, token_set
             "run `regionspot extract` with an annotated dataset first"
         )
     return TrainingSet(cache, maps, tokens, rows)
+
+
+def open_flipped(original: TrainingSet) -> TrainingSet:
+    """The mirrored view of a training set, from the same cache. Raises InputError if the cache does not have it."""
+    cache, maps, tokens = original.cache, original.maps.name + FLIP, original.tokens.name + FLIP
+    if missing := [name for name in (maps, tokens) if name not in cache.feature_sets]:
+        raise InputError(
+            f"{cache.path}: --views flip needs the feature sets {maps} and {tokens}, and {' and '.join(missing)} is "
+            "missing; run the `regionspot extract` of this cache again with --views flip, or train without it"
+        )
+    return open_training_set(cache, maps, tokens)
 
 
 def _known_regions(manifest: Manifest) -> NDArray[np.int64]:
@@ -146,7 +172,7 @@ def initial_weights(checkpoint: Path, spec: HeadSpec, first: TrainingSet) -> dic
 def require_same_backbones(training_set: TrainingSet, first: TrainingSet) -> None:
     path, first_path = training_set.cache.path, first.cache.path
     for features, expected in ((training_set.maps, first.maps), (training_set.tokens, first.tokens)):
-        if features.name != expected.name:
+        if features.name.removesuffix(FLIP) != expected.name.removesuffix(FLIP):
             raise InputError(
                 f"{path}: its {features.kind} features are {features.name}, those of {first_path} are {expected.name}; "
                 "train on features of the same backbones"

@@ -31,6 +31,8 @@ TOKEN_CHUNK = 64  # regions per inner chunk: 32 KB of 256 float16, a balance of 
 
 PART_SIZE = 512  # images: 270 MB of CLIP's maps, written and downloaded as one file
 
+FLIP = ".flip"  # ends the names of the feature sets of images that were flipped left to right
+
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
 _ARRAY_NAMES = {"map": "feature_map", "token": "token"}
 _COMPRESSIONS = (None, "zstd")

@@ -10,12 +10,13 @@ import torch
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.feature_dtypes import Encoding
-from regionspot.cache.format.schema import FeatureSet
+from regionspot.cache.format.schema import FLIP, FeatureSet
 from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones.batch_size import batch_size_of
 from regionspot.pipeline.backbones.builders import get_preset
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.backbones.dtypes import AUTO, half_is_faster, stored_dtype
+from regionspot.pipeline.backbones.mirrored import MirroredEncoder, MirroredLocalizer
 from regionspot.pipeline.backbones.protocols import FIRST, Backbone, Localizer, SemanticEncoder
 from regionspot.pipeline.backbones.registry import stored_name
 from regionspot.pipeline.backbones.sam import load_localizer
@@ -50,6 +51,7 @@ class Backbones:
         encoders: Sequence[str] = (),
         preprocess: str = "direct",
         tokens: str = FIRST,
+        flip: bool = False,
         stored: Mapping[str, FeatureSet] | None = None,
     ) -> Backbones:
         """Load the models of a preset, or others in their place, by default on a GPU if there is one.
@@ -60,6 +62,7 @@ class Backbones:
         encoders    replace the preset's; "none": no encoder
         preprocess  "direct" or "reference"
         tokens      "first", or "all": the three other mask tokens and the predicted IoUs as well
+        flip        the models of mirrored images, whose feature sets have names of their own
         stored      feature sets of an existing cache, by name
 
         Raises InputError for unknown names and dtypes, WeightsError for missing weights.
@@ -71,25 +74,25 @@ class Backbones:
         place = str(compute_device(device))
 
         def dtype_for(name: str) -> str:
-            feature_set = (stored or {}).get(stored_name(name)) if dtype == AUTO else None
+            # Both views of a cache have one dtype: training reads either.
+            views = ((stored or {}).get(stored_name(name) + suffix) for suffix in ("", FLIP))
+            feature_set = next(filter(None, views), None) if dtype == AUTO else None
             return dtype if feature_set is None else stored_dtype(feature_set.provenance)
 
         localizer_name = localizer or names.localizer
+        sam: Localizer | None = None
+        if localizer_name != NONE:
+            source, localizer_dtype = sam_weights or weights, dtype_for(localizer_name)
+            sam = load_localizer(localizer_name, source, place, localizer_dtype, preprocess=preprocess, tokens=tokens)
+        clips: list[SemanticEncoder] = [
+            load_encoder(name, clip_weights or weights, place, dtype_for(name), preprocess=preprocess)
+            for name in encoder_names
+        ]
+        if flip:
+            sam, clips = sam and MirroredLocalizer(sam), [MirroredEncoder(encoder) for encoder in clips]
         return cls(
-            load_localizer(
-                localizer_name,
-                sam_weights or weights,
-                place,
-                dtype_for(localizer_name),
-                preprocess=preprocess,
-                tokens=tokens,
-            )
-            if localizer_name != NONE
-            else None,
-            tuple(
-                load_encoder(name, clip_weights or weights, place, dtype_for(name), preprocess=preprocess)
-                for name in encoder_names
-            ),
+            sam,
+            tuple(clips),
             reload=None
             if dtype != AUTO
             else partial(
@@ -103,6 +106,7 @@ class Backbones:
                 encoders=encoders,
                 preprocess=preprocess,
                 tokens=tokens,
+                flip=flip,
             ),
         )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.feature_dtypes import Encoding
@@ -33,6 +33,7 @@ class ExtractConfig:
                      the images and regions, see `extract --help`
     preset, localizer, encoders, weights, sam_weights, clip_weights, device, dtype, preprocess, tokens
                      the models, see `Backbones.load`
+    views            "flip": the features of the mirrored images, as further feature sets
     exif             how to apply an image's EXIF orientation
     encoding, token_encoding
                      how to store feature maps and tokens
@@ -63,6 +64,7 @@ class ExtractConfig:
     dtype: str = "auto"
     preprocess: str = "direct"
     tokens: str = "first"
+    views: Literal["flip"] | None = None
     exif: Exif = "auto"
     encoding: Encoding = _FLOAT16
     token_encoding: Encoding = _FLOAT16
@@ -154,6 +156,7 @@ class ExtractConfig:
             encoders=self.encoders,
             preprocess=self.preprocess,
             tokens=self.tokens,
+            flip=self.views == "flip",
             stored=stored,
         )
 
