@@ -13,7 +13,7 @@ from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
 from regionspot.cache.outputs import check_output_file, check_output_folder
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
-from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.fusion.heads.spec import HeadSpec
 from regionspot.pipeline.toy.world import make_toy_world
 
 pytestmark = pytest.mark.usefixtures("home")
@@ -28,9 +28,10 @@ def image(tmp_path) -> Path:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
     torch.manual_seed(0)
-    head = FusionHead(HeadConfig(token_dim=128, width=192, text_dim=128, layers=1, ffn=64))
+    spec = HeadSpec(token_dim=128, width=192, text_dim=128, options={"layers": 1, "ffn": 64})
     path = tmp_path_factory.mktemp("head") / "head.safetensors"
-    save_checkpoint(path, head, HeadInfo(preset="toy", localizer="toy_sam", encoder="toy_clip", templates=("{}.",)))
+    info = HeadInfo(preset="toy", localizer="toy_sam", encoder="toy_clip", templates=("{}.",))
+    save_checkpoint(path, spec, spec.build(), info)
     return path
 
 
