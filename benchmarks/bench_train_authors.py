@@ -9,7 +9,7 @@ import torch
 
 from benchmarks.bench_extract_authors import AuthorsClip, read_rgb
 from benchmarks.bench_extract_data import Job
-from regionspot.fusion.batches import TrainingBatch
+from regionspot.fusion.training.batches import TrainingBatch
 from regionspot.pipeline.backbones.builders import get_preset
 
 

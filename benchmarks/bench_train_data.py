@@ -27,10 +27,10 @@ from regionspot.cache.format.schema import EncodedFeatures, checksum_file, part_
 from regionspot.cache.storage.atomic_files import file_crc
 from regionspot.cache.storage.base import Access
 from regionspot.cache.storage.zarr_shard import with_crc
-from regionspot.fusion.batches import TrainingBatch, batch_shares, read_batches
-from regionspot.fusion.config import TrainConfig
-from regionspot.fusion.step import TrainStep
-from regionspot.fusion.training_sets import TrainingSet, head_spec_for, open_training_set
+from regionspot.fusion.training.batches import TrainingBatch, batch_shares, read_batches
+from regionspot.fusion.training.config import TrainConfig
+from regionspot.fusion.training.step import TrainStep
+from regionspot.fusion.training.training_sets import TrainingSet, head_spec_for, open_training_set
 from regionspot.fusion.vocabulary import Vocabulary
 
 CLASSES = 365  # of Objects365

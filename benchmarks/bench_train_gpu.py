@@ -34,8 +34,8 @@ from benchmarks.bench_train_gpu_steps import (
 )
 from benchmarks.device_rates import matrix_rate
 from benchmarks.goals import RESULTS, SCRATCH, Report, Samples, interleaved, ratio, say, versions
-from regionspot.fusion.batches import TrainingBatch
-from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig
+from regionspot.fusion.training.batches import TrainingBatch
+from regionspot.fusion.training.config import TRAIN_PRESETS, TrainConfig
 
 PACKAGES = ["torch", "numpy", "zarr", "google-crc32c"]
 FLOAT16, INT8 = "float16", "int8"

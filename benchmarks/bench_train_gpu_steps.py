@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.bench_cache_data import bytes_from_disk, drop, warm
 from benchmarks.bench_train_data import TrainingRun
 from benchmarks.device_rates import wait
-from regionspot.fusion.batches import TrainingBatch
-from regionspot.fusion.step import TrainStep
+from regionspot.fusion.training.batches import TrainingBatch
+from regionspot.fusion.training.step import TrainStep
 
 READ_EVERY = 20  # steps, as `train` reads the loss
 WARM_UP_STEPS = 3

@@ -44,8 +44,8 @@ def _train_one_step(path: str, preset: str, run_folder: str) -> dict[str, float]
 
     from benchmarks.bench_train_data import TrainingData
     from regionspot.cache import FeatureCache
-    from regionspot.fusion.config import TrainConfig
-    from regionspot.fusion.train import train
+    from regionspot.fusion.training.config import TrainConfig
+    from regionspot.fusion.training.train import train
 
     times = {"imported": time.time()}
     cache = FeatureCache.open(path)

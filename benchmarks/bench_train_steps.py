@@ -20,7 +20,7 @@ from benchmarks.bench_train_data import TrainingData, TrainingRun, write_cache
 from benchmarks.bench_train_gpu_steps import operations_of as operations_of_steps
 from benchmarks.goals import Samples, interleaved, say, seconds
 from regionspot.cache.reading.prefetch import AHEAD
-from regionspot.fusion.config import TrainConfig
+from regionspot.fusion.training.config import TrainConfig
 
 IN_MEMORY, WARM, COLD = "steps, batches in memory", "steps, page cache", "steps, disk"
 WARM_ALONE, COLD_ALONE = "feeding alone, page cache", "feeding alone, disk"

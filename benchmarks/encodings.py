@@ -30,8 +30,8 @@ from regionspot.cache.reading.dask_arrays import read_decoded
 from regionspot.cache.tools.merge_subset_convert import convert
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
 from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
-from regionspot.fusion.config import train_config
-from regionspot.fusion.train import train as train_head
+from regionspot.fusion.training.config import train_config
+from regionspot.fusion.training.train import train as train_head
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig

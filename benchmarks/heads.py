@@ -23,8 +23,8 @@ from regionspot.cache import FeatureCache
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
 from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
 from regionspot.fusion.checkpoint import load_checkpoint
-from regionspot.fusion.config import train_config
-from regionspot.fusion.train import train
+from regionspot.fusion.training.config import train_config
+from regionspot.fusion.training.train import train
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.config import ExtractConfig

@@ -45,7 +45,7 @@ TakeOver = Annotated[
 ]
 EXTRACTION_FAILURES, EVALUATION_FAILURES = str(EXTRACTION_LIMIT), str(EVALUATION_LIMIT)
 
-# A pair of backbones, alone or with the schedule that it is trained by; see fusion/config.py.
+# A pair of backbones, alone or with the schedule that it is trained by; see fusion/training/config.py.
 TrainPresetName = Literal[
     "bb", "bl", "bl336", "toy",
     "stage1-bb", "stage1-bl", "stage1-bl336",

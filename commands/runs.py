@@ -14,7 +14,7 @@ def runs(
     as_json: Annotated[bool, typer.Option("--json", help="print a JSON list instead of a table")] = False,
 ) -> None:
     """List training runs: preset, head, data, steps, loss, best validation score, images per second, state."""
-    from regionspot.fusion.runs import as_table, find_runs
+    from regionspot.fusion.training.runs import as_table, find_runs
 
     found = find_runs(folder)
     typer.echo(json.dumps([run.as_json() for run in found], indent=1) if as_json else as_table(found))

@@ -106,10 +106,10 @@ def train(
     from regionspot.cache.store import FeatureCache
     from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
     from regionspot.evaluation.validation import cache_validator
-    from regionspot.fusion.config import train_config
     from regionspot.fusion.heads.spec import parse_options
-    from regionspot.fusion.trackers import require_tracker
-    from regionspot.fusion.train import train as run
+    from regionspot.fusion.training.config import train_config
+    from regionspot.fusion.training.trackers import require_tracker
+    from regionspot.fusion.training.train import train as run
     from regionspot.pipeline.backbones.builders import get_preset
     from regionspot.pipeline.backbones.registry import stored_name
     from regionspot.pipeline.backbones.weights import check_source

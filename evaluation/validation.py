@@ -18,7 +18,7 @@ from regionspot.evaluation.inference.scoring import FailedImage
 from regionspot.evaluation.metrics.detections import concatenate, detections_of_image
 from regionspot.evaluation.metrics.ground_truth import GroundTruth, read_ground_truth
 from regionspot.evaluation.metrics.lvis_ap import lvis_ap
-from regionspot.fusion.training_sets import open_training_set, require_same_backbones
+from regionspot.fusion.training.training_sets import open_training_set, require_same_backbones
 from regionspot.fusion.vocabulary import Vocabulary
 
 AP_METRICS = ("AP", "APr", "APc", "APf")

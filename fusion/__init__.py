@@ -1,12 +1,12 @@
 """The fusion head, its loss, vocabularies, and training from a cache. Never opens an image."""
 
 from regionspot.fusion.checkpoint import Checkpoint, HeadInfo, load_checkpoint, save_checkpoint
-from regionspot.fusion.config import TRAIN_PRESETS, TrainConfig
 from regionspot.fusion.head import HEADS, FusionHead, HeadConfig, similarity_logits
 from regionspot.fusion.heads import HEAD_TYPES, HeadSpec
 from regionspot.fusion.losses import focal_loss, region_loss
 from regionspot.fusion.templates import TEMPLATES, template_set
-from regionspot.fusion.train import TrainResult, train
+from regionspot.fusion.training.config import TRAIN_PRESETS, TrainConfig
+from regionspot.fusion.training.train import TrainResult, train
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 
 __all__ = [

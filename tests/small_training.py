@@ -9,7 +9,7 @@ from regionspot.cache.format.feature_dtypes import Statistics
 from regionspot.cache.format.manifest import Category
 from regionspot.cache.format.schema import FeatureSet, ImageFeatures
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.config import TrainConfig
+from regionspot.fusion.training.config import TrainConfig
 from regionspot.fusion.vocabulary import Vocabulary
 
 CLASSES, IMAGES = 6, 21

@@ -11,11 +11,11 @@ from regionspot.commands import options as cli_options
 from regionspot.commands.train import pair_and_schedule, train
 from regionspot.evaluation.evaluate import Baseline
 from regionspot.evaluation.inference.cache_vocabulary import NamesFrom
-from regionspot.fusion.config import CHECKPOINT_STEPS, TRAIN_PRESETS, VALIDATION_STEPS, Padding, TrainConfig
-from regionspot.fusion.negatives import Unverified
-from regionspot.fusion.run_folder import KEPT_CHECKPOINTS
 from regionspot.fusion.templates import TEMPLATES
-from regionspot.fusion.trackers import TRACKERS
+from regionspot.fusion.training.config import CHECKPOINT_STEPS, TRAIN_PRESETS, VALIDATION_STEPS, Padding, TrainConfig
+from regionspot.fusion.training.negatives import Unverified
+from regionspot.fusion.training.run_folder import KEPT_CHECKPOINTS
+from regionspot.fusion.training.trackers import TRACKERS
 from regionspot.pipeline.backbones.builders import PRESETS
 from regionspot.pipeline.backbones.dtypes import AUTO, DTYPES
 from regionspot.pipeline.backbones.protocols import TOKENS

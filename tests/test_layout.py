@@ -34,7 +34,8 @@ MAY_IMPORT = {
     "cache.store": "cache.format cache.reading cache.storage cache.writing",
     "evaluation.metrics": "cache.storage pipeline.datasets",
     "cache.tools": "cache.format cache.reading cache.storage cache.store cache.writing",
-    "fusion": "cache.format cache.reading cache.storage cache.store",
+    "fusion": "cache.storage",
+    "fusion.training": "cache.format cache.reading cache.storage cache.store fusion",
     "pipeline.reporting": "cache.format cache.storage cache.store cache.tools pipeline.backbones",
     "pipeline.extraction": (
         "cache.format cache.storage cache.store cache.tools cache.writing pipeline.backbones "
@@ -48,8 +49,8 @@ MAY_IMPORT = {
         "cache.format cache.store cache.writing pipeline.backbones pipeline.extraction pipeline.reporting"
     ),
     "evaluation.inference": (
-        "cache.format cache.storage cache.store evaluation.metrics fusion pipeline.backbones "
-        "pipeline.datasets pipeline.extraction pipeline.images"
+        "cache.format cache.storage cache.store evaluation.metrics fusion fusion.training "
+        "pipeline.backbones pipeline.datasets pipeline.extraction pipeline.images"
     ),
     "evaluation.report": (
         "cache.format cache.reading cache.storage cache.store evaluation.inference evaluation.metrics "
@@ -60,11 +61,12 @@ MAY_IMPORT = {
         "cache.format cache.store evaluation.inference evaluation.metrics evaluation.report fusion "
         "pipeline.backbones pipeline.datasets pipeline.images"
     ),
-    "evaluation.validation": "cache.store evaluation.inference evaluation.metrics fusion",
+    "evaluation.validation": "cache.store evaluation.inference evaluation.metrics fusion fusion.training",
     "commands": (
         "cache.format cache.store cache.tools cache.writing evaluation.demo evaluation.evaluate "
-        "evaluation.inference evaluation.report evaluation.validation fusion pipeline.backbones pipeline.datasets "
-        "pipeline.distributed pipeline.doctor pipeline.extraction pipeline.images pipeline.toy"
+        "evaluation.inference evaluation.report evaluation.validation fusion fusion.training "
+        "pipeline.backbones pipeline.datasets pipeline.distributed pipeline.doctor pipeline.extraction "
+        "pipeline.images pipeline.toy"
     ),
     "cli": "commands",
 }
@@ -72,9 +74,11 @@ BASE = {"cache.errors", "cache.machine", "cache.outputs", "cache.process", "cach
 
 
 def room_of(module: str) -> str:
-    """Two parts of a module's name: `cache.storage`, `cache.store`. `fusion` and `commands` are one room each."""
+    """Two parts of a module's name: `cache.storage`, `cache.store`. `commands` is one room; `fusion` has its training
+    as a second one."""
     package, name, *_ = [*module.split("."), ""]
-    return package if package in ("fusion", "commands") else f"{package}.{name}".rstrip(".")
+    one_room = package == "commands" or (package == "fusion" and name != "training")
+    return package if one_room else f"{package}.{name}".rstrip(".")
 
 
 def modules() -> dict[str, Path]:

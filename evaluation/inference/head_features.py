@@ -16,7 +16,7 @@ from regionspot.cache.errors import ProvenanceMismatchError, WeightsError
 from regionspot.cache.format.compatibility import Comparison, compare, description
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.checkpoint import HeadInfo
-from regionspot.fusion.training_sets import require_same_orientation
+from regionspot.fusion.training.training_sets import require_same_orientation
 from regionspot.pipeline.backbones.builders import PRESETS, Preset
 from regionspot.pipeline.backbones.dtypes import stored_dtype
 from regionspot.pipeline.backbones.weights import OFFICIAL

@@ -24,9 +24,9 @@ from regionspot.evaluation.inference.scoring import (
     head_probabilities,
     score_in_batches,
 )
-from regionspot.fusion.batches import DeviceDecoder
 from regionspot.fusion.checkpoint import weights_digest
 from regionspot.fusion.heads.pooling import relative_boxes
+from regionspot.fusion.training.batches import DeviceDecoder
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones

@@ -1,7 +1,8 @@
 """The fusion head, guided by the boxes: its cross-attention looks at the region it names.
 
-The fusion head has to learn from location tokens where a region is. Boxes are known anyway, and three changes use them;
-benchmarks/results/heads.md shows what each is worth:
+The fusion head has to learn from location tokens where a region is. Boxes are known anyway, and three changes use them.
+On the toy world either of the first two alone gives the whole gain, and the third costs 0.4 AP
+(benchmarks/results/heads.md):
 
     box_bias         the logits of the cross-attention fall with the part of a patch that lies outside the box, by a
                      learnt strength for each attention head and layer, so that some heads may look around

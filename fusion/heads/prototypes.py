@@ -24,7 +24,7 @@ NEAREST = 20
 class PrototypeHead(nn.Module):
     """Has no parameters. `PrototypeSums` computes the buffers: `prototypes` (K, D) of length 1, `texts` (K, E).
 
-    classes    K, set by fusion/fit.py
+    classes    K, set by fusion/training/fit.py
     sharpness  factor of the cosines before their softmax. On the toy world 5 is best; 20 is as accurate for classes
                with examples, but not for others
     """

@@ -16,8 +16,8 @@ from regionspot.evaluation.inference.head_features import head_features
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.evaluation.report.tables import results_text
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
-from regionspot.fusion.config import train_config
-from regionspot.fusion.train import train
+from regionspot.fusion.training.config import train_config
+from regionspot.fusion.training.train import train
 from regionspot.pipeline.backbones import dtypes
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset

@@ -14,10 +14,10 @@ from small_training import CLASSES, CONFIG, feature_sets, make_vocabulary, small
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.manifest import Ragged
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.batches import read_batches, repeated_regions
-from regionspot.fusion.negatives import repeat_factors
-from regionspot.fusion.train import train
-from regionspot.fusion.training_sets import open_training_set
+from regionspot.fusion.training.batches import read_batches, repeated_regions
+from regionspot.fusion.training.negatives import repeat_factors
+from regionspot.fusion.training.train import train
+from regionspot.fusion.training.training_sets import open_training_set
 
 CPU, IMAGES = torch.device("cpu"), 30
 ALL_OPTIONS = replace(

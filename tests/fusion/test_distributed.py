@@ -10,9 +10,9 @@ import pytest
 from safetensors.torch import load_file
 from small_training import CONFIG, make_cache, make_vocabulary
 
-from regionspot.fusion.metrics import read_metrics
 from regionspot.fusion.tensor_file import read_document
-from regionspot.fusion.train import train
+from regionspot.fusion.training.metrics import read_metrics
+from regionspot.fusion.training.train import train
 
 # Without dropout, whose random numbers depend on the process. 21 images - 3 = 18: the last batch of an epoch has two.
 WITHOUT_DROPOUT = replace(CONFIG, dropout=0.0, iterations=16)
@@ -25,7 +25,7 @@ import torch
 torch.set_num_threads(1)
 from test_distributed import WITHOUT_DROPOUT, make_vocabulary, replace, train
 from regionspot.cache.store import FeatureCache
-import regionspot.fusion.step as step
+import regionspot.fusion.training.step as step
 config = replace(WITHOUT_DROPOUT, iterations=int(sys.argv[4]))
 original_loss, calls = step.region_loss, []
 def region_loss(*arguments, **options):

@@ -12,13 +12,13 @@ from makers import make_manifest
 from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint, save_checkpoint
-from regionspot.fusion.config import TrainConfig
 from regionspot.fusion.head import HEADS, similarity_logits
 from regionspot.fusion.heads import HEAD_TYPES, HeadSpec
 from regionspot.fusion.heads.pooling import box_weights, pool_boxes, relative_boxes
 from regionspot.fusion.heads.spec import parse_options
 from regionspot.fusion.tensor_file import read_document
-from regionspot.fusion.train import train
+from regionspot.fusion.training.config import TrainConfig
+from regionspot.fusion.training.train import train
 from regionspot.fusion.vocabulary import Vocabulary
 
 SHAPES = {"token_dim": 12, "width": 16, "text_dim": 8}

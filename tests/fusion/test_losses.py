@@ -5,9 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from regionspot.fusion.batches import repeated_regions
 from regionspot.fusion.head import FusionHead, HeadConfig, similarity_logits
 from regionspot.fusion.losses import focal_loss, region_loss
+from regionspot.fusion.training.batches import repeated_regions
 
 CLASSES = 9
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from regionspot.fusion.metrics import Meter, read_metrics
+from regionspot.fusion.training.metrics import Meter, read_metrics
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_a_resumed_run_continues_the_open_interval(path):
 
 def test_validation_counts_for_the_seconds_but_not_for_the_rates(path, monkeypatch):
     now = 0.0
-    monkeypatch.setattr("regionspot.fusion.metrics.time.perf_counter", lambda: now)
+    monkeypatch.setattr("regionspot.fusion.training.metrics.time.perf_counter", lambda: now)
     meter = Meter(path, 0, 100)
     add_steps(meter, 1)
     now = 1.0

@@ -5,7 +5,7 @@ import pytest
 from makers import make_manifest
 
 from regionspot.cache.format.manifest import Category, Ragged
-from regionspot.fusion.negatives import CountedClasses, images_per_class, repeat_factors, repeated_rows
+from regionspot.fusion.training.negatives import CountedClasses, images_per_class, repeat_factors, repeated_rows
 
 CLASSES = tuple(Category(index + 1, f"class {index}") for index in range(6))
 

@@ -13,7 +13,7 @@ from torch.optim import AdamW
 from regionspot.cache.errors import InputError
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.heads.spec import HeadSpec
-from regionspot.fusion.run_folder import RunFolder
+from regionspot.fusion.training.run_folder import RunFolder
 
 SPEC = HeadSpec(type="linear", token_dim=4, width=6, text_dim=3)
 IDENTITY = {"config": {"iterations": 100}}

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from small_training import CONFIG, make_cache, make_vocabulary
 
-from regionspot.fusion.run_folder import RunFolder
-from regionspot.fusion.train import train
+from regionspot.fusion.training.run_folder import RunFolder
+from regionspot.fusion.training.train import train
 
 
 @pytest.fixture(scope="module")

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from regionspot.cache.errors import InputError
-from regionspot.fusion.metrics import Meter, draw_curves, read_metrics
-from regionspot.fusion.trackers import open_trackers, require_tracker
+from regionspot.fusion.training.metrics import Meter, draw_curves, read_metrics
+from regionspot.fusion.training.trackers import open_trackers, require_tracker
 
 FAKE_TRACKIO = """
 import json

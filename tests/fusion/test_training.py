@@ -17,16 +17,16 @@ from small_training import CLASSES, CONFIG, IMAGES, feature_sets, make_cache, ma
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.format.encodings import decode
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.batches import DeviceDecoder, batch_shares, read_batches, set_of_steps
 from regionspot.fusion.checkpoint import load_checkpoint
-from regionspot.fusion.config import TRAIN_PRESETS, train_config
 from regionspot.fusion.head import HEADS
-from regionspot.fusion.metrics import read_metrics
-from regionspot.fusion.run_folder import RunFolder
-from regionspot.fusion.stop_signals import StopSignals
 from regionspot.fusion.tensor_file import read_document, read_tensor_file, write_tensor_file
-from regionspot.fusion.train import train
-from regionspot.fusion.training_sets import TrainingSet, open_training_set
+from regionspot.fusion.training.batches import DeviceDecoder, batch_shares, read_batches, set_of_steps
+from regionspot.fusion.training.config import TRAIN_PRESETS, train_config
+from regionspot.fusion.training.metrics import read_metrics
+from regionspot.fusion.training.run_folder import RunFolder
+from regionspot.fusion.training.stop_signals import StopSignals
+from regionspot.fusion.training.train import train
+from regionspot.fusion.training.training_sets import TrainingSet, open_training_set
 
 CPU = torch.device("cpu")
 
@@ -244,9 +244,9 @@ sys.path[:0] = map(str, Path(sys.argv[1]).parents[:2])
 import torch
 torch.set_num_threads(1)
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.train import train
+from regionspot.fusion.training.train import train
 from small_training import CONFIG, make_vocabulary
-module, step = sys.modules["regionspot.fusion.train"], sys.modules["regionspot.fusion.step"]
+module, step = sys.modules["regionspot.fusion.training.train"], sys.modules["regionspot.fusion.training.step"]
 number, while_waiting, seconds = int(sys.argv[4]), sys.argv[5] == "waiting", float(sys.argv[6])
 original_loss, original_batches, calls = step.region_loss, module.read_batches, []
 

@@ -12,9 +12,9 @@ from small_training import CONFIG, feature_sets, make_cache, make_vocabulary, sm
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.batches import read_batches
-from regionspot.fusion.train import train
-from regionspot.fusion.training_sets import open_flipped, open_training_set
+from regionspot.fusion.training.batches import read_batches
+from regionspot.fusion.training.train import train
+from regionspot.fusion.training.training_sets import open_flipped, open_training_set
 
 FLIP = replace(CONFIG, views="flip", milestones=(), warmup=0)
 

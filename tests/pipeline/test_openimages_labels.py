@@ -9,7 +9,7 @@ from PIL import Image
 from regionspot.cache.errors import AnnotationError
 from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.negatives import CountedClasses
+from regionspot.fusion.training.negatives import CountedClasses
 from regionspot.pipeline.datasets.registry import read_dataset
 
 NAMES = ["Animal", "Dog", "Poodle", "Cat", "Vehicle", "Car", "Tree"]

@@ -24,10 +24,10 @@ from regionspot.cache.format.encodings import require_statistics
 from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.reading.batch import Batch
 from regionspot.cache.reading.loader import Loader
-from regionspot.fusion.config import TrainConfig
-from regionspot.fusion.distributed import SINGLE, Group
-from regionspot.fusion.negatives import CountedClasses, repeat_factors, repeated_rows
-from regionspot.fusion.training_sets import TrainingSet
+from regionspot.fusion.training.config import TrainConfig
+from regionspot.fusion.training.distributed import SINGLE, Group
+from regionspot.fusion.training.negatives import CountedClasses, repeat_factors, repeated_rows
+from regionspot.fusion.training.training_sets import TrainingSet
 
 log = logging.getLogger(__name__)
 

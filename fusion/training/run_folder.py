@@ -37,10 +37,10 @@ from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.state_dicts import require_finite
 from regionspot.cache.storage.atomic_files import partial_path, remove_abandoned, sync_folder, to_json, write_file
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
-from regionspot.fusion.config import TrainConfig
 from regionspot.fusion.heads.spec import HeadSpec
-from regionspot.fusion.metrics import Metrics
 from regionspot.fusion.tensor_file import read_document, read_tensor_file, write_tensor_file
+from regionspot.fusion.training.config import TrainConfig
+from regionspot.fusion.training.metrics import Metrics
 
 log = logging.getLogger(__name__)
 

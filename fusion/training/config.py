@@ -19,7 +19,7 @@ from typing import Any, Literal, get_args
 
 from regionspot.cache.errors import InputError, unknown_name
 from regionspot.fusion.head import HEADS
-from regionspot.fusion.negatives import Unverified
+from regionspot.fusion.training.negatives import Unverified
 
 Precision = Literal["auto", "float32", "bfloat16"]
 Padding = Literal["mask", "reference"]

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from regionspot.cache.errors import InputError, WeightsError
-from regionspot.fusion.metrics import read_metrics
-from regionspot.fusion.run_folder import RunFolder
+from regionspot.fusion.training.metrics import read_metrics
+from regionspot.fusion.training.run_folder import RunFolder
 
 COLUMNS = ("run", "preset", "head", "data", "steps", "loss", "best", "images/s", "state")
 LEFT_ALIGNED = ("run", "preset", "head", "data", "state")

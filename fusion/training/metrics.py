@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from regionspot.cache.progress import duration
 from regionspot.cache.storage.atomic_files import rename_key, write_file
-from regionspot.fusion.trackers import Tracker
+from regionspot.fusion.training.trackers import Tracker
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ from dataclasses import replace
 import torch
 
 from regionspot.cache.progress import Progress
-from regionspot.fusion.batches import DeviceDecoder
 from regionspot.fusion.heads.prototypes import PrototypeHead, PrototypeSums
 from regionspot.fusion.heads.spec import HeadSpec
-from regionspot.fusion.training_sets import TrainingSet
+from regionspot.fusion.training.batches import DeviceDecoder
+from regionspot.fusion.training.training_sets import TrainingSet
 from regionspot.fusion.vocabulary import Vocabulary
 
 BATCH = 64

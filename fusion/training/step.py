@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 
-from regionspot.fusion.batches import TrainingBatch
-from regionspot.fusion.config import TrainConfig
-from regionspot.fusion.distributed import SINGLE, Group
 from regionspot.fusion.losses import region_loss
+from regionspot.fusion.training.batches import TrainingBatch
+from regionspot.fusion.training.config import TrainConfig
+from regionspot.fusion.training.distributed import SINGLE, Group
 
 
 @dataclass(frozen=True)

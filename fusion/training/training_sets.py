@@ -22,9 +22,9 @@ from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import FLIP, FeatureSet
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
-from regionspot.fusion.config import TrainConfig
 from regionspot.fusion.heads.pooling import relative_boxes
 from regionspot.fusion.heads.spec import HeadSpec, without_folder
+from regionspot.fusion.training.config import TrainConfig
 from regionspot.fusion.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)

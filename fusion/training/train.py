@@ -24,24 +24,24 @@ from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.progress import duration
 from regionspot.cache.state_dicts import require_finite
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.batches import TrainingBatch, batch_shares, read_batches
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint, weights_digest
-from regionspot.fusion.config import (
+from regionspot.fusion.heads.spec import HeadSpec, check_head
+from regionspot.fusion.training.batches import TrainingBatch, batch_shares, read_batches
+from regionspot.fusion.training.config import (
     CHECKPOINT_SECONDS,
     CHECKPOINT_STEPS,
     FIRST_CHECKPOINT_SECONDS,
     VALIDATION_STEPS,
     TrainConfig,
 )
-from regionspot.fusion.distributed import Group, process_group
-from regionspot.fusion.fit import fit_prototypes
-from regionspot.fusion.heads.spec import HeadSpec, check_head
-from regionspot.fusion.metrics import Meter, draw_curves, read_metrics
-from regionspot.fusion.run_folder import KEPT_CHECKPOINTS, RunFolder
-from regionspot.fusion.step import StepSums, TrainStep
-from regionspot.fusion.stop_signals import Stopped, StopSignals
-from regionspot.fusion.trackers import Tracker, open_trackers, require_tracker
-from regionspot.fusion.training_sets import (
+from regionspot.fusion.training.distributed import Group, process_group
+from regionspot.fusion.training.fit import fit_prototypes
+from regionspot.fusion.training.metrics import Meter, draw_curves, read_metrics
+from regionspot.fusion.training.run_folder import KEPT_CHECKPOINTS, RunFolder
+from regionspot.fusion.training.step import StepSums, TrainStep
+from regionspot.fusion.training.stop_signals import Stopped, StopSignals
+from regionspot.fusion.training.trackers import Tracker, open_trackers, require_tracker
+from regionspot.fusion.training.training_sets import (
     TrainingSet,
     head_info,
     head_spec_for,
@@ -106,19 +106,19 @@ def train(
     map_set, token_set  feature sets to train on, where a cache holds several
     init           a checkpoint, ours or a released one, whose weights the head starts from
     resume         from the last checkpoint in `out_dir`; start if there is none. With more iterations than before, the
-                   run becomes longer (fusion/config.py describes its learning rates)
+                   run becomes longer (fusion/training/config.py describes its learning rates)
     device         default: the GPU if there is one
     compile        the head by torch.compile
     validate       scores of the head in evaluation mode, the most important first; called every `validate_every` steps
                    and at the end. The head with the best score is kept
     checkpoint_every, checkpoint_seconds  save a checkpoint after this many steps, and after this many seconds
     kept_checkpoints  the heads of the last checkpoints that are kept
-    log_to         "trackio" or "wandb": a tracker that gets the metrics, too (fusion/trackers.py)
+    log_to         "trackio" or "wandb": a tracker that gets the metrics, too (fusion/training/trackers.py)
 
-    Under torchrun, all processes compute one run (fusion/distributed.py). On a CPU, a resumed run of one process is
-    bitwise equal for the same number of threads. SIGINT and SIGTERM take effect after the current step is finished and
-    saved. Raises InputError for inputs that do not fit together, for a folder that holds something else, and when the
-    loss is no longer finite; the last checkpoint is intact then.
+    Under torchrun, all processes compute one run (fusion/training/distributed.py). On a CPU, a resumed run of one
+    process is bitwise equal for the same number of threads. SIGINT and SIGTERM take effect after the current step is
+    finished and saved. Raises InputError for inputs that do not fit together, for a folder that holds something else,
+    and when the loss is no longer finite; the last checkpoint is intact then.
     """
     for name, value in (
         ("checkpoint_every", checkpoint_every),

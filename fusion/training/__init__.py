@@ -1,0 +1,1 @@
+"""Training a head from caches: batches, steps, checkpoints, metrics, several processes."""
