@@ -82,7 +82,8 @@ def test_a_full_disk_fails_and_the_test_file_is_removed(tmp_path):
 
 
 def test_an_object_store_is_left_unchanged(s3):
-    assert states(check_cache(DoctorOptions(cache=f"{s3}/c.zarr"))) == [("write rate", "ok")]
+    findings = list(check_cache(DoctorOptions(cache=f"{s3}/c.zarr")))
+    assert states(findings) == [("write rate", "ok")], [finding.line() for finding in findings]
     from regionspot.cache.storage.open import open_storage
 
     assert open_storage(f"{s3}/c.zarr").list_files("") == []
