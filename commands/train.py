@@ -90,7 +90,10 @@ def train(
     val_annotations: Annotated[
         Path | None, typer.Option(help="LVIS annotations of --val-cache: the best head is that with the best AP")
     ] = None,
-    val_every: Annotated[int, typer.Option(min=1, max=options.MAX_STEPS, help="steps between validations")] = 2000,
+    val_every: Annotated[
+        int | None,
+        typer.Option(min=1, max=options.MAX_STEPS, help="steps between validations; default: 2,000, or 50 a run"),
+    ] = None,
     val_images: Annotated[
         int | None, typer.Option(min=1, help="validate on so many images, evenly spaced; default: all")
     ] = None,

@@ -12,7 +12,7 @@ from regionspot.commands.train import pair_and_schedule, train
 from regionspot.evaluation.evaluate import Baseline
 from regionspot.evaluation.inference.cache_vocabulary import NamesFrom
 from regionspot.fusion.templates import TEMPLATES
-from regionspot.fusion.training.config import CHECKPOINT_STEPS, TRAIN_PRESETS, VALIDATION_STEPS, Padding, TrainConfig
+from regionspot.fusion.training.config import CHECKPOINT_STEPS, TRAIN_PRESETS, Padding, TrainConfig
 from regionspot.fusion.training.negatives import Unverified
 from regionspot.fusion.training.run_folder import KEPT_CHECKPOINTS
 from regionspot.fusion.training.trackers import TRACKERS
@@ -211,7 +211,7 @@ def test_the_choices_are_those_of_the_library():
     assert cli_options.WorldSize.__metadata__[0].min == FEWEST_IMAGES
     assert get_args(cli_options.TrackerName) == TRACKERS
     defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}
-    assert (defaults["checkpoint_every"], defaults["val_every"]) == (CHECKPOINT_STEPS, VALIDATION_STEPS)
+    assert defaults["checkpoint_every"] == CHECKPOINT_STEPS
     assert defaults["keep_checkpoints"] == KEPT_CHECKPOINTS
     TrainConfig(seed=cli_options.Seed.__metadata__[0].max, iterations=cli_options.MAX_STEPS)
     assert Encoding.parse("int8+zstd")

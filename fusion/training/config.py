@@ -27,6 +27,7 @@ Padding = Literal["mask", "reference"]
 # A checkpoint is saved after this many steps, and after this many seconds since the last one (or since the start). A
 # killed run loses the steps since its last checkpoint.
 CHECKPOINT_STEPS = VALIDATION_STEPS = 2000
+VALIDATIONS = 50  # of a long run, by default: each reads the whole validation cache
 CHECKPOINT_SECONDS = 600.0
 FIRST_CHECKPOINT_SECONDS = 60.0
 

@@ -32,6 +32,7 @@ from regionspot.fusion.training.config import (
     CHECKPOINT_STEPS,
     FIRST_CHECKPOINT_SECONDS,
     VALIDATION_STEPS,
+    VALIDATIONS,
     TrainConfig,
 )
 from regionspot.fusion.training.distributed import Group, process_group
@@ -89,7 +90,7 @@ def train(
     device: str | None = None,
     compile: bool = False,
     validate: Validate | None = None,
-    validate_every: int = VALIDATION_STEPS,
+    validate_every: int | None = None,
     checkpoint_every: int = CHECKPOINT_STEPS,
     checkpoint_seconds: float = CHECKPOINT_SECONDS,
     kept_checkpoints: int = KEPT_CHECKPOINTS,
@@ -110,7 +111,8 @@ def train(
     device         default: the GPU if there is one
     compile        the head by torch.compile
     validate       scores of the head in evaluation mode, the most important first; called every `validate_every` steps
-                   and at the end. The head with the best score is kept
+                   and at the end; by default 50 times, but not within VALIDATION_STEPS of the last one. The head with
+                   the best score is kept
     checkpoint_every, checkpoint_seconds  save a checkpoint after this many steps, and after this many seconds
     kept_checkpoints  the heads of the last checkpoints that are kept
     log_to         "trackio" or "wandb": a tracker that gets the metrics, too (fusion/training/trackers.py)
@@ -120,6 +122,8 @@ def train(
     finished and saved. Raises InputError for inputs that do not fit together, for a folder that holds something else,
     and when the loss is no longer finite; the last checkpoint is intact then.
     """
+    if validate_every is None:
+        validate_every = max(VALIDATION_STEPS, math.ceil(config.iterations / VALIDATIONS))
     for name, value in (
         ("checkpoint_every", checkpoint_every),
         ("kept_checkpoints", kept_checkpoints),
