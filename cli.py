@@ -19,6 +19,7 @@ import typer
 from regionspot.cache.errors import InputError, RegionSpotError
 from regionspot.cache.progress import CLEAR_LINE, log_to
 from regionspot.commands.cache import cache_app
+from regionspot.commands.config_file import configurable
 from regionspot.commands.dataset import dataset
 from regionspot.commands.demo import demo, toy_world
 from regionspot.commands.doctor import doctor
@@ -33,12 +34,15 @@ app = typer.Typer(
     help="Recognise any region of an image by name.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (dataset, extract, doctor, train, runs, eval_lvis, predict, toy_world, demo):
     app.command()(command)
 app.add_typer(cache_app, name="cache")
+for group in (app, cache_app):
+    for registered in group.registered_commands:
+        assert registered.callback is not None
+        registered.callback = configurable(registered.callback)
 
 
 @app.callback()
@@ -52,7 +56,7 @@ def main() -> None:
         try:
             _refuse_empty_arguments(sys.argv[1:])
             # Not standalone: typer would print errors in a box, and nothing on Ctrl-C.
-            code = app(sys.argv[1:], standalone_mode=False)
+            code = app(sys.argv[1:], prog_name="regionspot", standalone_mode=False)
             raise_if_stopped()
             sys.exit(int(code or 0))
         except (Exception, KeyboardInterrupt) as error:

@@ -24,8 +24,11 @@ PartSize = Annotated[
 
 
 @cache_app.command()
-def info(path: CachePath, as_json: Annotated[bool, typer.Option("--json", help="everything, as JSON")] = False) -> None:
-    """Show feature sets, sizes, provenance, written and pending parts, and failed images of a cache."""
+def info(path: CachePath, as_json: options.AsJson = False) -> None:
+    """Show feature sets, sizes, provenance, written and pending parts, and failed images of a cache.
+
+    Example: regionspot cache info o365.zarr
+    """
     from regionspot.cache.store import FeatureCache
     from regionspot.cache.tools.info import describe_cache
 
@@ -41,7 +44,10 @@ def ls(
     done: Annotated[bool, typer.Option("--done", help="images that every feature set contains")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="maximum number of lines")] = None,
 ) -> None:
-    """List the images, one per line: row, id, size, regions, path, state."""
+    """List the images, one per line: row, id, size, regions, path, state.
+
+    Example: regionspot cache ls o365.zarr --failed
+    """
     from regionspot.cache.store import FeatureCache
     from regionspot.cache.tools.info import STATES, list_images
 
@@ -66,7 +72,10 @@ def show(
     ] = None,
     map_set: Annotated[str | None, typer.Option(help="feature set to show; default: the only map")] = None,
 ) -> None:
-    """Draw one image: its regions, its feature map as colours, and the similarity of each patch to a region."""
+    """Draw one image: its regions, its feature map as colours, and the similarity of each patch to a region.
+
+    Example: regionspot cache show o365.zarr 420 -o image.png
+    """
     from regionspot.cache.outputs import check_output_file
     from regionspot.cache.store import FeatureCache
     from regionspot.evaluation.report.cache_view import show_image
@@ -85,7 +94,10 @@ def import_tokens(
         bool, typer.Option("--allow-missing", help="record images without a usable file as failed")
     ] = False,
 ) -> None:
-    """Import location tokens from the files that the authors published, instead of running SAM."""
+    """Import location tokens from the files that the authors published, instead of running SAM.
+
+    Example: regionspot cache import-tokens tokens --cache o365.zarr
+    """
     from regionspot.cache.tools.import_tokens import import_tokens as run
 
     typer.echo(f"{cache}: {run(folder, cache, allow_missing).text()}")
@@ -97,7 +109,10 @@ def stats(
     feature_set: Annotated[str, typer.Argument(help="a feature set, as `info` names it")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="mean and variance as .npz or .json")] = None,
 ) -> None:
-    """Mean and variance of every channel of a feature set, over the whole cache in one pass."""
+    """Mean and variance of every channel of a feature set, over the whole cache in one pass.
+
+    Example: regionspot cache stats o365.zarr clip_vit_l_14 -o stats.json
+    """
     from regionspot.cache.outputs import check_output_file
     from regionspot.cache.store import FeatureCache
     from regionspot.cache.tools.channel_stats import channel_stats, check_stats_suffix
@@ -117,12 +132,16 @@ def verify(
     threads: Annotated[
         int | None, typer.Option(min=1, max=options.MAX_THREADS, help="parts to check in parallel; default: by storage")
     ] = None,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Check every byte and count of a cache; exit code 1 and a list of problems if there are any."""
+    """Check every byte and count of a cache; exit code 1 and a list of problems if there are any.
+
+    Example: regionspot cache verify o365.zarr
+    """
     from regionspot.cache.tools.verify import verify as run
 
     report = run(path, quick=quick, threads=threads)
-    typer.echo(report.text())
+    typer.echo(options.json_text(report) if as_json else report.text())
     raise typer.Exit(0 if report.sound else 1)
 
 
@@ -131,7 +150,10 @@ def repair(
     path: CachePath,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="only print what would be done")] = False,
 ) -> None:
-    """Verify a cache and delete its bad parts, so that the next extract writes them again; 1 if problems remain."""
+    """Verify a cache and delete its bad parts, so that the next extract writes them again; 1 if problems remain.
+
+    Example: regionspot cache repair o365.zarr --dry-run
+    """
     from regionspot.cache.tools.repair import repair as run
     from regionspot.cache.tools.verify import verify as look
 
@@ -142,7 +164,10 @@ def repair(
 
 @cache_app.command()
 def export(path: CachePath, out: Annotated[Path, typer.Argument(metavar="OUT.h5", help="the file to write")]) -> None:
-    """Write a whole cache into one HDF5 file, which can be used like the folder; for clusters with file quotas."""
+    """Write a whole cache into one HDF5 file, which can be used like the folder; for clusters with file quotas.
+
+    Example: regionspot cache export o365.zarr o365.h5
+    """
     from regionspot.cache.store import FeatureCache
     from regionspot.cache.tools.hdf5_export import export_hdf5
 
@@ -154,7 +179,10 @@ def import_file(
     file: Annotated[Path, typer.Argument(metavar="FILE.h5", help="what `export` wrote")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="the folder to create")],
 ) -> None:
-    """Convert an HDF5 file back into a cache folder, byte for byte."""
+    """Convert an HDF5 file back into a cache folder, byte for byte.
+
+    Example: regionspot cache import o365.h5 o365.zarr
+    """
     from regionspot.cache.tools.hdf5_export import import_hdf5
 
     typer.echo(f"{import_hdf5(file, out)}")
@@ -175,7 +203,10 @@ def extend(
     max_failures: options.MaxFailures = options.EXTRACTION_FAILURES,
     take_over: options.TakeOver = False,
 ) -> None:
-    """Add new images of grown annotations at the end of a cache, for the next `extract`."""
+    """Add new images of grown annotations at the end of a cache, for the next `extract`.
+
+    Example: regionspot cache extend my.zarr coco --data my_images --annotations my.json
+    """
     from regionspot.cache.tools.extend import extend as run
     from regionspot.pipeline.datasets.failure_limit import FailureLimit
     from regionspot.pipeline.datasets.registry import read_split
@@ -191,7 +222,10 @@ def merge(
     out: Annotated[str, typer.Option("--out", "-o", help="the new cache: a folder or a URL")],
     part_size: PartSize = None,
 ) -> None:
-    """Concatenate caches into a new one. Run it again to resume."""
+    """Concatenate caches into a new one. Run it again to resume.
+
+    Example: regionspot cache merge a.zarr b.zarr -o both.zarr
+    """
     from regionspot.cache.tools.merge_subset_convert import merge as run
 
     on_stop(AGAIN)
@@ -210,7 +244,10 @@ def subset(
     first: Annotated[int | None, typer.Option(min=1, help="the first n of those images")] = None,
     part_size: PartSize = None,
 ) -> None:
-    """Copy some images into a new cache. Run it again to resume."""
+    """Copy some images into a new cache. Run it again to resume.
+
+    Example: regionspot cache subset o365.zarr small.zarr --every 100
+    """
     from regionspot.cache.store import FeatureCache
     from regionspot.cache.tools.merge_subset_convert import subset as run
     from regionspot.cache.tools.select_rows import read_ids, select_rows
@@ -231,7 +268,10 @@ def convert(
         typer.Option(metavar="SET=ENCODING", help="clip_vit_l_14=int8: float16, float32, bfloat16 or int8, or +zstd"),
     ],
 ) -> None:
-    """Copy a cache with feature sets in another encoding. Run it again to resume."""
+    """Copy a cache with feature sets in another encoding. Run it again to resume.
+
+    Example: regionspot cache convert o365.zarr small.zarr --to clip_vit_l_14=int8
+    """
     from regionspot.cache.tools.merge_subset_convert import convert as run
     from regionspot.cache.tools.merge_subset_convert import parse_encodings
 
@@ -241,7 +281,10 @@ def convert(
 
 @cache_app.command()
 def copy(path: CachePath, out: NewCache) -> None:
-    """Copy a cache, also to or from an object store, and verify the checksums. Run it again to resume."""
+    """Copy a cache, also to or from an object store, and verify the checksums. Run it again to resume.
+
+    Example: regionspot cache copy o365.zarr s3://bucket/o365.zarr
+    """
     from regionspot.cache.tools.merge_subset_convert import copy as run
 
     on_stop(AGAIN)

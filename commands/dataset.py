@@ -14,8 +14,12 @@ def dataset(
     annotations: options.Annotations = None,
     boxes: options.Boxes = "gt",
     max_failures: options.MaxFailures = options.EXTRACTION_FAILURES,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Show what a dataset split contains, which records were dropped and which images are missing."""
+    """Show what a dataset split contains, which records were dropped and which images are missing.
+
+    Example: regionspot dataset coco --data my_images --annotations my.json
+    """
     from dataclasses import replace
 
     from regionspot.pipeline.datasets.failure_limit import FailureLimit
@@ -24,5 +28,6 @@ def dataset(
 
     limit = FailureLimit.parse(max_failures)
     manifest = with_boxes(read_dataset(name, data, split, annotations, max_failures=limit), boxes, limit)
-    typer.echo(describe(manifest, image_folder_of(name, data, split, manifest)).text())
+    report = describe(manifest, image_folder_of(name, data, split, manifest))
+    typer.echo(options.json_text(report) if as_json else report.text())
     require_regions(replace(manifest, remarks=()))  # the report contains the remarks

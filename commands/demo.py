@@ -17,7 +17,10 @@ def toy_world(
     images: options.WorldSize = 1000,
     seed: options.WorldSeed = 0,
 ) -> None:
-    """Generate a small dataset of named shapes with LVIS annotations; its rare classes are only in val."""
+    """Generate a small dataset of named shapes with LVIS annotations; its rare classes are only in val.
+
+    Example: regionspot toy-world toy --pictures 200
+    """
     from regionspot.pipeline.toy.world import make_toy_world
 
     typer.echo(make_toy_world(out, images, seed))
@@ -29,7 +32,10 @@ def demo(
     images: options.WorldSize = 3000,
     seed: options.WorldSeed = 0,
 ) -> None:
-    """Run every stage, by its command, on a toy world; needs no download."""
+    """Run every stage, by its command, on a toy world; needs no download.
+
+    Example: regionspot demo build/demo
+    """
     from regionspot.evaluation.demo import run_demo
 
     command = context.find_root().command

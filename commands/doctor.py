@@ -29,9 +29,12 @@ def doctor(
     metrics_port: Annotated[
         int | None, typer.Option(min=1, max=65535, help="check whether `extract` can serve metrics there")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Check in less than a minute what extraction needs; exit code 1 if something fails."""
+    """Check in less than a minute what extraction needs; exit code 1 if something fails.
+
+    Example: regionspot doctor --dataset o365 --data objects365 --cache o365.zarr --preset bl
+    """
     from regionspot.pipeline.doctor.report import DoctorOptions, is_healthy
     from regionspot.pipeline.doctor.report import as_json as to_json
     from regionspot.pipeline.doctor.run import examine

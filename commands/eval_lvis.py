@@ -41,7 +41,10 @@ def eval_lvis(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
 ) -> None:
-    """LVIS AP of a head or a baseline, end to end from images. A stopped run is resumed by the same command."""
+    """LVIS AP of a head or a baseline, end to end from images. A stopped run is resumed by the same command.
+
+    Example: regionspot eval-lvis --data lvis --boxes glip.json --checkpoint runs/bl/head.safetensors --out runs/bl/eval
+    """
     from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
     from regionspot.evaluation.report.tables import results_text
     from regionspot.pipeline.datasets.failure_limit import FailureLimit

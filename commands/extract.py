@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from regionspot.commands import options
 from regionspot.commands.signals import AGAIN, on_stop
+
+if TYPE_CHECKING:
+    from regionspot.pipeline.extraction.dry_run import DryRun
+    from regionspot.pipeline.extraction.retry import RetrySummary
+    from regionspot.pipeline.reporting.run_summary import ExtractSummary
 
 Dtype = Annotated[
     options.DtypeName,
@@ -87,10 +92,13 @@ def extract(
     room_check: Annotated[bool, typer.Option(help="refuse a disk without enough space for the features")] = True,
     metrics_port: options.MetricsPort = None,
     take_over: options.TakeOver = False,
+    as_json: options.AsJson = False,
 ) -> None:
     """Run the frozen backbones over a dataset, once, into a cache. A stopped run is resumed by the same command.
 
     Any number of runs can share a cache: start the same command on each machine.
+
+    Example: regionspot extract o365 --data objects365 --cache o365.zarr --preset bl
     """
     from regionspot.cache.errors import InputError
     from regionspot.cache.format.feature_dtypes import Encoding
@@ -148,11 +156,11 @@ def extract(
     if distributed:
         from regionspot.pipeline.distributed.run import extract_on
 
-        typer.echo(f"{cache}: {extract_on(scheduler, config).text()}")
+        result: DryRun | ExtractSummary | RetrySummary = extract_on(scheduler, config)
     else:
         from regionspot.pipeline.extraction.extract import Extraction  # imports torch
 
         config.check_models()
         extraction = Extraction.load(config)
         result = extraction.dry_run() if dry_run else extraction.retry() if retry_failed else extraction.run()
-        typer.echo(f"{cache}: {result.text()}")
+    typer.echo(options.json_text(result) if as_json else f"{cache}: {result.text()}")

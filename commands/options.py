@@ -6,8 +6,10 @@ Literal instead of the library's table, because importing the table imports torc
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -91,6 +93,7 @@ LocalLimit = Annotated[
 MaxFailures = Annotated[
     str, typer.Option(help='stop when more images, or annotations, than this are unreadable: "1%" of all, or "200"')
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 MetricsPort = Annotated[
     int | None, typer.Option(min=1, max=65535, help="serve Prometheus metrics at this port during the run: 9400")
 ]
@@ -102,3 +105,8 @@ WorldSize = Annotated[
 ]
 # Upper bounds where memory or threads run out, far beyond normal use.
 MAX_IMAGES, MAX_THREADS, MAX_STEPS = MAX_PART_SIZE, 1024, 10_000_000
+
+
+def json_text(result: Any) -> str:
+    """A result, which is a dataclass, for --json."""
+    return json.dumps(asdict(result), indent=1, default=str, allow_nan=False)

@@ -31,7 +31,10 @@ def predict(
     device: options.Device = None,
     dtype: options.Dtype = "auto",
 ) -> None:
-    """Name the boxes of one image: JSON to stdout, the labelled image to --out."""
+    """Name the boxes of one image: JSON to stdout, the labelled image to --out.
+
+    Example: regionspot predict street.jpg --checkpoint head.safetensors --boxes "210,80,330,400" --names "dog,car"
+    """
     from regionspot.cache.outputs import check_output_file
     from regionspot.evaluation.inference.boxes import boxes_from, names_from
     from regionspot.evaluation.inference.region_spot import RegionSpot

@@ -8,12 +8,17 @@ from typing import Annotated
 
 import typer
 
+from regionspot.commands import options
+
 
 def runs(
     folder: Annotated[list[Path], typer.Argument(help="runs, and folders with runs below them")],
-    as_json: Annotated[bool, typer.Option("--json", help="print a JSON list instead of a table")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """List training runs: preset, head, data, steps, loss, best validation score, images per second, state."""
+    """List training runs: preset, head, data, steps, loss, best validation score, images per second, state.
+
+    Example: regionspot runs runs
+    """
     from regionspot.fusion.training.runs import as_table, find_runs
 
     found = find_runs(folder)

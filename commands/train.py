@@ -104,7 +104,10 @@ def train(
     local_limit: options.LocalLimit = None,
     device: options.Device = None,
 ) -> None:
-    """Train a fusion head from one or more caches."""
+    """Train a fusion head from one or more caches.
+
+    Example: regionspot train --cache o365.zarr --preset bl --out runs/bl --resume
+    """
     from regionspot.cache.outputs import check_output_folder
     from regionspot.cache.store import FeatureCache
     from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary

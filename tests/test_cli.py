@@ -70,6 +70,19 @@ def test_dataset_shows_what_was_read_and_what_is_missing(regionspot, world, tmp_
     assert "images: 1 are not in" in out
 
 
+def test_results_can_be_read_by_a_program(regionspot, world, cache):
+    def result(*command) -> dict:
+        code, out, err = regionspot(*command, "--json")
+        assert code == 0, err
+        return json.loads(out)
+
+    assert result("dataset", "toy", "--data", world)["images"] == 32
+    assert result(*extract(world, cache))["parts_before"] == 1
+    assert result(*extract(world, cache), "--dry-run")["plan"]["images"] == 0
+    report = result("cache", "verify", cache)
+    assert (report["problems"], report["parts"], report["pending"]) == ([], 2, 0)
+
+
 def coco_file(folder, boxes, name="a.jpg"):
     """An annotation file of one existing image of 64 x 48 pixels."""
     Image.new("RGB", (64, 48)).save(folder / "a.jpg")

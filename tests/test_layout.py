@@ -66,7 +66,7 @@ MAY_IMPORT = {
         "cache.format cache.store cache.tools cache.writing evaluation.demo evaluation.evaluate "
         "evaluation.inference evaluation.report evaluation.validation fusion fusion.training "
         "pipeline.backbones pipeline.datasets pipeline.distributed pipeline.doctor pipeline.extraction "
-        "pipeline.images pipeline.toy"
+        "pipeline.images pipeline.reporting pipeline.toy"
     ),
     "cli": "commands",
 }
