@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from regionspot.evaluation.metrics.ground_truth import GroundTruth, read_ground_
 from regionspot.evaluation.metrics.lvis_ap import lvis_ap
 from regionspot.fusion.training.training_sets import open_training_set, require_same_backbones
 from regionspot.fusion.vocabulary import Vocabulary
+from regionspot.pipeline.reporting.run_stats import RunStats
 
 AP_METRICS = ("AP", "APr", "APc", "APf")
 
@@ -84,7 +84,7 @@ class _Validation:
         method = HeadOnCache(head, cache, self.vocabulary, self.token_set, self.map_set, device=device)
         category_ids = np.array([category.id for category in cache.categories], np.int64)
         classes, predicted, detections = [], [], []
-        scores_of_images = method.score(self.rows.tolist(), lambda stage: nullcontext())
+        scores_of_images = method.score([self.rows.tolist()], RunStats())
         for row, scores in zip(self.rows.tolist(), scores_of_images, strict=True):
             assert not isinstance(scores, FailedImage)  # these rows have features
             if problem := scores.not_finite():

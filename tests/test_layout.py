@@ -49,8 +49,8 @@ MAY_IMPORT = {
         "cache.format cache.store cache.writing pipeline.backbones pipeline.extraction pipeline.reporting"
     ),
     "evaluation.inference": (
-        "cache.format cache.storage cache.store evaluation.metrics fusion fusion.training "
-        "pipeline.backbones pipeline.datasets pipeline.extraction pipeline.images"
+        "cache.format cache.reading cache.storage cache.store evaluation.metrics fusion fusion.training "
+        "pipeline.backbones pipeline.datasets pipeline.extraction pipeline.images pipeline.reporting"
     ),
     "evaluation.report": (
         "cache.format cache.reading cache.storage cache.store evaluation.inference evaluation.metrics "
@@ -61,7 +61,9 @@ MAY_IMPORT = {
         "cache.format cache.store evaluation.inference evaluation.metrics evaluation.report fusion "
         "pipeline.backbones pipeline.datasets pipeline.images"
     ),
-    "evaluation.validation": "cache.store evaluation.inference evaluation.metrics fusion fusion.training",
+    "evaluation.validation": (
+        "cache.store evaluation.inference evaluation.metrics fusion fusion.training pipeline.reporting"
+    ),
     "commands": (
         "cache.format cache.store cache.tools cache.writing evaluation.demo evaluation.evaluate "
         "evaluation.inference evaluation.report evaluation.validation fusion fusion.training "

@@ -24,9 +24,10 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.format.manifest import Manifest
 from regionspot.evaluation.inference.scoring import (
     FailedImage,
+    Parts,
     RegionScores,
-    StageTimer,
     class_probabilities,
+    encoded_batches,
     score_in_batches,
 )
 from regionspot.fusion.heads.pooling import pool_boxes, relative_boxes
@@ -36,12 +37,12 @@ from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.backbones.protocols import ProjectingEncoder, TextEncoder
 from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder
 from regionspot.pipeline.images.decode import Exif
+from regionspot.pipeline.reporting.run_stats import RunStats
 
 CROP_BATCH = 64
 # Fraction of the box's width and height, added on every side. AP at 0, 0.05 and 0.1 on 514 boxes of the toy dataset:
 # 41.0, 39.7, 39.4; from 0.2 on it falls steeply.
 CROP_MARGIN = 0.0
-IMAGE_BATCH = 8
 
 
 class _PixelDecoder(Decoder):
@@ -74,23 +75,23 @@ class CropBaseline:
         self.identity = {**_identity(encoder, vocabulary, exif), "margin": margin}
         self.features = {encoder.name: {**encoder.provenance, "exif": exif}}
 
-    def score(self, rows: Sequence[int], timer: StageTimer) -> Iterator[RegionScores | FailedImage]:
-        """One result per row; stages "photo", "cut crops", "clip on crops"."""
+    def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
+        """One result per row; stages "decode", "cut crops", "clip on crops"."""
 
         def score_image(images: list[DecodedImage]) -> list[RegionScores]:
             (image,) = images
             pixels = Image.fromarray(image.inputs["pixels"].numpy())
-            return [self._score(pixels, self.manifest.boxes_xyxy[self.manifest.regions(image.row)], timer)]
+            return [self._score(pixels, self.manifest.boxes_xyxy[self.manifest.regions(image.row)], stats)]
 
-        return score_in_batches(self._decoder, (), rows, 1, score_image, timer)
+        return score_in_batches(self._decoder, (), parts, 1, score_image, stats)
 
-    def _score(self, image: Image.Image, boxes_xyxy: NDArray[np.float32], timer: StageTimer) -> RegionScores:
+    def _score(self, image: Image.Image, boxes_xyxy: NDArray[np.float32], stats: RunStats) -> RegionScores:
         probabilities = [np.zeros((0, len(self._text)), np.float32)]
         for start in range(0, len(boxes_xyxy), CROP_BATCH):
-            with timer("cut crops"):
+            with stats.timed("cut crops"):
                 boxes = boxes_xyxy[start : start + CROP_BATCH]
                 crops = [self._encoder.preprocess(crop(image, box, self._margin)) for box in boxes]
-            with timer("clip on crops"):
+            with stats.timed("clip on crops"):
                 embedded = self._batches(lambda batch: self._encoder.embed_images(torch.stack(list(batch))), crops)
                 probabilities.append(class_probabilities(embedded, self._text, self._encoder.logit_scale))
         return RegionScores(np.concatenate(probabilities))
@@ -118,25 +119,23 @@ class PooledBaseline:
         self.manifest, self.device = manifest, torch.device(encoder.device)
         self._encoder = encoder
         self._text = vocabulary.embeddings.to(self.device)
-        self._batches = Halving()
         self._decoder = Decoder(manifest, image_folder, Backbones(None, (encoder,)), exif)
         self.identity = _identity(encoder, vocabulary, exif)
         self.features = {encoder.name: {**encoder.provenance, "exif": exif}}
 
-    def score(self, rows: Sequence[int], timer: StageTimer) -> Iterator[RegionScores | FailedImage]:
-        """One result per row; stages "photo", "clip", "pool"."""
+    def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
+        """One result per row; stages "decode", "encode", "pool"."""
+        for (image,) in encoded_batches(self._decoder, parts, 1, stats):
+            if image.failure is not None:
+                yield FailedImage(image.failure)
+                continue
+            with stats.timed("pool"):
+                feature_map = torch.from_numpy(image.features[self._encoder.name]).to(self.device)
+                scores = self._pool(image.row, feature_map)
+            yield scores
 
-        def score_batch(images: list[DecodedImage]) -> list[RegionScores]:
-            with timer("clip"):
-                inputs = [image.inputs[self._encoder.name] for image in images]
-                maps = self._batches(lambda batch: self._encoder.encode(torch.stack(list(batch))), inputs)
-            with timer("pool"):
-                return [self._pool(image, feature_map) for image, feature_map in zip(images, maps, strict=True)]
-
-        return score_in_batches(self._decoder, (self._encoder.name,), rows, IMAGE_BATCH, score_batch, timer)
-
-    def _pool(self, image: DecodedImage, feature_map: Tensor) -> RegionScores:
-        manifest, row = self.manifest, image.row
+    def _pool(self, row: int, feature_map: Tensor) -> RegionScores:
+        manifest = self.manifest
         boxes = relative_boxes(manifest.boxes_xyxy[manifest.regions(row)], manifest.heights[row], manifest.widths[row])
         pooled = pool_boxes(feature_map[None], torch.from_numpy(boxes[None]).to(feature_map.device))[0, :, 0]
         return RegionScores(class_probabilities(self._encoder.project(pooled), self._text, self._encoder.logit_scale))

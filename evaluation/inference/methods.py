@@ -1,12 +1,15 @@
 """The trained head as a scoring method: end to end from images, or from a feature cache.
 
-Both give the same probabilities up to the rounding of the cache. Only images give masks. From a cache no backbone runs;
-of CLIP only the text tower is loaded, if the vocabulary is not stored yet.
+Both give the same scores if the cache is float32, else up to its rounding. Only images give masks. From a cache no
+backbone runs; of CLIP only the text tower is loaded, if the vocabulary is not stored yet.
 """
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Sequence
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -14,30 +17,44 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from regionspot.cache.errors import InputError
 from regionspot.cache.format.manifest import Manifest
+from regionspot.cache.format.schema import ImageFeatures
+from regionspot.cache.reading.batch import Batch
+from regionspot.cache.reading.prefetch import read_ahead
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.evaluation.inference.scoring import (
     FailedImage,
+    Parts,
     RegionScores,
-    StageTimer,
+    batch_probabilities,
+    encode_masks,
+    encoded_batches,
     head_probabilities,
-    score_in_batches,
+    split,
 )
+from regionspot.evaluation.metrics.detections import Masks
 from regionspot.fusion.checkpoint import weights_digest
 from regionspot.fusion.heads.pooling import relative_boxes
 from regionspot.fusion.training.batches import DeviceDecoder
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder
+from regionspot.pipeline.backbones.protocols import MaskingLocalizer
+from regionspot.pipeline.extraction.batch_encoder import EMBEDDING
+from regionspot.pipeline.extraction.decode_ahead import Decoder
 from regionspot.pipeline.images.decode import Exif
+from regionspot.pipeline.reporting.run_stats import RunStats
 
-CACHE_BATCH = 16
+HEAD_BATCH = 16  # images
 
 
 class HeadOnImages:
-    """The head end to end: image decoder, both encoders, tokens and masks, head."""
+    """The head end to end: image decoder, both encoders, tokens, head, and the masks of what is detected.
+
+    Thread-safe: several threads may score different parts.
+    """
 
     name = "head"
 
@@ -51,21 +68,50 @@ class HeadOnImages:
         masks: bool = True,
         exif: Exif = "auto",
     ) -> None:
+        """Raises InputError for masks of a localizer that makes none."""
+        localizer, encoder = spot.localizer, spot.encoder
+        if masks and not isinstance(localizer, MaskingLocalizer):
+            raise InputError(f"localizer {localizer.name}: cannot make masks; use --no-masks")
         self.manifest, self.device = manifest, spot.device
-        self._spot, self._text, self._masks = spot, vocabulary.embeddings.to(spot.device), masks
-        self._decoder = Decoder(manifest, image_folder, Backbones(spot.localizer, (spot.encoder,)), exif)
+        self._head, self._text = spot.head, vocabulary.embeddings.to(spot.device)
+        self._localizer, self._with_masks = localizer, masks
+        self._tokens, self._maps = localizer.name, encoder.name
+        self._decoder = Decoder(manifest, image_folder, Backbones(localizer, (encoder,)), exif)
+        self._batches, self._device_lock = Halving(), threading.Lock()
         self.identity = {**spot.identity(), "vocabulary": vocabulary.digest, "masks": masks, "exif": exif}
-        self.features = {model.name: {**model.provenance, "exif": exif} for model in (spot.localizer, spot.encoder)}
+        self.features = {model.name: {**model.provenance, "exif": exif} for model in (localizer, encoder)}
 
-    def score(self, rows: Sequence[int], timer: StageTimer) -> Iterator[RegionScores | FailedImage]:
-        """One result per row; stages "photo", "sam", "clip", "tokens" (and masks), "head"."""
+    def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
+        """One result per row; stages "decode", "encode", "tokens", "head"."""
+        batches = encoded_batches(self._decoder, parts, HEAD_BATCH, stats, self._device_lock, self._with_masks)
+        for images in batches:
+            readable = [image for image in images if image.failure is None]
+            with stats.timed("head"), self._device_lock:
+                probabilities = iter(self._probabilities(readable) if readable else ())
+            for image in images:
+                if image.failure is not None:
+                    yield FailedImage(image.failure)
+                else:
+                    masks = partial(self._masks, image) if self._with_masks else None
+                    yield RegionScores(next(probabilities), masks)
 
-        def score_batch(images: list[DecodedImage]) -> list[RegionScores]:
-            boxes = [self.manifest.boxes_xyxy[self.manifest.regions(image.row)] for image in images]
-            return self._spot.score(images, boxes, self._text, self._masks, timer)
+    def _probabilities(self, images: Sequence[ImageFeatures]) -> list[NDArray[np.float32]]:
+        tokens = [torch.from_numpy(image.features[self._tokens]) for image in images]
+        maps = torch.stack([torch.from_numpy(image.features[self._maps]) for image in images])
+        boxes = [relative_boxes(self._boxes(image.row), *self._size(image.row)) for image in images]
+        return head_probabilities(self._head, tokens, boxes, maps.to(self.device), self._text, self._batches)
 
-        feature_sets = [*self._spot.localizer.outputs, self._spot.encoder.name]
-        return score_in_batches(self._decoder, feature_sets, rows, self._spot.localizer.batch_size, score_batch, timer)
+    def _masks(self, image: ImageFeatures, regions: NDArray[np.int64]) -> Masks:
+        assert isinstance(self._localizer, MaskingLocalizer)
+        embedding = torch.from_numpy(image.features[EMBEDDING])
+        with self._device_lock:
+            return encode_masks(self._localizer, embedding, self._boxes(image.row), self._size(image.row), regions)
+
+    def _boxes(self, row: int) -> NDArray[np.float32]:
+        return self.manifest.boxes_xyxy[self.manifest.regions(row)]
+
+    def _size(self, row: int) -> tuple[int, int]:
+        return int(self.manifest.heights[row]), int(self.manifest.widths[row])
 
 
 class HeadOnCache:
@@ -100,25 +146,32 @@ class HeadOnCache:
             "features": self.features,
         }
 
-    def score(self, rows: Sequence[int], timer: StageTimer) -> Iterator[RegionScores | FailedImage]:
+    def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
         """One result per row; stages "read", "head". Raises NotExtractedError for a part that is not extracted yet."""
-        for start in range(0, len(rows), CACHE_BATCH):
-            batch = rows[start : start + CACHE_BATCH]
-            readable = [row for row in batch if row not in self._failures]
-            probabilities = iter(self._probabilities(readable, timer) if readable else ())
-            for row in batch:
-                failure = self._failures.get(row)
-                yield RegionScores(next(probabilities)) if failure is None else FailedImage(failure)
+        batches = split(parts, HEAD_BATCH)
+        readable = [np.array([row for row in rows if row not in self._failures], np.int64) for rows in batches]
+        reader = self._cache.batch_reader(self._maps.name, self._tokens.name)
+        reads = ((reader, rows) for rows in readable if len(rows))
+        with closing(read_ahead(reads, reader.threads, pinned=self.device.type == "cuda")) as ahead:
+            for rows, of_batch in zip(batches, readable, strict=True):
+                probabilities: Iterator[NDArray[np.float32]] = iter(())
+                if len(of_batch):
+                    with stats.timed("read"):
+                        batch = next(ahead)
+                    with stats.timed("head"):
+                        probabilities = iter(self._probabilities(batch))
+                for row in rows:
+                    failure = self._failures.get(row)
+                    yield RegionScores(next(probabilities)) if failure is None else FailedImage(failure)
 
-    def _probabilities(self, rows: Sequence[int], timer: StageTimer) -> list[NDArray[np.float32]]:
-        with timer("read"):
-            batch = self._cache.read(rows, token_set=self._tokens.name, map_set=self._maps.name)
-        with timer("head"):
-            padded = self._decode_tokens(batch.tokens, batch.token_scale).float()
-            feature_maps = self._decode_maps(batch.feature_map, batch.map_scale).float()
-            counts = batch.region_mask.sum(axis=1).tolist()
-            tokens = [image_tokens[:count] for image_tokens, count in zip(padded, counts, strict=True)]
-            sizes = self.manifest.heights[batch.rows], self.manifest.widths[batch.rows]
-            relative = relative_boxes(batch.boxes_xyxy, *sizes)
-            boxes = [image_boxes[:count] for image_boxes, count in zip(relative, counts, strict=True)]
-            return head_probabilities(self._head, tokens, boxes, feature_maps, self._text, self._batches)
+    def _probabilities(self, batch: Batch) -> list[NDArray[np.float32]]:
+        boxes = relative_boxes(batch.boxes_xyxy, self.manifest.heights[batch.rows], self.manifest.widths[batch.rows])
+        return batch_probabilities(
+            self._head,
+            self._decode_tokens(batch.tokens, batch.token_scale).float(),
+            torch.from_numpy(batch.region_mask).to(self.device),
+            self._decode_maps(batch.feature_map, batch.map_scale).float(),
+            torch.from_numpy(boxes).to(self.device),
+            self._text,
+            self._batches,
+        )

@@ -7,12 +7,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,8 +26,7 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.machine import compute_device
 from regionspot.evaluation.inference.boxes import check_boxes
 from regionspot.evaluation.inference.head_features import HeadFeatureSet, head_features
-from regionspot.evaluation.inference.scoring import RegionScores, StageTimer, head_probabilities
-from regionspot.evaluation.metrics.detections import Masks, concatenate_masks
+from regionspot.evaluation.inference.scoring import RegionScores, encode_masks, head_probabilities
 from regionspot.fusion.checkpoint import load_checkpoint, weights_digest
 from regionspot.fusion.heads.pooling import relative_boxes
 from regionspot.fusion.templates import template_set
@@ -43,8 +42,6 @@ from regionspot.pipeline.images.decode import Exif, ImageSource, read_image
 log = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
-
-MASK_PIXELS = 50_000_000  # maximum of all bool masks in memory
 
 
 @dataclass(frozen=True)
@@ -173,12 +170,13 @@ class RegionSpot:
         if not len(clipped):
             return []
         inputs = {model.name: model.preprocess(upright) for model in (self.localizer, self.encoder)}
-        with_masks = masks and isinstance(self.localizer, MaskingLocalizer)
         text = vocabulary.embeddings.to(self.device)
-        scores = self.score([DecodedImage(0, inputs, size)], [clipped], text, with_masks)[0]
+        scores = self.score([DecodedImage(0, inputs, size)], [clipped], text)[0]
         if problem := scores.not_finite():
             raise InputError(f"{image if isinstance(image, str | Path) else 'image'}: {problem}")
-        decoded = [None] * len(clipped) if scores.masks is None else map(scores.masks.decode, range(len(clipped)))
+        decoded: Iterable[NDArray[np.bool_] | None] = [None] * len(clipped)
+        if masks and scores.masks is not None:
+            decoded = map(scores.masks(np.arange(len(clipped))).decode, range(len(clipped)))
         return [
             _region(box, probabilities, vocabulary.names, top, mask)
             for box, probabilities, mask in zip(clipped, scores.probabilities, decoded, strict=True)
@@ -193,50 +191,27 @@ class RegionSpot:
         return build_vocabulary(names, templates or self.templates, self.encoder)
 
     def score(
-        self,
-        images: Sequence[DecodedImage],
-        boxes_xyxy: Sequence[NDArray[np.float32]],
-        text: Tensor,
-        masks: bool = False,
-        timer: StageTimer = lambda _: contextlib.nullcontext(),
+        self, images: Sequence[DecodedImage], boxes_xyxy: Sequence[NDArray[np.float32]], text: Tensor
     ) -> list[RegionScores]:
         """Scores of the regions of each image, for its boxes float32 (n, 4) and text embeddings (V, E).
 
-        A batch that does not fit into the memory of the GPU is split in halves, and so are all later ones. Stages of
-        `timer`: "sam", "clip", "tokens" or "tokens and masks", "head".
+        A batch that does not fit into the memory of the GPU is split in halves, and so are all later ones.
         """
-        with timer("sam"):
-            inputs = [image.inputs[self.localizer.name] for image in images]
-            embeddings = self._batches["sam"](self.localizer.encode, inputs)
-        with timer("clip"):
-            inputs = [image.inputs[self.encoder.name] for image in images]
-            feature_maps = self._batches["clip"](lambda batch: self.encoder.encode(torch.stack(list(batch))), inputs)
-        with timer("tokens and masks" if masks else "tokens"):
-            sizes = [image.size for image in images if image.size is not None]
-            tokens, image_masks = zip(
-                *(self._locate(*image, masks) for image in zip(embeddings, boxes_xyxy, sizes, strict=True)), strict=True
-            )
-        with timer("head"):
-            relative = [relative_boxes(boxes, *size) for boxes, size in zip(boxes_xyxy, sizes, strict=True)]
-            probabilities = head_probabilities(self.head, tokens, relative, feature_maps, text, self._batches["head"])
-        return [RegionScores(*scores) for scores in zip(probabilities, image_masks, strict=True)]
-
-    def _locate(
-        self, embedding: Tensor, boxes_xyxy: NDArray[np.float32], size: tuple[int, int], masks: bool
-    ) -> tuple[Tensor, Masks | None]:
-        """Tokens (n, C) and masks of the boxes of one image; a few masks at a time, since bool masks are large."""
-        localizer = self.localizer
-        if not masks:
-            return localizer.tokens_of_images(embedding[None], [boxes_xyxy], [size])[0], None
+        localizer, encoder = self.localizer, self.encoder
+        inputs = [image.inputs[localizer.name] for image in images]
+        embeddings = self._batches["sam"](localizer.encode, inputs)
+        inputs = [image.inputs[encoder.name] for image in images]
+        feature_maps = self._batches["clip"](lambda batch: encoder.encode(torch.stack(list(batch))), inputs)
+        sizes = [image.size for image in images if image.size is not None]
+        tokens = localizer.tokens_of_images(embeddings, boxes_xyxy, sizes)
+        relative = [relative_boxes(boxes, *size) for boxes, size in zip(boxes_xyxy, sizes, strict=True)]
+        probabilities = head_probabilities(self.head, tokens, relative, feature_maps, text, self._batches["head"])
         if not isinstance(localizer, MaskingLocalizer):
-            raise InputError(f"localizer {localizer.name}: cannot make masks; use --no-masks")
-        step = max(1, MASK_PIXELS // (size[0] * size[1]))
-        chunks = [
-            localizer.tokens_and_masks(embedding, boxes_xyxy[start : start + step], size)
-            for start in range(0, max(1, len(boxes_xyxy)), step)
+            return [RegionScores(of_image) for of_image in probabilities]
+        return [
+            RegionScores(of_image, partial(encode_masks, localizer, embedding, boxes, size))
+            for of_image, embedding, boxes, size in zip(probabilities, embeddings, boxes_xyxy, sizes, strict=True)
         ]
-        encoded = concatenate_masks([Masks.encode(bits) for _, bits in chunks])
-        return torch.cat([tokens for tokens, _ in chunks]), encoded
 
 
 def _without_repetitions(names: Sequence[str]) -> Sequence[str]:

@@ -12,9 +12,8 @@ import io
 import json
 import logging
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
@@ -26,7 +25,7 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import remove_abandoned, to_json, write_file
-from regionspot.evaluation.inference.scoring import FailedImage, RegionScores, StageTimer
+from regionspot.evaluation.inference.scoring import FailedImage, Parts, RegionScores
 from regionspot.evaluation.metrics.detections import (
     DETECTIONS_PER_IMAGE,
     Detections,
@@ -36,10 +35,11 @@ from regionspot.evaluation.metrics.detections import (
     to_columns,
 )
 from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
+from regionspot.pipeline.reporting.run_stats import RunStats
 
 log = logging.getLogger(__name__)
 
-PART_SIZE = 64  # a multiple of every method's batch size, so that a resumed run has the same batches
+PART_SIZE = 64  # a multiple of the usual batch sizes: the last batch of a part is smaller otherwise
 
 
 class ScoringMethod(Protocol):
@@ -65,8 +65,11 @@ class ScoringMethod(Protocol):
     @property
     def device(self) -> torch.device: ...
 
-    def score(self, rows: Sequence[int], timer: StageTimer) -> Iterator[RegionScores | FailedImage]:
-        """One result per row, in order; classes are the manifest's categories. `timer` measures the stages."""
+    def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
+        """One result per row of these parts, in order; classes are the manifest's categories.
+
+        `stats` measures the stages. Batches never cross parts.
+        """
         ...
 
 
@@ -99,25 +102,36 @@ def infer(
     parts = _PartFiles(folder, method, detections_per_image)
     results = {part: result for part in range(len(parts)) if (result := parts.load(part)) is not None}
     pending = [part for part in range(len(parts)) if part not in results]
-    rows = [row for part in pending for row in parts.rows(part)]
     if results:
         log.info("%s: %d of %d parts are done already", parts.folder, len(results), len(parts))
-    progress = Progress(len(rows), "images")
-    scores = method.score(rows, stage_timer(progress, method.device))
+    stats, rows = RunStats(), [parts.rows(part) for part in pending]
+    progress = Progress(sum(map(len, rows)), "images", shares=stats.shares)
+
+    def step() -> None:
+        stats.seconds = progress.seconds
+        progress.step()
+
+    scores = method.score(rows, stats)
     for part in pending:
-        results[part] = _infer_part(method, parts.rows(part), scores, progress, detections_per_image)
-        parts.save(part, results[part])
+        results[part] = _infer_part(method, parts.rows(part), scores, stats, detections_per_image, step)
+        with stats.timed("write"):
+            parts.save(part, results[part])
         _stop_if_too_many_failed(method.manifest, results.values(), max_failures)
     return _merged([results[part] for part in sorted(results)])
 
 
 def _infer_part(
-    method: ScoringMethod, rows: range, scores: Iterator[RegionScores | FailedImage], progress: Progress, limit: int
+    method: ScoringMethod,
+    rows: range,
+    scores: Iterator[RegionScores | FailedImage],
+    stats: RunStats,
+    limit: int,
+    step: Callable[[], None],
 ) -> InferenceResult:
     """The detections of the next part; its seconds are those of the stages since the previous part."""
     manifest = method.manifest
     category_ids = np.array([category.id for category in manifest.categories], np.int64)
-    before = dict(progress.stage_seconds)
+    before = dict(stats.stage_seconds)
     detections, failures = [], {}
     for row, image_scores in zip(rows, islice(scores, len(rows)), strict=True):
         image_id, regions = int(manifest.image_ids[row]), manifest.regions(row)
@@ -126,33 +140,23 @@ def _infer_part(
         elif problem := image_scores.not_finite():
             failures[image_id] = f"{manifest.paths[row]}: {problem}"
         else:
-            detections.append(
-                detections_of_image(
+            with stats.timed("select"):
+                best = detections_of_image(
                     image_id,
                     manifest.boxes_xyxy[regions],
                     image_scores.probabilities,
                     category_ids,
                     None if manifest.scores is None else manifest.scores[regions],
-                    image_scores.masks,
-                    limit,
+                    limit=limit,
                 )
-            )
-        progress.step()
-    seconds = {stage: total - before.get(stage, 0.0) for stage, total in progress.stage_seconds.items()}
+            if image_scores.masks is not None:
+                with stats.timed("masks"):
+                    kept, indices = np.unique(best.regions, return_inverse=True)
+                    best = replace(best, regions=indices, masks=image_scores.masks(kept))
+            detections.append(best)
+        step()
+    seconds = {stage: total - before.get(stage, 0.0) for stage, total in stats.stage_seconds.items()}
     return InferenceResult(concatenate(detections), failures, seconds, len(rows))
-
-
-def stage_timer(progress: Progress, device: torch.device) -> StageTimer:
-    """Adds the time of each stage to `progress`, including the time until the device is done."""
-
-    @contextmanager
-    def timer(stage: str) -> Iterator[None]:
-        with progress.timed(stage):
-            yield
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # CUDA calls return before the GPU is done
-
-    return timer
 
 
 def _stop_if_too_many_failed(manifest: Manifest, results: Iterable[InferenceResult], limit: FailureLimit) -> None:

@@ -1,10 +1,14 @@
-"""Scores of an image's regions: class probabilities from region vectors, in batches of images decoded ahead."""
+"""Scores of an image's regions, computed in batches that never cross the parts of an inference.
 
-# B images, n regions of one image, C location token, T feature map tokens, D width, E text embedding, V classes
+Images go through the engine of extraction (`BatchEncoder`), so a method has the features that a float32 cache holds.
+"""
+
+# B images, R regions (padded), n regions of one image, C location token, T map tokens, D width, E text embedding,
+# V classes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import islice
@@ -13,22 +17,33 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
+from torch.nn import functional as F
 
-from regionspot.evaluation.metrics.detections import Masks
+from regionspot.cache.format.schema import ImageFeatures
+from regionspot.evaluation.metrics.detections import Masks, concatenate_masks
 from regionspot.fusion.head import LOGIT_SCALE, similarity_logits
 from regionspot.pipeline.backbones.batch_size import Halving
+from regionspot.pipeline.backbones.protocols import MaskingLocalizer
+from regionspot.pipeline.extraction.batch_encoder import BatchEncoder
 from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, decode_ahead, default_threads
+from regionspot.pipeline.reporting.run_stats import RunStats
 
-StageTimer = Callable[[str], AbstractContextManager[None]]  # `with timer("head"):` measures the time of that stage
+MASK_PIXELS = 50_000_000  # maximum of all bool masks in memory
+
+Parts = Sequence[Sequence[int]]  # the rows of each part
 
 
 @dataclass(frozen=True)
 class RegionScores:
-    """The regions of one image: probabilities float32 (n, V) over the classes, and their masks if requested."""
+    """The regions of one image.
+
+    probabilities  float32 (n, V) over the classes
+    masks          computes the masks of some regions, int64 (k,) indices; None if the method makes none. They are
+                   computed after the selection of detections: of a detector's 900 boxes many have none
+    """
 
     probabilities: NDArray[np.float32]
-    masks: Masks | None = None
+    masks: Callable[[NDArray[np.int64]], Masks] | None = None
 
     def not_finite(self) -> str | None:
         """An error message if a score is NaN or infinite, else None."""
@@ -48,32 +63,65 @@ class FailedImage:
     reason: str
 
 
+def split(parts: Parts, size: int) -> list[Sequence[int]]:
+    """The rows of each batch of `size` images; batches never cross parts, so a resumed run has the same batches."""
+    return [rows[start : start + size] for rows in parts for start in range(0, len(rows), size)]
+
+
 def score_in_batches(
     decoder: Decoder,
     feature_sets: Sequence[str],
-    rows: Sequence[int],
+    parts: Parts,
     batch_size: int,
     score: Callable[[list[DecodedImage]], Iterable[RegionScores]],
-    timer: StageTimer,
+    stats: RunStats,
 ) -> Iterator[RegionScores | FailedImage]:
-    """Decode the images at `rows` ahead in threads and `score` them in batches; one result per row, in order.
+    """Decode the images of `parts` ahead in threads and `score` them in batches; one result per row, in order.
 
-    Waiting for images is the stage "photo". Images that cannot be read are left out of the batches.
+    For methods that take images, not features. Images that cannot be read are left out of the batches.
     """
-    jobs = ((row, feature_sets) for row in rows)
-    with closing(decode_ahead(decoder, jobs, default_threads())) as images:
-        while True:
-            with timer("photo"):
-                batch = list(islice(images, batch_size))
-            if not batch:
-                return
+    with closing(_decoded_batches(decoder, feature_sets, parts, batch_size, stats)) as batches:
+        for batch in batches:
             readable = [image for image in batch if image.failure is None]
             scores = iter(score(readable) if readable else ())
             for image in batch:
                 yield next(scores) if image.failure is None else FailedImage(image.failure)
 
 
-@torch.inference_mode()
+def encoded_batches(
+    decoder: Decoder,
+    parts: Parts,
+    size: int,
+    stats: RunStats,
+    device_lock: AbstractContextManager[object] | None = None,
+    keep_embeddings: bool = False,
+) -> Iterator[list[ImageFeatures]]:
+    """The features of the images of `parts` by the decoder's backbones, `size` images at a time.
+
+    device_lock and keep_embeddings are those of `BatchEncoder`. Its batches are as large as in an extraction.
+    """
+    backbones = decoder.backbones
+    names = [encoder.name for encoder in backbones.encoders]
+    if backbones.localizer is not None:
+        names += backbones.localizer.outputs
+    encode = BatchEncoder(decoder.manifest, backbones, stats, device_lock, keep_embeddings)
+    with closing(_decoded_batches(decoder, names, parts, backbones.batch_size, stats)) as batches:
+        features = encode(batches)
+        for rows in split(parts, size):
+            yield list(islice(features, len(rows)))
+
+
+def _decoded_batches(
+    decoder: Decoder, feature_sets: Sequence[str], parts: Parts, size: int, stats: RunStats
+) -> Generator[list[DecodedImage]]:
+    requests = ((row, feature_sets) for rows in parts for row in rows)
+    with closing(decode_ahead(decoder, requests, default_threads())) as images:
+        for rows in split(parts, size):
+            with stats.timed("decode"):
+                batch = list(islice(images, len(rows)))
+            yield batch
+
+
 def head_probabilities(
     head: nn.Module,
     tokens: Sequence[Tensor],
@@ -82,25 +130,48 @@ def head_probabilities(
     text: Tensor,
     batches: Halving,
 ) -> list[NDArray[np.float32]]:
-    """Softmax over the classes, float32 (n, V) for each image, from its tokens (n, C) and the maps (B, T, D).
+    """`batch_probabilities` of B images: tokens (n, C) and relative boxes float32 (n, 4) of each, maps (B, T, D)."""
+    counts = torch.tensor([len(of_image) for of_image in tokens])
+    slots = max(1, int(counts.max()))  # as in a Batch of the cache, for equal rounding
+    padded = _pad(tokens, slots), _pad([torch.from_numpy(of_image) for of_image in boxes], slots)
+    padded_tokens, padded_boxes = (values.to(text.device) for values in padded)
+    region_mask = (torch.arange(slots) < counts[:, None]).to(text.device)
+    return batch_probabilities(head, padded_tokens, region_mask, feature_maps, padded_boxes, text, batches)
 
-    `boxes` float32 (n, 4) are relative to the size of the image, as heads take them. `batches` splits a batch that does
-    not fit into the memory of the device.
+
+def _pad(images: Sequence[Tensor], slots: int) -> Tensor:
+    """(B, slots, W) of B tensors (n, W): zeros after the regions of each image."""
+    return torch.stack([F.pad(values, (0, 0, 0, slots - len(values))) for values in images])
+
+
+@torch.inference_mode()
+def batch_probabilities(
+    head: nn.Module,
+    tokens: Tensor,
+    region_mask: Tensor,
+    feature_maps: Tensor,
+    boxes: Tensor,
+    text: Tensor,
+    batches: Halving,
+) -> list[NDArray[np.float32]]:
+    """Softmax over the classes, float32 (n, V) for each image.
+
+    tokens       (B, R, C)
+    region_mask  bool (B, R), False for padding; an image's regions come first
+    feature_maps (B, T, D)
+    boxes        float32 (B, R, 4), relative to the size of the image
+    text         (V, E)
+    batches      splits a batch that does not fit into the memory of the device
     """
-    counts = [len(image_tokens) for image_tokens in tokens]
-    if not any(counts):
-        return [np.zeros((0, len(text)), np.float32) for _ in counts]
-    padded = pad_sequence(list(tokens), batch_first=True)
-    padded_boxes = pad_sequence([torch.from_numpy(of_image) for of_image in boxes], batch_first=True).to(padded.device)
-    mask = (torch.arange(padded.shape[1]) < torch.tensor(counts)[:, None]).to(padded.device)
 
-    def region_vectors(images: Sequence[Tensor]) -> Tensor:
-        index = torch.stack(list(images))
-        vectors: Tensor = head(padded[index], mask[index], feature_maps[index], padded_boxes[index])
+    def region_vectors(images: Sequence[int]) -> Tensor:
+        piece = slice(images[0], images[-1] + 1)
+        vectors: Tensor = head(tokens[piece], region_mask[piece], feature_maps[piece], boxes[piece])
         return vectors
 
-    vectors = batches(region_vectors, list(torch.arange(len(counts), device=padded.device)))
+    vectors = torch.cat(batches.results(region_vectors, range(len(tokens))))
     # Image by image: the logits of V3Det's 13,204 classes take more memory than everything before.
+    counts = region_mask.sum(dim=1).tolist()
     return [
         class_probabilities(image_vectors[:count], text) for image_vectors, count in zip(vectors, counts, strict=True)
     ]
@@ -110,3 +181,23 @@ def class_probabilities(embedded: Tensor, text: Tensor, scale: float = LOGIT_SCA
     """Softmax (..., V) over the classes of scaled cosines between region vectors (..., E) and text (V, E)."""
     probabilities: NDArray[np.float32] = similarity_logits(embedded, text, scale).softmax(dim=-1).cpu().numpy()
     return probabilities
+
+
+def encode_masks(
+    localizer: MaskingLocalizer,
+    embedding: Tensor,
+    boxes_xyxy: NDArray[np.float32],
+    size: tuple[int, int],
+    regions: NDArray[np.int64],
+) -> Masks:
+    """The masks of some `regions`, int64 (k,), of the boxes float32 (n, 4) of an image.
+
+    embedding   (C, g, g) of the image by the localizer
+    size        height and width of the image
+
+    A few at a time, because bool masks are large.
+    """
+    boxes, step = boxes_xyxy[regions], max(1, MASK_PIXELS // (size[0] * size[1]))
+    starts = range(0, max(1, len(boxes)), step)
+    masks = (localizer.tokens_and_masks(embedding, boxes[start : start + step], size)[1] for start in starts)
+    return concatenate_masks([Masks.encode(bits) for bits in masks])

@@ -25,8 +25,8 @@ from regionspot.pipeline.images.decode import stored_exif
 
 RESULTS, DETECTIONS, SHEET = "results.json", "detections.json", "sheet.png"
 SHEET_IMAGES = 9
-# Stages that any method on the same images could share: reading images or features, and the maps of both encoders.
-SHARED_STAGES = ("photo", "read", "sam", "clip")
+# Stages that any method on the same images could share: reading images or features, and the encoders.
+SHARED_STAGES = ("decode", "read", "encode")
 
 
 def check_results_folder(out: Path, inputs: Iterable[str | Path | None]) -> None:

@@ -31,6 +31,8 @@ from regionspot.pipeline.backbones.protocols import Backbone, Localizer, Semanti
 from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, Requests, decode_ahead
 from regionspot.pipeline.reporting.run_stats import RunStats
 
+EMBEDDING = "embedding"  # in ImageFeatures.features, beside the feature sets
+
 
 def encode_images(
     requests: Requests, decoder: Decoder, encode: BatchEncoder, batch_size: int, part_size: int, threads: int
@@ -120,6 +122,7 @@ class BatchEncoder:
 
     stats         counts the time in each stage and the ignored orientations
     device_lock   held during each call of a model, for encoders of several threads that share one device
+    keep_embeddings   also return the localizer's embedding of each image, as EMBEDDING: masks are computed from it
     """
 
     def __init__(
@@ -128,8 +131,9 @@ class BatchEncoder:
         backbones: Backbones,
         stats: RunStats,
         device_lock: AbstractContextManager[object] | None = None,
+        keep_embeddings: bool = False,
     ) -> None:
-        self.stats = stats
+        self.stats, self._keep_embeddings = stats, keep_embeddings
         self._manifest, self._backbones = manifest, backbones
         self._device, self._device_lock = backbones.device, device_lock or nullcontext()
         # Per model: a batch that fits one model may be too large for another.
@@ -202,6 +206,8 @@ class BatchEncoder:
             sizes = [item.image.size or self._stated_size(item.image.row) for item in inputs]
             with self._device_lock:
                 outputs = localizer.outputs_of_images(embeddings, boxes, sizes)
+            if self._keep_embeddings:
+                outputs = [{**features, EMBEDDING: one} for features, one in zip(outputs, embeddings, strict=True)]
             return [{name: self._to_host(values) for name, values in features.items()} for features in outputs]
 
     def _stated_size(self, row: int) -> tuple[int, int]:

@@ -5,12 +5,12 @@ from PIL import Image
 
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
 from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline, crop
-from regionspot.evaluation.inference.resumable import Progress, stage_timer
 from regionspot.evaluation.inference.scoring import class_probabilities
 from regionspot.fusion.heads.pooling import box_weights, relative_boxes
 from regionspot.fusion.vocabulary import build_vocabulary
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
+from regionspot.pipeline.reporting.run_stats import RunStats
 
 pytestmark = pytest.mark.usefixtures("module_home")
 
@@ -38,10 +38,9 @@ def boxes(*rows):
 def test_a_batch_that_does_not_fit_into_gpu_memory_is_split(
     encoder, vocabulary, manifest, world, monkeypatch, kind, method
 ):
-    rows = range(8)
-    timer = stage_timer(Progress(8, "images"), torch.device("cpu"))
+    parts = [range(8)]
     baseline = kind(encoder, manifest, image_folder_of("toy", world, "val", manifest), vocabulary)
-    expected = [scores.probabilities for scores in baseline.score(rows, timer)]
+    expected = [scores.probabilities for scores in baseline.score(parts, RunStats())]
     compute, sizes = getattr(encoder, method), []
 
     def limited(batch):
@@ -51,7 +50,7 @@ def test_a_batch_that_does_not_fit_into_gpu_memory_is_split(
         return compute(batch)
 
     monkeypatch.setattr(encoder, method, limited)
-    for one, other in zip(baseline.score(rows, timer), expected, strict=True):
+    for one, other in zip(baseline.score(parts, RunStats()), expected, strict=True):
         np.testing.assert_allclose(one.probabilities, other, atol=1e-5)
     assert max(sizes) > 3
     assert max(sizes[sizes.index(max(sizes)) + 2 :]) <= 3
@@ -65,7 +64,7 @@ def test_a_crop_includes_its_margin_and_is_clipped():
 
 
 def scores(method, rows):
-    return list(method.score(rows, stage_timer(Progress(len(rows), "images"), torch.device("cpu"))))
+    return list(method.score([rows], RunStats()))
 
 
 def test_the_crop_of_a_whole_image_has_the_scores_of_the_image(world, manifest, encoder, vocabulary):

@@ -2,6 +2,7 @@ import json
 import os
 import signal
 from dataclasses import replace
+from itertools import chain
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.extract import extract
+from regionspot.pipeline.reporting.run_stats import RunStats
 
 pytestmark = pytest.mark.usefixtures("module_home")
 
@@ -83,15 +85,15 @@ class RandomScores:
     def __init__(self, manifest, identity=0, broken=()):
         self.manifest, self.identity, self.broken, self.rows = manifest, {"seed": identity}, broken, []
 
-    def score(self, rows, timer):
-        for row in rows:
+    def score(self, parts, stats):
+        for row in chain(*parts):
             self.rows.append(row)
             if row in self.broken:
                 yield FailedImage(f"image {row} is broken")
                 continue
             rng = np.random.default_rng(row)
             count = int(self.manifest.region_count[row])
-            with timer("work"):
+            with stats.timed("work"):
                 yield RegionScores(rng.random((count, len(self.manifest.categories)), np.float32))
 
 
@@ -121,9 +123,9 @@ def test_scores_from_images_and_from_a_cache_are_equal_up_to_rounding(world, spo
     spot = RegionSpot(head, spot.localizer, spot.encoder, spot.templates)
     vocabulary = spot.vocabulary([category.name for category in manifest.categories])
     image_folder = image_folder_of("toy", world, "val", manifest)
-    rows, timer = range(len(manifest)), inference.stage_timer(inference.Progress(8, "images"), torch.device("cpu"))
-    end_to_end = list(HeadOnImages(spot, manifest, image_folder, vocabulary, masks=False).score(rows, timer))
-    stored = list(HeadOnCache(spot.head, cache, vocabulary, "toy_sam", "toy_clip").score(rows, timer))
+    parts, stats = [range(len(manifest))], RunStats()
+    end_to_end = list(HeadOnImages(spot, manifest, image_folder, vocabulary, masks=False).score(parts, stats))
+    stored = list(HeadOnCache(spot.head, cache, vocabulary, "toy_sam", "toy_clip").score(parts, stats))
     for one, other, count in zip(end_to_end, stored, manifest.region_count, strict=True):
         assert one.probabilities.shape == (count, 192)
         assert one.probabilities.sum(axis=1) == pytest.approx(1, abs=1e-5)
@@ -147,8 +149,7 @@ def limit_batch(monkeypatch, model, method, limit):
 
 
 def probabilities(method, manifest):
-    timer = inference.stage_timer(inference.Progress(8, "images"), torch.device("cpu"))
-    return [scores.probabilities for scores in method.score(range(len(manifest)), timer)]
+    return [scores.probabilities for scores in method.score([range(len(manifest))], RunStats())]
 
 
 def test_a_batch_that_does_not_fit_into_gpu_memory_is_split(world, spot, manifest, cache, monkeypatch):
@@ -171,8 +172,8 @@ def test_a_batch_that_does_not_fit_into_gpu_memory_is_split(world, spot, manifes
 
 def test_an_image_with_scores_that_are_not_finite_fails_alone(manifest, tmp_path, parts_of_two):
     class Overflowing(RandomScores):
-        def score(self, rows, timer):
-            for row, scores in zip(rows, super().score(rows, timer), strict=True):
+        def score(self, parts, stats):
+            for row, scores in zip(chain(*parts), super().score(parts, stats), strict=True):
                 if row in self.overflowing:
                     scores.probabilities[0, 0] = np.nan
                 yield scores
@@ -295,7 +296,7 @@ def test_ap_from_a_cache_equals_ap_from_images(options, cache, tmp_path):
     images = evaluate_lvis(replace(options, masks=False, out=tmp_path / "photos"))
     assert stored["segm"] is None
     assert stored["bbox"]["AP"] == pytest.approx(images["bbox"]["AP"], abs=0.02)
-    assert "sam" not in stored["seconds"]
+    assert "encode" not in stored["seconds"]
 
 
 def test_a_cache_of_other_boxes_is_refused(options, cache, tmp_path):
@@ -389,8 +390,8 @@ def test_a_missing_image_does_not_change_the_others(world, spot, manifest, tmp_p
 
 def test_a_run_killed_inside_a_part_resumes_with_that_part(manifest, tmp_path, parts_of_two):
     class Killed(RandomScores):
-        def score(self, rows, timer):
-            for row, scores in zip(rows, super().score(rows, timer), strict=True):
+        def score(self, parts, stats):
+            for row, scores in zip(chain(*parts), super().score(parts, stats), strict=True):
                 if row == 5:
                     os.kill(os.getpid(), signal.SIGKILL)
                 yield scores
@@ -408,8 +409,8 @@ def test_the_sheet_draws_wrong_classes_in_red_and_correct_ones_in_green(world, m
     class FirstCorrect(RandomScores):
         """Correct for the first region of every image only."""
 
-        def score(self, rows, timer):
-            for row in rows:
+        def score(self, parts, stats):
+            for row in chain(*parts):
                 classes = self.manifest.category_index[self.manifest.regions(row)].copy()
                 classes[1:] = (classes[1:] + 1) % 192
                 yield RegionScores(np.eye(192, dtype=np.float32)[classes] * np.float32(0.9))

@@ -1,15 +1,18 @@
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from makers import make_manifest
 from PIL import Image
 
 from regionspot.cache.errors import AnnotationError, ImageError, InputError, WeightsError
 from regionspot.evaluation.inference.boxes import boxes_from, check_boxes, names_from, parse_boxes
+from regionspot.evaluation.inference.methods import HeadOnImages
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.heads import HeadSpec
@@ -81,7 +84,7 @@ def test_a_localizer_without_masks_predicts_names_and_refuses_masks(spot, pixels
     assert [region.name for region in regions] == [region.name for region in spot.predict(pixels, BOXES, NAMES)]
     assert all(region.mask is None for region in regions)
     with pytest.raises(InputError, match=r"localizer toy_sam: cannot make masks; use --no-masks"):
-        other.score([decoded(spot, pixels)], [np.array(BOXES, np.float32)], spot.vocabulary(NAMES).embeddings, True)
+        HeadOnImages(other, make_manifest([1]), Path(), spot.vocabulary(NAMES))
 
 
 def test_files_pil_images_and_arrays_give_the_same_result(spot, pixels, tmp_path):
@@ -126,7 +129,7 @@ def test_the_padding_of_a_batch_does_not_change_the_scores(spot, pixels):
 def test_masks_in_chunks_equal_masks_at_once(spot, pixels, monkeypatch):
     boxes = [[k, k, 60 + 3 * k, 50 + k] for k in range(5)]
     whole = spot.predict(pixels, boxes, NAMES)
-    monkeypatch.setattr("regionspot.evaluation.inference.region_spot.MASK_PIXELS", 2 * 200 * 120)
+    monkeypatch.setattr("regionspot.evaluation.inference.scoring.MASK_PIXELS", 2 * 200 * 120)
     for one, other in zip(whole, spot.predict(pixels, boxes, NAMES), strict=True):
         assert np.array_equal(one.mask, other.mask)
         assert one.score == pytest.approx(other.score, abs=1e-5)

@@ -107,7 +107,9 @@ def test_ap_comes_first_and_equals_that_of_the_evaluation(cache, annotations, tm
 def test_a_limit_takes_images_evenly_spaced(cache, monkeypatch):
     rows = []
     score = HeadOnCache.score
-    monkeypatch.setattr(HeadOnCache, "score", lambda self, some, timer: rows.extend(some) or score(self, some, timer))
+    monkeypatch.setattr(
+        HeadOnCache, "score", lambda self, parts, stats: rows.extend(*parts) or score(self, parts, stats)
+    )
     cache_validator(cache, make_vocabulary(), "tokens", "maps", limit=3)(Classifier())
     assert rows == [0, 11, 20]
 
