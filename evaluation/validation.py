@@ -14,9 +14,9 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference.methods import HeadOnCache
 from regionspot.evaluation.inference.scoring import FailedImage
+from regionspot.evaluation.metrics.average_precision import average_precision
 from regionspot.evaluation.metrics.detections import concatenate, detections_of_image
 from regionspot.evaluation.metrics.ground_truth import GroundTruth, read_ground_truth
-from regionspot.evaluation.metrics.lvis_ap import lvis_ap
 from regionspot.fusion.training.training_sets import open_training_set, require_same_backbones
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.reporting.run_stats import RunStats
@@ -98,7 +98,7 @@ class _Validation:
                 detections.append(detections_of_image(image_id, boxes, scores.probabilities, category_ids))
         result = {}
         if self.ground_truth is not None:
-            ap = lvis_ap(self.ground_truth, concatenate(detections), "bbox")
+            ap = average_precision(self.ground_truth, concatenate(detections), "bbox")
             result = {name: value for name in AP_METRICS if (value := ap[name]) is not None}
         return {**result, **_accuracy(np.concatenate(classes), np.concatenate(predicted))}
 

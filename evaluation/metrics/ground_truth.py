@@ -55,6 +55,12 @@ class GroundTruth:
         return _column(self.categories, "id")
 
     @cached_property
+    def frequencies(self) -> NDArray[np.str_]:
+        """str (K,): "r", "c" or "f" of each class, by ascending id; "" where the file has none."""
+        categories = sorted(self.categories, key=lambda category: category["id"])
+        return np.asarray([category.get("frequency", "") for category in categories], np.str_)
+
+    @cached_property
     def _annotated(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         return _column(self.annotations, "image_id"), _column(self.annotations, "category_id")
 

@@ -8,16 +8,15 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterable, Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from regionspot.cache.outputs import check_output_file, check_output_folder
 from regionspot.cache.storage.atomic_files import write_file
 from regionspot.evaluation.inference.resumable import InferenceResult, ScoringMethod, infer
+from regionspot.evaluation.metrics.average_precision import average_precision
 from regionspot.evaluation.metrics.detections import DETECTIONS_PER_IMAGE, write_results_json
 from regionspot.evaluation.metrics.ground_truth import GroundTruth, read_ground_truth
-from regionspot.evaluation.metrics.lvis_ap import lvis_ap
 from regionspot.evaluation.report.drawing import save_image
 from regionspot.evaluation.report.sheet import detections_sheet
 from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
@@ -63,13 +62,14 @@ def evaluate_method(
     names, manifest = ground_truth.image_names, method.manifest
     result = infer(method, out / "parts", max_failures=max_failures)
     begin = time.perf_counter()
-    ap = {"bbox": lvis_ap(ground_truth, result.detections, "bbox", manifest.image_ids).values, "segm": None}
+    boxes_ap = average_precision(ground_truth, result.detections, "bbox", manifest.image_ids)
+    ap = {"bbox": boxes_ap.values, "segm": None}
     if result.detections.masks is not None:
-        ap["segm"] = lvis_ap(ground_truth, result.detections, "segm", manifest.image_ids).values
+        ap["segm"] = average_precision(ground_truth, result.detections, "segm", manifest.image_ids).values
     results = {
         "method": method.name,
         **ap,
-        "protocol": _protocol(method, ground_truth.path, boxes, templates, names_from),
+        "protocol": _protocol(method, ground_truth.path, boxes, templates, names_from, boxes_ap.engine),
         "pictures": len(manifest),
         "unreadable": {str(names.get(image_id, image_id)): reason for image_id, reason in result.failures.items()},
         "regions": len(manifest.boxes_xyxy),
@@ -88,13 +88,13 @@ def evaluate_method(
 
 
 def _protocol(
-    method: ScoringMethod, annotations: Path, boxes: str, templates: tuple[str, ...], names_from: str
+    method: ScoringMethod, annotations: Path, boxes: str, templates: tuple[str, ...], names_from: str, engine: str
 ) -> dict[str, Any]:
     """Everything a reader must know to compare the AP with another one."""
     manifest = method.manifest
     score = "softmax over all classes of the scaled cosine between region and class name"
     return {
-        "ap": f"standard LVIS AP, federated, by lvis {version('lvis')}",
+        "ap": f"standard LVIS AP, federated, by {engine}",
         "dataset": manifest.dataset,
         "split": manifest.split,
         "annotations": annotations.name,

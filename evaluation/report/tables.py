@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from regionspot.evaluation.metrics.lvis_ap import METRICS, IouType
+from regionspot.evaluation.metrics.average_precision import AP_METRICS, IouType
 
 COSTS = ("s/image", "s on maps")
 LEGEND = (
-    "AP in %, by lvis: AP50 and AP75 at that IoU; s, m, l by size; r, c, f by the frequency of the class. "
+    "AP in %: AP50 and AP75 at that IoU; s, m, l by size; r, c, f by the frequency of the class. "
     "s/image: from the file on disk; s on maps: without the time to compute the image maps."
 )
 
@@ -30,7 +30,7 @@ def row_of(results: dict[str, Any], iou_type: IouType = "bbox", method: str | No
     seconds = results["seconds_per_picture"]
     return ApRow(
         method or results["method"],
-        results[iou_type] or dict.fromkeys(METRICS),
+        results[iou_type] or dict.fromkeys(AP_METRICS),
         seconds["in_all"],
         seconds["on_shared_maps"],
     )
@@ -38,7 +38,7 @@ def row_of(results: dict[str, Any], iou_type: IouType = "bbox", method: str | No
 
 def ap_table(rows: Sequence[ApRow], title: str = "", mark_best: bool = True) -> str:
     """A plain text table, AP in %; the best of every column is marked with *."""
-    cells = [("method", *METRICS, *COSTS), *_cells(rows, "*" if mark_best else "")]
+    cells = [("method", *AP_METRICS, *COSTS), *_cells(rows, "*" if mark_best else "")]
     widths = [max(len(line[column]) for line in cells) for column in range(len(cells[0]))]
     lines = ["  ".join(_padded(line, widths)).rstrip() for line in cells]
     rule = "-" * max(map(len, lines))
@@ -47,7 +47,7 @@ def ap_table(rows: Sequence[ApRow], title: str = "", mark_best: bool = True) -> 
 
 def ap_markdown(rows: Sequence[ApRow]) -> str:
     """The table in markdown, with the best of every column in bold."""
-    header = ("method", *METRICS, *COSTS)
+    header = ("method", *AP_METRICS, *COSTS)
     lines = [header, ("---", *("---:" for _ in header[1:])), *_cells(rows, "**")]
     return "\n".join(f"| {' | '.join(cell.strip() for cell in line)} |" for line in lines)
 
@@ -68,11 +68,14 @@ def protocol_text(results: dict[str, Any]) -> str:
 
 
 def _cells(rows: Sequence[ApRow], mark: str) -> list[tuple[str, ...]]:
-    best = {metric: max((row.ap[metric] or 0.0 for row in rows), default=0.0) for metric in METRICS}
+    best = {metric: max((row.ap[metric] or 0.0 for row in rows), default=0.0) for metric in AP_METRICS}
     return [
         (
             row.method,
-            *(_percent(row.ap[metric], best[metric] if len(rows) > 1 and mark else None, mark) for metric in METRICS),
+            *(
+                _percent(row.ap[metric], best[metric] if len(rows) > 1 and mark else None, mark)
+                for metric in AP_METRICS
+            ),
             _seconds(row.seconds_in_all),
             _seconds(row.seconds_on_maps),
         )

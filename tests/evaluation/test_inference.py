@@ -19,7 +19,8 @@ from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnImages
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.evaluation.inference.resumable import infer
 from regionspot.evaluation.inference.scoring import FailedImage, RegionScores
-from regionspot.evaluation.metrics import lvis_ap
+from regionspot.evaluation.metrics import lvis_package
+from regionspot.evaluation.metrics.average_precision import METRICS
 from regionspot.evaluation.report.sheet import detections_sheet
 from regionspot.evaluation.report.tables import ap_markdown, ap_table, row_of
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
@@ -200,12 +201,12 @@ def test_an_evaluation_states_its_protocol_and_other_tools_read_its_results(opti
     assert (result["pictures"], result["detections"]) == (8, 8 * 300)
     assert result["seconds_per_picture"]["in_all"] > result["seconds_per_picture"]["on_shared_maps"] > 0
     ground_truth = str(options.data / "toy_val.json")
-    with lvis_ap._lvis() as lvis:
+    with lvis_package._lvis() as lvis:
         official = lvis.LVISEval(ground_truth, str(options.out / "detections.json"), "bbox")
         official.run()
     # lvis gives -1 for a group without ground truth.
     assert {key: -1 if value is None else value for key, value in result["bbox"].items()} == {
-        key: official.results[key] for key in lvis_ap.METRICS
+        key: official.results[key] for key in METRICS
     }
     assert result["segm"]["AP"] is not None
     table = ap_table([row_of(result), row_of(result, "segm", "masks")])
