@@ -41,6 +41,8 @@ with scales; maps and tokens; one failed image. All randomness comes from seeds.
 * Workers: the four workers of a local scheduler are killed, or frozen and woken, at random moments; others lose their
   scheduler and get a new one; one is in another network namespace that is disconnected and connected again. Each time
   the cache ends complete, verified, and byte-identical to that of one process.
+* Strangers' files: annotations, proposals, checkpoints, images and the metadata of a cache, changed at random. Reading
+  one returns or raises an error of the package, within 30 seconds, and neither writes elsewhere nor loads a pickle.
 """
 
 
@@ -89,9 +91,9 @@ def _commit() -> str:
 def _report(counted: list[dict[str, Any]], protocol: str) -> Report:
     packages = ("zarr", "numpy", "google-crc32c", "numcodecs")
     report = Report("stress", "Damage, kills and faults, and what was lost", protocol, versions(packages))
-    both, kills, faults, claims, workers = (
+    both, kills, faults, claims, workers, fuzz = (
         [each for each in counted if each["file"] == file]
-        for file in ("flips", "kills", "faults", "claims_interleaved", "workers")
+        for file in ("flips", "kills", "faults", "claims_interleaved", "workers", "fuzz")
     )
     one_file = [each for each in both if "hdf5" in each["test"]]
     flips = [each for each in both if each not in one_file]
@@ -102,6 +104,11 @@ def _report(counted: list[dict[str, Any]], protocol: str) -> Report:
     report.add_goal("reads that gave wrong data", _sum(flips + one_file, "wrong"), at_most=0)
     report.add_goal("writers killed", _sum(kills, "kills"), at_least=1000)
     report.add_goal("kinds of fault", len(faults), at_least=10)
+    report.add_goal(
+        "changed files of each kind, read or refused",
+        min((each["examples"] for each in fuzz), default=0),
+        at_least=1000,
+    )
     report.add_goal("committed parts lost or changed", _sum(kills + faults + workers, "lost"), at_most=0)
     for file, counts in _damages_by_file(flips).items():
         report.add_row("Damage", file=file, flips=counts["flip"], cuts=counts["cut"])
@@ -118,6 +125,8 @@ def _report(counted: list[dict[str, Any]], protocol: str) -> Report:
     for fault in sorted(faults, key=lambda each: str(each["fault"])):
         refused, through = fault.get("refused", 0), fault.get("went through", 0)
         report.add_row("Faults", fault=fault["fault"], runs=fault["runs"], refused=refused, through=through)
+    for each in sorted(fuzz, key=lambda each: str(each["kind"])):
+        report.add_row("Strangers' files", **{key: each[key] for key in ("kind", "examples", "refused", "read")})
     for name, tests in (
         ("damage", flips),
         ("damage to one file", one_file),

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -136,12 +137,11 @@ def _load_ours(
         )
     try:
         spec = HeadSpec.from_json(document["head"])
-        fields: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in document["info"].items()
-        }
-        info = HeadInfo(**fields)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise WeightsError(f"{path}: its header is incomplete ({error})") from None
+        info = msgspec.convert(document["info"], HeadInfo)
+        for kind in ("map", "token"):
+            msgspec.convert([cache[kind] for cache in info.caches if kind in cache], list[dict[str, Any]])
+    except (KeyError, TypeError, ValueError, msgspec.ValidationError) as error:
+        raise WeightsError(f"{path}: its header is incomplete or damaged ({error})") from None
     if preset is not None and info.preset not in (None, preset):
         raise InputError(f"{path}: was trained as preset {info.preset}, not {preset}; leave --preset out")
     spec = _with_class(path, spec, head_class)

@@ -35,6 +35,9 @@ HEAD_TYPES: Mapping[str, Callable[..., nn.Module]] = {
 }
 
 
+LARGEST = 2**16  # of the numbers in a checkpoint: a damaged one could ask for a billion layers
+
+
 def parse_options(texts: Iterable[str]) -> dict[str, Any]:
     """Options from `name=value` texts; a value is a JSON number or boolean, or a text. Raises InputError."""
     options: dict[str, Any] = {}
@@ -101,10 +104,15 @@ class HeadSpec:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> HeadSpec:
-        """Raises KeyError or TypeError for a document without the shapes."""
+        """Raises KeyError for a document without the shapes, TypeError or ValueError for one with other values."""
         options = dict(document)
         kind = str(options.pop("type", "fusion"))
-        shapes = {name: int(options.pop(name)) for name in ("token_dim", "width", "text_dim")}
+        shapes = {name: options.pop(name) for name in ("token_dim", "width", "text_dim")}
+        for name, value in (*shapes.items(), *options.items()):
+            if name in shapes and type(value) is not int:
+                raise TypeError(f"{name} is {value!r}, expected an integer")
+            if isinstance(value, int) and value > LARGEST:
+                raise ValueError(f"{name} is {value:.3g}, expected at most {LARGEST:,}")
         return cls(type=kind, **shapes, options=options)
 
 

@@ -24,6 +24,7 @@ _OTHER_ORDER = "their corners are in another order than x1, y1, x2, y2"
 _EXPECTED = {"xywh": (_SIZES, _PIXELS), "xyxy": (_CORNERS, _PIXELS), "normalised": (_CORNERS, _FRACTIONS)}
 
 
+@np.errstate(over="ignore")  # of absurd numbers, which fit in no format
 def diagnose_boxes(stated: Floats, sizes: Floats, box_format: BoxFormat) -> str | None:
     """Describe the format that boxes seem to have, if they do not fit their images in the expected `box_format`.
 

@@ -97,6 +97,8 @@ class AnnotationFile:
             raise self.error(str(error)) from None
         except UnicodeDecodeError as error:
             raise self._not_utf8(error) from None
+        except RecursionError as error:
+            raise self._not_json(error) from None
         except msgspec.DecodeError as error:
             if not self._replace_not_finite():
                 raise self._not_json(error) from None
@@ -108,7 +110,7 @@ class AnnotationFile:
             return msgspec.json.decode(raw)
         except UnicodeDecodeError as error:
             raise self._not_utf8(error) from None
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, RecursionError) as error:
             raise self._not_json(error) from None
 
     def first_item(self, raw: msgspec.Raw) -> Any:
@@ -180,7 +182,7 @@ class AnnotationFile:
         byte = error.object[error.start]
         return self.error(f"is not valid UTF-8 (byte 0x{byte:02x}); save it as UTF-8")
 
-    def _not_json(self, error: msgspec.DecodeError) -> AnnotationError:
+    def _not_json(self, error: msgspec.DecodeError | RecursionError) -> AnnotationError:
         beginning = bytes(self._bytes[:64]).lstrip()
         for magic, message in _OTHER_KINDS:
             if beginning.startswith(magic):
