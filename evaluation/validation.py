@@ -14,9 +14,11 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference.methods import HeadOnCache
 from regionspot.evaluation.inference.scoring import FailedImage
+from regionspot.evaluation.metrics.accuracy import accuracies, class_ranks
 from regionspot.evaluation.metrics.average_precision import average_precision
-from regionspot.evaluation.metrics.detections import concatenate, detections_of_image
+from regionspot.evaluation.metrics.detections import concatenate
 from regionspot.evaluation.metrics.ground_truth import GroundTruth, read_ground_truth
+from regionspot.evaluation.metrics.selection import detections_of_image
 from regionspot.fusion.training.training_sets import open_training_set, require_same_backbones
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.reporting.run_stats import RunStats
@@ -38,8 +40,8 @@ def cache_validator(
 
     AP, APr, APc, APf   only with `annotations`, an LVIS file of the split: box AP as `eval-lvis` reports it for these
                         boxes, and of rare, common and frequent classes. A metric without ground truth is left out
-    top1                share of the regions whose best class is right
-    class_accuracy      mean over the classes of their share
+    top1, top5          share of the regions whose right class is the best one, or among the best five
+    class_accuracy      mean over the classes of their top1
 
     vocabulary   of the cache's classes
     limit        so many images, evenly spaced over the split; default: all
@@ -83,16 +85,15 @@ class _Validation:
         device = next(head.parameters()).device
         method = HeadOnCache(head, cache, self.vocabulary, self.token_set, self.map_set, device=device)
         category_ids = np.array([category.id for category in cache.categories], np.int64)
-        classes, predicted, detections = [], [], []
+        ranks, classes, detections = [], [], []
         scores_of_images = method.score([self.rows.tolist()], RunStats())
         for row, scores in zip(self.rows.tolist(), scores_of_images, strict=True):
             assert not isinstance(scores, FailedImage)  # these rows have features
             if problem := scores.not_finite():
                 raise InputError(f"validation on {cache.path}: {manifest.paths[row]}: {problem}")
             regions = manifest.regions(row)
-            known = manifest.category_index[regions] >= 0
-            classes.append(manifest.category_index[regions][known])
-            predicted.append(scores.probabilities[known].argmax(axis=1))
+            classes.append(manifest.category_index[regions])
+            ranks.append(class_ranks(scores.probabilities, classes[-1]))
             if self.ground_truth is not None:
                 image_id, boxes = int(manifest.image_ids[row]), manifest.boxes_xyxy[regions]
                 detections.append(detections_of_image(image_id, boxes, scores.probabilities, category_ids))
@@ -100,10 +101,4 @@ class _Validation:
         if self.ground_truth is not None:
             ap = average_precision(self.ground_truth, concatenate(detections), "bbox")
             result = {name: value for name in AP_METRICS if (value := ap[name]) is not None}
-        return {**result, **_accuracy(np.concatenate(classes), np.concatenate(predicted))}
-
-
-def _accuracy(classes: NDArray[np.int32], predicted: NDArray[np.int64]) -> dict[str, float]:
-    right, regions = np.bincount(classes[predicted == classes], minlength=classes.max() + 1), np.bincount(classes)
-    of_classes = right[regions > 0] / regions[regions > 0]
-    return {"top1": float((predicted == classes).mean()), "class_accuracy": float(of_classes.mean())}
+        return {**result, **accuracies(np.concatenate(ranks), np.concatenate(classes))}

@@ -13,27 +13,23 @@ import json
 import logging
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.progress import Progress
 from regionspot.cache.storage.atomic_files import remove_abandoned, to_json, write_file
 from regionspot.evaluation.inference.scoring import FailedImage, Parts, RegionScores
-from regionspot.evaluation.metrics.detections import (
-    DETECTIONS_PER_IMAGE,
-    Detections,
-    concatenate,
-    detections_of_image,
-    from_columns,
-    to_columns,
-)
+from regionspot.evaluation.metrics.accuracy import UNKNOWN, class_ranks
+from regionspot.evaluation.metrics.detections import Detections, concatenate, from_columns, to_columns
+from regionspot.evaluation.metrics.selection import BEST, Selection, detections_of_image
 from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.reporting.run_stats import RunStats
 
@@ -77,11 +73,13 @@ class ScoringMethod(Protocol):
 class InferenceResult:
     """The detections of some images.
 
-    failures  {image id: reason} of images that could not be read or scored; they have no detections
-    seconds   of each stage, including the parts of earlier runs
+    class_ranks  int32 (M,), of every region of these images; see `accuracy.class_ranks`
+    failures     {image id: reason} of images that could not be read or scored; they have no detections
+    seconds      of each stage, including the parts of earlier runs
     """
 
     detections: Detections
+    class_ranks: NDArray[np.int32]
     failures: dict[int, str]
     seconds: dict[str, float]
     images: int
@@ -91,15 +89,15 @@ def infer(
     method: ScoringMethod,
     folder: Path,
     *,
-    detections_per_image: int = DETECTIONS_PER_IMAGE,
+    selection: Selection = BEST,
     max_failures: FailureLimit = EVALUATION_LIMIT,
 ) -> InferenceResult:
-    """The best detections of every image of the method's manifest; resumes from the parts in `folder`.
+    """The detections of every image of the method's manifest; resumes from the parts in `folder`.
 
     Parts with failed images are retried. Raises InputError as soon as more than `max_failures` of all images have
     failed, and if `folder` cannot be written.
     """
-    parts = _PartFiles(folder, method, detections_per_image)
+    parts = _PartFiles(folder, method, selection)
     results = {part: result for part in range(len(parts)) if (result := parts.load(part)) is not None}
     pending = [part for part in range(len(parts)) if part not in results]
     if results:
@@ -113,7 +111,7 @@ def infer(
 
     scores = method.score(rows, stats)
     for part in pending:
-        results[part] = _infer_part(method, parts.rows(part), scores, stats, detections_per_image, step)
+        results[part] = _infer_part(method, parts.rows(part), scores, stats, selection, step)
         with stats.timed("write"):
             parts.save(part, results[part])
         _stop_if_too_many_failed(method.manifest, results.values(), max_failures)
@@ -125,29 +123,32 @@ def _infer_part(
     rows: range,
     scores: Iterator[RegionScores | FailedImage],
     stats: RunStats,
-    limit: int,
+    selection: Selection,
     step: Callable[[], None],
 ) -> InferenceResult:
     """The detections of the next part; its seconds are those of the stages since the previous part."""
     manifest = method.manifest
     category_ids = np.array([category.id for category in manifest.categories], np.int64)
     before = dict(stats.stage_seconds)
-    detections, failures = [], {}
+    detections, ranks, failures = [], [], {}
     for row, image_scores in zip(rows, islice(scores, len(rows)), strict=True):
         image_id, regions = int(manifest.image_ids[row]), manifest.regions(row)
+        classes = manifest.category_index[regions]
+        ranks.append(np.full(len(classes), UNKNOWN, np.int32))
         if isinstance(image_scores, FailedImage):
             failures[image_id] = image_scores.reason
         elif problem := image_scores.not_finite():
             failures[image_id] = f"{manifest.paths[row]}: {problem}"
         else:
             with stats.timed("select"):
+                ranks[-1] = class_ranks(image_scores.probabilities, classes)
                 best = detections_of_image(
                     image_id,
                     manifest.boxes_xyxy[regions],
                     image_scores.probabilities,
                     category_ids,
                     None if manifest.scores is None else manifest.scores[regions],
-                    limit=limit,
+                    selection=selection,
                 )
             if image_scores.masks is not None:
                 with stats.timed("masks"):
@@ -156,7 +157,7 @@ def _infer_part(
             detections.append(best)
         step()
     seconds = {stage: total - before.get(stage, 0.0) for stage, total in stats.stage_seconds.items()}
-    return InferenceResult(concatenate(detections), failures, seconds, len(rows))
+    return InferenceResult(concatenate(detections), np.concatenate(ranks), failures, seconds, len(rows))
 
 
 def _stop_if_too_many_failed(manifest: Manifest, results: Iterable[InferenceResult], limit: FailureLimit) -> None:
@@ -175,20 +176,21 @@ def _merged(results: Sequence[InferenceResult]) -> InferenceResult:
             seconds[stage] = seconds.get(stage, 0.0) + stage_seconds
     failures = {image_id: reason for result in results for image_id, reason in result.failures.items()}
     images = sum(result.images for result in results)
-    return InferenceResult(concatenate([result.detections for result in results]), failures, seconds, images)
+    ranks = np.concatenate([np.empty(0, np.int32), *(result.class_ranks for result in results)])
+    return InferenceResult(concatenate([result.detections for result in results]), ranks, failures, seconds, images)
 
 
 class _PartFiles:
     """The files of one inference: `folder/<digest>/00000.npz`, each with PART_SIZE images."""
 
-    def __init__(self, folder: Path, method: ScoringMethod, limit: int) -> None:
+    def __init__(self, folder: Path, method: ScoringMethod, selection: Selection) -> None:
         self._images = len(method.manifest)
         identity = {
             "method": method.name,
             "identity": method.identity,
             "manifest": method.manifest.digest(),
             "category_ids": [category.id for category in method.manifest.categories],
-            "detections_per_picture": limit,
+            "selection": asdict(selection),
             "part_size": PART_SIZE,
         }
         document = to_json(identity)
@@ -207,9 +209,10 @@ class _PartFiles:
         return range(part * PART_SIZE, min(self._images, (part + 1) * PART_SIZE))
 
     def save(self, part: int, result: InferenceResult) -> None:
-        notes = {"failures": result.failures, "seconds": result.seconds, "pictures": result.images}
+        notes = {"failures": result.failures, "seconds": result.seconds, "images": result.images}
         text = json.dumps(notes, allow_nan=False)
-        columns: dict[str, Any] = {"notes": np.array(text), **to_columns(result.detections)}
+        columns: dict[str, Any] = {"notes": np.array(text), "class_ranks": result.class_ranks}
+        columns |= to_columns(result.detections)
         buffer = io.BytesIO()
         np.savez(buffer, **columns)
         write_file(self._path(part), buffer.getvalue())
@@ -219,13 +222,15 @@ class _PartFiles:
         try:
             with np.load(self._path(part)) as columns:
                 notes = json.loads(str(columns["notes"]))
-                detections = from_columns(columns)
+                detections, ranks = from_columns(columns), columns["class_ranks"]
         except FileNotFoundError:
             return None
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError):
             log.warning("%s: is damaged and is computed again", self._path(part))
             return None
-        return None if notes["failures"] else InferenceResult(detections, {}, notes["seconds"], notes["pictures"])
+        if notes["failures"]:
+            return None
+        return InferenceResult(detections, ranks, {}, notes["seconds"], notes["images"])
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:05d}.npz"

@@ -1,4 +1,4 @@
-"""Detections as columns: from the scores of an image's regions to LVIS's results file.
+"""Detections as columns, and LVIS's results file.
 
 LVIS val has 19,809 images with 300 detections each: six million dicts do not fit into the memory of most machines, six
 million rows of five columns are 300 MB. The mask of a region is stored once for all its classes.
@@ -103,49 +103,6 @@ class Detections:
                     encoded[region] = self.masks[region]
                 detection["segmentation"] = encoded[region]
             yield detection
-
-
-def best_pairs(
-    probabilities: NDArray[np.float32],
-    box_scores: NDArray[np.float32] | None,
-    limit: int = DETECTIONS_PER_IMAGE,
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]:
-    """The `limit` best (region, class) pairs of one image: regions, classes and scores, best first.
-
-    probabilities float32 (R, C) are the softmax over the classes, multiplied by box_scores float32 (R,) if given.
-    """
-    scores = probabilities if box_scores is None else probabilities * box_scores[:, None]
-    flat = scores.reshape(-1)
-    best = np.argpartition(-flat, limit)[:limit] if flat.size > limit else np.arange(flat.size)
-    best = best[np.lexsort((best, -flat[best]))]  # equal scores are ordered by region, then class
-    regions, classes = np.divmod(best, max(1, scores.shape[1]))
-    return regions, classes, flat[best]
-
-
-def detections_of_image(
-    image_id: int,
-    boxes_xyxy: NDArray[np.float32],
-    probabilities: NDArray[np.float32],
-    category_ids: NDArray[np.int64],
-    box_scores: NDArray[np.float32] | None = None,
-    masks: Masks | None = None,
-    limit: int = DETECTIONS_PER_IMAGE,
-) -> Detections:
-    """The `limit` best detections of one image, each with the box and mask of its region.
-
-    boxes_xyxy (R, 4) in original pixels, probabilities (R, C), category_ids (C,) the dataset's ids of the classes.
-    """
-    regions, classes, scores = best_pairs(probabilities, box_scores, limit)
-    xywh = boxes_xyxy.astype(np.float64)
-    xywh[:, 2:] -= xywh[:, :2]
-    return Detections(
-        image_ids=np.full(len(regions), image_id, np.int64),
-        category_ids=category_ids[classes],
-        boxes_xywh=xywh[regions],
-        scores=scores.astype(np.float32),
-        regions=regions,
-        masks=masks,
-    )
 
 
 def concatenate(parts: Sequence[Detections]) -> Detections:

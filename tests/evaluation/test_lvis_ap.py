@@ -8,14 +8,7 @@ import pytest
 from regionspot.cache.errors import AnnotationError, InputError
 from regionspot.evaluation.metrics import lvis_package
 from regionspot.evaluation.metrics.average_precision import METRICS, average_precision, best_per_image
-from regionspot.evaluation.metrics.detections import (
-    Detections,
-    Masks,
-    concatenate_masks,
-    detections_of_image,
-    from_columns,
-    to_columns,
-)
+from regionspot.evaluation.metrics.detections import Detections, Masks, concatenate_masks
 from regionspot.evaluation.metrics.ground_truth import read_ground_truth
 from regionspot.pipeline.datasets.field_parsing import image_id
 
@@ -375,16 +368,3 @@ def test_detections_of_unknown_images_and_classes_are_refused(ground_truth):
     without = Detections(*(getattr(detections(PERFECT), name) for name in list(Detections.__dataclass_fields__)[:5]))
     with pytest.raises(InputError, match="mask AP needs masks"):
         lvis_ap(ground_truth, without, "segm")
-
-
-def test_the_best_pairs_of_region_and_class_include_the_box_score():
-    probabilities = np.array([[0.6, 0.4], [0.1, 0.9]], np.float32)
-    boxes = np.array([[0, 0, 10, 20], [5, 5, 8, 9]], np.float32)
-    masks = Masks.encode(np.ones((2, 4, 4), bool))
-    result = detections_of_image(8, boxes, probabilities, np.array([30, 10]), np.float32([1, 0.5]), masks, limit=3)
-    assert result.category_ids.tolist() == [30, 10, 10]
-    assert result.regions.tolist() == [0, 1, 0]
-    assert result.scores.tolist() == pytest.approx([0.6, 0.45, 0.4])
-    assert result.boxes_xywh.tolist() == [[0, 0, 10, 20], [5, 5, 3, 4], [0, 0, 10, 20]]
-    back = from_columns(to_columns(result))
-    assert list(back.as_dicts()) == list(result.as_dicts())

@@ -82,7 +82,7 @@ def annotations(cache, tmp_path):
 
 def test_accuracy_counts_regions_and_classes(cache):
     validate = cache_validator(cache, make_vocabulary(), "tokens", "maps")
-    assert validate(Classifier()) == {"top1": 1.0, "class_accuracy": 1.0}
+    assert validate(Classifier()) == {"top1": 1.0, "top5": 1.0, "class_accuracy": 1.0}
     classes = classes_of(cache)
     scores = validate(Classifier(wrong=(2,)))
     assert scores["top1"] == pytest.approx((classes != 2).mean())
@@ -92,7 +92,7 @@ def test_accuracy_counts_regions_and_classes(cache):
 def test_ap_comes_first_and_equals_that_of_the_evaluation(cache, annotations, tmp_path):
     head = Classifier(wrong=(0, 2))
     scores = cache_validator(cache, make_vocabulary(), "tokens", "maps", annotations=annotations)(head)
-    assert list(scores) == ["AP", "APr", "APf", "top1", "class_accuracy"]
+    assert list(scores) == ["AP", "APr", "APf", "top1", "top5", "class_accuracy"]
     result = infer(
         HeadOnCache(head, cache, make_vocabulary(), "tokens", "maps"),
         tmp_path / "parts",
