@@ -18,7 +18,7 @@ from benchmarks.goals import Report, options, say, versions
 from benchmarks.simulated import SimulatedJob, make_cache
 from regionspot.cache.tools.verify import verify
 from regionspot.pipeline.distributed.cluster import Connection, connected
-from regionspot.pipeline.distributed.run import run_parts
+from regionspot.pipeline.distributed.run import WrittenFeatures, run_parts
 from regionspot.pipeline.reporting.run_monitor import RunMonitor
 
 IMAGES = 16  # of a part: few, for what a part costs beside its GPU time does not grow with them
@@ -71,7 +71,8 @@ def _scale(report: Report, count: int, parts_each: int, rates: dict[int, float])
             connection.client.run(_open, job)
             ready, busy = time.perf_counter(), time.process_time()
             monitor = RunMonitor(IMAGES * parts, parts)
-            run_parts(connection, job, cache, cache.feature_sets, range(parts), monitor)
+            written = WrittenFeatures(cache, list(cache.feature_sets), job.run, monitor)
+            run_parts(connection, job, written, range(parts))
             seconds, busy = time.perf_counter() - ready, time.process_time() - busy
             memory = sum(connection.client.run(_memory_mb).values())
         found = verify(cache.path)
@@ -113,7 +114,9 @@ def _cost(report: Report, parts: int) -> None:
 
 def _run_tiny_parts(connection: Connection, path: Path, parts: int) -> None:
     cache = make_cache(path, parts, 1)
-    run_parts(connection, SimulatedJob(str(path)), cache, cache.feature_sets, range(parts), RunMonitor(parts, parts))
+    job = SimulatedJob(str(path))
+    written = WrittenFeatures(cache, list(cache.feature_sets), job.run, RunMonitor(parts, parts))
+    run_parts(connection, job, written, range(parts))
 
 
 def _open(job: SimulatedJob) -> None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest
-from regionspot.pipeline.distributed.worker import PartMaker
+from regionspot.pipeline.distributed.worker import FeatureParts, PartMaker
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 SETS = (FeatureSet("clip", "map", (5, 8)), FeatureSet("sam", "token", (6,)))
@@ -61,7 +61,7 @@ class SimulatedJob:
 
     def open(self) -> PartMaker:
         cache = FeatureCache.open(self.cache, "a")
-        return PartMaker(cache, list(cache.feature_sets), SimulatedEncoder(cache, self), self.run)
+        return PartMaker(FeatureParts(cache, list(cache.feature_sets), SimulatedEncoder(cache, self), self.run))
 
 
 class SimulatedEncoder:

@@ -46,7 +46,7 @@ MAY_IMPORT = {
         "pipeline.extraction pipeline.images pipeline.reporting"
     ),
     "pipeline.distributed": (
-        "cache.format cache.store cache.writing pipeline.backbones pipeline.extraction pipeline.reporting"
+        "cache.format cache.storage cache.store cache.writing pipeline.backbones pipeline.extraction pipeline.reporting"
     ),
     "evaluation.inference": (
         "cache.format cache.reading cache.storage cache.store evaluation.metrics fusion fusion.training "

@@ -1,1 +1,1 @@
-"""Extraction by the workers of a dask cluster."""
+"""Extraction, and any other job made of parts, by the workers of a dask cluster."""

@@ -15,16 +15,17 @@ import logging
 import math
 import time
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from regionspot.cache.errors import CacheError, NotACacheError, NotExtractedError, RegionSpotError
 from regionspot.cache.format.part_record import PartRecord
 from regionspot.cache.machine import processors
 from regionspot.cache.process import Process
+from regionspot.cache.storage.base import Storage
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.distributed.cluster import LOG_SECONDS, Connection, connected, local_workers
@@ -72,7 +73,8 @@ def extract_on(scheduler: str, config: ExtractConfig) -> ExtractSummary:
         monitor = RunMonitor(images, len(parts), len(parts) - len(missing))
         with monitor.recording(cache, environment):
             try:
-                run_parts(connection, job, cache, prepared.names, missing, monitor, check, config.take_over)
+                written = WrittenFeatures(cache, prepared.names, job.run, monitor, check)
+                run_parts(connection, job, written, missing, config.take_over)
             finally:
                 environment.machine["workers"] = connection.most_workers
     # The local workers have exited. Remove the claims and partial files of killed ones, as opening for writing does.
@@ -91,27 +93,74 @@ def _open_prepared(address: str) -> FeatureCache:
         ) from error
 
 
-def run_parts(
-    connection: Connection,
-    job: PartJob,
-    cache: FeatureCache,
-    names: Sequence[str],
-    parts: Iterable[int],
-    monitor: RunMonitor,
-    check: Callable[[int, str | None], None] = lambda row, failure: None,
-    take_over: bool = False,
-) -> None:
-    """Have the workers write the feature sets `names` of these parts.
+class WrittenParts(Protocol):
+    """The parts of a run as its command sees them: what is written decides, not what a worker reports.
 
-    monitor    counts the written parts
-    check      called with the row of each image and why it could not be read; what it raises ends the run
+    storage   of the workers' claims
+    """
+
+    @property
+    def storage(self) -> Storage: ...
+
+    def pending(self) -> Collection[int]:
+        """The parts that are not written, by their names alone."""
+
+    def count(self, parts: Collection[int]) -> Collection[int]:
+        """Count those of the parts that are written, and return them. What it raises ends the run."""
+
+
+@dataclass
+class WrittenFeatures:
+    """The parts of a cache: the feature sets `names`, written by the run of id `run` and counted by `monitor`.
+
+    check      called with the row of each image and why it could not be read
+    """
+
+    cache: FeatureCache
+    names: Sequence[str]
+    run: str
+    monitor: RunMonitor
+    check: Callable[[int, str | None], None] = lambda row, failure: None
+
+    @property
+    def storage(self) -> Storage:
+        return self.cache.storage
+
+    def pending(self) -> Collection[int]:
+        return self.cache.pending_parts(self.names)
+
+    def count(self, parts: Collection[int]) -> Collection[int]:
+        written = []
+        with ThreadPoolExecutor(self.storage.readers) as pool:  # a request to an object store takes 20 ms
+            for records in pool.map(self._records, parts):
+                if not records:
+                    continue
+                written.append(records[0].part)
+                self.monitor.add_part(RunStats.of_part(records, self.run), records[0].images)
+                failures = {failure.row: failure.reason for record in records for failure in record.failures}
+                for row in self.cache.part_rows(records[0].part):
+                    self.check(row, failures.get(row))
+        return written
+
+    def _records(self, part: int) -> list[PartRecord]:
+        try:
+            return [self.cache.record(part, name) for name in self.names]
+        except NotExtractedError:
+            return []
+
+
+def run_parts(
+    connection: Connection, job: PartJob, written: WrittenParts, parts: Iterable[int], take_over: bool = False
+) -> None:
+    """Have the workers write these parts, which are counted by `written`.
+
     take_over  no other run is alive: claims of dead runs are free at once
 
     On an interrupt, the workers finish the parts in progress, then KeyboardInterrupt is raised; on a second one,
     immediately. Raises CacheError, in one line, when a part cannot be written or the scheduler is gone.
     """
-    with Claims(cache.storage, take_over=take_over) as claims:
-        run = _Run(connection, job, cache, list(names), set(parts), monitor, check)
+    with Claims(written.storage, take_over=take_over) as claims:
+        run = _Run(connection, job, written, set(parts))
         try:
             while run.missing:
                 run.assign_free_parts(claims)
@@ -128,11 +177,8 @@ class _Run:
 
     connection: Connection
     job: PartJob
-    cache: FeatureCache
-    names: Sequence[str]
+    written: WrittenParts
     missing: set[int]
-    monitor: RunMonitor
-    check: Callable[[int, str | None], None]
     tasks: set[Future[None]] = field(default_factory=set)
     failed_on: dict[int, str] = field(default_factory=dict)  # part to the worker that could not write it
     logged: float = -math.inf
@@ -145,7 +191,7 @@ class _Run:
         else:
             self._log_holders(others.values())
             time.sleep(CLAIMED_SECONDS)
-        self._count(self.missing.difference(self.cache.pending_parts(self.names)))
+        self._count(self.missing.difference(self.written.pending()))
 
     def _submit(self, parts: Sequence[int]) -> list[Future[None]]:
         # Unique keys: a worker may still run a cancelled task of an earlier call, and would take an equal key for it.
@@ -195,22 +241,7 @@ class _Run:
         return self._submit([part])
 
     def _count(self, parts: Iterable[int]) -> None:
-        """Count those of the parts that are written, by their records."""
-        with ThreadPoolExecutor(self.cache.storage.readers) as pool:  # a request to an object store takes 20 ms
-            for records in pool.map(self._records, self.missing.intersection(parts)):
-                if not records:
-                    continue
-                self.missing.discard(records[0].part)
-                self.monitor.add_part(RunStats.of_part(records, self.job.run), records[0].images)
-                failures = {failure.row: failure.reason for record in records for failure in record.failures}
-                for row in self.cache.part_rows(records[0].part):
-                    self.check(row, failures.get(row))
-
-    def _records(self, part: int) -> list[PartRecord]:
-        try:
-            return [self.cache.record(part, name) for name in self.names]
-        except NotExtractedError:
-            return []
+        self.missing.difference_update(self.written.count(self.missing.intersection(parts)))
 
     def finish_parts_in_progress(self) -> None:
         """Wait until the workers have written the parts that they have started."""
@@ -218,7 +249,7 @@ class _Run:
         self.cancel()
         with suppress(OSError, TimeoutError):
             self.connection.client.run(wait_until_idle, on_error="ignore")
-        self._count(self.missing.difference(self.cache.pending_parts(self.names)))
+        self._count(self.missing.difference(self.written.pending()))
 
     def cancel(self) -> None:
         """Cancel the tasks that no worker has started."""

@@ -1,6 +1,6 @@
-"""What a dask worker does: claim a part, extract its features, write it.
+"""What a dask worker does: claim a part, compute it, write it: the features of images, or another job's parts.
 
-A task returns nothing: the part record in the cache states which run wrote the part, and what is in it. So no result
+A task returns nothing: what is written states which run wrote the part, and what is in it. So no result
 is lost with a worker or a connection, and a task may be repeated on any worker: it skips parts that are written or
 claimed. cache/writing/claims.py explains why two processes never write the same part.
 
@@ -30,6 +30,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from regionspot.cache.errors import CacheError, InputError, RegionSpotError
 from regionspot.cache.format.compatibility import require_same_features
 from regionspot.cache.format.schema import ImageFeatures
+from regionspot.cache.storage.base import Storage
 from regionspot.cache.store import FeatureCache
 from regionspot.cache.writing.claims import Claims
 from regionspot.pipeline.extraction.config import ExtractConfig
@@ -64,12 +65,24 @@ class PartJob(Protocol):
         """Open what a worker needs. Raises RegionSpotError when something is missing."""
 
 
-class PartMaker:
-    """Writes parts of an open cache: the feature sets `names`, with features from `encode_part`."""
+class PartsToWrite(Protocol):
+    """Writes the parts of a run, whose claims are in `storage`. Thread-safe."""
 
-    def __init__(self, cache: FeatureCache, names: Sequence[str], encode_part: EncodePart, run: str) -> None:
-        self._cache, self._names, self._encode_part, self._run = cache, list(names), encode_part, run
-        self._claims = Claims(cache.storage)
+    @property
+    def storage(self) -> Storage: ...
+
+    def is_written(self, part: int) -> bool: ...
+
+    def write(self, part: int, claims: Claims) -> None:
+        """Compute a part, then call `claims.require_owned`, then publish it."""
+
+
+class PartMaker:
+    """Writes parts that no other run and no other thread writes."""
+
+    def __init__(self, parts: PartsToWrite) -> None:
+        self._parts = parts
+        self._claims = Claims(parts.storage)
         self._claims.__enter__()  # exited by close()
         self._slots = threading.Semaphore(PARTS_AT_ONCE)
         self._in_progress: set[int] = set()
@@ -89,13 +102,13 @@ class PartMaker:
         Raises RegionSpotError when that fails.
         """
         with self._slots:
-            if not self._cache.missing_sets(part, self._names) or not self._claims.claim(part):
+            if self._parts.is_written(part) or not self._claims.claim(part):
                 return
             self._in_progress.add(part)
             try:
                 # Check again: another run may have written the part between the check and the claim.
-                if missing := self._cache.missing_sets(part, self._names):
-                    self._write(part, missing)
+                if not self._parts.is_written(part):
+                    self._parts.write(part, self._claims)
             except CacheError as error:
                 if self._claims.is_owned(part):
                     raise
@@ -104,16 +117,29 @@ class PartMaker:
                 self._claims.release(part)
                 self._in_progress.discard(part)
 
-    def _write(self, part: int, names: list[str]) -> None:
+
+class FeatureParts:
+    """The parts of an open cache: the feature sets `names`, with features from `encode_part`. A PartsToWrite."""
+
+    def __init__(self, cache: FeatureCache, names: Sequence[str], encode_part: EncodePart, run: str) -> None:
+        self.storage = cache.storage
+        self._cache, self._names, self._encode_part, self._run = cache, list(names), encode_part, run
+
+    def is_written(self, part: int) -> bool:
+        return not self._cache.missing_sets(part, self._names)
+
+    def write(self, part: int, claims: Claims) -> None:
+        """Write what the part lacks of these sets."""
         stats, begin, account = RunStats(), time.perf_counter(), dict[str, Any]()
+        names = self._cache.missing_sets(part, self._names)
 
         def before_publish() -> None:
-            self._claims.require_owned(part)
+            claims.require_owned(part)
             stats.seconds = time.perf_counter() - begin
             account.update(stats.account(self._run))
 
         images = self._encode_part(self._cache.part_rows(part), names, stats)
-        self._cache.write_part(part, images, names, str(self._claims.process), before_publish, account)
+        self._cache.write_part(part, images, names, str(claims.process), before_publish, account)
 
 
 @dataclass(frozen=True)
@@ -161,7 +187,8 @@ class ExtractJob:
                 self.config.cache, stored, replace(expected, dtype=stored.dtype, compression=stored.compression)
             )
         names = [feature_set.name for feature_set in feature_sets]
-        return PartMaker(cache, names, _PartEncoder(cache, names, image_folder, backbones, self.config), self.run)
+        encode_part = _PartEncoder(cache, names, image_folder, backbones, self.config)
+        return PartMaker(FeatureParts(cache, names, encode_part, self.run))
 
 
 class _PartEncoder:

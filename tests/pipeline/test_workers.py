@@ -32,8 +32,8 @@ from regionspot.pipeline.datasets.failure_limit import FailureLimit
 from regionspot.pipeline.distributed import cluster as cluster_module
 from regionspot.pipeline.distributed import run as run_module
 from regionspot.pipeline.distributed.cluster import check_scheduler, connected, thread_counts
-from regionspot.pipeline.distributed.run import run_once, run_parts
-from regionspot.pipeline.distributed.worker import PARTS_AT_ONCE, PartMaker
+from regionspot.pipeline.distributed.run import WrittenFeatures, run_once, run_parts
+from regionspot.pipeline.distributed.worker import PARTS_AT_ONCE, FeatureParts, PartMaker
 from regionspot.pipeline.extraction.failure_check import FailureCheck
 from regionspot.pipeline.reporting.run_monitor import RunMonitor
 from regionspot.pipeline.reporting.run_stats import RunStats
@@ -73,6 +73,10 @@ def undisturbed(tmp_path_factory) -> dict[str, bytes]:
     return extracted_content(path)
 
 
+def written(job, cache, monitor, *check) -> WrittenFeatures:
+    return WrittenFeatures(cache, list(cache.feature_sets), job.run, monitor, *check)
+
+
 class Run:
     """`run_parts` in a thread, so that the test can disturb it."""
 
@@ -84,7 +88,7 @@ class Run:
 
     def _run(self, connection) -> None:
         try:
-            run_parts(connection, self.job, self.cache, self.cache.feature_sets, PARTS, self.monitor)
+            run_parts(connection, self.job, written(self.job, self.cache, self.monitor), PARTS)
         except CacheError as error:
             self.error = error
 
@@ -161,7 +165,7 @@ def test_a_part_that_is_assigned_twice_at_the_same_time_is_written_once(cache, u
         resume.wait()
         yield from simulated.SimulatedEncoder(cache, simulated.SimulatedJob(""))(rows, names, stats)
 
-    maker = PartMaker(cache, list(cache.feature_sets), wait_and_encode, "a run")
+    maker = PartMaker(FeatureParts(cache, list(cache.feature_sets), wait_and_encode, "a run"))
     first = threading.Thread(target=maker.make, args=(3,))
     first.start()
     started.wait()
@@ -182,9 +186,9 @@ def test_parts_are_counted_for_the_run_that_their_records_name(connection, cache
         maker.close()
     none_may_fail = FailureCheck(cache, PARTS, FailureLimit(count=0), cache.path)
     with pytest.raises(InputError, match="1 of 40 images could not be read"):
-        run_parts(connection, job, cache, cache.feature_sets, [1], RunMonitor(PART_SIZE, 1), none_may_fail)
+        run_parts(connection, job, written(job, cache, RunMonitor(PART_SIZE, 1), none_may_fail), [1])
     monitor = RunMonitor(IMAGES, len(PARTS))
-    run_parts(connection, job, cache, cache.feature_sets, PARTS, monitor)
+    run_parts(connection, job, written(job, cache, monitor), PARTS)
     stats = monitor.stats
     assert (stats.parts, stats.parts_of_others, stats.images) == (len(PARTS) - 1, 1, IMAGES - PART_SIZE)
     assert stats.failures.total == 1
