@@ -49,6 +49,8 @@ class HeadInfo:
                        and "token" the provenance, shape and encoding of the features
     vocabularies       digests, one for each cache
     templates          of the vocabularies, so that evaluation uses the same ones
+    classes            names of the classes with at least one region in a cache, sorted: what the head has seen. Empty
+                       if unknown, as it is after training from a released head
     step               training steps done
     validation         scores of the head after this step, if it was validated
     """
@@ -60,6 +62,7 @@ class HeadInfo:
     caches: tuple[dict[str, Any], ...] = ()
     vocabularies: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     step: int = 0
     validation: dict[str, float] = field(default_factory=dict)
 

@@ -46,7 +46,7 @@ from regionspot.fusion.training.training_sets import (
     TrainingSet,
     head_info,
     head_spec_for,
-    initial_weights,
+    initial_head,
     open_flipped,
     open_training_set,
     run_identity,
@@ -146,11 +146,11 @@ def train(
         shares = np.repeat(shares / 2, 2)
         head_spec_for(training_sets, vocabularies, config)  # the views must fit together
     identity = run_identity(training_sets, vocabularies, shares, config, preset)
-    start = None
+    initial = None
     if init is not None:
-        start = initial_weights(init, spec, training_sets[0])
-        identity["init"] = weights_digest(start)
-    info = head_info(training_sets[0], vocabularies, identity)
+        initial = initial_head(init, spec, training_sets[0])
+        identity["init"] = weights_digest(initial.head.state_dict())
+    info = head_info(training_sets, vocabularies, identity, initial.info if initial else None)
     folder = RunFolder(out_dir, kept_checkpoints)
     with process_group(device) as (group, torch_device), closing(folder):
         if group.is_first:
@@ -162,8 +162,8 @@ def train(
         with torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             head = spec.build()
-            if start is not None:
-                head.load_state_dict(start)
+            if initial is not None:
+                head.load_state_dict(initial.head.state_dict())
             texts = [vocabulary.embeddings.to(torch_device) for vocabulary in vocabularies]
             step = TrainStep(head.to(torch_device).train(), config, texts, torch_device, group, compile)
             batches = partial(read_batches, training_sets, shares, config, torch_device, group=group)

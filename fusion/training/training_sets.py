@@ -14,20 +14,21 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.compatibility import compare, description
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.format.schema import FLIP, FeatureSet
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
+from regionspot.fusion.checkpoint import Checkpoint, HeadInfo, load_checkpoint
 from regionspot.fusion.heads.pooling import relative_boxes
 from regionspot.fusion.heads.spec import HeadSpec, without_folder
 from regionspot.fusion.training.config import TrainConfig
 from regionspot.fusion.vocabulary import Vocabulary
 
 log = logging.getLogger(__name__)
+
+_CHUNK = 1_000_000  # regions: numpy converts an index to 64 bits, and a large dataset has 30 million
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +140,8 @@ def head_spec_for(
     )
 
 
-def initial_weights(checkpoint: Path, spec: HeadSpec, first: TrainingSet) -> dict[str, Tensor]:
-    """The weights of a trained head, ours or a released one, that the training of a head `spec` starts from.
+def initial_head(checkpoint: Path, spec: HeadSpec, first: TrainingSet) -> Checkpoint:
+    """A trained head, ours or a released one, from whose weights the training of a head `spec` starts.
 
     Raises WeightsError for a file that cannot be read; InputError for a head of another type or other shapes, or one
     that was trained on features of other backbones than those of `first`.
@@ -166,7 +167,7 @@ def initial_weights(checkpoint: Path, spec: HeadSpec, first: TrainingSet) -> dic
                 f"{checkpoint}: was trained on {features.name} with weights {trained_on[:12]}, the features of "
                 f"{first.cache.path} come from {(_weights(features) or '')[:12]}; start from a head of the same weights"
             )
-    return loaded.head.state_dict()
+    return loaded
 
 
 def require_same_backbones(training_set: TrainingSet, first: TrainingSet) -> None:
@@ -245,12 +246,20 @@ def _record(feature_set: FeatureSet) -> dict[str, Any]:
     return {"name": feature_set.name, "encoding": feature_set.dtype, **description(feature_set)}
 
 
-def head_info(first: TrainingSet, vocabularies: Sequence[Vocabulary], identity: dict[str, Any]) -> HeadInfo:
-    """The information that is saved with the head of a run."""
-    maps, tokens = first.maps, first.tokens
+def head_info(
+    training_sets: Sequence[TrainingSet],
+    vocabularies: Sequence[Vocabulary],
+    identity: dict[str, Any],
+    initial: HeadInfo | None,
+) -> HeadInfo:
+    """The information that is saved with the head of a run; `initial` is that of the head from which it starts."""
+    maps, tokens = training_sets[0].maps, training_sets[0].tokens
     weights = {
         feature_set.name: sha256 for feature_set in (maps, tokens) if (sha256 := _weights(feature_set)) is not None
     }
+    classes = set(initial.classes if initial else ())
+    if initial is None or classes:  # else the classes of the first training are unknown
+        classes |= {name for training_set in training_sets for name in _seen_classes(training_set.cache.manifest)}
     return HeadInfo(
         preset=identity["preset"],
         localizer=tokens.name,
@@ -259,4 +268,13 @@ def head_info(first: TrainingSet, vocabularies: Sequence[Vocabulary], identity: 
         caches=tuple(identity["caches"]),
         vocabularies=tuple(vocabulary.digest for vocabulary in vocabularies),
         templates=vocabularies[0].templates,
+        classes=tuple(sorted(classes)),
     )
+
+
+def _seen_classes(manifest: Manifest) -> list[str]:
+    """Names of the classes with at least one region."""
+    seen = np.zeros(len(manifest.categories) + 1, np.bool_)  # the last is that of NO_CATEGORY
+    for start in range(0, len(manifest.category_index), _CHUNK):
+        seen[manifest.category_index[start : start + _CHUNK]] = True
+    return [category.name for category, is_seen in zip(manifest.categories, seen, strict=False) if is_seen]

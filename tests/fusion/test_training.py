@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from small_training import CLASSES, CONFIG, IMAGES, feature_sets, make_cache, ma
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.format.encodings import decode
 from regionspot.cache.store import FeatureCache
-from regionspot.fusion.checkpoint import load_checkpoint
+from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.head import HEADS
 from regionspot.fusion.tensor_file import read_document, read_tensor_file, write_tensor_file
 from regionspot.fusion.training.batches import DeviceDecoder, batch_shares, read_batches, set_of_steps
@@ -26,7 +27,7 @@ from regionspot.fusion.training.metrics import read_metrics
 from regionspot.fusion.training.run_folder import RunFolder
 from regionspot.fusion.training.stop_signals import StopSignals
 from regionspot.fusion.training.train import train
-from regionspot.fusion.training.training_sets import TrainingSet, open_training_set
+from regionspot.fusion.training.training_sets import TrainingSet, head_info, open_training_set
 
 CPU = torch.device("cpu")
 
@@ -215,6 +216,20 @@ def test_an_invalid_configuration_is_refused(field, value):
 # Runs
 
 
+def test_the_classes_of_a_head_are_those_with_regions_of_all_its_trainings(cache):
+    index = cache.manifest.category_index
+    rare = replace(cache.manifest, category_index=np.where(index == 2, 2, -1).astype(np.int32))
+    few = replace(open_training_set(cache), cache=SimpleNamespace(manifest=rare))
+    identity = {"preset": "toy", "caches": []}
+
+    def classes(*initial):
+        return head_info([few], [make_vocabulary()], identity, *initial).classes
+
+    assert classes(None) == ("class 2",)
+    assert classes(HeadInfo(classes=("dog", "class 1"))) == ("class 1", "class 2", "dog")
+    assert classes(HeadInfo()) == ()  # a released head does not state its classes
+
+
 def test_the_loss_falls_and_the_checkpoint_describes_the_training(uninterrupted, cache):
     losses = [line["loss"] for line in read_metrics(uninterrupted / "metrics.jsonl")]
     assert losses[-1] < 0.5 * losses[0]
@@ -222,6 +237,8 @@ def test_the_loss_falls_and_the_checkpoint_describes_the_training(uninterrupted,
     assert (checkpoint.info.preset, checkpoint.info.step) == ("toy", CONFIG.iterations)
     assert (checkpoint.info.localizer, checkpoint.info.encoder) == ("tokens", "maps")
     assert checkpoint.info.weights_sha256 == {"maps": "w" * 64, "tokens": "t" * 64}
+    seen = {cache.categories[index].name for index in cache.manifest.category_index.tolist() if index >= 0}
+    assert checkpoint.info.classes == tuple(sorted(seen))
     (record,) = checkpoint.info.caches
     assert record["manifest"] == cache.manifest.digest()
     assert record["map"] == {"name": "maps", "encoding": "float16", "shape": [5, 16], "weights_sha256": "w" * 64}
