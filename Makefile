@@ -28,7 +28,7 @@ CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint typecheck extract train eval-lvis toy-backbones bench-cache bench-extract bench-train bench-encodings bench-heads bench-scaling stress clean
+.PHONY: help setup demo test check lint typecheck docs extract train eval-lvis toy-backbones bench-cache bench-extract bench-train bench-encodings bench-heads bench-scaling stress clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -96,11 +96,18 @@ lint: $(READY) ## ruff: style and format
 	ruff check .
 	ruff format --check .
 
-# mypy reads folders: links give the packages their installed name.
-typecheck: $(READY) ## mypy, strict
-	@mkdir -p build/typing/regionspot
-	@for name in __init__.py cli.py commands pipeline cache fusion evaluation; do ln -sfn ../../../$$name build/typing/regionspot/$$name; done
+# mypy and the Python API's page read folders: links give the packages their installed name.
+NAMED := build/typing/regionspot/.ready
+$(NAMED):
+	@mkdir -p $(@D)
+	@for name in __init__.py cli.py commands pipeline cache fusion evaluation; do ln -sfn ../../../$$name $(@D)/$$name; done
+	@touch $@
+
+typecheck: $(READY) $(NAMED) ## mypy, strict
 	mypy
+
+docs: $(READY) $(NAMED) ## the documentation as a site in build/site; a broken link is an error
+	zensical build --clean --strict
 
 check: lint typecheck test ## ruff, mypy and the tests
 

@@ -1,0 +1,118 @@
+"""What README and docs/ say can be followed: links lead somewhere, commands and options exist, code is code."""
+
+import ast
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+LINK = re.compile(r"(?<!`)\[[^]]*\]\(([^)\s]+)\)")
+PAGE = pytest.mark.parametrize("page", sorted(set(PAGES)), ids=lambda page: page.name)
+
+
+def blocks(page: Path) -> Iterator[tuple[str, str]]:
+    """The code blocks of a page: their language, "" where they are indented or name none, and their text."""
+    language, lines, fenced = "", [], False
+    for line in [*page.read_text().splitlines(), ""]:
+        if line.startswith("```"):
+            if lines or fenced:
+                yield language, "\n".join(lines)
+            fenced, language, lines = not fenced, line.strip("`").strip() if not fenced else "", []
+        elif fenced:
+            lines.append(line)
+        elif line.startswith("    "):
+            lines.append(line[4:])
+        elif lines:
+            yield "", "\n".join(lines)
+            lines = []
+
+
+def commands(page: Path) -> list[str]:
+    """The command lines of a page that run `regionspot` or `make`, without comments."""
+    joined = [
+        line
+        for language, text in blocks(page)
+        if language in ("", "bash", "sh", "console")
+        for line in re.sub(r"\\\n\s*", " ", text).splitlines()
+    ]
+    inline = re.findall(r"`((?:regionspot|make) [^`]+)`", re.sub(r"```.*?```", "", page.read_text(), flags=re.S))
+    lines = [re.split(r"\s#\s|\s[|>&]|;\s", line)[0].strip() for line in [*joined, *inline]]
+    return [line for line in lines if line.split(" ")[0] in ("regionspot", "make") and "..." not in line]
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as code hosts and site generators form them."""
+    titles = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", page.read_text(), flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@PAGE
+def test_links_lead_to_files_and_headings_that_exist(page):
+    for target in LINK.findall(page.read_text()):
+        if target.startswith(("http:", "https:", "mailto:")):
+            continue
+        file, _, anchor = target.partition("#")
+        linked = (page.parent / file).resolve() if file else page
+        assert linked.exists(), target
+        assert not anchor or anchor in anchors(linked), target
+
+
+@PAGE
+def test_commands_and_their_options_exist(page, regionspot):
+    makefile = (ROOT / "Makefile").read_text()
+    for line in commands(page):
+        program, *words = shlex.split(line)
+        if program == "make":
+            targets = [word for word in words if "=" not in word and not word.startswith("-")]
+            missing = [target for target in targets if not re.search(rf"^{target}:", makefile, re.M)]
+            assert not missing, line
+        elif not {"COMMAND", "--help", "--install-completion", "--config"} & set(words):
+            code, _, err = regionspot(*words, "--print-config")
+            assert code == 0 or "Missing" in err, f"{line}: {err}"  # prose names commands without all they need
+
+
+@PAGE
+def test_code_is_code(page):
+    for language, text in blocks(page):
+        if language == "python":
+            ast.parse(text)
+        elif language == "toml":
+            tomllib.loads(text)
+
+
+def test_every_page_has_its_place_in_the_site_and_in_the_index():
+    def files(entries: list) -> Iterator[str]:
+        for entry in entries:
+            for value in entry.values():
+                yield from [value] if isinstance(value, str) else files(value)
+
+    site = list(files(tomllib.loads((ROOT / "zensical.toml").read_text())["project"]["nav"]))
+    pages = {page.name for page in (ROOT / "docs").glob("*.md")}
+    assert sorted(site) == sorted(pages)
+    linked = set(LINK.findall((ROOT / "docs" / "index.md").read_text()))
+    assert linked >= pages - {"index.md"}
+
+
+def test_the_site_is_built_without_a_warning(tmp_path):
+    links = tmp_path / "names" / "regionspot"
+    links.mkdir(parents=True)
+    for package in ("cache", "pipeline", "fusion", "evaluation", "commands", "__init__.py"):
+        (links / package).symlink_to(ROOT / package)
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    config = (ROOT / "zensical.toml").read_text().replace("build/typing", "names").replace("build/site", "site")
+    (tmp_path / "zensical.toml").write_text(config)
+    built = subprocess.run(
+        [sys.executable, "-m", "zensical", "build", "--strict"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    api = (tmp_path / "site" / "python_api.html").read_text()
+    assert "FeatureCache" in api
+    assert "float32" in api
