@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from regionspot.cache.errors import InputError, unknown_name
+from regionspot.cache.errors import AnnotationError, InputError, unknown_name
 from regionspot.evaluation.metrics import hotcoco_engine, lvis_package
 from regionspot.evaluation.metrics.detections import DETECTIONS_PER_IMAGE, Detections
 from regionspot.evaluation.metrics.ground_truth import FREQUENCIES, GroundTruth
@@ -28,6 +28,8 @@ Engine = Literal["hotcoco", "lvis"]
 
 AP_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")
 METRICS = (*AP_METRICS, "AR@300", "ARs@300", "ARm@300", "ARl@300")  # the names that `lvis` prints
+COCO_LIMITS = (1, 10, 100)  # detections per image and class (Params.setDetParams in pycocotools/cocoeval.py)
+COCO_METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR@1", "AR@10", "AR@100", "ARs@100", "ARm@100", "ARl@100")
 DETECTIONS_PER_CLASS = 10_000  # fixed AP, Dave et al. 2021, "Evaluating Large-Vocabulary Object Detectors", section 4
 
 
@@ -37,7 +39,7 @@ class ClassResults:
 
     category_ids  int64   (K,)
     ap, ap50      float64 (K,)  0..1, NaN without ground truth
-    boxes         int64   (K,)  annotations that count: of an area above 0 and not to be ignored
+    boxes         int64   (K,)  annotations
     frequencies   str     (K,)  "r", "c" or "f"; "" in COCO's annotations, which have none
     """
 
@@ -111,6 +113,25 @@ def fixed_ap(
     return _lvis_result(ground_truth, best_per_class(detections), iou_type, engine, "")
 
 
+def coco_ap(
+    ground_truth: GroundTruth,
+    detections: Detections,
+    iou_type: IouType,
+    image_ids: NDArray[np.int64] | None = None,
+) -> ApResult:
+    """COCO AP: all classes count in all images, best 100 detections per image and class. `values` holds COCO_METRICS.
+
+    Computed by hotcoco in its COCO mode, with the arrays of pycocotools bit for bit. `ground_truth` may be of LVIS; its
+    lists of absent classes are then not used. Raises as `average_precision`.
+    """
+    ground_truth, detections = _checked(ground_truth, detections, iou_type, image_ids)
+    precision, recall = hotcoco_engine.coco_precision_and_recall(ground_truth, detections, iou_type)
+    values = _ap_values(precision[..., -1])
+    values |= {f"AR@{limit}": recall[:, :, 0, index] for index, limit in enumerate(COCO_LIMITS)}
+    values |= {f"AR{name}@{COCO_LIMITS[-1]}": recall[:, :, area, -1] for area, name in enumerate("sml", start=1)}
+    return _result(ground_truth, detections, iou_type, "hotcoco", (precision[..., -1], recall[..., -1]), values)
+
+
 def best_per_image(detections: Detections, limit: int = DETECTIONS_PER_IMAGE) -> Detections:
     """The best `limit` detections of every image, like LVISResults.limit_dets_per_image."""
     return _best_per_group(detections, detections.image_ids, limit)
@@ -139,34 +160,42 @@ def _best_per_group(detections: Detections, groups: NDArray[np.int64], limit: in
 def _lvis_result(
     ground_truth: GroundTruth, detections: Detections, iou_type: IouType, engine: Engine, limit: str
 ) -> ApResult:
-    evaluated = detections.take(ground_truth.is_evaluated(detections.image_ids, detections.category_ids))
     if engine not in get_args(Engine):
         raise unknown_name("engine", engine, get_args(Engine))
+    if not ground_truth.federated:
+        raise AnnotationError(f"{ground_truth.path}: lists no absent classes, which LVIS AP needs; use COCO AP")
+    evaluated = detections.take(ground_truth.is_evaluated(detections.image_ids, detections.category_ids))
     package = hotcoco_engine if engine == "hotcoco" else lvis_package
     precision, recall = package.precision_and_recall(ground_truth, evaluated, iou_type)
-    frequencies = ground_truth.frequencies
+    values = _ap_values(precision)
+    values |= {f"AP{name}": precision[:, :, ground_truth.frequencies == name, 0] for name in FREQUENCIES}
+    values |= {f"AR{name}{limit}": recall[..., area] for area, name in enumerate(("", "s", "m", "l"))}
+    return _result(ground_truth, detections, iou_type, engine, (precision, recall), values)
+
+
+def _ap_values(precision: NDArray[np.float64]) -> dict[str, NDArray[np.float64]]:
+    """What the figures that LVIS and COCO share are means of."""
+    values = {"AP": precision[..., 0], "AP50": precision[0, ..., 0], "AP75": precision[5, ..., 0]}
+    return values | {f"AP{name}": precision[..., area] for area, name in enumerate("sml", start=1)}
+
+
+def _result(
+    ground_truth: GroundTruth,
+    detections: Detections,
+    iou_type: IouType,
+    engine: Engine,
+    arrays: tuple[NDArray[np.float64], NDArray[np.float64]],
+    values: dict[str, NDArray[np.float64]],
+) -> ApResult:
     return ApResult(
         iou_type,
         len(ground_truth.images),
         len(detections),
-        _lvis_values(precision, recall, frequencies, limit),
-        _class_results(ground_truth, precision, frequencies),
+        {name: _mean(array) for name, array in values.items()},
+        _class_results(ground_truth, arrays[0]),
         f"{engine} {version(engine)}",
-        precision,
-        recall,
+        *arrays,
     )
-
-
-def _lvis_values(
-    precision: NDArray[np.float64], recall: NDArray[np.float64], frequencies: NDArray[np.str_], limit: str
-) -> dict[str, float | None]:
-    """LVISEval.summarize: means over what has ground truth."""
-    overall = precision[..., 0]
-    values = {"AP": overall, "AP50": overall[0], "AP75": overall[5]}
-    values |= {f"AP{name}": precision[..., area] for area, name in enumerate("sml", start=1)}
-    values |= {f"AP{name}": overall[:, :, frequencies == name] for name in FREQUENCIES}
-    values |= {f"AR{name}{limit}": recall[..., area] for area, name in enumerate(("", "s", "m", "l"))}
-    return {name: _mean(array) for name, array in values.items()}
 
 
 def _mean(array: NDArray[np.float64]) -> float | None:
@@ -174,18 +203,17 @@ def _mean(array: NDArray[np.float64]) -> float | None:
     return float(np.mean(counted)) if counted.size else None
 
 
-def _class_results(
-    ground_truth: GroundTruth, precision: NDArray[np.float64], frequencies: NDArray[np.str_]
-) -> ClassResults:
+def _class_results(ground_truth: GroundTruth, precision: NDArray[np.float64]) -> ClassResults:
     category_ids = np.sort(ground_truth.category_ids)
     by_class = np.where(precision[..., 0] > -1, precision[..., 0], np.nan)
-    counted = [
-        annotation["category_id"]
-        for annotation in ground_truth.annotations
-        if annotation["area"] > 0 and not annotation.get("ignore") and not annotation.get("iscrowd")
-    ]
-    boxes = np.bincount(np.searchsorted(category_ids, counted), minlength=len(category_ids))
-    return ClassResults(category_ids, by_class.mean(axis=(0, 1)), by_class[0].mean(axis=0), boxes, frequencies)
+    annotated = [annotation["category_id"] for annotation in ground_truth.annotations]
+    return ClassResults(
+        category_ids,
+        ap=by_class.mean(axis=(0, 1)),
+        ap50=by_class[0].mean(axis=0),
+        boxes=np.bincount(np.searchsorted(category_ids, annotated), minlength=len(category_ids)),
+        frequencies=ground_truth.frequencies,
+    )
 
 
 def _checked(

@@ -1,8 +1,8 @@
-"""LVIS annotations for the `lvis` package: read once, fully checked, and restricted to images and classes.
+"""LVIS and COCO annotations for AP: read once, fully checked, and restricted to images and classes.
 
-The package fails with a traceback after the whole inference if a field is missing or has another type, and returns
-wrong AP for annotation ids that are 0 or repeated. So every field that it uses is checked before the first image, and
-annotations are renumbered: AP only needs unique ids.
+The official packages fail with a traceback after the whole inference if a field is missing or has another type, and
+`lvis` returns wrong AP for annotation ids that are 0 or repeated. So every field that they use is checked before the
+first image, and annotations are renumbered: AP only needs unique ids.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,10 @@ _POLYGONS = "polygons of at least 3 points, [[x1, y1, x2, y2, x3, y3, ...], ...]
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """The three lists of an LVIS file. Restricted copies share the dicts of the original.
+    """The three lists of an LVIS or COCO file. Restricted copies share the dicts of the original.
 
     image_names   image ids that are strings in the file, by the integer that replaces them
+    federated     whether images list absent and not exhaustively annotated classes, and classes have a frequency: LVIS
     """
 
     path: Path
@@ -45,6 +46,7 @@ class GroundTruth:
     categories: list[dict[str, Any]]
     annotations: list[dict[str, Any]]
     image_names: dict[int, str] = field(default_factory=dict)
+    federated: bool = True
 
     @cached_property
     def image_ids(self) -> NDArray[np.int64]:
@@ -91,25 +93,24 @@ class GroundTruth:
         if len(unknown):
             raise InputError(f"{self.path}: holds no image with id {unknown[0]}, which is to be evaluated")
         selected = set(image_ids.tolist())
-        return GroundTruth(
-            self.path,
-            [image for image in self.images if image["id"] in selected],
-            self.categories,
-            [annotation for annotation in self.annotations if annotation["image_id"] in selected],
-            self.image_names,
+        return replace(
+            self,
+            images=[image for image in self.images if image["id"] in selected],
+            annotations=[annotation for annotation in self.annotations if annotation["image_id"] in selected],
         )
 
-    def block(self, category_ids: NDArray[np.int64], detected_in: NDArray[np.int64]) -> dict[str, Any]:
-        """The dataset of these classes only, with the images where one of them is annotated or detected."""
+    def of_classes(self, category_ids: NDArray[np.int64], detected_in: NDArray[np.int64]) -> GroundTruth:
+        """The ground truth of these classes only, with the images where one of them is annotated or detected."""
         images, categories = self._annotated
         selected = np.flatnonzero(np.isin(categories, category_ids))
         image_ids = set(np.union1d(images[selected], detected_in).tolist())
         classes = set(category_ids.tolist())
-        return {
-            "images": [image for image in self.images if image["id"] in image_ids],
-            "categories": [category for category in self.categories if category["id"] in classes],
-            "annotations": [self.annotations[index] for index in selected.tolist()],
-        }
+        return replace(
+            self,
+            images=[image for image in self.images if image["id"] in image_ids],
+            categories=[category for category in self.categories if category["id"] in classes],
+            annotations=[self.annotations[index] for index in selected.tolist()],
+        )
 
     def require_masks(self) -> None:
         """Raise AnnotationError unless every annotation has a valid mask of the size of its image."""
@@ -126,25 +127,29 @@ class GroundTruth:
         _check_all(self.path, "annotations", self.annotations, check, "; use --no-masks to evaluate boxes only")
 
 
-def read_ground_truth(path: Path) -> GroundTruth:
-    """Read an LVIS annotation file. Raises AnnotationError if `lvis` would fail or return wrong numbers."""
+def read_ground_truth(path: Path, federated: bool = True) -> GroundTruth:
+    """Read the annotation file of LVIS, or with `federated` False of any dataset in COCO's format.
+
+    Raises AnnotationError if the official packages would fail or return wrong numbers.
+    """
     file = AnnotationFile(Path(path))
     dataset: Any = file.decode(object)
     lists: list[Any] = [dataset.get(name) if isinstance(dataset, dict) else None for name in _LISTS]
     for name, entries in zip(_LISTS, lists, strict=True):
         if not isinstance(entries, list):
-            raise file.error(f'has no list "{name}"; expected LVIS annotations such as lvis_v1_val.json')
+            example = "LVIS annotations such as lvis_v1_val.json" if federated else "COCO annotations"
+            raise file.error(f'has no list "{name}"; expected {example}')
     images, categories, annotations = lists
     if not categories:
         raise file.error("categories is empty; expected at least one class")
     names: dict[int, str] = {}
-    _check_all(path, "categories", categories, _check_category)
+    _check_all(path, "categories", categories, lambda category: _check_category(category, federated))
     class_ids = _unique_ids(file, "categories", categories)
-    _check_all(path, "images", images, lambda image: _check_image(image, class_ids, names))
+    _check_all(path, "images", images, lambda image: _check_image(image, class_ids if federated else None, names))
     image_ids = _unique_ids(file, "images", images)
     _check_all(path, "annotations", annotations, lambda annotation: _check_annotation(annotation, image_ids, class_ids))
     _number(path, annotations)
-    return GroundTruth(path, images, categories, annotations, names)
+    return GroundTruth(path, images, categories, annotations, names, federated)
 
 
 def _check_all(path: Path, name: str, entries: list[Any], check: Callable[[Any], None], hint: str = "") -> None:
@@ -161,17 +166,20 @@ def _check_all(path: Path, name: str, entries: list[Any], check: Callable[[Any],
         raise AnnotationError(f"{path}: {count} cannot be evaluated, the first: {errors[0]}{hint}")
 
 
-def _check_category(category: dict[str, Any]) -> None:
+def _check_category(category: dict[str, Any], federated: bool) -> None:
     category["id"] = parse.integer("id", parse.required(category, "id"))
-    if parse.required(category, "frequency") not in FREQUENCIES:
+    if federated and parse.required(category, "frequency") not in FREQUENCIES:
         raise parse.wrong_value("frequency", category["frequency"], '"r", "c" or "f", which LVIS AP needs')
 
 
-def _check_image(image: dict[str, Any], class_ids: Mapping[int, int], names: dict[int, str]) -> None:
+def _check_image(image: dict[str, Any], class_ids: Mapping[int, int] | None, names: dict[int, str]) -> None:
+    """`class_ids`: those of the file if it must list absent and not exhaustively annotated classes, else None."""
     original_id = parse.required(image, "id")
     image["id"] = parse.image_id("id", original_id)
     if parse.integer_or_none(original_id) is None:
         names[image["id"]] = str(original_id)
+    if class_ids is None:
+        return
     for name in _FEDERATED:
         ids = parse.required(image, name)
         if not isinstance(ids, list):

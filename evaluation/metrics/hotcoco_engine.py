@@ -32,6 +32,16 @@ def precision_and_recall(
     return arrays["precision"][..., 0], arrays["recall"][..., 0]
 
 
+def coco_precision_and_recall(
+    ground_truth: GroundTruth, detections: Detections, iou_type: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Precision (10, 101, K, 4, 3) and recall (10, K, 4, 3) as pycocotools; last axis: 1, 10, 100 detections."""
+    evaluation = evaluate(ground_truth, detections, iou_type, federated=False)
+    evaluation.accumulate()
+    arrays: Any = evaluation.eval
+    return arrays["precision"], arrays["recall"]
+
+
 def evaluate(
     ground_truth: GroundTruth, detections: Detections, iou_type: str, federated: bool = True
 ) -> hotcoco.COCOeval:

@@ -50,7 +50,8 @@ def _block(
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Precision (10, 101, classes, 4) and recall (10, classes, 4) of a few classes."""
     block = detections.take(np.isin(detections.category_ids, category_ids))
-    dataset = ground_truth.block(category_ids, block.image_ids)
+    truth = ground_truth.of_classes(category_ids, block.image_ids)
+    dataset = {"images": truth.images, "categories": truth.categories, "annotations": truth.annotations}
     # Without a box, lvis computes the area of a detection from its mask.
     dicts = list(block.as_dicts(with_box=iou_type == "bbox", with_mask=iou_type == "segm"))
     evaluator = _evaluator(lvis, dataset, dicts, iou_type)
