@@ -28,7 +28,7 @@ CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint typecheck docs extract train eval-lvis toy-backbones bench-cache bench-extract bench-train bench-encodings bench-heads bench-scaling stress clean
+.PHONY: help setup demo test check lint typecheck docs extract train eval-lvis toy-backbones bench-cache bench-extract bench-train bench-encodings bench-heads ablate bench-scaling stress clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-encodings: $(READY) ## bytes, error and AP of each encoding (20 minutes on
 
 bench-heads: $(READY) ## AP, parameters and seconds to train of every head, toy world (half an hour on 2 cores; QUICK=1: one minute)
 	python -m benchmarks.heads $(if $(QUICK),--quick) $(ARGS)
+
+ablate: $(READY) ## AP of every option of the heads, toy world, 3 seeds: table and chart (40 minutes on 2 cores; QUICK=1: one minute)
+	python -m benchmarks.ablate $(if $(QUICK),--quick) $(ARGS)
 
 bench-scaling: $(READY) ## speedup of 1 to 64 workers with a simulated GPU, cost of a part (QUICK=1: one minute)
 	python -m benchmarks.bench_scaling $(if $(QUICK),--quick) $(ARGS)

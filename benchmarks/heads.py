@@ -13,6 +13,8 @@ from __future__ import annotations
 import logging
 import math
 import re
+import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -21,9 +23,9 @@ from typing import Any
 from benchmarks.goals import SCRATCH, Report, options, say, versions
 from regionspot.cache import FeatureCache
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
-from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
+from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary, map_projection
 from regionspot.fusion.checkpoint import load_checkpoint
-from regionspot.fusion.training.config import train_config
+from regionspot.fusion.training.config import TrainConfig, train_config
 from regionspot.fusion.training.train import train
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
@@ -72,7 +74,7 @@ def main() -> None:
     logging.getLogger("regionspot").setLevel(logging.INFO)
     scale = QUICK if arguments.quick else FULL
     make_toy_world(scale.data / "world", scale.images)
-    caches = {split: extracted(scale, split) for split in ("train", "val")}
+    caches = {split: extracted(scale.data, split) for split in ("train", "val")}
     scale.runs.mkdir(parents=True, exist_ok=True)
     own_class = re.search(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
     assert own_class is not None
@@ -93,14 +95,14 @@ def main() -> None:
         versions(["numpy", "torch", "zarr", "lvis"]),
     )
     for table, head, head_options in HEADS:
-        runs = [Run.of(head, head_options, seed, caches, scale) for seed in scale.seeds]
+        runs = [run_of(head, head_options, seed, caches, scale) for seed in scale.seeds]
         add_row(report, table, ", ".join([head, *(f"{name}={value}" for name, value in head_options.items())]), runs)
     report.finish(arguments.results)
 
 
-def extracted(scale: Scale, split: str) -> FeatureCache:
-    """The cache of a split, as `regionspot extract toy` makes it."""
-    path, world = scale.data / f"{split}.zarr", scale.data / "world"
+def extracted(data: Path, split: str) -> FeatureCache:
+    """The cache of a split of the toy world in `data`, as `regionspot extract toy` makes it."""
+    path, world = data / f"{split}.zarr", data / "world"
     say(f"extract the {split} split into {path}")
     manifest = read_dataset("toy", world, split)
     images, backbones = image_folder_of("toy", world, split, manifest), Backbones.load("toy", device="cpu")
@@ -111,37 +113,58 @@ def extracted(scale: Scale, split: str) -> FeatureCache:
 
 @dataclass(frozen=True)
 class Run:
-    """One trained head: AP and APr in %, the number of trained weights, and the seconds of its training."""
+    """One trained head: AP, APr and APs in %, the number of trained weights, (CPU) seconds of its training."""
 
     ap: float
     apr: float
+    aps: float
     parameters: int
     seconds: float
+    cpu_seconds: float
 
     @classmethod
-    def of(
-        cls, head: str, head_options: dict[str, Any], seed: int, caches: dict[str, FeatureCache], scale: Scale
-    ) -> Run:
-        say(f"{head} {head_options or ''}, seed {seed}")
-        kind = f"{scale.runs / head}" if head == OWN else head
-        folder = scale.runs / "_".join([head.partition(".")[0], *head_options, str(seed)])
-        config = train_config("toy", seed=seed, iterations=scale.iterations, head=kind, head_options=head_options)
+    def of(cls, folder: Path, config: TrainConfig, caches: Mapping[str, FeatureCache], world: Path) -> Run:
+        """Train in `folder` on the cache "train", or resume, and evaluate on the cache "val"."""
         vocabulary = cache_vocabulary(caches["train"], "toy_clip", device="cpu")
-        result = train([caches["train"]], [vocabulary], folder, config, preset="toy", resume=True, device="cpu")
+        projection = None
+        if config.head_options.get("pooled_residual") == "clip":
+            projection = map_projection(caches["train"], "toy_clip", device="cpu")
+        started = time.process_time()
+        result = train(
+            [caches["train"]],
+            [vocabulary],
+            folder,
+            config,
+            preset="toy",
+            projection=projection,
+            resume=True,
+            device="cpu",
+        )
+        cpu_seconds = time.process_time() - started
+        assert result is not None
         evaluation = LvisEvaluation(
-            data=scale.data / "world",
+            data=world,
             out=folder / "val",
             dataset="toy",
             checkpoint=result.checkpoint,
-            head_class=kind,
+            head_class=config.head,
             cache=caches["val"].path,
             masks=False,
             device="cpu",
         )
         box = evaluate_lvis(evaluation)["bbox"]
-        module = load_checkpoint(result.checkpoint, head_class=kind).head
+        module = load_checkpoint(result.checkpoint, head_class=config.head).head
         parameters = sum(parameter.numel() for parameter in module.parameters())
-        return cls(100 * (box["AP"] or 0.0), 100 * (box["APr"] or 0.0), parameters, result.seconds)
+        ap, apr, aps = (100 * (box[name] or 0.0) for name in ("AP", "APr", "APs"))
+        return cls(ap, apr, aps, parameters, result.seconds, cpu_seconds)
+
+
+def run_of(head: str, head_options: dict[str, Any], seed: int, caches: dict[str, FeatureCache], scale: Scale) -> Run:
+    say(f"{head} {head_options or ''}, seed {seed}")
+    kind = f"{scale.runs / head}" if head == OWN else head
+    folder = scale.runs / "_".join([head.partition(".")[0], *head_options, str(seed)])
+    config = train_config("toy", seed=seed, iterations=scale.iterations, head=kind, head_options=head_options)
+    return Run.of(folder, config, caches, scale.data / "world")
 
 
 def add_row(report: Report, table: str, head: str, runs: list[Run]) -> None:

@@ -14,7 +14,9 @@ A head is a torch module that maps the regions of a batch of images to vectors i
     vectors      (B, R, E)  any float dtype, not normalised; those of padding are ignored, but must be finite
 
 Training and evaluation compare the vectors with the text embeddings of class names, so that every head names regions
-of classes which it has never seen. The vectors of an image must not depend on the other images of its batch.
+of classes which it has never seen. The vectors of an image must not depend on the other images of its batch. In
+training mode a head may return `(vectors, loss)`: a scalar that is added to the loss of the batch, which is a sum over
+its images.
 
 B images, R regions (padded), C location token, T feature map tokens, D width, E text embedding
 """

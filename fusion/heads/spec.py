@@ -16,13 +16,15 @@ from torch import nn
 
 from regionspot.cache.errors import InputError, unknown_name
 from regionspot.fusion.head import FusionHead, HeadConfig
+from regionspot.fusion.heads.attention_loss import AttentionLossHead
 from regionspot.fusion.heads.guided import GuidedHead
 from regionspot.fusion.heads.pooled import LinearHead, MlpHead, RoiPoolHead
 from regionspot.fusion.heads.prototypes import PrototypeHead
 
 
-def _fusion(token_dim: int, width: int, text_dim: int, **options: Any) -> FusionHead:
-    return FusionHead(HeadConfig(token_dim=token_dim, width=width, text_dim=text_dim, **options))
+def _fusion(token_dim: int, width: int, text_dim: int, attention_loss: float = 0.0, **options: Any) -> FusionHead:
+    config = HeadConfig(token_dim=token_dim, width=width, text_dim=text_dim, **options)
+    return AttentionLossHead(config, attention_loss) if attention_loss else FusionHead(config)
 
 
 HEAD_TYPES: Mapping[str, Callable[..., nn.Module]] = {
@@ -179,7 +181,9 @@ def _own_class(path: str) -> Callable[..., Any]:
 
 
 def _parameters(builder: Callable[..., Any]) -> str:
-    names = inspect.signature(HeadConfig if builder is _fusion else builder).parameters
+    names = [*inspect.signature(HeadConfig if builder is _fusion else builder).parameters]
+    if builder is _fusion:
+        names.append("attention_loss")
     return f"its arguments are {', '.join(names)}"
 
 

@@ -67,7 +67,8 @@ class TrainStep:
         for settings in self.optimizer.param_groups:
             settings["lr"] = config.learning_rate(step)
         with self._autocast:
-            semantic = self._forward(batch.tokens, batch.region_mask, batch.feature_map, batch.boxes)
+            output = self._forward(batch.tokens, batch.region_mask, batch.feature_map, batch.boxes)
+        semantic, own_loss = output if isinstance(output, tuple) else (output, None)
         loss = region_loss(
             semantic,
             self._texts[batch.set_index],
@@ -76,6 +77,8 @@ class TrainStep:
             class_ids=batch.class_ids,
             ignored=batch.ignored,
         )
+        if own_loss is not None:
+            loss = loss + own_loss
         self.optimizer.zero_grad()
         # The loss is a sum over images and DistributedDataParallel averages over processes.
         (loss * group.size).backward()  # type: ignore[no-untyped-call]

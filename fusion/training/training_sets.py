@@ -148,7 +148,7 @@ def initial_head(checkpoint: Path, spec: HeadSpec, first: TrainingSet) -> Checkp
     """
     loaded = load_checkpoint(checkpoint, head_class=spec.type if spec.own_class else None)
     expected, actual = ({"type": one.type, **one.as_json()} for one in (spec, loaded.spec))
-    for name in sorted((expected.keys() | actual.keys()) - {"dropout"}):
+    for name in sorted((expected.keys() | actual.keys()) - {"dropout", "attention_loss"}):  # of training only
         if expected.get(name) != actual.get(name):
             raise InputError(
                 f"{checkpoint}: the {name} of its head is {actual.get(name)}, of these features and options "

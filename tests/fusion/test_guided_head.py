@@ -1,10 +1,19 @@
-"""The guided head: its options, and what a region's vector depends on."""
+"""The guided head and the attention loss: their options, and what a region's vector depends on."""
+
+from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from small_training import CONFIG, make_cache, make_vocabulary
 
-from regionspot.fusion.head import FusionHead, HeadConfig
-from regionspot.fusion.heads.guided import GuidedHead
+from regionspot.cache.errors import InputError
+from regionspot.fusion.checkpoint import load_checkpoint
+from regionspot.fusion.head import HEADS, FusionHead, HeadConfig
+from regionspot.fusion.heads import HeadSpec
+from regionspot.fusion.heads.guided import GuidedHead, patch_boxes, sine_positions
+from regionspot.fusion.heads.pooling import patch_shares, pool_boxes
+from regionspot.fusion.training.train import train
 
 SHAPES = {"token_dim": 6, "width": 16, "text_dim": 8}
 SIZES = {"layers": 2, "heads": 2, "ffn": 32}
@@ -50,8 +59,9 @@ def test_without_its_options_it_is_the_fusion_head():
     torch.testing.assert_close(vectors[MASK], expected[MASK], rtol=1e-5, atol=1e-6)
 
 
-def test_the_vector_of_a_region_does_not_depend_on_the_other_regions():
-    head = guided()
+@pytest.mark.parametrize("options", [{}, {"positions": True, "pooled_residual": "clip"}, {"box_bias": False}])
+def test_the_vector_of_a_region_does_not_depend_on_the_other_regions(options):
+    head = guided(**options)
     together = head(TOKENS, MASK, MAPS, BOXES)
     for region in range(3):
         one = slice(region, region + 1)
@@ -83,3 +93,124 @@ def test_every_parameter_is_trained_and_padding_stays_finite():
     assert vectors.isfinite().all()
     vectors[MASK].square().sum().backward()
     assert [name for name, one in head.named_parameters() if not one.grad.isfinite().all() or not one.grad.any()] == []
+
+
+@pytest.mark.parametrize("preset", HEADS)
+def test_its_defaults_fit_every_preset(preset):
+    sizes = HEADS[preset]
+    with torch.device("meta"):
+        head = GuidedHead(sizes.token_dim, sizes.width, sizes.text_dim, positions=True, pooled_residual="clip")
+        tokens, boxes = torch.zeros(1, 2, sizes.token_dim), torch.zeros(1, 2, 4)
+        assert head(tokens, None, torch.zeros(1, 257, sizes.width), boxes).shape == (1, 2, sizes.text_dim)
+
+
+# Positions
+
+PLAIN = {"box_bias": False, "pooled_residual": False}
+
+
+def test_positions_tell_a_region_where_to_look():
+    """Without them, attention without a bias does not know where in the image a patch is."""
+    permuted = torch.cat([MAPS[:, :1], MAPS[:, 1:].flip(1)], dim=1)
+    without, head = guided(**PLAIN), guided(**PLAIN, positions=True)
+    same = {"rtol": 1e-5, "atol": 1e-5}
+    torch.testing.assert_close(without(TOKENS, MASK, permuted, BOXES), without(TOKENS, MASK, MAPS, BOXES), **same)
+    assert not torch.allclose(head(TOKENS, MASK, permuted, BOXES), head(TOKENS, MASK, MAPS, BOXES), atol=1e-3)
+
+
+def test_positions_are_no_part_of_the_values():
+    """On a map of equal patches it makes no difference where a region looks, so its box has no influence."""
+    head, equal = guided(**PLAIN, positions=True), MAPS[:, :1].expand(-1, 17, -1)
+    vectors, moved = head(TOKENS, MASK, equal, BOXES), head(TOKENS, MASK, equal, 0.5 * BOXES)
+    torch.testing.assert_close(vectors[MASK], moved[MASK], rtol=1e-5, atol=1e-5)
+
+
+def test_the_positions_of_a_box_and_of_the_patch_that_it_covers_are_equal():
+    patches = patch_boxes(4, torch.device("cpu"))
+    assert patches[6].tolist() == [0.5, 0.25, 0.75, 0.5]  # row 1, column 2
+    positions = sine_positions(patches, 16)
+    assert (positions @ positions[6]).argmax() == 6
+    with pytest.raises(InputError, match="multiple of 8, not 12"):
+        HeadSpec(type="guided", token_dim=6, width=12, text_dim=8, options={"heads": 2, "positions": True}).build()
+
+
+# CLIP's projection as the pooled residual
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return make_cache(tmp_path_factory.mktemp("guided") / "a.zarr")
+
+
+def test_a_gated_head_starts_at_zero_shot_clip_and_keeps_the_projection(cache, tmp_path):
+    weight, bias = rand(8, 16, seed=3), rand(8, seed=4)
+    options = {"pooled_residual": "clip"}
+    with pytest.raises(InputError, match="needs the encoder's own projection"):
+        train([cache], [make_vocabulary()], tmp_path / "none", replace(CONFIG, head="guided", head_options=options))
+
+    def trained(steps):
+        config = replace(CONFIG, head="guided", head_options=options, iterations=steps)
+        run = train([cache], [make_vocabulary()], tmp_path / f"{steps}", config, projection=(weight, bias))
+        return load_checkpoint(run.checkpoint).head
+
+    head, tokens, boxes = trained(3), rand(2, 3, 8, seed=5), BOXES
+    assert head.gate != 0  # trained, and so is all that it opens to
+    assert torch.equal(head.residual.weight, weight)
+    assert torch.equal(head.residual.bias, bias)
+    with torch.no_grad():
+        head.gate.zero_()  # as at the first step
+        normed = F.layer_norm(pool_boxes(MAPS, boxes).squeeze(2), (16,))
+        expected = F.normalize(normed @ weight.T + bias, dim=-1)
+        torch.testing.assert_close(head(tokens, MASK, MAPS, boxes), expected)
+
+
+# The attention loss of the fusion head
+
+
+def attentive(**options) -> FusionHead:
+    torch.manual_seed(0)
+    return HeadSpec(options={**SIZES, "dropout": 0.0, "attention_loss": 2.0} | options, **SHAPES).build()
+
+
+def test_the_attention_loss_is_that_of_the_share_of_attention_in_the_boxes():
+    head = attentive(layers=1)
+    vectors, loss = head(TOKENS, MASK, MAPS, BOXES)
+    layer = head.decoder.layers[0]
+    queries = layer.norm1((hidden := head.to_clip(TOKENS)) + layer._sa_block(hidden, None, ~MASK))
+    weights = layer.multihead_attn(queries, MAPS, MAPS, average_attn_weights=False)[1]
+    shares = (weights[..., 1:] * patch_shares(BOXES, 4)[:, None]).sum(dim=-1)
+    expected = sum(-shares[image, :, mask].log().mean() for image, mask in enumerate(MASK))
+    torch.testing.assert_close(loss, 2.0 * expected)
+    torch.testing.assert_close(vectors, head.eval()(TOKENS, MASK, MAPS, BOXES))
+
+
+def test_the_attention_loss_draws_attention_into_the_boxes():
+    head = attentive()
+    optimizer = torch.optim.Adam(head.parameters(), lr=1e-2)
+    losses = []
+    for _ in range(10):
+        _, loss = head(TOKENS, MASK, MAPS, BOXES)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 2
+
+
+def test_a_head_trained_with_the_attention_loss_is_a_fusion_head(cache, tmp_path):
+    """Same names and numbers, so that the authors' code loads it, and plain training can start from it."""
+    config = replace(CONFIG, iterations=3, head_options={"attention_loss": 0.1})
+    run = train([cache], [make_vocabulary()], tmp_path / "with", config)
+    head = load_checkpoint(run.checkpoint).head
+    plain = FusionHead(HeadConfig(token_dim=8, width=16, text_dim=8, layers=1, heads=4, ffn=32)).eval()
+    plain.load_state_dict(head.state_dict())
+    tokens = rand(2, 3, 8, seed=5)
+    assert torch.equal(head(tokens, MASK, MAPS, BOXES), plain(tokens, MASK, MAPS))
+    other = train([cache], [make_vocabulary()], tmp_path / "plain", replace(CONFIG, iterations=3), init=run.checkpoint)
+    assert other.loss < run.loss  # which includes the attention loss
+
+
+@pytest.mark.parametrize("value", [-1.0, "much"])
+def test_an_attention_loss_that_is_not_positive_is_refused(value):
+    with pytest.raises(InputError, match=r"attention_loss"):
+        attentive(attention_loss=value)
