@@ -54,6 +54,12 @@ def extract(
         options.TokensName,
         typer.Option(help="first: location tokens; all: also the other mask tokens and predicted IoUs"),
     ] = "first",
+    maps: Annotated[
+        options.MapName,
+        typer.Option(
+            "--map", help="feature: CLIP's feature maps; dense: also its dense maps, for regions without a head"
+        ),
+    ] = "feature",
     views: Annotated[
         options.ViewsName | None,
         typer.Option(help="flip: extract the mirrored images, beside the features of a run without this option"),
@@ -135,6 +141,7 @@ def extract(
         dtype="float32" if exact else dtype,
         preprocess=preprocess,
         tokens=tokens,
+        dense=maps == "dense",
         views=views,
         exif=exif,
         encoding=Encoding.parse(encoding),

@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 
@@ -17,7 +17,7 @@ from regionspot.cache.errors import AnnotationError, InputError, ProvenanceMisma
 from regionspot.cache.format.manifest import Manifest
 from regionspot.cache.machine import compute_device
 from regionspot.cache.store import FeatureCache
-from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline
+from regionspot.evaluation.inference.baselines import Baseline, CropBaseline, DenseOnCache, MapBaseline
 from regionspot.evaluation.inference.cache_vocabulary import NamesFrom, cache_vocabulary, category_vocabulary
 from regionspot.evaluation.inference.head_features import head_features
 from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnImages
@@ -30,7 +30,9 @@ from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.builders import get_preset
 from regionspot.pipeline.backbones.clip import load_text_encoder
+from regionspot.pipeline.backbones.dense import dense_set
 from regionspot.pipeline.backbones.dtypes import AUTO
+from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.datasets.proposals import GROUND_TRUTH
 from regionspot.pipeline.datasets.registry import image_folder_of, read_split
@@ -38,7 +40,7 @@ from regionspot.pipeline.images.decode import Exif, parse_exif
 
 log = logging.getLogger(__name__)
 
-Baseline = Literal["crop", "pooled"]
+Model = TypeVar("Model")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +51,7 @@ class LvisEvaluation:
     out          folder of results.json, detections.json and the parts for resuming
     checkpoint   the head; may be None for a baseline, then `preset` names the encoder
     head_class   `file.py:Class` or `package.module:Class` of a head of the user's own class, whose code is then run
-    baseline     "crop" or "pooled" instead of the head
+    baseline     one of baselines.py instead of the head; only "dense-mask" has masks, only "dense" takes a cache
     cache        read features from this cache instead of running the backbones; without masks then
     boxes        "gt", or a detector's proposals file
     limit        evaluate only the first images, against their own ground truth
@@ -104,7 +106,7 @@ def evaluate_lvis(options: LvisEvaluation) -> dict[str, Any]:
     annotations = options.annotations or _annotation_file(options.data, manifest)
     image_folder = image_folder_of(options.dataset, options.data, options.split, manifest)
     ground_truth = read_ground_truth(annotations)  # before models are loaded and run for hours
-    if options.masks and options.cache is None and options.baseline is None:
+    if options.masks and options.cache is None and options.baseline in (None, "dense-mask"):
         ground_truth.require_masks()
     method, vocabulary = _method(options, manifest, image_folder)
     return evaluate_method(
@@ -122,8 +124,9 @@ def evaluate_lvis(options: LvisEvaluation) -> dict[str, Any]:
 def _check_options(options: LvisEvaluation) -> None:
     if options.baseline is not None and options.baseline not in get_args(Baseline):
         raise unknown_name("baseline", options.baseline, get_args(Baseline))
-    if options.cache is not None and options.baseline is not None:
-        raise InputError(f"baseline {options.baseline}: runs from images, not from a cache; leave --cache out")
+    if options.cache is not None and options.baseline not in (None, "dense"):
+        lack = "a cache holds no masks" if options.baseline == "dense-mask" else "not from a cache"
+        raise InputError(f"baseline {options.baseline}: runs from images, {lack}; leave --cache out")
 
 
 def _annotation_file(data: Path, manifest: Manifest) -> Path:
@@ -138,7 +141,8 @@ def _annotation_file(data: Path, manifest: Manifest) -> Path:
 def _method(options: LvisEvaluation, manifest: Manifest, image_folder: Path) -> tuple[ScoringMethod, Vocabulary]:
     device = str(compute_device(options.device))
     if options.cache is not None:
-        return _from_cache(options, options.cache, manifest, device)
+        from_cache = _from_cache if options.baseline is None else _baseline_from_cache
+        return from_cache(options, options.cache, manifest, device)
     if options.baseline is not None:
         return _baseline(options, options.baseline, manifest.head(options.limit), image_folder, device)
     return _from_images(options, manifest.head(options.limit), image_folder, device)
@@ -172,24 +176,70 @@ def _from_images(
     return HeadOnImages(spot, manifest, image_folder, vocabulary, masks=options.masks, exif=exif), vocabulary
 
 
-def _baseline(
-    options: LvisEvaluation, baseline: str, manifest: Manifest, image_folder: Path, device: str
-) -> tuple[CropBaseline | PooledBaseline, Vocabulary]:
-    dtype = options.dtype
-    if options.checkpoint is not None:
-        info = load_checkpoint(options.checkpoint, options.preset, options.head_class).info
-        maps = head_features(options.checkpoint, info).maps
-        name, dtype = maps.name, maps.dtype if options.dtype == AUTO else options.dtype
-    else:
-        info = HeadInfo(preset=options.preset)
+@dataclass(frozen=True)
+class _BaselineModels:
+    """The backbones of a baseline: those of the checkpoint, if there is one, or else of the preset."""
+
+    encoder: str
+    encoder_dtype: str
+    localizer: str
+    localizer_dtype: str
+    info: HeadInfo
+
+    @classmethod
+    def of(cls, options: LvisEvaluation) -> _BaselineModels:
+        if options.checkpoint is not None:
+            info = load_checkpoint(options.checkpoint, options.preset, options.head_class).info
+            features = head_features(options.checkpoint, info)
+            maps, tokens = features.maps, features.tokens
+            return cls(maps.name, maps.dtype, tokens.name, tokens.dtype, info)
         if options.preset is None:
             raise InputError("a baseline without a checkpoint needs an encoder; give --preset")
-        name = get_preset(options.preset).encoder
-    source, rule = options.clip_weights or options.weights, options.preprocess or "direct"
-    encoder = load_text_encoder(name, source, device, dtype, preprocess=rule)
-    vocabulary = category_vocabulary(manifest.categories, _templates(options, info), encoder, options.names_from)
-    kind = CropBaseline if baseline == "crop" else PooledBaseline
-    return kind(encoder, manifest, image_folder, vocabulary, exif=options.exif or "auto"), vocabulary
+        preset = get_preset(options.preset)
+        return cls(preset.encoder, AUTO, preset.localizer, AUTO, HeadInfo(preset=options.preset))
+
+
+def _baseline(
+    options: LvisEvaluation, baseline: Baseline, manifest: Manifest, image_folder: Path, device: str
+) -> tuple[CropBaseline | MapBaseline, Vocabulary]:
+    models = _BaselineModels.of(options)
+
+    def load(load_model: Callable[..., Model], name: str, source: str | None, dtype: str) -> Model:
+        dtype = dtype if options.dtype == AUTO else options.dtype
+        return load_model(name, source or options.weights, device, dtype, preprocess=options.preprocess or "direct")
+
+    encoder = load(load_text_encoder, models.encoder, options.clip_weights, models.encoder_dtype)
+    templates = _templates(options, models.info)
+    vocabulary = category_vocabulary(manifest.categories, templates, encoder, options.names_from)
+    exif = options.exif or "auto"
+    if baseline == "crop":
+        return CropBaseline(encoder, manifest, image_folder, vocabulary, exif=exif), vocabulary
+    localizer, masks = None, False
+    if baseline == "dense-mask":
+        localizer = load(load_localizer, models.localizer, options.sam_weights, models.localizer_dtype)
+        masks = options.masks
+    method = MapBaseline(
+        baseline, encoder, manifest, image_folder, vocabulary, localizer=localizer, masks=masks, exif=exif
+    )
+    return method, vocabulary
+
+
+def _baseline_from_cache(
+    options: LvisEvaluation, path: str | Path, manifest: Manifest, device: str
+) -> tuple[DenseOnCache, Vocabulary]:
+    models, cache = _BaselineModels.of(options), FeatureCache.open(path)
+    _require_same_boxes(options, cache, manifest)
+    dense_maps = dense_set(models.encoder)
+    if dense_maps not in cache.feature_sets:
+        names = ", ".join(cache.feature_sets) or "none"
+        raise InputError(
+            f"{cache.path}: holds the feature sets {names}, and --baseline dense needs {dense_maps}; run the "
+            "`regionspot extract` of this cache again with --map dense"
+        )
+    _check_extraction_options(options, cache, [dense_maps])
+    source, templates = options.clip_weights or options.weights, _templates(options, models.info)
+    vocabulary = cache_vocabulary(cache, models.encoder, templates, source, device, options.names_from)
+    return DenseOnCache(cache, dense_maps, vocabulary, limit=options.limit, device=device), vocabulary
 
 
 def _from_cache(

@@ -9,7 +9,7 @@ import pytest
 from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.commands import options as cli_options
 from regionspot.commands.train import pair_and_schedule, train
-from regionspot.evaluation.evaluate import Baseline
+from regionspot.evaluation.inference.baselines import Baseline
 from regionspot.evaluation.inference.cache_vocabulary import NamesFrom
 from regionspot.fusion.templates import TEMPLATES
 from regionspot.fusion.training.config import CHECKPOINT_STEPS, TRAIN_PRESETS, Padding, TrainConfig

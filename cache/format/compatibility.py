@@ -19,8 +19,8 @@ from regionspot.cache.errors import ProvenanceMismatchError
 from regionspot.cache.format.schema import FeatureSet
 
 # Recorded, never a reason to refuse: another torch gives the same features up to rounding, and the origin of weights
-# adds nothing to their SHA-256.
-INFORMATIVE = ("versions", "weights_origin")
+# and the logit scale, which is one of them, add nothing to their SHA-256.
+INFORMATIVE = ("versions", "weights_origin", "logit_scale")
 # Fields that every backbone of this package records, in the order in which differences are reported, with the option of
 # `regionspot extract` that sets each. A backbone may record more.
 OPTIONS = {

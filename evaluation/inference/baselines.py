@@ -1,61 +1,82 @@
-"""Two baselines that classify regions with the same frozen CLIP, without training.
+"""Baselines that classify regions with the same frozen CLIP, without training, on a dataset.
 
-    crop    encode the crop of every box with CLIP: accurate, but one pass of the image tower per box
-    pooled  average CLIP's map of the whole image over each box and project it: nearly free once the map is computed
+    crop        encode the crop of every box with CLIP: accurate, but one pass of the image tower per box
+    pooled      the mean of CLIP's feature map in the box, then layer norm and projection
+    dense       the mean of CLIP's dense map in the box (pipeline/backbones/dense.py)
+    dense-mask  the mean of the dense map in SAM's mask of the box
 
-They use CLIP alone and make no masks. Both use the encoder's own logit scale: on the toy dataset it gives crops 3 to 4
-points of AP more than the head's 100. The scale of OpenAI's models is 100.
+All but `crop` are nearly free once the map is computed. Only `dense-mask` makes masks. They use the encoder's own logit
+scale (zero_shot.py, which also names regions outside of a dataset).
 """
 
 from __future__ import annotations
 
-import math
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.manifest import Manifest
+from regionspot.cache.format.schema import ImageFeatures
+from regionspot.cache.reading.dask_arrays import read_decoded
+from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference.scoring import (
     FailedImage,
     Parts,
     RegionScores,
     class_probabilities,
+    encode_masks,
     encoded_batches,
     score_in_batches,
 )
-from regionspot.fusion.heads.pooling import pool_boxes, relative_boxes
+from regionspot.evaluation.inference.zero_shot import (
+    CROP_MARGIN,
+    PIXELS,
+    dense_embeddings,
+    embed_crops,
+    region_weights,
+)
+from regionspot.evaluation.metrics.detections import Masks
+from regionspot.fusion.heads.pooling import map_side, relative_boxes
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.backbones.protocols import ProjectingEncoder, TextEncoder
+from regionspot.pipeline.backbones.dense import dense_set
+from regionspot.pipeline.backbones.protocols import Localizer, MaskingLocalizer, ProjectingEncoder, TextEncoder
+from regionspot.pipeline.extraction.batch_encoder import EMBEDDING
 from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder
 from regionspot.pipeline.images.decode import Exif
 from regionspot.pipeline.reporting.run_stats import RunStats
 
-CROP_BATCH = 64
-# Fraction of the box's width and height, added on every side. AP at 0, 0.05 and 0.1 on 514 boxes of the toy dataset:
-# 41.0, 39.7, 39.4; from 0.2 on it falls steeply.
-CROP_MARGIN = 0.0
+Baseline = Literal["crop", "pooled", "dense", "dense-mask"]
+
+NAMES: dict[Baseline, str] = {
+    "crop": "CLIP on each crop",
+    "pooled": "CLIP map pooled in the box",
+    "dense": "CLIP dense map in the box",
+    "dense-mask": "CLIP dense map in SAM's mask",
+}
 
 
 class _PixelDecoder(Decoder):
-    """Decodes images without resizing them for a model: "pixels" is uint8 (h, w, 3)."""
+    """Decodes images without resizing them for a model."""
 
     def model_inputs(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
-        return {"pixels": torch.from_numpy(np.array(image))}
+        return {PIXELS: torch.from_numpy(np.array(image))}
 
 
 class CropBaseline:
-    """CLIP on every box: the crop with a margin, resized to CLIP's square like a whole image."""
+    """CLIP on every box: the crop, resized to CLIP's square like a whole image."""
 
-    name = "CLIP on each crop"
+    name = NAMES["crop"]
 
     def __init__(
         self,
@@ -64,90 +85,146 @@ class CropBaseline:
         image_folder: Path,
         vocabulary: Vocabulary,
         *,
-        margin: float = CROP_MARGIN,
         exif: Exif = "auto",
     ) -> None:
         self.manifest, self.device = manifest, torch.device(encoder.device)
-        self._encoder, self._margin = encoder, margin
-        self._text = vocabulary.embeddings.to(self.device)
+        self._encoder, self._text = encoder, vocabulary.embeddings.to(self.device)
         self._batches = Halving()
         self._decoder = _PixelDecoder(manifest, image_folder, Backbones(), exif)
-        self.identity = {**_identity(encoder, vocabulary, exif), "margin": margin}
+        self.identity = {**_identity(encoder, vocabulary, exif), "margin": CROP_MARGIN}
         self.features = {encoder.name: {**encoder.provenance, "exif": exif}}
 
     def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
-        """One result per row; stages "decode", "cut crops", "clip on crops"."""
+        """One result per row; stages "decode", "clip on crops"."""
 
         def score_image(images: list[DecodedImage]) -> list[RegionScores]:
             (image,) = images
-            pixels = Image.fromarray(image.inputs["pixels"].numpy())
-            return [self._score(pixels, self.manifest.boxes_xyxy[self.manifest.regions(image.row)], stats)]
+            pixels = Image.fromarray(image.inputs[PIXELS].numpy())
+            boxes = self.manifest.boxes_xyxy[self.manifest.regions(image.row)]
+            with stats.timed("clip on crops"):
+                embedded = embed_crops(self._encoder, pixels, boxes, batches=self._batches)
+                return [RegionScores(class_probabilities(embedded, self._text, self._encoder.logit_scale))]
 
         return score_in_batches(self._decoder, (), parts, 1, score_image, stats)
 
-    def _score(self, image: Image.Image, boxes_xyxy: NDArray[np.float32], stats: RunStats) -> RegionScores:
-        probabilities = [np.zeros((0, len(self._text)), np.float32)]
-        for start in range(0, len(boxes_xyxy), CROP_BATCH):
-            with stats.timed("cut crops"):
-                boxes = boxes_xyxy[start : start + CROP_BATCH]
-                crops = [self._encoder.preprocess(crop(image, box, self._margin)) for box in boxes]
-            with stats.timed("clip on crops"):
-                embedded = self._batches(lambda batch: self._encoder.embed_images(torch.stack(list(batch))), crops)
-                probabilities.append(class_probabilities(embedded, self._text, self._encoder.logit_scale))
-        return RegionScores(np.concatenate(probabilities))
 
+class MapBaseline:
+    """The mean of a map of CLIP over each region: the baselines "pooled", "dense" and "dense-mask".
 
-class PooledBaseline:
-    """The mean of CLIP's map inside each box, taken into the text space by layer norm and projection."""
-
-    name = "CLIP map pooled in the box"
+    Thread-safe: several threads may score different parts.
+    """
 
     def __init__(
         self,
+        kind: Baseline,
         encoder: TextEncoder,
         manifest: Manifest,
         image_folder: Path,
         vocabulary: Vocabulary,
         *,
+        localizer: Localizer | None = None,
+        masks: bool = False,
         exif: Exif = "auto",
     ) -> None:
-        if not isinstance(encoder, ProjectingEncoder):
+        """`localizer` makes the masks of "dense-mask"; with `masks` they are also returned with the scores.
+
+        Raises InputError if the encoder or the localizer cannot do what the baseline needs.
+        """
+        if kind == "pooled" and not isinstance(encoder, ProjectingEncoder):
             raise InputError(
                 f"encoder {encoder.name}: has no projection of its map into the text space, which pooling needs; "
                 "use --baseline crop"
             )
-        self.manifest, self.device = manifest, torch.device(encoder.device)
-        self._encoder = encoder
-        self._text = vocabulary.embeddings.to(self.device)
-        self._decoder = Decoder(manifest, image_folder, Backbones(None, (encoder,)), exif)
-        self.identity = _identity(encoder, vocabulary, exif)
-        self.features = {encoder.name: {**encoder.provenance, "exif": exif}}
+        if kind == "dense-mask" and not isinstance(localizer, MaskingLocalizer):
+            lack = "there is no localizer" if localizer is None else f"localizer {localizer.name} cannot make masks"
+            raise InputError(f"baseline dense-mask: {lack}; use --baseline dense")
+        self.name, self.manifest, self.device = NAMES[kind], manifest, torch.device(encoder.device)
+        self._encoder, self._localizer, self._with_masks = encoder, localizer, masks
+        self._map = encoder.name if kind == "pooled" else dense_set(encoder.name)
+        self._text, self._device_lock = vocabulary.embeddings.to(self.device), threading.Lock()
+        backbones = Backbones(localizer, (encoder,), dense=kind != "pooled")
+        self._decoder = Decoder(manifest, image_folder, backbones, exif)
+        self.features = {model.name: {**model.provenance, "exif": exif} for model in backbones.models}
+        masks_by = None if localizer is None else localizer.provenance
+        self.identity = {**_identity(encoder, vocabulary, exif), "localizer": masks_by, "masks": masks}
 
     def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
-        """One result per row; stages "decode", "encode", "pool"."""
-        for (image,) in encoded_batches(self._decoder, parts, 1, stats):
+        """One result per row; stages "decode", "encode", "tokens" and "masks" of "dense-mask", "pool"."""
+        with_masks = self._localizer is not None
+        for (image,) in encoded_batches(self._decoder, parts, 1, stats, self._device_lock, with_masks):
             if image.failure is not None:
                 yield FailedImage(image.failure)
                 continue
+            masks = None
+            if with_masks:
+                with stats.timed("masks"):
+                    masks = self._masks(image)
+            with stats.timed("pool"), self._device_lock:
+                embedded = self._embed(image, masks)
+                probabilities = class_probabilities(embedded, self._text, self._encoder.logit_scale)
+            yield RegionScores(probabilities, masks.take if masks is not None and self._with_masks else None)
+
+    def _embed(self, image: ImageFeatures, masks: Masks | None) -> Tensor:
+        feature_map = torch.from_numpy(image.features[self._map]).to(self.device)
+        boxes = relative_boxes(_boxes(self.manifest, image.row), *_size(self.manifest, image.row))
+        if not isinstance(self._encoder, ProjectingEncoder) or self._map != self._encoder.name:
+            return dense_embeddings(feature_map, boxes, masks)
+        weights = region_weights(boxes, map_side(feature_map[None])).to(feature_map)
+        return F.normalize(self._encoder.project(weights @ feature_map[1:]), dim=-1)
+
+    def _masks(self, image: ImageFeatures) -> Masks:
+        assert isinstance(self._localizer, MaskingLocalizer)
+        embedding, boxes = torch.from_numpy(image.features[EMBEDDING]), _boxes(self.manifest, image.row)
+        with self._device_lock:
+            return encode_masks(
+                self._localizer, embedding, boxes, _size(self.manifest, image.row), np.arange(len(boxes))
+            )
+
+
+class DenseOnCache:
+    """The baseline "dense" on stored dense maps. The rows of the manifest are the rows of the cache."""
+
+    name = f"{NAMES['dense']}, from the cache"
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        dense_maps: str,
+        vocabulary: Vocabulary,
+        *,
+        limit: int | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """`dense_maps` is the name of their feature set, as `extract --map dense` adds it."""
+        self.device, self.manifest = torch.device(device), cache.manifest.head(limit)
+        self._reader, self._text = cache.reader(dense_maps), vocabulary.embeddings.to(self.device)
+        self._failures = {failure.row: failure.reason for failure in cache.failures()}
+        provenance = cache.feature_sets[dense_maps].provenance
+        self._logit_scale = float(provenance["logit_scale"])
+        self.features = {dense_maps: provenance}
+        self.identity = {"features": self.features, "vocabulary": vocabulary.digest}
+
+    def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
+        """One result per row; stages "read", "pool". Raises NotExtractedError for a part that is not extracted yet."""
+        for row in (row for rows in parts for row in rows):
+            if (failure := self._failures.get(row)) is not None:
+                yield FailedImage(failure)
+                continue
+            with stats.timed("read"):
+                dense_map = torch.from_numpy(read_decoded(self._reader, [row])[0]).to(self.device).float()
             with stats.timed("pool"):
-                feature_map = torch.from_numpy(image.features[self._encoder.name]).to(self.device)
-                scores = self._pool(image.row, feature_map)
-            yield scores
-
-    def _pool(self, row: int, feature_map: Tensor) -> RegionScores:
-        manifest = self.manifest
-        boxes = relative_boxes(manifest.boxes_xyxy[manifest.regions(row)], manifest.heights[row], manifest.widths[row])
-        pooled = pool_boxes(feature_map[None], torch.from_numpy(boxes[None]).to(feature_map.device))[0, :, 0]
-        return RegionScores(class_probabilities(self._encoder.project(pooled), self._text, self._encoder.logit_scale))
+                boxes = relative_boxes(_boxes(self.manifest, row), *_size(self.manifest, row))
+                embedded = dense_embeddings(dense_map, boxes)
+                probabilities = class_probabilities(embedded, self._text, self._logit_scale)
+            yield RegionScores(probabilities)
 
 
-def crop(image: Image.Image, box_xyxy: NDArray[np.float32], margin: float) -> Image.Image:
-    """The crop of a box with its margin: whole pixels, at least one, clipped to the image."""
-    x1, y1, x2, y2 = (float(value) for value in box_xyxy)
-    margin_x, margin_y = margin * (x2 - x1), margin * (y2 - y1)
-    left, top = max(0, math.floor(x1 - margin_x)), max(0, math.floor(y1 - margin_y))
-    right, bottom = min(image.width, math.ceil(x2 + margin_x)), min(image.height, math.ceil(y2 + margin_y))
-    return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))
+def _boxes(manifest: Manifest, row: int) -> NDArray[np.float32]:
+    return manifest.boxes_xyxy[manifest.regions(row)]
+
+
+def _size(manifest: Manifest, row: int) -> tuple[int, int]:
+    return int(manifest.heights[row]), int(manifest.widths[row])
 
 
 def _identity(encoder: TextEncoder, vocabulary: Vocabulary, exif: Exif) -> dict[str, Any]:

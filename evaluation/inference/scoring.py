@@ -101,7 +101,7 @@ def encoded_batches(
     device_lock and keep_embeddings are those of `BatchEncoder`. Its batches are as large as in an extraction.
     """
     backbones = decoder.backbones
-    names = [encoder.name for encoder in backbones.encoders]
+    names = [name for encoder in backbones.encoders for name in backbones.map_sets(encoder)]
     if backbones.localizer is not None:
         names += backbones.localizer.outputs
     encode = BatchEncoder(decoder.manifest, backbones, stats, device_lock, keep_embeddings)

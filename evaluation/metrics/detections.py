@@ -52,6 +52,15 @@ class Masks:
         counts = self.counts[self.offsets[index] : self.offsets[index + 1]].tobytes()
         return {"size": self.sizes[index].tolist(), "counts": counts}
 
+    def take(self, rows: NDArray[np.int64]) -> Masks:
+        """The masks at `rows`, in that order."""
+        counts = [self.counts[self.offsets[row] : self.offsets[row + 1]] for row in rows]
+        return Masks(
+            sizes=self.sizes[rows],
+            offsets=np.cumsum([0, *map(len, counts)], dtype=np.int64),
+            counts=np.concatenate([np.empty(0, np.uint8), *counts]),
+        )
+
     def decode(self, index: int) -> NDArray[np.bool_]:
         """Mask `index` as bool (h, w)."""
         return np.asarray(rle.decode(self[index]), np.bool_)

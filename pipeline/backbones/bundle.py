@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
+from torch import Tensor
 
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.feature_dtypes import Encoding
@@ -15,6 +16,7 @@ from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones.batch_size import batch_size_of
 from regionspot.pipeline.backbones.builders import get_preset
 from regionspot.pipeline.backbones.clip import load_encoder
+from regionspot.pipeline.backbones.dense import dense_provenance, dense_set, require_dense
 from regionspot.pipeline.backbones.dtypes import AUTO, half_is_faster, stored_dtype
 from regionspot.pipeline.backbones.mirrored import MirroredEncoder, MirroredLocalizer
 from regionspot.pipeline.backbones.protocols import FIRST, Backbone, Localizer, SemanticEncoder
@@ -30,11 +32,15 @@ NONE = "none"  # instead of a model's name: no model
 class Backbones:
     """A localizer, semantic encoders, or both, which all use the same decoded image.
 
+    dense    dense maps as well, from the same pass as the feature maps
     reload   `load` with the same arguments, if its dtype was "auto"
+
+    Raises InputError for an encoder that is named twice or has no dense map.
     """
 
     localizer: Localizer | None = None
     encoders: tuple[SemanticEncoder, ...] = ()
+    dense: bool = False
     reload: Callable[..., Backbones] | None = field(default=None, repr=False, compare=False)
 
     @classmethod
@@ -51,6 +57,7 @@ class Backbones:
         encoders: Sequence[str] = (),
         preprocess: str = "direct",
         tokens: str = FIRST,
+        dense: bool = False,
         flip: bool = False,
         stored: Mapping[str, FeatureSet] | None = None,
     ) -> Backbones:
@@ -62,6 +69,7 @@ class Backbones:
         encoders    replace the preset's; "none": no encoder
         preprocess  "direct" or "reference"
         tokens      "first", or "all": the three other mask tokens and the predicted IoUs as well
+        dense       also the dense maps of the encoders
         flip        the models of mirrored images, whose feature sets have names of their own
         stored      feature sets of an existing cache, by name
 
@@ -93,6 +101,7 @@ class Backbones:
         return cls(
             sam,
             tuple(clips),
+            dense,
             reload=None
             if dtype != AUTO
             else partial(
@@ -106,6 +115,7 @@ class Backbones:
                 encoders=encoders,
                 preprocess=preprocess,
                 tokens=tokens,
+                dense=dense,
                 flip=flip,
             ),
         )
@@ -123,6 +133,9 @@ class Backbones:
         names = [encoder.name for encoder in self.encoders]
         if len(set(names)) < len(names):
             raise InputError(f"encoders {', '.join(names)}: one is named twice")
+        if self.dense:
+            for encoder in self.encoders:
+                require_dense(encoder)
 
     @property
     def models(self) -> list[Backbone]:
@@ -144,6 +157,18 @@ class Backbones:
         """The default batch size; measured once on a GPU."""
         return batch_size_of(self.models)
 
+    def map_sets(self, encoder: SemanticEncoder) -> dict[str, tuple[int, int]]:
+        """The shapes of an encoder's feature sets by their names; the first is its feature map."""
+        sets = {encoder.name: encoder.map_shape}
+        if self.dense and (shape := require_dense(encoder).dense_shape) is not None:
+            sets[dense_set(encoder.name)] = shape
+        return sets
+
+    def encode_maps(self, encoder: SemanticEncoder, batch: Tensor) -> dict[str, Tensor]:
+        """float32 (B, *shape) of each of `map_sets`, for stacked preprocessed images."""
+        maps = require_dense(encoder).encode_with_dense(batch) if self.dense else (encoder.encode(batch),)
+        return dict(zip(self.map_sets(encoder), (values.float() for values in maps), strict=True))
+
     def feature_sets(
         self, exif: Exif = "auto", encoding: Encoding = FLOAT16, token_encoding: Encoding = FLOAT16
     ) -> list[FeatureSet]:
@@ -160,7 +185,7 @@ class Backbones:
             ]
         for encoder in self.encoders:
             provenance = {**encoder.provenance, "exif": exif}
-            sets.append(
-                FeatureSet(encoder.name, "map", encoder.map_shape, encoding.dtype, provenance, encoding.compression)
-            )
+            for name, shape in self.map_sets(encoder).items():
+                of_set = provenance if name == encoder.name else {**provenance, **dense_provenance(encoder)}
+                sets.append(FeatureSet(name, "map", shape, encoding.dtype, of_set, encoding.compression))
         return sets

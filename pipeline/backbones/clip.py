@@ -1,4 +1,4 @@
-"""The CLIP encoder: feature maps of images, and embeddings of prompts and whole images.
+"""The CLIP encoder: feature maps and dense maps of images, and embeddings of prompts and whole images.
 
 The feature map is the output before the last layer norm and the projection. `project` applies both.
 """
@@ -19,6 +19,7 @@ from torch import Tensor
 from regionspot.cache.errors import InputError
 from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones.builders import base_provenance, build_clip
+from regionspot.pipeline.backbones.dense import dense_path
 from regionspot.pipeline.backbones.dtypes import autocast, resolve_dtype
 from regionspot.pipeline.backbones.open_clip_models import Tokenizer, contiguous_attention
 from regionspot.pipeline.backbones.protocols import (
@@ -45,6 +46,7 @@ class ClipEncoder:
     pixels          side of the square input
     map_shape       (T, D)
     text_dim        width of the joint space of prompts and projected images
+    dense_shape     (P, text_dim) of the dense map
     logit_scale     factor of cosine similarities (about 100)
     provenance      JSON-serialisable, everything that determines the values of the maps
     weights_sha256  of the file with both towers; "random:SEED" for random weights
@@ -72,6 +74,8 @@ class ClipEncoder:
         }
         self.map_shape: tuple[int, int] = tuple(self._clip.visual.positional_embedding.shape)
         self.text_dim: int = self._clip.visual.proj.shape[1]
+        self._dense = dense_path(self._clip.visual)
+        self.dense_shape = None if self._dense is None else (self.map_shape[0] - 1, self.text_dim)
         self.logit_scale = float(self._clip.logit_scale.exp())
         # Rows of zeros in the word table, which only the toy CLIP has, are unknown words.
         known = self._clip.token_embedding.weight.any(dim=1)
@@ -90,12 +94,27 @@ class ClipEncoder:
     @torch.no_grad()
     def encode(self, batch: Tensor) -> Tensor:
         """float32 (B, T, D): the feature maps of preprocessed images (B, 3, p, p)."""
+        return self._outputs_of_blocks(batch, 1)[0]
+
+    @torch.no_grad()
+    def encode_with_dense(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 (B, T, D) and (B, T - 1, text_dim): feature maps as `encode` gives them, and dense maps."""
+        assert self._dense is not None
+        before, feature_map = self._outputs_of_blocks(batch, 2)
+        return feature_map, self._dense(before[:, 1:])
+
+    def _outputs_of_blocks(self, batch: Tensor, count: int) -> list[Tensor]:
+        """float32 (B, T, D) for each of the last `count` blocks."""
         with autocast(self.device, self._dtype):
             outputs = self._clip.visual.forward_intermediates(
-                batch.to(self.device), indices=1, output_fmt="NLC", output_extra_tokens=True, intermediates_only=True
+                batch.to(self.device),
+                indices=count,
+                output_fmt="NLC",
+                output_extra_tokens=True,
+                intermediates_only=True,
             )
-        tokens = [outputs["image_intermediates_prefix"][0], outputs["image_intermediates"][0]]
-        return torch.cat(tokens, dim=1).float()
+        tokens = zip(outputs["image_intermediates_prefix"], outputs["image_intermediates"], strict=True)
+        return [torch.cat(of_block, dim=1).float() for of_block in tokens]
 
     @torch.no_grad()
     def project(self, feature_map: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from regionspot.cache.format.schema import FLIP
+from regionspot.pipeline.backbones.dense import require_dense
 from regionspot.pipeline.backbones.protocols import Backbone, Localizer, SemanticEncoder
 
 
@@ -41,6 +42,13 @@ class MirroredEncoder(_Mirrored):
     def __init__(self, encoder: SemanticEncoder) -> None:
         super().__init__(encoder)
         self.map_shape = encoder.map_shape
+        self.dense_shape = getattr(encoder, "dense_shape", None)
+        self.logit_scale = getattr(encoder, "logit_scale", 1.0)
+        self._encoder = encoder
+
+    def encode_with_dense(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 (B, T, D) and (B, P, E), as a DenseEncoder's."""
+        return require_dense(self._encoder).encode_with_dense(batch)
 
 
 class MirroredLocalizer(_Mirrored):

@@ -2,7 +2,8 @@
 
 The feature map is the image tower's output at each position before the last norm and pooling, after the class token if
 there is one; register tokens are left out. Each model pools its map in its own way (often by attention), so single
-tokens cannot be projected into the joint space. Whole images and prompts are embedded by open_clip.
+tokens cannot be projected into the joint space. Models that do not pool by attention have a dense map, which is in that
+space (dense.py). Whole images and prompts are embedded by open_clip.
 """
 
 # B images, T map tokens, D map width, P prompts, E width of the joint space, p pixels
@@ -20,6 +21,7 @@ from torch import Tensor
 from regionspot.cache.errors import InputError
 from regionspot.pipeline.backbones.builders import base_provenance, build_clip
 from regionspot.pipeline.backbones.clip import PROMPT_BATCH, ClipEncoder
+from regionspot.pipeline.backbones.dense import dense_path
 from regionspot.pipeline.backbones.dtypes import autocast
 from regionspot.pipeline.backbones.open_clip_models import config_of, contiguous_attention, is_plain, model_and_tag
 from regionspot.pipeline.backbones.protocols import BackboneConfig
@@ -73,6 +75,8 @@ class OpenClipEncoder:
         _, tokens, width = self.encode(blank).shape
         self.map_shape = (tokens, width)
         self.text_dim: int = self.embed_images(blank).shape[1]
+        self._dense = dense_path(self._visual)
+        self.dense_shape = None if self._dense is None else (tokens - self._has_class_token, self.text_dim)
 
     @property
     def batch_size(self) -> int:
@@ -91,18 +95,32 @@ class OpenClipEncoder:
     @torch.no_grad()
     def encode(self, batch: Tensor) -> Tensor:
         """float32 (B, T, D): the feature maps of preprocessed images (B, 3, p, p)."""
+        return self._outputs_of_blocks(batch, 1)[0]
+
+    @torch.no_grad()
+    def encode_with_dense(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 (B, T, D) and (B, P, E): feature maps as `encode` gives them, and dense maps."""
+        assert self._dense is not None
+        before, feature_map = self._outputs_of_blocks(batch, 2)
+        return feature_map, self._dense(before[:, 1:] if self._has_class_token else before)
+
+    def _outputs_of_blocks(self, batch: Tensor, count: int) -> list[Tensor]:
+        """float32 (B, T, D) for each of the last `count` blocks."""
         # Convolutional towers such as ConvNeXt do not have these two options.
         token_options = {"output_fmt": "NLC", "output_extra_tokens": True} if _has_tokens(self._visual) else {}
         with autocast(self.device, self._dtype):
             outputs = self._visual.forward_intermediates(
-                batch.to(self.device), indices=1, intermediates_only=True, **token_options
+                batch.to(self.device), indices=count, intermediates_only=True, **token_options
             )
-        tokens: Tensor = outputs["image_intermediates"][0]
+        blocks: list[Tensor] = outputs["image_intermediates"]
         if not token_options:
-            tokens = tokens.flatten(2).transpose(1, 2)
+            blocks = [patches.flatten(2).transpose(1, 2) for patches in blocks]
         if self._has_class_token:
-            tokens = torch.cat([outputs["image_intermediates_prefix"][0][:, :1], tokens], dim=1)
-        return tokens.float()
+            prefixes = outputs["image_intermediates_prefix"]
+            blocks = [
+                torch.cat([prefix[:, :1], patches], dim=1) for prefix, patches in zip(prefixes, blocks, strict=True)
+            ]
+        return [tokens.float() for tokens in blocks]
 
     @torch.no_grad()
     def embed_images(self, batch: Tensor) -> Tensor:

@@ -175,6 +175,22 @@ class ProjectingEncoder(TextEncoder, Protocol):
         ...
 
 
+@runtime_checkable
+class DenseEncoder(SemanticEncoder, Protocol):
+    """An encoder that can also compute dense maps: its patches in the joint space, as `embed_images` embeds images.
+
+    dense_shape  (P, E), the patches in row-major order; None if this model has no dense map (dense.py)
+    logit_scale  factor of cosine similarities
+    """
+
+    dense_shape: tuple[int, int] | None
+    logit_scale: float
+
+    def encode_with_dense(self, batch: Tensor) -> tuple[Tensor, Tensor]:
+        """float32 (B, T, D) and (B, P, E): what `encode` gives, and the dense maps, from one pass."""
+        ...
+
+
 def missing_members(model: object, protocol: type) -> str:
     """Names of the members of `protocol` that `model` lacks, separated by commas."""
     members = {name for base in protocol.__mro__ for name in (*vars(base).get("__annotations__", {}), *vars(base))}

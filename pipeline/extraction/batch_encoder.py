@@ -156,7 +156,8 @@ class BatchEncoder:
     def _launch(self, batch: list[DecodedImage]) -> _Launched:
         slots = [_Slot() for _ in batch]
         for encoder in self._backbones.encoders:
-            self._fill(slots, batch, encoder, [encoder.name], partial(self._compute_maps, encoder))
+            names = self._backbones.map_sets(encoder)
+            self._fill(slots, batch, encoder, names, partial(self._compute_maps, encoder))
         if (localizer := self._backbones.localizer) is not None:
             self._fill(slots, batch, localizer, localizer.outputs, partial(self._compute_tokens, localizer))
         ready = None
@@ -192,8 +193,9 @@ class BatchEncoder:
         with self.stats.timed("encode"):
             batch = torch.stack([self._to_device(item.values) for item in inputs])
             with self._device_lock:
-                maps = encoder.encode(batch).float()
-            return [{encoder.name: feature_map} for feature_map in self._to_host(maps)]
+                maps = self._backbones.encode_maps(encoder, batch)
+            on_host = {name: self._to_host(values) for name, values in maps.items()}
+            return [{name: values[index] for name, values in on_host.items()} for index in range(len(inputs))]
 
     def _compute_tokens(self, localizer: Localizer, inputs: Sequence[_Input]) -> list[dict[str, Tensor]]:
         with self.stats.timed("encode"):

@@ -31,7 +31,7 @@ class ExtractConfig:
     cache            folder or URL of the cache to fill
     dataset, data, split, annotations, boxes, limit
                      the images and regions, see `extract --help`
-    preset, localizer, encoders, weights, sam_weights, clip_weights, device, dtype, preprocess, tokens
+    preset, localizer, encoders, weights, sam_weights, clip_weights, device, dtype, preprocess, tokens, dense
                      the models, see `Backbones.load`
     views            "flip": the features of the mirrored images, as further feature sets
     exif             how to apply an image's EXIF orientation
@@ -64,6 +64,7 @@ class ExtractConfig:
     dtype: str = "auto"
     preprocess: str = "direct"
     tokens: str = "first"
+    dense: bool = False
     views: Literal["flip"] | None = None
     exif: Exif = "auto"
     encoding: Encoding = _FLOAT16
@@ -156,6 +157,7 @@ class ExtractConfig:
             encoders=self.encoders,
             preprocess=self.preprocess,
             tokens=self.tokens,
+            dense=self.dense,
             flip=self.views == "flip",
             stored=stored,
         )

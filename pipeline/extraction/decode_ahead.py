@@ -62,7 +62,7 @@ class Decoder:
         if localizer is not None and not localizer.outputs.keys().isdisjoint(names):
             inputs[localizer.name] = localizer.preprocess(image)
         for encoder in self.backbones.encoders:
-            if encoder.name in names:
+            if not self.backbones.map_sets(encoder).keys().isdisjoint(names):
                 inputs[encoder.name] = encoder.preprocess(image)
         if self.backbones.device.type == "cuda":  # pinned memory, for asynchronous copies to the device
             inputs = {name: values.pin_memory() for name, values in inputs.items()}

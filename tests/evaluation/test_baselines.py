@@ -1,15 +1,23 @@
+from functools import partial
+from typing import get_args
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from regionspot.cache.errors import InputError
 from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
-from regionspot.evaluation.inference.baselines import CropBaseline, PooledBaseline, crop
+from regionspot.evaluation.inference.baselines import Baseline, CropBaseline, MapBaseline
 from regionspot.evaluation.inference.scoring import class_probabilities
+from regionspot.evaluation.inference.zero_shot import ZeroShot, ZeroShotMethod, crop, dense_embeddings
+from regionspot.evaluation.metrics.detections import Masks
 from regionspot.fusion.heads.pooling import box_weights, relative_boxes
 from regionspot.fusion.vocabulary import build_vocabulary
 from regionspot.pipeline.backbones.clip import load_encoder
+from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
+from regionspot.pipeline.extraction.decode_ahead import DecodedImage
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 pytestmark = pytest.mark.usefixtures("module_home")
@@ -26,6 +34,11 @@ def encoder():
 
 
 @pytest.fixture(scope="module")
+def localizer():
+    return load_localizer("toy_sam")
+
+
+@pytest.fixture(scope="module")
 def vocabulary(encoder, manifest):
     return build_vocabulary([category.name for category in manifest.categories], ["{}."], encoder)
 
@@ -34,7 +47,9 @@ def boxes(*rows):
     return np.array(rows, np.float32)
 
 
-@pytest.mark.parametrize(("kind", "method"), [(CropBaseline, "embed_images"), (PooledBaseline, "encode")])
+@pytest.mark.parametrize(
+    ("kind", "method"), [(CropBaseline, "embed_images"), (partial(MapBaseline, "pooled"), "encode")]
+)
 def test_a_batch_that_does_not_fit_into_gpu_memory_is_split(
     encoder, vocabulary, manifest, world, monkeypatch, kind, method
 ):
@@ -81,7 +96,7 @@ def test_the_crop_of_a_whole_image_has_the_scores_of_the_image(world, manifest, 
 
 def test_the_pooled_baseline_projects_the_mean_of_the_patches(world, manifest, encoder, vocabulary):
     image_folder = image_folder_of("toy", world, "val", manifest)
-    probabilities = scores(PooledBaseline(encoder, manifest, image_folder, vocabulary), [2])[0].probabilities
+    probabilities = scores(MapBaseline("pooled", encoder, manifest, image_folder, vocabulary), [2])[0].probabilities
     image = encoder.preprocess(Image.open(image_folder / str(manifest.paths[2])))
     patches = encoder.encode(image[None])[0, 1:]
     regions = manifest.boxes_xyxy[manifest.regions(2)]
@@ -91,24 +106,68 @@ def test_the_pooled_baseline_projects_the_mean_of_the_patches(world, manifest, e
     assert probabilities == pytest.approx(expected, abs=1e-5)
 
 
-def test_crops_are_more_accurate_than_pooling_and_slower(world, tmp_path):
-    results = {
-        name: evaluate_lvis(
-            LvisEvaluation(
-                data=world,
-                out=tmp_path / name,
-                dataset="toy",
-                baseline=name,
-                preset="toy",
-                templates="plain",
-                device="cpu",
-            )
-        )
-        for name in ("crop", "pooled")
+@pytest.fixture(scope="module")
+def results(world, tmp_path_factory):
+    """What `eval-lvis --baseline` returns, for each baseline, on the toy world."""
+    out = tmp_path_factory.mktemp("results")
+    options = {"data": world, "dataset": "toy", "preset": "toy", "templates": "plain", "device": "cpu"}
+    return {
+        name: evaluate_lvis(LvisEvaluation(**options, out=out / name, baseline=name)) for name in get_args(Baseline)
     }
+
+
+def test_crops_are_more_accurate_than_pooling_and_slower(results):
     # Guessing one of 192 classes gives an AP of about 0.01.
     assert results["crop"]["bbox"]["AP"] > 0.3
     # The toy CLIP is not trained to align its patches with names.
     assert 0 <= results["pooled"]["bbox"]["AP"] < results["crop"]["bbox"]["AP"]
     seconds = {name: result["seconds_per_picture"]["on_shared_maps"] for name, result in results.items()}
     assert seconds["crop"] > 3 * seconds["pooled"]
+    assert seconds["crop"] > 3 * seconds["dense"]
+
+
+def test_dense_maps_name_regions_that_the_plain_map_does_not(results):
+    for name in ("dense", "dense-mask"):
+        assert results[name]["bbox"]["AP"] > 0.2 + results["pooled"]["bbox"]["AP"]
+
+
+def test_only_the_baseline_with_masks_has_an_ap_of_masks(results):
+    assert {name for name, result in results.items() if result["segm"]} == {"dense-mask"}
+
+
+def test_a_dense_embedding_is_the_mean_over_the_parts_of_patches_in_the_box_or_mask():
+    dense_map = torch.eye(4)  # 2 x 2 patches, each along an axis of its own
+    boxes = np.float32([[0, 0, 0.5, 0.5], [0.25, 0, 0.75, 0.5], [0, 0, 1, 1], [0.6, 0.6, 0.7, 0.7]])
+    of_boxes = np.float32([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.25] * 4, [0, 0, 0, 1]])
+    np.testing.assert_allclose(dense_embeddings(dense_map, boxes).square(), of_boxes, atol=1e-3)
+    bits = np.zeros((4, 3, 3), bool)  # the middle row and column are halves of two patches
+    bits[0, 0, 0] = bits[1, 0, 1] = bits[2, :, 2] = True
+    of_masks = np.float32([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0, 0.5, 0, 0.5], [0, 0, 0, 1]])  # the last is its box
+    embedded = dense_embeddings(dense_map, boxes, Masks.encode(bits))
+    np.testing.assert_allclose(embedded.square(), of_masks, atol=1e-3)
+
+
+@pytest.mark.parametrize("method", get_args(ZeroShotMethod))
+def test_zero_shot_gives_embeddings_of_unit_length_the_baselines_scores_and_masks(
+    world, manifest, encoder, vocabulary, localizer, method
+):
+    image_folder, boxes = image_folder_of("toy", world, "val", manifest), manifest.boxes_xyxy[manifest.regions(2)]
+    image = Image.open(image_folder / str(manifest.paths[2])).convert("RGB")
+    zero_shot = ZeroShot(encoder, method, localizer)
+    decoded = DecodedImage(2, zero_shot.model_inputs(image), (image.height, image.width))
+    embedded, of_none = zero_shot.embed([decoded, decoded], [boxes, boxes[:0]])
+    np.testing.assert_allclose(embedded.norm(dim=1), 1, atol=1e-5)
+    assert of_none.shape == (0, encoder.text_dim)
+    (scored,) = zero_shot.score([decoded], [boxes], vocabulary.embeddings)
+    arguments = encoder, manifest, image_folder, vocabulary
+    baseline = CropBaseline(*arguments) if method == "crop" else MapBaseline("dense", *arguments)
+    np.testing.assert_allclose(scored.probabilities, scores(baseline, [2])[0].probabilities, atol=1e-5)
+    masks = scored.masks(np.array([1]))
+    x1, y1, x2, y2 = boxes[1].round().astype(int)
+    assert len(masks) == 1
+    assert masks.decode(0)[y1:y2, x1:x2].sum() > 0.9 * masks.decode(0).sum() > 0
+
+
+def test_the_mean_in_masks_needs_a_localizer(encoder):
+    with pytest.raises(InputError, match="baseline dense-mask: there is no localizer; use --baseline dense"):
+        MapBaseline("dense-mask", encoder, None, None, None)

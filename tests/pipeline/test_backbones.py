@@ -188,6 +188,23 @@ def test_the_map_is_taken_before_the_last_layer_norm(encoder, image):
     assert close(encoder.encode(batch), inputs[0])
 
 
+@torch.no_grad()
+def test_the_dense_map_is_the_value_path_of_the_last_block_from_the_same_pass(encoder, image):
+    batch, inputs, visual = encoder.preprocess(image)[None], [], encoder._clip.visual
+    block = visual.transformer.resblocks[-1]
+    handle = block.register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    feature_map, dense_map = encoder.encode_with_dense(batch)
+    handle.remove()
+    assert len(inputs) == 1
+    assert torch.equal(feature_map, encoder.encode(batch))
+    attention = block.attn
+    weight, bias = attention.in_proj_weight.chunk(3)[2], attention.in_proj_bias.chunk(3)[2]
+    values = attention.out_proj(block.ln_1(inputs[0][:, 1:]) @ weight.T + bias)
+    expected = visual.ln_post(values) @ visual.proj
+    assert dense_map.shape == (1, *encoder.dense_shape)
+    assert torch.allclose(dense_map, expected, atol=1e-5 * float(expected.abs().max()))
+
+
 def test_prompts_without_padding_equal_padded_ones_in_any_order(encoder):
     import open_clip
 

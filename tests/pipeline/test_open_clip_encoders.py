@@ -5,19 +5,23 @@ The models are small: open_clip's own classes with timm's test towers, from conf
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import open_clip
 import pytest
 import torch
 from PIL import Image
+from timm.models.eva import Eva
 
 from regionspot import cli
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
-from regionspot.evaluation.inference.baselines import PooledBaseline
+from regionspot.evaluation.inference.baselines import MapBaseline
+from regionspot.evaluation.inference.zero_shot import ZeroShot
 from regionspot.pipeline.backbones import open_clip_models
 from regionspot.pipeline.backbones.clip import ClipEncoder, load_encoder, load_text_encoder
+from regionspot.pipeline.backbones.dense import dense_path
 from regionspot.pipeline.backbones.open_clip_models import config_of, is_plain
 from regionspot.pipeline.backbones.protocols import ProjectingEncoder, TextEncoder
 from regionspot.pipeline.backbones.registry import stored_name
@@ -244,4 +248,36 @@ def test_a_head_is_trained_on_maps_without_a_class_token_and_predicts(configs, w
 
 def test_the_pooled_baseline_needs_a_projectable_map(encoders):
     with pytest.raises(InputError, match=r"tiny-pe: has no projection of its map .* use --baseline crop"):
-        PooledBaseline(encoders["tiny-pe"], None, None, None)
+        MapBaseline("pooled", encoders["tiny-pe"], None, None, None)
+
+
+def test_a_dense_map_is_the_value_path_of_the_last_block_in_the_joint_space(encoders, image):
+    encoder = encoders["tiny-pe"]
+    batch, inputs, trunk = encoder.preprocess(image)[None], [], encoders["tiny-pe"]._visual.trunk
+    handle = trunk.blocks[-1].register_forward_pre_hook(lambda _, given: inputs.append(given[0]))
+    feature_map, dense_map = encoder.encode_with_dense(batch)
+    handle.remove()
+    assert torch.equal(feature_map, encoder.encode(batch))
+    block, patches = trunk.blocks[-1], inputs[0][:, trunk.num_prefix_tokens :]
+    values = block.attn.qkv(block.norm1(patches)).chunk(3, dim=-1)[2]
+    expected = encoder._visual.head(trunk.fc_norm(trunk.norm(block.ls1(block.attn.proj(values)))))
+    assert dense_map.shape == (1, *encoder.dense_shape) == (1, 100, 32)
+    assert close(dense_map, expected)
+
+
+@torch.no_grad()
+def test_the_dense_map_of_an_eva_tower_is_its_value_path():
+    trunk = Eva(32, 16, embed_dim=16, depth=2, num_heads=2, num_classes=8, init_values=0.1, use_rot_pos_emb=True).eval()
+    patches, block = torch.randn(2, 4, 16, generator=torch.Generator().manual_seed(0)), trunk.blocks[-1]
+    attention, normed = block.attn, block.norm1(patches)
+    values = normed @ attention.qkv.weight.chunk(3)[2].T + attention.v_bias
+    expected = trunk.head(trunk.fc_norm(trunk.norm(block.gamma_1 * attention.proj(values))))
+    assert close(dense_path(SimpleNamespace(trunk=trunk, head=torch.nn.Identity()))(patches), expected)
+
+
+@pytest.mark.parametrize("name", ["tiny-siglip", "tiny-convnext", "tiny-resnet", "tiny-coca"])
+def test_encoders_that_do_not_project_each_token_have_no_dense_map(encoders, name):
+    assert encoders[name].dense_shape is None
+    with pytest.raises(InputError, match=rf"{name}: has no dense map, .*or use --baseline crop") as error:
+        ZeroShot(encoders[name], "dense")
+    assert "\n" not in str(error.value)
