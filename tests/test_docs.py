@@ -116,3 +116,18 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     api = (tmp_path / "site" / "python_api.html").read_text()
     assert "FeatureCache" in api
     assert "float32" in api
+
+
+def test_the_tour_can_be_followed(regionspot, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    steps = 0
+    for language, text in blocks(ROOT / "docs" / "tour.md"):
+        if language == "python":
+            exec(compile(text, "docs/tour.md", "exec"), names)
+        for line in text.splitlines() if language == "bash" else ():
+            command, _, remark = line.partition("  # exit code ")
+            code, _, err = regionspot(*shlex.split(command)[1:])
+            assert code == int(remark or 0), f"{line}: {err}"
+        steps += 1
+    assert steps == 7
