@@ -92,7 +92,7 @@ def average_precision(
     "segm", without masks or with masks of another size than the image; AnnotationError for "segm" if the ground truth
     has no valid masks.
     """
-    ground_truth, detections = _checked(ground_truth, detections, iou_type, image_ids)
+    ground_truth, detections = checked(ground_truth, detections, iou_type, image_ids)
     return _lvis_result(ground_truth, best_per_image(detections), iou_type, engine, "@300")
 
 
@@ -109,7 +109,7 @@ def fixed_ap(
     no limit in their names: AR, ARs, ARm, ARl. `detections` must not have been limited per image before. Raises as
     `average_precision`.
     """
-    ground_truth, detections = _checked(ground_truth, detections, iou_type, image_ids)
+    ground_truth, detections = checked(ground_truth, detections, iou_type, image_ids)
     return _lvis_result(ground_truth, best_per_class(detections), iou_type, engine, "")
 
 
@@ -124,7 +124,7 @@ def coco_ap(
     Computed by hotcoco in its COCO mode, with the arrays of pycocotools bit for bit. `ground_truth` may be of LVIS; its
     lists of absent classes are then not used. Raises as `average_precision`.
     """
-    ground_truth, detections = _checked(ground_truth, detections, iou_type, image_ids)
+    ground_truth, detections = checked(ground_truth, detections, iou_type, image_ids)
     precision, recall = hotcoco_engine.coco_precision_and_recall(ground_truth, detections, iou_type)
     values = _ap_values(precision[..., -1])
     values |= {f"AR@{limit}": recall[:, :, 0, index] for index, limit in enumerate(COCO_LIMITS)}
@@ -216,7 +216,7 @@ def _class_results(ground_truth: GroundTruth, precision: NDArray[np.float64]) ->
     )
 
 
-def _checked(
+def checked(
     ground_truth: GroundTruth, detections: Detections, iou_type: IouType, image_ids: NDArray[np.int64] | None
 ) -> tuple[GroundTruth, Detections]:
     """Both restricted to `image_ids`, after all checks."""
