@@ -34,7 +34,7 @@ from regionspot.pipeline.extraction.extract import extract, open_for_extraction
 from regionspot.pipeline.toy.world import make_toy_world
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENT = ROOT / "docs" / "other_heads.md"  # whose first program is the class MyHead
+DOCUMENT = ROOT / "docs" / "heads.md"  # whose first program is the class MyHead
 OWN = "my_head.py:MyHead"
 # Table, type of head, its options.
 HEADS: list[tuple[str, str, dict[str, Any]]] = [
@@ -48,7 +48,7 @@ PROTOCOL = """
 Toy world of {images} images and its shipped SAM and CLIP: {train} training images with {regions} regions of {classes}
 classes, cached in float16. Schedule `toy`{shortened}, seeds {seeds}, float32 on the CPU; `prototypes` is one pass over
 the cache. Box AP by `lvis` in % on {val} validation images with ground-truth boxes, from a cache, and its standard
-error; rare classes (APr) are never trained on. `{own}` is the class of docs/other_heads.md. Seconds are those
+error; rare classes (APr) are never trained on. `{own}` is the class of docs/heads.md. Seconds are those
 of the training steps. AP, APr and seconds are means over the seeds.
 """
 

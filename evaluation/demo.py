@@ -1,8 +1,8 @@
 """The demo: extract, train and evaluate on a toy dataset, each stage by its public command.
 
 All stages run in this process, because importing torch takes longer than some of them; each is logged as the command
-that a user would type. A stopped demo resumes, because its stages do. The result compares the head with two baselines
-of the same frozen CLIP.
+that a user would type. A stopped demo resumes, because its stages do. The result compares the paper's head with the
+guided head, which needs fewer steps, and with two baselines of the same frozen CLIP.
 """
 
 from __future__ import annotations
@@ -22,18 +22,25 @@ from regionspot.evaluation.report.tables import LEGEND, ap_markdown, ap_table, r
 
 log = logging.getLogger(__name__)
 
-HEAD, CROP, POOLED = "head (trained)", "CLIP on every crop", "CLIP map, mean in box"
+GUIDED_STEPS = 400  # a third of the toy schedule's
+HEAD, GUIDED = "head (trained)", f"guided head, {GUIDED_STEPS} steps"
+CROP, POOLED = "CLIP on every crop", "CLIP map, mean in box"
+FOLDERS = {HEAD: "head", GUIDED: "guided", CROP: "crop", POOLED: "pooled"}  # of the results of each method
 
 
 def commands(out: Path, images: int, seed: int) -> list[list[str]]:
     """The arguments of each `regionspot` command, in order; they write into `out` only."""
-    world, cache, run = str(out / "world"), str(out / "train.zarr"), str(out / "run")
+    world, cache = str(out / "world"), str(out / "train.zarr")
+    run, guided = str(out / "run"), str(out / "run_guided")
+    train = ["train", "--cache", cache, "--preset", "toy", "--schedule", "toy", "--resume", "--out"]
     evaluate = ["eval-lvis", "--dataset", "toy", "--data", world, "--preset", "toy"]
     return [
         ["toy-world", world, "--pictures", str(images), "--seed", str(seed)],
         ["extract", "toy", "--data", world, "--cache", cache, "--preset", "toy"],
-        ["train", "--cache", cache, "--preset", "toy", "--schedule", "toy", "--out", run, "--resume"],
+        [*train, run],
+        [*train, guided, "--head", "guided", "--iterations", str(GUIDED_STEPS)],
         [*evaluate, "--out", str(out / "head"), "--checkpoint", f"{run}/head.safetensors"],
+        [*evaluate, "--out", str(out / "guided"), "--checkpoint", f"{guided}/head.safetensors", "--no-masks"],
         [*evaluate, "--out", str(out / "crop"), "--baseline", "crop"],
         [*evaluate, "--out", str(out / "pooled"), "--baseline", "pooled"],
     ]
@@ -53,7 +60,7 @@ def run_demo(run: Callable[[Sequence[str]], object], out: Path, images: int = 30
         except RegionSpotError as error:
             raise RegionSpotError(f"demo: `{command}` failed: {error}; run the demo again to resume") from error
         log.info("(%s)", duration(time.perf_counter() - started))
-    results = {name: _results(out / folder) for name, folder in ((HEAD, "head"), (CROP, "crop"), (POOLED, "pooled"))}
+    results = {name: _results(out / folder) for name, folder in FOLDERS.items()}
     rows = [row_of(method_results, "bbox", name) for name, method_results in results.items()]
     masks = [row_of(results[HEAD], "segm", f"{HEAD}, masks")]
     write_file(out / "report.md", f"{ap_markdown([*rows, *masks])}\n\n{LEGEND}\n".encode())
@@ -70,7 +77,7 @@ def run_demo(run: Callable[[Sequence[str]], object], out: Path, images: int = 30
             "",
             f"{out}/head/sheet.png   labelled images, right names in green",
             f"{out}/run/curves.png   the training run",
-            f"{out}/report.md        this table; results.json and detections.json in head/, crop/, pooled/",
+            f"{out}/report.md        this table; results.json and detections.json in {'/, '.join(FOLDERS.values())}/",
             f"in all {duration(time.perf_counter() - begin)}",
         ]
     )

@@ -6,8 +6,8 @@ docs/heads.md has the reason, source and effect of each:
     box_bias         the logits of the cross-attention fall with the part of a patch that lies outside the box, by a
                      learnt strength for each attention head and layer, so that some heads may look around
     pooled_residual  the mean of the map in the box takes a path to the output, past the decoder: a linear map that is
-                     trained, or with "clip" CLIP's own layer norm and projection, frozen; the decoder is added through
-                     a gate then, which is closed at first, so that training starts at zero-shot CLIP
+                     trained, or with "clip" CLIP's own layer norm and projection, frozen; the last layer after the
+                     decoder starts at zero then, so that training starts at zero-shot CLIP
     region_attention off by default: without self-attention, the name of a region does not depend on which other boxes
                      the caller asked about
     positions        sine positions: of boxes in the queries of the cross-attention, of patches in its keys, never in
@@ -62,9 +62,10 @@ class GuidedHead(nn.Module):
         self.projector = nn.Linear(width, text_dim)
         self.positions = positions
         self.residual: nn.Module | None = None
-        self.gate = None
         if pooled_residual == "clip":
-            self.residual, self.gate = ClipProjection(width, text_dim), nn.Parameter(torch.zeros(()))
+            self.residual = ClipProjection(width, text_dim)
+            for parameter in self.projector.parameters():
+                nn.init.zeros_(parameter)
         elif pooled_residual:
             self.residual = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, text_dim))
 
@@ -83,12 +84,9 @@ class GuidedHead(nn.Module):
         for layer in self.layers:
             regions = layer(regions, padding(region_mask), keys, feature_map, outside, of_boxes)
         vectors: Tensor = self.projector(self.norm(regions))
-        if self.residual is None:
-            return vectors
-        if self.gate is not None:
-            vectors = self.gate * vectors
-        residual: Tensor = self.residual(pool_boxes(feature_map, boxes).squeeze(2))
-        return vectors + residual
+        if self.residual is not None:
+            vectors = vectors + self.residual(pool_boxes(feature_map, boxes).squeeze(2))
+        return vectors
 
 
 class GuidedLayer(nn.Module):

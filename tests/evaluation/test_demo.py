@@ -22,7 +22,13 @@ def test_the_demo_logs_every_command_and_returns_a_table(tmp_path, caplog):
     table = run_demo(run_briefly, tmp_path, images=40)
     printed = [line[2:] for line in caplog.text.splitlines() if line.startswith("$ regionspot ")]
     assert printed == [f"regionspot {shlex.join(arguments)}" for arguments in commands(tmp_path, 40, 0)]
-    for method in ("head (trained)", "CLIP on every crop", "CLIP map, mean in box", "8 validation images"):
+    for method in (
+        "head (trained)",
+        "guided head, 400 steps",
+        "CLIP on every crop",
+        "CLIP map, mean in box",
+        "8 validation images",
+    ):
         assert method in table
     for file in ("report.md", "run/curves.png", "head/sheet.png", "crop/results.json", "pooled/detections.json"):
         assert (tmp_path / file).stat().st_size

@@ -142,7 +142,7 @@ def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("guided") / "a.zarr")
 
 
-def test_a_gated_head_starts_at_zero_shot_clip_and_keeps_the_projection(cache, tmp_path):
+def test_a_head_with_clips_projection_starts_at_zero_shot_clip_and_keeps_it(cache, tmp_path):
     weight, bias = rand(8, 16, seed=3), rand(8, seed=4)
     options = {"pooled_residual": "clip"}
     with pytest.raises(InputError, match="needs the encoder's own projection"):
@@ -154,11 +154,11 @@ def test_a_gated_head_starts_at_zero_shot_clip_and_keeps_the_projection(cache, t
         return load_checkpoint(run.checkpoint).head
 
     head, tokens, boxes = trained(3), rand(2, 3, 8, seed=5), BOXES
-    assert head.gate != 0  # trained, and so is all that it opens to
+    assert head.projector.weight.all()  # trained
     assert torch.equal(head.residual.weight, weight)
     assert torch.equal(head.residual.bias, bias)
     with torch.no_grad():
-        head.gate.zero_()  # as at the first step
+        head.projector.load_state_dict(GuidedHead(8, 16, 8, **options).projector.state_dict())  # as at the first step
         normed = F.layer_norm(pool_boxes(MAPS, boxes).squeeze(2), (16,))
         expected = F.normalize(normed @ weight.T + bias, dim=-1)
         torch.testing.assert_close(head(tokens, MASK, MAPS, boxes), expected)

@@ -1,4 +1,4 @@
-"""Run the programs and commands of docs/other_heads.md on a small toy dataset whose classes are colours."""
+"""Run the programs and commands of docs/heads.md on a small toy dataset whose classes are colours."""
 
 import json
 import re
@@ -16,7 +16,7 @@ from regionspot.pipeline.datasets.registry import image_folder_of, read_dataset
 from regionspot.pipeline.extraction.extract import extract
 from regionspot.pipeline.toy.world import make_toy_world
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "other_heads.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "heads.md"
 OWN_HEAD = re.search(r"```python\n(import torch\nfrom torch import nn\n.*?)```", DOCUMENT.read_text(), re.DOTALL)[1]
 COMMANDS = re.findall(r"^    (regionspot .*)$", DOCUMENT.read_text().replace("\\\n", ""), re.MULTILINE)
 # A program and, below it, its output.
