@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+PACKAGES = ("cache", "pipeline", "fusion", "evaluation", "commands")
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", *ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 LINK = re.compile(r"(?<!`)\[[^]]*\]\(([^)\s]+)\)")
@@ -88,6 +89,20 @@ def test_code_is_code(page):
             tomllib.loads(text)
 
 
+def test_the_errors_that_troubleshooting_explains_exist():
+    code = [node for package in PACKAGES for path in (ROOT / package).rglob("*.py") for node in walk(path)]
+    texts = [ast.unparse(node) for node in code if isinstance(node, ast.JoinedStr)]
+    texts += [node.value for node in code if isinstance(node, ast.Constant) and isinstance(node.value, str)]
+    page = (ROOT / "docs" / "troubleshooting.md").read_text()
+    explained = [part for row in re.findall(r"^\| (`.*?) \|", page, re.M) for part in re.findall(r"`([^`]+)`", row)]
+    assert len(explained) > 20
+    assert [part for part in explained if not any(part in text for text in texts)] == []
+
+
+def walk(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text()))
+
+
 def test_every_page_has_its_place_in_the_site_and_in_the_index():
     def files(entries: list) -> Iterator[str]:
         for entry in entries:
@@ -104,7 +119,7 @@ def test_every_page_has_its_place_in_the_site_and_in_the_index():
 def test_the_site_is_built_without_a_warning(tmp_path):
     links = tmp_path / "names" / "regionspot"
     links.mkdir(parents=True)
-    for package in ("cache", "pipeline", "fusion", "evaluation", "commands", "__init__.py"):
+    for package in (*PACKAGES, "__init__.py"):
         (links / package).symlink_to(ROOT / package)
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     config = (ROOT / "zensical.toml").read_text().replace("build/typing", "names").replace("build/site", "site")
