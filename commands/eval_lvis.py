@@ -40,6 +40,7 @@ def eval_lvis(
     max_failures: options.MaxFailures = options.EVALUATION_FAILURES,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    scheduler: options.Scheduler = "none",
 ) -> None:
     """LVIS AP of a head or a baseline, end to end from images. A stopped run is resumed by the same command.
 
@@ -48,6 +49,7 @@ def eval_lvis(
     from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
     from regionspot.evaluation.report.tables import results_text
     from regionspot.pipeline.datasets.failure_limit import FailureLimit
+    from regionspot.pipeline.distributed.cluster import check_scheduler
 
     evaluation = LvisEvaluation(
         data=data,
@@ -74,6 +76,7 @@ def eval_lvis(
         preprocess=preprocess,
         check_weights=check_weights,
         max_failures=FailureLimit.parse(max_failures),
+        scheduler=check_scheduler(scheduler),
     )
     on_stop(AGAIN)
     typer.echo(results_text(evaluate_lvis(evaluation)))

@@ -91,10 +91,7 @@ def extract(
     exact: Annotated[bool, typer.Option("--exact", help="the same as --dtype float32")] = False,
     encoding: Annotated[str, typer.Option(help="maps: float16, float32, bfloat16, int8 (half the bytes)")] = "float16",
     token_encoding: Annotated[str, typer.Option(help="tokens, likewise; both accept +zstd")] = "float16",
-    scheduler: Annotated[
-        str,
-        typer.Option(help="workers: none, local (one per GPU), local:8, or the tcp://host:8786 of a dask cluster"),
-    ] = "none",
+    scheduler: options.Scheduler = "none",
     room_check: Annotated[bool, typer.Option(help="refuse a disk without enough space for the features")] = True,
     metrics_port: options.MetricsPort = None,
     take_over: options.TakeOver = False,

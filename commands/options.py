@@ -38,6 +38,9 @@ Split = Annotated[str, typer.Option(help="train, val, ...")]
 Annotations = Annotated[Path | None, typer.Option(help="this annotation file instead of the dataset's")]
 Boxes = Annotated[str, typer.Option(help="gt, or a detector's proposals file")]
 Limit = Annotated[int | None, typer.Option(min=1, help="only the first N images, in this run")]
+Scheduler = Annotated[
+    str, typer.Option(help="workers: none, local (one per GPU), local:8, or the tcp://host:8786 of a dask cluster")
+]
 TakeOver = Annotated[
     bool,
     typer.Option(

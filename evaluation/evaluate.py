@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -21,8 +22,9 @@ from regionspot.evaluation.inference.baselines import Baseline, CropBaseline, De
 from regionspot.evaluation.inference.cache_vocabulary import NamesFrom, cache_vocabulary, category_vocabulary
 from regionspot.evaluation.inference.head_features import head_features
 from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnImages
+from regionspot.evaluation.inference.on_workers import infer_on_workers
 from regionspot.evaluation.inference.region_spot import RegionSpot
-from regionspot.evaluation.inference.resumable import ScoringMethod
+from regionspot.evaluation.inference.resumable import ScoringMethod, infer
 from regionspot.evaluation.metrics.ground_truth import read_ground_truth
 from regionspot.evaluation.report.results import check_results_folder, evaluate_method
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
@@ -36,6 +38,8 @@ from regionspot.pipeline.backbones.sam import load_localizer
 from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.datasets.proposals import GROUND_TRUTH
 from regionspot.pipeline.datasets.registry import image_folder_of, read_split
+from regionspot.pipeline.distributed.cluster import check_scheduler
+from regionspot.pipeline.extraction.config import absolute, absolute_if_exists, absolute_weights
 from regionspot.pipeline.images.decode import Exif, parse_exif
 
 log = logging.getLogger(__name__)
@@ -60,6 +64,7 @@ class LvisEvaluation:
     exif, preprocess, dtype   of images; by default (None, None, "auto") those of the head's training features, which
                  are always those of `cache`; for a baseline: "auto", "direct", the default of the device
     check_weights  refuse other weights and features than the head was trained on; False: only log the difference
+    scheduler    workers, see pipeline/distributed/cluster.py; `out` must be on a disk that they share
     """
 
     data: Path
@@ -86,6 +91,24 @@ class LvisEvaluation:
     preprocess: str | None = None
     check_weights: bool = True
     max_failures: FailureLimit = EVALUATION_LIMIT
+    scheduler: str = "none"
+
+    def with_absolute_paths(self) -> LvisEvaluation:
+        """The same evaluation for processes with another working directory."""
+        file, _, head = (self.head_class or "").rpartition(":")
+        return replace(
+            self,
+            data=self.data.absolute(),
+            out=self.out.absolute(),
+            annotations=self.annotations and self.annotations.absolute(),
+            checkpoint=self.checkpoint and self.checkpoint.absolute(),
+            head_class=f"{absolute(file)}:{head}" if file.endswith(".py") else self.head_class,
+            cache=self.cache and absolute(str(self.cache)),
+            boxes=self.boxes if self.boxes == GROUND_TRUTH else absolute_if_exists(self.boxes),
+            weights=absolute_weights(self.weights),
+            sam_weights=absolute_weights(self.sam_weights),
+            clip_weights=absolute_weights(self.clip_weights),
+        )
 
 
 def evaluate_lvis(options: LvisEvaluation) -> dict[str, Any]:
@@ -95,20 +118,16 @@ def evaluate_lvis(options: LvisEvaluation) -> dict[str, Any]:
     """
     _check_options(options)
     check_results_folder(options.out, (options.annotations, options.boxes, options.checkpoint, options.cache))
-    manifest = read_split(
-        options.dataset,
-        options.data,
-        options.split,
-        options.annotations,
-        options.boxes,
-        max_failures=options.max_failures,
-    )
+    manifest = _read_manifest(options)
     annotations = options.annotations or _annotation_file(options.data, manifest)
     image_folder = image_folder_of(options.dataset, options.data, options.split, manifest)
     ground_truth = read_ground_truth(annotations)  # before models are loaded and run for hours
     if options.masks and options.cache is None and options.baseline in (None, "dense-mask"):
         ground_truth.require_masks()
     method, vocabulary = _method(options, manifest, image_folder)
+    inference = infer
+    if check_scheduler(options.scheduler) != "none":
+        inference = partial(infer_on_workers, options.scheduler, _load_method, options.with_absolute_paths())
     return evaluate_method(
         method,
         ground_truth,
@@ -118,6 +137,25 @@ def evaluate_lvis(options: LvisEvaluation) -> dict[str, Any]:
         names_from=options.names_from,
         max_failures=options.max_failures,
         image_folder=None if options.cache else image_folder,
+        inference=inference,
+    )
+
+
+def _load_method(options: LvisEvaluation) -> ScoringMethod:
+    """In a worker: the method that the command evaluates."""
+    manifest = _read_manifest(options)
+    image_folder = image_folder_of(options.dataset, options.data, options.split, manifest)
+    return _method(options, manifest, image_folder)[0]
+
+
+def _read_manifest(options: LvisEvaluation) -> Manifest:
+    return read_split(
+        options.dataset,
+        options.data,
+        options.split,
+        options.annotations,
+        options.boxes,
+        max_failures=options.max_failures,
     )
 
 
@@ -255,7 +293,8 @@ def _from_cache(
     source = options.clip_weights or options.weights
     templates = _templates(options, checkpoint.info)
     vocabulary = cache_vocabulary(cache, map_set, templates, source, device, options.names_from)
-    method = HeadOnCache(checkpoint.head, cache, vocabulary, token_set, map_set, limit=options.limit, device=device)
+    head = checkpoint.head.requires_grad_(False)  # torch rounds differently otherwise, also without autograd
+    method = HeadOnCache(head, cache, vocabulary, token_set, map_set, limit=options.limit, device=device)
     return method, vocabulary
 
 

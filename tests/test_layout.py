@@ -49,8 +49,9 @@ MAY_IMPORT = {
         "cache.format cache.storage cache.store cache.writing pipeline.backbones pipeline.extraction pipeline.reporting"
     ),
     "evaluation.inference": (
-        "cache.format cache.reading cache.storage cache.store evaluation.metrics fusion fusion.training "
-        "pipeline.backbones pipeline.datasets pipeline.extraction pipeline.images pipeline.reporting"
+        "cache.format cache.reading cache.storage cache.store cache.writing evaluation.metrics fusion fusion.training "
+        "pipeline.backbones pipeline.datasets pipeline.distributed pipeline.extraction pipeline.images "
+        "pipeline.reporting"
     ),
     "evaluation.report": (
         "cache.format cache.reading cache.storage cache.store evaluation.inference evaluation.metrics "
@@ -59,7 +60,7 @@ MAY_IMPORT = {
     "evaluation.demo": "cache.storage evaluation.report",
     "evaluation.evaluate": (
         "cache.format cache.store evaluation.inference evaluation.metrics evaluation.report fusion "
-        "pipeline.backbones pipeline.datasets pipeline.images"
+        "pipeline.backbones pipeline.datasets pipeline.distributed pipeline.extraction pipeline.images"
     ),
     "evaluation.validation": (
         "cache.store evaluation.inference evaluation.metrics fusion fusion.training pipeline.reporting"

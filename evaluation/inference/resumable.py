@@ -12,7 +12,8 @@ import io
 import json
 import logging
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -31,6 +32,7 @@ from regionspot.evaluation.metrics.accuracy import UNKNOWN, class_ranks
 from regionspot.evaluation.metrics.detections import Detections, concatenate, from_columns, to_columns
 from regionspot.evaluation.metrics.selection import BEST, Selection, detections_of_image
 from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
+from regionspot.pipeline.extraction.malloc import keep_memory
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 log = logging.getLogger(__name__)
@@ -97,36 +99,81 @@ def infer(
     Parts with failed images are retried. Raises InputError as soon as more than `max_failures` of all images have
     failed, and if `folder` cannot be written.
     """
-    parts = _PartFiles(folder, method, selection)
-    results = {part: result for part in range(len(parts)) if (result := parts.load(part)) is not None}
-    pending = [part for part in range(len(parts)) if part not in results]
-    if results:
-        log.info("%s: %d of %d parts are done already", parts.folder, len(results), len(parts))
-    stats, rows = RunStats(), [parts.rows(part) for part in pending]
-    progress = Progress(sum(map(len, rows)), "images", shares=stats.shares)
+    keep_memory()
+    inference = Inference(method, folder, selection, max_failures)
+    files, stats, progress = inference.files, inference.stats, inference.progress
 
     def step() -> None:
         stats.seconds = progress.seconds
         progress.step()
 
-    scores = method.score(rows, stats)
+    pending = inference.pending
+    scores = method.score([files.rows(part) for part in pending], stats)
     for part in pending:
-        results[part] = _infer_part(method, parts.rows(part), scores, stats, selection, step)
+        result = infer_part(method, files.rows(part), scores, stats, selection, step)
         with stats.timed("write"):
-            parts.save(part, results[part])
-        _stop_if_too_many_failed(method.manifest, results.values(), max_failures)
-    return _merged([results[part] for part in sorted(results)])
+            files.save(part, result)
+        inference.add(part, result)
+    return inference.merged()
 
 
-def _infer_part(
+class Inference:
+    """The parts of one inference that are done, by this run or an earlier one.
+
+    pending   the other parts, at the start
+    stats     of this run
+    progress  of the images of the pending parts
+    """
+
+    def __init__(self, method: ScoringMethod, folder: Path, selection: Selection, max_failures: FailureLimit) -> None:
+        self.files, self._method, self._max_failures = PartFiles(folder, method, selection), method, max_failures
+        loaded = {part: self.files.load(part) for part in range(len(self.files))}
+        self._results = {part: result for part, result in loaded.items() if result is not None}
+        self.pending = [part for part in loaded if part not in self._results]
+        if self._results:
+            log.info("%s: %d of %d parts are done already", self.files.folder, len(self._results), len(loaded))
+        self.stats = RunStats()
+        images = sum(len(self.files.rows(part)) for part in self.pending)
+        self.progress = Progress(images, "images", shares=self.stats.shares)
+
+    def add(self, part: int, result: InferenceResult) -> None:
+        """Add a finished part. Raises InputError if too many images have failed."""
+        self._results[part] = result
+        reasons = [reason for of_part in self._results.values() for reason in of_part.failures.values()]
+        manifest = self._method.manifest
+        if not self._max_failures.allows(len(reasons), len(manifest)):
+            raise InputError(
+                f"{len(reasons)} of {len(manifest)} images could not be read, more than --max-failures "
+                f"{self._max_failures} allows (the first: {reasons[0]}); check --data, or allow more"
+            )
+
+    def merged(self) -> InferenceResult:
+        """The result of all parts, in order."""
+        results = [self._results[part] for part in sorted(self._results)]
+        seconds = Counter[str]()
+        for result in results:
+            seconds.update(result.seconds)
+        return InferenceResult(
+            concatenate([result.detections for result in results]),
+            np.concatenate([np.empty(0, np.int32), *(result.class_ranks for result in results)]),
+            {image_id: reason for result in results for image_id, reason in result.failures.items()},
+            dict(seconds),
+            sum(result.images for result in results),
+        )
+
+
+def infer_part(
     method: ScoringMethod,
     rows: range,
     scores: Iterator[RegionScores | FailedImage],
     stats: RunStats,
     selection: Selection,
-    step: Callable[[], None],
+    step: Callable[[], None] = lambda: None,
 ) -> InferenceResult:
-    """The detections of the next part; its seconds are those of the stages since the previous part."""
+    """The detections of the next part of `scores`; its seconds are those of the stages since the previous part.
+
+    `step` is called after each image.
+    """
     manifest = method.manifest
     category_ids = np.array([category.id for category in manifest.categories], np.int64)
     before = dict(stats.stage_seconds)
@@ -160,27 +207,7 @@ def _infer_part(
     return InferenceResult(concatenate(detections), np.concatenate(ranks), failures, seconds, len(rows))
 
 
-def _stop_if_too_many_failed(manifest: Manifest, results: Iterable[InferenceResult], limit: FailureLimit) -> None:
-    reasons = [reason for result in results for reason in result.failures.values()]
-    if not limit.allows(len(reasons), len(manifest)):
-        raise InputError(
-            f"{len(reasons)} of {len(manifest)} images could not be read, more than --max-failures {limit} allows "
-            f"(the first: {reasons[0]}); check --data, or allow more"
-        )
-
-
-def _merged(results: Sequence[InferenceResult]) -> InferenceResult:
-    seconds: dict[str, float] = {}
-    for result in results:
-        for stage, stage_seconds in result.seconds.items():
-            seconds[stage] = seconds.get(stage, 0.0) + stage_seconds
-    failures = {image_id: reason for result in results for image_id, reason in result.failures.items()}
-    images = sum(result.images for result in results)
-    ranks = np.concatenate([np.empty(0, np.int32), *(result.class_ranks for result in results)])
-    return InferenceResult(concatenate([result.detections for result in results]), ranks, failures, seconds, images)
-
-
-class _PartFiles:
+class PartFiles:
     """The files of one inference: `folder/<digest>/00000.npz`, each with PART_SIZE images."""
 
     def __init__(self, folder: Path, method: ScoringMethod, selection: Selection) -> None:
@@ -208,8 +235,9 @@ class _PartFiles:
     def rows(self, part: int) -> range:
         return range(part * PART_SIZE, min(self._images, (part + 1) * PART_SIZE))
 
-    def save(self, part: int, result: InferenceResult) -> None:
-        notes = {"failures": result.failures, "seconds": result.seconds, "images": result.images}
+    def save(self, part: int, result: InferenceResult, run: str = "") -> None:
+        """Write a part; `run` is the id of a distributed run."""
+        notes = {"failures": result.failures, "seconds": result.seconds, "images": result.images, "run": run}
         text = json.dumps(notes, allow_nan=False)
         columns: dict[str, Any] = {"notes": np.array(text), "class_ranks": result.class_ranks}
         columns |= to_columns(result.detections)
@@ -217,8 +245,8 @@ class _PartFiles:
         np.savez(buffer, **columns)
         write_file(self._path(part), buffer.getvalue())
 
-    def load(self, part: int) -> InferenceResult | None:
-        """A part of an earlier run; None if it is missing, damaged, or has failed images."""
+    def load(self, part: int, run: str | None = None) -> InferenceResult | None:
+        """A finished part; None if it is missing, damaged, or has failed images and was not written by `run`."""
         try:
             with np.load(self._path(part)) as columns:
                 notes = json.loads(str(columns["notes"]))
@@ -228,9 +256,14 @@ class _PartFiles:
         except (zipfile.BadZipFile, KeyError, ValueError, EOFError, OSError):
             log.warning("%s: is damaged and is computed again", self._path(part))
             return None
-        if notes["failures"]:
+        failures = {int(image_id): reason for image_id, reason in notes["failures"].items()}
+        if failures and notes.get("run") != run:
             return None
-        return InferenceResult(detections, ranks, {}, notes["seconds"], notes["images"])
+        return InferenceResult(detections, ranks, failures, notes["seconds"], notes["images"])
+
+    def existing(self) -> set[int]:
+        """The parts that have a file."""
+        return {int(path.stem) for path in self.folder.glob("*.npz")}
 
     def _path(self, part: int) -> Path:
         return self.folder / f"{part:05d}.npz"

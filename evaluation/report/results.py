@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,11 +47,13 @@ def evaluate_method(
     names_from: str = "name",
     max_failures: FailureLimit = EVALUATION_LIMIT,
     image_folder: Path | None = None,
+    inference: Callable[..., InferenceResult] = infer,
 ) -> dict[str, Any]:
     """Evaluate, write `results.json` and `detections.json` into `out`, and return the content of results.json.
 
     Resumes an earlier run of the same evaluation. `boxes`, `templates` and `names_from` are only recorded. With
-    `image_folder`, the first images with the best class of each region are drawn into `sheet.png`.
+    `image_folder`, the first images with the best class of each region are drawn into `sheet.png`. `inference` is
+    called in place of `infer`.
 
     Raises AnnotationError for invalid ground truth, InputError if too many images are unreadable or `out` cannot be
     written.
@@ -60,7 +62,7 @@ def evaluate_method(
     if method.identity.get("masks"):
         ground_truth.require_masks()  # now, not after hours of inference
     names, manifest = ground_truth.image_names, method.manifest
-    result = infer(method, out / "parts", max_failures=max_failures)
+    result = inference(method, out / "parts", max_failures=max_failures)
     begin = time.perf_counter()
     boxes_ap = average_precision(ground_truth, result.detections, "bbox", manifest.image_ids)
     ap = {"bbox": boxes_ap.values, "segm": None}

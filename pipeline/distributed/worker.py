@@ -232,15 +232,20 @@ _loaded: dict[ExtractJob, Backbones] = {}  # of one job: its `prepare` and `open
 
 
 def _load_backbones(job: ExtractJob) -> Backbones:
-    from regionspot.pipeline.extraction.malloc import keep_memory
-
     if job not in _loaded:
         _loaded.clear()  # free the models of an earlier run first
-        if os.environ.get("MALLOC_TRIM_THRESHOLD_") == _DASK_TRIM_THRESHOLD:
-            del os.environ["MALLOC_TRIM_THRESHOLD_"]
-        keep_memory()
+        keep_worker_memory()
         _loaded[job] = job.config.load_backbones(stored_feature_sets(job.config.cache))
     return _loaded[job]
+
+
+def keep_worker_memory() -> None:
+    """`keep_memory` of a worker, where a default of dask would count as the user's choice."""
+    from regionspot.pipeline.extraction.malloc import keep_memory
+
+    if os.environ.get("MALLOC_TRIM_THRESHOLD_") == _DASK_TRIM_THRESHOLD:
+        del os.environ["MALLOC_TRIM_THRESHOLD_"]
+    keep_memory()
 
 
 class WorkerFailedError(Exception):

@@ -107,14 +107,14 @@ class ExtractConfig:
 
         return replace(
             self,
-            cache=_absolute(self.cache),
-            data=_absolute(self.data),
-            annotations=self.annotations and _absolute(self.annotations),
+            cache=absolute(self.cache),
+            data=absolute(self.data),
+            annotations=self.annotations and absolute(self.annotations),
             # A keyword stays a keyword, even if a file of that name exists.
-            boxes=self.boxes if self.boxes == GROUND_TRUTH else _absolute_if_exists(self.boxes),
-            weights=_absolute_weights(self.weights),
-            sam_weights=_absolute_weights(self.sam_weights),
-            clip_weights=_absolute_weights(self.clip_weights),
+            boxes=self.boxes if self.boxes == GROUND_TRUTH else absolute_if_exists(self.boxes),
+            weights=absolute_weights(self.weights),
+            sam_weights=absolute_weights(self.sam_weights),
+            clip_weights=absolute_weights(self.clip_weights),
         )
 
     def read_manifest(self) -> Manifest:
@@ -177,15 +177,18 @@ class ExtractConfig:
         return [part for part in selected if part * geometry.part_size < self.limit]
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
+    """The path for a process with another working directory; a URL as it is."""
     return path if "://" in path else str(Path(path).absolute())
 
 
-def _absolute_if_exists(path: str) -> str:
-    return _absolute(path) if Path(path).exists() else path
+def absolute_if_exists(path: str) -> str:
+    """`absolute` of what may also be a keyword."""
+    return absolute(path) if Path(path).exists() else path
 
 
-def _absolute_weights(source: str | None) -> str | None:
+def absolute_weights(source: str | None) -> str | None:
+    """`absolute` of a source of weights."""
     if source is None or source.startswith("random:"):  # RANDOM of weights.py, which imports torch
         return source
-    return _absolute_if_exists(source)
+    return absolute_if_exists(source)
