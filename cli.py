@@ -23,7 +23,7 @@ from regionspot.commands.config_file import configurable
 from regionspot.commands.dataset import dataset
 from regionspot.commands.demo import demo, toy_world
 from regionspot.commands.doctor import doctor
-from regionspot.commands.eval_lvis import eval_lvis
+from regionspot.commands.evaluate import eval_lvis, evaluate
 from regionspot.commands.extract import extract
 from regionspot.commands.predict import predict
 from regionspot.commands.runs import runs
@@ -36,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (dataset, extract, doctor, train, runs, eval_lvis, predict, toy_world, demo):
+for command in (dataset, extract, doctor, train, runs, evaluate, eval_lvis, predict, toy_world, demo):
     app.command()(command)
 app.add_typer(cache_app, name="cache")
 for group in (app, cache_app):

@@ -28,7 +28,7 @@ from regionspot.cache.format.part_record import load_record
 from regionspot.cache.format.schema import record_file
 from regionspot.cache.reading.dask_arrays import read_decoded
 from regionspot.cache.tools.merge_subset_convert import convert
-from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+from regionspot.evaluation.evaluate import EvaluationOptions, evaluate
 from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
 from regionspot.fusion.training.config import train_config
 from regionspot.fusion.training.train import train as train_head
@@ -228,7 +228,7 @@ def head_on(words: str, seed: int, scale: Scale) -> Path:
 
 def evaluated(run: Path, words: str, scale: Scale) -> dict[str, float]:
     """AP and APr in % of a head on the validation split in this encoding."""
-    evaluation = LvisEvaluation(
+    evaluation = EvaluationOptions(
         data=scale.folder / "world",
         out=run / f"eval_{words}",
         dataset="toy",
@@ -238,7 +238,7 @@ def evaluated(run: Path, words: str, scale: Scale) -> dict[str, float]:
         masks=False,
         device="cpu",
     )
-    box = evaluate_lvis(evaluation)["bbox"]
+    box = evaluate(evaluation)["bbox"]
     return {metric: 100 * (box[metric] or 0.0) for metric in ("AP", "APr")}
 
 

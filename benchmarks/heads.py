@@ -22,7 +22,7 @@ from typing import Any
 
 from benchmarks.goals import SCRATCH, Report, options, say, versions
 from regionspot.cache import FeatureCache
-from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+from regionspot.evaluation.evaluate import EvaluationOptions, evaluate
 from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary, map_projection
 from regionspot.fusion.checkpoint import load_checkpoint
 from regionspot.fusion.training.config import TrainConfig, train_config
@@ -142,7 +142,7 @@ class Run:
         )
         cpu_seconds = time.process_time() - started
         assert result is not None
-        evaluation = LvisEvaluation(
+        evaluation = EvaluationOptions(
             data=world,
             out=folder / "val",
             dataset="toy",
@@ -152,7 +152,7 @@ class Run:
             masks=False,
             device="cpu",
         )
-        box = evaluate_lvis(evaluation)["bbox"]
+        box = evaluate(evaluation)["bbox"]
         module = load_checkpoint(result.checkpoint, head_class=config.head).head
         parameters = sum(parameter.numel() for parameter in module.parameters())
         ap, apr, aps = (100 * (box[name] or 0.0) for name in ("AP", "APr", "APs"))

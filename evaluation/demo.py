@@ -64,7 +64,7 @@ def run_demo(run: Callable[[Sequence[str]], object], out: Path, images: int = 30
     rows = [row_of(method_results, "bbox", name) for name, method_results in results.items()]
     masks = [row_of(results[HEAD], "segm", f"{HEAD}, masks")]
     write_file(out / "report.md", f"{ap_markdown([*rows, *masks])}\n\n{LEGEND}\n".encode())
-    images = results[HEAD]["pictures"]
+    images = results[HEAD]["images"]
     title = f"toy world, {images} validation images, ground-truth boxes; rare classes never trained on"
     return "\n".join(
         [

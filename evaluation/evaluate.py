@@ -1,4 +1,4 @@
-"""LVIS evaluation as on the command line: find the files, load the head or baseline, check that they fit together.
+"""Evaluation as on the command line: find the files, load the head or baseline, check that they fit together.
 
 `report.results` then computes and writes the results.
 """
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeAlias, TypeVar, get_args
 
 import numpy as np
 
@@ -25,7 +25,11 @@ from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnImages
 from regionspot.evaluation.inference.on_workers import infer_on_workers
 from regionspot.evaluation.inference.region_spot import RegionSpot
 from regionspot.evaluation.inference.resumable import ScoringMethod, infer
+from regionspot.evaluation.metrics.average_precision import Engine
+from regionspot.evaluation.metrics.detections import DETECTIONS_PER_IMAGE
 from regionspot.evaluation.metrics.ground_truth import read_ground_truth
+from regionspot.evaluation.metrics.selection import Rule, Score, Selection
+from regionspot.evaluation.report.protocol import Metric, Protocol
 from regionspot.evaluation.report.results import check_results_folder, evaluate_method
 from regionspot.fusion.checkpoint import HeadInfo, load_checkpoint
 from regionspot.fusion.templates import template_set
@@ -45,14 +49,22 @@ from regionspot.pipeline.images.decode import Exif, parse_exif
 log = logging.getLogger(__name__)
 
 Model = TypeVar("Model")
+# Fixed AP has no limit per image, but all pairs of a region and a class of LVIS val are too many to keep: 300 boxes of
+# 1,203 classes are 361,000 pairs an image. The limit is stated in the protocol.
+FIXED_DETECTIONS_PER_IMAGE = 3000
+
+_Loaded: TypeAlias = tuple[ScoringMethod, Vocabulary, tuple[str, ...]]  # the last: names of the classes trained on
 
 
 @dataclass(frozen=True, kw_only=True)
-class LvisEvaluation:
-    """The options of an LVIS evaluation.
+class EvaluationOptions:
+    """The options of an evaluation.
 
-    data, dataset, split, annotations   as for `read_dataset`; the dataset must be in LVIS's format
+    data, dataset, split, annotations   as for `read_dataset`; the dataset must be in COCO's format
     out          folder of results.json, detections.json and the parts for resuming
+    metric, engine, fixed   as in `Protocol`; "lvis" needs LVIS's format
+    selection, score, detections_per_image   of an image's detections, as in `Selection`. None: the square root for
+                 "tokenize-anything", else the product; and 300, or 3,000 for fixed AP
     checkpoint   the head; may be None for a baseline, then `preset` names the encoder
     head_class   `file.py:Class` or `package.module:Class` of a head of the user's own class, whose code is then run
     baseline     one of baselines.py instead of the head; only "dense-mask" has masks, only "dense" takes a cache
@@ -69,6 +81,12 @@ class LvisEvaluation:
 
     data: Path
     out: Path
+    metric: Metric = "lvis"
+    engine: Engine = "hotcoco"
+    fixed: bool = False
+    selection: Rule = "best"
+    score: Score | None = None
+    detections_per_image: int | None = None
     dataset: str = "lvis"
     split: str = "val"
     annotations: Path | None = None
@@ -93,7 +111,7 @@ class LvisEvaluation:
     max_failures: FailureLimit = EVALUATION_LIMIT
     scheduler: str = "none"
 
-    def with_absolute_paths(self) -> LvisEvaluation:
+    def with_absolute_paths(self) -> EvaluationOptions:
         """The same evaluation for processes with another working directory."""
         file, _, head = (self.head_class or "").rpartition(":")
         return replace(
@@ -111,44 +129,55 @@ class LvisEvaluation:
         )
 
 
-def evaluate_lvis(options: LvisEvaluation) -> dict[str, Any]:
+def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     """Evaluate, write the files of results and return their content, as `evaluate_method` does.
 
     Raises InputError and its subclasses, with a message of one line, for files and options that do not fit together.
     """
     _check_options(options)
+    selection = _selection(options)
     check_results_folder(options.out, (options.annotations, options.boxes, options.checkpoint, options.cache))
     manifest = _read_manifest(options)
     annotations = options.annotations or _annotation_file(options.data, manifest)
     image_folder = image_folder_of(options.dataset, options.data, options.split, manifest)
-    ground_truth = read_ground_truth(annotations)  # before models are loaded and run for hours
+    # Before models are loaded and run for hours.
+    ground_truth = read_ground_truth(annotations, federated=options.metric == "lvis")
     if options.masks and options.cache is None and options.baseline in (None, "dense-mask"):
         ground_truth.require_masks()
-    method, vocabulary = _method(options, manifest, image_folder)
+    method, vocabulary, trained_classes = _method(options, manifest, image_folder)
     inference = infer
     if check_scheduler(options.scheduler) != "none":
         inference = partial(infer_on_workers, options.scheduler, _load_method, options.with_absolute_paths())
+    protocol = Protocol(
+        metric=options.metric,
+        engine=options.engine,
+        fixed=options.fixed,
+        selection=selection,
+        boxes=options.boxes,
+        templates=vocabulary.templates,
+        names_from=options.names_from,
+        trained_classes=trained_classes,
+        sha256=manifest.source["files"],
+    )
     return evaluate_method(
         method,
         ground_truth,
         options.out,
-        boxes="ground truth" if options.boxes == GROUND_TRUTH else f"detector proposals, {Path(options.boxes).name}",
-        templates=vocabulary.templates,
-        names_from=options.names_from,
+        protocol,
         max_failures=options.max_failures,
         image_folder=None if options.cache else image_folder,
         inference=inference,
     )
 
 
-def _load_method(options: LvisEvaluation) -> ScoringMethod:
+def _load_method(options: EvaluationOptions) -> ScoringMethod:
     """In a worker: the method that the command evaluates."""
     manifest = _read_manifest(options)
     image_folder = image_folder_of(options.dataset, options.data, options.split, manifest)
     return _method(options, manifest, image_folder)[0]
 
 
-def _read_manifest(options: LvisEvaluation) -> Manifest:
+def _read_manifest(options: EvaluationOptions) -> Manifest:
     return read_split(
         options.dataset,
         options.data,
@@ -159,12 +188,30 @@ def _read_manifest(options: LvisEvaluation) -> Manifest:
     )
 
 
-def _check_options(options: LvisEvaluation) -> None:
-    if options.baseline is not None and options.baseline not in get_args(Baseline):
-        raise unknown_name("baseline", options.baseline, get_args(Baseline))
+def _selection(options: EvaluationOptions) -> Selection:
+    score: Score = "sqrt" if options.selection == "tokenize-anything" else "product"
+    limit = FIXED_DETECTIONS_PER_IMAGE if options.fixed else DETECTIONS_PER_IMAGE
+    return Selection(options.selection, options.score or score, options.detections_per_image or limit)
+
+
+def _check_options(options: EvaluationOptions) -> None:
+    for name, kind in (
+        ("metric", Metric),
+        ("engine", Engine),
+        ("selection", Rule),
+        ("score", Score),
+        ("baseline", Baseline),
+    ):
+        value = getattr(options, name)
+        if value is not None and value not in get_args(kind):
+            raise unknown_name(name, value, get_args(kind))
     if options.cache is not None and options.baseline not in (None, "dense"):
         lack = "a cache holds no masks" if options.baseline == "dense-mask" else "not from a cache"
         raise InputError(f"baseline {options.baseline}: runs from images, {lack}; leave --cache out")
+    if options.detections_per_image is not None and options.detections_per_image < 1:
+        raise InputError(f"{options.detections_per_image} detections per image were requested, expected at least 1")
+    if options.fixed and options.metric != "lvis":
+        raise InputError("fixed AP: is an LVIS AP; leave it out, or evaluate LVIS's annotations by eval-lvis")
 
 
 def _annotation_file(data: Path, manifest: Manifest) -> Path:
@@ -176,7 +223,7 @@ def _annotation_file(data: Path, manifest: Manifest) -> Path:
     raise AnnotationError(f"{data}: {name} no longer exists; name it with --annotations")
 
 
-def _method(options: LvisEvaluation, manifest: Manifest, image_folder: Path) -> tuple[ScoringMethod, Vocabulary]:
+def _method(options: EvaluationOptions, manifest: Manifest, image_folder: Path) -> _Loaded:
     device = str(compute_device(options.device))
     if options.cache is not None:
         from_cache = _from_cache if options.baseline is None else _baseline_from_cache
@@ -186,9 +233,7 @@ def _method(options: LvisEvaluation, manifest: Manifest, image_folder: Path) -> 
     return _from_images(options, manifest.head(options.limit), image_folder, device)
 
 
-def _from_images(
-    options: LvisEvaluation, manifest: Manifest, image_folder: Path, device: str
-) -> tuple[HeadOnImages, Vocabulary]:
+def _from_images(options: EvaluationOptions, manifest: Manifest, image_folder: Path, device: str) -> _Loaded:
     spot = RegionSpot.load(
         _checkpoint(options),
         options.weights,
@@ -211,7 +256,8 @@ def _from_images(
         )
     templates = template_set(options.templates) if options.templates else spot.templates
     vocabulary = category_vocabulary(manifest.categories, templates, spot.encoder, options.names_from)
-    return HeadOnImages(spot, manifest, image_folder, vocabulary, masks=options.masks, exif=exif), vocabulary
+    method = HeadOnImages(spot, manifest, image_folder, vocabulary, masks=options.masks, exif=exif)
+    return method, vocabulary, spot.trained_classes
 
 
 @dataclass(frozen=True)
@@ -225,7 +271,7 @@ class _BaselineModels:
     info: HeadInfo
 
     @classmethod
-    def of(cls, options: LvisEvaluation) -> _BaselineModels:
+    def of(cls, options: EvaluationOptions) -> _BaselineModels:
         if options.checkpoint is not None:
             info = load_checkpoint(options.checkpoint, options.preset, options.head_class).info
             features = head_features(options.checkpoint, info)
@@ -238,8 +284,8 @@ class _BaselineModels:
 
 
 def _baseline(
-    options: LvisEvaluation, baseline: Baseline, manifest: Manifest, image_folder: Path, device: str
-) -> tuple[CropBaseline | MapBaseline, Vocabulary]:
+    options: EvaluationOptions, baseline: Baseline, manifest: Manifest, image_folder: Path, device: str
+) -> _Loaded:
     models = _BaselineModels.of(options)
 
     def load(load_model: Callable[..., Model], name: str, source: str | None, dtype: str) -> Model:
@@ -251,7 +297,7 @@ def _baseline(
     vocabulary = category_vocabulary(manifest.categories, templates, encoder, options.names_from)
     exif = options.exif or "auto"
     if baseline == "crop":
-        return CropBaseline(encoder, manifest, image_folder, vocabulary, exif=exif), vocabulary
+        return CropBaseline(encoder, manifest, image_folder, vocabulary, exif=exif), vocabulary, ()
     localizer, masks = None, False
     if baseline == "dense-mask":
         localizer = load(load_localizer, models.localizer, options.sam_weights, models.localizer_dtype)
@@ -259,12 +305,10 @@ def _baseline(
     method = MapBaseline(
         baseline, encoder, manifest, image_folder, vocabulary, localizer=localizer, masks=masks, exif=exif
     )
-    return method, vocabulary
+    return method, vocabulary, ()
 
 
-def _baseline_from_cache(
-    options: LvisEvaluation, path: str | Path, manifest: Manifest, device: str
-) -> tuple[DenseOnCache, Vocabulary]:
+def _baseline_from_cache(options: EvaluationOptions, path: str | Path, manifest: Manifest, device: str) -> _Loaded:
     models, cache = _BaselineModels.of(options), FeatureCache.open(path)
     _require_same_boxes(options, cache, manifest)
     dense_maps = dense_set(models.encoder)
@@ -277,12 +321,10 @@ def _baseline_from_cache(
     _check_extraction_options(options, cache, [dense_maps])
     source, templates = options.clip_weights or options.weights, _templates(options, models.info)
     vocabulary = cache_vocabulary(cache, models.encoder, templates, source, device, options.names_from)
-    return DenseOnCache(cache, dense_maps, vocabulary, limit=options.limit, device=device), vocabulary
+    return DenseOnCache(cache, dense_maps, vocabulary, limit=options.limit, device=device), vocabulary, ()
 
 
-def _from_cache(
-    options: LvisEvaluation, path: str | Path, manifest: Manifest, device: str
-) -> tuple[HeadOnCache, Vocabulary]:
+def _from_cache(options: EvaluationOptions, path: str | Path, manifest: Manifest, device: str) -> _Loaded:
     checkpoint = load_checkpoint(_checkpoint(options), options.preset, options.head_class)
     cache = FeatureCache.open(path)
     _require_same_boxes(options, cache, manifest)
@@ -295,10 +337,10 @@ def _from_cache(
     vocabulary = cache_vocabulary(cache, map_set, templates, source, device, options.names_from)
     head = checkpoint.head.requires_grad_(False)  # torch rounds differently otherwise, also without autograd
     method = HeadOnCache(head, cache, vocabulary, token_set, map_set, limit=options.limit, device=device)
-    return method, vocabulary
+    return method, vocabulary, checkpoint.info.classes
 
 
-def _check_extraction_options(options: LvisEvaluation, cache: FeatureCache, feature_sets: Sequence[str]) -> None:
+def _check_extraction_options(options: EvaluationOptions, cache: FeatureCache, feature_sets: Sequence[str]) -> None:
     """Raises ProvenanceMismatchError if an extraction option contradicts the features of the cache."""
     dtype = None if options.dtype == AUTO else options.dtype
     given = {"exif": options.exif, "preprocess": options.preprocess, "dtype": dtype}
@@ -312,7 +354,7 @@ def _check_extraction_options(options: LvisEvaluation, cache: FeatureCache, feat
                 )
 
 
-def _require_same_boxes(options: LvisEvaluation, cache: FeatureCache, manifest: Manifest) -> None:
+def _require_same_boxes(options: EvaluationOptions, cache: FeatureCache, manifest: Manifest) -> None:
     """Raises ProvenanceMismatchError unless the cache holds the given boxes; it may hold a subset of the images."""
     rows = np.flatnonzero(np.isin(manifest.image_ids, cache.manifest.image_ids))
     if manifest.select(rows).digest() != cache.manifest.digest():
@@ -322,13 +364,13 @@ def _require_same_boxes(options: LvisEvaluation, cache: FeatureCache, manifest: 
         )
 
 
-def _templates(options: LvisEvaluation, info: HeadInfo) -> Sequence[str]:
+def _templates(options: EvaluationOptions, info: HeadInfo) -> Sequence[str]:
     if options.templates:
         return template_set(options.templates)
     return info.templates or template_set("reference")
 
 
-def _checkpoint(options: LvisEvaluation) -> Path:
+def _checkpoint(options: EvaluationOptions) -> Path:
     if options.checkpoint is None:
         raise InputError("evaluation needs a checkpoint, or a baseline and a preset; give --checkpoint")
     return options.checkpoint

@@ -50,7 +50,7 @@ def test_extract_train_evaluate_and_predict_work_from_the_command_line(regionspo
     evaluate = ("eval-lvis", "--dataset", "toy", "--data", world, "--limit", 2, "--out", results)
     code, out, err = regionspot(*evaluate, "--checkpoint", run / "head.safetensors")
     assert (code, "APr" in out) == (0, True), err
-    assert json.loads((results / "results.json").read_text())["pictures"] == 2
+    assert json.loads((results / "results.json").read_text())["images"] == 2
     assert Image.open(results / "sheet.png").width > 600
     image = next((world / "photos" / "train").glob("*.jpg"))
     predict = ("predict", image, "--checkpoint", run / "head.safetensors", "--boxes", "10,10,80,90;30,40,100,120")
@@ -190,7 +190,7 @@ def test_a_cache_with_a_limit_can_be_used_for_training_and_evaluation(regionspot
     evaluate = ("eval-lvis", "--dataset", "toy", "--data", world, "--checkpoint", tmp_path / "run" / "head.safetensors")
     code, _, err = regionspot(*evaluate, "--cache", tmp_path / "c.zarr", "--out", tmp_path / "eval")
     assert code == 0, err
-    assert json.loads((tmp_path / "eval" / "results.json").read_text())["pictures"] == 3
+    assert json.loads((tmp_path / "eval" / "results.json").read_text())["images"] == 3
 
 
 def test_help_names_every_dataset(regionspot):

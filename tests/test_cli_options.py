@@ -11,6 +11,8 @@ from regionspot.commands import options as cli_options
 from regionspot.commands.train import pair_and_schedule, train
 from regionspot.evaluation.inference.baselines import Baseline
 from regionspot.evaluation.inference.cache_vocabulary import NamesFrom
+from regionspot.evaluation.metrics.average_precision import Engine
+from regionspot.evaluation.metrics.selection import Rule, Score
 from regionspot.fusion.templates import TEMPLATES
 from regionspot.fusion.training.config import CHECKPOINT_STEPS, TRAIN_PRESETS, Padding, TrainConfig
 from regionspot.fusion.training.negatives import Unverified
@@ -208,6 +210,9 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.TokensName) == tuple(TOKENS)
     assert get_args(cli_options.ExifName) == get_args(Exif)
     assert get_args(cli_options.BaselineName) == get_args(Baseline)
+    assert get_args(cli_options.SelectionName) == get_args(Rule)
+    assert get_args(cli_options.ScoreName) == get_args(Score)
+    assert get_args(cli_options.EngineName) == get_args(Engine)
     assert cli_options.WorldSize.__metadata__[0].min == FEWEST_IMAGES
     assert get_args(cli_options.TrackerName) == TRACKERS
     defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}

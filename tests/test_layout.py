@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "pipeline.backbones": "cache.format cache.storage pipeline.images pipeline.toy",
     "pipeline.datasets": "cache.format cache.storage pipeline.images",
     "cache.store": "cache.format cache.reading cache.storage cache.writing",
-    "evaluation.metrics": "cache.storage pipeline.datasets",
+    "evaluation.metrics": "cache.format cache.storage pipeline.datasets",
     "cache.tools": "cache.format cache.reading cache.storage cache.store cache.writing",
     "fusion": "cache.storage",
     "fusion.training": "cache.format cache.reading cache.storage cache.store fusion",

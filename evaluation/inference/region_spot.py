@@ -77,13 +77,14 @@ class RegionSpot:
         templates: Sequence[str],
         *,
         exif: str | None = None,
+        trained_classes: tuple[str, ...] = (),
     ) -> None:
-        """`exif` is the EXIF rule of the images that the head was trained on, if known."""
+        """`exif` and `trained_classes`: EXIF rule of the images and names of the classes of the training, if known."""
         self.device = torch.device(encoder.device)
         self.head = head.to(self.device).eval().requires_grad_(False)
         self.localizer, self.encoder = localizer, encoder
         self.templates = tuple(templates)
-        self.exif = exif
+        self.exif, self.trained_classes = exif, trained_classes
         self._batches = defaultdict[str, Halving](Halving)  # by stage: a batch may fit one model and not another
 
     def identity(self) -> dict[str, Any]:
@@ -138,7 +139,8 @@ class RegionSpot:
         features.require_backbones(provenances, overridden, strict=check_weights)
         # Released files do not state their templates; the authors train and evaluate with the same ones.
         templates = loaded.info.templates or template_set("reference")
-        return cls(loaded.head, localizer, encoder, templates, exif=features.exif)
+        classes = loaded.info.classes
+        return cls(loaded.head, localizer, encoder, templates, exif=features.exif, trained_classes=classes)
 
     def predict(
         self,

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from regionspot.cache.errors import InputError
-from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+from regionspot.evaluation.evaluate import EvaluationOptions, evaluate
 from regionspot.evaluation.inference.baselines import Baseline, CropBaseline, MapBaseline
 from regionspot.evaluation.inference.scoring import class_probabilities
 from regionspot.evaluation.inference.zero_shot import ZeroShot, ZeroShotMethod, crop, dense_embeddings
@@ -111,9 +111,7 @@ def results(world, tmp_path_factory):
     """What `eval-lvis --baseline` returns, for each baseline, on the toy world."""
     out = tmp_path_factory.mktemp("results")
     options = {"data": world, "dataset": "toy", "preset": "toy", "templates": "plain", "device": "cpu"}
-    return {
-        name: evaluate_lvis(LvisEvaluation(**options, out=out / name, baseline=name)) for name in get_args(Baseline)
-    }
+    return {name: evaluate(EvaluationOptions(**options, out=out / name, baseline=name)) for name in get_args(Baseline)}
 
 
 def test_crops_are_more_accurate_than_pooling_and_slower(results):
@@ -121,7 +119,7 @@ def test_crops_are_more_accurate_than_pooling_and_slower(results):
     assert results["crop"]["bbox"]["AP"] > 0.3
     # The toy CLIP is not trained to align its patches with names.
     assert 0 <= results["pooled"]["bbox"]["AP"] < results["crop"]["bbox"]["AP"]
-    seconds = {name: result["seconds_per_picture"]["on_shared_maps"] for name, result in results.items()}
+    seconds = {name: result["seconds_per_image"]["on_shared_maps"] for name, result in results.items()}
     assert seconds["crop"] > 3 * seconds["pooled"]
     assert seconds["crop"] > 3 * seconds["dense"]
 

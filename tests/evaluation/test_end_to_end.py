@@ -15,8 +15,7 @@ from forked import ForkedCommand
 from regionspot.cache.errors import InputError
 from regionspot.cache.format.feature_dtypes import Encoding
 from regionspot.cache.store import FeatureCache
-from regionspot.evaluation import evaluate
-from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+from regionspot.evaluation.evaluate import EvaluationOptions, _load_method, evaluate
 from regionspot.evaluation.inference import resumable
 from regionspot.evaluation.inference.methods import HeadOnImages
 from regionspot.evaluation.inference.on_workers import InferenceJob
@@ -42,14 +41,14 @@ def parts_of_two():
 
 
 @pytest.fixture(scope="module")
-def options(world, tmp_path_factory) -> LvisEvaluation:
+def options(world, tmp_path_factory) -> EvaluationOptions:
     torch.manual_seed(0)
     spec = HeadSpec(token_dim=128, width=192, text_dim=128, options={"layers": 1, "ffn": 64})
     weights = {"toy_sam": WEIGHTS, "toy_clip": WEIGHTS}
     info = HeadInfo("toy", localizer="toy_sam", encoder="toy_clip", weights_sha256=weights, templates=("{}.",))
     folder = tmp_path_factory.mktemp("evaluation")
     save_checkpoint(folder / "head.safetensors", spec, spec.build(), info)
-    return LvisEvaluation(
+    return EvaluationOptions(
         data=world,
         out=folder / "one process",
         checkpoint=folder / "head.safetensors",
@@ -62,7 +61,7 @@ def options(world, tmp_path_factory) -> LvisEvaluation:
 
 def results(options):
     """The detections, with masks, and the figures of an evaluation."""
-    evaluated = evaluate_lvis(options)
+    evaluated = evaluate(options)
     figures = {key: value for key, value in evaluated.items() if not key.startswith("seconds")}
     return (options.out / "detections.json").read_bytes(), figures
 
@@ -103,8 +102,8 @@ def test_two_workers_give_the_results_of_one_process(options, expected, tmp_path
 
 
 def test_a_worker_that_would_compute_other_scores_is_refused(options, tmp_path):
-    files = resumable.PartFiles(tmp_path, evaluate._load_method(options), Selection())
-    job = InferenceJob(evaluate._load_method, replace(options, dtype="bfloat16"), files.folder, Selection())
+    files = resumable.PartFiles(tmp_path, _load_method(options), Selection())
+    job = InferenceJob(_load_method, replace(options, dtype="bfloat16"), files.folder, Selection())
     with pytest.raises(InputError, match=r"identity\.json: this worker would compute other scores .*give --dtype"):
         job.open()
 

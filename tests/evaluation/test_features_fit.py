@@ -10,7 +10,7 @@ from regionspot.cache.errors import InputError, ProvenanceMismatchError
 from regionspot.cache.format.compatibility import compare, description
 from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.store import FeatureCache
-from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+from regionspot.evaluation.evaluate import EvaluationOptions, evaluate
 from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
 from regionspot.evaluation.inference.head_features import head_features
 from regionspot.evaluation.inference.region_spot import RegionSpot
@@ -62,7 +62,7 @@ def released(head_of, path):
 
 @pytest.fixture
 def options(world, tmp_path):
-    return LvisEvaluation(
+    return EvaluationOptions(
         data=world, out=tmp_path / "eval", dataset="toy", device="cpu", templates="plain", masks=False, limit=2
     )
 
@@ -95,23 +95,23 @@ def test_caches_with_different_features_do_not_train_together(extracted, tmp_pat
 def test_a_cache_with_other_features_needs_no_check_weights(extracted, options, tmp_path, caplog):
     head = trained([extracted()], tmp_path / "run")
     on_own = replace(options, checkpoint=head, cache=extracted().path)
-    assert evaluate_lvis(on_own)["protocol"]["preprocess"] == "direct"
+    assert evaluate(on_own)["protocol"]["preprocess"] == "direct"
     other = replace(on_own, cache=extracted("reference").path, out=tmp_path / "other")
     with pytest.raises(ProvenanceMismatchError) as error:
-        evaluate_lvis(other)
+        evaluate(other)
     message = one_line(error)
     assert message.startswith(f"{other.cache}: its toy_sam features differ from those that {head} was")
     assert "preprocess is reference, there direct" in message
     assert "extract another cache with --preprocess direct, or evaluate from images, without --cache" in message
-    assert evaluate_lvis(replace(other, check_weights=False))["protocol"]["preprocess"] == "reference"
+    assert evaluate(replace(other, check_weights=False))["protocol"]["preprocess"] == "reference"
     assert "preprocess is reference, there direct; scores may be worse" in caplog.text
 
 
 def test_a_released_head_uses_the_authors_preprocessing(extracted, options, tmp_path, caplog):
     head = released(trained([extracted("reference")], tmp_path / "run"), tmp_path / "head.pth")
     with pytest.raises(ProvenanceMismatchError, match=r"preprocess is direct, there reference.*--preprocess reference"):
-        evaluate_lvis(replace(options, checkpoint=head, cache=extracted().path))
-    results = evaluate_lvis(replace(options, checkpoint=head, cache=extracted("reference").path))
+        evaluate(replace(options, checkpoint=head, cache=extracted().path))
+    results = evaluate(replace(options, checkpoint=head, cache=extracted("reference").path))
     assert results["protocol"]["preprocess"] == "reference"
     spot = RegionSpot.load(head, device="cpu")
     assert {model.provenance["preprocess"] for model in (spot.localizer, spot.encoder)} == {"reference"}
@@ -152,7 +152,7 @@ def test_weights_that_a_released_head_only_implies_log_a_warning(small, tmp_path
 
 def test_predict_and_evaluation_compute_in_the_dtype_of_the_heads_features(extracted, options, tmp_path, caplog):
     head = trained([extracted(dtype="bfloat16")], tmp_path / "run")
-    results = evaluate_lvis(replace(options, checkpoint=head))
+    results = evaluate(replace(options, checkpoint=head))
     assert results["protocol"]["dtype"] == "bfloat16"
     backbones = (results["identity"][name] for name in ("localizer", "encoder"))
     assert {provenance["dtype"] for provenance in backbones} == {"bfloat16"}
@@ -163,7 +163,7 @@ def test_predict_and_evaluation_compute_in_the_dtype_of_the_heads_features(extra
     assert "trained with" not in caplog.text
     on_cache = replace(options, checkpoint=head, cache=extracted(dtype="bfloat16").path)
     with pytest.raises(ProvenanceMismatchError, match="extracted with --dtype bfloat16, not float32"):
-        evaluate_lvis(replace(on_cache, dtype="float32"))
+        evaluate(replace(on_cache, dtype="float32"))
 
 
 @pytest.mark.parametrize(
@@ -181,9 +181,9 @@ def test_another_dtype_or_preprocessing_logs_a_warning(extracted, tmp_path, capl
 
 def test_another_exif_rule_logs_a_warning(extracted, options, tmp_path, caplog):
     head = trained([extracted(exif="ignore")], tmp_path / "run")
-    assert evaluate_lvis(replace(options, checkpoint=head))["protocol"]["exif"] == "ignore"
+    assert evaluate(replace(options, checkpoint=head))["protocol"]["exif"] == "ignore"
     assert "exif" not in caplog.text
-    results = evaluate_lvis(replace(options, checkpoint=head, exif="apply", out=tmp_path / "other"))
+    results = evaluate(replace(options, checkpoint=head, exif="apply", out=tmp_path / "other"))
     assert results["protocol"]["exif"] == "apply"
     assert "was trained on images with --exif ignore; evaluated with --exif apply" in caplog.text
 

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from regionspot.cache.errors import AnnotationError, InputError, ProvenanceMismatchError, WeightsError
 from regionspot.cache.store import FeatureCache
-from regionspot.evaluation.evaluate import LvisEvaluation, evaluate_lvis
+from regionspot.evaluation.evaluate import EvaluationOptions, evaluate
 from regionspot.evaluation.inference import resumable as inference
 from regionspot.evaluation.inference.methods import HeadOnCache, HeadOnImages
 from regionspot.evaluation.inference.region_spot import RegionSpot
@@ -72,7 +72,7 @@ def cache(world, spot, manifest, tmp_path_factory):
 
 @pytest.fixture
 def options(world, checkpoint, tmp_path):
-    return LvisEvaluation(
+    return EvaluationOptions(
         data=world, out=tmp_path / "out", checkpoint=checkpoint, dataset="toy", weights=WEIGHTS, device="cpu"
     )
 
@@ -192,14 +192,14 @@ def test_an_image_with_scores_that_are_not_finite_fails_alone(manifest, tmp_path
 
 
 def test_an_evaluation_states_its_protocol_and_other_tools_read_its_results(options, manifest):
-    result = evaluate_lvis(options)
+    result = evaluate(options)
     assert result == json.loads((options.out / "results.json").read_text())
     assert result["protocol"]["boxes"] == "ground truth"
     assert result["protocol"]["prompts_from"] == "name"
     assert result["protocol"]["candidates_per_box"] == "all 192 classes"
-    assert result["protocol"]["detections_per_picture"] == 300
-    assert (result["pictures"], result["detections"]) == (8, 8 * 300)
-    assert result["seconds_per_picture"]["in_all"] > result["seconds_per_picture"]["on_shared_maps"] > 0
+    assert result["protocol"]["detections_per_image"] == 300
+    assert (result["images"], result["detections"]) == (8, 8 * 300)
+    assert result["seconds_per_image"]["in_all"] > result["seconds_per_image"]["on_shared_maps"] > 0
     ground_truth = str(options.data / "toy_val.json")
     with lvis_package._lvis() as lvis:
         official = lvis.LVISEval(ground_truth, str(options.out / "detections.json"), "bbox")
@@ -237,12 +237,12 @@ def test_ground_truth_is_checked_before_models_are_loaded(options, world, tmp_pa
     monkeypatch.setattr(RegionSpot, "load", loaded)
     path = ground_truth_with(world, tmp_path / "truth.json", change)
     with pytest.raises(AnnotationError, match=r"cannot be evaluated, the first: (annotations|categories)\[5\]"):
-        evaluate_lvis(replace(options, annotations=path))
+        evaluate(replace(options, annotations=path))
 
 
 def test_invalid_masks_are_ignored_if_masks_are_not_evaluated(options, world, tmp_path):
     path = ground_truth_with(world, tmp_path / "truth.json", lambda d: d["annotations"][5].update(segmentation=None))
-    assert evaluate_lvis(replace(options, annotations=path, masks=False, limit=1))["segm"] is None
+    assert evaluate(replace(options, annotations=path, masks=False, limit=1))["segm"] is None
 
 
 def test_image_ids_that_are_strings_are_kept_in_the_results(options, world, tmp_path):
@@ -253,24 +253,24 @@ def test_image_ids_that_are_strings_are_kept_in_the_results(options, world, tmp_
             annotation["image_id"] = f"image {annotation['image_id']}"
 
     path = ground_truth_with(world, tmp_path / "named.json", named)
-    expected = evaluate_lvis(replace(options, masks=False, limit=2))
+    expected = evaluate(replace(options, masks=False, limit=2))
     numbers = [detection["image_id"] for detection in json.loads((options.out / "detections.json").read_text())]
-    result = evaluate_lvis(replace(options, annotations=path, masks=False, limit=2, out=tmp_path / "other"))
+    result = evaluate(replace(options, annotations=path, masks=False, limit=2, out=tmp_path / "other"))
     names = [detection["image_id"] for detection in json.loads((tmp_path / "other" / "detections.json").read_text())]
     assert result["bbox"] == expected["bbox"]
     assert names == [f"image {number}" for number in numbers]
 
 
 def test_a_limit_evaluates_the_first_images_only(options, manifest, tmp_path):
-    result = evaluate_lvis(replace(options, limit=3, masks=False))
+    result = evaluate(replace(options, limit=3, masks=False))
     whole = json.loads((options.data / "toy_val.json").read_text())
     kept = set(manifest.image_ids[:3].tolist())
     cut = tmp_path / "cut.json"
     images = [image for image in whole["images"] if image["id"] in kept]
     annotations = [region for region in whole["annotations"] if region["image_id"] in kept]
     cut.write_text(json.dumps({**whole, "images": images, "annotations": annotations}))
-    alone = evaluate_lvis(replace(options, annotations=cut, masks=False, out=tmp_path / "alone"))
-    assert result["pictures"] == 3
+    alone = evaluate(replace(options, annotations=cut, masks=False, out=tmp_path / "alone"))
+    assert result["images"] == 3
     assert result["segm"] is None
     assert result["bbox"] == alone["bbox"]
 
@@ -281,9 +281,9 @@ def test_the_scores_of_a_detector_multiply_those_of_the_classes(options, manifes
     proposals = tmp_path / "proposals.json"
     scores = [0.5] * len(boxes)
     proposals.write_text(json.dumps({str(image_id): {"boxes": boxes, "scores": scores}}))
-    result = evaluate_lvis(replace(options, boxes=str(proposals), masks=False, limit=1))
+    result = evaluate(replace(options, boxes=str(proposals), masks=False, limit=1))
     detected = json.loads((options.out / "detections.json").read_text())
-    evaluate_lvis(replace(options, masks=False, limit=1, out=tmp_path / "truth"))
+    evaluate(replace(options, masks=False, limit=1, out=tmp_path / "truth"))
     plain = json.loads((tmp_path / "truth/detections.json").read_text())
     best = [max(item["score"] for item in items if item["image_id"] == image_id) for items in (detected, plain)]
     assert best[0] == pytest.approx(0.5 * best[1], rel=1e-4)
@@ -293,8 +293,8 @@ def test_the_scores_of_a_detector_multiply_those_of_the_classes(options, manifes
 
 
 def test_ap_from_a_cache_equals_ap_from_images(options, cache, tmp_path):
-    stored = evaluate_lvis(replace(options, cache=cache.path))
-    images = evaluate_lvis(replace(options, masks=False, out=tmp_path / "photos"))
+    stored = evaluate(replace(options, cache=cache.path))
+    images = evaluate(replace(options, masks=False, out=tmp_path / "photos"))
     assert stored["segm"] is None
     assert stored["bbox"]["AP"] == pytest.approx(images["bbox"]["AP"], abs=0.02)
     assert "encode" not in stored["seconds"]
@@ -305,16 +305,16 @@ def test_a_cache_of_other_boxes_is_refused(options, cache, tmp_path):
     image_id = int(cache.manifest.image_ids[0])
     proposals.write_text(json.dumps({str(image_id): {"boxes": [[1, 1, 50, 50]], "scores": [1]}}))
     with pytest.raises(ProvenanceMismatchError, match="other images, boxes or classes"):
-        evaluate_lvis(replace(options, cache=cache.path, boxes=str(proposals)))
+        evaluate(replace(options, cache=cache.path, boxes=str(proposals)))
 
 
 def test_other_backbones_than_in_training_need_no_check_weights(options, cache):
     with pytest.raises(WeightsError, match=r"was trained on toy_sam with weights random:0, but random:1"):
-        evaluate_lvis(replace(options, weights="random:1"))
+        evaluate(replace(options, weights="random:1"))
     unchecked = replace(options, weights="random:1", check_weights=False, masks=False, limit=1)
-    assert evaluate_lvis(unchecked)["pictures"] == 1
+    assert evaluate(unchecked)["images"] == 1
     with pytest.raises(ProvenanceMismatchError, match="random:1 are loaded"):
-        evaluate_lvis(replace(options, cache=cache.path, weights="random:1", templates="imagenet"))
+        evaluate(replace(options, cache=cache.path, weights="random:1", templates="imagenet"))
 
 
 @pytest.mark.parametrize(
@@ -331,7 +331,7 @@ def test_other_backbones_than_in_training_need_no_check_weights(options, cache):
 )
 def test_invalid_options_are_refused_in_one_line(options, change, message):
     with pytest.raises(InputError, match=message) as caught:
-        evaluate_lvis(replace(options, **change))
+        evaluate(replace(options, **change))
     assert "\n" not in str(caught.value)
 
 
