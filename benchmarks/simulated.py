@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from regionspot.cache import Category, FeatureCache, FeatureSet, ImageFeatures, Manifest
-from regionspot.pipeline.distributed.worker import FeatureParts, PartMaker
+from regionspot.pipeline.distributed.worker import PARTS_AT_ONCE, FeatureParts, PartMaker
 from regionspot.pipeline.reporting.run_stats import RunStats
 
 SETS = (FeatureSet("clip", "map", (5, 8)), FeatureSet("sam", "token", (6,)))
@@ -49,7 +49,7 @@ class SimulatedJob:
     """Parts of a `make_cache`, of which each image keeps the worker's one GPU for so many seconds.
 
     failing, deadly   rows of an image that cannot be read, and of one that kills its worker
-    slow              process id of a worker that takes ten times as long
+    slow              process id of a worker that waits until the others have written all parts but its own
     """
 
     cache: str
@@ -69,14 +69,15 @@ class SimulatedEncoder:
 
     def __init__(self, cache: FeatureCache, job: SimulatedJob) -> None:
         self._cache, self._job = cache, job
-        self._seconds = job.seconds * (10 if job.slow == os.getpid() else 1)
         self._gpu = threading.Lock()
 
     def __call__(self, rows: range, names: Sequence[str], stats: RunStats) -> Iterator[ImageFeatures]:
         regions = self._cache.manifest.region_count
+        while self._job.slow == os.getpid() and len(self._cache.pending_parts()) > PARTS_AT_ONCE:
+            time.sleep(0.01)
         for row in rows:
             with stats.timed("encode"), self._gpu:
-                time.sleep(self._seconds)
+                time.sleep(self._job.seconds)
             if row == self._job.deadly:
                 os.kill(os.getpid(), signal.SIGKILL)
             if row == self._job.failing:

@@ -152,7 +152,7 @@ def test_a_frozen_worker_is_replaced_and_the_others_write_its_parts(cache, undis
 
 def test_the_other_workers_take_what_a_slow_one_has_not_started(connection, cache):
     slow = pids(connection, 3)[0]
-    Run(connection, cache, 0.05, slow=slow).end()
+    Run(connection, cache, 0.005, slow=slow).end()
     by_worker = Counter(cache.record(part, "clip").worker.rpartition(":")[2] for part in PARTS)
     assert by_worker[str(slow)] <= PARTS_AT_ONCE
 
