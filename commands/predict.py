@@ -56,7 +56,7 @@ def predict(
         clip_weights=clip_weights,
         dtype=dtype,
     )
-    regions = model.predict(pixels, parsed_boxes, parsed_names, templates, masks=out is not None, top=top)
+    regions = model.predict(pixels, parsed_boxes, parsed_names, templates, with_masks=out is not None, top=top)
     typer.echo(json.dumps([region.as_json() for region in regions], indent=1, allow_nan=False))
     if out:
         save_image(labelled(pixels, regions), out)

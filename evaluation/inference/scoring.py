@@ -131,12 +131,24 @@ def head_probabilities(
     batches: Halving,
 ) -> list[NDArray[np.float32]]:
     """`batch_probabilities` of B images: tokens (n, C) and relative boxes float32 (n, 4) of each, maps (B, T, D)."""
+    # Image by image: the logits of V3Det's 13,204 classes take more memory than everything before.
+    return [class_probabilities(vectors, text) for vectors in head_vectors(head, tokens, boxes, feature_maps, batches)]
+
+
+def head_vectors(
+    head: nn.Module,
+    tokens: Sequence[Tensor],
+    boxes: Sequence[NDArray[np.float32]],
+    feature_maps: Tensor,
+    batches: Halving,
+) -> list[Tensor]:
+    """The head's vectors (n, E), not normalised, of B images whose features are those of `head_probabilities`."""
     counts = torch.tensor([len(of_image) for of_image in tokens])
     slots = max(1, int(counts.max()))  # as in a Batch of the cache, for equal rounding
     padded = _pad(tokens, slots), _pad([torch.from_numpy(of_image) for of_image in boxes], slots)
-    padded_tokens, padded_boxes = (values.to(text.device) for values in padded)
-    region_mask = (torch.arange(slots) < counts[:, None]).to(text.device)
-    return batch_probabilities(head, padded_tokens, region_mask, feature_maps, padded_boxes, text, batches)
+    padded_tokens, padded_boxes = (values.to(feature_maps.device) for values in padded)
+    region_mask = (torch.arange(slots) < counts[:, None]).to(feature_maps.device)
+    return _batch_vectors(head, padded_tokens, region_mask, feature_maps, padded_boxes, batches)
 
 
 def _pad(images: Sequence[Tensor], slots: int) -> Tensor:
@@ -144,7 +156,6 @@ def _pad(images: Sequence[Tensor], slots: int) -> Tensor:
     return torch.stack([F.pad(values, (0, 0, 0, slots - len(values))) for values in images])
 
 
-@torch.inference_mode()
 def batch_probabilities(
     head: nn.Module,
     tokens: Tensor,
@@ -163,18 +174,21 @@ def batch_probabilities(
     text         (V, E)
     batches      splits a batch that does not fit into the memory of the device
     """
+    vectors = _batch_vectors(head, tokens, region_mask, feature_maps, boxes, batches)
+    return [class_probabilities(of_image, text) for of_image in vectors]
 
+
+@torch.inference_mode()
+def _batch_vectors(
+    head: nn.Module, tokens: Tensor, region_mask: Tensor, feature_maps: Tensor, boxes: Tensor, batches: Halving
+) -> list[Tensor]:
     def region_vectors(images: Sequence[int]) -> Tensor:
         piece = slice(images[0], images[-1] + 1)
         vectors: Tensor = head(tokens[piece], region_mask[piece], feature_maps[piece], boxes[piece])
         return vectors
 
     vectors = torch.cat(batches.results(region_vectors, range(len(tokens))))
-    # Image by image: the logits of V3Det's 13,204 classes take more memory than everything before.
-    counts = region_mask.sum(dim=1).tolist()
-    return [
-        class_probabilities(image_vectors[:count], text) for image_vectors, count in zip(vectors, counts, strict=True)
-    ]
+    return [of_image[:count] for of_image, count in zip(vectors, region_mask.sum(dim=1).tolist(), strict=True)]
 
 
 def class_probabilities(embedded: Tensor, text: Tensor, scale: float = LOGIT_SCALE) -> NDArray[np.float32]:

@@ -7,15 +7,12 @@ Both use the encoder's own logit scale: on the toy dataset it gives crops 3 to 4
 The scale of OpenAI's models is 100.
 """
 
-# B images, n boxes of an image, P patches, S patches on a side, E text embedding, V classes, h, w pixels
+# n boxes of an image, P patches, S patches on a side, E text embedding, h, w pixels
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Sequence
-from functools import partial
-from typing import Literal, get_args
+from typing import Literal
 
 import numpy as np
 import torch
@@ -24,14 +21,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from regionspot.cache.errors import unknown_name
-from regionspot.evaluation.inference.scoring import RegionScores, class_probabilities, encode_masks
 from regionspot.evaluation.metrics.detections import Masks
-from regionspot.fusion.heads.pooling import box_weights, relative_boxes
+from regionspot.fusion.heads.pooling import box_weights
 from regionspot.pipeline.backbones.batch_size import Halving
-from regionspot.pipeline.backbones.dense import require_dense
-from regionspot.pipeline.backbones.protocols import Localizer, MaskingLocalizer, TextEncoder
-from regionspot.pipeline.extraction.decode_ahead import DecodedImage
+from regionspot.pipeline.backbones.protocols import TextEncoder
 
 ZeroShotMethod = Literal["crop", "dense"]
 
@@ -40,68 +33,6 @@ CROP_BATCH = 64
 # 41.0, 39.7, 39.4; from 0.2 on it falls steeply.
 CROP_MARGIN = 0.0
 PIXELS = "pixels"  # the input of crops: uint8 (h, w, 3), the image itself
-
-
-class ZeroShot:
-    """Names and embeds the regions of decoded images; `score` is called like `RegionSpot.score`.
-
-    localizer   makes masks; None: `score` returns none
-
-    Raises InputError for an encoder that has no dense map, if the method needs it.
-    """
-
-    def __init__(
-        self, encoder: TextEncoder, method: ZeroShotMethod = "dense", localizer: Localizer | None = None
-    ) -> None:
-        if method not in get_args(ZeroShotMethod):
-            raise unknown_name("zero-shot method", method, get_args(ZeroShotMethod))
-        self.encoder, self.method, self.localizer = encoder, method, localizer
-        self._dense = require_dense(encoder) if method == "dense" else None
-        self._batches = defaultdict[str, Halving](Halving)  # a batch may fit one model and not another
-
-    def model_inputs(self, image: Image.Image) -> dict[str, Tensor]:
-        """The `DecodedImage.inputs` of an upright RGB image."""
-        inputs = {} if self.localizer is None else {self.localizer.name: self.localizer.preprocess(image)}
-        if self._dense is None:
-            return {**inputs, PIXELS: torch.from_numpy(np.array(image))}
-        return {**inputs, self.encoder.name: self.encoder.preprocess(image)}
-
-    def score(
-        self, images: Sequence[DecodedImage], boxes_xyxy: Sequence[NDArray[np.float32]], text: Tensor
-    ) -> list[RegionScores]:
-        """Scores of the regions of each image, for its boxes float32 (n, 4) and text embeddings (V, E)."""
-        embedded = self.embed(images, boxes_xyxy)
-        probabilities = [class_probabilities(of_image, text, self.encoder.logit_scale) for of_image in embedded]
-        if not isinstance(self.localizer, MaskingLocalizer):
-            return [RegionScores(of_image) for of_image in probabilities]
-        return [
-            RegionScores(of_image, partial(self._masks, self.localizer, image, boxes))
-            for of_image, image, boxes in zip(probabilities, images, boxes_xyxy, strict=True)
-        ]
-
-    def embed(self, images: Sequence[DecodedImage], boxes_xyxy: Sequence[NDArray[np.float32]]) -> list[Tensor]:
-        """Embeddings of unit length in the space of the prompts, float32 (n, E) for each image.
-
-        A batch that does not fit into the memory of the GPU is split in halves, and so are all later ones.
-        """
-        if self._dense is None:
-            pixels = [Image.fromarray(image.inputs[PIXELS].numpy()) for image in images]
-            embed = partial(embed_crops, self.encoder, batches=self._batches["crops"])
-            return [embed(image, boxes) for image, boxes in zip(pixels, boxes_xyxy, strict=True)]
-        encode, inputs = self._dense.encode_with_dense, [image.inputs[self.encoder.name] for image in images]
-        maps = self._batches["clip"](lambda batch: encode(torch.stack(list(batch)))[1], inputs)
-        relative = [relative_boxes(boxes, *_size(image)) for boxes, image in zip(boxes_xyxy, images, strict=True)]
-        return [dense_embeddings(dense_map, boxes) for dense_map, boxes in zip(maps, relative, strict=True)]
-
-    def _masks(
-        self,
-        localizer: MaskingLocalizer,
-        image: DecodedImage,
-        boxes_xyxy: NDArray[np.float32],
-        regions: NDArray[np.int64],
-    ) -> Masks:
-        embedding = localizer.encode([image.inputs[localizer.name]])[0]
-        return encode_masks(localizer, embedding, boxes_xyxy, _size(image), regions)
 
 
 def embed_crops(
@@ -157,8 +88,3 @@ def _overlap(pixels: int, side: int) -> NDArray[np.float32]:
     overlap = np.minimum(edges[1:], starts + 1) - np.maximum(edges[:-1], starts)
     clipped: NDArray[np.float32] = overlap.clip(min=0).astype(np.float32)
     return clipped
-
-
-def _size(image: DecodedImage) -> tuple[int, int]:
-    assert image.size is not None  # only images that were read are scored
-    return image.size

@@ -22,7 +22,7 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.storage.atomic_files import write_file
 
 if TYPE_CHECKING:
-    from regionspot.evaluation.inference.region_spot import Region
+    from regionspot.evaluation.inference.regions import Region
 
 Colour = tuple[int, int, int]
 Rectangle = tuple[float, float, float, float]  # left, top, right, bottom

@@ -119,6 +119,29 @@ class MaskingLocalizer(Localizer, Protocol):
 
 
 @runtime_checkable
+class PointLocalizer(MaskingLocalizer, Protocol):
+    """A localizer that also finds regions: around points, or everywhere."""
+
+    def masks_of_points(
+        self,
+        embedding: Tensor,
+        points_xy: NDArray[np.float32],
+        labels: NDArray[np.int64],
+        original_size: tuple[int, int],
+    ) -> NDArray[np.bool_]:
+        """bool (n, h, w): the masks that n prompts of k points select in one image; a mask may be empty.
+
+        points_xy   (n, k, 2), in pixels of the original image
+        labels      (n, k): 1 for a point of the region, 0 for one outside of it
+        """
+        ...
+
+    def propose_boxes(self, embedding: Tensor, original_size: tuple[int, int]) -> NDArray[np.float32]:
+        """float32 (n, 4): boxes around everything that is segmented in one image, best first."""
+        ...
+
+
+@runtime_checkable
 class SemanticEncoder(Backbone, Protocol):
     """Computes an image's feature map.
 

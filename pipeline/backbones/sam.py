@@ -1,15 +1,15 @@
 """The SAM localizer: its image encoder (sam_image_encoder.py) and location tokens (sam_token_decoder.py).
 
-Masks are computed only on request. MobileSAM is a SAM with another image encoder (mobile_sam.py); SAM 2 has its own
-class (sam2.py). `load_localizer` loads all of them by name.
+Masks are computed only on request, and points only serve to find boxes. MobileSAM is a SAM with another image encoder
+(mobile_sam.py); SAM 2 has its own class (sam2.py). `load_localizer` loads all of them by name.
 """
 
-# B images, n boxes, C token width (256), g side of the embedding (64), h, w pixels
+# B images, n boxes, k points of a prompt, C token width (256), g side of the embedding (64), h, w pixels
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,14 @@ from regionspot.pipeline.backbones.dtypes import autocast, resolve_dtype
 from regionspot.pipeline.backbones.protocols import ALL, FIRST, BackboneConfig, Localizer, missing_members
 from regionspot.pipeline.backbones.registry import LOCALIZERS
 from regionspot.pipeline.backbones.sam_image_encoder import SamEncoder
-from regionspot.pipeline.backbones.sam_token_decoder import FIRST_MASK_TOKEN, TOKEN_SLOT, RegionTokens
+from regionspot.pipeline.backbones.sam_token_decoder import (
+    ALL_OUTPUT_QUERIES,
+    FIRST_MASK_TOKEN,
+    IOU_TOKEN,
+    MASK_TOKENS,
+    TOKEN_SLOT,
+    RegionTokens,
+)
 from regionspot.pipeline.backbones.weights import load_weights
 from regionspot.pipeline.images.preprocess import get_preprocess
 
@@ -35,9 +42,15 @@ SAM_PIXEL_MEAN = (123.675, 116.28, 103.53)
 SAM_PIXEL_STD = (58.395, 57.12, 57.375)
 MASK_CHUNK = 8  # masks are interpolated in float32 at the original size: 48 MB per mask of a 12-megapixel image
 
+# Defaults of SamAutomaticMaskGenerator (segment_anything/automatic_mask_generator.py), which uses no crops by default.
+POINTS_PER_SIDE = 32
+MIN_PREDICTED_IOU = 0.88
+MIN_STABILITY, STABILITY_OFFSET = 0.95, 1.0
+NMS_IOU = 0.7
+
 
 class SamLocalizer:
-    """A frozen SAM or MobileSAM, a `MaskingLocalizer`. Use `load_localizer`.
+    """A frozen SAM or MobileSAM, a `PointLocalizer`. Use `load_localizer`.
 
     name        of the registry entry and of the feature set
     pixels      the longer side of an input image
@@ -120,10 +133,75 @@ class SamLocalizer:
         embeddings, queries = embedding[None].to(self.device).float(), [FIRST_MASK_TOKEN + TOKEN_SLOT]
         for part in self._tokens.decoder.decode(embeddings, boxes, [0] * len(boxes), queries, MASK_CHUNK):
             tokens.append(part.queries[:, 0])
-            logits = self._mask_logits(tokens[-1], part.cells)
+            logits = self._mask_logits(part.queries, part.cells, [TOKEN_SLOT])
             full = self._sam.postprocess_masks(logits, size, original_size)
             masks.append((full[:, 0] > self._sam.mask_threshold).cpu().numpy())
         return torch.cat(tokens), np.concatenate(masks)
+
+    @torch.no_grad()
+    def masks_of_points(
+        self,
+        embedding: Tensor,
+        points_xy: NDArray[np.float32],
+        labels: NDArray[np.int64],
+        original_size: tuple[int, int],
+    ) -> NDArray[np.bool_]:
+        """bool (n, h, w): the mask of each prompt of k points (n, k, 2) with labels (n, k), as a PointLocalizer's.
+
+        One point is ambiguous (a shirt, or its wearer), so of its three masks the one with the highest predicted IoU is
+        taken; several points have the single mask (segment_anything/predictor.py, `multimask_output`).
+        """
+        size, masks = self._preprocess.sam_size(original_size, self.pixels), [np.zeros((0, *original_size), np.bool_)]
+        for logits, iou in self._decode_points(embedding, points_xy, labels, original_size):
+            several = points_xy.shape[1] > 1
+            best = torch.full_like(iou[:, 0], TOKEN_SLOT, dtype=torch.int64) if several else iou[:, 1:].argmax(1) + 1
+            chosen = logits[torch.arange(len(logits), device=logits.device), best, None]
+            for part in torch.split(chosen, MASK_CHUNK):
+                full = self._sam.postprocess_masks(part, size, original_size)[:, 0]
+                masks.append((full > self._sam.mask_threshold).cpu().numpy())
+        return np.concatenate(masks)
+
+    @torch.no_grad()
+    def propose_boxes(self, embedding: Tensor, original_size: tuple[int, int]) -> NDArray[np.float32]:
+        """float32 (n, 4): boxes around whatever SAM segments in one image, best first, as a PointLocalizer's.
+
+        The boxes of SamAutomaticMaskGenerator by its defaults: the masks of a grid of points, without those of low
+        predicted IoU or low stability and without repeated ones.
+        """
+        from segment_anything.utils.amg import batched_mask_to_box, build_point_grid, calculate_stability_score
+        from torchvision.ops import nms
+
+        threshold, size = self._sam.mask_threshold, self._preprocess.sam_size(original_size, self.pixels)
+        grid = (build_point_grid(POINTS_PER_SIDE) * original_size[::-1]).astype(np.float32)[:, None]
+        boxes, scores = [torch.zeros(0, 4, device=self.device)], [torch.zeros(0, device=self.device)]
+        labels = np.ones((len(grid), 1), np.int64)
+        for logits, iou in self._decode_points(embedding, grid, labels, original_size):
+            candidates, predicted = logits[:, 1:].flatten(0, 1), iou[:, 1:].flatten()
+            for part in torch.split((predicted > MIN_PREDICTED_IOU).nonzero()[:, 0], MASK_CHUNK):
+                full = self._sam.postprocess_masks(candidates[part, None], size, original_size)[:, 0]
+                stable = calculate_stability_score(full, threshold, STABILITY_OFFSET) >= MIN_STABILITY
+                boxes.append(batched_mask_to_box(full[stable] > threshold).float())
+                scores.append(predicted[part[stable]])
+        proposed = torch.cat(boxes)
+        kept: NDArray[np.float32] = proposed[nms(proposed, torch.cat(scores), NMS_IOU)].cpu().numpy()
+        kept[:, 2:] += 1  # from the last pixel of the mask to its edge
+        return kept
+
+    def _decode_points(
+        self,
+        embedding: Tensor,
+        points_xy: NDArray[np.float32],
+        labels: NDArray[np.int64],
+        original_size: tuple[int, int],
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields the logits (c, 4, 4g, 4g) and predicted IoUs (c, 4) of the masks of some prompts at a time."""
+        # As boxes from a point to itself.
+        scaled = self._scale(np.tile(points_xy.reshape(-1, 2), 2), original_size)[:, :2].reshape(points_xy.shape)
+        embeddings, on_device = embedding[None].to(self.device).float(), self._on_device(torch.from_numpy(labels))
+        image = [0] * len(scaled)
+        for part in self._tokens.decoder.decode(embeddings, scaled, image, ALL_OUTPUT_QUERIES, labels=on_device):
+            logits = self._mask_logits(part.queries[:, FIRST_MASK_TOKEN:], part.cells, range(MASK_TOKENS))
+            yield logits, self._sam.mask_decoder.iou_prediction_head(part.queries[:, IOU_TOKEN])
 
     def _scale_all(
         self, boxes_xyxy: Sequence[NDArray[np.float32]], original_sizes: Sequence[tuple[int, int]]
@@ -139,14 +217,14 @@ class SamLocalizer:
         # For CUDA the driver copies pageable memory before it returns, so this is safe and the host need not wait.
         return values.to(self.device, non_blocking=self.device.type == "cuda")
 
-    def _mask_logits(self, tokens: Tensor, cells: Tensor) -> Tensor:
-        """float32 (k, 1, 4g, 4g): MaskDecoder.predict_masks, for one slot."""
+    def _mask_logits(self, tokens: Tensor, cells: Tensor, slots: Sequence[int]) -> Tensor:
+        """float32 (n, S, 4g, 4g): MaskDecoder.predict_masks for the tokens (n, S, C) of these S slots."""
         decoder = self._sam.mask_decoder
         side = math.isqrt(cells.shape[1])
         grid = cells.transpose(1, 2).reshape(len(cells), -1, side, side)
         upscaled = decoder.output_upscaling(grid)
-        weights = decoder.output_hypernetworks_mlps[TOKEN_SLOT](tokens)
-        return torch.einsum("kc,kchw->khw", weights, upscaled).unsqueeze(1)
+        weights = [decoder.output_hypernetworks_mlps[slot](tokens[:, at]) for at, slot in enumerate(slots)]
+        return torch.einsum("nsc,nchw->nshw", torch.stack(weights, dim=1), upscaled)
 
 
 def load_localizer(

@@ -75,22 +75,36 @@ class TokenDecoder:
 
     @torch.no_grad()
     def decode(
-        self, embeddings: Tensor, boxes: Tensor, image: Sequence[int], queries: Sequence[int], chunk: int | None = None
+        self,
+        embeddings: Tensor,
+        prompts: Tensor,
+        image: Sequence[int],
+        queries: Sequence[int],
+        chunk: int | None = None,
+        labels: Tensor | None = None,
     ) -> Iterator[DecodedBoxes]:
-        """Yields the requested queries of all boxes, `chunk` boxes at a time (default: as many as fit into memory).
+        """Yields the requested queries of all prompts, `chunk` prompts at a time (default: as many as fit into memory).
 
         embeddings  float32 (B, C, g, g) of the image encoder
-        boxes       float32 (n, 4), XYXY in pixels of the encoder's input
-        image       n ascending indices into `embeddings`: the image of each box
+        prompts     float32, in pixels of the encoder's input: boxes XYXY (n, 4), or with `labels` k points (n, k, 2)
+        image       n ascending indices into `embeddings`: the image of each prompt
         queries     indices of queries: IOU_TOKEN, FIRST_MASK_TOKEN + 0..3
+        labels      int (n, k): 1 for a point of the region, 0 for one outside of it
         """
-        chunk = chunk or self._chunk_size(boxes.device)
+        chunk = chunk or self._chunk_size(prompts.device)
         projected: dict[int, _ProjectedImage] = {}
-        for start in range(0, len(boxes), chunk):
-            part = slice(start, min(start + chunk, len(boxes)))
+        for start in range(0, len(prompts), chunk):
+            part = slice(start, min(start + chunk, len(prompts)))
             images = list(image[part])
             projected = {i: projected.get(i) or self._project_image(embeddings[i]) for i in dict.fromkeys(images)}
-            yield DecodedBoxes(part, *self._decode_chunk(boxes[part], [projected[i] for i in images], list(queries)))
+            embedded = self._embed(prompts[part], None if labels is None else labels[part])
+            yield DecodedBoxes(part, *self._decode_chunk(embedded, [projected[i] for i in images], list(queries)))
+
+    def _embed(self, prompts: Tensor, labels: Tensor | None) -> Tensor:
+        """float32 (n, k, C): two corners of each box, or k - 1 points and the empty one after them."""
+        points, boxes = (None, prompts) if labels is None else ((prompts, labels), None)
+        embedded: Tensor = self._prompts(points=points, boxes=boxes, masks=None)[0]
+        return embedded
 
     def _chunk_size(self, device: torch.device) -> int:
         cells, width = self._positions.shape
@@ -114,10 +128,9 @@ class TokenDecoder:
         )
 
     def _decode_chunk(
-        self, boxes: Tensor, images: Sequence[_ProjectedImage], indices: list[int]
+        self, prompts: Tensor, images: Sequence[_ProjectedImage], indices: list[int]
     ) -> tuple[Tensor, Tensor]:
-        corners, _ = self._prompts(points=None, boxes=boxes, masks=None)
-        positions = torch.cat([self._outputs.expand(len(boxes), -1, -1), corners], dim=1)  # of the queries
+        positions = torch.cat([self._outputs.expand(len(prompts), -1, -1), prompts], dim=1)  # of the queries
         queries, cells = self._first_layer(positions, _runs(images))
         for layer in self._later:
             queries, cells = self._later_layer(layer, queries, cells, positions)

@@ -14,9 +14,11 @@ from regionspot.cache.errors import AnnotationError, ImageError, InputError, Wei
 from regionspot.evaluation.inference.boxes import boxes_from, check_boxes, names_from, parse_boxes
 from regionspot.evaluation.inference.methods import HeadOnImages
 from regionspot.evaluation.inference.region_spot import RegionSpot
+from regionspot.evaluation.inference.scoring import head_vectors
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint
 from regionspot.fusion.heads import HeadSpec
-from regionspot.pipeline.extraction.decode_ahead import DecodedImage
+from regionspot.fusion.heads.pooling import relative_boxes
+from regionspot.pipeline.backbones.batch_size import Halving
 
 WEIGHTS = "random:0"
 NAMES = ["red star", "blue ring", "green cross"]
@@ -58,11 +60,6 @@ def pixels():
 BOXES = [[10, 10, 60, 50], [100.5, 20, 199, 119]]
 
 
-def decoded(spot, pixels):
-    inputs = {model.name: model.preprocess(Image.fromarray(pixels)) for model in (spot.localizer, spot.encoder)}
-    return DecodedImage(0, inputs, pixels.shape[:2])
-
-
 def test_every_box_gets_the_most_probable_name_and_a_mask(spot, pixels):
     regions = spot.predict(pixels, BOXES, NAMES)
     assert [region.box_xyxy for region in regions] == [tuple(map(float, box)) for box in BOXES]
@@ -91,7 +88,8 @@ def test_files_pil_images_and_arrays_give_the_same_result(spot, pixels, tmp_path
     path = tmp_path / "image.png"
     Image.fromarray(pixels).save(path)
     results = [
-        spot.predict(image, BOXES, NAMES, masks=False) for image in (pixels, Image.fromarray(pixels), path, str(path))
+        spot.predict(image, BOXES, NAMES, with_masks=False)
+        for image in (pixels, Image.fromarray(pixels), path, str(path))
     ]
     assert all(result == results[0] for result in results)
     assert results[0][0].mask is None
@@ -106,24 +104,27 @@ def test_boxes_are_those_of_the_upright_image_for_every_kind_of_input(
     path = tmp_path / "turned"
     stored = np.rot90(pixels).copy()
     Image.fromarray(stored).save(path, format, exif=exif)
-    expected = spot.predict(pixels, BOXES, NAMES, masks=False)
+    expected = spot.predict(pixels, BOXES, NAMES, with_masks=False)
     for image in (path, str(path), path.read_bytes(), Image.open(path)):
-        assert spot.predict(image, BOXES, NAMES, masks=False) == expected
+        assert spot.predict(image, BOXES, NAMES, with_masks=False) == expected
     boxes, names = ";".join(",".join(map(str, box)) for box in BOXES), ",".join(NAMES)
     options = ("--checkpoint", checkpoint, "--boxes", boxes, "--names", names, "--weights", WEIGHTS)
     code, out, err = regionspot("predict", path, *options)
     assert code == 0, err
     assert json.loads(out) == [region.as_json() for region in expected]
-    not_rotated = spot.predict(stored, [[5, 5, 60, 90]], NAMES, masks=False)
-    assert spot.predict(path, [[5, 5, 60, 90]], NAMES, masks=False, exif="ignore") == not_rotated
+    not_rotated = spot.predict(stored, [[5, 5, 60, 90]], NAMES, with_masks=False)
+    assert spot.predict(path, [[5, 5, 60, 90]], NAMES, with_masks=False, exif="ignore") == not_rotated
 
 
-def test_the_padding_of_a_batch_does_not_change_the_scores(spot, pixels):
-    image, boxes = decoded(spot, pixels), np.array(BOXES, np.float32)
-    text = spot.vocabulary(NAMES).embeddings
-    expected = spot.score([image], [boxes[:1]], text)[0].probabilities
-    padded = spot.score([image, image], [boxes, boxes[:1]], text)[1].probabilities
-    assert padded == pytest.approx(expected, abs=1e-5)
+def test_the_padding_of_a_batch_does_not_change_the_vectors(spot, pixels):
+    image, boxes = spot.encode(pixels), np.array(BOXES, np.float32)
+    (tokens,) = spot.localizer.tokens_of_images(image.embedding[None], [boxes], [image.size])
+    relative, map_ = relative_boxes(boxes, *image.size), image.feature_map
+    (expected,) = head_vectors(spot.head, [tokens[:1]], [relative[:1]], map_[None], Halving())
+    _, padded = head_vectors(
+        spot.head, [tokens, tokens[:1]], [relative, relative[:1]], torch.stack([map_, map_]), Halving()
+    )
+    assert padded.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
 
 
 def test_masks_in_chunks_equal_masks_at_once(spot, pixels, monkeypatch):
@@ -167,8 +168,8 @@ def test_an_invalid_box_is_refused(spot, pixels, boxes, message):
 
 
 def test_a_repeated_name_counts_once_and_logs_a_warning(spot, pixels, caplog):
-    once = spot.predict(pixels, BOXES, NAMES, masks=False)
-    assert spot.predict(pixels, BOXES, [*NAMES, " red  star"], masks=False) == once
+    once = spot.predict(pixels, BOXES, NAMES, with_masks=False)
+    assert spot.predict(pixels, BOXES, [*NAMES, " red  star"], with_masks=False) == once
     assert "1 of 4 names are repeated and count once" in caplog.text
 
 
@@ -196,7 +197,7 @@ def test_scores_that_are_not_finite_are_refused_with_the_file_name(spot, pixels,
         encode=lambda batch: spot.encoder.encode(batch) * float("inf"),
     )
     other = RegionSpot(spot.head, spot.localizer, overflowing, spot.templates)
-    with pytest.raises(InputError, match=r"image\.png: 6 of 6 scores are not finite"):
+    with pytest.raises(InputError, match=r"image\.png: scores are not finite"):
         other.predict(tmp_path / "image.png", BOXES, NAMES)
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from segment_anything import SamPredictor
+from segment_anything import SamAutomaticMaskGenerator, SamPredictor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from regionspot.cache.errors import InputError, WeightsError
-from regionspot.pipeline.backbones import sam_token_decoder
+from regionspot.pipeline.backbones import sam, sam_token_decoder
 from regionspot.pipeline.backbones.builders import CLIP_MODELS, PRESETS, build_clip, build_sam
 from regionspot.pipeline.backbones.clip import load_encoder
 from regionspot.pipeline.backbones.open_clip_models import contiguous_attention
@@ -98,6 +98,34 @@ def test_masks_equal_the_official_predictor(localizer, embedding, image):
     assert 0.05 < masks.mean() < 0.95  # neither empty nor full
     assert (masks != expected[:, 0].numpy()).mean() < 1e-3
     assert close(tokens, tokens_of(localizer, embedding, BOXES, (image.height, image.width)))
+
+
+@pytest.mark.parametrize("points", [1, 3])
+def test_masks_of_points_equal_the_official_predictor(localizer, embedding, image, points):
+    predictor = SamPredictor(localizer._sam)
+    predictor.set_image(np.asarray(image))
+    size = (image.height, image.width)
+    points_xy = (np.random.default_rng(0).random((20, points, 2)) * size[::-1]).astype(np.float32)
+    labels = np.tile(np.arange(points) != 1, (20, 1)).astype(np.int64)  # the second point is outside of the region
+    scaled = torch.from_numpy(predictor.transform.apply_coords(points_xy, size))
+    expected, iou, _ = predictor.predict_torch(scaled, torch.from_numpy(labels), multimask_output=points == 1)
+    masks = localizer.masks_of_points(embedding, points_xy, labels, size)
+    assert 0.05 < masks.mean() < 0.95
+    assert (masks != expected[torch.arange(20), iou.argmax(1)].numpy()).mean() < 1e-3
+    assert localizer.masks_of_points(embedding, points_xy[:0], labels[:0], size).shape == (0, *size)
+
+
+def test_proposed_boxes_equal_those_of_the_official_mask_generator(image, monkeypatch):
+    trained, size = load_localizer("toy_sam"), (image.height, image.width)
+    # The toy SAM was trained on boxes alone: of points it makes worse masks.
+    for name, limit in {"POINTS_PER_SIDE": 6, "MIN_PREDICTED_IOU": 0.35, "MIN_STABILITY": 0.2}.items():
+        monkeypatch.setattr(sam, name, limit)
+    official = SamAutomaticMaskGenerator(trained._sam, 6, pred_iou_thresh=0.35, stability_score_thresh=0.2)
+    expected = np.array([mask["bbox"] for mask in official.generate(np.asarray(image))])
+    expected[:, 2:] += expected[:, :2] + 1  # from the last pixel of a mask to its edge
+    proposed = trained.propose_boxes(trained.encode([trained.preprocess(image)])[0], size)
+    assert 5 < len(proposed) < 30  # both limits and the suppression of repeated boxes drop some of 108 masks
+    assert proposed.tolist() == expected.tolist()
 
 
 def test_tokens_do_not_depend_on_the_batch_of_boxes(localizer, embedding, monkeypatch):

@@ -59,7 +59,7 @@ def test_golden_sam_tokens_and_masks_equal_the_authors(localizer, image, golden_
     # The masks cover almost the whole image, so the logits are compared as well.
     scaled = localizer._scale(boxes[:2], size)
     decoded = next(localizer._tokens.decoder.decode(embedding[None], scaled, [0, 0], [FIRST_MASK_TOKEN], 2))
-    assert relative_error(localizer._mask_logits(decoded.queries[:, 0], decoded.cells), expected["low_res"]) < RELATIVE
+    assert relative_error(localizer._mask_logits(decoded.queries, decoded.cells, [0]), expected["low_res"]) < RELATIVE
 
 
 def test_golden_clip_feature_map_equals_the_authors(encoder, image, golden):

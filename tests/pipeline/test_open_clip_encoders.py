@@ -18,10 +18,9 @@ from regionspot import cli
 from regionspot.cache import FeatureCache
 from regionspot.cache.errors import InputError
 from regionspot.evaluation.inference.baselines import MapBaseline
-from regionspot.evaluation.inference.zero_shot import ZeroShot
 from regionspot.pipeline.backbones import open_clip_models
 from regionspot.pipeline.backbones.clip import ClipEncoder, load_encoder, load_text_encoder
-from regionspot.pipeline.backbones.dense import dense_path
+from regionspot.pipeline.backbones.dense import dense_path, require_dense
 from regionspot.pipeline.backbones.open_clip_models import config_of, is_plain
 from regionspot.pipeline.backbones.protocols import ProjectingEncoder, TextEncoder
 from regionspot.pipeline.backbones.registry import stored_name
@@ -279,5 +278,5 @@ def test_the_dense_map_of_an_eva_tower_is_its_value_path():
 def test_encoders_that_do_not_project_each_token_have_no_dense_map(encoders, name):
     assert encoders[name].dense_shape is None
     with pytest.raises(InputError, match=rf"{name}: has no dense map, .*or use --baseline crop") as error:
-        ZeroShot(encoders[name], "dense")
+        require_dense(encoders[name])
     assert "\n" not in str(error.value)
