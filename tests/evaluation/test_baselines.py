@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from typing import get_args
 
@@ -5,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from typer.testing import CliRunner
 
+from regionspot.cache import FeatureCache, FeatureSet
 from regionspot.cache.errors import InputError
+from regionspot.cli import app
 from regionspot.evaluation.evaluate import EvaluationOptions, evaluate
 from regionspot.evaluation.inference.baselines import Baseline, CropBaseline, MapBaseline
 from regionspot.evaluation.inference.region_spot import RegionSpot
@@ -161,3 +165,33 @@ def test_regionspot_without_a_head_has_the_scores_of_the_baseline(
 def test_the_mean_in_masks_needs_a_localizer(encoder):
     with pytest.raises(InputError, match="baseline dense-mask: there is no localizer; use --baseline dense"):
         MapBaseline("dense-mask", encoder, None, None, None)
+
+
+@pytest.fixture(scope="module")
+def cache(world, tmp_path_factory):
+    """A float32 cache of the maps of the validation images, extracted by the command."""
+    path = tmp_path_factory.mktemp("cache") / "val.zarr"
+    options = ["--preset", "toy", "--localizer", "none", "--map", "dense", "--encoding", "float32", "--device", "cpu"]
+    result = CliRunner().invoke(
+        app, ["extract", "toy", "--data", str(world), "--split", "val", "--cache", str(path), *options]
+    )
+    assert not result.exit_code, result.output
+    return path
+
+
+def test_dense_maps_from_a_cache_give_the_results_of_the_images(world, cache, results, tmp_path):
+    options = {"data": world, "dataset": "toy", "preset": "toy", "templates": "plain", "device": "cpu"}
+    from_cache = evaluate(EvaluationOptions(**options, out=tmp_path / "out", baseline="dense", cache=cache))
+    assert from_cache["bbox"] == pytest.approx(results["dense"]["bbox"], nan_ok=True)
+    assert from_cache["detections"] == results["dense"]["detections"]
+
+
+def test_a_baseline_that_a_cache_cannot_give_is_refused(world, manifest, tmp_path):
+    cache = FeatureCache.create(tmp_path / "c.zarr", manifest, [FeatureSet("toy_clip", "map", (145, 192))])
+    options = EvaluationOptions(data=world, dataset="toy", preset="toy", out=tmp_path / "out", cache=cache.path)
+    with pytest.raises(
+        InputError, match=r"baseline dense-mask: runs from images, a cache holds no masks; leave --cache"
+    ):
+        evaluate(replace(options, baseline="dense-mask"))
+    with pytest.raises(InputError, match=r"--baseline dense needs toy_clip_dense_map; run .* again with --map dense"):
+        evaluate(replace(options, baseline="dense"))
