@@ -2,7 +2,7 @@
 
 All stages run in this process, because importing torch takes longer than some of them; each is logged as the command
 that a user would type. A stopped demo resumes, because its stages do. The result compares the paper's head with the
-guided head, which needs fewer steps, and with two baselines of the same frozen CLIP.
+guided head, which needs fewer steps, and with three baselines of the same frozen CLIP.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ log = logging.getLogger(__name__)
 
 GUIDED_STEPS = 400  # a third of the toy schedule's
 HEAD, GUIDED = "head (trained)", f"guided head, {GUIDED_STEPS} steps"
-CROP, POOLED = "CLIP on every crop", "CLIP map, mean in box"
-FOLDERS = {HEAD: "head", GUIDED: "guided", CROP: "crop", POOLED: "pooled"}  # of the results of each method
+CROP, DENSE, POOLED = "CLIP on every crop", "CLIP dense map, mean in box", "CLIP map, mean in box"
+# Of the results of each method.
+FOLDERS = {HEAD: "head", GUIDED: "guided", CROP: "crop", DENSE: "dense", POOLED: "pooled"}
 
 
 def commands(out: Path, images: int, seed: int) -> list[list[str]]:
@@ -42,6 +43,7 @@ def commands(out: Path, images: int, seed: int) -> list[list[str]]:
         [*evaluate, "--out", str(out / "head"), "--checkpoint", f"{run}/head.safetensors"],
         [*evaluate, "--out", str(out / "guided"), "--checkpoint", f"{guided}/head.safetensors", "--no-masks"],
         [*evaluate, "--out", str(out / "crop"), "--baseline", "crop"],
+        [*evaluate, "--out", str(out / "dense"), "--baseline", "dense"],
         [*evaluate, "--out", str(out / "pooled"), "--baseline", "pooled"],
     ]
 

@@ -26,6 +26,7 @@ def test_the_demo_logs_every_command_and_returns_a_table(tmp_path, caplog):
         "head (trained)",
         "guided head, 400 steps",
         "CLIP on every crop",
+        "CLIP dense map, mean in box",
         "CLIP map, mean in box",
         "8 validation images",
     ):
