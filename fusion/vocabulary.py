@@ -147,17 +147,25 @@ def _embed(
         path = chunks / f"{start:06}.safetensors"
         mean = _load(path, digest) if stored else None
         if mean is None or len(mean) != len(some_texts):
-            prompts = [template.replace(SLOT, text) for text in some_texts for template in templates]
-            embedded = encoder.embed_prompts(prompts).detach().float().cpu()
-            mean = embedded.view(len(some_texts), len(templates), -1).mean(dim=1)
-            if not torch.isfinite(mean).all():
-                raise WeightsError(f"{encoder.name}: its text embeddings are not finite; use other weights")
+            mean = embed_texts(some_texts, templates, encoder)
             stored = stored and _save(path, digest, mean, {})
         means.append(mean)
         progress.step(len(some_texts) * len(templates))
     mean, position = torch.cat(means), {text: index for index, text in enumerate(unique)}
     # All texts have the same number of prompts, so the mean of their means is the mean over all prompts.
     return F.normalize(torch.stack([mean[[position[text] for text in some]].mean(dim=0) for some in texts]), dim=-1)
+
+
+def embed_texts(texts: Sequence[str], templates: Sequence[str], encoder: TextEncoder) -> Tensor:
+    """float32 (n, text_dim), not normalised: the mean over the templates for each text.
+
+    Raises WeightsError for embeddings that are not finite, InputError for a prompt that the encoder cannot read.
+    """
+    prompts = [template.replace(SLOT, text) for text in texts for template in templates]
+    embedded = encoder.embed_prompts(prompts).detach().float().cpu()
+    if not torch.isfinite(embedded).all():
+        raise WeightsError(f"{encoder.name}: its text embeddings are not finite; use other weights")
+    return embedded.view(len(texts), len(templates), -1).mean(dim=1)
 
 
 def _load(path: Path, digest: str) -> Tensor | None:

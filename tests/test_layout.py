@@ -57,6 +57,10 @@ MAY_IMPORT = {
         "cache.format cache.reading cache.storage cache.store evaluation.inference evaluation.metrics "
         "pipeline.datasets pipeline.images"
     ),
+    "evaluation.search": (
+        "cache.format cache.reading cache.storage cache.store evaluation.inference evaluation.report fusion "
+        "fusion.training pipeline.backbones pipeline.images"
+    ),
     "evaluation.demo": "cache.storage evaluation.report",
     "evaluation.evaluate": (
         "cache.format cache.store evaluation.inference evaluation.metrics evaluation.report fusion "
@@ -67,7 +71,7 @@ MAY_IMPORT = {
     ),
     "commands": (
         "cache.format cache.store cache.tools cache.writing evaluation.demo evaluation.evaluate "
-        "evaluation.inference evaluation.report evaluation.validation fusion fusion.training "
+        "evaluation.inference evaluation.report evaluation.search evaluation.validation fusion fusion.training "
         "pipeline.backbones pipeline.datasets pipeline.distributed pipeline.doctor pipeline.extraction "
         "pipeline.images pipeline.reporting pipeline.toy"
     ),

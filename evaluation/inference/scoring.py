@@ -148,7 +148,7 @@ def head_vectors(
     padded = _pad(tokens, slots), _pad([torch.from_numpy(of_image) for of_image in boxes], slots)
     padded_tokens, padded_boxes = (values.to(feature_maps.device) for values in padded)
     region_mask = (torch.arange(slots) < counts[:, None]).to(feature_maps.device)
-    return _batch_vectors(head, padded_tokens, region_mask, feature_maps, padded_boxes, batches)
+    return batch_vectors(head, padded_tokens, region_mask, feature_maps, padded_boxes, batches)
 
 
 def _pad(images: Sequence[Tensor], slots: int) -> Tensor:
@@ -174,14 +174,16 @@ def batch_probabilities(
     text         (V, E)
     batches      splits a batch that does not fit into the memory of the device
     """
-    vectors = _batch_vectors(head, tokens, region_mask, feature_maps, boxes, batches)
+    vectors = batch_vectors(head, tokens, region_mask, feature_maps, boxes, batches)
     return [class_probabilities(of_image, text) for of_image in vectors]
 
 
 @torch.inference_mode()
-def _batch_vectors(
+def batch_vectors(
     head: nn.Module, tokens: Tensor, region_mask: Tensor, feature_maps: Tensor, boxes: Tensor, batches: Halving
 ) -> list[Tensor]:
+    """The head's vectors (n, E), not normalised, of each image; the arguments are those of `batch_probabilities`."""
+
     def region_vectors(images: Sequence[int]) -> Tensor:
         piece = slice(images[0], images[-1] + 1)
         vectors: Tensor = head(tokens[piece], region_mask[piece], feature_maps[piece], boxes[piece])

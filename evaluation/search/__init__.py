@@ -1,0 +1,1 @@
+"""Search in the regions of a cache, by words or by another region."""
