@@ -28,7 +28,7 @@ CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint typecheck docs extract train eval-lvis toy-backbones bench-cache bench-extract bench-train bench-encodings bench-heads ablate bench-scaling stress clean
+.PHONY: help setup demo test check lint typecheck docs extract train eval-lvis toy-backbones bench-cache bench-extract bench-train bench-eval bench-encodings bench-heads ablate bench-scaling stress clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ bench-extract: $(READY) ## extraction and the authors' code; on a GPU images per
 
 bench-train: $(READY) ## training steps from the cache, start of a run; on a GPU images per second too (12 minutes; QUICK=1: one minute)
 	python -m benchmarks.bench_train $(if $(QUICK),--quick) $(ARGS)
+
+bench-eval: $(READY) ## LVIS AP by hotcoco and by lvis: time, memory, parity, intervals (15 minutes; QUICK=1: one minute)
+	python -m benchmarks.bench_eval $(if $(QUICK),--quick) $(ARGS)
 
 bench-encodings: $(READY) ## bytes, error and AP of each encoding (20 minutes on 2 cores)
 	python -m benchmarks.encodings $(ARGS)

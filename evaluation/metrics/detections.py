@@ -1,4 +1,4 @@
-"""Detections as columns, and LVIS's results file.
+"""Detections as columns.
 
 LVIS val has 19,809 images with 300 detections each: six million dicts do not fit into the memory of most machines, six
 million rows of five columns are 300 MB. The mask of a region is stored once for all its classes.
@@ -6,17 +6,13 @@ million rows of five columns are 300 MB. The mask of a region is stored once for
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from pycocotools import mask as rle
-
-from regionspot.cache.storage.atomic_files import partial_path
 
 DETECTIONS_PER_IMAGE = 300  # LVIS's own limit (lvis/results.py, LVISResults.__init__)
 
@@ -173,25 +169,3 @@ def from_columns(columns: Any) -> Detections:
         columns["regions"],
         masks,
     )
-
-
-def write_results_json(path: Path, detections: Detections, image_names: Mapping[int, str] | None = None) -> None:
-    """Write LVIS's results format: a JSON list with image_id, category_id, bbox (XYWH), score and, with masks, RLE.
-
-    `image_names`: ids that are strings in the annotations, by the integer that replaces them.
-    """
-    partial = partial_path(path)
-    with partial.open("w", encoding="utf-8") as file:
-        file.write("[")
-        file.writelines(_json_rows(detections.as_dicts(), image_names or {}))
-        file.write("\n]\n")
-    partial.replace(path)
-
-
-def _json_rows(dicts: Iterable[dict[str, Any]], image_names: Mapping[int, str]) -> Iterator[str]:
-    for number, detection in enumerate(dicts):
-        detection["image_id"] = image_names.get(detection["image_id"], detection["image_id"])
-        if "segmentation" in detection:
-            mask = detection["segmentation"]
-            detection = {**detection, "segmentation": {**mask, "counts": mask["counts"].decode("ascii")}}
-        yield ("," if number else "") + "\n" + json.dumps(detection, allow_nan=False)

@@ -216,7 +216,7 @@ def _check_mask(mask: Any, size: tuple[int, int]) -> None:
         if list(parse.required(mask, "size")) != list(size):
             raise parse.wrong_value("segmentation.size", mask["size"], f"that of its image, {list(size)}")
         counts = parse.required(mask, "counts")
-        if _run_length_pixels(counts) != math.prod(size):
+        if run_length_pixels(counts) != math.prod(size):
             raise parse.wrong_value("segmentation.counts", counts, f"runs of {math.prod(size)} pixels in all")
         return
     if not isinstance(mask, list) or not mask:
@@ -227,7 +227,7 @@ def _check_mask(mask: Any, size: tuple[int, int]) -> None:
             raise parse.wrong_value("segmentation", mask, _POLYGONS)
 
 
-def _run_length_pixels(counts: Any) -> int | None:
+def run_length_pixels(counts: Any) -> int | None:
     """Sum of run lengths, a list or COCO's string (rleFrString in pycocotools); None if invalid."""
     if isinstance(counts, list):
         return sum(counts) if all(type(count) is int and count >= 0 for count in counts) else None

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from regionspot.evaluation.metrics.detections import Detections
 from regionspot.evaluation.metrics.ground_truth import GroundTruth
 
+BLOCK = 1_000_000  # detections at a time, which limits the memory: 300 bytes for a box, 2 KB for a mask
 IGNORED_AREA = 2e10  # beyond 1e10, the upper bound of all areas (Params in lvis/eval.py)
 
 
@@ -26,10 +27,23 @@ def precision_and_recall(
     ground_truth: GroundTruth, detections: Detections, iou_type: str
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Precision (10, 101, K, 4) and recall (10, K, 4) as `lvis` computes them, without any limit of detections."""
-    evaluation = evaluate(ground_truth, detections, iou_type)
-    evaluation.accumulate()
-    arrays: Any = evaluation.eval
-    return arrays["precision"][..., 0], arrays["recall"][..., 0]
+    blocks = []
+    for category_ids in _class_blocks(ground_truth, detections):
+        block = detections.take(np.isin(detections.category_ids, category_ids))
+        evaluation = evaluate(ground_truth.of_classes(category_ids, block.image_ids), block, iou_type)
+        evaluation.accumulate()
+        arrays: Any = evaluation.eval
+        blocks.append((arrays["precision"][..., 0], arrays["recall"][..., 0]))
+    precisions, recalls = zip(*blocks, strict=True)
+    return np.concatenate(precisions, axis=2), np.concatenate(recalls, axis=1)
+
+
+def _class_blocks(ground_truth: GroundTruth, detections: Detections) -> list[NDArray[np.int64]]:
+    """The sorted ids of all classes, in blocks of about BLOCK detections."""
+    ids = np.sort(ground_truth.category_ids)
+    counts = np.bincount(np.searchsorted(ids, detections.category_ids), minlength=len(ids))
+    block_of = np.cumsum(counts) // BLOCK
+    return np.split(ids, np.flatnonzero(np.diff(block_of)) + 1)
 
 
 def coco_precision_and_recall(
@@ -66,7 +80,7 @@ def _dataset(ground_truth: GroundTruth, iou_type: str, federated: bool) -> hotco
         record = {"id": index, "height": image.get("height", 0), "width": image.get("width", 0)}
         if federated:
             for name in ("neg_category_ids", "not_exhaustive_category_ids"):
-                record[name] = [position[category] for category in image[name]]
+                record[name] = [position[category] for category in image[name] if category in position]
         images.append(record)
     categories = [
         {"id": position[category["id"]], "name": str(category["id"]), "frequency": category.get("frequency")}

@@ -18,8 +18,8 @@ from typing import Any
 from regionspot.cache.outputs import check_output_file, check_output_folder
 from regionspot.cache.storage.atomic_files import write_file
 from regionspot.evaluation.inference.resumable import InferenceResult, ScoringMethod, infer
-from regionspot.evaluation.metrics.detections import write_results_json
 from regionspot.evaluation.metrics.ground_truth import GroundTruth
+from regionspot.evaluation.metrics.results_file import write_results_json
 from regionspot.evaluation.report.drawing import save_image
 from regionspot.evaluation.report.figures import measure
 from regionspot.evaluation.report.protocol import Protocol

@@ -85,7 +85,7 @@ class SkippedRecords:
         if not skipped:
             return
         summary, reason = f"{skipped:,} of {total:,} {kind} cannot be read", self._first_reason[kind]
-        if skipped == total:
+        if skipped == total or self._limit.count == 0:
             raise AnnotationError(f"{self._path}: {summary}, the first: {reason}")
         if not self._limit.allows(skipped, total):
             raise AnnotationError(

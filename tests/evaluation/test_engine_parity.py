@@ -32,7 +32,7 @@ WORLD_HAS = (
     "annotations of area 0",
     "annotations with an empty mask",
     "ignored annotations",
-    "crowds",
+    "crowd annotations",
     "absent classes",
     "not exhaustive classes",
 )
