@@ -6,7 +6,7 @@
     dense-mask  the mean of the dense map in SAM's mask of the box
 
 All but `crop` are nearly free once the map is computed. Only `dense-mask` makes masks. They use the encoder's own logit
-scale (zero_shot.py, which also names regions outside of a dataset).
+scale (zero_shot.py).
 """
 
 from __future__ import annotations
@@ -39,7 +39,6 @@ from regionspot.evaluation.inference.scoring import (
 )
 from regionspot.evaluation.inference.zero_shot import (
     CROP_MARGIN,
-    PIXELS,
     dense_embeddings,
     embed_crops,
     region_weights,
@@ -66,8 +65,11 @@ NAMES: dict[Baseline, str] = {
 }
 
 
+PIXELS = "pixels"
+
+
 class _PixelDecoder(Decoder):
-    """Decodes images without resizing them for a model."""
+    """Decodes images without resizing them for a model: PIXELS is uint8 (h, w, 3)."""
 
     def model_inputs(self, image: Image.Image, names: Sequence[str]) -> dict[str, Tensor]:
         return {PIXELS: torch.from_numpy(np.array(image))}

@@ -32,7 +32,6 @@ CROP_BATCH = 64
 # Fraction of the box's width and height, added on every side. AP at 0, 0.05 and 0.1 on 514 boxes of the toy dataset:
 # 41.0, 39.7, 39.4; from 0.2 on it falls steeply.
 CROP_MARGIN = 0.0
-PIXELS = "pixels"  # the input of crops: uint8 (h, w, 3), the image itself
 
 
 def embed_crops(

@@ -35,7 +35,7 @@ class Backbones:
     dense    dense maps as well, from the same pass as the feature maps
     reload   `load` with the same arguments, if its dtype was "auto"
 
-    Raises InputError for an encoder that is named twice or has no dense map.
+    Raises InputError for an encoder that is named twice or has no dense map, and for dense maps without an encoder.
     """
 
     localizer: Localizer | None = None
@@ -134,6 +134,8 @@ class Backbones:
         if len(set(names)) < len(names):
             raise InputError(f"encoders {', '.join(names)}: one is named twice")
         if self.dense:
+            if not self.encoders:
+                raise InputError("--map dense: needs an encoder, and there is none; leave out --encoder none")
             for encoder in self.encoders:
                 require_dense(encoder)
 

@@ -43,7 +43,7 @@ class MirroredEncoder(_Mirrored):
         super().__init__(encoder)
         self.map_shape = encoder.map_shape
         self.dense_shape = getattr(encoder, "dense_shape", None)
-        self.logit_scale = getattr(encoder, "logit_scale", 1.0)
+        self.logit_scale = getattr(encoder, "logit_scale", 1.0)  # used where it has dense maps
         self._encoder = encoder
 
     def encode_with_dense(self, batch: Tensor) -> tuple[Tensor, Tensor]:

@@ -102,3 +102,5 @@ def test_an_encoder_without_dense_maps_is_refused():
 
     with pytest.raises(InputError, match=r"encoder only_maps: has no dense map, .* leave out --map dense"):
         Backbones(None, (OnlyMaps(),), dense=True)
+    with pytest.raises(InputError, match="--map dense: needs an encoder, and there is none"):
+        Backbones(dense=True)
