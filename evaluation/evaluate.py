@@ -143,7 +143,11 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     # Before models are loaded and run for hours.
     ground_truth = read_ground_truth(annotations, federated=options.metric == "lvis")
     if options.masks and options.cache is None and options.baseline in (None, "dense-mask"):
-        ground_truth.require_masks()
+        if options.metric == "coco" and not any("segmentation" in each for each in ground_truth.annotations):
+            log.info("%s: has no masks; only boxes are evaluated", annotations)
+            options = replace(options, masks=False)
+        else:
+            ground_truth.require_masks()
     method, vocabulary, trained_classes = _method(options, manifest, image_folder)
     inference = infer
     if check_scheduler(options.scheduler) != "none":

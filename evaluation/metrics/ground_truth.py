@@ -130,6 +130,8 @@ class GroundTruth:
 def read_ground_truth(path: Path, federated: bool = True) -> GroundTruth:
     """Read the annotation file of LVIS, or with `federated` False of any dataset in COCO's format.
 
+    An annotation of COCO's without an area has that of its box, as tools that write boxes only mean it.
+
     Raises AnnotationError if the official packages would fail or return wrong numbers.
     """
     file = AnnotationFile(Path(path))
@@ -147,7 +149,8 @@ def read_ground_truth(path: Path, federated: bool = True) -> GroundTruth:
     class_ids = _unique_ids(file, "categories", categories)
     _check_all(path, "images", images, lambda image: _check_image(image, class_ids if federated else None, names))
     image_ids = _unique_ids(file, "images", images)
-    _check_all(path, "annotations", annotations, lambda annotation: _check_annotation(annotation, image_ids, class_ids))
+    known = {"image_id": image_ids, "category_id": class_ids}
+    _check_all(path, "annotations", annotations, lambda annotation: _check_annotation(annotation, known, federated))
     _number(path, annotations)
     return GroundTruth(path, images, categories, annotations, names, federated)
 
@@ -189,16 +192,19 @@ def _check_image(image: dict[str, Any], class_ids: Mapping[int, int] | None, nam
             raise FieldError(f".{name} names category {unknown[0]}, which the file does not define")
 
 
-def _check_annotation(annotation: dict[str, Any], image_ids: Mapping[int, int], class_ids: Mapping[int, int]) -> None:
+def _check_annotation(annotation: dict[str, Any], known: Mapping[str, Mapping[int, int]], federated: bool) -> None:
+    """`known`: the ids of images and classes."""
     annotation["image_id"] = parse.image_id("image_id", parse.required(annotation, "image_id"))
     annotation["category_id"] = parse.integer("category_id", parse.required(annotation, "category_id"))
-    for name, known in (("image_id", image_ids), ("category_id", class_ids)):
-        if annotation[name] not in known:
+    for name, ids in known.items():
+        if annotation[name] not in ids:
             raise FieldError(f".{name} is {annotation[name]}, which the file does not define")
     original_box = parse.required(annotation, "bbox")
     box = parse.box("bbox", original_box, XYWH)
     if not all(map(math.isfinite, box)) or min(box[2:]) < 0:
         raise parse.wrong_value("bbox", original_box, f"{XYWH}, finite and without a negative size")
+    if not federated:
+        annotation.setdefault("area", box[2] * box[3])
     area = parse.number("area", parse.required(annotation, "area"))
     if not math.isfinite(area) or area < 0:
         raise parse.wrong_value("area", annotation["area"], "a number of at least 0")
