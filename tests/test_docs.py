@@ -1,6 +1,7 @@
 """What README and docs/ say can be followed: links lead somewhere, commands and options exist, code is code."""
 
 import ast
+import json
 import re
 import shlex
 import shutil
@@ -146,3 +147,51 @@ def test_the_tour_can_be_followed(regionspot, tmp_path, monkeypatch):
             assert code == int(remark or 0), f"{line}: {err}"
         steps += 1
     assert steps == 7
+
+
+def test_the_five_commands_for_your_own_images_can_be_followed(regionspot, world, tmp_path, monkeypatch, caplog, home):
+    """On the toy world, in the least form of annotations that the page shows, with its small models."""
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    for split in ("train", "val"):
+        toy = json.loads((world / f"toy_{split}.json").read_text())
+        images = toy["images"][: 8 if split == "train" else 3]
+        names = [f"{split}/{image['coco_url'].rpartition('/')[2]}" for image in images]
+        least = {
+            "images": [
+                {"id": image["id"], "file_name": name, "width": image["width"], "height": image["height"]}
+                for image, name in zip(images, names, strict=True)
+            ],
+            "annotations": [
+                {key: each[key] for key in ("id", "image_id", "category_id", "bbox")}
+                for each in toy["annotations"]
+                if each["image_id"] in {image["id"] for image in images}
+            ],
+            "categories": [{"id": each["id"], "name": each["name"]} for each in toy["categories"]],
+        }
+        Path(f"my_{split}.json").write_text(json.dumps(least))
+    Path("my_images").symlink_to(world / "photos")
+    changed = {
+        "--preset bb": "--preset toy",
+        "--iterations 5000": "--schedule toy --iterations 2 --templates plain",
+        "my_images/street.jpg": f"my_images/{names[0]}",
+        "210,80,330,400": "2,2,60,60",
+        "dog,red umbrella": "red ring,dotted blue star",
+    }
+    printed = []
+    lines = [text for language, text in blocks(ROOT / "docs" / "your_images.md") if language == "bash"]
+    for line in lines:
+        for words, others in changed.items():
+            line = line.replace(words, others)
+        code, out, err = regionspot(*shlex.split(line)[1:])
+        assert code == 0, f"{line}: {err}"
+        printed.append(out + err)
+    looked, extracted, trained, evaluated, predicted = printed
+    assert "coco train: 8 images" in looked
+    assert "0 could not be read" in extracted
+    assert "my_run/head.safetensors: 2 steps" in trained
+    assert "my_val.json: has no masks; only boxes are evaluated" in caplog.text
+    assert "right names of the " in evaluated
+    assert Path("my_eval/classes.csv").is_file()
+    assert json.loads(predicted)[0]["name"] in ("red ring", "dotted blue star")
+    assert Path("named.png").stat().st_size
