@@ -33,9 +33,9 @@ from regionspot.evaluation.inference.scoring import (
     Parts,
     RegionScores,
     class_probabilities,
+    decoded_images,
     encode_masks,
     encoded_batches,
-    score_in_batches,
 )
 from regionspot.evaluation.inference.zero_shot import (
     CROP_MARGIN,
@@ -51,7 +51,7 @@ from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.backbones.dense import dense_set
 from regionspot.pipeline.backbones.protocols import Localizer, MaskingLocalizer, ProjectingEncoder, TextEncoder
 from regionspot.pipeline.extraction.batch_encoder import EMBEDDING
-from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder
+from regionspot.pipeline.extraction.decode_ahead import Decoder
 from regionspot.pipeline.images.decode import Exif
 from regionspot.pipeline.reporting.run_stats import RunStats
 
@@ -98,16 +98,15 @@ class CropBaseline:
 
     def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
         """One result per row; stages "decode", "clip on crops"."""
-
-        def score_image(images: list[DecodedImage]) -> list[RegionScores]:
-            (image,) = images
-            pixels = Image.fromarray(image.inputs[PIXELS].numpy())
-            boxes = self.manifest.boxes_xyxy[self.manifest.regions(image.row)]
+        for image in decoded_images(self._decoder, parts, stats):
+            if image.failure is not None:
+                yield FailedImage(image.failure)
+                continue
             with stats.timed("clip on crops"):
+                pixels, boxes = Image.fromarray(image.inputs[PIXELS].numpy()), _boxes(self.manifest, image.row)
                 embedded = embed_crops(self._encoder, pixels, boxes, batches=self._batches)
-                return [RegionScores(class_probabilities(embedded, self._text, self._encoder.logit_scale))]
-
-        return score_in_batches(self._decoder, (), parts, 1, score_image, stats)
+                probabilities = class_probabilities(embedded, self._text, self._encoder.logit_scale)
+            yield RegionScores(probabilities)
 
 
 class MapBaseline:

@@ -8,7 +8,7 @@ Images go through the engine of extraction (`BatchEncoder`), so a method has the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from itertools import islice
@@ -68,24 +68,10 @@ def split(parts: Parts, size: int) -> list[Sequence[int]]:
     return [rows[start : start + size] for rows in parts for start in range(0, len(rows), size)]
 
 
-def score_in_batches(
-    decoder: Decoder,
-    feature_sets: Sequence[str],
-    parts: Parts,
-    batch_size: int,
-    score: Callable[[list[DecodedImage]], Iterable[RegionScores]],
-    stats: RunStats,
-) -> Iterator[RegionScores | FailedImage]:
-    """Decode the images of `parts` ahead in threads and `score` them in batches; one result per row, in order.
-
-    For methods that take images, not features. Images that cannot be read are left out of the batches.
-    """
-    with closing(_decoded_batches(decoder, feature_sets, parts, batch_size, stats)) as batches:
-        for batch in batches:
-            readable = [image for image in batch if image.failure is None]
-            scores = iter(score(readable) if readable else ())
-            for image in batch:
-                yield next(scores) if image.failure is None else FailedImage(image.failure)
+def decoded_images(decoder: Decoder, parts: Parts, stats: RunStats) -> Iterator[DecodedImage]:
+    """The images of `parts`, decoded ahead in threads: for methods that take images, not features."""
+    for (image,) in _decoded_batches(decoder, (), parts, 1, stats):
+        yield image
 
 
 def encoded_batches(

@@ -98,7 +98,7 @@ def test_two_workers_give_the_results_of_one_process(options, expected, tmp_path
     for worker in workers:
         worker.stop(signal.SIGKILL)
     assert "2 workers" in caplog.text
-    assert not list(other.out.rglob("claims/*"))
+    assert not list(other.out.rglob("claims/[0-9]*"))  # heartbeats of live workers may be there
 
 
 def test_a_worker_that_would_compute_other_scores_is_refused(options, tmp_path):
