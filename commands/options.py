@@ -34,6 +34,8 @@ SelectionName = Literal["best", "reference", "tokenize-anything"]
 ScoreName = Literal["product", "sqrt"]
 EngineName = Literal["hotcoco", "lvis"]
 ExifName = Literal["auto", "apply", "ignore"]
+ZeroShotName = Literal["crop", "dense"]
+PredictionForm = Literal["regions", "coco"]
 
 DatasetName = Annotated[str, typer.Argument(help="o365, o365v2, openimages, v3det, lvis, coco or toy")]
 Data = Annotated[Path, typer.Option(help="folder of the dataset: annotation files and images")]

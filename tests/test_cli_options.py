@@ -11,8 +11,10 @@ from regionspot.commands import options as cli_options
 from regionspot.commands.train import pair_and_schedule, train
 from regionspot.evaluation.inference.baselines import Baseline
 from regionspot.evaluation.inference.cache_vocabulary import NamesFrom
+from regionspot.evaluation.inference.zero_shot import ZeroShotMethod
 from regionspot.evaluation.metrics.average_precision import Engine
 from regionspot.evaluation.metrics.selection import Rule, Score
+from regionspot.evaluation.report.predictions import Form
 from regionspot.fusion.templates import TEMPLATES
 from regionspot.fusion.training.config import CHECKPOINT_STEPS, TRAIN_PRESETS, Padding, TrainConfig
 from regionspot.fusion.training.negatives import Unverified
@@ -69,7 +71,7 @@ CHOICES = {
     "extract": ("preset", "preprocess", "tokens", "exif", "dtype"),
     "train": ("preset", "schedule", "templates", "log-to"),
     "eval-lvis": ("preset", "baseline", "templates", "preprocess", "exif", "dtype"),
-    "predict": ("preset", "templates", "dtype"),
+    "predict": ("preset", "templates", "dtype", "method", "format"),
     "doctor": ("preset",),
 }
 OTHERS = [
@@ -215,6 +217,8 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.TokensName) == tuple(TOKENS)
     assert get_args(cli_options.ExifName) == get_args(Exif)
     assert get_args(cli_options.BaselineName) == get_args(Baseline)
+    assert get_args(cli_options.ZeroShotName) == get_args(ZeroShotMethod)
+    assert get_args(cli_options.PredictionForm) == get_args(Form)
     assert get_args(cli_options.SelectionName) == get_args(Rule)
     assert get_args(cli_options.ScoreName) == get_args(Score)
     assert get_args(cli_options.EngineName) == get_args(Engine)

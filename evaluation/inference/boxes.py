@@ -2,9 +2,10 @@
 
 "10,20,110,220"                  x1,y1,x2,y2 in pixels of the image
 "10,20,110,220; 5,5,60,80"       several boxes
-@boxes.json                      [[x1, y1, x2, y2], ...] or {"boxes": [[x1, y1, x2, y2], ...]}
+@boxes.json                      a file of one of the forms in box_files.py
 "dog,red umbrella"               names
 @names.txt                       a text file with one name per line, for names that contain commas
+@instances.json                  a JSON file with "categories", such as COCO annotations; their ids are kept
 
 Only the file option or "@" selects a file; a list is never read as a file name.
 """
@@ -26,22 +27,44 @@ from regionspot.cache.errors import AnnotationError, InputError
 log = logging.getLogger(__name__)
 
 FORM = '"x1,y1,x2,y2;..." or a JSON file with [[x1, y1, x2, y2], ...]'
+CATEGORIES = "categories"  # of COCO annotations, whose names have ids
 _MAX_QUOTED = 60  # characters of the input in an error message
 
 
-def boxes_from(text: str | None, file: Path | None) -> NDArray[np.float32]:
-    """float32 (n, 4) from either `--boxes` or `--boxes-file`. `check_boxes` then compares them with the image.
+def boxes_from(text: str | None, file: Path | None) -> NDArray[np.float32] | Path | None:
+    """The boxes of `--boxes`, float32 (n, 4); or the file of `--boxes @FILE` or `--boxes-file`; None: none are given.
 
-    Raises InputError or AnnotationError for anything that is not boxes.
+    `check_boxes` then compares boxes with an image. Raises InputError for both, and for text that is not boxes.
     """
+    if text is None and file is None:
+        return None
     path = _input_file("boxes", text, file)
-    return read_boxes(path) if path else parse_boxes(text or "")
+    return path or parse_boxes(text or "")
 
 
-def names_from(text: str | None, file: Path | None) -> list[str]:
-    """Names from either `--names` or `--names-file`. Raises InputError if there is no name."""
+def names_from(text: str | None, file: Path | None) -> tuple[list[str], dict[str, int] | None]:
+    """Names from either `--names` or `--names-file`, and their category ids if a file has them.
+
+    Raises InputError if there is no name.
+    """
     path = _input_file("names", text, file)
-    return read_names(path) if path else parse_names(text or "")
+    if path is None:
+        return parse_names(text or ""), None
+    if path.suffix == ".json":
+        ids = _read_categories(path)
+        return _checked_names(list(ids), str(path)), ids
+    return read_names(path), None
+
+
+def _read_categories(path: Path) -> dict[str, int]:
+    content = read_json(path)
+    try:
+        return {str(category["name"]).strip(): int(category["id"]) for category in content[CATEGORIES]}
+    except (KeyError, TypeError, ValueError):
+        raise InputError(
+            f'{path}: expected {{"{CATEGORIES}": [{{"id": 1, "name": "dog"}}, ...]}}, or a text file with one name per '
+            "line"
+        ) from None
 
 
 def parse_boxes(text: str) -> NDArray[np.float32]:
@@ -52,7 +75,7 @@ def parse_boxes(text: str) -> NDArray[np.float32]:
         raise InputError(
             f"boxes {_short(text)}: are not numbers; expected {FORM} with --boxes-file FILE or --boxes @FILE"
         ) from None
-    return _table(rows, f"boxes {_short(text)}")
+    return box_table(rows, f"boxes {_short(text)}")
 
 
 def parse_names(text: str) -> list[str]:
@@ -60,11 +83,6 @@ def parse_names(text: str) -> list[str]:
     if re.fullmatch(r"[^,\n]+\.(txt|csv|tsv|json|names)", text.strip(), re.IGNORECASE):
         raise InputError(f"names {_short(text)}: looks like a file name; give a file with --names-file or @")
     return _checked_names(re.split("[,\n]", text), f"names {_short(text)}")
-
-
-def read_boxes(path: Path) -> NDArray[np.float32]:
-    """float32 (n, 4) from a JSON file. Raises AnnotationError or InputError for an invalid file."""
-    return _table(_read(path), str(path))
 
 
 def read_names(path: Path) -> list[str]:
@@ -107,7 +125,7 @@ def check_boxes(boxes: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
 
     Raises InputError for the first box that is not x1 < x2, y1 < y2, or has less than a pixel in the image.
     """
-    checked = _table(boxes, "boxes")
+    checked = box_table(boxes, "boxes")
     height, width = size
     for number, box in enumerate(checked.tolist(), start=1):
         x1, y1, x2, y2 = box
@@ -122,7 +140,8 @@ def check_boxes(boxes: ArrayLike, size: tuple[int, int]) -> NDArray[np.float32]:
     return np.clip(checked, 0, edges)
 
 
-def _table(rows: Any, source: str) -> NDArray[np.float32]:
+def box_table(rows: Any, source: str) -> NDArray[np.float32]:
+    """float32 (n, 4) of numbers; `source` names them in errors. Raises InputError for anything else."""
     if isinstance(rows, Sequence) and not isinstance(rows, str):
         for number, row in enumerate(rows, start=1):
             if isinstance(row, Sequence) and len(row) != 4:
@@ -141,15 +160,11 @@ def _table(rows: Any, source: str) -> NDArray[np.float32]:
     return table
 
 
-def _read(path: Path) -> Any:
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises AnnotationError if there is none."""
     try:
-        content = msgspec.json.decode(path.read_bytes())
+        return msgspec.json.decode(path.read_bytes())
     except OSError as error:
         raise AnnotationError(f"{path}: cannot be read ({error.strerror}); expected {FORM}") from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise AnnotationError(f"{path}: is not JSON ({error}); expected {FORM}") from None
-    if isinstance(content, dict):
-        if "boxes" not in content:
-            raise AnnotationError(f'{path}: has no "boxes"; expected {FORM}')
-        return content["boxes"]
-    return content

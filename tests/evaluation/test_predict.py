@@ -10,7 +10,7 @@ import torch
 from makers import make_manifest
 from PIL import Image
 
-from regionspot.cache.errors import AnnotationError, ImageError, InputError, WeightsError
+from regionspot.cache.errors import ImageError, InputError, WeightsError
 from regionspot.evaluation.inference.boxes import boxes_from, check_boxes, names_from, parse_boxes
 from regionspot.evaluation.inference.methods import HeadOnImages
 from regionspot.evaluation.inference.region_spot import RegionSpot
@@ -269,25 +269,23 @@ def test_boxes_are_read_from_the_command_line(text, expected):
     ],
 )
 def test_names_are_read_from_the_command_line(text, expected):
-    assert names_from(text, None) == expected
+    assert names_from(text, None) == (expected, None)
 
 
 def test_a_list_is_never_read_as_a_file_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("red star", "1,2,3,4", "dog"):
         (tmp_path / name).write_text("[[5, 6, 7, 8]]")
-    assert names_from("red star", None) == ["red star"]
-    assert names_from("dog", None) == ["dog"]
+    assert names_from("red star", None) == (["red star"], None)
+    assert names_from("dog", None) == (["dog"], None)
     assert boxes_from("1,2,3,4", None).tolist() == [[1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("by_option", [True, False], ids=["by option", "by @"])
-@pytest.mark.parametrize("content", ["[[1, 2, 3, 4]]", '{"boxes": [[1, 2, 3, 4]]}'])
-def test_boxes_are_read_from_a_file(tmp_path, content, by_option):
-    path = tmp_path / "boxes"
-    path.write_text(content)
-    boxes = boxes_from(None, path) if by_option else boxes_from(f"@{path}", None)
-    assert boxes.tolist() == [[1, 2, 3, 4]]
+def test_a_file_of_boxes_is_named_by_an_option_or_by_an_at_sign(tmp_path):
+    assert boxes_from(None, tmp_path / "boxes") == boxes_from(f"@{tmp_path}/boxes", None) == tmp_path / "boxes"
+    assert boxes_from(None, None) is None
+    with pytest.raises(InputError, match="--boxes and --boxes-file: give exactly one"):
+        boxes_from("1,2,3,4", tmp_path / "boxes")
 
 
 @pytest.mark.parametrize("by_option", [True, False], ids=["by option", "by @"])
@@ -296,26 +294,7 @@ def test_names_are_read_from_a_file_with_one_per_line(tmp_path, content, by_opti
     path = tmp_path / "names"
     path.write_bytes(content)
     names = names_from(None, path) if by_option else names_from(f"@{path}", None)
-    assert names == ["dog, brown", "cat"]
-
-
-@pytest.mark.parametrize(
-    ("content", "error", "message"),
-    [
-        (None, AnnotationError, "cannot be read"),
-        ("[[1, 2", AnnotationError, "is not JSON"),
-        ('{"box": []}', AnnotationError, 'has no "boxes"'),
-        ('[[1, 2, 3, "x"]]', InputError, "is not a list of numbers"),
-        ("[[1, 2, 3, 1e300]]", InputError, "box 1 is not finite"),
-    ],
-)
-def test_the_error_for_an_invalid_boxes_file_names_it(tmp_path, content, error, message):
-    path = tmp_path / "boxes.json"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(error, match=message) as caught:
-        boxes_from(None, path)
-    assert str(path) in str(caught.value)
+    assert names == (["dog, brown", "cat"], None)
 
 
 @pytest.mark.parametrize(
