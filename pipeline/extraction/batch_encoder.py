@@ -241,6 +241,6 @@ class BatchEncoder:
             if values.numel() and not torch.isfinite(torch.stack(torch.aminmax(values))).all():
                 return (
                     f"{self._manifest.paths[row]}: its {name} features are not finite; the backbone overflows in its "
-                    "dtype: extract into another cache with --dtype float32"
+                    "dtype: use --dtype float32, and another cache"
                 )
         return None
