@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.goals import SCRATCH, Report, options, say, versions
 from regionspot.cache import FeatureCache
 from regionspot.evaluation.evaluate import EvaluationOptions, evaluate
-from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary, map_projection
+from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
 from regionspot.fusion.checkpoint import load_checkpoint
 from regionspot.fusion.training.config import TrainConfig, train_config
 from regionspot.fusion.training.train import train
@@ -126,9 +126,6 @@ class Run:
     def of(cls, folder: Path, config: TrainConfig, caches: Mapping[str, FeatureCache], world: Path) -> Run:
         """Train in `folder` on the cache "train", or resume, and evaluate on the cache "val"."""
         vocabulary = cache_vocabulary(caches["train"], "toy_clip", device="cpu")
-        projection = None
-        if config.head_options.get("pooled_residual") == "clip":
-            projection = map_projection(caches["train"], "toy_clip", device="cpu")
         started = time.process_time()
         result = train(
             [caches["train"]],
@@ -136,7 +133,6 @@ class Run:
             folder,
             config,
             preset="toy",
-            projection=projection,
             resume=True,
             device="cpu",
         )

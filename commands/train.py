@@ -110,7 +110,7 @@ def train(
     """
     from regionspot.cache.outputs import check_output_folder
     from regionspot.cache.store import FeatureCache
-    from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary, map_projection
+    from regionspot.evaluation.inference.cache_vocabulary import cache_vocabulary
     from regionspot.evaluation.validation import cache_validator
     from regionspot.fusion.heads.spec import parse_options
     from regionspot.fusion.training.config import train_config
@@ -156,9 +156,6 @@ def train(
         names_from=names_from,
     )
     vocabularies = [text(one) for one in caches]
-    projection = None
-    if config.head_options.get("pooled_residual") == "clip":
-        projection = map_projection(caches[0], maps, clip_weights or weights, device)
     validate = None
     if val_cache:
         validated = FeatureCache.open(val_cache)
@@ -182,7 +179,6 @@ def train(
         map_set=maps,
         token_set=tokens,
         init=init,
-        projection=projection,
         compile=compile,
         resume=resume,
         device=device,

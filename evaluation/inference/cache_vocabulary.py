@@ -1,7 +1,4 @@
-"""The vocabulary of a dataset's categories; of a cache, by the text tower of the encoder that made its maps.
-
-A cache's map can be taken into the same text space by the projection of that encoder.
-"""
+"""The vocabulary of a dataset's categories; of a cache, by the text tower of the encoder that made its maps."""
 
 from __future__ import annotations
 
@@ -10,8 +7,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from regionspot.cache.errors import InputError, ProvenanceMismatchError
@@ -21,7 +16,7 @@ from regionspot.fusion.templates import template_set
 from regionspot.fusion.vocabulary import TextEncoder as PromptEncoder
 from regionspot.fusion.vocabulary import Vocabulary, build_vocabulary
 from regionspot.pipeline.backbones.clip import load_text_encoder
-from regionspot.pipeline.backbones.protocols import ProjectingEncoder, TextEncoder
+from regionspot.pipeline.backbones.protocols import TextEncoder
 
 NamesFrom = Literal["name", "synonyms", "definitions"]
 
@@ -71,45 +66,16 @@ def cache_vocabulary(
     Raises ProvenanceMismatchError if the cache has no such set, or if `source` holds other weights, and the error of
     `category_vocabulary`.
     """
-    encoder = _encoder_of(cache, map_set, source, device)
-    if isinstance(templates, str):
-        templates = template_set(templates)
-    return category_vocabulary(cache.categories, templates, encoder, names_from)
-
-
-def map_projection(
-    cache: FeatureCache, map_set: str, source: str | None = None, device: str | None = None
-) -> tuple[Tensor, Tensor]:
-    """float32 (E, D) and (E,): weight and bias of the encoder's projection of a layer-normed map token.
-
-    Measured on unit vectors, which give every layer norm followed by a linear map, whatever the encoder's class. Raises
-    ProvenanceMismatchError as `cache_vocabulary` does; InputError if the encoder's projection is another function.
-    """
-    encoder = _encoder_of(cache, map_set, source, device).loaded
-    if not isinstance(encoder, ProjectingEncoder):
-        raise InputError(f"encoder {encoder.name}: has no projection of its map into the text space")
-    width = cache.feature_sets[map_set].shape[-1]
-    # Long vectors, so that the layer norm's epsilon, which keeps it from dividing by zero, has no influence.
-    units = 100 * torch.eye(width, device=encoder.device)
-    bias = encoder.project(torch.zeros(width, device=encoder.device))
-    lengths = (1 - 1 / width) / F.layer_norm(units, (width,)).diagonal()
-    weight = ((encoder.project(units) - bias) * lengths[:, None]).T
-    sample = torch.randn(8, width, generator=torch.Generator().manual_seed(0)).to(encoder.device)
-    if not torch.allclose(
-        F.linear(F.layer_norm(sample, (width,)), weight, bias), encoder.project(sample), rtol=1e-3, atol=1e-3
-    ):
-        raise InputError(f"encoder {encoder.name}: its projection is not a layer norm followed by a linear map")
-    return weight.cpu(), bias.cpu()
-
-
-def _encoder_of(cache: FeatureCache, map_set: str, source: str | None, device: str | None) -> EncoderOnDemand:
     if map_set not in cache.feature_sets:
         names = ", ".join(cache.feature_sets) or "none"
         raise ProvenanceMismatchError(
             f"{cache.path}: holds the feature sets {names}, not {map_set}; name their preset, or extract {map_set} too"
         )
     weights = cache.feature_sets[map_set].provenance["weights_sha256"]
-    return EncoderOnDemand(map_set, weights, source, device)
+    encoder = EncoderOnDemand(map_set, weights, source, device)
+    if isinstance(templates, str):
+        templates = template_set(templates)
+    return category_vocabulary(cache.categories, templates, encoder, names_from)
 
 
 def category_vocabulary(

@@ -3,6 +3,7 @@
 At inference it is the fusion head: same weights, same names, so the authors' code loads its checkpoints. The loss of a
 region is minus the logarithm of the share of its attention that lies in its box, mean over layers and attention heads;
 that of a batch is the sum over images of the mean over regions, scaled like the focal loss (fusion/losses.py).
+Attention supervised by boxes: Liu et al. 2017, "Attention Correctness in Neural Image Captioning".
 
 B images, R regions (padded), T feature map tokens, H attention heads
 """

@@ -18,14 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from regionspot.cache.errors import InputError, WeightsError
 from regionspot.cache.progress import duration
 from regionspot.cache.state_dicts import require_finite
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.checkpoint import HeadInfo, save_checkpoint, weights_digest
-from regionspot.fusion.heads.guided import ClipProjection, GuidedHead
 from regionspot.fusion.heads.spec import HeadSpec, check_head
 from regionspot.fusion.training.batches import TrainingBatch, batch_shares, read_batches
 from regionspot.fusion.training.config import (
@@ -87,7 +86,6 @@ def train(
     map_set: str | None = None,
     token_set: str | None = None,
     init: Path | None = None,
-    projection: tuple[Tensor, Tensor] | None = None,
     resume: bool = False,
     device: str | None = None,
     compile: bool = False,
@@ -108,8 +106,6 @@ def train(
     ratios         share of the batches from each cache, in any unit; default: by `config.ratio`
     map_set, token_set  feature sets to train on, where a cache holds several
     init           a checkpoint, ours or a released one, whose weights the head starts from
-    projection     of the encoder's map into the text space, as `map_projection` returns it, for heads that need it
-                   (fusion/heads/guided.py, ClipProjection)
     resume         from the last checkpoint in `out_dir`; start if there is none. With more iterations than before, the
                    run becomes longer (fusion/training/config.py describes its learning rates)
     device         default: the GPU if there is one
@@ -142,8 +138,6 @@ def train(
     training_sets = [open_training_set(cache, map_set, token_set) for cache in caches]
     spec = head_spec_for(training_sets, vocabularies, config)
     check_head(spec, training_sets[0].maps.shape[0])
-    if spec.options.get("pooled_residual") == "clip" and projection is None:
-        raise InputError("head guided: pooled_residual=clip needs the encoder's own projection; give `projection`")
     shares = batch_shares(training_sets, ratios or ([1.0] * len(caches) if config.ratio == "equal" else None))
     if config.views == "flip":
         # The second view of each cache is a training set of its own, which gives half of the cache's batches.
@@ -168,9 +162,6 @@ def train(
         with torch.random.fork_rng(devices=[torch_device] if torch_device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             head = spec.build()
-            if isinstance(head, GuidedHead) and isinstance(head.residual, ClipProjection) and projection is not None:
-                head.residual.weight.copy_(projection[0])
-                head.residual.bias.copy_(projection[1])
             if initial is not None:
                 head.load_state_dict(initial.head.state_dict())
             texts = [vocabulary.embeddings.to(torch_device) for vocabulary in vocabularies]

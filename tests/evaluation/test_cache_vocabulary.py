@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from makers import make_manifest
 
 from regionspot.cache.errors import InputError
@@ -10,8 +9,7 @@ from regionspot.cache.format.manifest import Category
 from regionspot.cache.format.schema import FeatureSet
 from regionspot.cache.store import FeatureCache
 from regionspot.evaluation.inference import cache_vocabulary as module
-from regionspot.evaluation.inference.cache_vocabulary import DEFINITION_WORDS, cache_vocabulary, map_projection
-from regionspot.pipeline.backbones.clip import load_text_encoder
+from regionspot.evaluation.inference.cache_vocabulary import DEFINITION_WORDS, cache_vocabulary
 
 CATEGORIES = (
     Category(1, "sofa", synonyms=("couch", "sofa", "lounge"), definition="a seat for more than one person"),
@@ -71,19 +69,3 @@ def test_a_cache_without_synonyms_or_definitions_is_refused(tmp_path, encoder, n
     cache = make_cache(tmp_path / "a.zarr", (Category(1, "sofa"),))
     with pytest.raises(InputError, match=f"--names-from {names_from}: the categories have none"):
         cache_vocabulary(cache, "maps", "plain", names_from=names_from)
-
-
-def test_the_projection_of_a_cache_is_that_of_its_encoder(tmp_path):
-    encoder = load_text_encoder("toy_clip")
-    tokens, width = encoder.map_shape
-    maps = FeatureSet("toy_clip", "map", (tokens, width), "float16", {"weights_sha256": encoder.weights_sha256})
-    cache = FeatureCache.create(tmp_path / "a.zarr", make_manifest([1], categories=CATEGORIES), [maps])
-    weight, bias = map_projection(cache, "toy_clip")
-    features = 3 * torch.randn(5, width, generator=torch.Generator().manual_seed(0)) + 1
-    projected = F.linear(F.layer_norm(features, (width,)), weight, bias)
-    torch.testing.assert_close(projected, encoder.project(features), rtol=1e-4, atol=1e-4)
-
-
-def test_a_projection_of_another_form_is_refused(tmp_path, encoder):
-    with pytest.raises(InputError, match="maps: has no projection"):
-        map_projection(make_cache(tmp_path / "a.zarr"), "maps")

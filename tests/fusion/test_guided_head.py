@@ -4,15 +4,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from small_training import CONFIG, make_cache, make_vocabulary
 
 from regionspot.cache.errors import InputError
 from regionspot.fusion.checkpoint import load_checkpoint
 from regionspot.fusion.head import HEADS, FusionHead, HeadConfig
 from regionspot.fusion.heads import HeadSpec
-from regionspot.fusion.heads.guided import GuidedHead, patch_boxes, sine_positions
-from regionspot.fusion.heads.pooling import patch_shares, pool_boxes
+from regionspot.fusion.heads.guided import GuidedHead
+from regionspot.fusion.heads.pooling import patch_shares
 from regionspot.fusion.training.train import train
 
 SHAPES = {"token_dim": 6, "width": 16, "text_dim": 8}
@@ -59,9 +58,8 @@ def test_without_its_options_it_is_the_fusion_head():
     torch.testing.assert_close(vectors[MASK], expected[MASK], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"positions": True, "pooled_residual": "clip"}, {"box_bias": False}])
-def test_the_vector_of_a_region_does_not_depend_on_the_other_regions(options):
-    head = guided(**options)
+def test_the_vector_of_a_region_does_not_depend_on_the_other_regions():
+    head = guided()
     together = head(TOKENS, MASK, MAPS, BOXES)
     for region in range(3):
         one = slice(region, region + 1)
@@ -99,72 +97,17 @@ def test_every_parameter_is_trained_and_padding_stays_finite():
 def test_its_defaults_fit_every_preset(preset):
     sizes = HEADS[preset]
     with torch.device("meta"):
-        head = GuidedHead(sizes.token_dim, sizes.width, sizes.text_dim, positions=True, pooled_residual="clip")
+        head = GuidedHead(sizes.token_dim, sizes.width, sizes.text_dim)
         tokens, boxes = torch.zeros(1, 2, sizes.token_dim), torch.zeros(1, 2, 4)
         assert head(tokens, None, torch.zeros(1, 257, sizes.width), boxes).shape == (1, 2, sizes.text_dim)
 
 
-# Positions
-
-PLAIN = {"box_bias": False, "pooled_residual": False}
-
-
-def test_positions_tell_a_region_where_to_look():
-    """Without them, attention without a bias does not know where in the image a patch is."""
-    permuted = torch.cat([MAPS[:, :1], MAPS[:, 1:].flip(1)], dim=1)
-    without, head = guided(**PLAIN), guided(**PLAIN, positions=True)
-    same = {"rtol": 1e-5, "atol": 1e-5}
-    torch.testing.assert_close(without(TOKENS, MASK, permuted, BOXES), without(TOKENS, MASK, MAPS, BOXES), **same)
-    assert not torch.allclose(head(TOKENS, MASK, permuted, BOXES), head(TOKENS, MASK, MAPS, BOXES), atol=1e-3)
-
-
-def test_positions_are_no_part_of_the_values():
-    """On a map of equal patches it makes no difference where a region looks, so its box has no influence."""
-    head, equal = guided(**PLAIN, positions=True), MAPS[:, :1].expand(-1, 17, -1)
-    vectors, moved = head(TOKENS, MASK, equal, BOXES), head(TOKENS, MASK, equal, 0.5 * BOXES)
-    torch.testing.assert_close(vectors[MASK], moved[MASK], rtol=1e-5, atol=1e-5)
-
-
-def test_the_positions_of_a_box_and_of_the_patch_that_it_covers_are_equal():
-    patches = patch_boxes(4, torch.device("cpu"))
-    assert patches[6].tolist() == [0.5, 0.25, 0.75, 0.5]  # row 1, column 2
-    positions = sine_positions(patches, 16)
-    assert (positions @ positions[6]).argmax() == 6
-    with pytest.raises(InputError, match="multiple of 8, not 12"):
-        HeadSpec(type="guided", token_dim=6, width=12, text_dim=8, options={"heads": 2, "positions": True}).build()
-
-
-# CLIP's projection as the pooled residual
+# The attention loss of the fusion head
 
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("guided") / "a.zarr")
-
-
-def test_a_head_with_clips_projection_starts_at_zero_shot_clip_and_keeps_it(cache, tmp_path):
-    weight, bias = rand(8, 16, seed=3), rand(8, seed=4)
-    options = {"pooled_residual": "clip"}
-    with pytest.raises(InputError, match="needs the encoder's own projection"):
-        train([cache], [make_vocabulary()], tmp_path / "none", replace(CONFIG, head="guided", head_options=options))
-
-    def trained(steps):
-        config = replace(CONFIG, head="guided", head_options=options, iterations=steps)
-        run = train([cache], [make_vocabulary()], tmp_path / f"{steps}", config, projection=(weight, bias))
-        return load_checkpoint(run.checkpoint).head
-
-    head, tokens, boxes = trained(3), rand(2, 3, 8, seed=5), BOXES
-    assert head.projector.weight.all()  # trained
-    assert torch.equal(head.residual.weight, weight)
-    assert torch.equal(head.residual.bias, bias)
-    with torch.no_grad():
-        head.projector.load_state_dict(GuidedHead(8, 16, 8, **options).projector.state_dict())  # as at the first step
-        normed = F.layer_norm(pool_boxes(MAPS, boxes).squeeze(2), (16,))
-        expected = F.normalize(normed @ weight.T + bias, dim=-1)
-        torch.testing.assert_close(head(tokens, MASK, MAPS, boxes), expected)
-
-
-# The attention loss of the fusion head
 
 
 def attentive(**options) -> FusionHead:
