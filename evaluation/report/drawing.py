@@ -29,6 +29,9 @@ Rectangle = tuple[float, float, float, float]  # left, top, right, bottom
 
 MIN_SIDE = 640  # an image with a shorter long side is enlarged, or labels would cover it
 MASK_OPACITY = 0.32
+PLACING_SIDE = (
+    1280  # labels are placed on a grid of about this size: at full size ten labels on 12 megapixels take 12 s
+)
 # Hues that are multiples of the golden angle stay far apart for any number of names.
 GOLDEN_ANGLE = (3 - math.sqrt(5)) / 2
 
@@ -193,8 +196,7 @@ def _write_labels(
         text = _shortened(pen, region.label, font, size[0] - 2 * pad)
         extent = (math.ceil(pen.textlength(text, font=font)) + 2 * pad, math.ceil(ascent[3] - ascent[1]) + 2 * pad)
         position = _label_position(region.box, extent, obstacles, width)
-        left, top, right, bottom = (round(edge) for edge in position)
-        obstacles.solid[top : bottom + 1, left : right + 1] = True
+        obstacles.add(position)
         if _gaps(np.array(position), region.box).max() > extent[1] / 2:
             _leader(pen, position, region, width)
         written.append((region, text, position))
@@ -236,24 +238,34 @@ def _luminance(colour: Colour) -> float:
 class Obstacles:
     """What a label should not cover.
 
+    scale   pixels of the canvas in one of these
     solid   bool (h, w)             pixels of masks and labels: covered only as the last resort
     shares  float64 (h + 1, w + 1)  integral image of 1 / pixels of the box, in boxes without a mask: covering a small
                                     box costs more than a large one
     """
 
+    scale: int
     solid: NDArray[np.bool_]
     shares: NDArray[np.float64]
 
+    def add(self, position: Rectangle) -> None:
+        """Add a rectangle of the canvas to the solid pixels."""
+        left, top, right, bottom = (round(edge) for edge in position)
+        rows = slice(top // self.scale, bottom // self.scale + 1)
+        self.solid[rows, left // self.scale : right // self.scale + 1] = True
+
 
 def _obstacles(size: tuple[int, int], regions: Sequence[CanvasRegion]) -> Obstacles:
+    scale = max(1, max(size) // PLACING_SIDE)
+    size = -(-size[0] // scale), -(-size[1] // scale)
     solid, shares = np.zeros(size[::-1], bool), np.zeros(size[::-1])
     for region in regions:
         if region.mask is not None and region.mask.any():
             solid[_enlarged(region.mask, size)] = True
         else:
-            left, top, right, bottom = (round(edge) for edge in region.box)
+            left, top, right, bottom = (round(edge / scale) for edge in region.box)
             shares[top : bottom + 1, left : right + 1] += 1 / ((right - left + 1) * (bottom - top + 1))
-    return Obstacles(solid, _integral(shares))
+    return Obstacles(scale, solid, _integral(shares))
 
 
 def _label_position(box: Rectangle, extent: tuple[int, int], obstacles: Obstacles, line_width: int) -> Rectangle:
@@ -261,10 +273,15 @@ def _label_position(box: Rectangle, extent: tuple[int, int], obstacles: Obstacle
 
     Positions above the box are preferred to those below and beside it.
     """
-    width, height = extent
+    scale = obstacles.scale
+    width, height = -(-extent[0] // scale), -(-extent[1] // scale)
     rows, columns = obstacles.solid.shape
+    if scale > 1:  # the last row and column may be partly outside of the canvas
+        rows, columns = rows - 1, columns - 1
+    box = box[0] / scale, box[1] / scale, box[2] / scale, box[3] / scale
+    line_width = math.ceil(line_width / scale)
     last_x, last_y = max(0, columns - 1 - width), max(0, rows - 1 - height)
-    # Candidates: aligned with the edges of the box, and every 5 pixels of the canvas.
+    # Candidates: aligned with the edges of the box, and every 5 pixels.
     x = np.unique(
         np.clip([*range(0, last_x + 1, 5), box[0] - line_width / 2, box[0] + line_width, box[2] - width], 0, last_x)
     )
@@ -275,8 +292,8 @@ def _label_position(box: Rectangle, extent: tuple[int, int], obstacles: Obstacle
     order = 0.1 * (top > box[1] - height) + 0.02 * np.abs(left - box[0]) / width
     solid = _sums(_integral(obstacles.solid), positions)
     covered = 1000 * solid / (width * height) + 10 * _sums(obstacles.shares, positions)
-    position = positions[(covered + gap + order).argmin()].tolist()
-    return position[0], position[1], position[2], position[3]
+    x1, y1 = (positions[(covered + gap + order).argmin(), :2] * scale).tolist()
+    return x1, y1, x1 + extent[0], y1 + extent[1]
 
 
 def _gaps(positions: NDArray[Any], box: Rectangle) -> NDArray[np.float64]:

@@ -133,3 +133,10 @@ def test_a_sheet_contains_every_image():
     pixels = np.asarray(sheet).reshape(-1, 3)
     for k in range(5):
         assert (pixels == (40 * k, 0, 200)).all(axis=1).sum() >= 200 * (100 + 20 * k)
+
+
+def test_labels_of_a_large_image_neither_overlap_nor_leave_it(labels):
+    crowd = [LabelledRegion(box(3600 + 9 * k, 2800 + 7 * k, 3990, 2990), f"thing number {k}") for k in range(8)]
+    draw_regions(grey(4001, 3001), crowd)
+    assert all(0 <= left < right <= 4000 and 0 <= top < bottom <= 3000 for left, top, right, bottom in labels)
+    assert sum(overlap(labels[i], labels[j]) for i in range(8) for j in range(i)) == 0
