@@ -47,7 +47,7 @@ HEADS: list[tuple[str, str, dict[str, Any]]] = [
 PROTOCOL = """
 Toy world of {images} images and its shipped SAM and CLIP: {train} training images with {regions} regions of {classes}
 classes, cached in float16. Schedule `toy`{shortened}, seeds {seeds}, float32 on the CPU; `prototypes` is one pass over
-the cache. Box AP by `lvis` in % on {val} validation images with ground-truth boxes, from a cache, and its standard
+the cache. Box AP by `hotcoco` in % on {val} validation images with ground-truth boxes, from a cache, and its standard
 error; rare classes (APr) are never trained on. `{own}` is the class of docs/heads.md. Seconds are those
 of the training steps. AP, APr and seconds are means over the seeds.
 """
@@ -92,7 +92,7 @@ def main() -> None:
             seeds=", ".join(map(str, scale.seeds)),
             own=OWN,
         ),
-        versions(["numpy", "torch", "zarr", "lvis"]),
+        versions(["numpy", "torch", "zarr", "hotcoco"]),
     )
     for table, head, head_options in HEADS:
         runs = [run_of(head, head_options, seed, caches, scale) for seed in scale.seeds]

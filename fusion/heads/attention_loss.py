@@ -40,13 +40,13 @@ class AttentionLossHead(FusionHead):
         self, tokens: Tensor, region_mask: Tensor | None, feature_map: Tensor, boxes: Tensor
     ) -> Tensor | tuple[Tensor, Tensor]:
         """Vectors (B, R, E), in training mode with the loss; the arguments are those of every head."""
-        self._attention.clear()
         vectors = super().forward(tokens, region_mask, feature_map)
         if not self.training:
             return vectors
         inside = patch_shares(boxes, map_side(feature_map))[:, None]
         # One layer at a time: (B, H, R, T) of all layers together would be the largest tensor of a step.
         shares = [(weights[..., 1:].float() * inside).sum(dim=-1) for weights in self._attention]
+        self._attention.clear()
         losses = -torch.cat(shares, dim=1).clamp(min=SMALLEST_SHARE).log().mean(dim=1)
         known = tokens.new_ones(losses.shape) if region_mask is None else region_mask
         of_images = (losses * known).sum(dim=1) / known.sum(dim=1).clamp(min=1)
