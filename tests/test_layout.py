@@ -62,9 +62,16 @@ MAY_IMPORT = {
         "fusion.training pipeline.backbones pipeline.images"
     ),
     "evaluation.demo": "cache.storage evaluation.report",
+    "evaluation.options": (
+        "evaluation.inference evaluation.metrics evaluation.report pipeline.backbones pipeline.datasets "
+        "pipeline.extraction pipeline.images"
+    ),
+    "evaluation.loading": (
+        "cache.format cache.store evaluation.inference evaluation.options fusion pipeline.backbones pipeline.images"
+    ),
     "evaluation.evaluate": (
-        "cache.format cache.store evaluation.inference evaluation.metrics evaluation.report fusion "
-        "pipeline.backbones pipeline.datasets pipeline.distributed pipeline.extraction pipeline.images"
+        "cache.format evaluation.inference evaluation.loading evaluation.metrics evaluation.options evaluation.report "
+        "pipeline.datasets pipeline.distributed"
     ),
     "evaluation.validation": (
         "cache.store evaluation.inference evaluation.metrics fusion fusion.training pipeline.reporting"
