@@ -28,7 +28,7 @@ CACHE_ARG := $(if $(filter command line environment,$(origin CACHE)),--cache "$(
 WEIGHTS_ARG := $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint typecheck docs extract train eval-lvis toy-backbones bench-cache bench-extract bench-train bench-eval bench-encodings bench-heads ablate bench-scaling stress clean
+.PHONY: help setup demo serve-demo test check lint typecheck docs extract train eval-lvis toy-backbones bench-cache bench-extract bench-train bench-eval bench-encodings bench-heads ablate bench-scaling stress clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,15 @@ $(BENCH_READY): pyproject.toml | $(READY)
 
 demo: $(READY) ## a toy world from images to AP: extract, train, evaluate; results in build/demo
 	regionspot demo $(DEMO_OUT) $(ARGS)
+
+# With the head of `make demo` if it is there; regions are named without a head otherwise.
+SERVE := build/serve
+serve-demo: $(READY) ## a web page to name regions and search, on a toy world; no download
+	test -d $(SERVE)/world || regionspot toy-world $(SERVE)/world --pictures 300
+	regionspot extract toy --split val --data $(SERVE)/world --cache $(SERVE)/val.zarr --preset toy --map dense
+	regionspot index $(SERVE)/val.zarr
+	regionspot serve $(if $(wildcard $(DEMO_OUT)/run/head.safetensors),--checkpoint $(DEMO_OUT)/run/head.safetensors,--preset toy) \
+	  --cache $(SERVE)/val.zarr --data $(SERVE)/world --browser $(ARGS)
 
 extract: $(READY) ## run the backbones over DATASET= into CACHE=; resumes
 	regionspot extract $(DATASET) --split $(SPLIT) --data "$(DATA)" --cache "$(CACHE)" --preset $(PRESET) --boxes "$(BOXES)" $(WEIGHTS_ARG) $(ARGS)

@@ -28,6 +28,7 @@ from regionspot.commands.extract import extract
 from regionspot.commands.index import index, search
 from regionspot.commands.predict import predict
 from regionspot.commands.runs import runs
+from regionspot.commands.serve import serve
 from regionspot.commands.signals import raise_if_stopped, signals_interrupt, stop_line
 from regionspot.commands.train import train
 
@@ -37,7 +38,21 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (dataset, extract, doctor, train, runs, evaluate, eval_lvis, predict, index, search, toy_world, demo):
+for command in (
+    dataset,
+    extract,
+    doctor,
+    train,
+    runs,
+    evaluate,
+    eval_lvis,
+    predict,
+    index,
+    search,
+    serve,
+    toy_world,
+    demo,
+):
     app.command()(command)
 app.add_typer(cache_app, name="cache")
 for group in (app, cache_app):

@@ -61,6 +61,10 @@ MAY_IMPORT = {
         "cache.format cache.reading cache.storage cache.store evaluation.inference evaluation.report fusion "
         "fusion.training pipeline.backbones pipeline.images"
     ),
+    "evaluation.serve": (
+        "cache.format cache.storage cache.store evaluation.inference evaluation.report evaluation.search fusion "
+        "pipeline.backbones pipeline.datasets pipeline.images"
+    ),
     "evaluation.demo": "cache.storage evaluation.report",
     "evaluation.options": (
         "evaluation.inference evaluation.metrics evaluation.report pipeline.backbones pipeline.datasets "
@@ -78,8 +82,8 @@ MAY_IMPORT = {
     ),
     "commands": (
         "cache.format cache.store cache.tools cache.writing evaluation.demo evaluation.evaluate "
-        "evaluation.inference evaluation.report evaluation.search evaluation.validation fusion fusion.training "
-        "pipeline.backbones pipeline.datasets pipeline.distributed pipeline.doctor pipeline.extraction "
+        "evaluation.inference evaluation.report evaluation.search evaluation.serve evaluation.validation fusion "
+        "fusion.training pipeline.backbones pipeline.datasets pipeline.distributed pipeline.doctor pipeline.extraction "
         "pipeline.images pipeline.reporting pipeline.toy"
     ),
     "cli": "commands",

@@ -64,11 +64,11 @@ def show_image(
     image, remark = _read_image(manifest, row, image_folder, exif)
     regions = _regions(manifest, row)
     selected = _select_region(cache, image_id, regions, region, image.size)
-    maps = _map_set(cache, map_set)
+    maps = map_set_of(cache, map_set)
     count = f"{len(regions)} region{'' if len(regions) == 1 else 's'}"
     panels = [Panel(draw_regions(image, regions), str(manifest.paths[row]), f"{count}{remark}")]
     if maps is not None:
-        patches = _patches(cache, row, maps)
+        patches = map_patches(cache, row, maps)
         panels.append(_pca_panel(patches, regions, image.size, maps.name))
         if selected is not None:
             panels.append(_similarity_panel(patches, regions[selected], image))
@@ -147,7 +147,8 @@ def _rescaled(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return rescaled
 
 
-def _map_set(cache: FeatureCache, name: str | None) -> FeatureSet | None:
+def map_set_of(cache: FeatureCache, name: str | None) -> FeatureSet | None:
+    """The maps of that name, by default the only ones; None if there are none. Raises InputError."""
     maps = {feature_set.name: feature_set for feature_set in cache.feature_sets.values() if feature_set.kind == "map"}
     if name is None and len(maps) <= 1:
         return next(iter(maps.values()), None)
@@ -157,7 +158,7 @@ def _map_set(cache: FeatureCache, name: str | None) -> FeatureSet | None:
     return maps[name]
 
 
-def _patches(cache: FeatureCache, row: int, maps: FeatureSet) -> NDArray[np.float32]:
+def map_patches(cache: FeatureCache, row: int, maps: FeatureSet) -> NDArray[np.float32]:
     """float32 (g, g, D): the map of the image without its class token."""
     tokens, width = maps.shape
     first = 1 if maps.provenance.get("class_token", True) else 0

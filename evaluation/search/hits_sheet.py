@@ -21,21 +21,24 @@ BLANK = (214, 213, 209)  # instead of an image that cannot be read
 
 def hits_sheet(manifest: Manifest, image_folder: Path, hits: Sequence[Hit], title: str, exif: Exif) -> Image.Image:
     """The hits in rows of five, best first, with similarity and name; grey where the image cannot be read."""
-    cells = []
-    for hit in hits:
-        caption = f"{hit.similarity:.3f}  {hit.name or 'unnamed'}"
-        cells.append(CaptionedImage(region_crop(manifest, image_folder, hit.row, hit.box_xyxy, exif), caption))
+    cells = [
+        CaptionedImage(
+            region_crop(manifest, image_folder / hit.path, hit.row, hit.box_xyxy, exif),
+            f"{hit.similarity:.3f}  {hit.name or 'unnamed'}",
+        )
+        for hit in hits
+    ]
     return contact_sheet(cells, columns=5, cell=CELL, title=title)
 
 
 def region_crop(
-    manifest: Manifest, image_folder: Path, row: int, box_xyxy: Sequence[float], exif: Exif, cell: int = CELL
+    manifest: Manifest, file: Path, row: int, box_xyxy: Sequence[float], exif: Exif, cell: int = CELL
 ) -> Image.Image:
-    """A square of `cell` pixels around a box, which is framed; grey beyond the image."""
+    """A square of `cell` pixels around a box, which is framed; grey beyond the image, or if `file` is unreadable."""
     x1, y1, x2, y2 = box_xyxy
     width, height = int(manifest.widths[row]), int(manifest.heights[row])
     try:
-        image = read_image(image_folder / str(manifest.paths[row]), (height, width), exif)
+        image = read_image(file, (height, width), exif)
     except ImageError:
         return Image.new("RGB", (cell, cell), BLANK)
     side = round(max(8.0, CONTEXT * max(x2 - x1, y2 - y1)))

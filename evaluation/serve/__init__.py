@@ -1,0 +1,1 @@
+"""The web page: name regions of your own images, and explore a cache."""
