@@ -31,22 +31,30 @@ import typer
 
 from regionspot.cache.errors import InputError, unknown_name
 
+_CONTEXT = "config_context"
+
 
 def configurable(command: Callable[..., None]) -> Callable[..., None]:
     """The command with the options --config and --print-config."""
 
+    signature = inspect.signature(command, eval_str=True)
+    parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
+    parameters += inspect.signature(_options, eval_str=True).parameters.values()
+    # Typer fills one context only.
+    context_name = next((name for name, own in signature.parameters.items() if own.annotation is typer.Context), None)
+    if context_name is None:
+        parameters.append(inspect.Parameter(_CONTEXT, inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context))
+
     @functools.wraps(command)
-    def run(config_context: typer.Context, config: Path | None, print_config: bool, **values: Any) -> None:
+    def run(config: Path | None, print_config: bool, **values: Any) -> None:
+        context = values[context_name] if context_name else values.pop(_CONTEXT)
         if print_config:
-            typer.echo(_as_toml(config_context, values))
+            typer.echo(_as_toml(context, values))
         else:
             command(**values)
 
-    signature = inspect.signature(command, eval_str=True)
-    options = inspect.signature(_options, eval_str=True).parameters.values()
-    parameters = [parameter.replace(kind=parameter.KEYWORD_ONLY) for parameter in signature.parameters.values()]
-    run.__signature__ = signature.replace(parameters=[*parameters, *options])  # type: ignore[attr-defined]
-    run.__annotations__ = {parameter.name: parameter.annotation for parameter in (*parameters, *options)}
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return run
 
 
@@ -59,7 +67,6 @@ def _use_file(context: typer.Context, path: Path | None) -> Path | None:
 
 def _options(
     *,
-    config_context: typer.Context,
     config: Annotated[
         Path | None,
         typer.Option(
