@@ -49,11 +49,11 @@ def main() -> int:
     quick = arguments.quick
     report = Report("eval", "LVIS AP: hotcoco and the official package", PROTOCOL, _versions())
     _boxes(report, 100 if quick else 5000)
-    _masks(report, 50 if quick else 1000)
+    _masks(report, 50 if quick else 400)
     _lvis_val(report, LVIS_VAL_IMAGES // 10 if quick else LVIS_VAL_IMAGES)
     _parity(report, quick)
     say("coverage of the intervals")
-    for row in alone(coverage, 10 if quick else 80):
+    for row in alone(coverage, 10 if quick else 60):
         report.add_row("Intervals that contain the figure of the population", **row)
     report.finish(arguments.results)
     return 0
@@ -67,12 +67,10 @@ def _boxes(report: Report, images: int) -> None:
     table = f"Boxes, {images:,} images"
     ours = _run(report, table, "hotcoco", images, "bbox")
     official = _run(report, table, "lvis", images, "bbox")
-    blocks = _run(report, table, "lvis in blocks", images, "bbox")
     of_images = f"at {images:,} images x {PER_IMAGE} boxes"
     report.add_goal(f"CPU time of lvis / of hotcoco, {of_images}", official["cpu"] / ours["cpu"], at_least=60)
     report.add_goal(f"memory of hotcoco / of lvis, {of_images}", ours["memory"] / official["memory"], at_most=1 / 6)
-    different = sum(each["arrays"] != official["arrays"] for each in (ours, blocks))
-    report.add_goal(f"engines whose arrays differ from those of lvis, {of_images}", different, at_most=0)
+    _add_parity_goal(report, ours, official, of_images)
 
 
 def _masks(report: Report, images: int) -> None:
@@ -81,8 +79,13 @@ def _masks(report: Report, images: int) -> None:
     official = _run(report, table, "lvis", images, "segm")
     of_images = f"at {images:,} images x {PER_IMAGE} masks"
     report.add_goal(f"CPU time of lvis / of hotcoco, {of_images}", official["cpu"] / ours["cpu"], at_least=8)
+    _add_parity_goal(report, ours, official, of_images)
+    _run(report, table, "lvis in blocks", images, "segm")
+
+
+def _add_parity_goal(report: Report, ours: dict[str, Any], official: dict[str, Any], of_images: str) -> None:
     different = int(ours["arrays"] != official["arrays"])
-    report.add_goal(f"engines whose arrays differ from those of lvis, {of_images}", different, at_most=0)
+    report.add_goal(f"arrays of precision and recall that differ, {of_images}", different, at_most=0)
 
 
 def _lvis_val(report: Report, images: int) -> None:
