@@ -1,13 +1,21 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
+from importlib.metadata import version
 
 import numpy as np
 import pytest
 
 from regionspot.cache.errors import AnnotationError, InputError
-from regionspot.evaluation.metrics import lvis_package
-from regionspot.evaluation.metrics.average_precision import METRICS, average_precision, best_per_image
+from regionspot.evaluation.metrics import hotcoco_engine, lvis_package
+from regionspot.evaluation.metrics.average_precision import (
+    METRICS,
+    average_precision,
+    best_per_class,
+    best_per_image,
+    fixed_ap,
+)
 from regionspot.evaluation.metrics.detections import Detections, Masks, concatenate_masks
 from regionspot.evaluation.metrics.ground_truth import read_ground_truth
 from regionspot.pipeline.datasets.field_parsing import image_id
@@ -127,6 +135,25 @@ def test_the_best_300_of_an_image_are_kept_and_ties_keep_their_order():
     assert kept.regions.tolist() == [*range(250), *range(250, 300)]
 
 
+def test_fixed_ap_has_a_limit_per_class_instead_of_per_image(ground_truth):
+    many = detections([(1, 3, [90, 90, 30, 30], 0.99)] * 310 + PERFECT)
+    assert lvis_ap(ground_truth, many, "bbox")["APr"] == 0
+    fixed = fixed_ap(read_ground_truth(ground_truth), many, "bbox")
+    assert (fixed["APr"], fixed["AR"], fixed.detections) == (pytest.approx(1), pytest.approx(1), 314)
+    kept = best_per_class(many, limit=3)
+    assert kept.category_ids.tolist() == [3, 3, 3, 7, 5]
+    assert kept.regions.tolist() == [0, 1, 2, 310, 312]
+
+
+def test_every_class_has_a_row_of_figures(ground_truth):
+    rows = [PERFECT[0], (2, 3, [5, 5, 30, 30], 0.6), (2, 5, [0, 0, 100, 80], 0.5)]
+    classes = lvis_ap(ground_truth, detections(rows), "bbox").classes
+    assert classes.category_ids.tolist() == [3, 5, 7]
+    assert classes.ap50.tolist() == pytest.approx([51 / 101, 1, 1])  # one of the two boxes of class 3
+    assert classes.ap.tolist() == pytest.approx([51 / 101, 0.7, 1])
+    assert (classes.boxes.tolist(), classes.frequencies.tolist()) == ([2, 1, 1], ["c", "f", "r"])
+
+
 def random_detections(ground_truth, seed=0):
     """Boxes near the annotated ones and random ones of any class, so that every threshold matters."""
     rng = np.random.default_rng(seed)
@@ -158,7 +185,7 @@ def mask_of_box(size, box):
 
 
 @pytest.mark.parametrize("iou_type", ["bbox", "segm"])
-def test_classes_in_batches_give_the_numbers_of_lvis_for_all_at_once(coco_mini, monkeypatch, iou_type):
+def test_classes_in_blocks_give_the_numbers_of_lvis_for_all_at_once(coco_mini, monkeypatch, iou_type):
     path = coco_mini / "annotations/lvis_mini_val.json"
     result = random_detections(read_ground_truth(path))
     with lvis_package._lvis() as lvis:
@@ -167,8 +194,12 @@ def test_classes_in_batches_give_the_numbers_of_lvis_for_all_at_once(coco_mini, 
         whole.run()
     expected = {metric: whole.results[metric] for metric in METRICS}
     monkeypatch.setattr(lvis_package, "CLASS_BATCH", 7)
+    monkeypatch.setattr(hotcoco_engine, "BLOCK", len(result) // 9)
     assert 0.01 < expected["AP"] < 0.9
-    assert lvis_ap(path, result, iou_type).values == expected
+    for engine in ("hotcoco", "lvis"):
+        ap = lvis_ap(path, result, iou_type, engine=engine)
+        assert ap.values == expected
+        assert ap.engine == f"{engine} {version(engine)}"
 
 
 def test_numpy_and_logging_are_restored_and_opencv_is_not_needed(ground_truth):
@@ -368,3 +399,34 @@ def test_detections_of_unknown_images_and_classes_are_refused(ground_truth):
     without = Detections(*(getattr(detections(PERFECT), name) for name in list(Detections.__dataclass_fields__)[:5]))
     with pytest.raises(InputError, match="mask AP needs masks"):
         lvis_ap(ground_truth, without, "segm")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"scores": np.float32([0.9, np.nan, 0.7, np.inf])}, "2 of 4 cannot be evaluated, the first: detections[1]"),
+        ({"boxes_xywh": np.array([[0, 0, -9, 9.0]] * 4)}, "has box [0.0, 0.0, -9.0, 9.0], expected finite"),
+        ({"image_ids": np.array([1, 8, 2, 9])}, "image id 8 of the detections (2 of 4 have an unknown image)"),
+        (
+            {"masks": Masks.encode(np.zeros((4, 9, 9), bool))},
+            "4 of 4 masks do not fit their image, the first: detections[0] of image 1 has height and width [9, 9]",
+        ),
+    ],
+)
+def test_detections_that_cannot_be_evaluated_are_refused_in_one_line(ground_truth, changed, message):
+    with pytest.raises(InputError) as caught:
+        lvis_ap(ground_truth, replace(detections(PERFECT), **changed), "segm")
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_no_detections_log_a_warning(ground_truth, caplog):
+    lvis_ap(ground_truth, detections([]), "bbox")
+    assert "there are no detections to evaluate; every AP is 0" in caplog.text
+
+
+def test_annotations_without_lists_of_absent_classes_have_no_lvis_ap(ground_truth):
+    with pytest.raises(AnnotationError, match="lists no absent classes, which LVIS AP needs; use COCO AP"):
+        average_precision(read_ground_truth(ground_truth, federated=False), detections(PERFECT), "bbox")
+    with pytest.raises(InputError, match="engine 'coco'"):
+        lvis_ap(ground_truth, detections(PERFECT), "bbox", engine="coco")
