@@ -22,6 +22,7 @@ from regionspot.evaluation.metrics.detections import Detections
 from regionspot.evaluation.metrics.ground_truth import GroundTruth
 
 BLOCK = 1_000_000  # detections at a time, which limits the memory: 300 bytes for a box, 2 KB for a mask
+NO_LIMIT = 10**9  # detections per image and class
 IGNORED_AREA = 2e10  # beyond 1e10, the upper bound of all areas (Params in lvis/eval.py)
 
 
@@ -69,7 +70,7 @@ def evaluate(
     results = _results(truth, ground_truth, detections, iou_type, federated)
     evaluation = hotcoco.COCOeval(truth, results, iou_type, lvis_style=federated)
     if federated:
-        evaluation.params.max_dets = [max(300, len(detections))]
+        evaluation.params.max_dets = [NO_LIMIT]
     evaluation.evaluate()
     return evaluation
 

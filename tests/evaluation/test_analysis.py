@@ -114,6 +114,13 @@ def test_a_difference_is_paired_and_of_each_figure(worlds):
     assert same["APr"] is None
 
 
+def test_runs_with_other_numbers_of_detections_are_compared(worlds):
+    truth, first, second = worlds
+    many = first.take(np.arange(10 * len(first)) % len(first))
+    difference = Matches(truth, second, "bbox").minus(Matches(truth, many, "bbox"), samples=2)["AR@300"]
+    assert difference.value > 0
+
+
 def test_without_lists_of_absent_classes_the_figures_are_those_of_coco(worlds):
     truth, first, _ = worlds
     truth = ground_truth([(1, 4, BOX), (2, 5, BOX)], truth.image_ids.tolist(), federated=False)
