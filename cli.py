@@ -19,6 +19,7 @@ import typer
 from regionspot.cache.errors import InputError, RegionSpotError
 from regionspot.cache.progress import CLEAR_LINE, log_to
 from regionspot.commands.cache import cache_app
+from regionspot.commands.compare import compare, report
 from regionspot.commands.config_file import configurable
 from regionspot.commands.dataset import dataset
 from regionspot.commands.demo import demo, toy_world
@@ -46,6 +47,8 @@ for command in (
     runs,
     evaluate,
     eval_lvis,
+    compare,
+    report,
     predict,
     index,
     search,

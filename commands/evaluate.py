@@ -13,6 +13,8 @@ from typing import Annotated, Any
 
 import typer
 
+from regionspot.cache.errors import InputError
+from regionspot.cache.outputs import check_output_folder
 from regionspot.commands import options
 from regionspot.commands.signals import AGAIN, on_stop
 
@@ -62,9 +64,13 @@ def _evaluate(
     max_failures: options.MaxFailures = options.EVALUATION_FAILURES,
     device: options.Device = None,
     dtype: options.Dtype = "auto",
+    report: Annotated[Path | None, typer.Option(help="folder for report.html, as by `regionspot report`")] = None,
+    compare: Annotated[Path | None, typer.Option(help="results of the same images, to show in the report")] = None,
     scheduler: options.Scheduler = "none",
 ) -> None:
     from regionspot.evaluation.evaluate import EvaluationOptions, evaluate
+    from regionspot.evaluation.report.page import write_report
+    from regionspot.evaluation.report.runs import read_run, read_split_of
     from regionspot.evaluation.report.tables import results_text
     from regionspot.pipeline.datasets.failure_limit import FailureLimit
     from regionspot.pipeline.distributed.cluster import check_scheduler
@@ -102,8 +108,16 @@ def _evaluate(
         max_failures=FailureLimit.parse(max_failures),
         scheduler=check_scheduler(scheduler),
     )
+    if compare is not None and report is None:
+        raise InputError("--compare is shown in the report; give --report too, or use `regionspot compare`")
+    others = [] if compare is None else [read_run(compare)]  # before hours of inference
+    if report is not None:
+        check_output_folder(report)
     on_stop(AGAIN)
     typer.echo(results_text(evaluate(evaluation)))
+    if report is not None:
+        runs = [read_run(out), *others]
+        typer.echo(f"\n{write_report(report, read_split_of(runs, data, annotations), *runs)}")
 
 
 def _command(name: str, help_text: str, fixed: dict[str, Any], defaults: dict[str, Any]) -> Callable[..., None]:

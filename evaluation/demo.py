@@ -45,6 +45,7 @@ def commands(out: Path, images: int, seed: int) -> list[list[str]]:
         [*evaluate, "--out", str(out / "crop"), "--baseline", "crop"],
         [*evaluate, "--out", str(out / "dense"), "--baseline", "dense"],
         [*evaluate, "--out", str(out / "pooled"), "--baseline", "pooled"],
+        ["report", str(out / "head"), "--data", world],
     ]
 
 
@@ -77,6 +78,7 @@ def run_demo(run: Callable[[Sequence[str]], object], out: Path, images: int = 30
             "",
             LEGEND,
             "",
+            f"{out}/head/report.html the head's evaluation on a page, for a browser",
             f"{out}/head/sheet.png   labelled images, right names in green",
             f"{out}/run/curves.png   the training run",
             f"{out}/report.md        this table; results.json and detections.json in {'/, '.join(FOLDERS.values())}/",

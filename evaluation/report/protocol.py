@@ -84,10 +84,15 @@ class Protocol:
         return record
 
 
+def protocol_lines(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a protocol's record by their name for readers, with a line for each hash."""
+    hashes = {f"sha256 of {file}": sha256 for file, sha256 in record["sha256"].items()}
+    return {name.replace("_", " "): value for name, value in record.items() if name != "sha256"} | hashes
+
+
 def protocol_text(record: Mapping[str, Any]) -> str:
     """One line per field of a protocol's record."""
-    hashes = {f"sha256 of {file}": sha256 for file, sha256 in record["sha256"].items()}
-    lines = {name.replace("_", " "): value for name, value in record.items() if name != "sha256"} | hashes
+    lines = protocol_lines(record)
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
 

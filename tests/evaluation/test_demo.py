@@ -31,7 +31,14 @@ def test_the_demo_logs_every_command_and_returns_a_table(tmp_path, caplog):
         "8 validation images",
     ):
         assert method in table
-    for file in ("report.md", "run/curves.png", "head/sheet.png", "crop/results.json", "pooled/detections.json"):
+    for file in (
+        "report.md",
+        "run/curves.png",
+        "head/sheet.png",
+        "head/report.html",
+        "crop/results.json",
+        "pooled/detections.json",
+    ):
         assert (tmp_path / file).stat().st_size
 
 
