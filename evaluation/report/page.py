@@ -29,7 +29,7 @@ SAMPLES = 50  # of the images, for intervals: their margins are then exact to 10
 CLASS_CURVE_STEP = 5  # of the 101 recalls: a small curve has 21 points
 
 
-def write_report(out: Path, split: Split, run: Run, other: Run | None = None, samples: int = SAMPLES) -> Path:
+def write_report(out: Path, split: Split, run: Run, other: Run | None = None, *, samples: int = SAMPLES) -> Path:
     """Write `report.html` into the folder `out`, and return its path.
 
     `other` is shown beside `run`, which is compared with it. `samples` are those of `compare`.

@@ -127,11 +127,11 @@ def test_other_images_and_other_annotations_are_refused(good, bad, world, tmp_pa
 @pytest.fixture(scope="module")
 def open_page(good, split, tmp_path_factory):
     """`open_page(other)` writes and opens the report of `good`, and returns its page and all that went wrong."""
-    with chromium_page(width=400) as first:
+    with chromium_page() as first:
 
         def open_report(*other):
             path = write_report(tmp_path_factory.mktemp("report"), split, good, *other, samples=4)
-            page, problems = first.context.new_page(), []
+            page, problems = first.context.browser.new_page(viewport={"width": 400, "height": 800}), []
             page.on("console", lambda message: problems.append(message.text))
             page.on("pageerror", lambda error: problems.append(str(error)))
             page.on("request", lambda request: request.url.startswith("http") and problems.append(request.url))
