@@ -32,6 +32,10 @@ def _evaluate(
     boxes: options.Boxes = "gt",
     cache: Annotated[str | None, typer.Option(help="read features from this cache; no backbones, no masks")] = None,
     masks: Annotated[bool, typer.Option(help="compute and evaluate masks")] = True,
+    mask_threshold: Annotated[
+        options.MaskThresholdName,
+        typer.Option(help="make masks as SAM does, or as the authors; see docs/evaluation.md"),
+    ] = "sam",
     limit: options.Limit = None,
     selection: Annotated[
         options.SelectionName, typer.Option(help="which detections of an image count; see docs/evaluation.md")
@@ -95,6 +99,7 @@ def _evaluate(
         boxes=boxes,
         limit=limit,
         masks=masks,
+        mask_threshold=mask_threshold,
         templates=templates,
         names_from=names_from,
         exif=exif,

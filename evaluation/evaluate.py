@@ -24,6 +24,7 @@ from regionspot.evaluation.metrics.selection import Rule, Score, Selection
 from regionspot.evaluation.options import EvaluationOptions
 from regionspot.evaluation.report.protocol import Metric, Protocol
 from regionspot.evaluation.report.results import check_results_folder, evaluate_method
+from regionspot.pipeline.backbones.protocols import MaskThreshold
 from regionspot.pipeline.datasets.registry import image_folder_of, read_split
 from regionspot.pipeline.distributed.cluster import check_scheduler
 
@@ -112,6 +113,7 @@ def _check_options(options: EvaluationOptions) -> None:
         ("selection", Rule),
         ("score", Score),
         ("baseline", Baseline),
+        ("mask_threshold", MaskThreshold),
     ):
         value = getattr(options, name)
         if value is not None and value not in get_args(kind):

@@ -74,7 +74,15 @@ def _from_images(options: EvaluationOptions, manifest: Manifest, image_folder: P
         )
     templates = template_set(options.templates) if options.templates else spot.templates
     vocabulary = category_vocabulary(manifest.categories, templates, spot.encoder, options.names_from)
-    method = HeadOnImages(spot, manifest, image_folder, vocabulary, masks=options.masks, exif=exif)
+    method = HeadOnImages(
+        spot,
+        manifest,
+        image_folder,
+        vocabulary,
+        masks=options.masks,
+        mask_threshold=options.mask_threshold,
+        exif=exif,
+    )
     return method, vocabulary, spot.trained_classes
 
 
@@ -121,7 +129,15 @@ def _baseline(
         localizer = load(load_localizer, models.localizer, options.sam_weights, models.localizer_dtype)
         masks = options.masks
     method = MapBaseline(
-        baseline, encoder, manifest, image_folder, vocabulary, localizer=localizer, masks=masks, exif=exif
+        baseline,
+        encoder,
+        manifest,
+        image_folder,
+        vocabulary,
+        localizer=localizer,
+        masks=masks,
+        mask_threshold=options.mask_threshold,
+        exif=exif,
     )
     return method, vocabulary, ()
 

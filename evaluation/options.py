@@ -11,6 +11,7 @@ from regionspot.evaluation.metrics.average_precision import Engine
 from regionspot.evaluation.metrics.selection import Rule, Score
 from regionspot.evaluation.report.protocol import Metric
 from regionspot.pipeline.backbones.dtypes import AUTO
+from regionspot.pipeline.backbones.protocols import MaskThreshold
 from regionspot.pipeline.datasets.failure_limit import EVALUATION_LIMIT, FailureLimit
 from regionspot.pipeline.datasets.proposals import GROUND_TRUTH
 from regionspot.pipeline.extraction.config import absolute, absolute_if_exists, absolute_weights
@@ -32,6 +33,7 @@ class EvaluationOptions:
     cache        read features from this cache instead of running the backbones; without masks then
     boxes        "gt", or a detector's proposals file
     limit        evaluate only the first images, against their own ground truth
+    masks, mask_threshold   whether masks are computed, and the size at which: see `MaskThreshold`
     templates    a template set; None: those that the head was trained with
     names_from   "name", "synonyms" or "definitions": what the prompts contain
     exif, preprocess, dtype   of images; by default (None, None, "auto") those of the head's training features, which
@@ -59,6 +61,7 @@ class EvaluationOptions:
     boxes: str = GROUND_TRUTH
     limit: int | None = None
     masks: bool = True
+    mask_threshold: MaskThreshold = "sam"
     templates: str | None = None
     names_from: NamesFrom = "name"
     exif: Exif | None = None

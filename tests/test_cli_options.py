@@ -22,7 +22,7 @@ from regionspot.fusion.training.run_folder import KEPT_CHECKPOINTS
 from regionspot.fusion.training.trackers import TRACKERS
 from regionspot.pipeline.backbones.builders import PRESETS
 from regionspot.pipeline.backbones.dtypes import AUTO, DTYPES
-from regionspot.pipeline.backbones.protocols import TOKENS
+from regionspot.pipeline.backbones.protocols import TOKENS, MaskThreshold
 from regionspot.pipeline.images.decode import Exif
 from regionspot.pipeline.images.preprocess import PREPROCESS
 from regionspot.pipeline.toy.world import FEWEST_IMAGES
@@ -224,6 +224,7 @@ def test_the_choices_are_those_of_the_library():
     assert get_args(cli_options.SelectionName) == get_args(Rule)
     assert get_args(cli_options.ScoreName) == get_args(Score)
     assert get_args(cli_options.EngineName) == get_args(Engine)
+    assert get_args(cli_options.MaskThresholdName) == get_args(MaskThreshold)
     assert cli_options.WorldSize.__metadata__[0].min == FEWEST_IMAGES
     assert get_args(cli_options.TrackerName) == TRACKERS
     defaults = {name: parameter.default for name, parameter in inspect.signature(train).parameters.items()}

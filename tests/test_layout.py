@@ -75,7 +75,7 @@ MAY_IMPORT = {
     ),
     "evaluation.evaluate": (
         "cache.format evaluation.inference evaluation.loading evaluation.metrics evaluation.options evaluation.report "
-        "pipeline.datasets pipeline.distributed"
+        "pipeline.backbones pipeline.datasets pipeline.distributed"
     ),
     "evaluation.validation": (
         "cache.store evaluation.inference evaluation.metrics fusion fusion.training pipeline.reporting"

@@ -49,7 +49,13 @@ from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones
 from regionspot.pipeline.backbones.dense import dense_set
-from regionspot.pipeline.backbones.protocols import Localizer, MaskingLocalizer, ProjectingEncoder, TextEncoder
+from regionspot.pipeline.backbones.protocols import (
+    Localizer,
+    MaskingLocalizer,
+    MaskThreshold,
+    ProjectingEncoder,
+    TextEncoder,
+)
 from regionspot.pipeline.extraction.batch_encoder import EMBEDDING
 from regionspot.pipeline.extraction.decode_ahead import Decoder
 from regionspot.pipeline.images.decode import Exif
@@ -125,6 +131,7 @@ class MapBaseline:
         *,
         localizer: Localizer | None = None,
         masks: bool = False,
+        mask_threshold: MaskThreshold = "sam",
         exif: Exif = "auto",
     ) -> None:
         """`localizer` makes the masks of "dense-mask"; with `masks` they are also returned with the scores.
@@ -140,14 +147,19 @@ class MapBaseline:
             lack = "there is no localizer" if localizer is None else f"localizer {localizer.name} cannot make masks"
             raise InputError(f"baseline dense-mask: {lack}; use --baseline dense")
         self.name, self.manifest, self.device = NAMES[kind], manifest, torch.device(encoder.device)
-        self._encoder, self._localizer, self._with_masks = encoder, localizer, masks
+        self._encoder, self._localizer = encoder, localizer
+        self._with_masks, self._mask_threshold = masks, mask_threshold
         self._map = encoder.name if kind == "pooled" else dense_set(encoder.name)
         self._text, self._device_lock = vocabulary.embeddings.to(self.device), threading.Lock()
         backbones = Backbones(localizer, (encoder,), dense=kind != "pooled")
         self._decoder = Decoder(manifest, image_folder, backbones, exif)
         self.features = {model.name: {**model.provenance, "exif": exif} for model in backbones.models}
-        masks_by = None if localizer is None else localizer.provenance
-        self.identity = {**_identity(encoder, vocabulary, exif), "localizer": masks_by, "masks": masks}
+        self.identity = {
+            **_identity(encoder, vocabulary, exif),
+            "localizer": None if localizer is None else localizer.provenance,
+            "masks": masks,
+            "mask_threshold": None if localizer is None else mask_threshold,
+        }
 
     def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
         """One result per row; stages "decode", "encode", "tokens" and "masks" of "dense-mask", "pool"."""
@@ -176,10 +188,9 @@ class MapBaseline:
     def _masks(self, image: ImageFeatures) -> Masks:
         assert isinstance(self._localizer, MaskingLocalizer)
         embedding, boxes = torch.from_numpy(image.features[EMBEDDING]), _boxes(self.manifest, image.row)
+        size, every = _size(self.manifest, image.row), np.arange(len(boxes))
         with self._device_lock:
-            return encode_masks(
-                self._localizer, embedding, boxes, _size(self.manifest, image.row), np.arange(len(boxes))
-            )
+            return encode_masks(self._localizer, embedding, boxes, size, every, self._mask_threshold)
 
 
 class DenseOnCache:

@@ -41,7 +41,7 @@ from regionspot.fusion.training.batches import DeviceDecoder
 from regionspot.fusion.vocabulary import Vocabulary
 from regionspot.pipeline.backbones.batch_size import Halving
 from regionspot.pipeline.backbones.bundle import Backbones
-from regionspot.pipeline.backbones.protocols import MaskingLocalizer
+from regionspot.pipeline.backbones.protocols import MaskingLocalizer, MaskThreshold
 from regionspot.pipeline.extraction.batch_encoder import EMBEDDING
 from regionspot.pipeline.extraction.decode_ahead import Decoder
 from regionspot.pipeline.images.decode import Exif
@@ -66,6 +66,7 @@ class HeadOnImages:
         vocabulary: Vocabulary,
         *,
         masks: bool = True,
+        mask_threshold: MaskThreshold = "sam",
         exif: Exif = "auto",
     ) -> None:
         """Raises InputError for masks of a localizer that makes none."""
@@ -74,11 +75,17 @@ class HeadOnImages:
             raise InputError(f"localizer {localizer.name}: cannot make masks; use --no-masks")
         self.manifest, self.device = manifest, spot.device
         self._head, self._text = spot.head, vocabulary.embeddings.to(spot.device)
-        self._localizer, self._with_masks = localizer, masks
+        self._localizer, self._with_masks, self._mask_threshold = localizer, masks, mask_threshold
         self._tokens, self._maps = localizer.name, encoder.name
         self._decoder = Decoder(manifest, image_folder, Backbones(localizer, (encoder,)), exif)
         self._batches, self._device_lock = Halving(), threading.Lock()
-        self.identity = {**spot.identity(), "vocabulary": vocabulary.digest, "masks": masks, "exif": exif}
+        self.identity = {
+            **spot.identity(),
+            "vocabulary": vocabulary.digest,
+            "masks": masks,
+            "mask_threshold": mask_threshold if masks else None,
+            "exif": exif,
+        }
         self.features = {model.name: {**model.provenance, "exif": exif} for model in (localizer, encoder)}
 
     def score(self, parts: Parts, stats: RunStats) -> Iterator[RegionScores | FailedImage]:
@@ -103,9 +110,9 @@ class HeadOnImages:
 
     def _masks(self, image: ImageFeatures, regions: NDArray[np.int64]) -> Masks:
         assert isinstance(self._localizer, MaskingLocalizer)
-        embedding = torch.from_numpy(image.features[EMBEDDING])
+        embedding, boxes = torch.from_numpy(image.features[EMBEDDING]), self._boxes(image.row)
         with self._device_lock:
-            return encode_masks(self._localizer, embedding, self._boxes(image.row), self._size(image.row), regions)
+            return encode_masks(self._localizer, embedding, boxes, self._size(image.row), regions, self._mask_threshold)
 
     def _boxes(self, row: int) -> NDArray[np.float32]:
         return self.manifest.boxes_xyxy[self.manifest.regions(row)]

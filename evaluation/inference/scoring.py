@@ -23,7 +23,7 @@ from regionspot.cache.format.schema import ImageFeatures
 from regionspot.evaluation.metrics.detections import Masks, concatenate_masks
 from regionspot.fusion.head import LOGIT_SCALE, similarity_logits
 from regionspot.pipeline.backbones.batch_size import Halving
-from regionspot.pipeline.backbones.protocols import MaskingLocalizer
+from regionspot.pipeline.backbones.protocols import MaskingLocalizer, MaskThreshold
 from regionspot.pipeline.extraction.batch_encoder import BatchEncoder
 from regionspot.pipeline.extraction.decode_ahead import DecodedImage, Decoder, decode_ahead, default_threads
 from regionspot.pipeline.reporting.run_stats import RunStats
@@ -191,6 +191,7 @@ def encode_masks(
     boxes_xyxy: NDArray[np.float32],
     size: tuple[int, int],
     regions: NDArray[np.int64],
+    mask_threshold: MaskThreshold = "sam",
 ) -> Masks:
     """The masks of some `regions`, int64 (k,), of the boxes float32 (n, 4) of an image.
 
@@ -201,5 +202,6 @@ def encode_masks(
     """
     boxes, step = boxes_xyxy[regions], max(1, MASK_PIXELS // (size[0] * size[1]))
     starts = range(0, max(1, len(boxes)), step)
-    masks = (localizer.tokens_and_masks(embedding, boxes[start : start + step], size)[1] for start in starts)
+    parts = (boxes[start : start + step] for start in starts)
+    masks = (localizer.tokens_and_masks(embedding, part, size, mask_threshold)[1] for part in parts)
     return concatenate_masks([Masks.encode(bits) for bits in masks])

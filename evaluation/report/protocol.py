@@ -15,6 +15,12 @@ from regionspot.pipeline.datasets.proposals import GROUND_TRUTH
 
 Metric = Literal["lvis", "coco"]
 
+_MASK_THRESHOLDS = {
+    "sam": "thresholded at the size of the image",
+    "reference": "thresholded at a shorter edge of 800, longer at most 1333, then resized by nearest neighbour, as the "
+    "authors of RegionSpot",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Protocol:
@@ -49,6 +55,7 @@ class Protocol:
         """The protocol with what the method and the engine add, for results.json and `protocol_text`."""
         manifest = method.manifest
         images, regions = len(manifest), len(manifest.boxes_xyxy)
+        mask_threshold = method.identity.get("mask_threshold")
         counted = f"best {DETECTIONS_PER_IMAGE} detections of an image"
         if self.metric == "coco":
             counted = f"all classes in all images, best {COCO_LIMITS[-1]} detections of an image and class"
@@ -67,7 +74,7 @@ class Protocol:
             "boxes": "ground truth" if self.has_true_boxes else f"detector proposals, {Path(self.boxes).name}",
             "boxes_per_image": round(regions / max(1, images), 2),
             "box": "as given, not refined",
-            "mask": "SAM's single mask for the box",
+            "mask": f"SAM's single mask for the box, {_MASK_THRESHOLDS[mask_threshold]}" if mask_threshold else None,
             "candidates_per_box": f"all {len(manifest.categories)} classes",
             "score": self.selection.score_text(manifest.scores is not None),
             "selection": self.selection.rule_text(),
@@ -79,7 +86,7 @@ class Protocol:
         }
         if not self.fixed:
             del record["fixed_ap"]
-        if not method.identity.get("masks"):
+        if not mask_threshold:
             del record["mask"]
         return record
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -21,6 +21,11 @@ from torch import Tensor
 from regionspot.pipeline.images.preprocess import Preprocess
 
 FIRST, ALL = TOKENS = ("first", "all")  # which outputs of a mask decoder are stored
+
+# The size at which masks are thresholded. "sam": that of the image, as in segment_anything. "reference": the first size
+# of the preset "reference", whatever the localizer's preset is, then resized to the image by nearest neighbour, as in
+# regionspot/util/preprocessing.py and postprocessing.py of RegionSpot's authors.
+MaskThreshold = Literal["sam", "reference"]
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,11 @@ class MaskingLocalizer(Localizer, Protocol):
     """A localizer that also computes masks."""
 
     def tokens_and_masks(
-        self, embedding: Tensor, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]
+        self,
+        embedding: Tensor,
+        boxes_xyxy: NDArray[np.float32],
+        original_size: tuple[int, int],
+        mask_threshold: MaskThreshold = "sam",
     ) -> tuple[Tensor, NDArray[np.bool_]]:
         """float32 (n, C) and bool (n, h, w): tokens of one image's boxes, and masks at the original size."""
         ...

@@ -23,7 +23,14 @@ from regionspot.cache.errors import InputError
 from regionspot.cache.machine import compute_device
 from regionspot.pipeline.backbones.builders import base_provenance, build_sam, sam_converter
 from regionspot.pipeline.backbones.dtypes import autocast, resolve_dtype
-from regionspot.pipeline.backbones.protocols import ALL, FIRST, BackboneConfig, Localizer, missing_members
+from regionspot.pipeline.backbones.protocols import (
+    ALL,
+    FIRST,
+    BackboneConfig,
+    Localizer,
+    MaskThreshold,
+    missing_members,
+)
 from regionspot.pipeline.backbones.registry import LOCALIZERS
 from regionspot.pipeline.backbones.sam_image_encoder import SamEncoder
 from regionspot.pipeline.backbones.sam_token_decoder import (
@@ -125,17 +132,25 @@ class SamLocalizer:
 
     @torch.no_grad()
     def tokens_and_masks(
-        self, embedding: Tensor, boxes_xyxy: NDArray[np.float32], original_size: tuple[int, int]
+        self,
+        embedding: Tensor,
+        boxes_xyxy: NDArray[np.float32],
+        original_size: tuple[int, int],
+        mask_threshold: MaskThreshold = "sam",
     ) -> tuple[Tensor, NDArray[np.bool_]]:
         """float32 (n, C) and bool (n, h, w): tokens of one image's boxes, and masks at the original size."""
+        by_authors = mask_threshold == "reference"
+        threshold_size = get_preprocess("reference").first_size(original_size) if by_authors else original_size
         tokens, masks = [torch.zeros(0, self.token_dim, device=self.device)], [np.zeros((0, *original_size), np.bool_)]
         boxes, size = self._scale(boxes_xyxy, original_size), self._preprocess.sam_size(original_size, self.pixels)
         embeddings, queries = embedding[None].to(self.device).float(), [FIRST_MASK_TOKEN + TOKEN_SLOT]
         for part in self._tokens.decoder.decode(embeddings, boxes, [0] * len(boxes), queries, MASK_CHUNK):
             tokens.append(part.queries[:, 0])
             logits = self._mask_logits(part.queries, part.cells, [TOKEN_SLOT])
-            full = self._sam.postprocess_masks(logits, size, original_size)
-            masks.append((full[:, 0] > self._sam.mask_threshold).cpu().numpy())
+            inside = self._sam.postprocess_masks(logits, size, threshold_size) > self._sam.mask_threshold
+            if by_authors:
+                inside = F.interpolate(inside.byte(), original_size, mode="nearest").bool()
+            masks.append(inside[:, 0].cpu().numpy())
         return torch.cat(tokens), np.concatenate(masks)
 
     @torch.no_grad()

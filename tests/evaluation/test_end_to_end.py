@@ -1,6 +1,7 @@
 """An evaluation has the same results whoever computes it: one process, several workers, a run that was killed and
 resumed, or a float32 cache. Masks are computed for what is detected."""
 
+import json
 import re
 import signal
 import socket
@@ -82,6 +83,19 @@ def test_a_killed_run_is_resumed_with_the_same_results(options, expected, tmp_pa
     done, total = map(int, re.search(r"(\d) of (\d) parts are done already", caplog.text).groups())
     assert 0 < done < total == 3
     assert re.search(r"(\d)/\1 images  [\d.]+/s  0s left  \(.*decode \d+%, encode \d+%", caplog.text)
+
+
+def test_the_threshold_of_masks_changes_masks_alone_and_is_part_of_the_identity_and_the_protocol(
+    options, expected, tmp_path
+):
+    changed, figures = results(replace(options, mask_threshold="reference", limit=2, out=tmp_path))  # a part
+    by_authors, by_sam = json.loads(changed), json.loads(expected[0])[: figures["detections"]]
+    masks = [[detection.pop("segmentation") for detection in found] for found in (by_authors, by_sam)]
+    assert masks[0] != masks[1]
+    assert by_authors == by_sam
+    assert [each["identity"]["mask_threshold"] for each in (figures, expected[1])] == ["reference", "sam"]
+    assert expected[1]["protocol"]["mask"].endswith("thresholded at the size of the image")
+    assert figures["protocol"]["mask"].endswith("as the authors of RegionSpot")
 
 
 def test_two_workers_give_the_results_of_one_process(options, expected, tmp_path, caplog):

@@ -212,6 +212,7 @@ def test_the_engine_is_that_of_the_protocol(results):
     [
         ({"selection": "first"}, "expected one of best, reference, tokenize-anything"),
         ({"score": "cube"}, "expected one of product, sqrt"),
+        ({"mask_threshold": "800"}, "expected one of sam, reference"),
         ({"metric": "coco", "fixed": True}, "fixed AP: is an LVIS AP"),
         ({"detections_per_image": 0}, "expected at least 1"),
     ],

@@ -97,6 +97,18 @@ def test_sam_gives_the_same_tokens_by_reference_and_directly_on_the_reduced_imag
     assert masks.shape == (3, 260, 341)
 
 
+def test_masks_by_the_authors_are_those_of_the_reduced_image_resized_to_the_nearest_pixel(image, reduced, boxes):
+    direct, by_reference = (load_localizer("toy_sam", preprocess=name) for name in ("direct", "reference"))
+    in_reduced = (boxes[:3].astype(np.float64) * [1049 / 341, 800 / 260, 1049 / 341, 800 / 260]).astype(np.float32)
+    _, large = direct.tokens_and_masks(direct.encode([direct.preprocess(reduced)])[0], in_reduced, (800, 1049))
+    rows, columns = np.arange(260) * 800 // 260, np.arange(341) * 1049 // 341
+    embedding = by_reference.encode([by_reference.preprocess(image)])[0]
+    _, masks = by_reference.tokens_and_masks(embedding, boxes[:3], (260, 341), "reference")
+    assert np.array_equal(masks, large[:, rows][:, :, columns])
+    _, by_sam = by_reference.tokens_and_masks(embedding, boxes[:3], (260, 341))
+    assert 0 < np.mean(by_sam != masks) < 0.05
+
+
 def test_resizing_in_strips_is_bit_identical_to_resizing_at_once(image, monkeypatch):
     whole = get_preprocess("direct").clip_input(image, 64, MEAN, STD)
     monkeypatch.setattr(preprocess, "STRIP_PIXELS", 7 * image.width)
