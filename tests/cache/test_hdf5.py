@@ -233,7 +233,7 @@ def test_a_flipped_bit_is_found_or_harmless(caches, zarr, tmp_path):
     data = bytearray((caches / "a.h5").read_bytes())
     path, rng, detected = tmp_path / "flipped.h5", random.Random(1), 0
     whole, rows = manifest_for_others(caches / "a.h5"), zarr.valid_rows(["clip", "sam"])
-    for _ in range(40):
+    for _ in range(16):  # make stress: 1,000
         at, bit = rng.randrange(len(data)), 1 << rng.randrange(8)
         data[at] ^= bit
         path.write_bytes(data)
@@ -249,7 +249,7 @@ def test_a_flipped_bit_is_found_or_harmless(caches, zarr, tmp_path):
             assert verify(cache).problems, f"byte {at} of {len(data)} told nobody"
         else:
             require_same(cache, zarr, rows, map_set="clip", token_set="sam")
-    assert detected > 15
+    assert detected > 5
 
 
 def test_the_error_of_a_damaged_file_says_copy_it_again_not_repair(caches, tmp_path):

@@ -91,7 +91,7 @@ def stress(small, small_folder, tmp_path, seed, kills):
 
 
 def test_writers_killed_at_any_moment_lose_nothing_and_end_with_the_same_bytes(small, small_folder, tmp_path):
-    assert stress(small, small_folder, tmp_path, 0, 12)["caches"] >= 1
+    assert stress(small, small_folder, tmp_path, 0, 8)["caches"] >= 1
 
 
 @pytest.mark.slow

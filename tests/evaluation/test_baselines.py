@@ -118,14 +118,11 @@ def results(world, tmp_path_factory):
     return {name: evaluate(EvaluationOptions(**options, out=out / name, baseline=name)) for name in get_args(Baseline)}
 
 
-def test_crops_are_more_accurate_than_pooling_and_slower(results):
+def test_crops_are_more_accurate_than_pooling(results):
     # Guessing one of 192 classes gives an AP of about 0.01.
     assert results["crop"]["bbox"]["AP"] > 0.3
     # The toy CLIP is not trained to align its patches with names.
     assert 0 <= results["pooled"]["bbox"]["AP"] < results["crop"]["bbox"]["AP"]
-    seconds = {name: result["seconds_per_image"]["on_shared_maps"] for name, result in results.items()}
-    assert seconds["crop"] > 3 * seconds["pooled"]
-    assert seconds["crop"] > 3 * seconds["dense"]
 
 
 def test_dense_maps_name_regions_that_the_plain_map_does_not(results):

@@ -18,7 +18,9 @@ from regionspot.pipeline.toy.world import make_toy_world
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "heads.md"
 OWN_HEAD = re.search(r"```python\n(import torch\nfrom torch import nn\n.*?)```", DOCUMENT.read_text(), re.DOTALL)[1]
-COMMANDS = re.findall(r"^    (regionspot .*)$", DOCUMENT.read_text().replace("\\\n", ""), re.MULTILINE)
+COMMANDS = re.findall(
+    r"^    (regionspot .* --head my_head.py.*)$", DOCUMENT.read_text().replace("\\\n", ""), re.MULTILINE
+)
 # A program and, below it, its output.
 EXAMPLES = re.findall(r"```python\n((?:(?!```).)*)```\n\n    (.*?)\n", DOCUMENT.read_text(), re.DOTALL)
 IMAGES = 75
