@@ -8,10 +8,9 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any, get_args
 
-from regionspot.cache.errors import AnnotationError, InputError, unknown_name
+from regionspot.cache.errors import InputError, unknown_name
 from regionspot.cache.format.manifest import Manifest
 from regionspot.evaluation.inference.baselines import Baseline
 from regionspot.evaluation.inference.on_workers import infer_on_workers
@@ -25,7 +24,7 @@ from regionspot.evaluation.options import EvaluationOptions
 from regionspot.evaluation.report.protocol import Metric, Protocol
 from regionspot.evaluation.report.results import check_results_folder, evaluate_method
 from regionspot.pipeline.backbones.protocols import MaskThreshold
-from regionspot.pipeline.datasets.registry import image_folder_of, read_split
+from regionspot.pipeline.datasets.registry import annotation_file_of, image_folder_of, read_split
 from regionspot.pipeline.distributed.cluster import check_scheduler
 
 __all__ = ["EvaluationOptions", "evaluate"]
@@ -46,7 +45,7 @@ def evaluate(options: EvaluationOptions) -> dict[str, Any]:
     selection = _selection(options)
     check_results_folder(options.out, (options.annotations, options.boxes, options.checkpoint, options.cache))
     manifest = _read_manifest(options)
-    annotations = options.annotations or _annotation_file(options.data, manifest)
+    annotations = options.annotations or annotation_file_of(options.data, manifest)
     image_folder = image_folder_of(options.dataset, options.data, options.split, manifest)
     # Before models are loaded and run for hours.
     ground_truth = read_ground_truth(annotations, federated=options.metric == "lvis")
@@ -125,12 +124,3 @@ def _check_options(options: EvaluationOptions) -> None:
         raise InputError(f"{options.detections_per_image} detections per image were requested, expected at least 1")
     if options.fixed and options.metric != "lvis":
         raise InputError("fixed AP: is an LVIS AP; leave it out, or evaluate LVIS's annotations by eval-lvis")
-
-
-def _annotation_file(data: Path, manifest: Manifest) -> Path:
-    """The annotation file that the manifest was read from: the first of its sources."""
-    name: str = next(iter(manifest.source["files"]))
-    for folder in (data, data / "annotations"):
-        if (folder / name).is_file():
-            return folder / name
-    raise AnnotationError(f"{data}: {name} no longer exists; name it with --annotations")

@@ -21,7 +21,7 @@ from regionspot.evaluation.metrics.detections import Detections
 from regionspot.evaluation.metrics.ground_truth import GroundTruth, read_ground_truth
 from regionspot.evaluation.metrics.results_file import read_results_json
 from regionspot.evaluation.report.results import CLASSES, DETECTIONS, RESULTS
-from regionspot.pipeline.datasets.registry import image_folder_of, read_split
+from regionspot.pipeline.datasets.registry import annotation_file_of, image_folder_of, read_split
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +109,7 @@ def read_split_of(runs: Sequence[Run], data: Path, annotations: Path | None = No
         if other.is_lvis != first.is_lvis:
             raise InputError(f"{other.folder}: one of it and {first.folder} has LVIS AP, the other COCO AP")
     manifest = read_split(protocol["dataset"], data, protocol["split"], annotations)
-    path = annotations or _annotation_file(data, protocol["annotations"])
+    path = annotations or annotation_file_of(data, manifest)
     expected, found = protocol["sha256"].get(path.name), manifest.source["files"].get(path.name)
     if expected != found:
         raise InputError(
@@ -118,13 +118,6 @@ def read_split_of(runs: Sequence[Run], data: Path, annotations: Path | None = No
         )
     ground_truth = read_ground_truth(path, federated=first.is_lvis).restrict(_image_ids(runs, manifest))
     return Split(ground_truth, manifest, image_folder_of(protocol["dataset"], data, protocol["split"], manifest))
-
-
-def _annotation_file(data: Path, name: str) -> Path:
-    paths = [folder / name for folder in (data, data / "annotations")]
-    if path := next((path for path in paths if path.is_file()), None):
-        return path
-    raise InputError(f"{data}: has no {name}, which the results are of; name it with --annotations")
 
 
 def _image_ids(runs: Sequence[Run], manifest: Manifest) -> NDArray[np.int64]:

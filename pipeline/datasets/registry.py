@@ -25,6 +25,7 @@ __all__ = [
     "DATASETS",
     "Dataset",
     "DatasetReport",
+    "annotation_file_of",
     "describe",
     "image_folder_of",
     "read_dataset",
@@ -225,6 +226,15 @@ def _with_verified_labels(manifest: Manifest, data: Path, split: str, classes: P
         line = f"{data}: has no {' and no '.join(missing)}: in training, classes that an image may show count as absent"
         manifest = replace(manifest, remarks=(*manifest.remarks, line))
     return with_verified_labels(manifest, classes, labels, hierarchy)
+
+
+def annotation_file_of(data: Path, manifest: Manifest) -> Path:
+    """The annotation file that the manifest was read from: the first of its sources. Raises AnnotationError."""
+    name: str = next(iter(manifest.source["files"]))
+    for folder in (data, data / "annotations"):
+        if (folder / name).is_file():
+            return folder / name
+    raise AnnotationError(f"{data}: {name} no longer exists; name it with --annotations")
 
 
 def image_folder_of(name: str, data: Path, split: str = "train", manifest: Manifest | None = None) -> Path:
