@@ -42,25 +42,6 @@ def cache(world, tmp_path_factory) -> Path:
     return path
 
 
-def test_extract_train_evaluate_and_predict_work_from_the_command_line(regionspot, world, cache, tmp_path):
-    run, results = tmp_path / "run", tmp_path / "eval"
-    train = ("train", "--cache", cache, "--preset", "toy", "--schedule", "toy", "--templates", "plain")
-    code, out, err = regionspot(*train, "--iterations", 4, "--out", run)
-    assert (code, out.startswith(f"{run}/head.safetensors: 4 steps")) == (0, True), err
-    evaluate = ("eval-lvis", "--dataset", "toy", "--data", world, "--limit", 2, "--out", results)
-    code, out, err = regionspot(*evaluate, "--checkpoint", run / "head.safetensors")
-    assert (code, "APr" in out) == (0, True), err
-    assert json.loads((results / "results.json").read_text())["images"] == 2
-    assert Image.open(results / "sheet.png").width > 600
-    image = next((world / "photos" / "train").glob("*.jpg"))
-    predict = ("predict", image, "--checkpoint", run / "head.safetensors", "--boxes", "10,10,80,90;30,40,100,120")
-    code, out, err = regionspot(*predict, "--names", "red star,blue circle", "-o", tmp_path / "named.png")
-    assert code == 0, err
-    assert [region["box"] for region in json.loads(out)] == [[10, 10, 80, 90], [30, 40, 100, 120]]
-    assert {region["name"] for region in json.loads(out)} <= {"red star", "blue circle"}
-    assert Image.open(tmp_path / "named.png").width >= 640
-
-
 def test_dataset_shows_what_was_read_and_what_is_missing(regionspot, world, tmp_path):
     copy = shutil.copytree(world, tmp_path / "copy")
     next((copy / "photos" / "train").glob("*.jpg")).unlink()

@@ -1,16 +1,21 @@
 """Training by several processes, as torchrun starts them: two of gloo on the CPU."""
 
 import os
+import signal
+import socket
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
+from makers import fork
 from safetensors.torch import load_file
 from small_training import CONFIG, make_cache, make_vocabulary
 
 from regionspot.fusion.tensor_file import read_document
+from regionspot.fusion.training import step
 from regionspot.fusion.training.metrics import read_metrics
 from regionspot.fusion.training.train import train
 
@@ -18,23 +23,14 @@ from regionspot.fusion.training.train import train
 WITHOUT_DROPOUT = replace(CONFIG, dropout=0.0, iterations=16)
 
 SCRIPT = """
-import os, signal, sys
+import os, sys
 from pathlib import Path
 sys.path[:0] = map(str, Path(sys.argv[1]).parents[:2])
 import torch
 torch.set_num_threads(1)
-from test_distributed import WITHOUT_DROPOUT, make_vocabulary, replace, train
+from test_distributed import WITHOUT_DROPOUT, make_vocabulary, train
 from regionspot.cache.store import FeatureCache
-import regionspot.fusion.training.step as step
-config = replace(WITHOUT_DROPOUT, iterations=int(sys.argv[4]))
-original_loss, calls = step.region_loss, []
-def region_loss(*arguments, **options):
-    calls.append(1)
-    if len(calls) == int(sys.argv[5]) and os.environ["RANK"] == "1":
-        os.kill(os.getpid(), signal.SIGTERM)
-    return original_loss(*arguments, **options)
-step.region_loss = region_loss
-result = train([FeatureCache.open(sys.argv[2])], [make_vocabulary()], Path(sys.argv[3]), config, resume=True,
+result = train([FeatureCache.open(sys.argv[2])], [make_vocabulary()], Path(sys.argv[3]), WITHOUT_DROPOUT,
                checkpoint_every=8, log_every=4)
 assert (result is None) == (os.environ["RANK"] == "1")
 """
@@ -45,13 +41,12 @@ def cache(tmp_path_factory):
     return make_cache(tmp_path_factory.mktemp("caches") / "a.zarr")
 
 
-def train_with_two_processes(cache, out, iterations, signal_in_step=0) -> subprocess.CompletedProcess:
-    script = out.parent / "two.py"
-    script.write_text(SCRIPT)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    arguments = [script, __file__, cache.path, out, iterations, signal_in_step]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=60)
+@pytest.fixture(scope="module")
+def one(cache, tmp_path_factory) -> Path:
+    """The run of one process."""
+    out = tmp_path_factory.mktemp("runs") / "one"
+    train([cache], [make_vocabulary()], out, WITHOUT_DROPOUT, checkpoint_every=8, log_every=4)
+    return out
 
 
 def require_equal(one: Path, other: Path) -> None:
@@ -71,17 +66,44 @@ def require_equal(one: Path, other: Path) -> None:
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
 
 
-def test_two_processes_train_the_head_of_one_with_the_same_batches(cache, tmp_path):
-    train([cache], [make_vocabulary()], tmp_path / "one", WITHOUT_DROPOUT, checkpoint_every=8, log_every=4)
-    result = train_with_two_processes(cache, tmp_path / "two", 16)
+def test_two_processes_of_torchrun_train_the_head_of_one_with_the_same_batches(cache, one, tmp_path):
+    (tmp_path / "two.py").write_text(SCRIPT)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    arguments = [tmp_path / "two.py", __file__, cache.path, tmp_path / "two"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=60
+    )
     assert result.returncode == 0, result.stderr
-    require_equal(tmp_path / "one", tmp_path / "two")
+    require_equal(one, tmp_path / "two")
 
 
-def test_a_signal_to_one_process_stops_all_and_one_process_finishes_the_run(cache, tmp_path):
-    result = train_with_two_processes(cache, tmp_path / "two", 16, signal_in_step=6)
-    assert result.returncode != 0
+def test_a_signal_to_one_process_stops_all_and_one_process_finishes_the_run(cache, one, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def train_rank(rank: int) -> None:
+        of_torchrun = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": 2,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+        os.environ.update({name: str(value) for name, value in of_torchrun.items()})
+        original_loss, calls = step.region_loss, []
+
+        def region_loss(*arguments, **options):
+            calls.append(1)
+            if len(calls) == 6 and rank == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return original_loss(*arguments, **options)
+
+        step.region_loss = region_loss
+        train([cache], [make_vocabulary()], tmp_path / "two", WITHOUT_DROPOUT, checkpoint_every=8, log_every=4)
+
+    processes = [fork(partial(train_rank, rank)) for rank in (0, 1)]
+    assert all(os.waitpid(process, 0)[1] for process in processes)
     assert read_document(tmp_path / "two/last.state.safetensors")["step"] == 8
     train([cache], [make_vocabulary()], tmp_path / "two", WITHOUT_DROPOUT, resume=True, checkpoint_every=8, log_every=4)
-    train([cache], [make_vocabulary()], tmp_path / "one", WITHOUT_DROPOUT, checkpoint_every=8, log_every=4)
-    require_equal(tmp_path / "one", tmp_path / "two")
+    require_equal(one, tmp_path / "two")
