@@ -202,7 +202,7 @@ def kinds(tmp_path_factory) -> dict[str, tuple[bytes, Callable, Read]]:
     )
     save_checkpoint(folder / "head.safetensors", spec, spec.build(), info)
     torch.save({"model": {"to_clip.weight": torch.ones(2, 2)}, "epoch": 1}, folder / "head.pth")
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 60, 3), np.uint8))
 
     def checkpoint(path: Path) -> None:
         head_features(path, load_checkpoint(path).info)
@@ -221,7 +221,7 @@ def kinds(tmp_path_factory) -> dict[str, tuple[bytes, Callable, Read]]:
         "checkpoint": ((folder / "head.safetensors").read_bytes(), changed_tensors, checkpoint),
         "released checkpoint": ((folder / "head.pth").read_bytes(), changed_bytes, load_checkpoint),
         **{
-            format: (encode(picture, format), changed_bytes, read_image)
+            format: (encode(image, format), changed_bytes, read_image)
             for format in ("JPEG", "PNG", "GIF", "WEBP", "TIFF", "BMP")
         },
     }

@@ -33,7 +33,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Difference:
-    """The difference of a figure to that of the first run, its interval at 95 %, and what this means in words."""
+    """The difference of a figure to that of the first run, its interval at 95 %, and what this means."""
 
     value: float
     low: float

@@ -1,4 +1,4 @@
-"""A contact sheet of found regions, each in its surroundings."""
+"""A contact sheet of found regions, each with what is around it."""
 
 from __future__ import annotations
 

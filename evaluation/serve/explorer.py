@@ -118,7 +118,7 @@ class CacheExplorer:
         return content.getvalue()
 
     def crop(self, row: int, number: int, side: int) -> bytes:
-        """A region in its surroundings, JPEG."""
+        """A region with what is around it, JPEG."""
         region = self.image(row)["regions"][number : number + 1]
         if not region:
             raise InputError(f"image row {row}: has no region {number}")

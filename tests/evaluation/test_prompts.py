@@ -39,7 +39,7 @@ def zero_shot(backbones):
 
 
 @pytest.fixture(scope="module")
-def picture(world):
+def toy_image(world):
     """An image of the toy world, its boxes and the names of what they show."""
     manifest = read_dataset("toy", world, "val")
     regions = manifest.regions(0)
@@ -60,8 +60,8 @@ def same_names(one, other):
     assert [region.score for region in one] == pytest.approx([region.score for region in other], abs=1e-5)
 
 
-def test_a_mask_has_the_result_of_the_box_around_it_and_is_returned(spot, picture):
-    path, boxes, _ = picture
+def test_a_mask_has_the_result_of_the_box_around_it_and_is_returned(spot, toy_image):
+    path, boxes, _ = toy_image
     of_boxes = spot.predict(path, boxes[:2], NAMES)
     masks = np.zeros((2, *of_boxes[0].mask.shape), bool)
     for mask, (x1, y1, x2, y2) in zip(masks, boxes[:2].astype(int), strict=True):
@@ -71,8 +71,8 @@ def test_a_mask_has_the_result_of_the_box_around_it_and_is_returned(spot, pictur
     assert np.array_equal([region.mask for region in of_masks], masks)
 
 
-def test_a_point_has_the_result_of_the_box_around_what_is_segmented_there(spot, picture):
-    path, boxes, _ = picture
+def test_a_point_has_the_result_of_the_box_around_what_is_segmented_there(spot, toy_image):
+    path, boxes, _ = toy_image
     image = spot.encode(path)
     x, y = (boxes[0, :2] + boxes[0, 2:]) / 2
     prompts = [(x, y), [(x, y, 1), (boxes[0, 0], boxes[0, 1], 1), (5, 5, 0)]]
@@ -87,18 +87,18 @@ def test_a_point_has_the_result_of_the_box_around_what_is_segmented_there(spot, 
     same_names(regions, spot.predict(image, [region.box_xyxy for region in regions], NAMES))
 
 
-def test_without_boxes_regions_are_proposed(spot, picture, more_points):
-    image = spot.encode(picture[0])
+def test_without_boxes_regions_are_proposed(spot, toy_image, more_points):
+    image = spot.encode(toy_image[0])
     proposed = spot.localizer.propose_boxes(image.embedding, image.size)
     regions = spot.predict(image, names=NAMES)
     assert len(regions) > 2
     assert [region.box_xyxy for region in regions] == [tuple(box) for box in proposed.tolist()]
 
 
-def test_no_proposal_is_no_region_and_a_warning(spot, picture, caplog, monkeypatch):
+def test_no_proposal_is_no_region_and_a_warning(spot, toy_image, caplog, monkeypatch):
     monkeypatch.setattr(sam, "POINTS_PER_SIDE", 2)
-    assert spot.predict(picture[0], names=NAMES) == []
-    assert f"{picture[0]}: toy_sam proposes no region; give boxes" in caplog.text
+    assert spot.predict(toy_image[0], names=NAMES) == []
+    assert f"{toy_image[0]}: toy_sam proposes no region; give boxes" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -113,19 +113,19 @@ def test_no_proposal_is_no_region_and_a_warning(spot, picture, caplog, monkeypat
         ({"masks": [], "points": []}, "give either boxes, points or masks"),
     ],
 )
-def test_invalid_points_and_masks_are_refused(spot, picture, prompts, message):
+def test_invalid_points_and_masks_are_refused(spot, toy_image, prompts, message):
     with pytest.raises(InputError, match=message):
-        spot.predict(picture[0], names=NAMES, **prompts)
+        spot.predict(toy_image[0], names=NAMES, **prompts)
 
 
-def test_an_empty_mask_is_refused(spot, picture):
-    image = spot.encode(picture[0])
+def test_an_empty_mask_is_refused(spot, toy_image):
+    image = spot.encode(toy_image[0])
     with pytest.raises(InputError, match="mask 1 of 1 has no pixel"):
         spot.predict(image, names=NAMES, masks=np.zeros((1, *image.size), bool))
 
 
-def test_an_iterable_of_images_gives_one_result_after_the_other(spot, picture):
-    path, boxes, _ = picture
+def test_an_iterable_of_images_gives_one_result_after_the_other(spot, toy_image):
+    path, boxes, _ = toy_image
     pixels = np.asarray(Image.open(path).convert("RGB"))
     results = spot.predict((image for image in (path, pixels)), [boxes[:1], boxes[1:3]], NAMES)
     same_names(next(results), spot.predict(path, boxes[:1], NAMES))
@@ -135,8 +135,8 @@ def test_an_iterable_of_images_gives_one_result_after_the_other(spot, picture):
         list(spot.predict([path, path], [boxes], NAMES))
 
 
-def test_other_names_need_no_image(spot, picture):
-    path, boxes, _ = picture
+def test_other_names_need_no_image(spot, toy_image):
+    path, boxes, _ = toy_image
     regions = spot.predict(path, boxes[:2], NAMES)
     other = ["red ring", "green star"]
     renamed = spot.rename(regions, other)
@@ -144,8 +144,8 @@ def test_other_names_need_no_image(spot, picture):
     assert np.array_equal(renamed[1].mask, regions[1].mask)
 
 
-def test_the_score_is_the_softmax_of_the_embeddings_cosines(spot, picture):
-    path, boxes, _ = picture
+def test_the_score_is_the_softmax_of_the_embeddings_cosines(spot, toy_image):
+    path, boxes, _ = toy_image
     region = spot.predict(path, boxes[:1], NAMES, top=3)[0]
     text = spot.vocabulary(NAMES).embeddings.numpy()
     cosines = text @ region.embedding
@@ -155,8 +155,8 @@ def test_the_score_is_the_softmax_of_the_embeddings_cosines(spot, picture):
     assert region.score == pytest.approx(1 / expected.sum(), abs=1e-4)
 
 
-def test_a_region_that_no_name_fits_is_unknown(spot, picture):
-    path, boxes, _ = picture
+def test_a_region_that_no_name_fits_is_unknown(spot, toy_image):
+    path, boxes, _ = toy_image
     similarities = sorted(region.similarity for region in spot.predict(path, boxes, NAMES))
     between = (similarities[0] + similarities[1]) / 2
     regions = spot.predict(path, boxes, NAMES, unknown_below=between)
@@ -176,8 +176,8 @@ def test_the_threshold_keeps_the_precision_and_as_many_regions_as_it_allows():
     assert threshold_at_precision([], [], 0.9) == float("inf")
 
 
-def test_regions_as_coco_results(spot, picture):
-    path, boxes, _ = picture
+def test_regions_as_coco_results(spot, toy_image):
+    path, boxes, _ = toy_image
     regions = spot.predict(path, boxes[:2], NAMES)
     results = json.loads(json.dumps(regions.to_coco(7)))
     for region, result in zip(regions, results, strict=True):
@@ -191,9 +191,9 @@ def test_regions_as_coco_results(spot, picture):
         regions.to_coco(7, {"dog": 1})
 
 
-def test_regions_as_detections_of_supervision(spot, picture):
+def test_regions_as_detections_of_supervision(spot, toy_image):
     supervision = pytest.importorskip("supervision")
-    path, boxes, _ = picture
+    path, boxes, _ = toy_image
     regions = spot.predict(path, boxes[:2], NAMES)
     detections = regions.to_supervision()
     assert detections.xyxy.tolist() == boxes[:2].tolist()
@@ -206,8 +206,8 @@ def test_regions_as_detections_of_supervision(spot, picture):
 
 
 @pytest.mark.parametrize("method", ["dense", "crop"])
-def test_without_a_head_regions_are_named_by_clip(backbones, picture, method):
-    path, boxes, names = picture
+def test_without_a_head_regions_are_named_by_clip(backbones, toy_image, method):
+    path, boxes, names = toy_image
     spot = RegionSpot(None, *backbones, ["{}."], method=method)
     candidates = sorted({*names, *NAMES})
     regions = spot.predict(path, boxes, candidates)
@@ -219,8 +219,8 @@ def test_without_a_head_regions_are_named_by_clip(backbones, picture, method):
         _ = spot.head
 
 
-def test_the_dense_map_is_averaged_over_a_given_mask(zero_shot, picture):
-    path, boxes, _ = picture
+def test_the_dense_map_is_averaged_over_a_given_mask(zero_shot, toy_image):
+    path, boxes, _ = toy_image
     image = zero_shot.encode(path)
     mask = np.zeros((1, *image.size), bool)
     x1, y1, x2, y2 = boxes[0].astype(int)
@@ -232,9 +232,9 @@ def test_the_dense_map_is_averaged_over_a_given_mask(zero_shot, picture):
     assert of_mask.embedding @ of_box.embedding < 0.9999
 
 
-def test_boxes_without_masks_do_not_run_sam_without_a_head(zero_shot, picture, monkeypatch):
+def test_boxes_without_masks_do_not_run_sam_without_a_head(zero_shot, toy_image, monkeypatch):
     monkeypatch.setattr(zero_shot.localizer, "encode", lambda images: pytest.fail("SAM was run"))
-    path, boxes, _ = picture
+    path, boxes, _ = toy_image
     assert zero_shot.predict(path, boxes, NAMES, with_masks=False)[0].mask is None
 
 
