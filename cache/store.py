@@ -7,6 +7,7 @@ leaves whole parts or none.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -47,9 +48,17 @@ class FeatureCache:
     """
 
     def __init__(
-        self, storage: Storage, header: Header, manifest: Manifest, mode: Mode, check: Check, access: Access
+        self,
+        storage: Storage,
+        header: Header,
+        manifest: Manifest,
+        mode: Mode,
+        check: Check,
+        access: Access,
+        manifest_on_disk: bool = False,
     ) -> None:
         self.storage, self.manifest, self.mode, self.check, self.access = storage, manifest, mode, check, access
+        self._manifest_on_disk = manifest_on_disk
         self.path = storage.folder if isinstance(storage, LocalStorage) else storage.address
         self.geometry: Geometry = header.geometry
         self.categories: tuple[Category, ...] = header.categories
@@ -82,6 +91,7 @@ class FeatureCache:
         *,
         local_copy: str | Path | None = None,
         local_limit: str | int | None = None,
+        manifest_on_disk: bool = False,
     ) -> FeatureCache:
         """Open a cache: "r" to read, which never writes; "a" to extract into.
 
@@ -93,6 +103,9 @@ class FeatureCache:
         local_copy, local_limit
                 for a remote cache: a folder that keeps the files read so far, and its maximum size, in bytes or as
                 "500GB"; the least recently used files are removed first
+        manifest_on_disk
+                keep the large columns of the manifest, 28 bytes a region, in temporary files (of TMPDIR) instead of
+                memory: the kernel drops what it needs the space of
 
         Raises NotACacheError, SchemaVersionError, and CacheError for "a" without write permission.
         """
@@ -114,7 +127,8 @@ class FeatureCache:
             storage.check_writable()
             for folder in header.folders():
                 storage.remove_abandoned(folder)
-        return cls(storage, header, load_manifest(storage, header), mode, check, access)
+        manifest = load_manifest(storage, header, manifest_on_disk)
+        return cls(storage, header, manifest, mode, check, access, manifest_on_disk)
 
     def __len__(self) -> int:
         return len(self.manifest)
@@ -124,7 +138,8 @@ class FeatureCache:
 
     def __reduce__(self) -> tuple[object, ...]:
         # A worker process reopens the cache by its address: the manifest may hold gigabytes.
-        return FeatureCache.open, (self.storage, self.mode, self.check, self.access)
+        reopen = partial(FeatureCache.open, manifest_on_disk=self._manifest_on_disk)
+        return reopen, (self.storage, self.mode, self.check, self.access)
 
     @property
     def part_size(self) -> int:

@@ -146,7 +146,9 @@ def train(
         raise InputError(f"--val-annotations {val_annotations}: needs a cache of these images; give --val-cache, too")
     backbones = get_preset(pair)
     tokens, maps = stored_name(localizer or backbones.localizer), stored_name(encoder or backbones.encoder)
-    caches = [FeatureCache.open(path, local_copy=local_copy, local_limit=local_limit) for path in cache]
+    caches = [
+        FeatureCache.open(path, local_copy=local_copy, local_limit=local_limit, manifest_on_disk=True) for path in cache
+    ]
     text = partial(
         cache_vocabulary,
         map_set=maps,

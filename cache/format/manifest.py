@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -47,12 +47,32 @@ class Ragged:
     values: NDArray[np.int32]
 
 
+class _Deferred:
+    """A field that may be given as a function, which is called when the field is first used."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = f"_{name}"
+
+    def __get__(self, instance: Any, owner: type) -> NDArray[Any]:
+        if instance is None:
+            raise AttributeError(self._name)  # which tells `dataclass` that there is no default
+        values = vars(instance)
+        if callable(values[self._name]):
+            values[self._name] = values[self._name]()
+        column: NDArray[Any] = values[self._name]
+        return column
+
+    def __set__(self, instance: Any, value: NDArray[Any] | Callable[[], NDArray[Any]]) -> None:
+        vars(instance)[self._name] = value
+
+
 @dataclass(frozen=True)
 class Manifest:
     """One dataset split: N images, M regions.
 
     image_ids       int64   (N,)      the dataset's id (OpenImages: its 16 hex digits read as a signed 64-bit number)
-    paths           string  (N,)      relative to the image folder, with forward slashes (numpy StringDType)
+    paths           string  (N,)      relative to the image folder, with forward slashes (numpy StringDType); may be
+                                      given as a function, called on first use
     heights, widths int32   (N,)      pixels of the original image, from the annotations
     offsets         int64   (N + 1,)  regions of row n are offsets[n]:offsets[n + 1]
     boxes_xyxy      float32 (M, 4)    x1, y1, x2, y2 in pixels of the original image, clipped to it
@@ -72,7 +92,6 @@ class Manifest:
     dataset: str
     split: str
     image_ids: NDArray[np.int64]
-    paths: NDArray[Any]
     heights: NDArray[np.int32]
     widths: NDArray[np.int32]
     offsets: NDArray[np.int64]
@@ -80,6 +99,7 @@ class Manifest:
     category_index: NDArray[np.int32]
     annotation_ids: NDArray[np.int64]
     categories: tuple[Category, ...]
+    paths: _Deferred = _Deferred()  # required: a descriptor that gives no default
     scores: NDArray[np.float32] | None = None
     negatives: Ragged | None = None
     not_exhaustive: Ragged | None = None
@@ -91,12 +111,12 @@ class Manifest:
         images, regions = len(self.image_ids), len(self.boxes_xyxy)
         lengths = dict.fromkeys(_IMAGE_COLUMNS, images) | dict.fromkeys((*_REGION_COLUMNS, "scores"), regions)
         for name, expected in (lengths | {"offsets": images + 1}).items():
-            column = getattr(self, name)
-            if column is not None and len(column) != expected:
+            column = vars(self)["_paths"] if name == "paths" else getattr(self, name)
+            if column is not None and not callable(column) and len(column) != expected:
                 raise InputError(
                     f"manifest {self.dataset}/{self.split}: {name} has {len(column)} entries, expected {expected}"
                 )
-        if self.offsets[0] != 0 or self.offsets[-1] != regions or (np.diff(self.offsets) < 0).any():
+        if self.offsets[0] != 0 or self.offsets[-1] != regions or (self.offsets[1:] < self.offsets[:-1]).any():
             raise InputError(
                 f"manifest {self.dataset}/{self.split}: offsets must ascend from 0 to {regions}, the number of boxes"
             )

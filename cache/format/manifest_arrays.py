@@ -6,7 +6,9 @@ Row `p` of a region array holds the regions of part `p`, padded to the largest p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ from regionspot.cache.format.header import Header
 from regionspot.cache.format.manifest import NO_CATEGORY, Manifest, Ragged
 from regionspot.cache.format.schema import Geometry
 from regionspot.cache.storage.base import Storage
+from regionspot.cache.storage.scratch_array import scratch_array
+
+Allocate = Callable[[tuple[int, ...], Any], NDArray[Any]]  # an array of a shape and dtype, like np.empty
 
 # With "." a chunk is one file `c.42.0.0`; the default "/" needs two folders for each.
 CHUNK_KEYS: Any = {"name": "default", "separator": "."}
@@ -95,20 +100,21 @@ def _parts_per_chunk(geometry: Geometry) -> int:
     return min(max(_REGION_CHUNK_BYTES // (geometry.capacity * 16), 1), geometry.n_parts)
 
 
-def load_manifest(storage: Storage, header: Header) -> Manifest:
-    """Read the manifest.
+def load_manifest(storage: Storage, header: Header, on_disk: bool = False) -> Manifest:
+    """Read the manifest; with `on_disk`, its large columns are in temporary files. The paths are read on first use.
 
     Raises NotACacheError when its arrays are damaged or do not match the header.
     """
     cache = storage.address
     rewritten = _require_undamaged(storage, header)
     try:
-        # Consolidated metadata by other programs may be out of date; each array's own metadata is not.
-        group = zarr.open_group(storage.zarr_store(), mode="r", zarr_format=3, use_consolidated=False)
-        manifest = _read_manifest(group, header, storage.readers)
+        manifest = _read_manifest(storage, header, scratch_array if on_disk else np.empty)
+        if not rewritten:
+            # Files that are unchanged hold what the digest was computed from; computing it takes as long as reading.
+            vars(manifest)["_digest"] = header.digest
         problem = "" if manifest.digest() == header.digest else "do not match the digest in zarr.json"
     except Exception as error:  # each zarr codec raises its own kind
-        problem = f"cannot be read ({' '.join(str(error).split()):.200})"
+        problem = _unreadable(error)
     if not problem:
         return manifest
     if rewritten:
@@ -145,20 +151,21 @@ def _is_verified_by_digest(name: str) -> bool:
     return name.endswith("/zarr.json") and not name.startswith(("images/negative", "images/not_exhaustive"))
 
 
-def _read_manifest(group: zarr.Group, header: Header, threads: int) -> Manifest:
-    offsets = _offsets(_column(group, "images/region_count"))
+def _read_manifest(storage: Storage, header: Header, allocate: Allocate) -> Manifest:
+    group, geometry = _open_group(storage), header.geometry
+    offsets = _offsets(_column(group, "images/region_count"), allocate)
     regions = ["box", "category", "annotation_id", *(["score"] if "regions/score" in group else [])]
     # In parallel: each is decompressed by one thread, and millions of boxes take two seconds.
-    with ThreadPoolExecutor(threads) as pool:
+    with ThreadPoolExecutor(storage.readers) as pool:
         columns = {
-            name: pool.submit(_read_regions, group, f"regions/{name}", offsets, header.geometry) for name in regions
+            name: pool.submit(_read_regions, group, f"regions/{name}", offsets, geometry, allocate) for name in regions
         }
-        columns |= {name: pool.submit(_column, group, f"images/{name}") for name in ("path", "id", "height", "width")}
+        columns |= {name: pool.submit(_column, group, f"images/{name}", allocate) for name in ("id", "height", "width")}
     return Manifest(
         dataset=header.dataset,
         split=header.split,
         image_ids=columns["id"].result(),
-        paths=columns["path"].result(),
+        paths=partial(_read_paths, storage),
         heights=columns["height"].result(),
         widths=columns["width"].result(),
         offsets=offsets,
@@ -167,15 +174,38 @@ def _read_manifest(group: zarr.Group, header: Header, threads: int) -> Manifest:
         annotation_ids=columns["annotation_id"].result(),
         categories=header.categories,
         scores=columns["score"].result() if "score" in columns else None,
-        negatives=_read_ragged(group, "negative"),
-        not_exhaustive=_read_ragged(group, "not_exhaustive"),
+        negatives=_read_ragged(group, "negative", allocate),
+        not_exhaustive=_read_ragged(group, "not_exhaustive", allocate),
         source=header.source,
         report=header.report,
     )
 
 
-def _column(group: zarr.Group, name: str) -> NDArray[Any]:
-    return np.asarray(_array(group, name)[:])
+def _open_group(storage: Storage) -> zarr.Group:
+    # Consolidated metadata by other programs may be out of date; each array's own metadata is not.
+    return zarr.open_group(storage.zarr_store(), mode="r", zarr_format=3, use_consolidated=False)
+
+
+def _read_paths(storage: Storage) -> NDArray[Any]:
+    """Raises NotACacheError when they cannot be read any more: their files were unchanged when the cache was opened."""
+    try:
+        return np.asarray(_array(_open_group(storage), "images/path")[:])
+    except Exception as error:  # each zarr codec raises its own kind
+        raise NotACacheError(
+            f"{storage.address}: images/path {_unreadable(error)}; restore it from a copy of the cache"
+        ) from None
+
+
+def _unreadable(error: Exception) -> str:
+    return f"cannot be read ({' '.join(str(error).split()):.200})"
+
+
+def _column(group: zarr.Group, name: str, allocate: Allocate = np.empty) -> NDArray[Any]:
+    array = _array(group, name)
+    values = allocate(array.shape, array.dtype)
+    for first in range(0, len(values), array.chunks[0]):
+        values[first : first + array.chunks[0]] = array[first : first + array.chunks[0]]
+    return values
 
 
 def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -185,23 +215,29 @@ def _array(group: zarr.Group, name: str) -> zarr.Array[Any]:
     return array
 
 
-def _offsets(counts: NDArray[np.int32]) -> NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+def _offsets(counts: NDArray[np.int32], allocate: Allocate) -> NDArray[np.int64]:
+    offsets: NDArray[np.int64] = allocate((len(counts) + 1,), np.int64)
+    offsets[0] = 0
+    np.cumsum(counts, out=offsets[1:])
+    return offsets
 
 
-def _read_ragged(group: zarr.Group, name: str) -> Ragged | None:
+def _read_ragged(group: zarr.Group, name: str, allocate: Allocate) -> Ragged | None:
     if f"images/{name}_count" not in group:
         return None
-    return Ragged(_offsets(_column(group, f"images/{name}_count")), _column(group, f"images/{name}_category"))
+    offsets = _offsets(_column(group, f"images/{name}_count"), allocate)
+    return Ragged(offsets, _column(group, f"images/{name}_category", allocate))
 
 
-def _read_regions(group: zarr.Group, name: str, offsets: NDArray[np.int64], geometry: Geometry) -> NDArray[Any]:
+def _read_regions(
+    group: zarr.Group, name: str, offsets: NDArray[np.int64], geometry: Geometry, allocate: Allocate
+) -> NDArray[Any]:
     """A region column without padding, read a few parts at a time: with padding it may be twice as large."""
     array = _array(group, name)
     if array.shape[0] != geometry.n_parts:  # otherwise the rest of `values` would stay uninitialised
         raise ValueError(f"{name} has {array.shape[0]} parts, expected {geometry.n_parts}")
     starts = _part_starts(offsets, geometry)
-    values = np.empty((int(starts[-1]), *array.shape[2:]), dtype=array.dtype)
+    values = allocate((int(starts[-1]), *array.shape[2:]), array.dtype)
     step = array.chunks[0]
     for first in range(0, geometry.n_parts, step):
         block = np.asarray(array[first : first + step])

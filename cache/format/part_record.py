@@ -112,7 +112,8 @@ def part_identity(rows: range, manifest: Manifest, set_crc: int) -> int:
     """
     crc, images = set_crc, slice(rows.start, rows.stop)
     regions = slice(int(manifest.offsets[rows.start]), int(manifest.offsets[rows.stop]))
-    for column in (manifest.image_ids[images], manifest.region_count[images], manifest.boxes_xyxy[regions]):
+    counts = np.diff(manifest.offsets[rows.start : rows.stop + 1])
+    for column in (manifest.image_ids[images], counts, manifest.boxes_xyxy[regions]):
         crc = google_crc32c.extend(crc, np.ascontiguousarray(column).tobytes())
     return int(crc)
 

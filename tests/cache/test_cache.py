@@ -12,7 +12,7 @@ import sys
 import threading
 import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from regionspot.cache import (
     FeatureSet,
     ImageFeatures,
     InputError,
+    Manifest,
     NotACacheError,
     NotExtractedError,
     ProvenanceMismatchError,
@@ -140,8 +141,8 @@ def test_a_stored_manifest_equals_the_original(tmp_path, manifest):
         FeatureCache.create(tmp_path / name, original, [MAPS], part_size=3)
         loaded = FeatureCache.open(tmp_path / name).manifest
         assert loaded.digest() == original.digest()
-        for field, value in vars(original).items():
-            stored = getattr(loaded, field)
+        for field in fields(Manifest):
+            value, stored = getattr(original, field.name), getattr(loaded, field.name)
             if isinstance(value, np.ndarray):
                 np.testing.assert_array_equal(stored, value, strict=True)
             elif isinstance(value, Ragged):
