@@ -77,7 +77,8 @@ def summary_of(path: Path) -> RunSummary:
             path=str(path),
             preset=record["preset"],
             head=config.get("head", "fusion"),  # the only one of earlier versions
-            data=[f"{cache['dataset']} {cache['split']}" for cache in caches],
+            # Once: the views of a cache are recorded one by one.
+            data=list(dict.fromkeys(f"{cache['dataset']} {cache['split']}" for cache in caches)),
             step=lines[-1]["step"] if running and lines else saved,
             iterations=iterations,
             loss=lines[-1]["loss"] if lines else None,

@@ -19,7 +19,7 @@ def folder(tmp_path_factory):
     scores = iter([0.25, 0.5, 0.125, 0.25])
     out, linear = folder / "deeper" / "stopped", replace(config, head="linear")
     train(
-        [cache, cache],
+        [cache, make_cache(folder / "other.zarr", seed=1)],
         [make_vocabulary()] * 2,
         out,
         linear,
@@ -41,7 +41,7 @@ def test_the_table_lists_every_run_below_a_folder(regionspot, folder):
     assert code == 0
     assert header.split() == ["run", "preset", "head", "data", "steps", "loss", "best", "images/s", "state"]
     cells = [line.removeprefix(str(folder)).split() for line in lines]
-    assert cells[0][:7] == ["/deeper/stopped", "-", "linear", "small0", "train", "+", "small0"]
+    assert cells[0][:7] == ["/deeper/stopped", "-", "linear", "small0", "train", "+", "small1"]
     assert cells[0][8] == "4/8"
     assert (cells[0][10:12], cells[0][-1]) == (["AP", "0.5000"], "stopped")
     assert cells[1][:6] == ["/finished", "toy", "fusion", "small0", "train", "4/4"]

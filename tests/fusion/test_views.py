@@ -13,6 +13,7 @@ from small_training import CONFIG, feature_sets, make_cache, make_vocabulary, sm
 from regionspot.cache.errors import InputError
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.training.batches import read_batches
+from regionspot.fusion.training.runs import summary_of
 from regionspot.fusion.training.train import train
 from regionspot.fusion.training.training_sets import open_flipped, open_training_set
 
@@ -75,6 +76,7 @@ def test_every_cache_keeps_its_share_of_the_batches(cache, tmp_path):
     assert [(one["map"]["name"], one["share"]) for one in saved] == [
         ("maps", 0.375), ("maps.flip", 0.375), ("maps", 0.125), ("maps.flip", 0.125),
     ]  # fmt: skip
+    assert summary_of(tmp_path / "run").data == ["small0 train"]  # each dataset once
 
 
 def test_a_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(cache, tmp_path):
