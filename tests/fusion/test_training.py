@@ -2,8 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
@@ -11,6 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from forked import ForkedCommand
 from makers import files_under
 from safetensors.torch import load_file
 from small_training import CLASSES, CONFIG, IMAGES, feature_sets, make_cache, make_vocabulary, small_manifest
@@ -257,14 +256,11 @@ def test_metrics_are_written_every_interval_and_at_every_checkpoint(uninterrupte
 SCRIPT = """
 import os, signal, sys, time
 from pathlib import Path
-sys.path[:0] = map(str, Path(sys.argv[1]).parents[:2])
-import torch
-torch.set_num_threads(1)
 from regionspot.cache.store import FeatureCache
 from regionspot.fusion.training.train import train
 from small_training import CONFIG, make_vocabulary
 module, step = sys.modules["regionspot.fusion.training.train"], sys.modules["regionspot.fusion.training.step"]
-number, while_waiting, seconds = int(sys.argv[4]), sys.argv[5] == "waiting", float(sys.argv[6])
+number, while_waiting, seconds = int(sys.argv[3]), sys.argv[4] == "waiting", float(sys.argv[5])
 original_loss, original_batches, calls = step.region_loss, module.read_batches, []
 
 def region_loss(*arguments, **options):
@@ -281,14 +277,18 @@ def read_batches(*arguments, **options):
         yield batch
 
 step.region_loss, module.read_batches = region_loss, read_batches
-train([FeatureCache.open(sys.argv[2])], [make_vocabulary()], Path(sys.argv[3]), CONFIG, preset="toy",
-      checkpoint_every=10, checkpoint_seconds=seconds, log_every=4)
+try:
+    train([FeatureCache.open(sys.argv[1])], [make_vocabulary()], Path(sys.argv[2]), CONFIG, preset="toy",
+          checkpoint_every=10, checkpoint_seconds=seconds, log_every=4)
+except KeyboardInterrupt:  # as Python's main program ends by it
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    os.kill(os.getpid(), signal.SIGINT)
 """
 
 
-def run_with_signal(cache, out, number, when="in a step", seconds=600.0) -> subprocess.CompletedProcess:
-    arguments = [__file__, cache.path, out, int(number), when.split()[-1], seconds]
-    return subprocess.run([sys.executable, "-c", SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+def require_ends_by(cache, out, number, when="in a step", seconds=600.0) -> None:
+    code, lines = ForkedCommand(cache.path, out, int(number), when.split()[-1], seconds, code=SCRIPT).end()
+    assert code == -number, lines
 
 
 def saved_step(out) -> int:
@@ -309,8 +309,7 @@ def resume(cache, out, config=CONFIG):
 
 def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(cache, uninterrupted, tmp_path):
     out = tmp_path / "run"
-    killed = run_with_signal(cache, out, signal.SIGKILL)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    require_ends_by(cache, out, signal.SIGKILL)
     assert saved_step(out) == 20
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"step": 24, "loss": 1.0}\n{"step": 2')
@@ -321,8 +320,7 @@ def test_a_killed_and_resumed_run_is_bitwise_equal_to_an_uninterrupted_one(cache
 def test_checkpoints_by_time_do_not_change_the_results(cache, uninterrupted, tmp_path):
     """Here after every step. The run stops inside an interval of the metrics."""
     out = tmp_path / "run"
-    killed = run_with_signal(cache, out, signal.SIGKILL, seconds=1e-9)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    require_ends_by(cache, out, signal.SIGKILL, seconds=1e-9)
     assert saved_step(out) == load_checkpoint(out / "head.safetensors").info.step == 23
     assert [line["step"] for line in read_metrics(out / "metrics.jsonl")] == [4, 8, 10, 12, 16, 20]
     resume(cache, out)
@@ -332,8 +330,7 @@ def test_checkpoints_by_time_do_not_change_the_results(cache, uninterrupted, tmp
 @pytest.mark.parametrize(("number", "when"), [(signal.SIGINT, "in a step"), (signal.SIGTERM, "while waiting")])
 def test_a_signal_stops_a_run_with_a_checkpoint_of_the_current_step(cache, uninterrupted, tmp_path, number, when):
     out = tmp_path / "run"
-    stopped = run_with_signal(cache, out, number, when)
-    assert stopped.returncode == -number, stopped.stderr
+    require_ends_by(cache, out, number, when)
     assert saved_step(out) == load_checkpoint(out / "head.safetensors").info.step == 24
     resume(cache, out)
     require_same_run(out, uninterrupted)

@@ -55,6 +55,7 @@ def assert_complete(path: Path, one_process: dict[str, bytes]) -> None:
     assert extracted_content(path) == one_process
 
 
+@pytest.mark.slow
 def test_the_commands_for_one_machine_write_what_one_process_writes(tmp_path, one_process):
     result = run_block(BLOCKS[0], tmp_path)
     assert_complete(tmp_path / "toy.zarr", one_process)
