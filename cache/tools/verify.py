@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -130,10 +131,14 @@ class _Verification:
         from regionspot.cache.format.manifest_arrays import load_manifest  # importing zarr takes a second
 
         try:
-            return load_manifest(self._storage, self._header)
+            manifest = load_manifest(self._storage, self._header)
+            if replace(manifest).digest() == self._header.digest:  # a copy, whose digest is computed
+                return manifest
+            problem = "with regions/: do not match the digest in zarr.json"
         except NotACacheError as error:
-            self._problems.append(Problem("images", None, None, str(error), "restore"))
-            return None
+            problem = str(error)
+        self._problems.append(Problem("images", None, None, problem, "restore"))
+        return None
 
     def _written_parts(self, name: str) -> list[int]:
         """Parts of a feature set that have a part record."""

@@ -13,6 +13,7 @@ import pytest
 import zarr
 
 from regionspot.cache import FeatureCache, FeatureSet, InputError, NotACacheError, SchemaVersionError
+from regionspot.cache.format.header import load_header
 from regionspot.cache.format.part_record import load_record
 from regionspot.cache.storage.atomic_files import partial_path, to_json
 from regionspot.cache.storage.local import LocalStorage
@@ -353,6 +354,13 @@ def test_a_cache_that_cannot_be_opened_raises_the_same_error(full, tmp_path):
     (full / "zarr.json").write_bytes(to_json(document))
     with pytest.raises(SchemaVersionError, match="has schema version 2"):
         verify(full)
+
+
+def test_the_columns_are_compared_with_the_digest_though_their_files_are_unchanged(full):
+    storage = LocalStorage(full)
+    replace(load_header(storage), digest="0" * 64).save(storage)
+    (problem,) = verify(full).problems
+    assert (problem.path, problem.reason) == ("images", "with regions/: do not match the digest in zarr.json")
 
 
 def test_a_cache_in_an_object_store_is_verified_and_repaired(small):
