@@ -105,7 +105,7 @@ class FeatureCache:
                 "500GB"; the least recently used files are removed first
         manifest_on_disk
                 keep the large columns of the manifest, 28 bytes a region, in temporary files (of TMPDIR) instead of
-                memory: the kernel drops what it needs the space of
+                memory: the kernel drops what it needs the space of. Paths are then read when they are first used
 
         Raises NotACacheError, SchemaVersionError, and CacheError for "a" without write permission.
         """

@@ -101,14 +101,14 @@ def _parts_per_chunk(geometry: Geometry) -> int:
 
 
 def load_manifest(storage: Storage, header: Header, on_disk: bool = False) -> Manifest:
-    """Read the manifest; with `on_disk`, its large columns are in temporary files. The paths are read on first use.
+    """Read the manifest; with `on_disk`, its large columns are in temporary files and its paths are read on first use.
 
     Raises NotACacheError when its arrays are damaged or do not match the header.
     """
     cache = storage.address
     rewritten = _require_undamaged(storage, header)
     try:
-        manifest = _read_manifest(storage, header, scratch_array if on_disk else np.empty)
+        manifest = _read_manifest(storage, header, on_disk)
         if not rewritten:
             # Files that are unchanged hold what the digest was computed from; computing it takes as long as reading.
             vars(manifest)["_digest"] = header.digest
@@ -151,8 +151,9 @@ def _is_verified_by_digest(name: str) -> bool:
     return name.endswith("/zarr.json") and not name.startswith(("images/negative", "images/not_exhaustive"))
 
 
-def _read_manifest(storage: Storage, header: Header, allocate: Allocate) -> Manifest:
+def _read_manifest(storage: Storage, header: Header, on_disk: bool) -> Manifest:
     group, geometry = _open_group(storage), header.geometry
+    allocate: Allocate = scratch_array if on_disk else np.empty
     offsets = _offsets(_column(group, "images/region_count"), allocate)
     regions = ["box", "category", "annotation_id", *(["score"] if "regions/score" in group else [])]
     # In parallel: each is decompressed by one thread, and millions of boxes take two seconds.
@@ -165,7 +166,7 @@ def _read_manifest(storage: Storage, header: Header, allocate: Allocate) -> Mani
         dataset=header.dataset,
         split=header.split,
         image_ids=columns["id"].result(),
-        paths=partial(_read_paths, storage),
+        paths=partial(_read_paths, storage, header) if on_disk else _column(group, "images/path"),
         heights=columns["height"].result(),
         widths=columns["width"].result(),
         offsets=offsets,
@@ -186,13 +187,16 @@ def _open_group(storage: Storage) -> zarr.Group:
     return zarr.open_group(storage.zarr_store(), mode="r", zarr_format=3, use_consolidated=False)
 
 
-def _read_paths(storage: Storage) -> NDArray[Any]:
-    """Raises NotACacheError when they cannot be read any more: their files were unchanged when the cache was opened."""
+def _read_paths(storage: Storage, header: Header) -> NDArray[Any]:
+    """Raises NotACacheError if the paths cannot be read any more, or are not those of the cache that was opened."""
     try:
-        return np.asarray(_array(_open_group(storage), "images/path")[:])
+        for name in header.files:
+            if name.startswith("images/path/c.") and (damage := header.damage(storage, name)):
+                raise ValueError(f"{name} {damage}")
+        return _column(_open_group(storage), "images/path")
     except Exception as error:  # each zarr codec raises its own kind
         raise NotACacheError(
-            f"{storage.address}: images/path {_unreadable(error)}; restore it from a copy of the cache"
+            f"{storage.address}: images/path {_unreadable(error)}; it was changed after it was opened: open it again"
         ) from None
 
 

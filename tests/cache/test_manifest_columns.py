@@ -1,4 +1,4 @@
-"""The columns of an opened manifest: large ones in temporary files if wanted, paths when they are first used."""
+"""A manifest opened for training: large columns are in temporary files, and paths are read when they are first used."""
 
 import pickle
 import resource
@@ -78,15 +78,21 @@ def test_without_space_for_temporary_files_the_columns_are_in_memory(path, tempo
     assert f"{temporary_folder}: no temporary file of 10 MB (File too large); these columns are kept in" in caplog.text
 
 
-def test_paths_are_read_when_they_are_first_used(path, tmp_path):
+def test_paths_are_then_read_when_they_are_first_used(path, tmp_path):
     copy = shutil.copytree(path, tmp_path / "c.zarr")
-    used, unused = FeatureCache.open(copy), FeatureCache.open(copy)
+    in_memory, used, unused = (FeatureCache.open(copy, manifest_on_disk=on_disk) for on_disk in (False, True, True))
     assert used.manifest.paths[1] == "1.jpg"
-    shutil.rmtree(copy / "images/path")
-    assert used.manifest.paths[2] == "2.jpg"
+    # Replaced by a cache of other images.
+    shutil.rmtree(copy)
+    FeatureCache.create(copy, make_manifest([1] * IMAGES, paths=[f"{row}.png" for row in range(IMAGES)]), [MAPS])
+    for cache in (in_memory, used):
+        assert cache.manifest.paths[2] == "2.jpg"
     assert len(unused.manifest) == IMAGES
-    with pytest.raises(NotACacheError, match=r"c\.zarr: images/path cannot be read \(.*\); restore it from a copy"):
-        unused.manifest.select(np.arange(2))
+    for _ in range(2):
+        with pytest.raises(
+            NotACacheError, match=r"images/path cannot be read \(images/path/c\.0 is not .*: open it ag"
+        ):
+            unused.manifest.select(np.arange(2))
 
 
 def test_the_digest_of_unchanged_files_is_that_of_their_columns(path):
