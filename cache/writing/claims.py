@@ -176,7 +176,9 @@ class Claims:
         except OSError as failure:
             log.warning("%s: the claim of %s stays until this run ends: %s", self._storage.address, key, failure)
         finally:
-            del self._own[key]
+            with self._lock:  # another thread may have released it meanwhile, and claimed it again
+                if self._own.get(key) is claim:
+                    del self._own[key]
 
     def _claim(self, key: ClaimKey, by_force: bool = False) -> bool:
         with self._lock:

@@ -323,6 +323,31 @@ def test_a_damaged_claim_times_out(storage, clock):
     assert files(storage) == []
 
 
+@pytest.mark.parametrize("claimed_again", [False, True])
+def test_two_threads_may_release_a_part_at_once(storage, claimed_again):
+    """As a run that ends while one of its threads gives a part up, for example on a full disk."""
+
+    class Meanwhile(LocalStorage):
+        def remove(self, name):
+            super().remove(name)
+            if name.startswith("claims/00002") and not done:
+                done.append(name)
+                ThreadPoolExecutor(1).submit(other_thread).result()
+
+    def other_thread():
+        own.release(2)
+        if claimed_again:
+            assert own.claim(2)
+
+    done = []
+    with claims_of(Meanwhile(storage.folder)) as own:
+        assert own.claim(2)
+        own.release(2)
+        assert done
+        assert own.is_owned(2) == claimed_again
+    assert files(storage) == []
+
+
 def test_a_link_written_after_its_chain_was_released_owns_nothing(storage, monkeypatch):
     dead = claim_files.Claim("a1", "dead", replace(this_process(), started=1))
     with claims_of(storage) as slow, claims_of(storage) as quick, claims_of(storage) as third:
