@@ -162,11 +162,13 @@ def _read_manifest(storage: Storage, header: Header, on_disk: bool) -> Manifest:
             name: pool.submit(_read_regions, group, f"regions/{name}", offsets, geometry, allocate) for name in regions
         }
         columns |= {name: pool.submit(_column, group, f"images/{name}", allocate) for name in ("id", "height", "width")}
+        if not on_disk:
+            columns["path"] = pool.submit(_column, group, "images/path")
     return Manifest(
         dataset=header.dataset,
         split=header.split,
         image_ids=columns["id"].result(),
-        paths=partial(_read_paths, storage, header) if on_disk else _column(group, "images/path"),
+        paths=partial(_read_paths, storage, header) if on_disk else columns["path"].result(),
         heights=columns["height"].result(),
         widths=columns["width"].result(),
         offsets=offsets,
@@ -196,7 +198,7 @@ def _read_paths(storage: Storage, header: Header) -> NDArray[Any]:
         return _column(_open_group(storage), "images/path")
     except Exception as error:  # each zarr codec raises its own kind
         raise NotACacheError(
-            f"{storage.address}: images/path {_unreadable(error)}; it was changed after it was opened: open it again"
+            f"{storage.address}: images/path {_unreadable(error)}; the cache was changed while open: open it again"
         ) from None
 
 

@@ -32,7 +32,7 @@ def scratch_array(shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
             memory = mmap.mmap(file.fileno(), size)
     except OSError as error:
         log.warning(
-            "%s: no temporary file of %s MB (%s); these columns are kept in memory instead; set TMPDIR to a folder on "
+            "%s: no temporary file of %s MB (%s); that much is kept in memory instead; set TMPDIR to a folder on "
             "a local disk with more space",
             tempfile.gettempdir(),
             f"{size / 1e6:,.0f}",

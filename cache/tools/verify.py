@@ -134,7 +134,7 @@ class _Verification:
             manifest = load_manifest(self._storage, self._header)
             if replace(manifest).digest() == self._header.digest:  # a copy, whose digest is computed
                 return manifest
-            problem = "with regions/: do not match the digest in zarr.json"
+            problem = "do not match, with regions/, the digest in zarr.json"
         except NotACacheError as error:
             problem = str(error)
         self._problems.append(Problem("images", None, None, problem, "restore"))

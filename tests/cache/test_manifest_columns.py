@@ -75,7 +75,7 @@ def test_without_space_for_temporary_files_the_columns_are_in_memory(path, tempo
         resource.setrlimit(resource.RLIMIT_FSIZE, allowed)
     assert not maps_of(temporary_folder)
     require_equal(on_disk.manifest, FeatureCache.open(path).manifest)
-    assert f"{temporary_folder}: no temporary file of 10 MB (File too large); these columns are kept in" in caplog.text
+    assert f"{temporary_folder}: no temporary file of 10 MB (File too large); that much is kept" in caplog.text
 
 
 def test_paths_are_then_read_when_they_are_first_used(path, tmp_path):

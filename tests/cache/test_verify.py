@@ -360,7 +360,7 @@ def test_the_columns_are_compared_with_the_digest_though_their_files_are_unchang
     storage = LocalStorage(full)
     replace(load_header(storage), digest="0" * 64).save(storage)
     (problem,) = verify(full).problems
-    assert (problem.path, problem.reason) == ("images", "with regions/: do not match the digest in zarr.json")
+    assert (problem.path, problem.reason) == ("images", "do not match, with regions/, the digest in zarr.json")
 
 
 def test_a_cache_in_an_object_store_is_verified_and_repaired(small):
